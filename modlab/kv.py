@@ -1,0 +1,299 @@
+"""KVTracker: what a model's key/value cache really takes, per forward step and layer, dense or
+Mixture-of-Depths.
+
+    with modlab.KVTracker(model) as kv:
+        model.generate(**inputs, max_new_tokens=64)
+    kv.frame()      # one row per forward step and layer
+    kv.summary()    # peak bytes, what a dense cache would take, the saving
+    kv.plot()       # bytes over steps against dense
+
+Bytes are *allocated* bytes: a narrow view of a larger buffer counts the whole buffer, and a buffer that two
+tensors share counts once. That is the number that decides whether a context fits, and it is why a freshly
+prefilled sliding-window layer may show more than its window (the cache keeps a slice of the full prompt's
+tensor alive).
+
+Shape letters: B rows, T tokens in, K cached keys, G kv heads, H head dim, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import ModlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+COLUMNS = ("step", "phase", "layer", "kind", "seen_tokens", "kept_tokens", "kv_bytes", "dense_kv_bytes")
+
+
+def _buffers(value: Any) -> Iterator[torch.Tensor]:
+    """Plain tensors with at least one dimension reachable from a cache attribute (0-dim tensors are
+    counters)."""
+    if isinstance(value, torch.Tensor):
+        inner = getattr(value, "__tensor_flatten__", None)
+        if (
+            type(value) is not torch.Tensor and inner is not None
+        ):  # quantized tensor: its parts hold the memory
+            for name in inner()[0]:
+                yield from _buffers(getattr(value, name))
+        elif value.ndim > 0:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _buffers(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _buffers(item)
+
+
+def allocated_bytes(*values: Any, counted: set[int] | None = None) -> int:
+    """Bytes of the distinct storages behind the tensors in `values` (tensors, or lists, tuples and dicts of
+    them).
+
+    Storages whose address is already in `counted` are left out; the new ones are added to it.
+    """
+    counted = set() if counted is None else counted
+    total = 0
+    for tensor in _buffers(values):
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _layer_kind(layer: Any) -> str:
+    name = type(layer).__name__
+    if hasattr(layer, "_quantized_keys") or "Quantized" in name:
+        return "quantized"
+    if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states"):
+        return "linear+attention" if isinstance(getattr(layer, "keys", None), torch.Tensor) else "linear"
+    if "Dummy" in name:
+        return "none"
+    static = "static" if "Static" in name else "dynamic"
+    return f"{static} sliding" if getattr(layer, "is_sliding", False) else static
+
+
+def _token_shape(layer: Any) -> tuple[int, int, int] | None:
+    """(rows, cached tokens, bytes of one cached token of one row) of a layer that holds keys and values.
+
+    None for layers without them, and for layers that have seen nothing yet.
+    """
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if (
+        isinstance(keys, torch.Tensor)
+        and keys.ndim >= 3
+        and keys.shape[-2] > 0
+        and isinstance(values, torch.Tensor)
+    ):
+        positions = keys.shape[0] * keys.shape[-2]
+        per_token = sum(t.numel() // positions * t.element_size() for t in (keys, values))
+        return keys.shape[0], keys.shape[-2], per_token
+    if hasattr(
+        layer, "_quantized_keys"
+    ):  # full-precision part empty: ask the quantized part what it stands for
+        keys, values = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
+        positions = keys.shape[0] * keys.shape[-2]
+        return (
+            keys.shape[0],
+            keys.shape[-2],
+            sum(t.numel() // positions * t.element_size() for t in (keys, values)),
+        )
+    return None
+
+
+class KVTracker:
+    """Context manager that records the key/value cache after every forward of `model`'s decoder.
+
+    Works for any Hugging Face causal language model, converted or not, and any calls made inside the block:
+    plain forwards, `generate`, chunked prefill, beams. Nothing is changed in the model and the hook goes away
+    on exit, also after an error. Trackers nest; entering the same tracker again starts a new record. Reading
+    a static cache's length waits for the device, so do not time a model inside the block.
+
+    Args:
+        model: a `PreTrainedModel`, causal LM or its base model.
+
+    Raises:
+        ModlabError: from `frame`, `rows`, `summary`, `plot` if no forward ran inside the block, or none kept
+        a cache.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._rows: list[dict[str, Any]] = []
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._depth = 0
+        self._forwards = 0
+        self._steps = 0
+
+    # ------------------------------------------------------------------ recording
+
+    def __enter__(self) -> KVTracker:
+        self._depth += 1
+        if self._depth == 1:
+            self._rows, self._forwards, self._steps = [], 0, 0
+            self._handle = self._decoder().register_forward_hook(self._hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _decoder(self) -> nn.Module:
+        get_decoder = getattr(self.model, "get_decoder", None)
+        decoder = get_decoder() if callable(get_decoder) else None
+        if decoder is None:
+            decoder = getattr(self.model, "base_model", None)
+        if not isinstance(decoder, nn.Module):
+            raise ModlabError(
+                f"KVTracker needs a Hugging Face causal language model, got {type(self.model).__name__}.\n"
+                "Pass the model that AutoModelForCausalLM.from_pretrained or modlab.load returned."
+            )
+        return decoder
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._forwards += 1
+        cache = _find_cache(output, kwargs)
+        if cache is None:
+            return
+        hidden = (
+            output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", None)
+        )
+        new_tokens = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 else 1
+        self._record(cache, new_tokens)
+
+    def _record(self, cache: Any, new_tokens: int) -> None:
+        cache = getattr(cache, "self_attention_cache", cache)  # encoder-decoder: the part that grows
+        seen_by_cache = int(cache.get_seq_length())
+        ragged = getattr(cache, "kept_tokens", None)
+        kept_by_layer = ragged.sum(-1).tolist() if isinstance(ragged, torch.Tensor) else None
+        counted: set[int] = set()
+        for index, layer in enumerate(cache.layers):
+            attributes = vars(layer) if hasattr(layer, "__dict__") else {}
+            kv_bytes = allocated_bytes(attributes, counted=counted)
+            kind = "ragged" if kept_by_layer is not None else _layer_kind(layer)
+            shape = _token_shape(layer) if kv_bytes else None
+            seen, kept, dense = seen_by_cache, 0, kv_bytes if kind == "linear" else 0
+            if shape is not None:
+                rows, stored, token_bytes = shape
+                get_length = getattr(layer, "get_seq_length", None)
+                seen = int(get_length()) if callable(get_length) else seen_by_cache
+                kept = rows * (seen if kind == "quantized" else min(seen, stored))
+                window = getattr(layer, "sliding_window", None)
+                if window is None and "sliding" in kind:
+                    window = getattr(layer, "max_cache_len", None)
+                # a sliding layer needs window - 1 past tokens for the next query (transformers' DynamicCache)
+                dense = rows * (seen if window is None else min(seen, window - 1)) * token_bytes
+            self._rows.append(
+                dict(zip(COLUMNS, (self._steps, "", index, kind, seen, kept, kv_bytes, dense), strict=True))
+            )
+        phase = "prefill" if new_tokens > 1 or seen_by_cache <= new_tokens else "decode"
+        for row in self._rows[len(self._rows) - len(cache.layers) :]:
+            row["phase"] = phase
+        self._steps += 1
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The records, one dict per forward step and layer (keys: `COLUMNS`). Needs no pandas."""
+        if not self._rows:
+            if not self._forwards:
+                why = "no forward of this model ran inside the `with` block; call the same model object in it"
+            else:
+                why = (
+                    f"{self._forwards} forward(s) ran but none returned a key/value cache; pass "
+                    "use_cache=True (models in training mode with gradient checkpointing turn it off)"
+                )
+            raise ModlabError(f"KVTracker has nothing to show: {why}.")
+        return self._rows
+
+    def frame(self) -> pd.DataFrame:
+        """One row per forward step and layer.
+
+        Columns: `step` (0, 1, ... over all forwards in the block), `phase` ("prefill" for the first or a
+        many-token forward, else "decode"), `layer`, `kind` of cache layer, `seen_tokens` (per row of the
+        batch, padding included), `kept_tokens` (stored keys, summed over the batch; in a ragged cache real
+        kept tokens only), `kv_bytes` (allocated), `dense_kv_bytes` (a dense cache of the same dtype for the
+        tokens seen, padding included, sliding windows limited to what the next query can see). A
+        linear-attention layer has `kind` "linear", no tokens, and its state's bytes in both byte columns.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=list(COLUMNS))
+
+    def _totals(self) -> list[tuple[int, int, int, int]]:
+        """(step, tokens seen, allocated bytes, dense bytes) summed over layers, per step."""
+        totals: dict[int, list[int]] = {}
+        for row in self.rows:
+            total = totals.setdefault(row["step"], [0, 0, 0])
+            total[0] = max(total[0], row["seen_tokens"])
+            total[1] += row["kv_bytes"]
+            total[2] += row["dense_kv_bytes"]
+        return [(step, seen, kv, dense) for step, (seen, kv, dense) in totals.items()]
+
+    def summary(self) -> dict[str, float]:
+        """Peaks over the steps: steps, seen_tokens, kv_bytes, dense_kv_bytes, kv_saving (dense / allocated)."""
+        totals = self._totals()
+        kv, dense = max(t[2] for t in totals), max(t[3] for t in totals)
+        return {
+            "steps": len(totals),
+            "seen_tokens": max(t[1] for t in totals),
+            "kv_bytes": kv,
+            "dense_kv_bytes": dense,
+            "kv_saving": dense / kv if kv else float("nan"),
+        }
+
+    def plot(self) -> go.Figure:
+        """Allocated bytes over forward steps beside what a dense cache would take, as a plotly figure."""
+        try:
+            import plotly.graph_objects as go
+        except ImportError as error:
+            raise ModlabError(
+                "KVTracker.plot needs plotly: pip install plotly. frame() works without it."
+            ) from error
+        totals = self._totals()
+        steps, seen = [t[0] for t in totals], [t[1] for t in totals]
+        unit, name = (2**20, "MiB") if max(max(t[2], t[3]) for t in totals) >= 2**20 else (2**10, "KiB")
+        figure = go.Figure()
+        for label, column, dash in (("dense cache", 3, "dash"), ("allocated", 2, "solid")):
+            figure.add_scatter(
+                x=steps,
+                y=[t[column] / unit for t in totals],
+                customdata=seen,
+                name=label,
+                mode="lines" if len(totals) > 1 else "markers",
+                line={"dash": dash},
+                hovertemplate=f"step %{{x}}, %{{customdata}} tokens<br>%{{y:.3f}} {name}<extra>{label}</extra>",
+            )
+        figure.update_layout(
+            title=f"Key/value cache, {self.summary()['kv_saving']:.2f}x smaller than dense at the peak",
+            xaxis_title="forward step",
+            yaxis_title=f"bytes allocated ({name})",
+            yaxis_rangemode="tozero",
+            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        )
+        return figure
+
+
+def _find_cache(output: Any, kwargs: dict[str, Any]) -> Any | None:
+    """The cache a decoder forward filled: its output's, or (tuple outputs) the one that was passed in."""
+    candidates = [getattr(output, "past_key_values", None), getattr(output, "cache_params", None)]
+    if isinstance(output, (tuple, list)):
+        candidates.extend(output)
+    if kwargs.get("use_cache") is not False:
+        candidates.append(kwargs.get("past_key_values"))
+    for candidate in candidates:
+        if hasattr(candidate, "get_seq_length") and (
+            hasattr(candidate, "layers") or hasattr(candidate, "self_attention_cache")
+        ):
+            return candidate
+    return None
