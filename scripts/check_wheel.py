@@ -1,6 +1,6 @@
 """Check a built wheel: what must be in it is in it, what must not be is not, and the demo stays small.
 
-    python scripts/check_wheel.py dist/modlab-*.whl
+python scripts/check_wheel.py dist/modlab-*.whl
 """
 
 import sys

@@ -1,0 +1,205 @@
+"""The notebooks: copy them to a folder of the user's, open JupyterLab there, or run them without it."""
+
+import filecmp
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modlab.errors import ModlabError
+
+QUICKSTART = "quickstart.ipynb"
+
+
+def notebook_source() -> Path:
+    """The folder the notebooks are copied from: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_notebooks", package.parent / "notebooks"):
+        if (folder / QUICKSTART).is_file():
+            return folder
+    raise ModlabError(
+        f"modlab's notebooks are not where they should be ({package / '_notebooks'}): "
+        "the installation is incomplete. Install modlab again."
+    )
+
+
+@dataclass
+class CopyReport:
+    """What `copy_notebooks` did: paths relative to the target folder."""
+
+    copied: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)  # differ from modlab's and were left alone
+
+    def lines(self, folder: Path) -> Iterator[str]:
+        """The report in words, one line a fact."""
+        for verb, names in (("copied", self.copied), ("replaced", self.replaced)):
+            if names:
+                yield f"{verb} to {folder}: {', '.join(names)}"
+        for name in self.kept:
+            yield f"kept {folder / name}: it differs from modlab's own (--overwrite replaces it)"
+
+
+def copy_notebooks(target: Path, overwrite: bool = False) -> CopyReport:
+    """Copy the notebooks and what lies beside them to `target`; a file that was changed there is kept.
+
+    Args:
+        target: folder, made if it is not there.
+        overwrite: replace changed files instead of keeping them.
+
+    Raises:
+        ModlabError: `target` is a file, or the package carries no notebooks.
+    """
+    if target.exists() and not target.is_dir():
+        raise ModlabError(f"{target} is a file; give the name of a folder for the notebooks.")
+    source = notebook_source()
+    target.mkdir(parents=True, exist_ok=True)
+    report = CopyReport()
+    for origin in sorted(source.rglob("*")):
+        name = origin.relative_to(source)
+        if not origin.is_file() or any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        copy = target / name
+        if copy.exists():
+            if filecmp.cmp(origin, copy, shallow=False):
+                continue
+            if not overwrite:
+                report.kept.append(str(name))
+                continue
+            report.replaced.append(str(name))
+        else:
+            report.copied.append(str(name))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _write(copy, origin.read_bytes())
+    return report
+
+
+def jupyter_command(folder: Path, browser: bool = True, extra: Sequence[str] = ()) -> list[str]:
+    """The command that opens JupyterLab in `folder` on the quickstart, reachable from this machine only.
+
+    `extra` comes last, so that what the user gives after `--` wins.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={folder.resolve()}",
+        "--ServerApp.ip=127.0.0.1",
+        f"--LabApp.default_url=/lab/tree/{QUICKSTART}",
+    ]
+    if not browser:
+        command.append("--no-browser")
+    # In containers the user is often root, and Jupyter then refuses to start without this.
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    return [*command, *extra]
+
+
+def open_lab(folder: Path, browser: bool = True, extra: Sequence[str] = ()) -> int:
+    """Replace this process by JupyterLab (on Windows: run it and wait); returns its exit status."""
+    _prefer_this_python()
+    command = jupyter_command(folder, browser, extra)
+    if os.name == "posix":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(command[0], command)
+    import subprocess
+
+    return subprocess.run(command, check=False).returncode
+
+
+@dataclass
+class Executed:
+    """Where an executed notebook and its page lie; `error` is the failing cell's message, else None."""
+
+    notebook: Path
+    page: Path
+    error: str | None
+
+
+def execute(notebook: Path, timeout_s: int = 600, progress: bool = True) -> Executed:
+    """Run every cell of `notebook` in this Python, with its folder as working directory.
+
+    The notebook itself is not touched: `NAME.executed.ipynb` and `NAME.html` are written beside it,
+    also when a cell fails (with all outputs so far and the error).
+
+    Args:
+        timeout_s: longest time for one cell, seconds.
+        progress: show a bar, one step a cell, on stderr.
+
+    Raises:
+        ModlabError: the file is absent or is no notebook.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from tqdm.auto import tqdm
+
+    if not notebook.is_file():
+        raise ModlabError(f"there is no notebook {notebook}.")
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError) as problem:
+        reason = str(problem).splitlines()[0][:200]
+        raise ModlabError(f"{notebook} is not a readable notebook: {reason}") from problem
+
+    _prefer_this_python()
+    code_cells = [cell for cell in content.cells if cell.cell_type == "code" and cell.source.strip()]
+    with tqdm(total=len(code_cells), desc=notebook.name, unit="cell", disable=not progress) as bar:
+
+        def done(cell: Any, **_: Any) -> None:
+            if cell.cell_type == "code" and cell.source.strip():
+                bar.update()
+
+        client = NotebookClient(
+            content,
+            timeout=timeout_s,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(notebook.resolve().parent)}},
+            # A saved widget state makes the file large and shows a dead slider where there is no kernel;
+            # the static pictures in the outputs serve such readers.
+            store_widget_state=False,
+            on_cell_executed=done,
+        )
+        error = None
+        try:
+            client.execute()
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
+            error = str(failure).strip()
+
+    result = Executed(notebook.with_suffix(".executed.ipynb"), notebook.with_suffix(".html"), error)
+    _write(result.notebook, nbformat.writes(content).encode())
+    _write(result.page, _page(content, notebook.stem).encode())
+    return result
+
+
+def _page(content: Any, title: str) -> str:
+    """The notebook as one HTML page that asks no other machine for anything."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
+    page, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": title}})
+    return str(page)
+
+
+def _prefer_this_python() -> None:
+    """Let the kernel `python3` be this environment's, even if the user's home has another of that name."""
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, then moved into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are for the owner only
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
