@@ -2,7 +2,7 @@
 
 A row of the report is a fact about the installed transformers, not a promise from a list: the type's own
 class is built with small sizes and random weights, converted, and its logits are compared with the dense
-model's while every gate is open, in one forward and in cached steps. Whatever goes wrong is the stated reason.
+model's while every gate is open, in one forward and in cached steps. Whatever goes wrong is the reason.
 """
 
 import gc

@@ -1,0 +1,221 @@
+"""The package as described, built and imported: two dependency lists, the README's commands, lazy names."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import modlab
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def by_name(lines: list[str]) -> dict[str, str]:
+    """Requirement strings as {name: version specifier}, in a form that compares."""
+    parsed = [Requirement(line) for line in lines]
+    assert len({r.name for r in parsed}) == len(parsed), "a package is listed twice"
+    return {r.name.lower(): str(r.specifier) for r in parsed}
+
+
+def run_python(code: str) -> str:
+    """stdout of `code` in a fresh Python that imports this checkout."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# ---- dependencies ----
+
+
+def test_environment_yml_and_pyproject_agree() -> None:
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    (pip_section,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
+    assert pip_section[-1] == "-e .", "the environment installs modlab itself last"
+    assert by_name(pip_section[:-1]) == by_name(PROJECT["dependencies"])
+    plain = by_name([entry for entry in conda if isinstance(entry, str)])
+    assert set(plain) == {"python", "pip"}, "everything but Python and pip comes from the pip section"
+    assert plain["python"] == PROJECT["requires-python"]
+
+
+def test_every_dependency_has_a_lower_bound_that_is_met() -> None:
+    from importlib.metadata import version
+
+    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
+        requirement = Requirement(line)
+        assert any(spec.operator == ">=" for spec in requirement.specifier), line
+        installed = Version(version(requirement.name))
+        assert requirement.specifier.contains(installed.public, prereleases=True), f"{line}: {installed}"
+
+
+def imported_packages(folder: str) -> set[str]:
+    """Top-level names of everything the Python files of a folder import, wherever in the file."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_third_party_import_of_the_package_is_a_dependency() -> None:
+    third_party = imported_packages("modlab") - set(sys.stdlib_module_names) - {"modlab"}
+    assert third_party <= set(by_name(PROJECT["dependencies"])) | {"triton"}
+    assert {"torch", "transformers"} <= third_party
+
+
+# ---- the README's commands and tree ----
+
+
+def marked_command(marker: str) -> str:
+    match = re.search(rf"<!-- ci:{marker} -->\n```bash\n(.+)\n```", README)
+    assert match, f"README.md has no command marked ci:{marker}"
+    return match[1]
+
+
+def test_ci_runs_exactly_the_readmes_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (awk,) = re.findall(r"awk '(.+)' README\.md", script)
+    extracted = subprocess.run(
+        ["awk", awk, "README.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert extracted.strip() == marked_command("test")
+    assert "pytest" in extracted
+    assert 'bash -euo pipefail -c "$test_command"' in script
+
+
+def test_ci_script_is_executable_and_parses() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_readme_tree_names_every_module() -> None:
+    tree = README.split("<!-- tree:begin -->")[1].split("<!-- tree:end -->")[0]
+    listed = set(re.findall(r"^\s*([\w./-]+\.py)\s{2,}\S", tree, re.M))
+    there = {path.name for path in (ROOT / "modlab").rglob("*.py") if path.name != "__init__.py"}
+    assert there - listed == set(), "files of modlab/ that the README's tree does not explain"
+    assert {name for name in listed if not list(ROOT.rglob(name))} == set(), (
+        "files in the tree that are not there"
+    )
+
+
+def test_readme_links_lead_somewhere() -> None:
+    targets = [t.split("#")[0] for t in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README)]
+    assert targets
+    assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def test_changelog_has_a_section_for_this_version_or_for_unreleased_work() -> None:
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert headings and headings[0] in {"Unreleased", modlab.__version__}
+
+
+# ---- public names ----
+
+
+def test_import_modlab_is_cheap() -> None:
+    heavy = ("torch", "transformers", "datasets", "plotly", "ipywidgets", "anywidget", "pandas", "accelerate")
+    loaded = run_python(f"import sys, modlab; print([m for m in {heavy!r} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_import_of_all_public_names_leaves_notebook_and_data_libraries_out() -> None:
+    names = [name for name in modlab.__all__ if name != "widgets"]
+    heavy = ("datasets", "plotly", "ipywidgets", "anywidget", "IPython")
+    load = f"import sys, modlab; [getattr(modlab, n) for n in {names!r}]"
+    assert run_python(f"{load}; print([m for m in {heavy!r} if m in sys.modules])") == "[]"
+
+
+def test_every_public_name_loads() -> None:
+    for name in modlab.__all__:
+        assert getattr(modlab, name) is not None
+    assert set(modlab.__all__) == {*modlab._HOME, "__version__"}
+    assert set(modlab.__all__) <= set(dir(modlab))
+
+
+def test_type_checkers_see_the_same_names_as_the_table() -> None:
+    tree = ast.parse((ROOT / "modlab" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    declared = {
+        alias.name: None if node.module == "modlab" else node.module.removeprefix("modlab.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert declared == modlab._HOME
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'konvert'"):
+        modlab.konvert  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "first", ["import modlab.convert", "from modlab.convert import revert", "import modlab.trace"]
+)
+def test_functions_win_over_modules_of_the_same_name(first: str) -> None:
+    check = "import modlab\nprint(*(callable(getattr(modlab, n)) for n in ('convert', 'train', 'trace')))"
+    assert run_python(f"{first}\n{check}") == "True True True"
+    assert not isinstance(modlab.convert, ModuleType)
+
+
+# ---- warnings ----
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_deprecations_in_modlab_fail_the_suite(category: type[Warning]) -> None:
+    def warn_from(module: str) -> None:
+        warnings.warn_explicit("old", category, filename="x.py", lineno=1, module=module, registry={})
+
+    with pytest.raises(category):
+        warn_from("modlab.convert")
+    with pytest.warns(category):
+        warn_from("somebody.else")
+
+
+# ---- the wheel's check ----
+
+
+def check_wheel() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "scripts" / "check_wheel.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_wheel(path: Path, files: dict[str, int]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, size in files.items():
+            archive.writestr(name, bytes(size))
+    return path
+
+
+def test_wheel_check_accepts_a_whole_wheel_and_names_what_is_wrong(tmp_path: Path) -> None:
+    check = check_wheel()
+    whole = dict.fromkeys((*check.REQUIRED, "modlab/widgets/js/heatmap.js"), 10)
+    assert check.problems(make_wheel(tmp_path / "good.whl", whole)) == []
+
+    too_big = whole | {"modlab/demo/mod/model.safetensors": check.DEMO_LIMIT + 1}
+    assert any("limit" in line for line in check.problems(make_wheel(tmp_path / "big.whl", too_big)))
+
+    without = {name: size for name, size in whole.items() if not name.endswith("quickstart.ipynb")}
+    assert any("quickstart" in line for line in check.problems(make_wheel(tmp_path / "less.whl", without)))
+
+    strange = whole | {"tests/test_x.py": 1, "modlab/__pycache__/a.pyc": 1}
+    assert len(check.problems(make_wheel(tmp_path / "more.whl", strange))) == 2
