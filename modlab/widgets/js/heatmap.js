@@ -1,0 +1,229 @@
+// Tokens from left to right, layers from top to bottom. A full cell is a token that the layer ran, a thin line
+// one that passed by; so the decision shows without colour, and colour shows the gate.
+
+class Heatmap {
+  constructor(store, parent) {
+    this.store = store;
+    this.box = el(parent, "section", "mod-heat");
+    const head = el(this.box, "div", "mod-head");
+    el(head, "h3", "", "Which layer runs which token");
+    const key = el(head, "span", "mod-key");
+    for (const [name, text] of [["runs", "runs"], ["skips", "skips"], ["dense", "dense layer"]]) {
+      const sample = el(key, "i", "mod-key-" + name);
+      if (name === "runs") this.sample = sample;
+      el(key, "span", "", text);
+    }
+    this.legend = el(head, "canvas", "mod-legend");
+    this.legend.setAttribute("role", "img");
+    const frame = el(this.box, "div", "mod-frame");
+    this.scroll = el(frame, "div", "mod-scroll");
+    this.spacer = el(this.scroll, "div", "mod-spacer");
+    this.canvas = el(this.spacer, "canvas", "modlab-heatmap");
+    this.canvas.tabIndex = 0;
+    this.canvas.setAttribute("role", "img");
+    this.tip = el(frame, "div", "mod-tip");
+    this.tip.hidden = true;
+    this.live = el(this.box, "div", "mod-unseen");
+    this.live.setAttribute("aria-live", "polite");
+    this.scroll.addEventListener("scroll", () => store.update());
+    this.canvas.addEventListener("pointermove", (e) => this.hover(e));
+    this.canvas.addEventListener("pointerleave", () => { if (!store.locked) store.point(-1); });
+    this.canvas.addEventListener("click", (e) => this.click(e));
+    this.canvas.addEventListener("keydown", (e) => {
+      if (store.key(e)) this.live.textContent = store.cursor < 0 ? "" : store.describe(store.cursor, store.pointer.layer).join(", ");
+    });
+    this.canvas.addEventListener("blur", () => { if (!store.locked) store.point(-1); });
+    // Also fires when a cell that was hidden gets its size.
+    this.observer = new ResizeObserver(() => store.update());
+    this.observer.observe(this.scroll);
+  }
+
+  destroy() { this.observer.disconnect(); }
+
+  // Sizes in CSS pixels; null while the widget is hidden.
+  layout() {
+    const { T, numLayers } = this.store, width = this.scroll.clientWidth;
+    if (width < 120) return null;
+    const left = 58, right = 50, top = 4, h = clamp(288 / numLayers, 6, 22), view = width - left - right;
+    const w = clamp(view / T, 7, 26), bottom = top + numLayers * h;
+    return { width, left, right, top, bottom, height: bottom + 34, w, h, view, full: w * T };
+  }
+
+  cellAt(event) {
+    const m = this.layout(), r = this.canvas.getBoundingClientRect();
+    if (!m) return null;
+    const x = event.clientX - r.left - m.left, y = event.clientY - r.top - m.top;
+    const layer = Math.floor(y / m.h), token = Math.floor((x + this.scroll.scrollLeft) / m.w);
+    if (layer < 0 || layer >= this.store.numLayers || x >= m.view) return null;
+    if (x < 0) return { token: -1, layer };
+    return token < this.store.T ? { token, layer } : null;
+  }
+
+  hover(event) {
+    const cell = this.cellAt(event);
+    this.canvas.style.cursor = cell && (cell.token >= 0 || this.store.rowOf[cell.layer] >= 0) ? "pointer" : "default";
+    if (!this.store.locked) this.store.point(cell ? cell.token : -1, cell ? cell.layer : -1);
+  }
+
+  click(event) {
+    const cell = this.cellAt(event), store = this.store;
+    if (!cell) return store.lock(false);
+    if (cell.token < 0) { // a layer's number: colour the text by it, or by all again
+      if (store.rowOf[cell.layer] >= 0) store.selectLayer(store.textLayer === cell.layer ? -1 : cell.layer);
+      return;
+    }
+    const again = store.locked && store.pointer.token === cell.token && store.pointer.layer === cell.layer;
+    store.point(cell.token, cell.layer);
+    store.lock(!again);
+  }
+
+  draw() {
+    const m = this.layout(), { store } = this;
+    if (!m) return;
+    this.spacer.style.width = Math.max(m.width, m.left + m.right + m.full) + "px";
+    this.spacer.style.height = m.height + "px";
+    if (store.reveal && store.cursor >= 0) { // the keyboard cursor may have left the part in view
+      const x = store.cursor * m.w, from = this.scroll.scrollLeft;
+      if (x < from) this.scroll.scrollLeft = x;
+      else if (x + m.w > from + m.view) this.scroll.scrollLeft = x + m.w - m.view;
+    }
+    store.reveal = false;
+    const g = sharp(this.canvas, m.width, m.height), { theme, T } = store, shift = this.scroll.scrollLeft;
+    const first = Math.max(0, Math.floor(shift / m.w)), last = Math.min(T - 1, Math.floor((shift + m.view) / m.w));
+    const end = Math.min(m.left + m.view, m.left + T * m.w - shift);
+    g.save();
+    g.beginPath();
+    g.rect(m.left, 0, m.view, m.height);
+    g.clip();
+    const gap = m.w > 9 ? 1 : 0.5, pad = m.h > 9 ? 1 : 0.5, cellH = m.h - 2 * pad, thin = Math.max(1.5, m.h * 0.14);
+    for (let layer = 0; layer < store.numLayers; layer++) {
+      const row = store.rowOf[layer], y = m.top + layer * m.h;
+      if (row < 0) {
+        g.fillStyle = theme.dense;
+        g.fillRect(m.left - shift, y + pad, T * m.w - gap, cellH);
+        continue;
+      }
+      for (let t = first; t <= last; t++) {
+        const x = m.left + t * m.w - shift;
+        g.fillStyle = store.colour(store.gate(row, t));
+        if (store.kept(row, t)) g.fillRect(x, y + pad, m.w - gap, cellH);
+        else { g.fillStyle = theme.faint; g.globalAlpha = 0.55; g.fillRect(x, y + (m.h - thin) / 2, m.w, thin); g.globalAlpha = 1; }
+      }
+    }
+    this.drawAxis(g, m, first, last, shift);
+    this.drawCursor(g, m, shift);
+    g.restore();
+    this.drawLabels(g, m);
+    this.drawLegend();
+    this.drawTip(m, shift, end);
+    this.canvas.dataset.kept = store.keepRatio.toFixed(4);
+    this.canvas.dataset.threshold = number(store.threshold);
+    this.canvas.dataset.state = store.preview ? "preview" : "measured";
+    this.canvas.setAttribute("aria-label",
+      `Routing heatmap, ${T} tokens by ${store.numLayers} layers, ${store.R} of them routed. At threshold ${number(store.threshold)} ` +
+      `${percent(store.keepRatio)} of the tokens are kept in the routed layers. Arrow keys move over the cells, Enter locks, Escape clears.`);
+  }
+
+  drawAxis(g, m, first, last, shift) {
+    const { theme } = this.store;
+    const step = [1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000].find((s) => s * m.w >= 46) || 2000;
+    g.fillStyle = theme.faint;
+    g.strokeStyle = theme.line;
+    g.font = `11px ${theme.font}`;
+    g.textBaseline = "top";
+    for (let t = Math.ceil(first / step) * step; t <= last; t += step) {
+      const x = m.left + (t + 0.5) * m.w - shift;
+      g.fillRect(Math.round(x), m.bottom + 2, 1, 4);
+      g.textAlign = t === 0 && m.w < 20 ? "left" : "center";
+      g.fillText(t.toLocaleString("en"), t === 0 && m.w < 20 ? x - m.w / 2 : x, m.bottom + 8);
+    }
+  }
+
+  drawCursor(g, m, shift) {
+    const { store } = this, t = store.cursor, { layer } = store.pointer;
+    if (t < 0 || t >= store.T) return;
+    const x = m.left + t * m.w - shift;
+    g.strokeStyle = store.theme.accent;
+    g.lineWidth = store.locked ? 2 : 1;
+    g.strokeRect(x - 0.5, m.top - 1, m.w, m.bottom - m.top + 2);
+    if (layer < 0 || store.pointer.token !== t) return;
+    g.lineWidth = 2.5;
+    g.strokeStyle = store.theme.ink;
+    g.strokeRect(x - 0.5, m.top + layer * m.h, m.w, m.h);
+  }
+
+  drawLabels(g, m) {
+    const { store } = this, { theme } = store, placed = [];
+    const chosen = (layer) => store.textLayer === layer || store.pointer.layer === layer;
+    g.textBaseline = "middle";
+    // Where not every layer has room for its number, the one pointed at comes first, then routed ones.
+    for (const wanted of [chosen, (layer) => store.rowOf[layer] >= 0, () => true])
+      for (let layer = 0; layer < store.numLayers; layer++) {
+        const row = store.rowOf[layer], y = m.top + (layer + 0.5) * m.h;
+        if (!wanted(layer) || placed.some((other) => Math.abs(other - y) < 12)) continue;
+        placed.push(y);
+        g.fillStyle = row < 0 ? theme.faint : theme.ink;
+        g.font = `${chosen(layer) ? "bold " : ""}11px ${theme.font}`;
+        g.textAlign = "right";
+        g.fillText(String(layer), m.left - 8, y);
+        g.textAlign = "left";
+        g.fillText(row < 0 ? "dense" : percent(store.ratio[row]), m.width - m.right + 8, y);
+      }
+    g.fillStyle = theme.faint;
+    g.textBaseline = "top";
+    g.font = `11px ${theme.font}`;
+    g.fillText("token", m.left, m.bottom + 21);
+    g.textAlign = "left";
+    g.fillText("kept", m.width - m.right + 8, m.bottom + 8);
+    g.save();
+    g.translate(12, (m.top + m.bottom) / 2);
+    g.rotate(-Math.PI / 2);
+    g.textAlign = "center";
+    g.fillText("layer", 0, -4);
+    g.restore();
+  }
+
+  // The distribution of the gates in the colours of the cells: thin under p, full from p on.
+  drawLegend() {
+    const { store } = this, { theme, low, high, bins } = store, width = 260, height = 44, left = 42, span = 160, base = 30;
+    const g = sharp(this.legend, width, height), x = (v) => left + ((v - low) / (high - low)) * span;
+    const most = Math.max(...bins, 1), p = store.threshold;
+    for (let i = 0; i < 50; i++) {
+      const v = (i + 0.5) / 50;
+      if (v < low || v > high) continue;
+      const tall = bins[i] ? Math.max(2, Math.sqrt(bins[i] / most) * (base - 6)) : 0;
+      g.fillStyle = v >= p ? store.colour(v) : theme.line;
+      g.fillRect(x(i / 50), base - tall, span / 50 / (high - low) - 0.5, tall);
+    }
+    this.sample.style.background = `linear-gradient(90deg, ${store.colour(0.4 * high + 0.6 * low)}, ${store.colour(high)})`;
+    g.fillStyle = theme.line;
+    g.fillRect(left, base, span, 1);
+    g.font = `11px ${theme.font}`;
+    g.fillStyle = theme.faint;
+    g.textBaseline = "top";
+    g.textAlign = "center";
+    g.fillText(low.toFixed(1), x(low), base + 3);
+    g.fillText(high.toFixed(1), x(high), base + 3);
+    g.textBaseline = "middle";
+    g.textAlign = "right";
+    g.fillText("gate", left - 10, base - 10);
+    this.legend.setAttribute("aria-label", `Gates from ${low.toFixed(1)} to ${high.toFixed(1)}`);
+    if (p < low || p > high) return;
+    g.fillStyle = theme.ink;
+    g.fillRect(x(p) - 0.75, 2, 1.5, base - 1);
+    g.textBaseline = "top";
+    g.textAlign = "center";
+    if (Math.abs(x(p) - x(low)) > 18 && Math.abs(x(p) - x(high)) > 18) g.fillText("p", x(p), base + 3);
+  }
+
+  drawTip(m, shift, end) {
+    const { store, tip } = this, { token, layer } = store.pointer, x = m.left + (token + 0.5) * m.w - shift;
+    tip.hidden = token < 0 || layer < 0 || x < m.left || x > end;
+    if (tip.hidden) return;
+    tip.replaceChildren();
+    store.describe(token, layer).forEach((line, i) => el(tip, "div", i ? "" : "mod-tip-token", line));
+    const room = m.width, size = tip.getBoundingClientRect();
+    tip.style.left = (x + 14 + size.width > room ? Math.max(0, x - 14 - size.width) : x + 14) + "px";
+    tip.style.top = clamp(m.top + (layer + 1) * m.h + 4, 0, Math.max(0, m.height - size.height)) + "px";
+  }
+}

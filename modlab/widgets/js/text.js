@@ -1,0 +1,132 @@
+// The text itself, coloured by how many routed layers keep each token, or by one layer's decision.
+
+const CHUNK = 400; // tokens that are coloured together when they come into view
+
+class TokenText {
+  constructor(store, parent) {
+    this.store = store;
+    this.box = el(parent, "section", "mod-text-box");
+    const head = el(this.box, "div", "mod-head");
+    el(head, "h3", "", "The text");
+    const label = el(head, "label", "mod-choice", "coloured by ");
+    this.choice = el(label, "select");
+    this.choice.addEventListener("change", () => store.selectLayer(Number(this.choice.value)));
+    this.legend = el(head, "span", "mod-swatches");
+    this.text = el(this.box, "div", "modlab-text");
+    this.text.tabIndex = 0;
+    this.text.setAttribute("role", "group");
+    this.text.setAttribute("aria-label", "The traced text; arrow keys move from token to token");
+    this.text.addEventListener("pointerover", (e) => { if (!store.locked) store.point(this.tokenOf(e)); });
+    this.text.addEventListener("pointerleave", () => { if (!store.locked) store.point(-1); });
+    this.text.addEventListener("click", (e) => this.click(this.tokenOf(e)));
+    this.text.addEventListener("keydown", (e) => store.key(e));
+    this.text.addEventListener("scroll", () => this.paint());
+    this.note = el(this.box, "p", "mod-note");
+    this.note.setAttribute("aria-live", "polite");
+    this.observer = new ResizeObserver(() => this.paint());
+    this.observer.observe(this.text);
+    this.marked = null;
+  }
+
+  destroy() { this.observer.disconnect(); }
+
+  tokenOf(event) { return event.target.dataset.t === undefined ? -1 : Number(event.target.dataset.t); }
+
+  click(token) {
+    const { store } = this, again = store.locked && store.cursor === token;
+    if (token >= 0) store.point(token);
+    store.lock(token >= 0 && !again);
+    store.reveal = true;
+  }
+
+  // Spans are made once for a text; a new run of the same text only recolours them.
+  build() {
+    const { store } = this;
+    if (this.built === store.tokens) return;
+    this.built = store.tokens;
+    this.chunks = [];
+    this.spans = [];
+    this.text.replaceChildren();
+    for (let start = 0; start < store.T; start += CHUNK) {
+      const node = el(this.text, "span"), end = Math.min(store.T, start + CHUNK);
+      for (let t = start; t < end; t++) {
+        const piece = store.tokens[t], span = el(node, "span", "mod-token", piece);
+        span.dataset.t = t;
+        if (piece === "") span.classList.add("mod-empty");
+        else if (piece.includes("\n")) span.classList.add("mod-newline");
+        this.spans.push(span);
+      }
+      this.chunks.push({ node, start, end, stale: true });
+    }
+    this.choice.replaceChildren();
+    this.option(-1, "number of routed layers that keep it");
+    for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or skipped`);
+  }
+
+  option(value, text) { el(this.choice, "option", "", text).value = value; }
+
+  draw() {
+    const { store } = this;
+    this.build();
+    this.choice.value = String(store.textLayer);
+    for (const chunk of this.chunks) chunk.stale = true;
+    this.paint();
+    const t = store.cursor, span = this.spans[t];
+    if (this.marked) this.marked.classList.remove("mod-on", "mod-locked");
+    this.marked = span || null;
+    if (span) {
+      span.classList.add("mod-on");
+      span.classList.toggle("mod-locked", store.locked);
+      if (store.locked || document.activeElement !== this.text) this.bring(span);
+    }
+    this.note.textContent = span ? store.describe(t, store.textLayer).join(" · ") + (store.locked ? " · locked, Escape frees it" : "")
+      : "Point at a token; click to lock it.";
+    this.drawLegend();
+  }
+
+  // Scroll the text box, never the notebook.
+  bring(span) {
+    if (span.matches(":hover")) return;
+    const a = span.getBoundingClientRect(), b = this.text.getBoundingClientRect();
+    if (a.top < b.top) this.text.scrollTop -= b.top - a.top + 8;
+    else if (a.bottom > b.bottom) this.text.scrollTop += a.bottom - b.bottom + 8;
+  }
+
+  share(t) { // 0..1
+    const { store } = this, row = store.textLayer < 0 ? -1 : store.rowOf[store.textLayer];
+    return row < 0 ? store.count[t] / Math.max(1, store.R) : store.kept(row, t) ? 1 : 0;
+  }
+
+  paint() {
+    if (!this.chunks) return;
+    const view = this.text.getBoundingClientRect();
+    if (!view.height) return;
+    for (const chunk of this.chunks) {
+      if (!chunk.stale) continue;
+      const r = chunk.node.getBoundingClientRect();
+      if (r.bottom < view.top - 200 || r.top > view.bottom + 200) continue;
+      for (let t = chunk.start; t < chunk.end; t++) colourSpan(this.spans[t], this.share(t), this.store.theme);
+      chunk.stale = false;
+    }
+  }
+
+  drawLegend() {
+    const { store } = this, single = store.textLayer >= 0 || store.R < 2;
+    const steps = single ? [[0, "skipped"], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${store.R} of ${store.R}`]];
+    this.legend.replaceChildren();
+    for (const [share, text] of steps) {
+      const sample = el(this.legend, "span", "mod-token mod-swatch", "a");
+      colourSpan(sample, share, store.theme);
+      if (text) el(this.legend, "span", "", text);
+    }
+  }
+}
+
+// None keeps it: no ground, a dotted line under it. Else the more layers, the further from the ground of the page.
+function colourSpan(span, share, theme) {
+  span.classList.toggle("mod-none", share === 0);
+  const x = 0.12 + 0.8 * share;
+  const colour = share ? theme.groundRgb.map((c, k) => Math.round(c + x * (theme.accentRgb[k] - c))) : null;
+  span.style.background = colour ? css(colour) : "";
+  span.style.color = colour ? inkOn(colour) : "";
+}

@@ -1,0 +1,150 @@
+"""What the browser gets: script, styles, the data of one trace, and the page that needs no Jupyter."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from modlab.trace import RoutingTrace
+
+GRID = 10_000  # gates reach the browser in steps of 1/GRID
+MAX_TOKENS = 100_000
+
+# Viridis at nine equal steps (matplotlib's values): luminance grows evenly, so it reads in grey and for the
+# colour-blind. Pictures on a light ground use it from the other end.
+RAMP = [
+    [68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141],
+    [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37],
+]  # fmt: skip
+
+_JS = Path(__file__).parent / "js"
+_SCRIPTS = ("store.js", "heatmap.js", "text.js", "curve.js", "explorer.js")
+
+
+def script() -> str:
+    """The one ES module that all widgets and pages share, joined from the files of js/ in this order."""
+    head = f"const GRID = {GRID};\nconst RAMP = {json.dumps(RAMP)};\n"
+    return head + "\n".join((_JS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+
+
+def styles() -> str:
+    """The style sheet that goes with `script()`."""
+    return (_JS / "style.css").read_text(encoding="utf-8")
+
+
+def gate_bytes(trace: RoutingTrace) -> bytes:
+    """Gates and decisions for the browser: two bytes a cell, row after row of uint16[R, T].
+
+    Bits 0..13: how many steps of 1/GRID lie at or under the gate. Comparing that with round(p * GRID)
+    decides exactly as `gate >= p` does in float32, for every p of at most four decimals.
+    Bit 15: the decision that was executed.
+    """
+    steps = (np.arange(1, GRID + 1) / GRID).astype(np.float32)
+    level = np.searchsorted(steps, trace.gate.ravel(), side="right").astype("<u2")
+    return (level | (trace.keep.ravel().astype("<u2") << 15)).astype("<u2").tobytes()
+
+
+def payload(trace: RoutingTrace) -> dict[str, Any]:
+    """The data traits of one trace, by the names that js/store.js reads.
+
+    Raises:
+        ModlabError: the trace has more than MAX_TOKENS tokens.
+    """
+    if len(trace.tokens) > MAX_TOKENS:
+        raise ModlabError(
+            f"The trace has {len(trace.tokens):,} tokens; the views draw at most {MAX_TOKENS:,}. "
+            "Trace a part of the text, or work with trace.gate and trace.keep directly."
+        )
+    p = representative_threshold(trace)
+    return {
+        "tokens": list(trace.tokens),
+        "gates": gate_bytes(trace),
+        "losses": trace.loss.astype("<f4").tobytes(),
+        "layers": [int(i) for i in trace.layers],
+        "num_layers": int(trace.num_layers),
+        "keep_first": int(trace.keep_first),
+        "threshold": p,
+        "summary": summary(trace),
+    }
+
+
+def summary(trace: RoutingTrace, kv_bytes: int | None = None, dense_bytes: int | None = None) -> dict[str, Any]:
+    """The figures of the run that made the trace. K/V bytes: allocated ones if given, else kept tokens' own."""
+    dense = trace.kv_bytes_per_token * trace.num_layers * len(trace.tokens)
+    return {
+        "p": representative_threshold(trace),
+        "varies": bool(len(trace.thresholds)) and float(np.ptp(trace.thresholds)) > 0,
+        "kv_bytes": round(dense / trace.kv_saving) if kv_bytes is None else int(kv_bytes),
+        "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
+        "token_bytes": 0 if trace.skip == "mlp" else trace.kv_bytes_per_token,
+        "loss": None if np.isnan(trace.mean_loss) else trace.mean_loss,
+        "model": trace.model,
+    }
+
+
+def representative_threshold(trace: RoutingTrace) -> float:
+    """One p for the slider: that of the rows if they agree, else their mean; four decimals."""
+    return round(float(trace.thresholds.mean()), 4) if len(trace.thresholds) else 0.5
+
+
+def curve(sweep: pd.DataFrame | None) -> list[dict[str, float]]:
+    """Points of the curve view from a `modlab.sweep` frame, by ascending threshold.
+
+    Raises:
+        ModlabError: a column is missing.
+    """
+    if sweep is None:
+        return []
+    need = ["threshold", "kv_bytes", "loss"]
+    missing = [name for name in need if name not in sweep.columns]
+    if missing:
+        raise ModlabError(
+            f"The sweep has no column {', '.join(missing)}; it has {', '.join(map(str, sweep.columns))}. "
+            "Pass the frame that modlab.sweep(model, tokenizer, texts, thresholds=...) returns."
+        )
+    rows = sweep[need].dropna().astype(float).sort_values("threshold")
+    return [dict(zip(("p", "kv_bytes", "loss"), row, strict=True)) for row in rows.itertuples(index=False)]
+
+
+def html_page(trace: RoutingTrace) -> str:
+    """A whole page for one trace: the explorer with its preview, no kernel behind it, nothing loaded from outside."""
+    data = payload(trace)
+    data |= {"view": "explorer", "can_run": False, "points": [], "runs": [], "status": {}, "cursor": -1, "layer": -1}
+    for name in ("gates", "losses"):
+        data[name] = base64.b64encode(data[name]).decode("ascii")
+    # "<" is escaped because a token may well be "</script>".
+    embedded = json.dumps(data).replace("<", "\\u003c")
+    title = html.escape(f"Routing of {len(trace.tokens):,} tokens, {trace.model or 'model'}")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{styles()}
+body {{ margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--mod-ground); }}
+</style>
+</head>
+<body class="modlab-page">
+<main id="modlab"></main>
+<noscript>This page draws with JavaScript, which is turned off.</noscript>
+<script type="application/json" id="modlab-data">{embedded}</script>
+<script type="module">
+{script()}
+showPage(document.getElementById("modlab"), JSON.parse(document.getElementById("modlab-data").textContent));
+</script>
+</body>
+</html>
+"""
