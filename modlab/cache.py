@@ -1,0 +1,375 @@
+"""A KV cache that stores, per layer and row, only the tokens that the layer kept.
+
+A `RaggedLayer` keeps all rows of a batch in one flat buffer, each row in a segment of its own length:
+
+    keys   [G, C, H]   | row 0 ......... free | row 1 ... free | row 2 ............ free |
+    columns   [C]      | where in the padded batch each stored token stood
+
+so that allocated bytes follow kept tokens, whatever the rows' imbalance. Unrouted layers use the layer types that
+`transformers.DynamicCache` would give them.
+
+Shape letters: B batch rows, R rows of one group, S new kept tokens, K keys of a row, G kv heads, H head dim,
+C capacity of the flat buffer in tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from modlab.routing import Routing
+
+NO_KEY = torch.iinfo(torch.int32).max
+"""Column of a key slot that holds no token: later than every query, hence never attended."""
+
+
+class RaggedLayer(CacheLayerMixin):
+    """K/V of one routed layer: kept tokens only, one segment a row in a flat buffer.
+
+    Prefill allocates exactly what it stores. Growth after that leaves each row `slack(n)` free tokens, so that decoding
+    moves the buffer once every 16 kept tokens or more.
+
+    Args:
+        sliding_window: attention span of the layer in tokens, or None. Older tokens are dropped.
+    """
+
+    is_croppable = True
+
+    def __init__(self, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.record_past = False
+        self._empty()
+
+    def _empty(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.columns: Tensor | None = None
+        self.is_initialized = False
+        self.cumulative_length = 0  # columns seen, kept or not; the name is transformers' own
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.capacities: list[int] = []
+
+    @staticmethod
+    def slack(length: int) -> int:
+        """Free tokens left to a row of `length` tokens when its segment grows: at most 16 or 1/32, the larger."""
+        return max(16, length // 32)
+
+    # ---- one forward: begin, then stage + write for each group of rows, then finish ----
+
+    def begin(self, counts: list[int], num_columns: int, device: torch.device) -> None:
+        """Makes room for `counts[b]` new tokens in each row b; `num_columns` tokens of each row have now been seen."""
+        if not self.lengths:
+            self.starts, self.lengths, self.capacities = ([0] * len(counts) for _ in range(3))
+        if len(counts) != len(self.lengths):
+            raise ModlabError(
+                f"the cache holds {len(self.lengths)} row(s), the input has {len(counts)}: use one cache for one batch, "
+                "or cache.batch_repeat_interleave / batch_select_indices."
+            )
+        needed = [n + new for n, new in zip(self.lengths, counts, strict=True)]
+        if any(n > c for n, c in zip(needed, self.capacities, strict=True)):
+            first = not any(self.lengths)
+            rows = list(range(len(needed)))
+            self._rebuild(rows, [n if first else n + self.slack(n) for n in needed], device)
+        # Counted after the rebuild: what that may drop is what the first of the new tokens no longer sees.
+        self.cumulative_length += num_columns
+
+    def stage(self, rows: list[int], columns_RS: Tensor) -> Tensor:
+        """Claims the next slots of `rows` for tokens at `columns_RS`.
+
+        Returns:
+            columns of all keys that `write` will return, int32 [R, K]; `NO_KEY` beyond a row's length.
+        """
+        assert self.columns is not None
+        S = columns_RS.shape[1]
+        if len(rows) == 1:
+            at = self.starts[rows[0]] + self.lengths[rows[0]]
+            self.columns[at : at + S] = columns_RS[0]
+        else:
+            self.columns[self._slots(rows, S)] = columns_RS.to(torch.int32)
+        for row in rows:
+            self.lengths[row] += S
+        return self.key_columns(rows)
+
+    def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores K/V [R, G, S, H] of the tokens just staged; returns all keys and values of these rows [R, G, K, H].
+
+        K is the longest row's length; slots beyond a shorter row's length repeat its last token (finite, masked).
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        assert self.keys is not None and self.values is not None
+        S = keys.shape[2]
+        if len(rows) == 1:
+            end = self.starts[rows[0]] + self.lengths[rows[0]]
+            self.keys[:, end - S : end] = keys[0]
+            self.values[:, end - S : end] = values[0]
+            start = self.starts[rows[0]]
+            return self.keys[None, :, start:end], self.values[None, :, start:end]
+        slots_RS = self._slots(rows, S, staged=True)
+        self.keys[:, slots_RS] = keys.transpose(0, 1)
+        self.values[:, slots_RS] = values.transpose(0, 1)
+        slots_RK = self._key_slots(rows)
+        return self.keys[:, slots_RK].transpose(0, 1), self.values[:, slots_RK].transpose(0, 1)
+
+    def finish(self) -> None:
+        """Drops what a sliding window has left behind, once that is more than the slack."""
+        if self.sliding_window is None or self.record_past or not self.is_initialized:
+            return
+        limit = self.sliding_window - 1
+        if any(n > limit + self.slack(limit) for n in self.lengths):
+            self._rebuild(list(range(len(self.lengths))), None, self.columns.device)  # type: ignore[union-attr]
+
+    def key_columns(self, rows: list[int]) -> Tensor:
+        """Columns of the keys stored for `rows`, int32 [R, K]; `NO_KEY` beyond a row's length."""
+        assert self.columns is not None
+        if len(rows) == 1:
+            start = self.starts[rows[0]]
+            return self.columns[None, start : start + self.lengths[rows[0]]]
+        columns_RK = self.columns[self._key_slots(rows)]
+        lengths_R1 = torch.tensor([[self.lengths[row]] for row in rows], device=columns_RK.device)
+        beyond = torch.arange(columns_RK.shape[1], device=columns_RK.device) >= lengths_R1
+        return columns_RK.masked_fill(beyond, NO_KEY)
+
+    # ---- the flat buffer ----
+
+    def _slots(self, rows: list[int], S: int, staged: bool = False) -> Tensor:
+        """Flat positions [R, S] of the next S slots of `rows`, or of the last S once they are staged."""
+        assert self.columns is not None
+        back = S if staged else 0
+        ends = [self.starts[row] + self.lengths[row] - back for row in rows]
+        device = self.columns.device
+        return torch.tensor(ends, device=device)[:, None] + torch.arange(S, device=device)
+
+    def _key_slots(self, rows: list[int]) -> Tensor:
+        """Flat positions [R, K] of all keys of `rows`, clamped to each row's last key."""
+        assert self.columns is not None
+        device = self.columns.device
+        starts_R1 = torch.tensor([[self.starts[row]] for row in rows], device=device)
+        last_R1 = torch.tensor([[max(self.lengths[row] - 1, 0)] for row in rows], device=device)
+        K = max(self.lengths[row] for row in rows)
+        return starts_R1 + torch.minimum(torch.arange(K, device=device), last_R1)
+
+    def _rebuild(self, rows: list[int], capacities: list[int] | None, device: torch.device) -> None:
+        """Lays the buffer out anew with the old `rows` as its rows (repeats allowed), window leavings dropped."""
+        spans = [(self.starts[r] + self._stale(r), self.starts[r] + self.lengths[r]) for r in rows]
+        lengths = [end - start for start, end in spans]
+        if capacities is None:
+            capacities = [n + self.slack(n) for n in lengths]
+        starts = [sum(capacities[:i]) for i in range(len(rows))]
+        old = (self.keys, self.values, self.columns)
+        self.columns = torch.empty(sum(capacities), dtype=torch.int32, device=device)
+        if self.is_initialized:
+            self._allocate(old[0], old[1])  # type: ignore[arg-type]
+        for name, source in zip(("keys", "values", "columns"), old, strict=True):
+            if source is None:
+                continue
+            target = getattr(self, name)
+            along = target.dim() - 2 if target.dim() > 1 else 0
+            for at, (start, end) in zip(starts, spans, strict=True):
+                target.narrow(along, at, end - start).copy_(source.narrow(along, start, end - start))
+        self.starts, self.lengths, self.capacities = starts, lengths, capacities
+
+    def _stale(self, row: int) -> int:
+        """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding layer)."""
+        if self.sliding_window is None or self.record_past or self.columns is None or not self.lengths[row]:
+            return 0
+        columns = self.columns[self.starts[row] : self.starts[row] + self.lengths[row]]
+        return int((columns <= self.cumulative_length - self.sliding_window).sum())
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        """New K/V buffers of the current capacity; head count, head dim, dtype and device as in the arguments."""
+        C = sum(self.capacities) if self.columns is None else self.columns.numel()
+        self.keys = keys.new_empty(keys.shape[-3], C, keys.shape[-1])
+        self.values = values.new_empty(values.shape[-3], C, values.shape[-1])
+
+    # ---- transformers' cache-layer interface ----
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the K/V buffers once head count, head dim, dtype and device are known."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._allocate(key_states.detach(), value_states.detach())
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores every token of every row, as a dense layer would (the cache of a model that was reverted)."""
+        B, S = key_states.shape[0], key_states.shape[2]
+        first = self.cumulative_length
+        self.begin([S] * B, S, key_states.device)
+        columns = torch.arange(first, first + S, device=key_states.device, dtype=torch.int32)
+        self.stage(list(range(B)), columns.expand(B, S))
+        return self.write(list(range(B)), key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen in each row, kept or not."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """-1 (no maximum), or the sliding window."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset for the mask of *unrouted* layers of the same kind; routed ones build their own."""
+        seen = self.cumulative_length
+        if self.sliding_window is None:
+            return seen + query_length, 0
+        offset = max(seen - self.sliding_window + 1, 0)
+        return seen - offset + query_length, offset
+
+    def activate_past_recording(self) -> None:
+        """Keeps what a sliding window would drop, until the next `crop` (assisted decoding asks for it)."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` columns (a positive number is the length to crop to)."""
+        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
+        target = min(max(target, 0), self.cumulative_length)
+        if self.columns is not None and target < self.cumulative_length:
+            for row, (start, n) in enumerate(zip(self.starts, self.lengths, strict=True)):
+                self.lengths[row] = int((self.columns[start : start + n] < target).sum())
+        self.cumulative_length = target
+        roomy = any(c - n > 2 * self.slack(n) for n, c in zip(self.lengths, self.capacities, strict=True))
+        if self.is_initialized and (roomy or self.sliding_window is not None):
+            recording, self.record_past = self.record_past, False
+            self._rebuild(list(range(len(self.lengths))), None, self.columns.device)  # type: ignore[union-attr]
+            self.record_past = recording
+
+    def reset(self) -> None:
+        """Forgets everything and frees the buffers."""
+        self._empty()
+
+    def _select(self, rows: list[int]) -> None:
+        if not self.lengths:
+            return
+        if self.columns is None:
+            self.starts, self.lengths, self.capacities = ([0] * len(rows) for _ in range(3))
+            return
+        self._rebuild(rows, None, self.columns.device)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was (one host sync)."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` adjacent copies of itself."""
+        self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows `indices` (integers or a bool mask) stay, in that order."""
+        indices = torch.as_tensor(indices)
+        self._select((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
+
+    def offload(self) -> None:
+        raise ModlabError("a ragged layer cannot be offloaded: it is small because skipped tokens are not stored.")
+
+    def __repr__(self) -> str:
+        return f"RaggedLayer(seen={self.cumulative_length}, kept={self.lengths})"
+
+
+class RaggedCache(Cache):
+    """The KV cache of a converted model: what `model.generate` and `model(..., use_cache=True)` use without asking.
+
+    `get_seq_length` counts seen tokens, so positions stay right; reorder, repeat, select, crop, reset and
+    `copy.deepcopy` work as on a `DynamicCache`.
+
+    Args:
+        model: a converted model. (Internally: its config, with `routing`.)
+
+    Attributes:
+        nbytes: bytes allocated now, growth slack and index included.
+        dense_nbytes: bytes that a dense cache would hold for the same tokens.
+        kept_tokens: tokens stored, LongTensor [L, B]. An unrouted layer stores every column, padding too.
+    """
+
+    def __init__(self, model: nn.Module | PreTrainedConfig, routing: Routing | None = None) -> None:
+        config = model.config if isinstance(model, nn.Module) else model
+        if routing is None:
+            from modlab.routing import routing_of  # routing needs this module's class for its own check
+
+            routing = routing_of(model)  # type: ignore[arg-type]
+        layers = list(DynamicCache(config=config).layers)
+        if routing.config.skip != "mlp":
+            for index in routing.layers:
+                layers[index] = RaggedLayer(routing.windows[index])
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all layers, each storage counted once."""
+        storages = {}
+        for layer in self.layers:
+            for name in ("keys", "values", "columns"):
+                tensor = getattr(layer, name, None)
+                if isinstance(tensor, Tensor):
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of K/V that a dense cache would hold for the same columns (sliding windows counted as windows)."""
+        return sum(dense_layer_nbytes(layer) for layer in self.layers)
+
+    @property
+    def kept_tokens(self) -> Tensor:
+        """Tokens stored in each layer and row, LongTensor [L, B]."""
+        per_layer = [stored_tokens(layer) for layer in self.layers]
+        batch = max((len(row) for row in per_layer), default=0)
+        return torch.tensor([row or [0] * batch for row in per_layer], dtype=torch.long).reshape(len(per_layer), batch)
+
+    def __repr__(self) -> str:
+        ragged = sum(isinstance(layer, RaggedLayer) for layer in self.layers)
+        return f"RaggedCache({ragged} of {len(self.layers)} layers ragged, {self.get_seq_length()} tokens seen)"
+
+
+def stored_tokens(layer: CacheLayerMixin) -> list[int]:
+    """Tokens that a cache layer stores for each row; [] before its first use."""
+    if isinstance(layer, RaggedLayer):
+        return list(layer.lengths)
+    keys = getattr(layer, "keys", None)
+    if keys is None or keys.dim() < 4:
+        return []
+    return [keys.shape[-2]] * keys.shape[0]
+
+
+def dense_layer_nbytes(layer: CacheLayerMixin) -> int:
+    """Bytes of K/V that this layer would hold if it stored every column; 0 before its first use."""
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is None or values is None or keys.numel() == 0:
+        return 0
+    rows = len(layer.lengths) if isinstance(layer, RaggedLayer) else keys.shape[0]
+    seen = int(layer.get_seq_length())
+    window = getattr(layer, "sliding_window", None)
+    if window is not None:
+        seen = min(seen, window - 1)
+    per_token = sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in (keys, values))
+    return rows * seen * per_token
+
+
+class PackedView(Cache):
+    """What a routed layer sees as its cache while it runs one group of rows: `update` stores into those rows only."""
+
+    def __init__(self, cache: RaggedCache, layer: RaggedLayer, rows: list[int]) -> None:
+        super().__init__(layers=cache.layers)
+        self.layer = layer
+        self.rows = rows
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores K/V [R, G, S, H] of the group's kept tokens; returns the rows' keys and values [R, G, K, H]."""
+        if self.layers[layer_idx] is not self.layer:
+            raise ModlabError(
+                f"the attention of a routed layer wrote to cache layer {layer_idx}, not to its own: this architecture "
+                "shares K/V between layers, leave such layers unrouted."
+            )
+        return self.layer.write(self.rows, key_states, value_states)

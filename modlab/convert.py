@@ -1,0 +1,132 @@
+"""Dense model in, Mixture-of-Depths model out, in place; and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from modlab import anatomy
+from modlab.config import MoDConfig
+from modlab.errors import ModlabError
+from modlab.generate import RoutedModel
+from modlab.layer import RoutedBranch, RoutedLayer, RoutedMLP, RoutedModule, extend, restore
+from modlab.router import Router
+from modlab.routing import Routing, is_converted, routing_of
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+ROUTER = "mod_router"
+"""Name of the router inside each routed layer; the only parameters that conversion adds."""
+
+
+def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:
+    """Turns a causal LM of transformers into a Mixture-of-Depths model, in place.
+
+    No weight changes and no layer body is copied: routed layers gain a router (`mod_router`) and a forward that skips.
+    With the default config the logits stay the dense model's, exactly; training then teaches the routers what to skip.
+
+    Args:
+        model: any decoder-only model with softmax attention, on any device, in any dtype.
+        config: what to route and how; `MoDConfig()` by default.
+
+    Returns:
+        the same object, with `model.mod` (a `Routing`) added.
+
+    Raises:
+        ModlabError: not a causal LM, no routable layers, an index out of range, or already converted.
+    """
+    config = MoDConfig() if config is None else config
+    if is_converted(model):
+        raise ModlabError("the model is converted already: modlab.revert(model) first, or modlab.set_threshold.")
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise ModlabError(
+            f"modlab.convert needs a causal language model of transformers (AutoModelForCausalLM); this is a "
+            f"{type(model).__name__}."
+        )
+    if model.config.is_encoder_decoder:
+        raise ModlabError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be converted.")
+
+    layers = anatomy.decoder_layers(model)
+    indices, windows = _routable(model, layers, config)
+    ends = {i: anatomy.branch_ends(model, layers[i]) for i in indices} if _needs_branch_ends(config) else {}
+
+    # From here on nothing can fail: a refused conversion has changed nothing.
+    decoder = anatomy.decoder_of(model)
+    routing = Routing(config, indices, len(layers), windows, decoder.config)
+    for index in indices:
+        layer = layers[index]
+        anchor = next(layer.parameters())
+        layer.add_module(ROUTER, Router(decoder.config.hidden_size, config.init_gate, device=anchor.device))
+        layer.mod_router.train(layer.training)
+        _attach(layer, RoutedLayer, routing, index, ends.get(index, []))
+        if config.skip == "attention":
+            _attach(layer.get_submodule(_require(layer, "attention")), RoutedBranch, routing, index, [])
+        elif config.skip == "mlp":
+            _attach(layer.get_submodule(_require(layer, "mlp")), RoutedMLP, routing, index, [])
+    routing.hooks = [
+        decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
+        decoder.register_forward_hook(routing.leave, always_call=True),
+    ]
+    model.mod = routing
+    _attach(model, RoutedModel, routing, -1, [])
+    return model
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `convert`: the same object is the dense model again, bit for bit (with its weights as they are now)."""
+    routing = routing_of(model)
+    hooks: list[RemovableHandle] = routing.hooks
+    for hook in hooks:
+        hook.remove()
+    for module in list(model.modules()):
+        if isinstance(module, RoutedModule):
+            if isinstance(module, RoutedLayer):
+                delattr(module, ROUTER)
+            for name in ("mod_routing", "mod_index", "mod_branch_ends", "mod_extra_outputs"):
+                delattr(module, name)
+            restore(module)
+    del model.mod
+    return model
+
+
+def _attach(module: nn.Module, mixin: type[RoutedModule], routing: Routing, index: int, ends: list[str]) -> None:
+    module.mod_routing, module.mod_index, module.mod_branch_ends = routing, index, ends  # type: ignore[assignment]
+    module.mod_extra_outputs = 1 if mixin is RoutedBranch else 0  # type: ignore[assignment]
+    extend(module, mixin)
+
+
+def _needs_branch_ends(config: MoDConfig) -> bool:
+    return config.gate == "paper" and config.skip == "layer"
+
+
+def _require(layer: nn.Module, branch: str) -> str:
+    name = anatomy.attention_name(layer) if branch == "attention" else anatomy.mlp_name(layer)
+    if name is None:
+        raise ModlabError(f"skip={branch!r}: {type(layer).__name__} has no {branch} module of its own.")
+    return name
+
+
+def _routable(
+    model: PreTrainedModel, layers: nn.ModuleList, config: MoDConfig
+) -> tuple[list[int], dict[int, int | None]]:
+    """Indices to route and their sliding windows. Layers named one by one must be routable, 'all' means what can be."""
+    windows = anatomy.attention_windows(model, len(layers))
+    wanted = config.resolve_layers(len(layers))
+    reasons = {}
+    for index in wanted:
+        if anatomy.attention_name(layers[index]) is None:
+            reasons[index] = "it has no softmax attention"
+        elif isinstance(windows[index], str):
+            reasons[index] = str(windows[index])
+        elif config.skip != "layer":
+            _require(layers[index], config.skip)
+    if reasons and not isinstance(config.layers, str):
+        index, reason = next(iter(reasons.items()))
+        raise ModlabError(f"layer {index} of {type(model).__name__} cannot be routed: {reason}.")
+    indices = [index for index in wanted if index not in reasons]
+    if not indices:
+        raise ModlabError(f"{type(model).__name__} has no routable layers: {next(iter(reasons.values()))}.")
+    return indices, {index: windows[index] for index in indices}  # type: ignore[misc]

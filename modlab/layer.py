@@ -1,0 +1,160 @@
+"""Routed modules: mixins that a layer's own class is extended with, one instance at a time.
+
+`convert` changes the class of a routed layer (of that object only) to ``(RoutedLayer, OriginalClass)``, of the same
+name. The original forward stays where it is, reached by `super()`; nothing is copied and nothing global is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from modlab.arguments import LayerArguments
+from modlab.ops.packed import run_packed, run_packed_mlp
+from modlab.ops.reference import run_masked
+from modlab.router import Router
+from modlab.routing import Decision, ForwardCall, Routing
+
+
+@dataclass
+class Site:
+    """One routed module in one forward: the decision, and what executing it needs to know.
+
+    Attributes:
+        layer_idx: index of the decoder layer.
+        decision: gate and keep of its tokens.
+        call: the model's forward.
+        attention: name of the attention implementation.
+        window: sliding window that matters at this length, or None.
+        form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` (the paper's, by hooks on the branch ends).
+        residual: True if a skipped token passes through (a layer), False if it adds nothing (a branch).
+        branch_ends: submodules whose output the paper's gate multiplies.
+        empty_rest: what stands in for the rest of the output tuple when no token ran.
+    """
+
+    routing: Routing
+    layer_idx: int
+    decision: Decision
+    call: ForwardCall
+    attention: str
+    window: int | None
+    form: str
+    residual: bool
+    branch_ends: list[str]
+    empty_rest: tuple[None, ...]
+
+    @staticmethod
+    def split(output: Any) -> tuple[Tensor, Any]:
+        """A module's output as (hidden states, rest of the tuple or ())."""
+        return (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
+
+
+class RoutedModule(nn.Module):
+    """What all routed modules share. Set by `convert`: routing state, layer index, and the dense class.
+
+    (transformers evaluates the annotations of a model's bases, so their names must exist at run time.)
+    """
+
+    dense_class: type[nn.Module]
+    mod_routing: Routing
+    mod_index: int
+    mod_branch_ends: list[str]
+    mod_extra_outputs: int
+
+    def make_site(self, decision: Decision, residual: bool) -> Site:
+        """The site of this module in the forward in progress."""
+        routing, call = self.mod_routing, self.mod_routing.require_call()
+        window = routing.windows[self.mod_index]
+        scaled = routing.config.gate == "paper" and residual
+        form = "scaled" if scaled else "fused" if routing.config.gate == "paper" else routing.config.gate
+        return Site(
+            routing=routing,
+            layer_idx=self.mod_index,
+            decision=decision,
+            call=call,
+            attention=routing.attention,
+            window=window if window is not None and window < call.num_columns else None,
+            form=form,
+            residual=residual,
+            branch_ends=self.mod_branch_ends,
+            empty_rest=(None,) * self.mod_extra_outputs,
+        )
+
+    def runs_masked(self) -> bool:
+        """Whether this forward takes the masked path: the reference itself, or a what-if pass."""
+        return self.mod_routing.masked or (self.training and self.mod_routing.what_if)
+
+    def joined(self, out: Tensor, rest: tuple[Any, ...]) -> Any:
+        """The output in the form the dense module returns it."""
+        self.mod_extra_outputs = len(rest)
+        return (out, *rest) if rest else out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles and copies as (dense class, mixin, state), since the extended class has no importable name."""
+        return _rebuild, (self.dense_class, type(self).__bases__[0]), self.__dict__
+
+
+class RoutedLayer(RoutedModule):
+    """A decoder layer with a router: decides for every token, then runs itself or lets a branch follow the decision."""
+
+    mod_router: Router
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = LayerArguments(self.dense_class, args, kwargs)
+        routing = self.mod_routing
+        decision = routing.decide(self.mod_index, self.mod_router, arguments.hidden, self.training)
+        if routing.config.skip != "layer":
+            return super().forward(*args, **kwargs)
+        run = run_masked if self.runs_masked() else run_packed
+        return self.joined(*run(self, super().forward, arguments, self.make_site(decision, residual=True)))
+
+
+class RoutedBranch(RoutedModule):
+    """An attention module that runs for the tokens that its layer's router keeps, and adds nothing to the others."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = LayerArguments(self.dense_class, args, kwargs)
+        site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
+        run = run_masked if self.runs_masked() else run_packed
+        return self.joined(*run(self, super().forward, arguments, site))
+
+
+class RoutedMLP(RoutedModule):
+    """An MLP that runs for the tokens that its layer's router keeps, and adds nothing to the others."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = LayerArguments(self.dense_class, args, kwargs)
+        site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
+        run = run_masked if self.runs_masked() else run_packed_mlp
+        return self.joined(*run(self, super().forward, arguments, site))
+
+
+@functools.cache
+def extended_class(dense_class: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """`dense_class` with `mixin` before it; keeps the dense name, by which accelerate and FSDP know layers."""
+    namespace = {
+        "__module__": dense_class.__module__,
+        "__qualname__": dense_class.__qualname__,
+        "__doc__": dense_class.__doc__,
+        "dense_class": dense_class,
+    }
+    return type(dense_class.__name__, (mixin, dense_class), namespace)
+
+
+def extend(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Gives this one object the class ``(mixin, its own class)``."""
+    module.__class__ = extended_class(type(module), mixin)
+
+
+def restore(module: nn.Module) -> None:
+    """Gives an extended object its own class back."""
+    module.__class__ = type(module).dense_class  # type: ignore[attr-defined]
+
+
+def _rebuild(dense_class: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+    module = dense_class.__new__(dense_class)
+    extend(module, mixin)
+    return module

@@ -1,0 +1,58 @@
+"""How the gate enters a routed module's output: the three gate forms, shared by reference and packed execution.
+
+Shape letters: B rows, T tokens (all of them, or the kept ones), D model dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, training: bool) -> Tensor:
+    """Output of kept tokens.
+
+    Args:
+        form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` where the branches inside y carry the gate already.
+        y: what the module computed, [B, T, D].
+        skipped: what the token would be if skipped: the module's input [B, T, D], or 0.0 for a branch.
+        gate: fp32 [B, T].
+        training: whether the router needs a gradient.
+    """
+    if form == "scaled":
+        return y
+    g = gate.to(y.dtype)[..., None]
+    if form == "fused":
+        return skipped + g * (y - skipped)
+    return y + straight_through(g) * (y - skipped) if training else y
+
+
+def straight_through(g: Tensor) -> Tensor:
+    """Zero in value, the gate in gradient. Its sum with a 0/1 mask is that mask, exactly, whatever the rounding."""
+    return g - g.detach()
+
+
+@contextlib.contextmanager
+def scaled_branches(module: nn.Module, ends: list[str], weight_BT: Tensor | None) -> Iterator[None]:
+    """Inside this block what the submodules `ends` of `module` return is multiplied by `weight_BT`.
+
+    The ends are the last modules of the attention and the MLP branch before their residual additions, so this is the
+    paper's form: u = x + g·Attn(Norm(x)), x' = u + g·MLP(Norm(u)). None leaves the outputs alone.
+    """
+    handles = []
+    if weight_BT is not None:
+
+        def scale(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (output[0] * weight_BT.to(output[0].dtype)[..., None], *output[1:])
+            return output * weight_BT.to(output.dtype)[..., None]
+
+        handles = [module.get_submodule(name).register_forward_hook(scale) for name in ends]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,175 @@
+"""Packed execution of a routed module: kept tokens are gathered, run, and put back; skipped tokens cost nothing.
+
+Outside training no projection, attention or MLP row is computed for a skipped token or for padding: rows of a batch
+that keep the same number of tokens run together, others on their own (in decoding all rows that keep run together).
+In training all rows run together, right-padded to the longest, which suits a GPU better.
+
+The number of kept tokens shapes the tensors, so each routed layer costs one host sync a forward.
+
+Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.arguments import LayerArguments
+from modlab.cache import PackedView, RaggedCache, RaggedLayer
+from modlab.errors import ModlabError
+from modlab.masks import as_attention_mask, packed_mask
+from modlab.ops.combine import gated_output, scaled_branches
+
+if TYPE_CHECKING:
+    from modlab.layer import Site
+
+
+@dataclass
+class Group:
+    """Rows that run in one call: `index_RS` holds the time positions of their kept tokens.
+
+    With `padded`, the slots of a row beyond its kept tokens hold skipped ones; causality keeps them from being seen,
+    and their outputs are dropped.
+    """
+
+    rows: list[int]
+    index_RS: Tensor
+    padded: bool = False
+
+
+def exact_groups(keep_BT: Tensor, counts: list[int], one_row_each: bool = False) -> list[Group]:
+    """Rows grouped by how many tokens they keep, kept tokens in order; rows that keep nothing are in no group."""
+    if len(counts) == 1:
+        return [Group([0], keep_BT[0].nonzero()[None, :, 0])] if counts[0] else []
+    rows_by_count: dict[Any, list[int]] = {}
+    for row, count in enumerate(counts):
+        if count:
+            rows_by_count.setdefault((count, row if one_row_each else None), []).append(row)
+    order_BT = kept_first(keep_BT)
+    return [Group(rows, order_BT[rows, :count]) for (count, _), rows in rows_by_count.items()]
+
+
+def padded_group(keep_BT: Tensor, counts: list[int]) -> list[Group]:
+    """All rows together, each row's kept tokens first and then as many skipped ones as the longest row needs."""
+    longest = max(counts)
+    if not longest:
+        return []
+    return [Group(list(range(len(counts))), kept_first(keep_BT)[:, :longest], padded=min(counts) < longest)]
+
+
+def kept_first(keep_BT: Tensor) -> Tensor:
+    """Time positions [B, T] with each row's kept tokens first, both parts in order."""
+    return (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def run_packed(module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site) -> tuple[Tensor, Any]:
+    """Runs `module` on the kept tokens only. Arguments and result as in `reference.run_masked`; a cache is allowed."""
+    x_BTD, keep = arguments.hidden, site.decision.keep
+    cache = arguments.cache()
+    counts: list[int] = keep.sum(1).tolist()  # the one host sync
+    layer = cache.layers[site.layer_idx] if cache is not None else None
+    was_ragged = False
+    if isinstance(layer, RaggedLayer):
+        was_ragged = any(n != layer.cumulative_length for n in layer.lengths)
+        layer.begin(counts, arguments.time, x_BTD.device)
+    elif layer is not None:
+        raise ModlabError(f"cache layer {site.layer_idx} is not ragged: use modlab.RaggedCache of this very model.")
+
+    everything = all(count == arguments.time for count in counts)
+    if everything and not was_ragged and (layer is None or site.window is None):
+        # Nothing to skip and nothing ever skipped: the dense call itself, mask and all, bit for bit.
+        times = torch.arange(arguments.time, device=x_BTD.device)
+        group = Group(list(range(arguments.batch)), times.expand(arguments.batch, -1))
+        changes = _cache_changes(arguments, site, cache, layer, group)[0]
+        with scaled_branches(module, site.branch_ends, site.decision.gate if site.form == "scaled" else None):
+            y, rest = site.split(arguments.call(dense, changes))
+        skipped = x_BTD if site.residual else 0.0
+        out = gated_output(site.form, y, skipped, site.decision.gate, module.training)
+    else:
+        out, rest = _run_groups(module, dense, arguments, site, cache, layer, counts)
+    if isinstance(layer, RaggedLayer):
+        layer.finish()
+    return out, rest
+
+
+def _run_groups(
+    module: nn.Module,
+    dense: Callable[..., Any],
+    arguments: LayerArguments,
+    site: Site,
+    cache: RaggedCache | None,
+    layer: RaggedLayer | None,
+    counts: list[int],
+) -> tuple[Tensor, Any]:
+    x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
+    if module.training and cache is None:
+        groups = padded_group(keep, counts)
+    else:
+        groups = exact_groups(keep, counts, one_row_each="flash" in site.attention)
+    rest: Any = site.empty_rest
+    if not groups and site.residual:
+        return x_BTD, rest
+    out = x_BTD.clone() if site.residual else torch.zeros_like(x_BTD)
+    for group in groups:
+        rows_R1 = torch.tensor(group.rows, device=x_BTD.device)[:, None]
+        changes = arguments.select(group.rows, group.index_RS)
+        cache_changes, keys_RK = _cache_changes(arguments, site, cache, layer, group)
+        changes |= cache_changes
+        mask_name = arguments.mask_name()
+        if mask_name is not None:
+            changes[mask_name] = _group_mask(site, group, keys_RK, x_BTD.dtype)
+        gate_RS = gate[rows_R1, group.index_RS]
+        with scaled_branches(module, site.branch_ends, gate_RS if site.form == "scaled" else None):
+            y_RSD, rest = site.split(arguments.call(dense, changes))
+        skipped = changes[arguments.hidden_name] if site.residual else 0.0
+        y_RSD = gated_output(site.form, y_RSD, skipped, gate_RS, module.training)
+        where = (rows_R1.expand_as(group.index_RS), group.index_RS)
+        if group.padded:
+            valid_RS = keep[where]
+            where, y_RSD = (where[0][valid_RS], where[1][valid_RS]), y_RSD[valid_RS]
+        out.index_put_(where, y_RSD.to(out.dtype))
+    return out, tuple(None for _ in rest)
+
+
+def _cache_changes(
+    arguments: LayerArguments, site: Site, cache: RaggedCache | None, layer: RaggedLayer | None, group: Group
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Puts a view on the group's rows in the place of the cache; returns it and the columns of the keys [R, K]."""
+    name = arguments.cache_name()
+    if cache is None or layer is None or name is None:
+        return {}, None
+    keys_RK = layer.stage(group.rows, site.call.columns[group.index_RS])
+    return {name: PackedView(cache, layer, group.rows)}, keys_RK
+
+
+def _group_mask(site: Site, group: Group, keys_RK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Mask for one group, or None where the attention's own causal flag says the same."""
+    S = group.index_RS.shape[1]
+    flash = "flash" in site.attention
+    if flash and site.window is not None:
+        raise ModlabError("a routed sliding-window layer needs a mask: use model.set_attn_implementation('sdpa').")
+    fresh = keys_RK is None or keys_RK.shape[1] == S  # no cached key before the new ones
+    plain = len(group.rows) == 1 or fresh
+    if site.window is None and plain and (flash or (site.attention == "sdpa" and (fresh or S == 1))):
+        return None
+    queries_RS = site.call.columns[group.index_RS]
+    allowed = packed_mask(queries_RS, queries_RS if keys_RK is None else keys_RK, site.window)
+    if group.padded:
+        # A right-padding slot stands before its row's later kept tokens in time, though after them in the pack.
+        allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
+    return as_attention_mask(allowed, site.attention, dtype)
+
+
+def run_packed_mlp(module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site) -> tuple[Tensor, Any]:
+    """Runs an MLP on the kept tokens of all rows at once: no token of it looks at another."""
+    x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
+    out = torch.zeros_like(x_BTD)
+    if not bool(keep.any()):
+        return out, site.empty_rest
+    y, rest = site.split(arguments.call(dense, {arguments.hidden_name: x_BTD[keep][None]}))
+    y = gated_output(site.form, y, 0.0, gate[keep][None], module.training)
+    return out.index_put((keep,), y[0].to(out.dtype)), tuple(None for _ in rest)

@@ -1,0 +1,82 @@
+"""The specification of a routed module, in masked form: every token runs, a mask decides what counts.
+
+Slow on purpose and simple. Packed execution (`packed.py`) must agree with it within rounding, which the tests hold for
+random routings, batches and paddings. Training uses it for what-if passes, in which skipped tokens run too and tell
+the router what they would have gained.
+
+Shape letters: B batch rows, T tokens, D model dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.arguments import LayerArguments
+from modlab.errors import ModlabError
+from modlab.masks import as_attention_mask, masked_reference_mask
+from modlab.ops.combine import gated_output, scaled_branches, straight_through
+from modlab.routing import routing_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from modlab.layer import Site
+
+
+@contextlib.contextmanager
+def masked_execution(model: PreTrainedModel) -> Iterator[None]:
+    """Inside this block a converted model runs in masked form (no cache): the yardstick for the packed form."""
+    routing = routing_of(model)
+    before = routing.masked
+    routing.masked = True
+    try:
+        yield
+    finally:
+        routing.masked = before
+
+
+def run_masked(module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site) -> tuple[Tensor, Any]:
+    """Runs `module` on all tokens; kept tokens attend to kept tokens only, skipped tokens come out as if skipped.
+
+    Args:
+        module: the routed layer, attention or MLP.
+        dense: its unrouted forward.
+        arguments: of this call, with hidden states [B, T, D] and no cache.
+        site: the decision and what surrounds it.
+
+    Returns:
+        output [B, T, D] and the rest of the module's output tuple (() if it returned a tensor).
+    """
+    if arguments.cache_name() is not None:
+        raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
+    keep, gate = site.decision.keep, site.decision.gate
+    what_if = module.training and site.routing.what_if
+    changes: dict[str, Any] = {}
+    mask_name = arguments.mask_name()
+    if mask_name is not None:
+        if "flash" in site.attention:
+            raise ModlabError(
+                "what-if passes and the masked reference need a mask, which flash attention does not take: use "
+                "model.set_attn_implementation('sdpa'), or model.mod.what_if = False."
+            )
+        allowed = masked_reference_mask(keep, site.call.real, site.window)
+        changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype)
+
+    weight = None
+    if site.form == "scaled":
+        skipped_weight = straight_through(gate) if what_if else torch.zeros_like(gate)
+        weight = torch.where(keep, gate, skipped_weight)
+    with scaled_branches(module, site.branch_ends, weight):
+        y, rest = site.split(arguments.call(dense, changes))
+
+    skipped = arguments.hidden if site.residual else torch.zeros_like(y)
+    kept_out = gated_output(site.form, y, skipped, gate, module.training)
+    if site.form == "scaled":
+        return (kept_out if what_if else torch.where(keep[..., None], kept_out, skipped)), rest
+    skipped_out = skipped + straight_through(gate.to(y.dtype)[..., None]) * (y - skipped) if what_if else skipped
+    return torch.where(keep[..., None], kept_out, skipped_out), rest
