@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ModlabError
+from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -354,11 +354,12 @@ def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:
     bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     if bos is None and eos is None:
         raise ModlabError(
-            f"The tokenizer {type(tokenizer).__name__} has neither a bos nor an eos token: documents could not "
-            'be told apart once packed. Set one of its tokens as such, for example tokenizer.eos_token = "</s>".'
+            f"The tokenizer {type(tokenizer).__name__} has neither a bos nor an eos token, so packed "
+            'documents could not be told apart. Set one, for example tokenizer.eos_token = "</s>".'
         )
     if bos is None or eos is None or bos == eos:
-        return [bos if bos is not None else eos], []
+        only: int = bos if bos is not None else eos  # type: ignore[assignment]
+        return [only], []
     return [bos], [eos]
 
 

@@ -1,0 +1,156 @@
+"""The settings of a training run, their refusals, and the schedules that follow from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from modlab.errors import ModlabError
+
+Objective = Literal["auto", "target", "load", "bce", "none"]
+Precision = Literal["auto", "bf16", "no"]
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `modlab.train`. Every default works; `steps`, `tokens` or `max_minutes` says how long.
+
+    Attributes:
+        out: folder for log.jsonl, checkpoints/ and the final model/; None writes nothing.
+        steps: optimiser steps.
+        tokens: tokens to train on, instead of `steps` (rounded up to whole steps).
+        max_minutes: with `steps` or `tokens`: this call stops after so many minutes, with a checkpoint to
+            resume from. Alone: the run is that long, and all schedules follow the clock.
+        batch_size: rows per process and forward.
+        grad_accum: forwards per optimiser step. A step sees batch_size * grad_accum * processes rows.
+        lr: peak learning rate.
+        router_lr: peak learning rate of the routers; None means `lr`.
+        warmup: linear warm-up, in steps, or as a share of the run if below 1.
+        min_lr_ratio: the cosine ends at this share of the peak.
+        weight_decay: of matrices; vectors and routers have none.
+        betas: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        mixed_precision: "bf16" autocast, "no", or "auto": bf16 on CUDA, none elsewhere. Weights and optimiser
+            are fp32 during training in either case; the model gets its own dtypes back afterwards.
+        objective: "target" (two-sided keep ratio), "load" (the paper's), "bce" (top-k), "none", or "auto":
+            target for threshold routing, bce for top-k, none for a dense model.
+        keep_ratio: what "target" aims at: mean share of tokens kept in the routed layers, in (0, 1].
+        lam: weight of the target term.
+        per_layer: "target" pulls every layer to keep_ratio instead of their mean.
+        alpha: weight of the load term.
+        bce: weight of the top-k term.
+        ramp: share of the run over which the target falls from 1 to keep_ratio.
+        what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
+            tokens give the router a gradient too (`model.mod.what_if`). The rest run packed.
+        kl: weight of KL(teacher || model); needs `teacher=`.
+        freeze_base: train routers only.
+        seed: of the data order and all random number generators.
+        log_every: steps between two log lines (the only place where the device is waited for).
+        eval_every: steps between two evaluations on `eval_data`; 0 evaluates at the end only.
+        eval_batches: batches a held-out evaluation uses; 0 uses all.
+        save_every: steps between two checkpoints; 0 saves one only when the run is cut short.
+        keep_last: checkpoints kept.
+        resume: None starts afresh and refuses a folder that holds a run; "auto" takes up the newest
+            checkpoint in
+            `out` if there is one; a path names the checkpoint.
+        compile: torch.compile a dense model.
+        num_workers: loader processes for data that is not preloaded.
+    """
+
+    out: str | Path | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 8
+    grad_accum: int = 1
+    lr: float = 3e-4
+    router_lr: float | None = None
+    warmup: float = 0.02
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    mixed_precision: Precision = "auto"
+    objective: Objective = "auto"
+    keep_ratio: float = 0.25
+    lam: float = 2.0
+    per_layer: bool = False
+    alpha: float = 0.01
+    bce: float = 0.01
+    ramp: float = 0.2
+    what_if: float = 1.0
+    kl: float = 0.0
+    freeze_base: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    resume: str | Path | None = None
+    compile: bool = False
+    num_workers: int = 2
+
+    def check(self) -> None:
+        """Refuse impossible settings, each with what to do.
+
+        Raises:
+            ModlabError: a field has a value that cannot work.
+        """
+        if self.steps is not None and self.tokens is not None:
+            raise ModlabError(f"Both steps={self.steps} and tokens={self.tokens} are set; give one of them.")
+        if self.steps is None and self.tokens is None and self.max_minutes is None:
+            raise ModlabError("How long to train? Set one of steps, tokens or max_minutes.")
+        for name in ("steps", "tokens", "max_minutes", "router_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ModlabError(f"{name}={value} has to be above 0.")
+        for name in ("batch_size", "grad_accum", "lr", "max_grad_norm", "log_every", "keep_last"):
+            if not getattr(self, name) > 0:
+                raise ModlabError(f"{name}={getattr(self, name)} has to be above 0.")
+        for name in (
+            *("warmup", "weight_decay", "lam", "alpha", "bce", "kl"),
+            *("eval_every", "eval_batches", "save_every", "num_workers"),
+        ):
+            if not getattr(self, name) >= 0:
+                raise ModlabError(f"{name}={getattr(self, name)} has to be 0 or more.")
+        for name in ("ramp", "what_if", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ModlabError(f"{name}={getattr(self, name)} is a share and has to lie in [0, 1].")
+        if not 0 < self.keep_ratio <= 1:
+            raise ModlabError(
+                f"keep_ratio={self.keep_ratio} has to lie in (0, 1]: 0.25 keeps a quarter, 1 everything."
+            )
+        for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ModlabError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}."
+                )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ModlabError(f"betas={self.betas} has to be two numbers in [0, 1).")
+        if self.out is None and (self.save_every or self.resume is not None):
+            raise ModlabError(f"save_every={self.save_every}, resume={self.resume!r} need a folder: set out.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
+    """Share of the peak learning rate in optimiser step `step` (from 0), `progress` in [0, 1] of the run."""
+    if config.warmup >= 1:
+        warm = (step + 1) / config.warmup
+    elif config.warmup > 0:  # a first step at rate 0 would be wasted
+        warm = max(progress, 1e-3) / config.warmup
+    else:
+        warm = 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return min(1.0, warm) * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def is_what_if(share: float, step: int) -> bool:
+    """Whether step `step` (from 0) is one of the evenly spread `share` of what-if steps; the first one always
+    is, unless the share is 0."""
+    return math.ceil((step + 1) * share - 1e-9) > math.ceil(step * share - 1e-9)

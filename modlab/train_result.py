@@ -1,0 +1,93 @@
+"""What a training run leaves: its history as a table, a figure and a short HTML summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Stopped = Literal["finished", "time", "interrupted", "data"]
+
+
+@dataclass
+class TrainResult:
+    """Outcome of `modlab.train`.
+
+    Attributes:
+        history: one row a log line: step, tokens, loss (nats), keep_ratio (mean over routed layers),
+            keep_<layer>, objective (its value), kl, target, lr, grad_norm, tokens_per_s, seconds; eval_loss
+            and eval_keep_ratio where an evaluation ran.
+        model: the trained model, in eval mode.
+        out: the run's folder, or None.
+        steps: optimiser steps done in all.
+        tokens: tokens trained on in all.
+        seconds: training time in all, resumed parts included.
+        stopped: why it ended: "finished", "time" (max_minutes), "interrupted", or "data" (a one-time stream
+            ended).
+    """
+
+    history: pd.DataFrame
+    model: Any = field(repr=False)
+    out: Path | None
+    steps: int
+    tokens: int
+    seconds: float
+    stopped: Stopped = "finished"
+
+    @property
+    def interrupted(self) -> bool:
+        """True if Ctrl-C or the notebook's stop button ended the run."""
+        return self.stopped == "interrupted"
+
+    def plot(self) -> go.Figure:
+        """Loss over tokens, and the keep ratio of each routed layer where there are any."""
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
+
+        frame = self.history
+        kept = [c for c in frame.columns if c.startswith("keep_")]
+        figure = make_subplots(
+            rows=2 if kept else 1,
+            cols=1,
+            shared_xaxes=True,
+            row_titles=["loss (nats)", "kept"][: 2 if kept else 1],
+        )
+        for name in ("loss", "eval_loss"):
+            if name in frame:
+                line = frame[["tokens", name]].dropna()
+                mode = "lines" if name == "loss" else "lines+markers"
+                figure.add_trace(
+                    go.Scatter(x=line["tokens"], y=line[name], name=name, mode=mode), row=1, col=1
+                )
+        for name in kept:
+            width = 3 if name == "keep_ratio" else 1
+            figure.add_trace(
+                go.Scatter(x=frame["tokens"], y=frame[name], name=name, mode="lines", line={"width": width}),
+                row=2,
+                col=1,
+            )
+        if kept and "target" in frame:
+            figure.add_trace(
+                go.Scatter(x=frame["tokens"], y=frame["target"], name="target", line={"dash": "dot"}),
+                row=2,
+                col=1,
+            )
+        figure.update_xaxes(title_text="tokens", row=2 if kept else 1)
+        figure.update_layout(height=600 if kept else 350, margin={"t": 30})
+        return figure
+
+    def _repr_html_(self) -> str:
+        head = f"{self.stopped}: {self.steps:,} steps, {self.tokens:,} tokens, {self.seconds:,.0f} s"
+        where = f" · {self.out}" if self.out is not None else ""
+        columns = [
+            c
+            for c in ("step", "tokens", "loss", "keep_ratio", "target", "lr", "tokens_per_s", "eval_loss")
+            if c in self.history
+        ]
+        table = self.history[columns].tail(5).to_html(index=False, float_format="%.4g", border=0)
+        return f"<p><b>TrainResult</b> · {head}{where}</p>{table}"
