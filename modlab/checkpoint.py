@@ -1,0 +1,214 @@
+"""Saving and loading converted models: dense weights as transformers writes them, routers beside them, all or nothing.
+
+A folder holds what plain transformers reads (config.json, model.safetensors, ...) plus
+
+    modlab_config.json            MoDConfig, current thresholds
+    modlab_router.safetensors     router weights, fp32
+
+so that without modlab the same folder is the dense model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from modlab.config import MoDConfig
+from modlab.convert import ROUTER, convert
+from modlab.errors import ModlabError
+from modlab.routing import routing_of, set_threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG_FILE = "modlab_config.json"
+ROUTER_FILE = "modlab_router.safetensors"
+WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMOS = {"demo": "mod", "demo-dense": "dense"}
+
+
+def load(name_or_path: str | os.PathLike[str], **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer, converted if the folder was saved converted.
+
+    Args:
+        name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense twin), a local
+            folder, or a hub id.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...). The demos load in fp32
+            unless `dtype` says otherwise, since two CPU cores are slow in bf16.
+
+    Returns:
+        (model in eval mode, tokenizer). A model saved dense comes back dense: call `modlab.convert` on it.
+
+    Raises:
+        ModlabError: no such folder, no weights in it, corrupt weights, or a hub id that cannot be reached.
+    """
+    name = str(name_or_path)
+    source = name
+    if name in DEMOS:
+        source = str(DEMO_FOLDER / DEMOS[name])
+        kwargs.setdefault("dtype", torch.float32)
+        if not Path(source, "config.json").is_file():
+            raise ModlabError(
+                f"this installation lacks the demo model ({source}): reinstall modlab from its wheel, or make the demo "
+                "with scripts/demo/run.py."
+            )
+    _check_folder(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(kwargs))
+    except SafetensorError as error:
+        raise ModlabError(f"the weights in {name!r} are corrupt ({error}): copy or download them again.") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModlabError(_explain(name, error)) from error
+
+    described = _file(source, CONFIG_FILE, kwargs)
+    if described is not None:
+        _restore_routers(model, described, _file(source, ROUTER_FILE, kwargs), name)
+    return model.eval(), tokenizer
+
+
+def _restore_routers(model: PreTrainedModel, described: str, weights: str | None, name: str) -> None:
+    try:
+        saved = json.loads(Path(described).read_text(encoding="utf-8"))
+        config = MoDConfig.from_dict(saved["config"])
+        thresholds = {int(layer): p for layer, p in saved["thresholds"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ModlabError(f"{CONFIG_FILE} in {name!r} cannot be read ({error!r}): save the model again.") from error
+    if weights is None:
+        raise ModlabError(f"{name!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
+    try:
+        routers = load_file(weights)
+    except SafetensorError as error:
+        raise ModlabError(f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again.") from error
+    convert(model, config)
+    expected = set(_router_state(model))
+    if set(routers) != expected:
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} holds routers for other layers than this model has "
+            f"({sorted(set(routers) ^ expected)[0]}): the folder mixes two models, save it again."
+        )
+    model.load_state_dict(routers, strict=False)
+    set_threshold(model, thresholds)
+
+
+def save_converted(
+    model: PreTrainedModel,
+    save_dense: Callable[..., Any],
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Writes a converted model; `RoutedModel.save_pretrained` calls this with the dense class's own `save_pretrained`."""
+    if push_to_hub:
+        raise ModlabError("push_to_hub=True: save to a folder, then run `hf upload <repo> <folder>`.")
+    if not is_main_process:
+        return
+    state = model.state_dict() if state_dict is None else state_dict
+    routers = {name: t.detach().cpu().contiguous() for name, t in state.items() if f".{ROUTER}." in name}
+    dense = {name: t for name, t in state.items() if name not in routers}
+    routing = routing_of(model)
+    described = {"config": routing.config.to_dict(), "thresholds": routing.thresholds}
+    with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
+        save_dense(folder, state_dict=dense, **kwargs)
+        save_file(routers, folder / ROUTER_FILE)
+        text = json.dumps(described, indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _router_state(model: PreTrainedModel) -> list[str]:
+    return [name for name in model.state_dict() if f".{ROUTER}." in name]
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; its files move into `path` only once the block has ended well.
+
+    A full disk, an error or Ctrl-C inside the block leaves `path` as it was. Other files in `path` stay.
+
+    Args:
+        path: the folder to fill; made if absent.
+        replaces: glob patterns of old files in `path` that go when the new ones are in place (shards of another count).
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ModlabError(f"{str(path)!r} is a file: give the name of a folder to save to.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        new = sorted(p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file())
+        if not target.exists():
+            temporary.rename(target)
+            return
+        stale = {p.relative_to(target) for pattern in replaces for p in target.glob(pattern)} - set(new)
+        for file in new:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / file, target / file)
+        for file in stale:
+            (target / file).unlink()
+    except OSError as error:
+        raise ModlabError(
+            f"saving to {str(path)!r} failed ({error}); the folder is as it was. Free some space or choose another."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_folder(source: str) -> None:
+    """Refuses what is clearly a local path without a model in it, before transformers takes it for a hub id."""
+    folder = Path(source)
+    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if not looks_local:
+        return
+    if not folder.is_dir():
+        raise ModlabError(f"{source!r} is not a folder: give a model folder, a hub id, 'demo' or 'demo-dense'.")
+    if not (folder / "config.json").is_file():
+        raise ModlabError(f"{source!r} holds no config.json, so no model: give a folder that save_pretrained wrote.")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+        raise ModlabError(f"{source!r} holds no weights (model*.safetensors): copy or download them into it.")
+
+
+def _explain(name: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    first = lines[0][:300] if lines else type(error).__name__
+    if Path(name).exists():
+        return f"the model in {name!r} cannot be loaded: {first}"
+    return (
+        f"{name!r} is neither a local folder nor a model that the hub gave: {first} "
+        "Check the name and the network, or give a local folder, 'demo' or 'demo-dense'."
+    )
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:
+    path = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_hub_arguments(kwargs),
+    )
+    return None if path is None else str(path)

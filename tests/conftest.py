@@ -1,0 +1,56 @@
+"""Models and data that several tests share. Everything is made here or looked for in MODLAB_TEST_DATA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import modlab
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    sizes: dict[str, object] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+@pytest.fixture
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    """Makes a tiny dense Llama with random weights; keyword arguments change its config."""
+
+    def make(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(tiny_config(**changes)).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """A tiny converted Llama: 6 layers, 1, 3 and 5 routed, all gates open."""
+    return modlab.convert(make_llama(), modlab.MoDConfig())
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of third-party checkpoints and texts; tests that need it are skipped where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MODLAB_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("third-party test data is absent (set MODLAB_TEST_DATA)")
+    return folder
