@@ -23,7 +23,13 @@ from modlab.errors import ModlabError
 if TYPE_CHECKING:
     import torch
 
-_ARRAYS = {"token_ids": np.int64, "gate": np.float32, "keep": np.bool_, "thresholds": np.float32, "loss": np.float32}
+_ARRAYS = {
+    "token_ids": np.int64,
+    "gate": np.float32,
+    "keep": np.bool_,
+    "thresholds": np.float32,
+    "loss": np.float32,
+}
 _META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip")
 
 
@@ -64,7 +70,7 @@ class RoutingTrace:
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
         r, t = len(self.layers), len(self.tokens)
         if not r or not t:
-            raise ModlabError(f"A RoutingTrace needs a routed layer and a token; got {r} layers and {t} tokens.")
+            raise ModlabError(f"RoutingTrace needs a routed layer and a token; got {r} layers, {t} tokens.")
         want = {"token_ids": (t,), "gate": (r, t), "keep": (r, t), "thresholds": (r,), "loss": (t,)}
         for name, shape in want.items():
             if getattr(self, name).shape != shape:
@@ -72,8 +78,10 @@ class RoutingTrace:
                     f"RoutingTrace.{name} has shape {getattr(self, name).shape}; {r} routed layers and "
                     f"{t} tokens need {shape}."
                 )
-        if list(self.layers) != sorted(set(self.layers)) or not all(0 <= i < self.num_layers for i in self.layers):
-            raise ModlabError(f"RoutingTrace.layers must ascend within 0..{self.num_layers - 1}, not {self.layers}.")
+        if list(self.layers) != [i for i in range(self.num_layers) if i in self.layers]:
+            raise ModlabError(
+                f"RoutingTrace.layers must ascend in 0..{self.num_layers - 1}, not {self.layers}."
+            )
 
     # -- figures --------------------------------------------------------------------------------------------
 
@@ -89,7 +97,7 @@ class RoutingTrace:
 
     @property
     def kv_saving(self) -> float:
-        """Dense K/V over stored K/V, >= 1: 1 / mean of the keep ratio over all L layers, dense ones counting 1."""
+        """Dense over stored K/V, >= 1: 1 / mean keep ratio over all L layers, dense ones counting 1."""
         return self._saving(self.keep)
 
     @property
@@ -125,7 +133,7 @@ class RoutingTrace:
     # -- files ----------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one compressed .npz (no pickle inside). A file of that name is replaced only when all is written."""
+        """Write one compressed .npz, no pickle inside; an older file is replaced only when all is written."""
         path = Path(path)
         meta = json.dumps({name: getattr(self, name) for name in _META})
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -153,7 +161,15 @@ class RoutingTrace:
                 return cls(**{name: meta[name] for name in _META}, **{name: file[name] for name in _ARRAYS})
         except FileNotFoundError:
             raise ModlabError(f"There is no file {path}. RoutingTrace.save(path) makes one.") from None
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            TypeError,
+            AttributeError,
+            zipfile.BadZipFile,
+        ) as error:
             if isinstance(error, ModlabError):
                 raise
             raise ModlabError(
@@ -213,13 +229,11 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
         output = model(ids_bt, use_cache=True)
     step, routing = recording.steps[-1], model.mod
     layers, cache = list(routing.layers), output.past_key_values
-    rows = {name: [getattr(step, name)[i][0].float().cpu().numpy() for i in layers] for name in ("gate", "keep")}
-    shape = (len(layers), len(ids))
     return RoutingTrace(
         tokens=tokens,
         token_ids=np.asarray(ids),
-        gate=np.asarray(rows["gate"]).reshape(shape),
-        keep=np.asarray(rows["keep"]).reshape(shape).astype(bool),
+        gate=np.stack([step.gate[i][0].cpu().numpy() for i in layers]),
+        keep=np.stack([step.keep[i][0].cpu().numpy() for i in layers]),
         layers=layers,
         num_layers=routing.num_layers,
         thresholds=np.asarray([routing.thresholds[i] for i in layers]),
@@ -289,7 +303,7 @@ def _token_bytes(cache: Any) -> int:
 
 
 def _token_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, chunk: int = 512) -> NDArray[np.float32]:
-    """float32[T], nats, NaN at 0. In chunks of tokens: a whole float32 copy of the logits may be gigabytes."""
+    """float32[T], nats, NaN at 0. In chunks: a float32 copy of all logits may be gigabytes."""
     import torch
 
     loss = torch.full((len(ids_t),), float("nan"))

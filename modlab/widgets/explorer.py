@@ -77,7 +77,7 @@ class RoutingExplorer(_TraceView):
         return [{name: measured[name] for name in ("p", "kv_bytes", "loss")}]
 
     def _on_message(self, _: Any, content: dict[str, Any], __: Any) -> None:
-        """A run asked for by the slider. An exception in a callback is seen by nobody: it is shown in the widget."""
+        """A run asked for by the slider. Nobody sees an exception in a callback: the widget shows it."""
         if content.get("type") != "run":
             return
         number = int(content.get("id", 0))

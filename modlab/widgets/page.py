@@ -78,8 +78,10 @@ def payload(trace: RoutingTrace) -> dict[str, Any]:
     }
 
 
-def summary(trace: RoutingTrace, kv_bytes: int | None = None, dense_bytes: int | None = None) -> dict[str, Any]:
-    """The figures of the run that made the trace. K/V bytes: allocated ones if given, else kept tokens' own."""
+def summary(
+    trace: RoutingTrace, kv_bytes: int | None = None, dense_bytes: int | None = None
+) -> dict[str, Any]:
+    """The figures of the traced run. K/V bytes: allocated ones if given, else the kept tokens' own."""
     dense = trace.kv_bytes_per_token * trace.num_layers * len(trace.tokens)
     return {
         "p": representative_threshold(trace),
@@ -117,9 +119,10 @@ def curve(sweep: pd.DataFrame | None) -> list[dict[str, float]]:
 
 
 def html_page(trace: RoutingTrace) -> str:
-    """A whole page for one trace: the explorer with its preview, no kernel behind it, nothing loaded from outside."""
+    """A whole page for one trace: the explorer without a kernel, nothing loaded from outside."""
     data = payload(trace)
-    data |= {"view": "explorer", "can_run": False, "points": [], "runs": [], "status": {}, "cursor": -1, "layer": -1}
+    data |= {"view": "explorer", "can_run": False, "points": [], "runs": [], "status": {}}
+    data |= {"cursor": -1, "layer": -1}
     for name in ("gates", "losses"):
         data[name] = base64.b64encode(data[name]).decode("ascii")
     # "<" is escaped because a token may well be "</script>".

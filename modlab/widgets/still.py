@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 # Capitals and digits of 5 rows; a row is the octal digits of its columns' bits, three columns a digit.
 _GLYPHS = {
-    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717", "6": "74757", "7": "71122",
-    "8": "75757", "9": "75717", "A": "25755", "B": "65656", "C": "34443", "D": "65556", "E": "74647", "F": "74644",
-    "G": "34553", "H": "55755", "I": "72227", "J": "11152", "K": "55655", "L": "44447", "M": "57755", "N": "65555",
-    "O": "25552", "P": "65644", "Q": "25563", "R": "65655", "S": "34216", "T": "72222", "U": "55557", "V": "55552",
-    "W": "55775", "X": "55255", "Y": "55222", "Z": "71247", " ": "00000", ".": "00002", ",": "00024", ":": "02020",
-    "-": "00700", "=": "07070", "%": "51245", "/": "11244", "(": "12221", ")": "42224", "+": "02720", "_": "00007",
+    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717", "6": "74757",
+    "7": "71122", "8": "75757", "9": "75717", "A": "25755", "B": "65656", "C": "34443", "D": "65556",
+    "E": "74647", "F": "74644", "G": "34553", "H": "55755", "I": "72227", "J": "11152", "K": "55655",
+    "L": "44447", "M": "57755", "N": "65555", "O": "25552", "P": "65644", "Q": "25563", "R": "65655",
+    "S": "34216", "T": "72222", "U": "55557", "V": "55552", "W": "55775", "X": "55255", "Y": "55222",
+    "Z": "71247", " ": "00000", ".": "00002", ",": "00024", ":": "02020", "-": "00700", "=": "07070",
+    "%": "51245", "/": "11244", "(": "12221", ")": "42224", "+": "02720", "_": "00007",
 }  # fmt: skip
-INK, FAINT, LINE, DENSE, ACCENT = (31, 35, 40), (97, 106, 115), (200, 206, 212), (224, 228, 232), (11, 98, 196)
+INK, FAINT, ACCENT = (31, 35, 40), (97, 106, 115), (11, 98, 196)
+LINE, DENSE = (200, 206, 212), (224, 228, 232)
 Colour = tuple[int, int, int]
 
 
@@ -41,7 +43,9 @@ class Picture:
         x0, y0 = max(0, round(x)), max(0, round(y))
         self.pixels[y0 : max(y0, round(y + height)), x0 : max(x0, round(x + width))] = colour
 
-    def text(self, x: float, y: float, text: str, colour: Colour = INK, align: float = 0.0, size: int = 2) -> None:
+    def text(
+        self, x: float, y: float, text: str, colour: Colour = INK, align: float = 0.0, size: int = 2
+    ) -> None:
         """One line of capitals, 5 * size pixels high, its top at y; align 0 left, 0.5 centre, 1 right."""
         x -= align * (len(text) * 4 - 1) * size
         for letter in text.upper():
@@ -156,7 +160,14 @@ def _legend(picture: Picture, x: int, y: int) -> None:
 
 
 def _curve(
-    picture: Picture, points: list[dict[str, float]], key: str, title: str, x: int, y: int, width: int, height: int = 110
+    picture: Picture,
+    points: list[dict[str, float]],
+    key: str,
+    title: str,
+    x: int,
+    y: int,
+    width: int,
+    height: int = 110,
 ) -> None:
     ps, values = [d["p"] for d in points], [d[key] for d in points]
     low, high = (0.0, max(values)) if key == "kv_bytes" else (min(values), max(values))

@@ -64,7 +64,8 @@ class View(anywidget.AnyWidget):
             return None
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         png = base64.b64encode(self._png()).decode("ascii")
-        return {**data, "image/png": png, "text/plain": f"{type(self).__name__}: run the cell for the live view"}, metadata
+        still = {"image/png": png, "text/plain": f"{type(self).__name__}: run the cell for the live view"}
+        return {**data, **still}, metadata
 
 
 class _TraceView(View):
@@ -101,7 +102,7 @@ class ThresholdCurve(View):
     def __init__(self, sweep: pd.DataFrame, p: float = 0.5, **traits: Any) -> None:
         points = curve(sweep)
         if len(points) < 2:
-            raise ModlabError(f"A curve needs two thresholds or more; the sweep has {len(points)} complete row(s).")
+            raise ModlabError(f"A curve needs two thresholds or more; the sweep has {len(points)}.")
         super().__init__(**{"points": points, "threshold": p, **traits})
 
     def _png(self) -> bytes:

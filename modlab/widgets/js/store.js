@@ -143,7 +143,7 @@ class Store {
 
   // One sentence a line on a token, and on its cell in `layer` if that is >= 0.
   describe(t, layer) {
-    const lines = [`“${visible(this.tokens[t])}”`, `token ${t.toLocaleString("en")} of ${this.T.toLocaleString("en")}`];
+    const lines = [this.tokens[t] === "" ? (t ? "(rest of a character)" : "(start of the text)") : `“${visible(this.tokens[t])}”`, `token ${t.toLocaleString("en")} of ${this.T.toLocaleString("en")}`];
     const row = layer >= 0 ? this.rowOf[layer] : -1;
     if (layer >= 0 && row < 0) lines.push(`layer ${layer}: dense, every token runs`);
     else if (row >= 0) {
@@ -171,7 +171,7 @@ function bytes(view) {
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const number = (x) => String(Number(x.toFixed(4)));
 const percent = (x) => (100 * x).toFixed(x > 0.0995 && x < 0.9995 ? 0 : 1) + " %";
-const visible = (text) => (text === "" ? "(part of the character before)" : text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥"));
+const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 
 function byteText(n) { // three figures, as 4.56 kB, 45.6 kB, 456 kB
   const power = [3, 2, 1].find((k) => n >= 999.5 * 1000 ** (k - 1)) || 0, x = n / 1000 ** power;
