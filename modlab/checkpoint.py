@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,6 +179,7 @@ def _check_folder(source: str) -> None:
     folder = Path(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
     if not looks_local:
+        _check_hub(source)
         return
     if not folder.is_dir():
         raise ModlabError(f"{source!r} is not a folder: give a model folder, a hub id, 'demo' or 'demo-dense'.")
@@ -184,6 +187,17 @@ def _check_folder(source: str) -> None:
         raise ModlabError(f"{source!r} holds no config.json, so no model: give a folder that save_pretrained wrote.")
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
         raise ModlabError(f"{source!r} holds no weights (model*.safetensors): copy or download them into it.")
+
+
+def _check_hub(name: str) -> None:
+    """Refuses at once where the hub cannot be reached: transformers would retry, loudly, for most of a minute."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not is_offline_mode():
+            HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:
+        return  # the hub answered: from_pretrained explains a missing or gated model better
+    except Exception as error:  # whatever the hub client's transport raises; it changes between releases
+        raise ModlabError(_explain(name, error)) from error
 
 
 def _explain(name: str, error: Exception) -> str:
