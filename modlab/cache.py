@@ -71,11 +71,6 @@ class RaggedLayer(CacheLayerMixin):
         """Makes room for `counts[b]` new tokens in each row b; `num_columns` tokens of each row have now been seen."""
         if not self.lengths:
             self.starts, self.lengths, self.capacities = ([0] * len(counts) for _ in range(3))
-        if len(counts) != len(self.lengths):
-            raise ModlabError(
-                f"the cache holds {len(self.lengths)} row(s), the input has {len(counts)}: use one cache for one batch, "
-                "or cache.batch_repeat_interleave / batch_select_indices."
-            )
         needed = [n + new for n, new in zip(self.lengths, counts, strict=True)]
         if any(n > c for n, c in zip(needed, self.capacities, strict=True)):
             first = not any(self.lengths)
@@ -302,6 +297,15 @@ class RaggedCache(Cache):
             for index in routing.layers:
                 layers[index] = RaggedLayer(routing.windows[index])
         super().__init__(layers=layers)
+
+    def check_batch(self, rows: int) -> None:
+        """An error unless the cache is empty or holds that many rows."""
+        held = next((len(stored) for layer in self.layers if (stored := stored_tokens(layer))), rows)
+        if held != rows:
+            raise ModlabError(
+                f"the cache holds {held} row(s), the input has {rows}: use one cache for one batch, or "
+                "cache.batch_repeat_interleave / batch_select_indices."
+            )
 
     @property
     def nbytes(self) -> int:

@@ -166,7 +166,7 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
             os.replace(temporary / file, target / file)
         for file in stale:
             (target / file).unlink()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModlabError(
             f"saving to {str(path)!r} failed ({error}); the folder is as it was. Free some space or choose another."
         ) from error

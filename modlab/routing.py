@@ -206,6 +206,8 @@ class Routing:
                 f"past_key_values is a {type(cache).__name__}, but a routed layer stores only the tokens it keeps: "
                 "pass modlab.RaggedCache(model), or nothing and let the model make one."
             )
+        if cache is not None:
+            cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
         context = getattr(module.config, "max_position_embeddings", None)
         if seen == 0 and context and tokens.shape[1] > context:
