@@ -60,7 +60,7 @@ class Curve {
     node(svg, "line", { x1: x(p), x2: x(p), y1: top - 6, y2: height - bottom, class: "mod-marker" });
     const at = interpolate(points, p, key);
     if (at !== null) node(svg, "circle", { cx: x(p), cy: y(at), r: 5, class: "mod-here" });
-    const says = at === null ? `p ${number(p)} lies outside the sweep` : `p ${number(p)}: ${format(at)}`;
+    const says = at === null ? `p ${number(p)} lies outside the sweep` : `p ${number(p)}: ${points.some((d) => d.p === p) ? "" : "≈ "}${format(at)}`;
     node(svg, "text", { x: width - right, y: 14, "text-anchor": "end", class: "mod-here-text" }, says);
     svg.setAttribute("aria-label", `${title} against threshold. ${says}`);
   }
@@ -76,7 +76,7 @@ function node(parent, tag, attributes, text = "") {
 
 function ticks(low, high, about) {
   const raw = (high - low) / about, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((s) => s * power).find((s) => s >= raw), list = [];
+  const step = [1, 2, 2.5, 5, 10].map((s) => s * power).find((s) => s >= raw), list = [];
   for (let v = Math.ceil(low / step) * step; v <= high + step * 1e-6; v += step) list.push(Number(v.toPrecision(10)));
   return list;
 }

@@ -19,7 +19,7 @@ class Controls {
     this.error = el(parent, "pre", "modlab-error");
     this.error.setAttribute("role", "alert");
     this.error.hidden = true;
-    this.figures = el(parent, "dl", "mod-figures");
+    this.figures = el(parent, "div", "mod-figures");
     this.kept = this.figure("kept in the routed layers", "modlab-kept");
     this.kv = this.figure("KV cache of this text", "modlab-kv");
     this.loss = this.figure("loss of this text", "modlab-loss");
@@ -35,8 +35,8 @@ class Controls {
 
   figure(name, cls) {
     const box = el(this.figures, "div", "mod-figure");
-    el(box, "dt", "", name);
-    return { value: el(box, "dd", cls), more: el(box, "dd", "mod-more") };
+    el(box, "div", "mod-name", name);
+    return { value: el(box, "div", `mod-value ${cls}`), more: el(box, "div", "mod-more") };
   }
 
   // Ask Python for a real run: one at a time, the latest threshold next.

@@ -141,9 +141,14 @@ class Store {
     return true;
   }
 
+  name(t) {
+    if (this.tokens[t] !== "") return `“${visible(this.tokens[t])}”`;
+    return t ? "(rest of a character)" : "(start of the text)";
+  }
+
   // One sentence a line on a token, and on its cell in `layer` if that is >= 0.
   describe(t, layer) {
-    const lines = [this.tokens[t] === "" ? (t ? "(rest of a character)" : "(start of the text)") : `“${visible(this.tokens[t])}”`, `token ${t.toLocaleString("en")} of ${this.T.toLocaleString("en")}`];
+    const lines = [this.name(t), `token ${t.toLocaleString("en")} of ${this.T.toLocaleString("en")}`];
     const row = layer >= 0 ? this.rowOf[layer] : -1;
     if (layer >= 0 && row < 0) lines.push(`layer ${layer}: dense, every token runs`);
     else if (row >= 0) {
