@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from modlab.errors import ModlabError
 
@@ -297,6 +297,14 @@ class RaggedCache(Cache):
             for index in routing.layers:
                 layers[index] = RaggedLayer(routing.windows[index])
         super().__init__(layers=layers)
+
+    def reset(self) -> None:
+        """Forgets everything and frees the buffers of all layers."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers before 5.20 zeroes these and keeps their length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     def check_batch(self, rows: int) -> None:
         """An error unless the cache is empty or holds that many rows."""
