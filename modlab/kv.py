@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import ModlabError
+from modlab.cache import RaggedLayer
+from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +70,8 @@ def allocated_bytes(*values: Any, counted: set[int] | None = None) -> int:
 
 
 def _layer_kind(layer: Any) -> str:
+    if isinstance(layer, RaggedLayer):
+        return "ragged"
     name = type(layer).__name__
     if hasattr(layer, "_quantized_keys") or "Quantized" in name:
         return "quantized"
@@ -81,31 +84,62 @@ def _layer_kind(layer: Any) -> str:
 
 
 def _token_shape(layer: Any) -> tuple[int, int, int] | None:
-    """(rows, cached tokens, bytes of one cached token of one row) of a layer that holds keys and values.
+    """(rows, tokens stored for all rows, bytes of one cached token of one row) of a layer that holds K and V.
 
-    None for layers without them, and for layers that have seen nothing yet.
+    None for layers without them, and for layers that have stored nothing yet.
     """
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if (
-        isinstance(keys, torch.Tensor)
-        and keys.ndim >= 3
-        and keys.shape[-2] > 0
-        and isinstance(values, torch.Tensor)
-    ):
-        positions = keys.shape[0] * keys.shape[-2]
-        per_token = sum(t.numel() // positions * t.element_size() for t in (keys, values))
-        return keys.shape[0], keys.shape[-2], per_token
-    if hasattr(
-        layer, "_quantized_keys"
-    ):  # full-precision part empty: ask the quantized part what it stands for
+    if isinstance(layer, RaggedLayer):
+        if keys is None or values is None:
+            return None
+        return len(layer.lengths), sum(layer.lengths), _bytes_per_token(keys, values)
+    if hasattr(layer, "_quantized_keys") and (keys is None or keys.ndim < 4):
+        # the part in full precision is empty: ask the quantized one what it stands for
         keys, values = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
-        positions = keys.shape[0] * keys.shape[-2]
-        return (
-            keys.shape[0],
-            keys.shape[-2],
-            sum(t.numel() // positions * t.element_size() for t in (keys, values)),
-        )
-    return None
+    if keys is None or values is None or keys.ndim < 4 or not keys.shape[-2]:
+        return None
+    stored = keys.shape[-2]
+    if hasattr(layer, "get_seq_length"):
+        seen = int(layer.get_seq_length())
+        stored = seen if hasattr(layer, "_quantized_keys") else min(seen, stored)
+    return keys.shape[0], keys.shape[0] * stored, _bytes_per_token(keys, values)
+
+
+def _bytes_per_token(keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Bytes of one token's K and V; the layout is [..., heads, tokens, head dim]."""
+    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in (keys, values))
+
+
+def snapshot(cache: Any) -> list[dict[str, Any]]:
+    """What a cache holds now: one dict a layer with the keys of `COLUMNS` after `phase`.
+
+    Args:
+        cache: any transformers `Cache`, `RaggedCache` included. Of an encoder-decoder cache the
+        self-attention part.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    seen_by_cache = int(cache.get_seq_length())
+    shapes = [_token_shape(layer) for layer in cache.layers]
+    some = next((shape for shape in shapes if shape is not None), None)
+    counted: set[int] = set()
+    rows = []
+    for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
+        kind = _layer_kind(layer)
+        kv_bytes = allocated_bytes(vars(layer), counted=counted)
+        seen, kept, dense = seen_by_cache, 0, kv_bytes if kind == "linear" else 0
+        if shape is None and kind == "ragged" and some is not None:
+            shape = (some[0], 0, some[2])  # it has skipped every token so far; a dense layer would not have
+        if shape is not None:
+            batch, kept, token_bytes = shape
+            if hasattr(layer, "get_seq_length"):
+                seen = int(layer.get_seq_length())
+            window = getattr(layer, "sliding_window", None)
+            if window is None and getattr(layer, "is_sliding", False):
+                window = getattr(layer, "max_cache_len", None)
+            # a sliding layer needs window - 1 past tokens for the next query (transformers' DynamicCache)
+            dense = batch * (seen if window is None else min(seen, window - 1)) * token_bytes
+        rows.append(dict(zip(COLUMNS[2:], (index, kind, seen, kept, kv_bytes, dense), strict=True)))
+    return rows
 
 
 class KVTracker:
@@ -168,36 +202,10 @@ class KVTracker:
             output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", None)
         )
         new_tokens = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 else 1
-        self._record(cache, new_tokens)
-
-    def _record(self, cache: Any, new_tokens: int) -> None:
-        cache = getattr(cache, "self_attention_cache", cache)  # encoder-decoder: the part that grows
-        seen_by_cache = int(cache.get_seq_length())
-        ragged = getattr(cache, "kept_tokens", None)
-        kept_by_layer = ragged.sum(-1).tolist() if isinstance(ragged, torch.Tensor) else None
-        counted: set[int] = set()
-        for index, layer in enumerate(cache.layers):
-            attributes = vars(layer) if hasattr(layer, "__dict__") else {}
-            kv_bytes = allocated_bytes(attributes, counted=counted)
-            kind = "ragged" if kept_by_layer is not None else _layer_kind(layer)
-            shape = _token_shape(layer) if kv_bytes else None
-            seen, kept, dense = seen_by_cache, 0, kv_bytes if kind == "linear" else 0
-            if shape is not None:
-                rows, stored, token_bytes = shape
-                get_length = getattr(layer, "get_seq_length", None)
-                seen = int(get_length()) if callable(get_length) else seen_by_cache
-                kept = rows * (seen if kind == "quantized" else min(seen, stored))
-                window = getattr(layer, "sliding_window", None)
-                if window is None and "sliding" in kind:
-                    window = getattr(layer, "max_cache_len", None)
-                # a sliding layer needs window - 1 past tokens for the next query (transformers' DynamicCache)
-                dense = rows * (seen if window is None else min(seen, window - 1)) * token_bytes
-            self._rows.append(
-                dict(zip(COLUMNS, (self._steps, "", index, kind, seen, kept, kv_bytes, dense), strict=True))
-            )
-        phase = "prefill" if new_tokens > 1 or seen_by_cache <= new_tokens else "decode"
-        for row in self._rows[len(self._rows) - len(cache.layers) :]:
-            row["phase"] = phase
+        layers = snapshot(cache)
+        seen = max((row["seen_tokens"] for row in layers), default=0)
+        phase = "prefill" if new_tokens > 1 or seen <= new_tokens else "decode"
+        self._rows.extend({"step": self._steps, "phase": phase, **row} for row in layers)
         self._steps += 1
 
     # ------------------------------------------------------------------ reading
@@ -241,7 +249,8 @@ class KVTracker:
         return [(step, seen, kv, dense) for step, (seen, kv, dense) in totals.items()]
 
     def summary(self) -> dict[str, float]:
-        """Peaks over the steps: steps, seen_tokens, kv_bytes, dense_kv_bytes, kv_saving (dense / allocated)."""
+        """Peaks over the steps: steps, seen_tokens, kv_bytes, dense_kv_bytes, kv_saving (dense /
+        allocated)."""
         totals = self._totals()
         kv, dense = max(t[2] for t in totals), max(t[3] for t in totals)
         return {
@@ -272,7 +281,7 @@ class KVTracker:
                 name=label,
                 mode="lines" if len(totals) > 1 else "markers",
                 line={"dash": dash},
-                hovertemplate=f"step %{{x}}, %{{customdata}} tokens<br>%{{y:.3f}} {name}<extra>{label}</extra>",
+                hovertemplate=f"step %{{x}}, %{{customdata}} tokens: %{{y:.3f}} {name}<extra></extra>",
             )
         figure.update_layout(
             title=f"Key/value cache, {self.summary()['kv_saving']:.2f}x smaller than dense at the peak",
