@@ -8,6 +8,7 @@ Sources:
 - "python": the standard library and the installed packages of the running interpreter, a real corpus of long
   documents on any machine; "python-stdlib" is the standard library alone;
 - a local .txt, .json or .jsonl file, or a folder of them (one document per text file or json row);
+- a `datasets.Dataset` with a text column, such as `documents` returns;
 - anything else is a data set on the hub, "name" or "name:config".
 
 `datasets` is imported when a function runs, so that `import modlab` stays quick.
@@ -37,7 +38,7 @@ TEXT_SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json"}
 
 
 def packed(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Dataset,
     tokenizer: Any,
     seq_len: int = 2048,
     split: str | None = None,
@@ -139,7 +140,7 @@ def packed(
 
 
 def documents(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Dataset,
     split: str | None = None,
     heldout_fraction: float = HELDOUT_FRACTION,
     num_proc: int | None = None,
@@ -158,11 +159,12 @@ def documents(
         raise ModlabError(
             f"heldout_fraction={heldout_fraction}: it has to lie between 0 and 1, such as 0.02."
         )
-    source = os.fspath(source)
-    if source in ("python", "python-stdlib"):
-        docs = _python_documents(source, num_proc)
+    if not isinstance(source, (str, os.PathLike)):
+        docs = _described(_with_text(source, text_column, "The data set"), num_proc)
+    elif os.fspath(source) in ("python", "python-stdlib"):
+        docs = _python_documents(os.fspath(source), num_proc)
     else:
-        docs = _text_documents(source, num_proc, text_column, cache_dir)
+        docs = _text_documents(os.fspath(source), num_proc, text_column, cache_dir)
     if len(docs) == 0:
         raise ModlabError(f"{_name(source, None)} holds no text.")
     if split is not None:
@@ -170,7 +172,7 @@ def documents(
         chosen = np.flatnonzero(held if split == "heldout" else ~held)
         if len(chosen) == 0:
             raise ModlabError(
-                f"The {split} split of {source} is empty: it has {len(docs)} document(s) in all and "
+                f"The {split} split of {_name(source, None)} is empty: {len(docs)} document(s) in all, "
                 f"heldout_fraction={heldout_fraction}. Use split=None, more documents or another fraction."
             )
         docs = docs.select(chosen)
@@ -243,14 +245,20 @@ def _read_files(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def _text_documents(
     source: str, num_proc: int | None, text_column: str, cache_dir: str | os.PathLike[str] | None
 ) -> Dataset:
-    from datasets import Features, Value, concatenate_datasets
+    from datasets import concatenate_datasets
 
     cache = None if cache_dir is None else os.fspath(cache_dir)
     parts = [
         _with_text(part, text_column if kind == "json" else "text", source)
         for kind, part in _load(source, cache, num_proc)
     ]
-    docs = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return _described(concatenate_datasets(parts) if len(parts) > 1 else parts[0], num_proc)
+
+
+def _described(docs: Dataset, num_proc: int | None) -> Dataset:
+    """Adds the columns `name` (unless the documents have names) and `chars`, and drops empty documents."""
+    from datasets import Features, Value
+
     docs = docs.map(
         _describe,
         batched=True,
@@ -303,13 +311,17 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
 def _with_text(data: Dataset, column: str, source: str) -> Dataset:
     if column not in data.column_names:
         raise ModlabError(f"{source} has no column {column!r}, only {data.column_names}: set text_column.")
-    data = data.select_columns([column])
+    data = data.select_columns([column, *({"name"} & set(data.column_names) - {column})])
     return data if column == "text" else data.rename_column(column, "text")
 
 
 def _describe(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     texts = [t if isinstance(t, str) and t.strip() else "" for t in batch["text"]]
-    return {"name": [_digest(t) for t in texts], "text": texts, "chars": [len(t) for t in texts]}
+    return {
+        "name": batch.get("name") or [_digest(t) for t in texts],
+        "text": texts,
+        "chars": [len(t) for t in texts],
+    }
 
 
 def _tokenise(
@@ -384,8 +396,9 @@ def _processes(num_proc: int | None, rows: int) -> int | None:
     return wanted if wanted > 1 else None
 
 
-def _name(source: str | os.PathLike[str], split: str | None) -> str:
-    return f"{os.fspath(source)!r}" + (f" (split {split!r})" if split else "")
+def _name(source: str | os.PathLike[str] | Dataset, split: str | None) -> str:
+    named = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "The data set"
+    return named + (f" (split {split!r})" if split else "")
 
 
 def _first_line(error: BaseException) -> str:
