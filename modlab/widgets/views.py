@@ -109,10 +109,13 @@ class ThresholdCurve(View):
         return curve_png(self.points)
 
 
-def link(*widgets: View) -> None:
-    """Let threshold, cursor and chosen layer of the widgets move together, in the browser."""
+def link(*widgets: View) -> list[Any]:
+    """Let threshold, cursor and chosen layer of the widgets move together, in the browser.
+
+    Returns:
+        the links; `unlink()` of one ends it.
+    """
     from ipywidgets import jslink
 
-    for a, b in pairwise(widgets):
-        for name in ("threshold", "cursor", "layer"):
-            jslink((a, name), (b, name))
+    names = ("threshold", "cursor", "layer")
+    return [jslink((a, name), (b, name)) for a, b in pairwise(widgets) for name in names]

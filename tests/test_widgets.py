@@ -1,0 +1,201 @@
+"""The widgets without a browser: what they send, what they run, what they show when it fails."""
+
+import base64
+import threading
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.widgets import RoutingExplorer, RoutingHeatmap, ThresholdCurve, TokenText, explore, link, page
+
+from .synthetic import make_tokenizer, make_trace, scatter_gates
+
+TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
+
+
+@pytest.fixture
+def model(tiny_llama: Any) -> Any:
+    scatter_gates(tiny_llama)
+    return tiny_llama
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def explorer(model: Any, tokenizer: Any) -> RoutingExplorer:
+    return explore(model, tokenizer, TEXT)
+
+
+def shown(widget: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(level, keep) [R, T] as the browser will read them from the bytes."""
+    cells = np.frombuffer(widget.gates, dtype="<u2").reshape(len(widget.layers), -1)
+    return cells & 0x3FFF, (cells & 0x8000) > 0
+
+
+def ask(explorer: RoutingExplorer, p: Any, number: int = 1) -> None:
+    """The message that the slider sends on release."""
+    explorer._handle_custom_msg({"type": "run", "p": p, "id": number}, [])
+
+
+@settings(max_examples=200, deadline=None)
+@given(level=st.integers(1, page.GRID - 1), side=st.sampled_from([-1, 0, 1]), p=st.integers(1, page.GRID - 1))
+def test_bytes_decide_exactly_as_float32(level: int, side: int, p: int) -> None:
+    gate = np.float32(level / page.GRID)
+    for _ in range(abs(side)):
+        gate = np.nextafter(gate, np.float32(side * np.inf), dtype=np.float32)
+    for threshold in (level, p):
+        trace = make_trace(1, 2, gate=np.array([[gate]]), keep=np.ones((1, 1)), keep_first=0)
+        sent, _ = shown(RoutingHeatmapBytes(trace))
+        assert (sent[0, 0] >= threshold) == trace.preview_keep(threshold / page.GRID)[0, 0]
+
+
+class RoutingHeatmapBytes:
+    """Only what `shown` reads: a whole widget for every example would be slow."""
+
+    def __init__(self, trace: modlab.RoutingTrace) -> None:
+        self.gates, self.layers = page.gate_bytes(trace), trace.layers
+
+
+def test_views_send_the_trace() -> None:
+    trace = make_trace(80, 8)
+    for view in (RoutingHeatmap(trace), TokenText(trace)):
+        level, keep = shown(view)
+        assert np.array_equal(keep, trace.keep)
+        assert np.abs(level / page.GRID - trace.gate).max() < 1 / page.GRID
+        assert view.tokens == trace.tokens and view.layers == trace.layers and view.threshold == 0.5
+        assert len(view.gates) == 2 * trace.gate.size
+        sent = np.frombuffer(view.losses, dtype="<f4")
+        assert np.array_equal(sent, trace.loss, equal_nan=True)
+
+
+def test_a_still_picture_is_beside_the_live_view(explorer: RoutingExplorer) -> None:
+    sweep = pd.DataFrame({"threshold": [0.2, 0.5], "kv_bytes": [100, 80], "loss": [2.0, 2.1]})
+    for view in (explorer, RoutingHeatmap(make_trace()), ThresholdCurve(sweep)):
+        data, _ = view._repr_mimebundle_()
+        assert "application/vnd.jupyter.widget-view+json" in data
+        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+        assert len(data["image/png"]) < 100_000
+
+
+def test_explorer_measures(explorer: RoutingExplorer, model: Any, tokenizer: Any) -> None:
+    first = explorer.trace
+    ask(explorer, 0.7)
+    assert model.mod.thresholds == {1: 0.7, 3: 0.7, 5: 0.7}
+    want = modlab.trace(model, tokenizer, TEXT)
+    assert np.array_equal(explorer.trace.keep, want.keep) and not np.array_equal(first.keep, want.keep)
+    assert np.array_equal(shown(explorer)[1], want.keep)
+    summary = explorer.summary
+    assert (summary["p"], explorer.threshold, summary["varies"]) == (0.7, 0.7, False)
+    assert summary["loss"] == pytest.approx(want.mean_loss)
+    kept = want.keep.sum() + 3 * len(want.tokens)
+    # Allocated bytes: the kept tokens' own, and an index of four bytes for each token of the ragged layers.
+    assert summary["kv_bytes"] == kept * want.kv_bytes_per_token + 4 * want.keep.sum()
+    assert summary["dense_bytes"] == 6 * len(want.tokens) * want.kv_bytes_per_token
+    assert explorer.status == {"state": "idle", "id": 1, "error": ""}
+    assert [run["p"] for run in explorer.runs] == [0.5, 0.7]
+    ask(explorer, 0.5, 2)
+    assert [run["p"] for run in explorer.runs] == [0.7, 0.5] and np.array_equal(
+        explorer.trace.keep, first.keep
+    )
+
+
+def test_busy_is_told_before_the_run_and_ended_after(explorer: RoutingExplorer) -> None:
+    states: list[dict[str, Any]] = []
+    explorer.observe(lambda change: states.append(change.new), "status")
+    ask(explorer, 0.6, 5)
+    assert [(s["state"], s["id"]) for s in states] == [("running", 5), ("idle", 5)]
+
+
+@pytest.mark.parametrize("p", [0.0, 1.5, "half", None])
+def test_a_failed_run_is_shown_and_changes_nothing(explorer: RoutingExplorer, model: Any, p: Any) -> None:
+    before, thresholds = explorer.gates, dict(model.mod.thresholds)
+    ask(explorer, p, 9)
+    assert explorer.status["state"] == "idle" and explorer.status["id"] == 9
+    assert "Error" in explorer.status["error"] and str(p) in explorer.status["error"]
+    assert explorer.gates == before and model.mod.thresholds == thresholds
+    ask(explorer, 0.6, 10)
+    assert explorer.status["error"] == "" and explorer.summary["p"] == 0.6
+
+
+def test_a_model_that_breaks_later_is_shown(explorer: RoutingExplorer, model: Any) -> None:
+    modlab.revert(model)
+    ask(explorer, 0.6)
+    assert "Error" in explorer.status["error"] and explorer.status["state"] == "idle"
+
+
+def test_other_messages_are_ignored(explorer: RoutingExplorer, model: Any) -> None:
+    explorer._handle_custom_msg({"type": "hello"}, [])
+    assert model.mod.thresholds[1] == 0.5 and explorer.status["id"] == 0
+
+
+def test_runs_from_several_threads_do_not_mix(model: Any, tokenizer: Any) -> None:
+    explorers = [explore(model, tokenizer, TEXT) for _ in range(2)]
+    alone = {}
+    for p in (0.4, 0.5, 0.6, 0.7):
+        modlab.set_threshold(model, p)
+        alone[p] = modlab.trace(model, tokenizer, TEXT).keep
+    seen: list[tuple[float, np.ndarray]] = []
+
+    def work(explorer: RoutingExplorer, ps: tuple[float, ...]) -> None:
+        for number, p in enumerate(ps * 3):
+            ask(explorer, p, number)
+            seen.append((p, explorer.trace.keep))
+
+    plans = ((0.4, 0.7), (0.6, 0.5))
+    threads = [
+        threading.Thread(target=work, args=(one, plan)) for one, plan in zip(explorers, plans, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(seen) == 12
+    for p, keep in seen:
+        assert np.array_equal(keep, alone[p])
+
+
+def test_thresholds_by_layer_are_told(model: Any, tokenizer: Any) -> None:
+    modlab.set_threshold(model, {1: 0.4, 3: 0.5, 5: 0.6})
+    explorer = explore(model, tokenizer, TEXT)
+    assert explorer.summary["varies"] is True and explorer.threshold == pytest.approx(0.5)
+    assert explorer.runs == []  # not a point of a curve over one p
+
+
+def test_curve_takes_the_frame_of_sweep(model: Any, tokenizer: Any) -> None:
+    sweep = modlab.sweep(model, tokenizer, [TEXT], thresholds=[0.6, 0.3], repeats=0, progress=False)
+    explorer = explore(model, tokenizer, TEXT, sweep)
+    assert [point["p"] for point in explorer.points] == [0.3, 0.6]
+    assert explorer.points[0]["loss"] == pytest.approx(sweep.set_index("threshold").loss[0.3])
+    assert ThresholdCurve(sweep, p=0.4).threshold == 0.4
+    with pytest.raises(ModlabError, match="no column loss"):
+        ThresholdCurve(sweep.drop(columns="loss"))
+    with pytest.raises(ModlabError, match="two thresholds"):
+        ThresholdCurve(sweep[:1])
+
+
+def test_linked_views_share_three_traits() -> None:
+    trace = make_trace()
+    heatmap, text = RoutingHeatmap(trace), TokenText(trace)
+    links = link(heatmap, text)
+    assert [made.source for made in links] == [(heatmap, name) for name in ("threshold", "cursor", "layer")]
+    assert [made.target for made in links] == [(text, name) for name in ("threshold", "cursor", "layer")]
+
+
+def test_errors(model: Any, tokenizer: Any, make_llama: Any) -> None:
+    with pytest.raises(ModlabError, match=r"modlab\.convert"):
+        explore(make_llama(), tokenizer, TEXT)
+    with pytest.raises(ModlabError, match="empty"):
+        explore(model, tokenizer, "")
+    with pytest.raises(ModlabError, match="between 0 and 1"):
+        RoutingHeatmap(make_trace(), threshold=1.0)
+    with pytest.raises(ModlabError, match="100,001 tokens.*at most 100,000"):
+        RoutingHeatmap(make_trace(100_001, 2))
