@@ -1,7 +1,9 @@
-"""Runs modlab's benchmarks from a source tree: python benchmarks/run.py CASE ... (the same as modlab
-bench)."""
+"""Runs modlab's benchmarks on this source tree: python benchmarks/run.py CASE ... (as `modlab bench`)."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modlab.bench import main
 from modlab.errors import ModlabError

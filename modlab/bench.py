@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import datetime
 import json
+import operator
 import os
 import platform
 import shlex
@@ -191,47 +192,79 @@ def random_routing(
     return keep
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Milliseconds of each call, `repeats` rounds after `warmup` untimed ones, the order rotating from round
-    to round.
+@dataclass
+class Times:
+    """Rounds of one call.
 
-    A call that returns a float has timed itself, in milliseconds.
+    Attributes:
+        wall: milliseconds by the clock: what a user waits.
+        cpu: milliseconds that this process computed, over all its threads; hardly moved by what else runs on
+            the machine, so a speed-up seen only in `wall` on a busy machine is chance.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, per: int = 1, warmup: int = 1
+) -> dict[str, Times]:
+    """Times of each call, `repeats` rounds after `warmup` untimed ones, the order rotating from round to
+    round.
+
+    Args:
+        calls: what to time, by name.
+        repeats: rounds that count.
+        device: waited for before and after each call.
+        per: the times are divided by this (tokens that one call decodes).
+        warmup: rounds before those.
+    """
+    times = {name: Times() for name in calls}
     names = list(calls)
     for turn in range(warmup + repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             synchronize(device)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             result = calls[name]()
             synchronize(device)
-            elapsed = result if isinstance(result, float) else (time.perf_counter() - start) * 1e3
+            elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
             del result  # a cache must not be alive while the next call allocates its own
             if turn >= warmup:
-                times[name].append(elapsed)
+                times[name].wall.append(elapsed * 1e3 / per)
+                if device.type == "cpu":
+                    times[name].cpu.append(cpu * 1e3 / per)
     return times
 
 
-def make_row(dense: Sequence[float], mod: Sequence[float], **fields: Any) -> Row:
-    """One flat row from the rounds' times in ms, `fields` holding the rest of `ROW_KEYS`."""
-    dense_ms, mod_ms = statistics.median(dense), statistics.median(mod)
+def make_row(dense: Times, mod: Times, **fields: Any) -> Row:
+    """One flat row from the rounds' times, `fields` holding the rest of `ROW_KEYS`.
+
+    `speedup` is the ratio of the medians, `speedup_paired` the median of the rounds' own ratios,
+    `speedup_cpu_time` (cases on the CPU) that of the medians of computing time.
+    """
+    dense_ms, mod_ms = statistics.median(dense.wall), statistics.median(mod.wall)
     row = fields | {
         "dense_ms": round(dense_ms, 4),
         "mod_ms": round(mod_ms, 4),
         "speedup": round(dense_ms / mod_ms, 3),
-        "speedup_paired": round(statistics.median(d / m for d, m in zip(dense, mod, strict=True)), 3),
         "ideal": round(fields["ideal"], 3),
         "keep_ratio": round(fields["keep_ratio"], 4),
         "kv_saving": round(fields["dense_kv_bytes"] / fields["kv_bytes"], 3),
-        "rounds": len(dense),
-        "dense_ms_min": round(min(dense), 4),
-        "dense_ms_max": round(max(dense), 4),
-        "mod_ms_min": round(min(mod), 4),
-        "mod_ms_max": round(max(mod), 4),
+        "speedup_paired": round(statistics.median(map(operator.truediv, dense.wall, mod.wall)), 3),
+        "rounds": len(dense.wall),
+        "dense_ms_min": round(min(dense.wall), 4),
+        "dense_ms_max": round(max(dense.wall), 4),
+        "mod_ms_min": round(min(mod.wall), 4),
+        "mod_ms_max": round(max(mod.wall), 4),
     }
+    if dense.cpu and mod.cpu:
+        dense_cpu, mod_cpu = statistics.median(dense.cpu), statistics.median(mod.cpu)
+        row |= {
+            "dense_cpu_ms": round(dense_cpu, 4),
+            "mod_cpu_ms": round(mod_cpu, 4),
+            "speedup_cpu_time": round(dense_cpu / mod_cpu, 3),
+        }
     return {key: row[key] for key in ROW_KEYS} | {k: v for k, v in row.items() if k not in ROW_KEYS}
 
 
@@ -356,22 +389,17 @@ def decode(settings: Settings) -> list[Row]:
                 out: Any = model(ids, use_cache=True, logits_to_keep=1)
             state[name] = (out.past_key_values, out.logits[:, -1:].argmax(-1))
 
-        def stretch(name: str, state: Any = state, variants: Any = variants) -> float:
+        def stretch(name: str, state: Any = state, variants: Any = variants) -> None:
             model, fn = variants[name]
             cache, token = state[name]
-            synchronize(settings.device)
-            start = time.perf_counter()
             with _no_grad_override(model, fn):
                 for _ in range(n):
                     out = model(token, past_key_values=cache, use_cache=True)
                     token = out.logits[:, -1:].argmax(-1)
-            synchronize(settings.device)
             state[name] = (cache, token)
-            return (time.perf_counter() - start) * 1e3 / n
 
-        times = interleaved(
-            {name: partial(stretch, name) for name in variants}, settings.repeats, settings.device
-        )
+        calls = {name: partial(stretch, name) for name in variants}
+        times = interleaved(calls, settings.repeats, settings.device, per=n)
         facts = {name: _cache_facts(cache, routed, settings.batch) for name, (cache, _) in state.items()}
         for ratio in settings.ratios:
             kv_bytes, kept = facts[f"mod {ratio}"]
@@ -404,16 +432,17 @@ def decode(settings: Settings) -> list[Row]:
 
 @case
 def demo(settings: Settings) -> list[Row]:
-    """The demo twin against demo-dense on real Python source, routed by its trained gates, through
-    `generate`."""
+    """The demo twin against demo-dense on real Python source, through generate; trained gates route."""
     import modlab
 
     try:
-        dense, tokenizer = modlab.load("demo-dense")
-        mod, _ = modlab.load("demo")
+        models: list[Any] = []
+        for name in ("demo-dense", "demo"):
+            model, tokenizer = modlab.load(name)
+            models.append(model)
     except (ModlabError, OSError, ImportError) as error:
         raise Skipped(f"demo: the demo models are not here ({error})") from error
-    dense, mod = dense.to(settings.device).eval(), mod.to(settings.device).eval()
+    dense, mod = (model.to(settings.device).eval() for model in models)
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     limit = min(context_length(dense), max(settings.contexts)) - settings.decode_tokens - 1
     batches = as_batches(source, tokenizer, limit)
@@ -441,8 +470,8 @@ def demo(settings: Settings) -> list[Row]:
         )
         rows.append(
             make_row(
-                [t[index] for t in timed["dense"]],
-                [t[index] for t in timed["mod"]],
+                Times([t[index] for t in timed["dense"]]),
+                Times([t[index] for t in timed["mod"]]),
                 case=_case_name("demo", settings.device),
                 what=what,
                 shape="demo",

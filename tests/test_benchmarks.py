@@ -1,0 +1,217 @@
+"""The benchmark registry at a tiny size: rows, result files, the command line. Never a claim about time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modlab import bench
+from modlab.errors import ModlabError
+from modlab.measure import time_generate
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [
+    "--shape",
+    "tiny",
+    "--context",
+    "60",
+    "--repeats",
+    "2",
+    "--decode-tokens",
+    "20",
+    "--ratios",
+    "0.25",
+    "1.0",
+]
+NUMBERS = (
+    "context",
+    "batch",
+    "keep_ratio",
+    "dense_ms",
+    "mod_ms",
+    "speedup",
+    "ideal",
+    "kv_bytes",
+    "kv_saving",
+)
+
+
+def check_rows(rows):
+    for row in rows:
+        assert list(row)[: len(bench.ROW_KEYS)] == list(bench.ROW_KEYS)
+        assert all(isinstance(value, (str, int, float)) for value in row.values()), "rows are flat"
+        assert all(isinstance(row[key], (int, float)) and row[key] > 0 for key in NUMBERS)
+        assert row["what"] in ("prefill", "decode")
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["mod_ms"], abs=0.01)
+        assert row["kv_saving"] == pytest.approx(row["dense_kv_bytes"] / row["kv_bytes"], abs=0.001)
+        assert row["dense_ms_min"] <= row["dense_ms"] <= row["dense_ms_max"]
+        assert row["mod_ms_min"] <= row["mod_ms"] <= row["mod_ms_max"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prefill_and_decode_write_result_files(tmp_path, capsys, batch):
+    argv = ["prefill", "decode", *SIZES, "--batch", str(batch), "--out", str(tmp_path)]
+    assert bench.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "speed-up" in printed and "wrote" in printed
+    results = {}
+    for path in tmp_path.iterdir():
+        result = json.loads(path.read_text())
+        assert path.name == f"{result['what']}_cpu_{result['date'][:10]}.json"
+        results[result["what"]] = result
+    assert set(results) == {"prefill", "decode"}
+    for name, result in results.items():
+        assert result["schema"] == bench.SCHEMA_VERSION
+        assert result["command"].startswith("modlab bench prefill decode --shape tiny")
+        assert str(tmp_path) not in json.dumps(result)
+        assert result["device"] == "cpu" and result["device_name"]
+        assert result["dtype"] == "float32"
+        assert set(result["versions"]) == {"python", "torch", "transformers", "modlab"}
+        assert result["versions"]["torch"] == torch.__version__
+        assert result["cores"] >= 1 and result["threads"] >= 1
+        check_rows(result["rows"])
+        quarter, full = result["rows"]
+        assert {row["case"] for row in result["rows"]} == {f"{name}_cpu"}
+        assert quarter["keep_ratio"] == 0.25 and full["keep_ratio"] == 1.0
+        assert quarter["ideal"] > full["ideal"] == 1.0
+        assert quarter["routed"] == "2 of 4"
+        # per token: K and V, 2 heads of 16, fp32
+        seen = 60 if name == "prefill" else 60 + 3 * 20
+        assert full["dense_kv_bytes"] == 4 * batch * seen * 2 * 2 * 16 * 4
+    kept = (2 + 2 * 0.25) / 4
+    row = results["prefill"]["rows"][0]
+    index = 2 * batch * 15 * 4  # a ragged layer also notes each kept token's column
+    assert row["kv_bytes"] == kept * row["dense_kv_bytes"] + index
+
+
+def test_a_second_run_of_a_day_overwrites_nothing(tmp_path):
+    result = {"what": "prefill", "device": "cpu", "device_name": "x", "date": "2030-01-02T03:04:05"}
+    names = [bench.save(result | {"turn": turn}, tmp_path).name for turn in range(3)]
+    assert names == [
+        "prefill_cpu_2030-01-02.json",
+        "prefill_cpu_2030-01-02-2.json",
+        "prefill_cpu_2030-01-02-3.json",
+    ]
+    assert [json.loads((tmp_path / name).read_text())["turn"] for name in names] == [0, 1, 2]
+    gpu = bench.save(result | {"device": "cuda", "device_name": "NVIDIA H200"}, tmp_path)
+    assert gpu.name == "prefill_nvidia-h200_2030-01-02.json"
+
+
+def test_random_routing_has_the_exact_ratio_in_every_span():
+    layers, spans, ratio = [1, 3], [40, 20, 20], 0.25
+    keep = bench.random_routing(layers, 2, spans, ratio, seed=0, device=torch.device("cpu"))
+    positions = torch.arange(sum(spans)).expand(2, -1)
+    masks = [keep(layer, positions.float(), positions) for layer in layers]
+    for mask in masks:
+        for piece in mask.split(spans, 1):
+            assert (piece.sum(1) == ratio * piece.shape[1]).all()
+    assert not torch.equal(masks[0], masks[1])
+    assert torch.equal(keep(1, positions[:, 7:9].float(), positions[:, 7:9]), masks[0][:, 7:9])
+    again = bench.random_routing(layers, 2, spans, ratio, seed=0, device=torch.device("cpu"))
+    assert torch.equal(again(3, positions.float(), positions), masks[1])
+
+
+def test_models_share_their_weights_and_the_dense_one_stays_dense():
+    settings = bench.Settings(shape="tiny")
+    dense, mod = bench.model_pair(settings, 32, [1, 3])
+    assert not hasattr(dense, "mod") and mod.mod.layers == [1, 3]
+    own = dict(mod.named_parameters())
+    assert all(own[name] is parameter for name, parameter in dense.named_parameters())
+
+
+def test_ideals():
+    config = bench.SHAPES["tiny"].config(64)
+    assert bench.ideal_prefill(config, 64, {}) == 1.0
+    half = bench.ideal_prefill(config, 64, {1: 0.0, 3: 0.0})
+    assert half == pytest.approx(2.0)
+    assert bench.ideal_decode(config, 64, 1, {}, 4) == 1.0
+    one = bench.ideal_decode(config, 64, 1, {1: 0.25, 3: 0.25}, 4)
+    many = bench.ideal_decode(config, 64, 16, {1: 0.25, 3: 0.25}, 4)
+    assert 1.0 < many < one < 1.6  # some row of many needs the layer nearly always
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nonsense"], "there are prefill, decode, demo"),
+        (["prefill", "--ratios", "0"], "keep ratio"),
+        (["prefill", "--batch", "0"], "--batch 0"),
+        (["prefill", "--device", "cuda:99"], "--device cuda:99"),
+        (["prefill", "--dtype", "int8"], "--dtype int8"),
+        (["--plot", "absent.json"], "not a readable result file"),
+    ],
+)
+def test_bad_arguments_are_clear_errors(argv, message):
+    with pytest.raises(ModlabError, match=message):
+        bench.main(argv)
+
+
+def test_list_names_every_case(capsys):
+    assert bench.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in bench.CASES)
+
+
+def test_demo_case_or_a_clear_reason(capsys):
+    """Without the demo models the case is skipped and says so; with them its rows are checked."""
+    settings = bench.Settings(contexts=(128,), repeats=1, decode_tokens=4)
+    try:
+        rows = bench.CASES["demo"](settings)
+    except bench.Skipped as reason:
+        assert "demo" in str(reason)
+        assert bench.main(["demo", "--no-save"]) == 1
+        assert "skipped demo" in capsys.readouterr().out
+        return
+    check_rows(rows)
+    assert [row["what"] for row in rows] == ["prefill", "decode"]
+    assert 0 < rows[0]["dense_loss"] < 10 and 0 < rows[0]["mod_loss"] < 10
+
+
+def test_plot_writes_a_page_that_needs_no_network(tmp_path):
+    pytest.importorskip("plotly")
+    assert bench.main(["prefill", *SIZES, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert bench.main(["--plot", str(path)]) == 0
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert "<script src=" not in page
+    figure = bench.plot(json.loads(path.read_text()))
+    measured, ideal = figure.data
+    rows = json.loads(path.read_text())["rows"]
+    assert list(measured.x) == [0.25, 1.0] and list(measured.y) == [row["speedup"] for row in rows]
+    assert list(ideal.y) == [row["ideal"] for row in rows]
+
+
+def test_the_script_in_the_source_tree_runs(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "run.py"), "prefill", *SIZES, "--out", "results"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert list((tmp_path / "results").glob("prefill_cpu_*.json"))
+
+
+def test_committed_results_follow_the_schema():
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    if not files:
+        pytest.skip("no published results yet")
+    for path in files:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"schema", "what", "command", "commit", "date", "device_name", "versions", "rows"} <= set(
+            result
+        )
+        assert result["commit"] and not result["commit"].endswith("-dirty"), (
+            f"{path.name}: from uncommitted code"
+        )
+        check_rows(result["rows"])
+
+
+def test_generate_clock_sees_every_token(tiny_llama):
+    prefill_ms, decode_ms = time_generate(tiny_llama, torch.randint(3, 500, (1, 8)), decode_tokens=3)
+    assert prefill_ms > 0 and decode_ms > 0
