@@ -58,6 +58,7 @@ class Batches:
         world: int = 1,
         num_workers: int = 0,
         epochs: int | None = None,
+        drop_last: bool = True,
     ) -> Iterator[Batch]:
         """Batches of this rank from position `start` (counted in batches per rank) on.
 
@@ -68,9 +69,10 @@ class Batches:
             rank, world: which share of every global batch.
             num_workers: processes of the DataLoader where one is used.
             epochs: stop after so many passes; None never stops (but a one-time stream does at its end).
+            drop_last: leave out the rows (rows only) at an epoch's end that fill no whole batch.
         """
         if self.kind == "rows":
-            picks = _picks(len(self.data), batch_size, seed, start, rank, world, epochs)
+            picks = _picks(len(self.data), batch_size, seed, start, rank, world, epochs, drop_last)
             if isinstance(self.data, Tensor):
                 return ({"input_ids": self.data[pick].long()} for pick in picks)
             return iter(
@@ -137,12 +139,18 @@ def open_batches(data: Any, what: str = "batches") -> Batches:
 
 
 def _picks(
-    n: int, batch_size: int, seed: int | None, start: int, rank: int, world: int, epochs: int | None
+    n: int,
+    batch_size: int,
+    seed: int | None,
+    start: int,
+    rank: int,
+    world: int,
+    epochs: int | None,
+    drop_last: bool,
 ) -> Iterator[list[int]]:
-    """Row indices of this rank's batches, epoch after epoch, without an incomplete global batch at an epoch's
-    end."""
+    """Row indices of this rank's batches, epoch after epoch."""
     per_step = batch_size * world
-    batches = n // per_step
+    batches = n // per_step if drop_last else -(-n // per_step)
     if batches == 0:
         raise ModlabError(
             f"{n} rows are fewer than a batch of {per_step} ({batch_size} in each of {world} process(es)): "
@@ -152,7 +160,8 @@ def _picks(
         order = np.arange(n) if seed is None else np.random.default_rng([seed, epoch]).permutation(n)
         for i in range(start % batches if epoch == start // batches else 0, batches):
             begin = i * per_step + rank * batch_size
-            yield order[begin : begin + batch_size].tolist()
+            if begin < n:
+                yield order[begin : begin + batch_size].tolist()
 
 
 def _is_row(item: Any) -> bool:

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from modlab import objectives
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
-from modlab.routing import is_converted, record_routing
+from modlab.routing import is_converted
 from modlab.train_checks import check_fit, check_length, check_processes, check_teacher, choose_objective
 from modlab.train_config import TrainConfig, is_what_if, lr_factor
 from modlab.train_files import checkpoints, find_checkpoint, log_until, write_json, write_lines
 from modlab.train_result import Stopped, TrainResult
+from modlab.train_step import evaluate, forward_logits, labels_of, parameter_groups, recording_of
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "train"]
 
@@ -74,71 +75,6 @@ def train(
         run.close()
 
 
-@torch.no_grad()
-def evaluate(
-    model: Any,
-    data: Any,
-    max_batches: int = 0,
-    batch_size: int = 8,
-    accelerator: Any = None,
-    autocast: Any = None,
-    forward: Any = None,
-) -> dict[str, float]:
-    """Held-out loss as a decoding model would see it (eval mode: thresholds, nothing that looks ahead).
-
-    Args:
-        model: dense or converted; left in the mode it was in.
-        data: as `batches` of `train`.
-        max_batches: 0 for all.
-        batch_size: rows a batch where `data` is a data set of rows.
-        accelerator, autocast, forward: what `train` hands over from its own set-up.
-
-    Returns:
-        loss (nats a token), tokens, and for a converted model keep_ratio (mean over routed layers) and
-        keep_<layer>.
-    """
-    source = open_batches(data, "eval_data")
-    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    if source.kind == "rows":
-        batch_size = max(1, min(batch_size, len(source.data) // world))
-    device = next(model.parameters()).device
-    layers = model.mod.layers if is_converted(model) else []
-    sums = torch.zeros(
-        2 + len(layers), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device
-    )
-    was_training = model.training
-    model.eval()
-    try:
-        for i, batch in enumerate(source.iterate(batch_size, seed=None, rank=rank, world=world, epochs=1)):
-            if max_batches and i * world >= max_batches:
-                break
-            batch = {k: v.to(device) for k, v in batch.items()}
-            with (
-                autocast() if autocast else contextlib.nullcontext(),
-                _recording(model, detach=True) as recording,
-            ):
-                logits = _logits(forward or model, batch)
-            labels = _labels(batch)
-            count = (labels[:, 1:] != objectives.IGNORE).sum()
-            sums[0] += objectives.next_token_loss(logits, labels) * count
-            sums[1] += count
-            if recording is not None:
-                sums[2:] += objectives.keep_ratios(recording.steps[-1]) * count
-    finally:
-        model.train(was_training)
-    if accelerator is not None:
-        sums = accelerator.reduce(sums, "sum")
-    total, count, *kept = sums.tolist()
-    if not count:
-        raise ModlabError("eval_data has nothing to predict (rows of one token, or every label -100).")
-    result = {"loss": total / count, "tokens": int(count)}
-    if layers:
-        shares = [k / count for k in kept]
-        result["keep_ratio"] = sum(shares) / len(shares)
-        result |= {f"keep_{layer}": share for layer, share in zip(layers, shares, strict=True)}
-    return result
-
-
 @dataclass
 class _Progress:
     """Where a run is; saved with every checkpoint."""
@@ -146,6 +82,7 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    share: float = 0.0  # of the run, where the clock alone sets its length
     window: dict[str, float] = field(default_factory=dict)  # sums since the last log line
     window_steps: int = 0
 
@@ -166,6 +103,8 @@ class _Run:
         self.converted = is_converted(model)
         self.objective = choose_objective(config, model)
         self.source = open_batches(batches)
+        if isinstance(eval_data, Iterator):  # it is gone through more than once
+            eval_data = list(eval_data)
         self.eval_source = None if eval_data is None else open_batches(eval_data, "eval_data")
         check_fit(model, self.source, "batches")
         if self.eval_source is not None:
@@ -231,7 +170,10 @@ class _Run:
             self.teacher.to(self.device).eval()
         model.to(self.device).train()
         optimizer = torch.optim.AdamW(
-            _groups(model, config), lr=config.lr, betas=config.betas, fused=self.device.type == "cuda"
+            parameter_groups(model, config),
+            lr=config.lr,
+            betas=config.betas,
+            fused=self.device.type == "cuda",
         )
         if config.compile:
             model.compile(dynamic=False)
@@ -273,6 +215,7 @@ class _Run:
         stopped: Stopped = "finished"
         self.started = self.mark = time.perf_counter()
         self.mark_tokens = progress.tokens
+        self.warm: float | None = None
         stream = self.source.iterate(
             config.batch_size,
             config.seed,
@@ -289,6 +232,8 @@ class _Run:
                         stopped = "data"
                         break
                     self._step(group)
+                    if self.warm is None:
+                        self.warm = self._agreed(self._seconds())
                     bar.update()
                     self._after_step(bar)
                     if self._interrupted():
@@ -351,9 +296,9 @@ class _Run:
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and this batch's row of `self.columns` (gradient norm left at 0)."""
         config = self.config
-        with self._autocast(), _recording(self.model, detach=False) as recording:
-            logits = _logits(self.wrapped, batch)
-        loss = objectives.next_token_loss(logits, _labels(batch))
+        with self._autocast(), recording_of(self.model, detach=False) as recording:
+            logits = forward_logits(self.wrapped, batch)
+        loss = objectives.next_token_loss(logits, labels_of(batch))
         zero = torch.zeros((), device=self.device)
         regulariser = divergence = zero
         kept: Tensor | None = None
@@ -368,7 +313,7 @@ class _Run:
                 regulariser = config.bce * objectives.topk_bce(step)
         if config.kl:
             with torch.no_grad(), self._autocast():
-                teacher = _logits(self.teacher, batch)
+                teacher = forward_logits(self.teacher, batch)
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
             divergence = objectives.kl_to_teacher(logits, teacher, real)
         row = torch.stack([loss, regulariser, divergence, zero]).detach()
@@ -460,7 +405,8 @@ class _Run:
         progress, accelerator = self.progress, self.accelerator
         progress.window = self._read_window()
         paused = time.perf_counter()
-        progress.seconds, seconds = self._seconds(), progress.seconds
+        before = progress.seconds, progress.share
+        progress.seconds, progress.share = self._seconds(), self._share()
         folder = self.out / "checkpoints"
         target, temporary = folder / f"step_{progress.step}", folder / f".step_{progress.step}.tmp"
         try:
@@ -476,14 +422,14 @@ class _Run:
                 os.replace(temporary, target)
                 for old in checkpoints(self.out)[: -self.config.keep_last]:
                     shutil.rmtree(old)
-        except OSError as error:
+        except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
             shutil.rmtree(temporary, ignore_errors=True)
             raise ModlabError(
                 f"Could not write the checkpoint {target}: {error}. Earlier ones are intact: free "
                 "some space and continue with resume='auto'."
             ) from error
         finally:
-            progress.seconds, progress.window = seconds, {}
+            (progress.seconds, progress.share), progress.window = before, {}
         self.saved_step = progress.step
         self.mark += time.perf_counter() - paused
 
@@ -543,12 +489,16 @@ class _Run:
         """How much of the run is behind, in [0, 1]."""
         if self.steps is not None:
             return min(1.0, self.progress.step / self.steps)
-        assert self.config.max_minutes is not None
-        return min(1.0, self._agreed(self._seconds()) / (60 * self.config.max_minutes))
+        if (
+            self.warm is None
+        ):  # the first step, which may compile for a minute, takes nothing off the schedule
+            return self.progress.share
+        limit, now = 60 * (self.config.max_minutes or 0.0), self._agreed(self._seconds())
+        ahead = max(limit - self.warm, 1e-9)
+        return min(1.0, self.progress.share + (1 - self.progress.share) * (now - self.warm) / ahead)
 
     def _time_left(self) -> float:
-        assert self.config.max_minutes is not None
-        return max(0.0, 60 * self.config.max_minutes - self._seconds())
+        return max(0.0, 60 * (self.config.max_minutes or 0.0) - self._seconds())
 
     def _out_of_time(self) -> bool:
         if self.config.max_minutes is None or self.steps is None:
@@ -615,47 +565,6 @@ def _interrupts(run: _Run) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices with weight decay, vectors without, routers with a rate of their
-    own."""
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "router": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = "router" if "router" in name else "matrix" if parameter.dim() > 1 else "vector"
-            groups[kind].append(parameter)
-    if not any(groups.values()):
-        raise ModlabError("No parameter of the model requires a gradient: there is nothing to train.")
-    router_lr = config.lr if config.router_lr is None else config.router_lr
-    return [
-        {
-            "params": parameters,
-            "peak_lr": router_lr if kind == "router" else config.lr,
-            "weight_decay": config.weight_decay if kind == "matrix" else 0.0,
-        }
-        for kind, parameters in groups.items()
-        if parameters
-    ]
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    """Logits [B, T, V] without a cache."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    return model(**inputs, use_cache=False).logits
-
-
-def _labels(batch: Batch) -> Tensor:
-    if "labels" in batch:
-        return batch["labels"]
-    if "attention_mask" in batch:
-        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, objectives.IGNORE)
-    return batch["input_ids"]
-
-
-def _recording(model: Any, detach: bool) -> Any:
-    """`record_routing` of a converted model; a context that yields None for a dense one."""
-    return record_routing(model, detach=detach) if is_converted(model) else contextlib.nullcontext()
 
 
 def _device_name(device: torch.device) -> str:

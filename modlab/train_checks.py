@@ -33,9 +33,7 @@ def choose_objective(config: TrainConfig, model: Any) -> Objective:
             "compile=True is for dense models: the routes of a converted one change its shapes each step."
         )
     operator = model.mod.config.operator
-    fitting: tuple[Objective, ...] = {"threshold": ("target", "load", "none"), "topk": ("bce", "none")}[
-        operator
-    ]
+    fitting: tuple[Objective, ...] = ("bce", "none") if operator == "topk" else ("target", "load", "none")
     if wanted == "auto":
         return fitting[0]
     if wanted not in fitting:
