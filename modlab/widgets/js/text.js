@@ -122,7 +122,7 @@ class TokenText {
   }
 }
 
-// None keeps it: no ground, a dotted line under it. Else the more layers, the further from the ground of the page.
+// None keeps it: no ground, a line under it. Else the more layers, the further from the ground of the page.
 function colourSpan(span, share, theme) {
   span.classList.toggle("mod-none", share === 0);
   const x = 0.12 + 0.8 * share;

@@ -1,0 +1,195 @@
+"""The views in a page of their own (to_html): decisions in JavaScript, keys, themes, long texts, bad data."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modlab.trace import RoutingTrace
+
+from ..synthetic import make_trace
+from .notebook_browser import JupyterLab
+
+pytestmark = pytest.mark.browser
+HEATMAP = "canvas.modlab-heatmap"
+
+
+@pytest.fixture
+def show(lab: JupyterLab, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens a page; the test fails in the end if the page logged an error or asked for anything else."""
+    wrong: list[str] = []
+    opened: list[Any] = []
+
+    def open_page(
+        html: str | RoutingTrace, dark: bool = False, width: int = 1100, may_fail: bool = False
+    ) -> Any:
+        file = tmp_path / f"{len(opened)}.html"
+        file.write_text(html if isinstance(html, str) else html.to_html(), encoding="utf-8")
+        context = lab.browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
+        )
+        opened.append(context)
+        page = context.new_page()
+        if not may_fail:
+            page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+            page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("request", lambda r: None if r.url.startswith("file:") else wrong.append(r.url))
+        page.goto(file.as_uri())
+        settle(page)
+        return page
+
+    yield open_page
+    for context in opened:
+        context.close()
+    assert not wrong
+
+
+def settle(page: Any) -> None:
+    page.evaluate("() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+
+
+def set_threshold(page: Any, p: float) -> None:
+    """As the slider does while it is dragged."""
+    page.locator(".modlab-threshold").evaluate(
+        "(e, p) => { e.step = 'any'; e.value = p; e.dispatchEvent(new Event('input')); }", p
+    )
+    settle(page)
+
+
+def test_javascript_decides_as_python(show: Callable[..., Any]) -> None:
+    grid = np.linspace(0.05, 0.95, 19)
+    gate = np.vstack(
+        [np.resize(grid, 57), np.random.default_rng(1).uniform(0, 1, 57), np.resize(grid[::-1], 57)]
+    )
+    trace = make_trace(57, gate=gate, keep=gate >= np.float32(0.5))  # an odd recorded mask: no first tokens
+    page = show(trace)
+    heatmap = page.locator(HEATMAP)
+    assert heatmap.get_attribute("data-state") == "measured"
+    assert float(heatmap.get_attribute("data-kept")) == pytest.approx(trace.keep.mean(), abs=6e-5)
+    for p in (0.05, 0.1, 0.35, 0.3501, 0.55, 0.6, 0.95):
+        set_threshold(page, p)
+        assert heatmap.get_attribute("data-state") == "preview"
+        kept = trace.preview_keep(p).mean()
+        assert float(heatmap.get_attribute("data-kept")) == pytest.approx(kept, abs=6e-5)
+        saving = f"{trace.preview_saving(p):.2f}x smaller"
+        assert saving in page.locator(".mod-figures").inner_text()
+    set_threshold(page, 0.5)  # back at the recorded p the recorded mask shows again, not a comparison
+    assert float(heatmap.get_attribute("data-kept")) == pytest.approx(trace.keep.mean(), abs=6e-5)
+
+
+def test_preview_is_labelled_and_has_no_loss(show: Callable[..., Any]) -> None:
+    trace = make_trace()
+    page = show(trace)
+    assert page.locator(".modlab-badge").inner_text() == "measured"
+    assert page.locator(".modlab-loss").inner_text() == f"{trace.mean_loss:.3f}"
+    set_threshold(page, 0.7)
+    assert page.locator(".modlab-badge").inner_text() == "preview"
+    assert page.locator(".modlab-how").inner_text().startswith("Preview from the gates recorded at p 0.5")
+    assert page.locator(".modlab-loss").inner_text() == "–"  # a loss cannot be previewed
+
+
+def test_keyboard_moves_locks_and_clears(show: Callable[..., Any]) -> None:
+    trace = make_trace(300, tokens=[f"w{i} " for i in range(300)])
+    page = show(trace, width=700)
+    heatmap, note = page.locator(HEATMAP), page.locator(".mod-text-box .mod-note")
+    heatmap.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowRight"):
+        heatmap.press(key)
+    settle(page)
+    on = page.locator(".mod-on")
+    assert on.inner_text() == "w2 " and "token 2 of 300" in note.inner_text()
+    row = trace.layers.index(1)
+    kept = "kept" if trace.keep[row, 2] else "skipped"
+    tip = page.locator(".mod-tip")
+    assert "layer 1: gate" in tip.inner_text() and kept in tip.inner_text()
+    assert "the first 4 tokens are always kept" in tip.inner_text() or trace.gate[row, 2] >= 0.5
+    heatmap.press("End")  # beyond what the width shows: the picture follows
+    settle(page)
+    assert on.inner_text() == "w299 " and page.locator(".mod-scroll").evaluate("e => e.scrollLeft") > 500
+    assert tip.is_visible()
+    heatmap.press("Enter")
+    page.locator(".mod-title").hover()
+    settle(page)
+    assert on.inner_text() == "w299 " and "locked" in note.inner_text()
+    heatmap.press("Escape")
+    settle(page)
+    assert on.count() == 0 and not tip.is_visible()
+
+
+def test_clicking_a_layer_colours_the_text_by_it(show: Callable[..., Any]) -> None:
+    trace = make_trace(40)
+    page = show(trace)
+    box = page.locator(HEATMAP).bounding_box()
+    none = page.locator(".modlab-text .mod-none")
+    assert none.count() == int((~trace.keep.any(0)).sum())
+    page.mouse.click(box["x"] + 44, box["y"] + 4 + 22 * 3.5)  # the number of layer 3
+    settle(page)
+    assert page.locator(".mod-choice select").input_value() == "3"
+    assert none.count() == int((~trace.keep[trace.layers.index(3)]).sum())
+    page.locator(".mod-choice select").select_option("-1")
+    settle(page)
+    assert none.count() == int((~trace.keep.any(0)).sum())
+
+
+def test_text_shows_the_text(show: Callable[..., Any]) -> None:
+    tokens = ["<b>", "&amp;", "", "日本", "🙂", "\n", "</script>", "\t x ", "'\"`"]
+    trace = make_trace(9, tokens=tokens)
+    assert show(trace).locator(".modlab-text").evaluate("e => e.textContent") == trace.text
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_themes_are_readable(show: Callable[..., Any], shots: Path, dark: bool) -> None:
+    page = show(make_trace(160, 12), dark=dark)
+    page.locator(HEATMAP).hover(position={"x": 300, "y": 110})
+    settle(page)
+    page.screenshot(path=shots / f"page-{'dark' if dark else 'light'}.png", full_page=True)
+    ratios = page.evaluate(
+        """() => {
+          const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => (v /= 255) <= 0.04045
+            ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+          const ground = getComputedStyle(document.querySelector('.modlab')).backgroundColor;
+          const all = '.modlab-how, .mod-name, .mod-value, .mod-tip div, .mod-token';
+          return [...document.querySelectorAll(all)].map(e => {
+            const s = getComputedStyle(e), own = s.backgroundColor;
+            const behind = own === 'rgba(0, 0, 0, 0)' ? ground : own;
+            const [a, b] = [lum(s.color), lum(behind)].sort((x, y) => y - x);
+            return (a + 0.05) / (b + 0.05); }); }"""
+    )
+    assert len(ratios) > 160 and min(ratios) >= 4.5  # WCAG AA
+    ground = page.locator(".modlab").evaluate("e => getComputedStyle(e).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") != dark
+
+
+def test_nothing_is_wider_than_a_narrow_page(show: Callable[..., Any], shots: Path) -> None:
+    page = show(make_trace(200, 32), width=420)
+    page.screenshot(path=shots / "page-narrow.png", full_page=True)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 420
+
+
+def test_a_very_long_text_stays_fast(show: Callable[..., Any]) -> None:
+    page = show(make_trace(100_000, 12))
+    took = page.evaluate(
+        """async () => {
+          const slider = document.querySelector('.modlab-threshold');
+          const frame = () => new Promise(requestAnimationFrame);
+          const start = performance.now();
+          for (let i = 0; i < 10; i++) {
+            slider.value = 0.3 + 0.04 * i; slider.dispatchEvent(new Event('input'));
+            await frame(); await frame();
+          }
+          return (performance.now() - start) / 10; }"""
+    )
+    assert page.locator(HEATMAP).get_attribute("data-threshold") == "0.66"
+    assert page.locator(".mod-token").count() >= 100_000
+    assert took < 1000, f"{took:.0f} ms a step"
+    page.locator(".mod-scroll").evaluate("e => { e.scrollLeft = e.scrollWidth; }")
+    settle(page)
+    assert page.locator(HEATMAP).evaluate("e => e.width") < 4000  # only what is in view is drawn
+
+
+def test_a_view_that_cannot_be_drawn_says_so(show: Callable[..., Any]) -> None:
+    html = make_trace().to_html().replace('"view": "explorer"', '"view": "nonsense"')
+    page = show(html, may_fail=True)
+    assert "could not be drawn" in page.locator("[role=alert]").inner_text()
