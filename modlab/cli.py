@@ -250,7 +250,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = TrainConfig(**given_flags(options, TrainConfig))
     config.check()  # before a model is loaded and text is tokenised for nothing
-    if options.dense and options.teacher is None and config.kl:
+    if config.kl and options.teacher is None:
         raise ModlabError(f"--kl {config.kl} needs --teacher MODEL.")
 
     import modlab
@@ -474,9 +474,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: as the weights are saved",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as saved; demo: float32)",
     )
 
 
@@ -500,7 +499,7 @@ def _load(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
     import modlab
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = modlab.load(name, dtype=options.dtype)
+    model, tokenizer = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as problem:  # torch raises either for a device that is not there
@@ -555,9 +554,9 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Model and tokenizer into one folder, whole or not at all."""
-    from modlab.checkpoint import atomic_directory
+    from modlab.checkpoint import WEIGHT_PATTERNS, atomic_directory
 
-    with atomic_directory(folder) as temporary:
+    with atomic_directory(folder, replaces=WEIGHT_PATTERNS) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

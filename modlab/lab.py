@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -168,7 +169,7 @@ def execute(notebook: Path, timeout_s: int = 600, progress: bool = True) -> Exec
         try:
             client.execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
-            error = str(failure).strip()
+            error = re.sub(r"\x1b\[[0-9;]*m", "", str(failure)).strip()  # IPython colours its tracebacks
 
     result = Executed(notebook.with_suffix(".executed.ipynb"), notebook.with_suffix(".html"), error)
     _write(result.notebook, nbformat.writes(content).encode())
