@@ -1,0 +1,261 @@
+"""Packed rows: exact content, splits, determinism, refusals."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modlab import data
+from modlab.errors import ModlabError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789\n ._()=:"
+
+
+def character_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
+    """One token a character; `<s>` is 0, `</s>` is 1, unknown is 2."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer(bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(autouse=True)
+def quiet_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that `datasets` caches go with the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_documents(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def texts(count: int) -> list[str]:
+    rng = np.random.default_rng(3)
+    return ["".join(rng.choice(list("abcdefgh"), int(rng.integers(1, 90)))) for _ in range(count)]
+
+
+def stream(rows: Any) -> list[int]:
+    return torch.cat([row["input_ids"] for row in rows]).tolist()
+
+
+def split_documents(ids: list[int]) -> list[list[int]]:
+    """What stands between a bos (0) and an eos (1), in order; the last one may be cut."""
+    found: list[list[int]] = []
+    for token in ids:
+        if token == 0:
+            found.append([])
+        elif token != 1:
+            found[-1].append(token)
+    return found
+
+
+def test_rows_are_the_documents_between_separators(tmp_path: Path, tokenizer: Any) -> None:
+    originals = texts(40)
+    rows = data.packed(write_documents(tmp_path / "docs", originals), tokenizer, seq_len=16)
+    total = sum(len(t) + 2 for t in originals)
+    assert len(rows) == total // 16
+    assert all(row["input_ids"].shape == (16,) and row["input_ids"].dtype == torch.int64 for row in rows)
+    ids = stream(rows)
+    assert ids[0] == 0
+    assert all(ids[i + 1] == 0 for i, token in enumerate(ids[:-1]) if token == 1), (
+        "every eos is followed by a bos"
+    )
+    packed = split_documents(ids)
+    encoded = {tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in originals}
+    assert {tuple(d) for d in packed[:-1]} <= encoded
+    assert len({tuple(d) for d in packed[:-1]}) == len(packed) - 1 >= 35
+
+
+def test_one_separator_stands_once_before_each_document(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer(bos_token="<s>", eos_token="<s>")
+    rows = data.packed(write_documents(tmp_path / "docs", ["abc"] + ["defg"]), tokenizer, seq_len=9)
+    ids = stream(rows)
+    assert sorted(split_documents(ids)) == [[3, 4, 5], [6, 7, 8, 9]]
+    assert len(ids) == 9
+    assert ids.count(0) == 2
+
+
+def test_order_follows_the_seed_and_not_the_processes(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_documents(tmp_path / "docs", texts(60))
+    first = stream(data.packed(folder, tokenizer, 16, seed=1))
+    assert stream(data.packed(folder, tokenizer, 16, seed=1)) == first
+    assert stream(data.packed(folder, tokenizer, 16, seed=1, num_proc=2)) == first
+    other = stream(data.packed(folder, tokenizer, 16, seed=2))
+    assert other != first
+
+
+def test_packing_carries_over_batches_of_documents(tmp_path: Path, tokenizer: Any) -> None:
+    """More documents than one packing batch: nothing is lost or repeated where two batches meet."""
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i:04}"}) + "\n" for i in range(2500)), encoding="utf-8")
+    rows = data.packed(path, tokenizer, seq_len=7)
+    numbers = [tokenizer.decode(d).replace(" ", "") for d in split_documents(stream(rows))]
+    assert len(rows) == 2500 * 6 // 7
+    complete = [n for n in numbers if len(n) == 4]
+    assert len(complete) == len(set(complete)) >= 2498
+
+
+def test_limit_gives_a_prefix_of_whole_rows(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_documents(tmp_path / "docs", texts(60))
+    everything = stream(data.packed(folder, tokenizer, 16))
+    for limit in (16, 100, 1000):
+        some = stream(data.packed(folder, tokenizer, 16, limit_tokens=limit))
+        assert len(some) == limit // 16 * 16
+        assert some == everything[: len(some)]
+
+
+def test_limit_beyond_the_first_guess(tmp_path: Path) -> None:
+    """A tokenizer that makes few tokens of many characters needs a second helping of documents."""
+    vocabulary = {"<s>": 0, "<unk>": 1}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+    folder = write_documents(tmp_path / "docs", ["x" * 500 + f"{i}" for i in range(30)])
+    rows = data.packed(folder, tokenizer, 4, limit_tokens=40)
+    assert len(rows) == 10
+
+
+def test_splits_share_no_document(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_documents(tmp_path / "docs", texts(200))
+    train = set(data.documents(folder, "train", heldout_fraction=0.2)["name"])
+    heldout = set(data.documents(folder, "heldout", heldout_fraction=0.2)["name"])
+    assert not train & heldout
+    assert len(train | heldout) == len(set(data.documents(folder)["name"]))
+    assert 20 <= len(heldout) <= 65  # 40 expected; hashes, not luck: the same in every run
+
+
+def test_split_of_a_document_depends_on_its_text_alone(tmp_path: Path) -> None:
+    all_texts = texts(100)
+    before = set(data.documents(write_documents(tmp_path / "a", all_texts), "heldout", 0.2)["text"])
+    shuffled = write_documents(tmp_path / "b", all_texts[::-1][:50])
+    after = set(data.documents(shuffled, "heldout", 0.2)["text"])
+    assert after == before & set(all_texts[::-1][:50])
+
+
+def test_json_columns_and_mixed_folders(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_documents(tmp_path / "docs", ["from text"])
+    lines = [{"body": "from json"}, {"body": ""}, {"body": None}, {"body": "  \n"}]
+    (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "empty.txt").write_text("")
+    docs = data.documents(folder, text_column="body")
+    assert sorted(docs["text"]) == ["from json", "from text"]
+    with pytest.raises(ModlabError, match="no column 'text'.*'body'"):
+        data.documents(folder)
+
+
+def test_documents_can_be_packed_again(tmp_path: Path, tokenizer: Any) -> None:
+    docs = data.documents(write_documents(tmp_path / "docs", texts(30)))
+    assert stream(data.packed(docs, tokenizer, 16)) == stream(data.packed(tmp_path / "docs", tokenizer, 16))
+
+
+@pytest.fixture
+def small_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose standard library and packages are a handful of files."""
+    stdlib, packages = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+    body = "x = 1  # filler\n" * 40
+    files = {stdlib / f"module_{i}.py": f"# module {i}\n{body}" for i in range(30)}
+    files |= {packages / "pkg" / f"part_{i}.py": f"# part {i}\n{body}" for i in range(30)}
+    files[packages / "pkg" / "copy_of_part_3.py"] = f"# part 3\n{body}"
+    files[packages / "pkg" / "__init__.py"] = "too short"
+    files[packages / "pkg" / "__pycache__" / "cached.py"] = f"# cached\n{body}"
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    (packages / "pkg" / "latin.py").write_bytes(b"# caf\xe9\n" + body.encode())
+    paths = {"stdlib": str(stdlib), "purelib": str(packages), "platlib": str(packages)}
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(data.site, "getsitepackages", lambda: [str(packages)])
+    return stdlib
+
+
+def test_python_source_is_deduplicated_and_filtered(small_python: Path) -> None:
+    docs = data.documents("python")
+    names = docs["name"]
+    assert len(names) == len(set(names)) == 60
+    assert ("pkg/copy_of_part_3.py" in names) != ("pkg/part_3.py" in names)
+    assert not {"pkg/__init__.py", "pkg/latin.py", "pkg/__pycache__/cached.py"} & set(names)
+    assert sorted(data.documents("python-stdlib")["name"]) == sorted(
+        n for n in names if n.startswith("module")
+    )
+
+
+def test_python_split_is_by_relative_path(
+    small_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file is held out on every machine, wherever its packages lie."""
+    heldout = set(data.documents("python", "heldout", 0.3)["name"])
+    train = set(data.documents("python", "train", 0.3)["name"])
+    assert heldout and train and not heldout & train
+    moved = tmp_path / "elsewhere"
+    small_python.rename(moved)
+    packages = str(moved / "site-packages")
+    monkeypatch.setattr(
+        data.sysconfig, "get_paths", lambda: {"stdlib": str(moved), "purelib": packages, "platlib": packages}
+    )
+    monkeypatch.setattr(data.site, "getsitepackages", lambda: [packages])
+    assert set(data.documents("python", "heldout", 0.3)["name"]) == heldout
+
+
+def test_the_real_standard_library(tokenizer: Any) -> None:
+    rows = data.packed("python-stdlib", tokenizer, seq_len=256, split="train", limit_tokens=50_000)
+    assert len(rows) == 50_000 // 256
+    heldout = data.documents("python-stdlib", "heldout")
+    assert Path(sysconfig.get_paths()["stdlib"], heldout[0]["name"]).is_file()
+    assert min(heldout["chars"]) >= data.MIN_PYTHON_CHARS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "no/such/place/at/all"}, "does not exist"),
+        ({"source": "missing.txt"}, "does not exist"),
+        ({"seq_len": 1}, "seq_len is 1"),
+        ({"limit_tokens": 5}, "less than one row"),
+        ({"split": "test"}, "split='test'"),
+        ({"heldout_fraction": 0.0}, "heldout_fraction=0.0"),
+        ({"seq_len": 10_000_000}, "fewer than one row"),
+        ({"tokenizer": character_tokenizer()}, "neither a bos nor an eos"),
+        ({"split": "heldout", "heldout_fraction": 1e-9}, "heldout split .* is empty"),
+    ],
+)
+def test_refusals(tmp_path: Path, tokenizer: Any, arguments: dict[str, Any], message: str) -> None:
+    folder = write_documents(tmp_path / "docs", ["some text", "more text"])
+    with pytest.raises(ModlabError, match=message) as caught:
+        data.packed(**{"source": folder, "tokenizer": tokenizer, "seq_len": 8, **arguments})
+    assert str(caught.value).count("\n") < 5
+
+
+def test_refuses_nothing_to_read(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_documents(tmp_path / "docs", ["", "  \n "])
+    with pytest.raises(ModlabError, match="holds no text"):
+        data.packed(folder, tokenizer, 8)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ModlabError, match="holds no text"):
+        data.packed(tmp_path / "bare", tokenizer, 8)
+    (tmp_path / "bad.json").write_text("{not json", encoding="utf-8")
+    with pytest.raises(ModlabError, match="Could not read"):
+        data.packed(tmp_path / "bad.json", tokenizer, 8)
+
+
+def test_hub_name_without_network(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModlabError, match="from the hub") as caught:
+        data.packed("modlab/no-such-data", tokenizer, 8)
+    assert "network" in str(caught.value)
