@@ -257,3 +257,72 @@ def test_frame_is_a_plain_dataframe(model):
         model(ids(), use_cache=True)
     assert isinstance(kv.frame(), pd.DataFrame)
     assert kv.rows[0]["kv_bytes"] == 10 * TOKEN_BYTES  # the same without pandas
+
+
+# ---- converted models
+
+
+def forced(keep_token):
+    """An override that keeps the positions for which `keep_token(layer, position)` holds."""
+
+    def keep(layer, gate, positions):
+        return torch.tensor([[keep_token(layer, int(p)) for p in row] for row in positions])
+
+    return keep
+
+
+def test_mod_bytes_are_kept_tokens_times_bytes_per_token():
+    model = modlab.convert(llama(), modlab.MoDConfig(layers=[1]))
+    with (
+        modlab.routing_override(model, forced(lambda layer, position: position % 3 == 0)),
+        torch.no_grad(),
+        modlab.KVTracker(model) as kv,
+    ):
+        out = model(ids(rows=2), use_cache=True)
+    frame = kv.frame().set_index("layer")
+    assert list(frame.kind) == ["dynamic", "ragged", "dynamic"]
+    assert list(frame.kept_tokens) == [20, 8, 20]
+    index = 4  # bytes that note where a stored token stood
+    assert list(frame.kv_bytes) == [20 * TOKEN_BYTES, 8 * (TOKEN_BYTES + index), 20 * TOKEN_BYTES]
+    assert (frame.dense_kv_bytes == 20 * TOKEN_BYTES).all()
+    assert frame.kv_bytes.sum() == out.past_key_values.nbytes
+    assert frame.dense_kv_bytes.sum() == out.past_key_values.dense_nbytes
+
+
+def test_mod_generate_follows_the_ragged_cache():
+    model = modlab.convert(llama(), modlab.MoDConfig(layers=[1]))
+    prompt = ids(rows=2, length=6)
+    prompt[0, :3] = 0
+    with (
+        modlab.routing_override(model, forced(lambda layer, position: position in (0, 2, 4, 7))),
+        modlab.KVTracker(model) as kv,
+    ):
+        out = model.generate(
+            prompt,
+            attention_mask=(prompt != 0).long(),
+            max_new_tokens=5,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+    frame = kv.frame()
+    routed = frame[frame.layer == 1]
+    # row 0 has 3 real prompt tokens, row 1 has 6; each decode step adds one position to both
+    assert list(routed.kept_tokens) == [2 + 3, 2 + 3, 3 + 4, 3 + 4, 3 + 4]
+    last = frame[frame.step == frame.step.max()]
+    assert last.kv_bytes.sum() == out.past_key_values.nbytes
+    assert last.kept_tokens.to_list() == out.past_key_values.kept_tokens.sum(1).tolist()
+    assert (last.dense_kv_bytes == 2 * 10 * TOKEN_BYTES).all()
+
+
+def test_a_layer_that_keeps_nothing_still_saves_what_a_dense_one_would_store():
+    model = modlab.convert(llama(), modlab.MoDConfig(layers=[1]))
+    with (
+        modlab.routing_override(model, forced(lambda layer, position: False)),
+        torch.no_grad(),
+        modlab.KVTracker(model) as kv,
+    ):
+        model(ids(), use_cache=True)
+    frame = kv.frame().set_index("layer")
+    assert (frame.kept_tokens[1], frame.kv_bytes[1]) == (0, 0)
+    assert frame.dense_kv_bytes[1] == 10 * TOKEN_BYTES
+    assert kv.summary()["kv_saving"] == pytest.approx(LAYERS / (LAYERS - 1))
