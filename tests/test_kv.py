@@ -188,6 +188,22 @@ def test_linear_attention_layers_report_their_state():
     assert (states.kv_bytes == states.dense_kv_bytes).all()
 
 
+def test_quantized_cache_counts_the_quantized_bytes(model):
+    from transformers import QuantizedCache
+
+    try:
+        cache = QuantizedCache(backend="fp8", config=model.config)
+    except ValueError:
+        pytest.skip("this transformers has no quantized cache that needs no further package")
+    with modlab.KVTracker(model) as kv:
+        model.generate(ids(), attention_mask=torch.ones(1, 10), max_new_tokens=3, past_key_values=cache)
+    frame = kv.frame()
+    assert set(frame.kind) == {"quantized"}
+    assert (frame.kept_tokens == frame.seen_tokens).all()
+    assert (frame.kv_bytes == frame.seen_tokens * TOKEN_BYTES // 4).all()
+    assert (frame.dense_kv_bytes == frame.seen_tokens * TOKEN_BYTES).all()
+
+
 def test_tuple_outputs_work(model):
     with modlab.KVTracker(model) as kv, torch.no_grad():
         model(ids(), use_cache=True, return_dict=False)
