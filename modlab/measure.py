@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+TEXT_PIECE = 2048  # tokens a text is cut at by default
 LOSS_CHUNK = 512  # tokens whose logits are widened to fp32 at once
 
 Batch = dict[str, torch.Tensor]
@@ -100,6 +101,16 @@ def context_length(model: PreTrainedModel) -> int:
     """Tokens the model's positions allow (`max_position_embeddings`), or 2,048 if its config does not say."""
     config: Any = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def piece_length(model: PreTrainedModel, tokenizer: Any, seq_len: int | None) -> int:
+    """How long the pieces are that inputs are cut into, in tokens: as asked for, within the model's context.
+
+    By default texts are cut at `TEXT_PIECE`, because their logits take tokens x vocabulary; token batches are
+    taken as their maker cut them.
+    """
+    context = context_length(model)
+    return min(context, seq_len or (TEXT_PIECE if tokenizer is not None else context))
 
 
 def _device(model: PreTrainedModel) -> torch.device:
@@ -214,9 +225,9 @@ def evaluate(
         model: causal LM; evaluated in eval mode, its mode is restored.
         data: texts or token batches, as `as_batches` takes them.
         tokenizer: for texts.
-        seq_len: cut inputs into pieces of this many tokens; default: the model's context length.
+        seq_len: cut inputs into pieces of this many tokens; by default as `piece_length` says.
     """
-    return _evaluate(model, as_batches(data, tokenizer, seq_len or context_length(model)))
+    return _evaluate(model, as_batches(data, tokenizer, piece_length(model, tokenizer, seq_len)))
 
 
 def loss(model: PreTrainedModel, tokenizer: Any, texts: Any, seq_len: int | None = None) -> float:
@@ -328,7 +339,7 @@ def sweep(
         tokenizer: for texts; may be None for token batches.
         texts: texts or token batches, as `as_batches` takes them.
         thresholds: values in (0, 1), and 0.0 for "every gate open" (what the dense layers would do).
-        seq_len: cut inputs into pieces of this many tokens; default: the model's context length.
+        seq_len: cut inputs into pieces of this many tokens; by default as `piece_length` says.
         repeats: timed calls a threshold, after one untimed; 0 leaves the two time columns NaN.
         prompt_tokens: the timed prompt is the first row of the first batch, at most this long.
         decode_tokens: tokens generated in each timed call, after the first.
@@ -356,7 +367,7 @@ def sweep(
     if not wanted:
         raise ModlabError("no thresholds given; give values in [0, 1), for example [0.0, 0.3, 0.5, 0.7].")
     context = context_length(model)
-    batches = as_batches(texts, tokenizer, min(seq_len or context, context))
+    batches = as_batches(texts, tokenizer, piece_length(model, tokenizer, seq_len))
     prompt = batches[0]["input_ids"][:1]
     prompt_mask = batches[0].get("attention_mask")
     if prompt_mask is not None:
@@ -521,7 +532,7 @@ def calibrate(
         raise ModlabError(
             f"keep_ratio={keep_ratio} is not in (0, 1); for example 0.25 keeps a quarter of the tokens."
         )
-    pieces = as_batches(batches, tokenizer, context_length(model))
+    pieces = as_batches(batches, tokenizer, piece_length(model, tokenizer, None))
     before = dict(routing.thresholds)
     try:
         search = _calibrate_layers if per_layer else _calibrate_global

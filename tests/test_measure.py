@@ -89,6 +89,16 @@ def test_long_inputs_are_cut_and_short_leftovers_dropped():
     assert [p["input_ids"].tolist()[0] for p in pieces] == [list(range(10)), list(range(10, 20))]
 
 
+def test_default_pieces_are_the_context_for_tokens_and_shorter_for_texts():
+    model = dense_model()
+    assert measure.piece_length(model, None, None) == 256
+    model.config.max_position_embeddings = 8192
+    assert measure.piece_length(model, None, None) == 8192
+    assert measure.piece_length(model, Letters(), None) == measure.TEXT_PIECE
+    assert measure.piece_length(model, Letters(), 4096) == 4096
+    assert measure.piece_length(model, None, 10000) == 8192
+
+
 def test_batches_from_texts_rows_and_datasets():
     assert measure.as_batches("abc", Letters())[0]["input_ids"].tolist() == [
         [97 % VOCAB, 98 % VOCAB, 99 % VOCAB]
@@ -253,3 +263,20 @@ def test_calibrate_refuses_ratios_outside_the_unit_interval(model, batches, want
 def test_time_generate_counts_every_token(model, batches):
     prefill_ms, decode_ms = measure.time_generate(model, batches[0][:, :8], decode_tokens=4)
     assert prefill_ms > 0 and decode_ms > 0
+
+
+@pytest.mark.data
+def test_a_real_model_and_its_tokenizer(data_dir):
+    """Texts go through the tokenizer, the open row of the sweep is the dense model, calibration reaches its ratio."""
+    model, tokenizer = modlab.load(str(data_dir / "models" / "stories260K"))
+    texts = [
+        "Once upon a time there was a little dog who wanted to see the moon. " * 6,
+        "The end of the day came.",
+    ]
+    dense = measure.loss(model, tokenizer, texts)
+    spread_gates(modlab.convert(model, modlab.MoDConfig()), scale=0.3)
+    frame = modlab.sweep(model, tokenizer, texts, [0.0, 0.5], repeats=1, decode_tokens=2, progress=False)
+    assert frame.loss[0] == pytest.approx(dense, rel=1e-5)
+    assert frame.keep_ratio[1] < 1.0 and frame.loss[1] > dense
+    got = modlab.calibrate(model, texts, tokenizer=tokenizer, keep_ratio=0.5, tolerance=0.02)
+    assert got.keep_ratio == pytest.approx(0.5, abs=0.02)
