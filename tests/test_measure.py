@@ -267,7 +267,7 @@ def test_time_generate_counts_every_token(model, batches):
 
 @pytest.mark.data
 def test_a_real_model_and_its_tokenizer(data_dir):
-    """Texts go through the tokenizer, the open row of the sweep is the dense model, calibration reaches its ratio."""
+    texts = ["Once upon a time there was a little dog who wanted to see the moon. " * 6, "The day came."]
     model, tokenizer = modlab.load(str(data_dir / "models" / "stories260K"))
     texts = [
         "Once upon a time there was a little dog who wanted to see the moon. " * 6,
