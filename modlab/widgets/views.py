@@ -38,7 +38,7 @@ class View(anywidget.AnyWidget):
     layers = t.List(t.Int()).tag(sync=True)
     num_layers = t.Int(0).tag(sync=True)
     keep_first = t.Int(0).tag(sync=True)
-    threshold = t.Float(0.5).tag(sync=True)
+    threshold = t.Float(0.5).tag(sync=True, echo_update=False)  # an echo would undo a drag in progress
     cursor = t.Int(-1).tag(sync=True)
     layer = t.Int(-1).tag(sync=True)
     summary = t.Dict({"p": 0.5}).tag(sync=True)  # page.summary; its change tells the browser of new gates

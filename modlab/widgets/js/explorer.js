@@ -12,6 +12,7 @@ class Controls {
     this.slider = el(label, "input", "modlab-threshold");
     Object.assign(this.slider, { type: "range", min: 0.01, max: 0.99, step: 0.005 });
     this.slider.setAttribute("aria-label", "threshold p");
+    ownKeys(this.slider);
     this.value = el(label, "output", "modlab-p");
     this.badge = el(bar, "span", "modlab-badge");
     this.badge.setAttribute("role", "status");
@@ -48,8 +49,16 @@ class Controls {
     this.waiting = true;
     this.late = false;
     this.sent = (model.get("status").id || 0) + 1;
-    model.send({ type: "run", p: this.store.threshold, id: this.sent });
     clearTimeout(this.patience);
+    try {
+      model.save_changes(); // so that Python knows p and does not send it back later, over a slider that moved on
+      model.send({ type: "run", p: this.store.threshold, id: this.sent });
+    } catch { // the kernel was shut down
+      this.waiting = false;
+      this.gone = true;
+      return this.draw();
+    }
+    this.gone = false;
     this.patience = setTimeout(() => { this.late = true; this.draw(); }, 4000);
     this.draw();
   }
@@ -89,6 +98,7 @@ class Controls {
 
   explain(running, preview) {
     const { store } = this, can = store.model.get("can_run"), at = number(store.summary.p);
+    if (preview && this.gone) return "No kernel answers, so this stays a preview. Run the cell again for a live one.";
     if (running && this.late) return "Asked the kernel, no answer yet. It may be busy, or not running; until it answers this is a preview.";
     if (preview || running)
       return `Preview from the gates recorded at p ${at}; in a real run the gates of later layers change too. ` +
@@ -101,8 +111,6 @@ const VIEWS = { explorer: [Controls, Heatmap, TokenText, Curve], heatmap: [Heatm
 
 function show(model, parent) {
   const root = el(parent, "div", "modlab"), view = model.get("view");
-  // JupyterLab must not take the arrow keys and Enter for its own shortcuts.
-  root.dataset.lmSuppressShortcuts = "true";
   const store = new Store(model, root);
   if (view === "explorer") {
     const title = el(root, "header", "mod-title");

@@ -20,6 +20,7 @@ class Heatmap {
     this.spacer = el(this.scroll, "div", "mod-spacer");
     this.canvas = el(this.spacer, "canvas", "modlab-heatmap");
     this.canvas.tabIndex = 0;
+    ownKeys(this.canvas);
     this.canvas.setAttribute("role", "img");
     this.tip = el(frame, "div", "mod-tip");
     this.tip.hidden = true;

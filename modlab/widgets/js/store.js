@@ -207,6 +207,9 @@ function inkOn(rgb) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
+// The arrow keys are this element's: JupyterLab, which asks the focused element only, must not take them.
+function ownKeys(node) { node.dataset.lmSuppressShortcuts = "true"; }
+
 // Canvas cannot use CSS variables: read what the style sheet made of JupyterLab's theme.
 function readTheme(root) {
   const style = getComputedStyle(root), read = (name) => style.getPropertyValue(name).trim();

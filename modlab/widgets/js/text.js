@@ -10,10 +10,12 @@ class TokenText {
     el(head, "h3", "", "The text");
     const label = el(head, "label", "mod-choice", "coloured by ");
     this.choice = el(label, "select");
+    ownKeys(this.choice);
     this.choice.addEventListener("change", () => store.selectLayer(Number(this.choice.value)));
     this.legend = el(head, "span", "mod-swatches");
     this.text = el(this.box, "div", "modlab-text");
     this.text.tabIndex = 0;
+    ownKeys(this.text);
     this.text.setAttribute("role", "group");
     this.text.setAttribute("aria-label", "The traced text; arrow keys move from token to token");
     this.text.addEventListener("pointerover", (e) => { if (!store.locked) store.point(this.tokenOf(e)); });

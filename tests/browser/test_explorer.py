@@ -1,0 +1,220 @@
+"""The explorer and the single views in a real JupyterLab, on a tiny model."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .notebook_browser import JupyterLab, Notebook
+
+pytestmark = pytest.mark.browser
+
+SETUP = """\
+import torch, transformers, modlab
+from tests.conftest import tiny_config
+from tests.synthetic import make_tokenizer, make_trace, scatter_gates
+torch.manual_seed(0)
+model = modlab.convert(transformers.LlamaForCausalLM(tiny_config()).eval())
+scatter_gates(model)
+text = "the router decides which token runs and which token skips, 日本 🙂\\n" * 4
+explorer = modlab.widgets.explore(model, make_tokenizer(), text)
+explorer"""
+SINGLE = """\
+from modlab.widgets import RoutingHeatmap, TokenText, link
+trace = make_trace(90)
+heatmap, words = RoutingHeatmap(trace), TokenText(trace)
+links = link(heatmap, words)
+heatmap"""
+CURVE = """\
+import pandas as pd
+sweep = pd.DataFrame({"threshold": [0.2, 0.5, 0.8], "kv_bytes": [9e5, 7e5, 6e5], "loss": [2.0, 2.1, 2.6]})
+modlab.widgets.ThresholdCurve(sweep, p=0.6)"""
+SECOND = ".jp-Cell:nth-of-type(2)"
+
+
+@pytest.fixture(scope="module")
+def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
+    with lab.open(notebook(SETUP, SINGLE, "words", CURVE, name="explorer"), timeout=120) as nb:
+        nb.run_all()
+        yield nb
+        nb.check()  # nothing that the tests did may have left an error behind
+
+
+def read(nb: Notebook, what: str) -> str:
+    return nb.page.locator(f".modlab-{what}").first.inner_text()
+
+
+def kernel(nb: Notebook, expression: str) -> str:
+    return nb.python(f"print({expression})").strip()
+
+
+def wait_measured(nb: Notebook, p: float) -> None:
+    """Until the kernel has answered for p and the page shows it."""
+    nb.page.wait_for_function(
+        """p => { const c = document.querySelector('canvas.modlab-heatmap').dataset,
+                   b = document.querySelector('.modlab-badge').dataset;
+                 return c.state === 'measured' && b.state === 'measured' && Number(c.threshold) === p; }""",
+        arg=p,
+    )
+    nb.wait_idle()
+
+
+def test_everything_is_on_the_screen(nb: Notebook, shots: Path) -> None:
+    for css in (".modlab-threshold", "canvas.modlab-heatmap", ".modlab-text .mod-token", ".modlab-badge"):
+        nb.expect(css)
+    nb.expect("canvas.modlab-heatmap", count=2)
+    nb.expect("svg.modlab-curve", count=2)
+    nb.screenshot(shots / "explorer")
+
+
+def test_a_drag_previews_and_a_release_measures(nb: Notebook) -> None:
+    heatmap = nb.page.locator("canvas.modlab-heatmap").first
+    before = {what: read(nb, what) for what in ("kept", "kv", "loss")}
+    picture, runs = nb.pixels("canvas.modlab-heatmap"), kernel(nb, "explorer.summary['run']")
+    p = nb.drag(".modlab-threshold", 0.62, release=False)
+    nb.page.wait_for_timeout(600)
+    # Dragged, not released: the browser alone draws, the kernel has heard nothing.
+    assert heatmap.get_attribute("data-state") == "preview" and read(nb, "badge") == "preview"
+    want = float(kernel(nb, f"explorer.trace.preview_keep({p}).mean()"))
+    assert float(heatmap.get_attribute("data-kept") or 0) == pytest.approx(want, abs=6e-5)
+    assert read(nb, "kept") != before["kept"] and read(nb, "kv").startswith("≈") and read(nb, "loss") == "–"
+    assert kernel(nb, "explorer.summary['run']") == runs and kernel(nb, "model.mod.thresholds[1]") == "0.5"
+    nb.page.mouse.up()
+    wait_measured(nb, p)
+    # Released: the page shows what the kernel measured.
+    assert float(kernel(nb, "model.mod.thresholds[1]")) == p
+    kept = float(kernel(nb, "explorer.trace.keep.mean()"))
+    assert float(heatmap.get_attribute("data-kept") or 0) == pytest.approx(kept, abs=6e-5)
+    assert read(nb, "loss") == kernel(nb, "f\"{explorer.summary['loss']:.3f}\"") != before["loss"]
+    assert read(nb, "kv") != before["kv"] and "≈" not in read(nb, "kv")
+    assert nb.pixels("canvas.modlab-heatmap") != picture
+    assert nb.page.locator("svg.modlab-curve").count() == 4  # two runs now: the explorer's own curve is there
+    nb.check()
+
+
+def test_arrow_keys_on_the_slider_make_one_run(nb: Notebook) -> None:
+    runs = int(kernel(nb, "explorer.summary['run']"))
+    slider = nb.page.locator(".modlab-threshold").first
+    slider.focus()
+    for _ in range(6):
+        slider.press("ArrowLeft")
+    wait_measured(nb, round(float(slider.input_value()), 4))
+    assert int(kernel(nb, "explorer.summary['run']")) == runs + 1
+
+
+def test_python_moves_the_view(nb: Notebook) -> None:
+    nb.python("explorer.run(0.45)")
+    wait_measured(nb, 0.45)
+    assert float(nb.page.locator(".modlab-threshold").first.input_value()) == pytest.approx(0.45)
+
+
+def test_hover_links_heatmap_and_text(nb: Notebook) -> None:
+    heatmap = nb.page.locator("canvas.modlab-heatmap").first
+    heatmap.scroll_into_view_if_needed()
+    heatmap.hover(position={"x": 58 + 200, "y": 4 + 22 * 1.5})
+    on = nb.page.locator(".modlab").first.locator(".mod-on")
+    on.wait_for()
+    token = int(on.get_attribute("data-t") or -1)
+    assert token > 5
+    tip = nb.page.locator(".mod-tip").first.inner_text()
+    assert f"token {token} of" in tip and "layer 1: gate" in tip
+    gate = float(kernel(nb, f"explorer.trace.gate[0, {token}]"))
+    assert f"gate {gate:.3f}" in tip or f"gate {gate - 0.0005:.3f}" in tip
+    blank = nb.pixels("canvas.modlab-heatmap")
+    nb.page.locator(".modlab-text").first.locator(".mod-token").nth(3).hover()
+    nb.wait_idle()
+    assert on.get_attribute("data-t") == "3" and nb.pixels("canvas.modlab-heatmap") != blank
+
+
+def test_a_locked_token_reaches_python(nb: Notebook) -> None:
+    token = nb.page.locator(".modlab-text").first.locator(".mod-token").nth(9)
+    token.click()
+    nb.wait_idle()
+    assert kernel(nb, "explorer.cursor") == "9"
+    nb.page.locator(".modlab-text").first.press("Escape")
+    nb.wait_idle()
+    assert kernel(nb, "explorer.cursor") == "-1"
+
+
+def test_jupyterlab_does_not_take_the_keys(nb: Notebook) -> None:
+    active = "() => window.jupyterapp.shell.currentWidget.content.activeCellIndex"
+    heatmap = nb.page.locator("canvas.modlab-heatmap").first
+    heatmap.click(position={"x": 20, "y": 10})
+    before, cells = nb.page.evaluate(active), nb.page.locator(".jp-Cell").count()
+    for key in ("ArrowDown", "ArrowLeft", "ArrowRight", "ArrowUp", "Enter", "Escape", "ArrowRight"):
+        heatmap.press(key)
+    nb.wait_idle()
+    assert nb.page.evaluate(active) == before and nb.page.locator(".jp-Cell").count() == cells
+    assert heatmap.evaluate("e => document.activeElement === e")
+
+
+def test_linked_widgets_move_together(nb: Notebook) -> None:
+    words, heatmap = nb.page.locator(".jp-Cell").nth(2), nb.page.locator("canvas.modlab-heatmap").nth(1)
+    blank = nb.pixels("canvas.modlab-heatmap", 1)
+    words.locator(".modlab-text .mod-token").nth(20).hover()
+    nb.wait_idle()
+    assert nb.pixels("canvas.modlab-heatmap", 1) != blank and kernel(nb, "heatmap.cursor") == "20"
+    nb.python("words.threshold = 0.8")
+    nb.page.wait_for_function("c => c.dataset.threshold === '0.8'", arg=heatmap.element_handle())
+    want = float(kernel(nb, "trace.preview_keep(0.8).mean()"))
+    assert float(heatmap.get_attribute("data-kept") or 0) == pytest.approx(want, abs=6e-5)
+
+
+def test_a_failed_run_is_shown_in_the_widget(nb: Notebook, shots: Path) -> None:
+    nb.python(
+        "good = model.forward\n"
+        "def bad(*a, **k): raise RuntimeError('out of memory, say')\n"
+        "model.forward = bad"
+    )
+    nb.drag(".modlab-threshold", 0.3)
+    error = nb.page.locator(".modlab-error").first
+    error.wait_for()
+    nb.wait_idle()
+    assert "RuntimeError: out of memory, say" in error.inner_text() and read(nb, "badge") == "preview"
+    nb.page.screenshot(path=shots / "explorer-error.png")
+    nb.python("model.forward = good")
+    p = nb.drag(".modlab-threshold", 0.4)
+    wait_measured(nb, p)
+    assert not error.is_visible()
+
+
+def test_the_dark_theme(nb: Notebook, shots: Path) -> None:
+    nb.page.mouse.move(2, 2)
+    nb.wait_idle()
+    light = nb.pixels("canvas.modlab-heatmap")
+    nb.theme("JupyterLab Dark")
+    try:
+        assert nb.pixels("canvas.modlab-heatmap") != light  # redrawn, not only its surroundings
+        dark = nb.page.locator(".modlab").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert max(map(int, dark[4:-1].split(","))) < 60
+        nb.screenshot(shots / "explorer-dark")
+    finally:
+        nb.theme("JupyterLab Light")
+    assert nb.pixels("canvas.modlab-heatmap") == light
+
+
+def test_a_busy_model_is_told(nb: Notebook) -> None:
+    nb.python(
+        "import time\ngood = model.forward\n"
+        "def slow(*a, **k):\n    time.sleep(3)\n    return good(*a, **k)\n"
+        "model.forward = slow"
+    )
+    first = nb.drag(".modlab-threshold", 0.7)
+    nb.page.wait_for_function("() => document.querySelector('.modlab-badge').dataset.state === 'running'")
+    assert "running the model" in read(nb, "badge") and "on its way" in read(nb, "how")
+    last = nb.drag(".modlab-threshold", 0.55)  # asked for in the middle of a run: the next one
+    wait_measured(nb, last)
+    assert first != last and float(kernel(nb, "model.mod.thresholds[1]")) == last
+    nb.python("model.forward = good")
+
+
+def test_a_kernel_that_is_gone_is_told(lab: JupyterLab, notebook: Callable[..., Path]) -> None:
+    with lab.open(notebook(SETUP, name="gone"), timeout=120, ignore_console=[".*"]) as nb:
+        nb.run_all()
+        nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        nb.drag(".modlab-threshold", 0.7)
+        how = nb.page.locator(".modlab-how").first
+        nb.page.wait_for_function(
+            "e => e.innerText.includes('No kernel answers')", arg=how.element_handle(), timeout=15_000
+        )
+        assert nb.page.locator("canvas.modlab-heatmap").first.get_attribute("data-state") == "preview"
