@@ -267,12 +267,9 @@ def test_time_generate_counts_every_token(model, batches):
 
 @pytest.mark.data
 def test_a_real_model_and_its_tokenizer(data_dir):
-    texts = ["Once upon a time there was a little dog who wanted to see the moon. " * 6, "The day came."]
+    """Texts go through the tokenizer, the open row is the dense model, calibration reaches its ratio."""
     model, tokenizer = modlab.load(str(data_dir / "models" / "stories260K"))
-    texts = [
-        "Once upon a time there was a little dog who wanted to see the moon. " * 6,
-        "The end of the day came.",
-    ]
+    texts = ["Once upon a time there was a little dog who wanted to see the moon. " * 6, "The day came."]
     dense = measure.loss(model, tokenizer, texts)
     spread_gates(modlab.convert(model, modlab.MoDConfig()), scale=0.3)
     frame = modlab.sweep(model, tokenizer, texts, [0.0, 0.5], repeats=1, decode_tokens=2, progress=False)
