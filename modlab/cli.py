@@ -261,13 +261,13 @@ def _train(options: argparse.Namespace) -> int:
         modlab.convert(model)
         print(f"{options.model} is dense: converted, routed layers {model.mod.layers}")
     teacher = _load(options, options.teacher)[0] if options.teacher else None
-    rows = {"seq_len": _seq_len(options, model), "seed": config.seed}
-    data = packed(options.data, tokenizer, split="train", limit_tokens=options.limit_tokens, **rows)
-    heldout = None
-    if options.heldout_tokens:
-        heldout = packed(
-            options.data, tokenizer, split="heldout", limit_tokens=options.heldout_tokens, **rows
-        )
+
+    def rows(split: str, limit: int | None) -> Any:
+        length = _seq_len(options, model)
+        return packed(options.data, tokenizer, length, split, limit_tokens=limit, seed=config.seed)
+
+    data = rows("train", options.limit_tokens)
+    heldout = rows("heldout", options.heldout_tokens) if options.heldout_tokens else None
     result = modlab.train(model, data, config, eval_data=heldout, teacher=teacher, tokenizer=tokenizer)
     last = result.history.iloc[-1].dropna().to_dict() if len(result.history) else {}
     shown = {
@@ -499,7 +499,8 @@ def _load(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
     import modlab
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))
+    loaded: tuple[Any, Any] = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))
+    model, tokenizer = loaded
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as problem:  # torch raises either for a device that is not there

@@ -51,6 +51,8 @@ TINY_SIZES: dict[int, tuple[str, ...]] = {
     2: ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_experts_per_tok"),
     1: ("n_group", "topk_group"),
 }
+# Multi-head latent attention derives these from its own sizes, and has as many key as query heads.
+LATENT_DERIVED = ("head_dim", "num_key_value_heads")
 # Lists with one entry a layer: cut to the tiny model's depth.
 PER_LAYER_LISTS = ("layer_types", "attention_layers", "block_types", "layers_block_type", "mlp_layer_types")
 FLAGS = {"is_decoder": True}  # encoder types with a causal head are causal only on request
@@ -148,11 +150,16 @@ def tiny_config(config_class: "type[PretrainedConfig]") -> "PretrainedConfig":
         computed = isinstance(getattr(config_class, name, None), property)
         return None if computed or name in aliases else getattr(default, name, None)
 
+    latent = hasattr(default, "qk_rope_head_dim")
     for size, names in TINY_SIZES.items():
         for name in names:
+            if latent and name in LATENT_DERIVED:
+                continue
             value = settable(name)
             if isinstance(value, int) and not isinstance(value, bool) and value > size:
                 changes[name] = size
+    if latent and "num_attention_heads" in changes:
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
     depth = next((changes[name] for name in TINY_SIZES[6] if name in changes), None)
     for name in PER_LAYER_LISTS:
         value = settable(name)
@@ -174,7 +181,8 @@ def _probe(model: "PreTrainedModel") -> str:
     import modlab
     from modlab.ops.reference import masked_execution
 
-    vocab = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    vocab = embeddings.weight.shape[0]
     ids_BT = torch.randint(3, vocab, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
 
     def logits() -> Tensor:

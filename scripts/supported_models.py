@@ -8,11 +8,10 @@ Takes a few minutes for all types on two CPU cores.
 
 import argparse
 import sys
-from pathlib import Path
 
 import pandas
+from readme_tables import README, replace_between
 
-README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 
 
@@ -44,14 +43,6 @@ def section(report: pandas.DataFrame, transformers_version: str) -> str:
         lines += [f"| `{name}` | {reason} |" for name, reason in sorted(reasons)]
         lines += ["", "</details>"]
     return "\n".join(lines)
-
-
-def replace_between(text: str, begin: str, end: str, content: str) -> str:
-    """`text` with what stands between the two markers replaced; both must be there, once."""
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"README.md must hold {begin} and {end}, once each")
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: list[str]) -> int:

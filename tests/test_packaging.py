@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import warnings
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import modlab
@@ -27,7 +30,7 @@ def by_name(lines: list[str]) -> dict[str, str]:
     """Requirement strings as {name: version specifier}, in a form that compares."""
     parsed = [Requirement(line) for line in lines]
     assert len({r.name for r in parsed}) == len(parsed), "a package is listed twice"
-    return {r.name.lower(): str(r.specifier) for r in parsed}
+    return {canonicalize_name(r.name): str(r.specifier) for r in parsed}
 
 
 def run_python(code: str) -> str:
@@ -35,6 +38,15 @@ def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---- dependencies ----
@@ -74,7 +86,7 @@ def imported_packages(folder: str) -> set[str]:
 
 def test_every_third_party_import_of_the_package_is_a_dependency() -> None:
     third_party = imported_packages("modlab") - set(sys.stdlib_module_names) - {"modlab"}
-    assert third_party <= set(by_name(PROJECT["dependencies"])) | {"triton"}
+    assert {canonicalize_name(name) for name in third_party} <= set(by_name(PROJECT["dependencies"]))
     assert {"torch", "transformers"} <= third_party
 
 
@@ -106,12 +118,44 @@ def test_ci_script_is_executable_and_parses() -> None:
 
 def test_readme_tree_names_every_module() -> None:
     tree = README.split("<!-- tree:begin -->")[1].split("<!-- tree:end -->")[0]
-    listed = set(re.findall(r"^\s*([\w./-]+\.py)\s{2,}\S", tree, re.M))
-    there = {path.name for path in (ROOT / "modlab").rglob("*.py") if path.name != "__init__.py"}
+    listed = set(re.findall(r"^  ([\w/]+\.py)\s{2,}\S", tree, re.M))
+    package = ROOT / "modlab"
+    there = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
     assert there - listed == set(), "files of modlab/ that the README's tree does not explain"
-    assert {name for name in listed if not list(ROOT.rglob(name))} == set(), (
-        "files in the tree that are not there"
-    )
+    assert listed - there == set(), "files in the tree that are not there"
+
+
+def test_readme_tables_are_those_of_the_result_files() -> None:
+    tables = load_script("readme_tables")
+    between = README.split(tables.BEGIN)[1].split(tables.END)[0].strip()
+    assert between == tables.section().strip(), "run python scripts/readme_tables.py"
+
+
+def test_readme_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
+    tables = load_script("readme_tables")
+    assert "No result files" in tables.section(tmp_path)
+    row = {"what": "prefill", "shape": "wide", "context": 2048, "routed": "4 of 8", "keep_ratio": 0.25}
+    row |= {"dense_ms": 1234.5, "mod_ms": 800.0, "ideal": 1.6, "kv_saving": 1.59}
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for date, speedup in (("2030-01-02", 1.25), ("2030-01-03", 1.5), ("2030-01-01", 1.125)):
+        result = {"what": "prefill", "device_name": "a CPU", "dtype": "float32", "date": f"{date}T00:00:00"}
+        result |= {"command": "modlab bench prefill", "versions": {"torch": "2.13.0"}}
+        text = json.dumps(result | {"rows": [row | {"speedup": speedup}]})
+        (results / f"prefill_{date}.json").write_text(text)
+    section = tables.section(tmp_path)
+    assert "1.50x" in section and "1.25x" not in section and "1.12x" not in section
+    assert "`modlab bench prefill`" in section and "1,234.5 ms" in section and "25%" in section
+
+
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.search(r"```python\n(.*?)```", README, re.S)
+    assert example
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example[1], "README.md", "exec"), names)  # the README's own code
+    assert not modlab.is_converted(names["model"])
+    assert names["trace"].keep.shape[1] == len(names["trace"].tokens)
 
 
 def test_readme_links_lead_somewhere() -> None:
@@ -191,14 +235,6 @@ def test_deprecations_in_modlab_fail_the_suite(category: type[Warning]) -> None:
 # ---- the wheel's check ----
 
 
-def check_wheel() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "scripts" / "check_wheel.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def make_wheel(path: Path, files: dict[str, int]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, size in files.items():
@@ -207,7 +243,7 @@ def make_wheel(path: Path, files: dict[str, int]) -> Path:
 
 
 def test_wheel_check_accepts_a_whole_wheel_and_names_what_is_wrong(tmp_path: Path) -> None:
-    check = check_wheel()
+    check = load_script("check_wheel")
     whole = dict.fromkeys((*check.REQUIRED, "modlab/widgets/js/heatmap.js"), 10)
     assert check.problems(make_wheel(tmp_path / "good.whl", whole)) == []
 
