@@ -38,6 +38,11 @@ def problems(wheel: Path) -> list[str]:
         if not name.startswith("modlab") or "__pycache__" in name or name.endswith((".pyc", ".pkl", ".bin"))
     ]
     print(f"{wheel.name}: {len(sizes)} files, {wheel.stat().st_size / 1e6:.1f} MB, demo {demo / 1e6:.1f} MB")
+    found += [
+        f"left behind by a run of a notebook: {name}"
+        for name in sizes
+        if name.startswith("modlab/_notebooks/") and name.endswith(".html")
+    ]
     return found
 
 
