@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -414,7 +415,8 @@ class _Run:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(temporary))
+            with _without_tied_warning():
+                accelerator.save_state(str(temporary))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 if target.exists():
@@ -538,6 +540,19 @@ class _Run:
 def _cast(dtypes: dict[nn.Parameter, torch.dtype]) -> None:
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _without_tied_warning() -> Iterator[None]:
+    """accelerate warns at every checkpoint that tied embeddings are stored once; they are tied again on
+    loading."""
+    logger = logging.getLogger("accelerate.utils.other")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Quiet:

@@ -108,7 +108,7 @@ def provenance() -> dict[str, Any]:
         else platform.processor() or platform.machine()
     )
     return {
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": shlex.join(["python", *_relative([str(Path(sys.argv[0]).resolve()), *sys.argv[1:]])]),
         "commit": _commit(),
         "device": device,
         "python": platform.python_version(),
