@@ -163,6 +163,7 @@ def execute(notebook: Path, timeout_s: int = 600, progress: bool = True) -> Exec
             # A saved widget state makes the file large and shows a dead slider where there is no kernel;
             # the static pictures in the outputs serve such readers.
             store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],  # the kernel's warnings would tear the progress bar
             on_cell_executed=done,
         )
         error = None
