@@ -49,6 +49,7 @@ from modlab.measure import as_batches, context_length, evaluate, synchronize, ti
 
 Row = dict[str, Any]
 SCHEMA_VERSION = 1
+DEMO_WINDOWS = 16  # of one context each, over which the demo case takes the loss
 ROW_KEYS = (
     "case",
     "what",
@@ -445,7 +446,7 @@ def demo(settings: Settings) -> list[Row]:
     dense, mod = (model.to(settings.device).eval() for model in models)
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     limit = min(context_length(dense), max(settings.contexts)) - settings.decode_tokens - 1
-    batches = as_batches(source, tokenizer, limit)
+    batches = as_batches(source, tokenizer, limit)[:DEMO_WINDOWS]
     ids = batches[0]["input_ids"]
     routed = list(mod.mod.layers)
     quality = {"dense": evaluate(dense, batches), "mod": evaluate(mod, batches)}
