@@ -1,6 +1,8 @@
-"""Where things are in a model of any architecture: its decoder, layers, attention and MLP, and where branches end.
+"""Where things are in a model of any architecture: its decoder, layers, attention and MLP, and where branches
+end.
 
-Found by structure, not by a list of architectures, so that the next release of transformers is not a surprise.
+Found by structure, not by a list of architectures, so that the next release of transformers is not a
+surprise.
 """
 
 from __future__ import annotations
@@ -22,10 +24,9 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 MLP = re.compile(r"mlp|feedforward|ffn|moe|expert", re.IGNORECASE)
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The stack of decoder layers with its embeddings: what turns token ids into hidden states."""
-    decoder: nn.Module = model.get_decoder()
-    return decoder
+    return model.get_decoder()
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -37,11 +38,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     decoder = decoder_of(model)
     count = getattr(decoder.config, "num_hidden_layers", None)
     for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(attention_name(m) for m in module):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and any(attention_name(m) for m in module)
+        ):
             return module
     raise ModlabError(
-        f"{type(model).__name__} has no routable layers: no list of {count} decoder layers with softmax attention was "
-        "found. modlab.families.report() lists what can be converted."
+        f"{type(model).__name__} has no routable layers: no list of {count} decoder layers with softmax "
+        "attention was found. modlab.families.report() lists what can be converted."
     )
 
 
@@ -64,7 +69,9 @@ def _child(layer: nn.Module, pattern: re.Pattern[str]) -> str | None:
 
 
 def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int | None | str]:
-    """By layer: its sliding window in tokens, None for full attention, or a string saying why it cannot be routed."""
+    """By layer: its sliding window in tokens, None for full attention, or a string saying why it cannot be
+    routed.
+    """
     config = decoder_of(model).config
     cache_layers = DynamicCache(config=config).layers
     types = getattr(config, "layer_types", None) or [None] * num_layers
@@ -90,9 +97,9 @@ class _FirstLayerReached(Exception):
 def branch_ends(model: PreTrainedModel, layer: nn.Module) -> list[str]:
     """Names of the last modules of the layer's attention and MLP branch before their residual additions.
 
-    A branch goes on as long as the very tensor that one module returned is what the next one takes (a norm or dropout
-    after the attention); the residual addition makes a new tensor. Checked: with both ends silenced the layer must be
-    the identity.
+    A branch goes on as long as the very tensor that one module returned is what the next one takes (a norm or
+    dropout after the attention); the residual addition makes a new tensor. Checked: with both ends silenced
+    the layer must be the identity.
 
     Raises:
         ModlabError: the layer is not of the form x + attention, + MLP.
@@ -159,6 +166,6 @@ def branch_ends(model: PreTrainedModel, layer: nn.Module) -> list[str]:
 
 def _not_separable(layer: nn.Module) -> str:
     return (
-        f"gate='paper' needs layers of the form x + attention, then + MLP; {type(layer).__name__} is not: use "
-        "gate='straight-through' or 'fused', which work on any layer."
+        f"gate='paper' needs layers of the form x + attention, then + MLP; {type(layer).__name__} is not: "
+        "use gate='straight-through' or 'fused', which work on any layer."
     )

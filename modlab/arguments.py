@@ -1,8 +1,8 @@
 """The arguments of one call of a decoder layer, and how to cut them down to some of its tokens.
 
-Every architecture passes its layers other things (rotary tables, positions, caches, masks), by position or by name.
-One rule covers them: what has a time axis where the hidden states have theirs is gathered, the mask and the cache are
-replaced, everything else passes through.
+Every architecture passes its layers other things (rotary tables, positions, caches, masks), by position or by
+name. One rule covers them: what has a time axis where the hidden states have theirs is gathered, the mask and
+the cache are replaced, everything else passes through.
 
 Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, D model dim.
 """
@@ -24,7 +24,7 @@ MASK_NAMES = ("attention_mask",)
 
 
 @functools.cache
-def forward_signature(module_class: type[nn.Module]) -> inspect.Signature:
+def forward_signature(module_class: Any) -> inspect.Signature:
     """Signature of `module_class.forward` without self."""
     signature = inspect.signature(module_class.forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -41,7 +41,7 @@ class LayerArguments:
         hidden: the hidden states [B, T, D], the layer's first argument.
     """
 
-    def __init__(self, module_class: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module_class: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.signature = forward_signature(module_class)
         self.bound = self.signature.bind(*args, **kwargs)
         self.hidden_name = next(iter(self.signature.parameters))
@@ -49,7 +49,9 @@ class LayerArguments:
         self.batch, self.time = self.hidden.shape[:2]
 
     def select(self, rows: list[int], index_RS: Tensor) -> dict[str, Any]:
-        """Keyword overrides for a call on tokens `index_RS` of `rows`; the mask and the cache are the caller's to add."""
+        """Keyword overrides for a call on tokens `index_RS` of `rows`; the mask and the cache are the
+        caller's to add.
+        """
         picked = {}
         rows_R1 = torch.tensor(rows, device=index_RS.device)[:, None]
         for name, value in self._items():
@@ -70,14 +72,22 @@ class LayerArguments:
         if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
             return type(value)(self._gather(name, v, rows_R1, index_RS) for v in value)
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != self.time:
-            if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == self.time and self.time > 1:
+            if (
+                isinstance(value, Tensor)
+                and value.dim() == 1
+                and value.shape[0] == self.time
+                and self.time > 1
+            ):
                 if index_RS.shape[0] > 1:
-                    raise ModlabError(f"layer argument {name!r} is one row for the whole batch: it cannot be packed.")
+                    raise ModlabError(
+                        f"layer argument {name!r} is one row for the whole batch: it cannot be packed."
+                    )
                 return value[index_RS[0].to(value.device)]
             return value
         if value.shape[0] not in (1, self.batch):
             raise ModlabError(
-                f"layer argument {name!r} of shape {tuple(value.shape)} has a time axis but no batch axis of 1 or "
+                f"layer argument {name!r} of shape {tuple(value.shape)} has a time axis but no batch axis "
+                "of 1 or "
                 f"{self.batch}: this architecture cannot be packed yet."
             )
         rows = rows_R1 if value.shape[0] > 1 else torch.zeros_like(rows_R1)

@@ -5,8 +5,8 @@ A `RaggedLayer` keeps all rows of a batch in one flat buffer, each row in a segm
     keys   [G, C, H]   | row 0 ......... free | row 1 ... free | row 2 ............ free |
     columns   [C]      | where in the padded batch each stored token stood
 
-so that allocated bytes follow kept tokens, whatever the rows' imbalance. Unrouted layers use the layer types that
-`transformers.DynamicCache` would give them.
+so that allocated bytes follow kept tokens, whatever the rows' imbalance. Unrouted layers use the layer types
+that `transformers.DynamicCache` would give them.
 
 Shape letters: B batch rows, R rows of one group, S new kept tokens, K keys of a row, G kv heads, H head dim,
 C capacity of the flat buffer in tokens.
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from modlab.routing import Routing
 
@@ -34,8 +34,8 @@ NO_KEY = torch.iinfo(torch.int32).max
 class RaggedLayer(CacheLayerMixin):
     """K/V of one routed layer: kept tokens only, one segment a row in a flat buffer.
 
-    Prefill allocates exactly what it stores. Growth after that leaves each row `slack(n)` free tokens, so that decoding
-    moves the buffer once every 16 kept tokens or more.
+    Prefill allocates exactly what it stores. Growth after that leaves each row `slack(n)` free tokens, so
+    that decoding moves the buffer once every 16 kept tokens or more.
 
     Args:
         sliding_window: attention span of the layer in tokens, or None. Older tokens are dropped.
@@ -62,13 +62,17 @@ class RaggedLayer(CacheLayerMixin):
 
     @staticmethod
     def slack(length: int) -> int:
-        """Free tokens left to a row of `length` tokens when its segment grows: at most 16 or 1/32, the larger."""
+        """Free tokens left to a row of `length` tokens when its segment grows: at most 16 or 1/32, the
+        larger.
+        """
         return max(16, length // 32)
 
     # ---- one forward: begin, then stage + write for each group of rows, then finish ----
 
     def begin(self, counts: list[int], num_columns: int, device: torch.device) -> None:
-        """Makes room for `counts[b]` new tokens in each row b; `num_columns` tokens of each row have now been seen."""
+        """Makes room for `counts[b]` new tokens in each row b; `num_columns` tokens of each row have now been
+        seen.
+        """
         if not self.lengths:
             self.starts, self.lengths, self.capacities = ([0] * len(counts) for _ in range(3))
         needed = [n + new for n, new in zip(self.lengths, counts, strict=True)]
@@ -97,9 +101,11 @@ class RaggedLayer(CacheLayerMixin):
         return self.key_columns(rows)
 
     def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores K/V [R, G, S, H] of the tokens just staged; returns all keys and values of these rows [R, G, K, H].
+        """Stores K/V [R, G, S, H] of the tokens just staged; returns all keys and values of these rows [R, G,
+        K, H].
 
-        K is the longest row's length; slots beyond a shorter row's length repeat its last token (finite, masked).
+        K is the longest row's length; slots beyond a shorter row's length repeat its last token (finite,
+        masked).
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -156,7 +162,9 @@ class RaggedLayer(CacheLayerMixin):
         return starts_R1 + torch.minimum(torch.arange(K, device=device), last_R1)
 
     def _rebuild(self, rows: list[int], capacities: list[int] | None, device: torch.device) -> None:
-        """Lays the buffer out anew with the old `rows` as its rows (repeats allowed), window leavings dropped."""
+        """Lays the buffer out anew with the old `rows` as its rows (repeats allowed), window leavings
+        dropped.
+        """
         spans = [(self.starts[r] + self._stale(r), self.starts[r] + self.lengths[r]) for r in rows]
         lengths = [end - start for start, end in spans]
         if capacities is None:
@@ -176,14 +184,18 @@ class RaggedLayer(CacheLayerMixin):
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
 
     def _stale(self, row: int) -> int:
-        """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding layer)."""
+        """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding
+        layer).
+        """
         if self.sliding_window is None or self.record_past or self.columns is None or not self.lengths[row]:
             return 0
         columns = self.columns[self.starts[row] : self.starts[row] + self.lengths[row]]
         return int((columns <= self.cumulative_length - self.sliding_window).sum())
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
-        """New K/V buffers of the current capacity; head count, head dim, dtype and device as in the arguments."""
+        """New K/V buffers of the current capacity; head count, head dim, dtype and device as in the
+        arguments.
+        """
         C = sum(self.capacities) if self.columns is None else self.columns.numel()
         self.keys = keys.new_empty(keys.shape[-3], C, keys.shape[-1])
         self.values = values.new_empty(values.shape[-3], C, values.shape[-1])
@@ -196,8 +208,10 @@ class RaggedLayer(CacheLayerMixin):
         self._allocate(key_states.detach(), value_states.detach())
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores every token of every row, as a dense layer would (the cache of a model that was reverted)."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores every token of every row, as a dense layer does (the cache of a reverted model)."""
         B, S = key_states.shape[0], key_states.shape[2]
         first = self.cumulative_length
         self.begin([S] * B, S, key_states.device)
@@ -214,7 +228,9 @@ class RaggedLayer(CacheLayerMixin):
         return -1 if self.sliding_window is None else self.sliding_window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Key length and offset for the mask of *unrouted* layers of the same kind; routed ones build their own."""
+        """Key length and offset for the mask of *unrouted* layers of the same kind; routed ones build their
+        own.
+        """
         seen = self.cumulative_length
         if self.sliding_window is None:
             return seen + query_length, 0
@@ -265,14 +281,17 @@ class RaggedLayer(CacheLayerMixin):
         self._select((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
 
     def offload(self) -> None:
-        raise ModlabError("a ragged layer cannot be offloaded: it is small because skipped tokens are not stored.")
+        raise ModlabError(
+            "a ragged layer cannot be offloaded: it is small because skipped tokens are not stored."
+        )
 
     def __repr__(self) -> str:
         return f"RaggedLayer(seen={self.cumulative_length}, kept={self.lengths})"
 
 
 class RaggedCache(Cache):
-    """The KV cache of a converted model: what `model.generate` and `model(..., use_cache=True)` use without asking.
+    """The KV cache of a converted model: what `model.generate` and `model(..., use_cache=True)` use without
+    asking.
 
     `get_seq_length` counts seen tokens, so positions stay right; reorder, repeat, select, crop, reset and
     `copy.deepcopy` work as on a `DynamicCache`.
@@ -286,8 +305,8 @@ class RaggedCache(Cache):
         kept_tokens: tokens stored, LongTensor [L, B]. An unrouted layer stores every column, padding too.
     """
 
-    def __init__(self, model: nn.Module | PreTrainedConfig, routing: Routing | None = None) -> None:
-        config = model.config if isinstance(model, nn.Module) else model
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig, routing: Routing | None = None) -> None:
+        config: Any = model.config if isinstance(model, nn.Module) else model
         if routing is None:
             from modlab.routing import routing_of  # routing needs this module's class for its own check
 
@@ -302,7 +321,8 @@ class RaggedCache(Cache):
         """Forgets everything and frees the buffers of all layers."""
         super().reset()
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer):  # transformers before 5.20 zeroes these and keeps their length
+            # Some versions of transformers zero these and keep their length.
+            if isinstance(layer, DynamicLayer):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
 
@@ -328,7 +348,9 @@ class RaggedCache(Cache):
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of K/V that a dense cache would hold for the same columns (sliding windows counted as windows)."""
+        """Bytes of K/V that a dense cache would hold for the same columns (sliding windows counted as
+        windows).
+        """
         return sum(dense_layer_nbytes(layer) for layer in self.layers)
 
     @property
@@ -336,14 +358,18 @@ class RaggedCache(Cache):
         """Tokens stored in each layer and row, LongTensor [L, B]."""
         per_layer = [stored_tokens(layer) for layer in self.layers]
         batch = max((len(row) for row in per_layer), default=0)
-        return torch.tensor([row or [0] * batch for row in per_layer], dtype=torch.long).reshape(len(per_layer), batch)
+        return torch.tensor([row or [0] * batch for row in per_layer], dtype=torch.long).reshape(
+            len(per_layer), batch
+        )
 
     def __repr__(self) -> str:
         ragged = sum(isinstance(layer, RaggedLayer) for layer in self.layers)
-        return f"RaggedCache({ragged} of {len(self.layers)} layers ragged, {self.get_seq_length()} tokens seen)"
+        return (
+            f"RaggedCache({ragged} of {len(self.layers)} layers ragged, {self.get_seq_length()} tokens seen)"
+        )
 
 
-def stored_tokens(layer: CacheLayerMixin) -> list[int]:
+def stored_tokens(layer: Any) -> list[int]:
     """Tokens that a cache layer stores for each row; [] before its first use."""
     if isinstance(layer, RaggedLayer):
         return list(layer.lengths)
@@ -353,7 +379,7 @@ def stored_tokens(layer: CacheLayerMixin) -> list[int]:
     return [keys.shape[-2]] * keys.shape[0]
 
 
-def dense_layer_nbytes(layer: CacheLayerMixin) -> int:
+def dense_layer_nbytes(layer: Any) -> int:
     """Bytes of K/V that this layer would hold if it stored every column; 0 before its first use."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None or keys.numel() == 0:
@@ -368,7 +394,9 @@ def dense_layer_nbytes(layer: CacheLayerMixin) -> int:
 
 
 class PackedView(Cache):
-    """What a routed layer sees as its cache while it runs one group of rows: `update` stores into those rows only."""
+    """What a routed layer sees as its cache while it runs one group of rows: `update` stores into those rows
+    only.
+    """
 
     def __init__(self, cache: RaggedCache, layer: RaggedLayer, rows: list[int]) -> None:
         super().__init__(layers=cache.layers)
@@ -378,10 +406,10 @@ class PackedView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores K/V [R, G, S, H] of the group's kept tokens; returns the rows' keys and values [R, G, K, H]."""
+        """Stores K/V [R, G, S, H] of the group's kept tokens; returns all of the rows' K/V [R, G, K, H]."""
         if self.layers[layer_idx] is not self.layer:
             raise ModlabError(
-                f"the attention of a routed layer wrote to cache layer {layer_idx}, not to its own: this architecture "
-                "shares K/V between layers, leave such layers unrouted."
+                f"the attention of a routed layer wrote to cache layer {layer_idx}, not to its own: this "
+                "architecture shares K/V between layers, leave such layers unrouted."
             )
         return self.layer.write(self.rows, key_states, value_states)

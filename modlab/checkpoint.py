@@ -1,4 +1,5 @@
-"""Saving and loading converted models: dense weights as transformers writes them, routers beside them, all or nothing.
+"""Saving and loading converted models: dense weights as transformers writes them, routers beside them, all or
+nothing.
 
 A folder holds what plain transformers reads (config.json, model.safetensors, ...) plus
 
@@ -43,14 +44,16 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": "mod", "demo-dense": "dense"}
 
 
-def load(name_or_path: str | os.PathLike[str], **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name_or_path: str | os.PathLike[str], **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer, converted if the folder was saved converted.
 
     Args:
-        name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense twin), a local
-            folder, or a hub id.
-        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...). The demos load in fp32
-            unless `dtype` says otherwise, since two CPU cores are slow in bf16.
+        name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
+            twin), a local folder, or a hub id.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...). The demos load
+            in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
 
     Returns:
         (model in eval mode, tokenizer). A model saved dense comes back dense: call `modlab.convert` on it.
@@ -65,15 +68,17 @@ def load(name_or_path: str | os.PathLike[str], **kwargs: Any) -> tuple[PreTraine
         kwargs.setdefault("dtype", torch.float32)
         if not Path(source, "config.json").is_file():
             raise ModlabError(
-                f"this installation lacks the demo model ({source}): reinstall modlab from its wheel, or make the demo "
-                "with scripts/demo/run.py."
+                f"this installation lacks the demo model ({source}): reinstall modlab from its wheel, or "
+                "make the demo with scripts/demo/run.py."
             )
     _check_folder(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(kwargs))
     except SafetensorError as error:
-        raise ModlabError(f"the weights in {name!r} are corrupt ({error}): copy or download them again.") from error
+        raise ModlabError(
+            f"the weights in {name!r} are corrupt ({error}): copy or download them again."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModlabError(_explain(name, error)) from error
 
@@ -89,13 +94,17 @@ def _restore_routers(model: PreTrainedModel, described: str, weights: str | None
         config = MoDConfig.from_dict(saved["config"])
         thresholds = {int(layer): p for layer, p in saved["thresholds"].items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModlabError(f"{CONFIG_FILE} in {name!r} cannot be read ({error!r}): save the model again.") from error
+        raise ModlabError(
+            f"{CONFIG_FILE} in {name!r} cannot be read ({error!r}): save the model again."
+        ) from error
     if weights is None:
         raise ModlabError(f"{name!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
     try:
         routers = load_file(weights)
     except SafetensorError as error:
-        raise ModlabError(f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again.") from error
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again."
+        ) from error
     convert(model, config)
     expected = set(_router_state(model))
     if set(routers) != expected:
@@ -108,7 +117,7 @@ def _restore_routers(model: PreTrainedModel, described: str, weights: str | None
 
 
 def save_converted(
-    model: PreTrainedModel,
+    model: Any,
     save_dense: Callable[..., Any],
     save_directory: str | os.PathLike[str],
     *,
@@ -117,7 +126,9 @@ def save_converted(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Writes a converted model; `RoutedModel.save_pretrained` calls this with the dense class's own `save_pretrained`."""
+    """Writes a converted model; `RoutedModel.save_pretrained` calls this with the dense class's own
+    `save_pretrained`.
+    """
     if push_to_hub:
         raise ModlabError("push_to_hub=True: save to a folder, then run `hf upload <repo> <folder>`.")
     if not is_main_process:
@@ -146,7 +157,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
 
     Args:
         path: the folder to fill; made if absent.
-        replaces: glob patterns of old files in `path` that go when the new ones are in place (shards of another count).
+        replaces: glob patterns of old files in `path` that go when the new ones are in place (shards of
+            another count).
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
@@ -168,29 +180,36 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
             (target / file).unlink()
     except (OSError, SafetensorError) as error:
         raise ModlabError(
-            f"saving to {str(path)!r} failed ({error}); the folder is as it was. Free some space or choose another."
+            f"saving to {str(path)!r} failed ({error}); the folder is as it was. Free some space or choose "
+            "another."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_folder(source: str) -> None:
-    """Refuses what is clearly a local path without a model in it, before transformers takes it for a hub id."""
+    """Refuses a local path without a model in it, before transformers takes it for a hub id."""
     folder = Path(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
     if not looks_local:
         _check_hub(source)
         return
     if not folder.is_dir():
-        raise ModlabError(f"{source!r} is not a folder: give a model folder, a hub id, 'demo' or 'demo-dense'.")
+        raise ModlabError(
+            f"{source!r} is not a folder: give a model folder, a hub id, 'demo' or 'demo-dense'."
+        )
     if not (folder / "config.json").is_file():
-        raise ModlabError(f"{source!r} holds no config.json, so no model: give a folder that save_pretrained wrote.")
+        raise ModlabError(
+            f"{source!r} holds no config.json, so no model: give a folder that save_pretrained wrote."
+        )
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
         raise ModlabError(f"{source!r} holds no weights (model*.safetensors): copy or download them into it.")
 
 
 def _check_hub(name: str) -> None:
-    """Refuses at once where the hub cannot be reached: transformers would retry, loudly, for most of a minute."""
+    """Refuses at once where the hub cannot be reached: transformers would retry, loudly, for most of a
+    minute.
+    """
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not is_offline_mode():
             HfApi().model_info(name, timeout=10)

@@ -20,16 +20,19 @@ class MoDConfig:
     The default changes no logit: every gate starts open and a kept token passes its layer at full strength.
 
     Attributes:
-        layers: which decoder layers get a router: ``"alternate"`` (every other layer, from layer 1; MoDification
-            section 3), ``"all"``, or explicit indices (negative ones count from the end).
-        operator: ``"threshold"`` keeps a token where its gate is at least `p`: per token, causal, independent of the
-            batch. ``"topk"`` is the Mixture-of-Depths baseline (Raposo et al. 2024): in training each row keeps its
-            `capacity` share of highest gates; in evaluation, where ranking would look into the future, the gate is
-            compared with `p` (train it with the auxiliary BCE objective so that this is meaningful).
-        p: threshold in (0, 1), one value or ``{layer: value}``. Live: `modlab.set_threshold` changes it at any time.
+        layers: which decoder layers get a router: ``"alternate"`` (every other layer, from layer 1;
+            MoDification section 3), ``"all"``, or explicit indices (negative ones count from the end).
+        operator: ``"threshold"`` keeps a token where its gate is at least `p`: per token, causal, independent
+            of the batch. ``"topk"`` is the Mixture-of-Depths baseline (Raposo et al. 2024): in training each
+            row keeps its `capacity` share of highest gates; in evaluation, where ranking would look into the
+            future, the gate is compared with `p` (train it with the auxiliary BCE objective so that this is
+            meaningful).
+        p: threshold in (0, 1), one value or ``{layer: value}``. Live: `modlab.set_threshold` changes it at
+            any time.
         skip: what a skipped token leaves out: the whole ``"layer"``, its ``"attention"`` or its ``"mlp"``.
         gate: how the gate g enters the output of a kept token.
-            ``"straight-through"``: not at all in value, g only receives the gradient (lossless on conversion);
+            ``"straight-through"``: not at all in value, g only receives the gradient (lossless on
+                conversion);
             ``"paper"``: u = x + g·Attn(Norm(x)), x' = u + g·MLP(Norm(u));
             ``"fused"``: x' = x + g·(Layer(x) - x), which needs no separable branches.
         capacity: share of tokens that the top-k operator keeps in training, in (0, 1].
@@ -51,10 +54,14 @@ class MoDConfig:
         for name, allowed in (("operator", Operator), ("skip", Skip), ("gate", Gate)):
             value = getattr(self, name)
             if value not in get_args(allowed):
-                raise ModlabError(f"MoDConfig({name}={value!r}): choose one of {', '.join(get_args(allowed))}.")
+                raise ModlabError(
+                    f"MoDConfig({name}={value!r}): choose one of {', '.join(get_args(allowed))}."
+                )
         if isinstance(self.layers, str):
             if self.layers not in ("alternate", "all"):
-                raise ModlabError(f"MoDConfig(layers={self.layers!r}): use 'alternate', 'all' or a list of layer indices.")
+                raise ModlabError(
+                    f"MoDConfig(layers={self.layers!r}): use 'alternate', 'all' or a list of layer indices."
+                )
         else:
             self.layers = [int(i) for i in self.layers]
             if not self.layers:
@@ -64,18 +71,23 @@ class MoDConfig:
         else:
             self.p = check_threshold(self.p)
         if not 0 < self.capacity <= 1:
-            raise ModlabError(f"MoDConfig(capacity={self.capacity}): the share of kept tokens must lie in (0, 1].")
+            raise ModlabError(
+                f"MoDConfig(capacity={self.capacity}): the share of kept tokens must lie in (0, 1]."
+            )
         if self.keep_first < 0:
             raise ModlabError(f"MoDConfig(keep_first={self.keep_first}): must be 0 or more tokens.")
         if not 0 < self.init_gate < 1:
-            raise ModlabError(f"MoDConfig(init_gate={self.init_gate}): a sigmoid gate lies strictly inside (0, 1).")
+            raise ModlabError(
+                f"MoDConfig(init_gate={self.init_gate}): a sigmoid gate lies strictly inside (0, 1)."
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> MoDConfig:
         """MoDification as published (arXiv 2410.14268): alternate layers, p = 0.5, gate on both branches.
 
-        The paper does not state the router's initialisation; zero weights (gate 0.5) are assumed. Unlike the default
-        this form is not lossless: a gate of 0.5 halves what each routed layer adds, until training corrects it.
+        The paper does not state the router's initialisation; zero weights (gate 0.5) are assumed. Unlike the
+        default this form is not lossless: a gate of 0.5 halves what each routed layer adds, until training
+        corrects it.
         """
         return cls(**{"gate": "paper", "init_gate": 0.5, "keep_first": 1, **changes})
 
@@ -94,12 +106,15 @@ class MoDConfig:
             wrong = [i for i in self.layers if not -num_layers <= int(i) < num_layers]
             if wrong:
                 raise ModlabError(
-                    f"MoDConfig(layers=...) names layer {wrong[0]}, but the model has {num_layers} decoder layers: "
+                    f"MoDConfig(layers=...) names layer {wrong[0]}, but the model has {num_layers} decoder "
+                    "layers: "
                     f"use indices from 0 to {num_layers - 1} (or -{num_layers} to -1)."
                 )
             indices = sorted({int(i) % num_layers for i in self.layers})
         if not indices:
-            raise ModlabError(f"layers={self.layers!r} selects nothing in a model of {num_layers} decoder layer(s).")
+            raise ModlabError(
+                f"layers={self.layers!r} selects nothing in a model of {num_layers} decoder layer(s)."
+            )
         return indices
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,19 +123,23 @@ class MoDConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoDConfig:
-        """The config that `to_dict` described; unknown keys are an error, since they would be silently lost."""
+        """The config that `to_dict` described; unknown keys are an error, they would be lost."""
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ModlabError(
-                f"unknown MoDConfig field(s) {', '.join(unknown)}: the file was written by a newer modlab, update it."
+                f"unknown MoDConfig field(s) {', '.join(unknown)}: the file was written by a newer modlab, "
+                "update it."
             )
         return cls(**values)
 
 
 def check_threshold(p: float) -> float:
-    """`p` as a float, or an error unless it lies strictly between 0 and 1 (a sigmoid never reaches either end)."""
+    """`p` as a float, or an error unless it lies strictly between 0 and 1 (a sigmoid never reaches either
+    end).
+    """
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1:
         raise ModlabError(
-            f"threshold p={p!r}: it must lie strictly between 0 and 1 (0.5 is the paper's; lower keeps more tokens)."
+            f"threshold p={p!r}: it must lie strictly between 0 and 1 (0.5 is the paper's; lower keeps more "
+            "tokens)."
         )
     return float(p)

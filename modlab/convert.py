@@ -25,8 +25,9 @@ ROUTER = "mod_router"
 def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:
     """Turns a causal LM of transformers into a Mixture-of-Depths model, in place.
 
-    No weight changes and no layer body is copied: routed layers gain a router (`mod_router`) and a forward that skips.
-    With the default config the logits stay the dense model's, exactly; training then teaches the routers what to skip.
+    No weight changes and no layer body is copied: routed layers gain a router (`mod_router`) and a forward
+    that skips. With the default config the logits stay the dense model's, exactly; training then teaches the
+    routers what to skip.
 
     Args:
         model: any decoder-only model with softmax attention, on any device, in any dtype.
@@ -40,14 +41,18 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     """
     config = MoDConfig() if config is None else config
     if is_converted(model):
-        raise ModlabError("the model is converted already: modlab.revert(model) first, or modlab.set_threshold.")
+        raise ModlabError(
+            "the model is converted already: modlab.revert(model) first, or modlab.set_threshold."
+        )
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ModlabError(
             f"modlab.convert needs a causal language model of transformers (AutoModelForCausalLM); this is a "
             f"{type(model).__name__}."
         )
     if model.config.is_encoder_decoder:
-        raise ModlabError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be converted.")
+        raise ModlabError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be converted."
+        )
 
     layers = anatomy.decoder_layers(model)
     indices, windows = _routable(model, layers, config)
@@ -60,7 +65,6 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         layer = layers[index]
         anchor = next(layer.parameters())
         layer.add_module(ROUTER, Router(decoder.config.hidden_size, config.init_gate, device=anchor.device))
-        layer.mod_router.train(layer.training)
         _attach(layer, RoutedLayer, routing, index, ends.get(index, []))
         if config.skip == "attention":
             _attach(layer.get_submodule(_require(layer, "attention")), RoutedBranch, routing, index, [])
@@ -70,13 +74,15 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
         decoder.register_forward_hook(routing.leave, always_call=True),
     ]
-    model.mod = routing
+    model.mod = routing  # type: ignore[assignment]
     _attach(model, RoutedModel, routing, -1, [])
     return model
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes `convert`: the same object is the dense model again, bit for bit (with its weights as they are now)."""
+    """Undoes `convert`: the same object is the dense model again, bit for bit (with its weights as they are
+    now).
+    """
     routing = routing_of(model)
     hooks: list[RemovableHandle] = routing.hooks
     for hook in hooks:
@@ -92,7 +98,9 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _attach(module: nn.Module, mixin: type[RoutedModule], routing: Routing, index: int, ends: list[str]) -> None:
+def _attach(
+    module: nn.Module, mixin: type[RoutedModule], routing: Routing, index: int, ends: list[str]
+) -> None:
     module.mod_routing, module.mod_index, module.mod_branch_ends = routing, index, ends  # type: ignore[assignment]
     module.mod_extra_outputs = 1 if mixin is RoutedBranch else 0  # type: ignore[assignment]
     extend(module, mixin)
@@ -112,7 +120,9 @@ def _require(layer: nn.Module, branch: str) -> str:
 def _routable(
     model: PreTrainedModel, layers: nn.ModuleList, config: MoDConfig
 ) -> tuple[list[int], dict[int, int | None]]:
-    """Indices to route and their sliding windows. Layers named one by one must be routable, 'all' means what can be."""
+    """Indices to route and their sliding windows. Layers named one by one must be routable, 'all' means what
+    can be.
+    """
     windows = anatomy.attention_windows(model, len(layers))
     wanted = config.resolve_layers(len(layers))
     reasons = {}

@@ -1,7 +1,8 @@
 """Routed modules: mixins that a layer's own class is extended with, one instance at a time.
 
-`convert` changes the class of a routed layer (of that object only) to ``(RoutedLayer, OriginalClass)``, of the same
-name. The original forward stays where it is, reached by `super()`; nothing is copied and nothing global is patched.
+`convert` changes the class of a routed layer (of that object only) to ``(RoutedLayer, OriginalClass)``, of
+the same name. The original forward stays where it is, reached by `super()`; nothing is copied and nothing
+global is patched.
 """
 
 from __future__ import annotations
@@ -93,12 +94,14 @@ class RoutedModule(nn.Module):
         return (out, *rest) if rest else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles and copies as (dense class, mixin, state), since the extended class has no importable name."""
+        """Pickles and copies as (dense class, mixin, state): the extended class cannot be imported."""
         return _rebuild, (self.dense_class, type(self).__bases__[0]), self.__dict__
 
 
 class RoutedLayer(RoutedModule):
-    """A decoder layer with a router: decides for every token, then runs itself or lets a branch follow the decision."""
+    """A decoder layer with a router: decides for every token, then runs itself or lets a branch follow the
+    decision.
+    """
 
     mod_router: Router
 
@@ -113,7 +116,9 @@ class RoutedLayer(RoutedModule):
 
 
 class RoutedBranch(RoutedModule):
-    """An attention module that runs for the tokens that its layer's router keeps, and adds nothing to the others."""
+    """An attention module that runs for the tokens that its layer's router keeps, and adds nothing to the
+    others.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = LayerArguments(self.dense_class, args, kwargs)
@@ -133,8 +138,8 @@ class RoutedMLP(RoutedModule):
 
 
 @functools.cache
-def extended_class(dense_class: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    """`dense_class` with `mixin` before it; keeps the dense name, by which accelerate and FSDP know layers."""
+def extended_class(dense_class: Any, mixin: Any) -> type[nn.Module]:
+    """`dense_class` with `mixin` before it; keeps the name, by which accelerate and FSDP know layers."""
     namespace = {
         "__module__": dense_class.__module__,
         "__qualname__": dense_class.__qualname__,
@@ -144,9 +149,10 @@ def extended_class(dense_class: type[nn.Module], mixin: type[nn.Module]) -> type
     return type(dense_class.__name__, (mixin, dense_class), namespace)
 
 
-def extend(module: nn.Module, mixin: type[nn.Module]) -> None:
+def extend(module: Any, mixin: Any) -> None:
     """Gives this one object the class ``(mixin, its own class)``."""
-    module.__class__ = extended_class(type(module), mixin)
+    dense_class: Any = type(module)
+    module.__class__ = extended_class(dense_class, mixin)
 
 
 def restore(module: nn.Module) -> None:

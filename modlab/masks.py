@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | None = None) -> Tensor:
-    """True where a kept query may attend to a kept key: not later, and inside the sliding window if there is one.
+    """True where a kept query may attend to a kept key: not later, and inside the sliding window if there is
+    one.
 
     Args:
         query_columns_RS: columns of the queries.
@@ -30,8 +31,8 @@ def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | 
 def masked_reference_mask(keep_BT: Tensor, real_BT: Tensor, window: int | None = None) -> Tensor:
     """True where a token may attend in the masked reference: to kept tokens not after it, and to itself.
 
-    A skipped token attends to itself too: what it would have seen had it been kept. Padding attends to itself only, so
-    that no softmax runs over nothing.
+    A skipped token attends to itself too: what it would have seen had it been kept. Padding attends to itself
+    only, so that no softmax runs over nothing.
 
     Returns:
         bool [B, 1, T, T].

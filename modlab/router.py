@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class Router(nn.Module):
     """Linear D -> 1 on the residual stream: logit = w·x + b, gate = sigmoid(logit) (MoDification eq. 1).
 
-    Weights and arithmetic stay fp32 whatever the model's dtype or autocast: a bf16 gate has a step of 0.004 near 0.5,
-    enough to flip decisions between prefill and decode.
+    Weights and arithmetic stay fp32 whatever the model's dtype or autocast: a bf16 gate has a step of 0.004
+    near 0.5, enough to flip decisions between prefill and decode.
     """
 
     def __init__(self, hidden_size: int, init_gate: float, device: torch.device | None = None) -> None:
@@ -33,11 +33,15 @@ class Router(nn.Module):
             return F.linear(x_BTD.float(), self.weight[None], self.bias).squeeze(-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)` and `.half()`."""
+        """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)` and
+        `.half()`.
+        """
 
         def keep_fp32(t: Tensor) -> Tensor:
             moved = fn(t)
-            return t.to(device=moved.device) if moved.dtype != torch.float32 and t.is_floating_point() else moved
+            return (
+                t.to(device=moved.device) if moved.dtype != torch.float32 and t.is_floating_point() else moved
+            )
 
         return super()._apply(keep_fp32, recurse)
 

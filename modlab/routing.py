@@ -1,7 +1,7 @@
 """The routing state of one converted model: who is kept, decided in one place, observable and steerable.
 
-`model.mod` is a `Routing`. It holds the config and the live thresholds; hooks on the base decoder tell it about each
-forward (padding, positions, cache) and routed layers ask it which tokens to keep.
+`model.mod` is a `Routing`. It holds the config and the live thresholds; hooks on the base decoder tell it
+about each forward (padding, positions, cache) and routed layers ask it which tokens to keep.
 
 Shape letters: B batch rows, T tokens in, K tokens seen including cached ones, D model dim.
 """
@@ -97,8 +97,9 @@ class Routing:
         num_layers: number of decoder layers, routed or not.
         windows: sliding window by routed layer, in tokens; None where the layer attends to everything.
         thresholds: current p by routed layer; write through `modlab.set_threshold`.
-        what_if: training only. True: routed layers run on all tokens (the masked reference path), so that skipped
-            tokens too tell the router what they would have gained. False: only kept tokens run (packed).
+        what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
+            skipped tokens too tell the router what they would have gained. False: only kept tokens run
+            (packed).
     """
 
     def __init__(
@@ -119,7 +120,9 @@ class Routing:
         if isinstance(config.p, dict):
             unrouted = sorted(set(config.p) - set(layers))
             if unrouted:
-                raise ModlabError(f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}.")
+                raise ModlabError(
+                    f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}."
+                )
             self.thresholds.update(config.p)
         self.what_if = True
         self.masked = False  # run everything through the masked reference, see ops/reference.py
@@ -158,7 +161,9 @@ class Routing:
 
     def _top_k(self, logit: Tensor, real: Tensor) -> Tensor:
         """The `capacity` share of highest logits in each row, counted over that row's real tokens."""
-        rank = logit.masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        rank = (
+            logit.masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        )
         return rank < (real.sum(1, keepdim=True) * self.config.capacity).ceil()
 
     def _overridden(self, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
@@ -167,7 +172,8 @@ class Routing:
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != gate.shape:
             got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ModlabError(
-                f"routing_override's function must return a bool tensor of shape {tuple(gate.shape)} for layer "
+                f"routing_override's function must return a bool tensor of shape {tuple(gate.shape)} for "
+                "layer "
                 f"{layer_idx}; it returned {got}."
             )
         return keep.to(gate.device)
@@ -175,14 +181,21 @@ class Routing:
     def require_call(self) -> ForwardCall:
         """The forward in progress; routed layers only make sense inside one."""
         if self.call is None:
-            raise ModlabError("a routed layer was called on its own: call the model (or its base decoder) instead.")
+            raise ModlabError(
+                "a routed layer was called on its own: call the model (or its base decoder) instead."
+            )
         return self.call
 
     # ---- hooks on the base decoder ----
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        """Forward pre-hook: works out padding and positions, and puts a ragged cache where a cache is asked for."""
-        bound = forward_signature(type(module)).bind_partial(*args, **kwargs).arguments
+    def enter(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict]:
+        """Forward pre-hook: works out padding and positions, and puts a ragged cache where a cache is asked
+        for.
+        """
+        module_class: Any = type(module)
+        bound = forward_signature(module_class).bind_partial(*args, **kwargs).arguments
         extra = bound.get("kwargs", {})
 
         def given(name: str) -> Any:
@@ -203,8 +216,8 @@ class Routing:
             kwargs = {**kwargs, "use_cache": False}  # a training forward has no use for a cache
         elif cache is not None and not isinstance(cache, RaggedCache):
             raise ModlabError(
-                f"past_key_values is a {type(cache).__name__}, but a routed layer stores only the tokens it keeps: "
-                "pass modlab.RaggedCache(model), or nothing and let the model make one."
+                f"past_key_values is a {type(cache).__name__}, but a routed layer stores only the tokens it "
+                "keeps: pass modlab.RaggedCache(model), or nothing and let the model make one."
             )
         if cache is not None:
             cache.check_batch(tokens.shape[0])
@@ -212,13 +225,15 @@ class Routing:
         context = getattr(module.config, "max_position_embeddings", None)
         if seen == 0 and context and tokens.shape[1] > context:
             raise ModlabError(
-                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: shorten it, or raise "
-                "config.max_position_embeddings if the model's position encoding supports that."
+                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: shorten it, or "
+                "raise config.max_position_embeddings if the model's position encoding supports that."
             )
         self.call = self._new_call(tokens, given("attention_mask"), seen, cache)
         return args, kwargs
 
-    def _new_call(self, tokens: Tensor, mask: Tensor | None, seen: int, cache: RaggedCache | None) -> ForwardCall:
+    def _new_call(
+        self, tokens: Tensor, mask: Tensor | None, seen: int, cache: RaggedCache | None
+    ) -> ForwardCall:
         B, T = tokens.shape[:2]
         columns = torch.arange(seen, seen + T, device=tokens.device)
         if mask is None:
@@ -227,7 +242,8 @@ class Routing:
         elif isinstance(mask, Tensor) and mask.dim() == 2:
             if mask.shape[1] != seen + T:
                 raise ModlabError(
-                    f"attention_mask covers {mask.shape[1]} tokens, but {seen} are cached and {T} are new: it must have "
+                    f"attention_mask covers {mask.shape[1]} tokens, but {seen} are cached and {T} are new: "
+                    "it must have "
                     f"shape [{B}, {seen + T}]."
                 )
             mask = mask.to(tokens.device).bool()
@@ -235,8 +251,8 @@ class Routing:
             position_ids = mask.long().cumsum(1)[:, seen:] - 1
         else:
             raise ModlabError(
-                "a converted model takes a two-dimensional attention_mask [B, K] (1 = token, 0 = padding): routed "
-                "layers build their own causal masks from it."
+                "a converted model takes a two-dimensional attention_mask [B, K] (1 = token, 0 = padding): "
+                "routed layers build their own causal masks from it."
             )
         steps = [(recording, RoutingStep(real, position_ids)) for recording in self.recordings]
         for recording, step in steps:
@@ -244,7 +260,9 @@ class Routing:
         return ForwardCall(real, position_ids, columns, seen + T, cache, steps)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: the forward is over. Its padding and positions stay for a gradient-checkpoint recompute."""
+        """Forward hook: the forward is over. Its padding and positions stay for a gradient-checkpoint
+        recompute.
+        """
         if self.call is not None:
             self.call.cache = None
             self.call.steps = []
@@ -260,11 +278,13 @@ def routing_of(model: nn.Module) -> Routing:
     """`model.mod`, or an error that says to convert the model first."""
     if not is_converted(model):
         raise ModlabError(f"this {type(model).__name__} is dense: call modlab.convert(model) first.")
-    routing: Routing = model.mod
+    routing: Routing = model.mod  # type: ignore[assignment]
     return routing
 
 
-def set_threshold(model: PreTrainedModel, p: float | dict[int, float], layers: Iterable[int] | None = None) -> None:
+def set_threshold(
+    model: PreTrainedModel, p: float | dict[int, float], layers: Iterable[int] | None = None
+) -> None:
     """Sets the threshold of all routed layers, of some, or each its own; the next forward uses it.
 
     Args:
@@ -295,9 +315,9 @@ def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
 
     Args:
         model: a converted model.
-        fn: ``fn(layer_idx, gate, position_ids) -> keep`` with gate fp32 [B, T], position_ids long [B, T] (index among
-            the row's real tokens) and keep bool [B, T]. First tokens are not kept unless `fn` keeps them; padding is
-            never kept whatever it says.
+        fn: ``fn(layer_idx, gate, position_ids) -> keep`` with gate fp32 [B, T], position_ids long [B, T]
+            (index among the row's real tokens) and keep bool [B, T]. First tokens are not kept unless `fn`
+            keeps them; padding is never kept whatever it says.
     """
     routing = routing_of(model)
     before = routing.override

@@ -19,7 +19,9 @@ INDEX_BYTES = 4  # one int32 column a stored token
 
 
 def random_routing(share: float = 0.4) -> Callable:
-    """Keeps a token by its layer and its index in the row: the same tokens in any batch, padding and chunking."""
+    """Keeps a token by its layer and its index in the row: the same tokens in any batch, padding and
+    chunking.
+    """
 
     def decide(layer_idx, gate, position_ids):
         table = torch.rand(4096, generator=torch.Generator().manual_seed(layer_idx)) < share
@@ -121,7 +123,9 @@ def test_row_operations_agree_with_recomputing(routed, operation) -> None:
         length = 24
     else:
         twin = copy.deepcopy(cache)
-        run(routed, ids[:, 34:36].flip(1), mask[:, :36], cache)  # what happens to one does not happen to the other
+        run(
+            routed, ids[:, 34:36].flip(1), mask[:, :36], cache
+        )  # what happens to one does not happen to the other
         cache = twin
     assert cache.get_seq_length() == length
     got = run(routed, ids[:, length:], mask, cache).logits
@@ -140,7 +144,10 @@ def test_reset_frees_everything(routed) -> None:
 def test_first_layer_routed_and_nothing_kept(make_llama) -> None:
     """Layer 0 counts seen tokens though it stores none: the next forward's positions are right."""
     model = modlab.convert(make_llama(), modlab.MoDConfig(layers=[0]))
-    with torch.no_grad(), modlab.routing_override(model, lambda i, g, p: torch.zeros_like(g, dtype=torch.bool)):
+    with (
+        torch.no_grad(),
+        modlab.routing_override(model, lambda i, g, p: torch.zeros_like(g, dtype=torch.bool)),
+    ):
         cache = run(model, IDS[:, :30]).past_key_values
         assert cache.get_seq_length() == 30 and cache.kept_tokens[0].tolist() == [0, 0, 0]
         got = run(model, IDS[:, 30:], cache=cache).logits
@@ -148,8 +155,9 @@ def test_first_layer_routed_and_nothing_kept(make_llama) -> None:
 
 
 def test_sliding_window_layers_forget_what_they_cannot_see() -> None:
-    from modlab.families import tiny_config
     from transformers import MistralConfig, MistralForCausalLM
+
+    from modlab.families import tiny_config
 
     config = tiny_config(MistralConfig)
     config.sliding_window = 12

@@ -25,7 +25,9 @@ def saved(tiny_llama, tmp_path) -> Path:
     folder = tmp_path / "saved"
     tiny_llama.save_pretrained(folder)
     vocab = {f"t{i}": i for i in range(512)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0"))).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    ).save_pretrained(folder)
     return folder
 
 
@@ -78,7 +80,8 @@ def test_really_full_disk(tiny_llama, tmp_path) -> None:
     script = (
         "import resource, signal, sys, torch, modlab\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "model = modlab.convert(LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128,"
+        "model = modlab.convert(LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, "
+        "intermediate_size=128,"
         " num_hidden_layers=2, num_attention_heads=4)))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"

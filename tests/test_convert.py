@@ -131,10 +131,14 @@ def test_fused_gate(make_llama) -> None:
 
 
 def test_models_that_cannot_be_routed_are_refused_by_name() -> None:
-    bert = BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    bert = BertForMaskedLM(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
     with pytest.raises(ModlabError, match="BertForMaskedLM"):
         modlab.convert(bert)
-    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=64))
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=64)
+    )
     with pytest.raises(ModlabError, match="encoder-decoder"):
         modlab.convert(t5)
     with pytest.raises(ModlabError, match="Linear"):

@@ -1,4 +1,6 @@
-"""Packed execution equals the masked reference: over families, skipped parts, gate forms, batches and paddings."""
+"""Packed execution equals the masked reference: over families, skipped parts, gate forms, batches and
+paddings.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ T = 33  # odd on purpose
 
 def inputs(model, padding: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     vocab = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(3, vocab, (1 if padding == "one row" else 3, T), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, vocab, (1 if padding == "one row" else 3, T), generator=torch.Generator().manual_seed(0)
+    )
     mask = torch.ones_like(ids)
     if padding == "left":
         mask[1, :8], mask[2, :20] = 0, 0
@@ -54,12 +58,20 @@ def test_families(family, attention) -> None:
             expected = model(ids, attention_mask=mask, use_cache=False, **extra).logits
         assert not torch.allclose(expected[mask.bool()], dense[mask.bool()], atol=1e-3)
         assert_same(model(ids, attention_mask=mask, use_cache=False, **extra).logits, expected, mask)
-        out = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True, position_ids=extra["position_ids"][:, :20])
+        out = model(
+            ids[:, :20],
+            attention_mask=mask[:, :20],
+            use_cache=True,
+            position_ids=extra["position_ids"][:, :20],
+        )
         logits = [out.logits]
         for t in range(20, T):
             at = extra["position_ids"][:, t : t + 1]
             out = model(
-                ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=out.past_key_values, position_ids=at
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                past_key_values=out.past_key_values,
+                position_ids=at,
             )
             logits.append(out.logits)
         assert_same(torch.cat(logits, 1), expected, mask)
@@ -71,7 +83,9 @@ def test_families(family, attention) -> None:
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
 @pytest.mark.parametrize("skip", ["layer", "attention", "mlp"])
 def test_forms(make_llama, skip, gate, padding, share) -> None:
-    model = modlab.convert(make_llama(), modlab.MoDConfig(skip=skip, gate=gate, layers=[0, 2, 3], init_gate=0.8))
+    model = modlab.convert(
+        make_llama(), modlab.MoDConfig(skip=skip, gate=gate, layers=[0, 2, 3], init_gate=0.8)
+    )
     ids, mask = inputs(model, padding)
     with modlab.routing_override(model, random_routing(share)):
         with masked_execution(model):

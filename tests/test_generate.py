@@ -32,7 +32,9 @@ def test_matches_the_dense_model_while_every_gate_is_open(make_llama, how) -> No
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"]
+)
 def test_routed_generation_equals_recomputing_without_a_cache(tiny_llama, how) -> None:
     with modlab.routing_override(tiny_llama, random_routing()):
         cached = tiny_llama.generate(IDS, attention_mask=MASK, **GREEDY, **how)

@@ -180,7 +180,9 @@ def test_topk_keeps_its_capacity_in_training_and_is_causal_in_evaluation(make_ll
 
 
 def test_gradients_reach_router_and_layer(make_llama) -> None:
-    """Straight-through: what-if passes give the router a gradient from skipped tokens, packed ones from kept only."""
+    """Straight-through: what-if passes give the router a gradient from skipped tokens, packed ones from kept
+    only.
+    """
     model = spread_gates(modlab.convert(make_llama()))
     model.train()
     gradients = {}
@@ -206,7 +208,9 @@ def test_training_packed_equals_training_masked_in_value(make_llama, gate) -> No
         values.append(model(IDS, attention_mask=mask).logits[mask.bool()])
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
     model.eval()
-    torch.testing.assert_close(model(IDS, attention_mask=mask).logits[mask.bool()], values[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(IDS, attention_mask=mask).logits[mask.bool()], values[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_straight_through_gradient_is_that_of_the_fused_form(make_llama) -> None:

@@ -1,4 +1,5 @@
-"""How the gate enters a routed module's output: the three gate forms, shared by reference and packed execution.
+"""How the gate enters a routed module's output: the three gate forms, shared by reference and packed
+execution.
 
 Shape letters: B rows, T tokens (all of them, or the kept ones), D model dim.
 """
@@ -16,7 +17,8 @@ def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, tr
     """Output of kept tokens.
 
     Args:
-        form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` where the branches inside y carry the gate already.
+        form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` where the branches inside y carry the gate
+            already.
         y: what the module computed, [B, T, D].
         skipped: what the token would be if skipped: the module's input [B, T, D], or 0.0 for a branch.
         gate: fp32 [B, T].
@@ -31,7 +33,9 @@ def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, tr
 
 
 def straight_through(g: Tensor) -> Tensor:
-    """Zero in value, the gate in gradient. Its sum with a 0/1 mask is that mask, exactly, whatever the rounding."""
+    """Zero in value, the gate in gradient. Its sum with a 0/1 mask is that mask, exactly, whatever the
+    rounding.
+    """
     return g - g.detach()
 
 
@@ -39,8 +43,8 @@ def straight_through(g: Tensor) -> Tensor:
 def scaled_branches(module: nn.Module, ends: list[str], weight_BT: Tensor | None) -> Iterator[None]:
     """Inside this block what the submodules `ends` of `module` return is multiplied by `weight_BT`.
 
-    The ends are the last modules of the attention and the MLP branch before their residual additions, so this is the
-    paper's form: u = x + g·Attn(Norm(x)), x' = u + g·MLP(Norm(u)). None leaves the outputs alone.
+    The ends are the last modules of the attention and the MLP branch before their residual additions, so this
+    is the paper's form: u = x + g·Attn(Norm(x)), x' = u + g·MLP(Norm(u)). None leaves the outputs alone.
     """
     handles = []
     if weight_BT is not None:

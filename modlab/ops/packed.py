@@ -1,8 +1,9 @@
-"""Packed execution of a routed module: kept tokens are gathered, run, and put back; skipped tokens cost nothing.
+"""Packed execution of a routed module: kept tokens are gathered, run, and put back; skipped tokens cost
+nothing.
 
-Outside training no projection, attention or MLP row is computed for a skipped token or for padding: rows of a batch
-that keep the same number of tokens run together, others on their own (in decoding all rows that keep run together).
-In training all rows run together, right-padded to the longest, which suits a GPU better.
+Outside training no projection, attention or MLP row is computed for a skipped token or for padding: rows of a
+batch that keep the same number of tokens run together, others on their own (in decoding all rows that keep
+run together). In training all rows run together, right-padded to the longest, which suits a GPU better.
 
 The number of kept tokens shapes the tensors, so each routed layer costs one host sync a forward.
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 class Group:
     """Rows that run in one call: `index_RS` holds the time positions of their kept tokens.
 
-    With `padded`, the slots of a row beyond its kept tokens hold skipped ones; causality keeps them from being seen,
-    and their outputs are dropped.
+    With `padded`, the slots of a row beyond its kept tokens hold skipped ones; causality keeps them from
+    being seen, and their outputs are dropped.
     """
 
     rows: list[int]
@@ -44,7 +45,9 @@ class Group:
 
 
 def exact_groups(keep_BT: Tensor, counts: list[int], one_row_each: bool = False) -> list[Group]:
-    """Rows grouped by how many tokens they keep, kept tokens in order; rows that keep nothing are in no group."""
+    """Rows grouped by how many tokens they keep, kept tokens in order; rows that keep nothing are in no
+    group.
+    """
     if len(counts) == 1:
         return [Group([0], keep_BT[0].nonzero()[None, :, 0])] if counts[0] else []
     rows_by_count: dict[Any, list[int]] = {}
@@ -56,7 +59,7 @@ def exact_groups(keep_BT: Tensor, counts: list[int], one_row_each: bool = False)
 
 
 def padded_group(keep_BT: Tensor, counts: list[int]) -> list[Group]:
-    """All rows together, each row's kept tokens first and then as many skipped ones as the longest row needs."""
+    """All rows together: each row's kept tokens, then as many skipped ones as the longest row needs."""
     longest = max(counts)
     if not longest:
         return []
@@ -68,8 +71,12 @@ def kept_first(keep_BT: Tensor) -> Tensor:
     return (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def run_packed(module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site) -> tuple[Tensor, Any]:
-    """Runs `module` on the kept tokens only. Arguments and result as in `reference.run_masked`; a cache is allowed."""
+def run_packed(
+    module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
+) -> tuple[Tensor, Any]:
+    """Runs `module` on the kept tokens only. Arguments and result as in `reference.run_masked`; a cache is
+    allowed.
+    """
     x_BTD, keep = arguments.hidden, site.decision.keep
     cache = arguments.cache()
     counts: list[int] = keep.sum(1).tolist()  # the one host sync
@@ -79,7 +86,9 @@ def run_packed(module: nn.Module, dense: Callable[..., Any], arguments: LayerArg
         was_ragged = any(n != layer.cumulative_length for n in layer.lengths)
         layer.begin(counts, arguments.time, x_BTD.device)
     elif layer is not None:
-        raise ModlabError(f"cache layer {site.layer_idx} is not ragged: use modlab.RaggedCache of this very model.")
+        raise ModlabError(
+            f"cache layer {site.layer_idx} is not ragged: use modlab.RaggedCache of this very model."
+        )
 
     everything = all(count == arguments.time for count in counts)
     if everything and not was_ragged and (layer is None or site.window is None):
@@ -142,8 +151,9 @@ def _run_groups(
 def attention_kernels(layer: RaggedLayer | None, x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Keeps torch's sdpa off cuDNN while a ragged cache is read on a GPU.
 
-    cuDNN plans anew for every shape it has not met, and ragged keys have a new shape almost every step: measured on an
-    H200, 3.6 ms a kept layer and token at 8k, where the layer itself takes 0.8 ms (docs/log.md).
+    cuDNN plans anew for every shape it has not met, and ragged keys have a new shape almost every step:
+    measured on an H200, 3.6 ms a kept layer and token at 8k, where the layer itself takes 0.8 ms
+    (docs/log.md).
     """
     if layer is None or not x_BTD.is_cuda:
         return contextlib.nullcontext()
@@ -153,7 +163,9 @@ def attention_kernels(layer: RaggedLayer | None, x_BTD: Tensor) -> contextlib.Ab
 def _cache_changes(
     arguments: LayerArguments, site: Site, cache: RaggedCache | None, layer: RaggedLayer | None, group: Group
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Puts a view on the group's rows in the place of the cache; returns it and the columns of the keys [R, K]."""
+    """Puts a view on the group's rows in the place of the cache; returns it and the columns of the keys [R,
+    K].
+    """
     name = arguments.cache_name()
     if cache is None or layer is None or name is None:
         return {}, None
@@ -166,7 +178,9 @@ def _group_mask(site: Site, group: Group, keys_RK: Tensor | None, dtype: torch.d
     S = group.index_RS.shape[1]
     flash = "flash" in site.attention
     if flash and site.window is not None:
-        raise ModlabError("a routed sliding-window layer needs a mask: use model.set_attn_implementation('sdpa').")
+        raise ModlabError(
+            "a routed sliding-window layer needs a mask: use model.set_attn_implementation('sdpa')."
+        )
     fresh = keys_RK is None or keys_RK.shape[1] == S  # no cached key before the new ones
     plain = len(group.rows) == 1 or fresh
     if site.window is None and plain and (flash or (site.attention == "sdpa" and (fresh or S == 1))):
@@ -174,12 +188,15 @@ def _group_mask(site: Site, group: Group, keys_RK: Tensor | None, dtype: torch.d
     queries_RS = site.call.columns[group.index_RS]
     allowed = packed_mask(queries_RS, queries_RS if keys_RK is None else keys_RK, site.window)
     if group.padded:
-        # A right-padding slot stands before its row's later kept tokens in time, though after them in the pack.
+        # A right-padding slot stands before its row's later kept tokens in time, though after them in the
+        # pack.
         allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
     return as_attention_mask(allowed, site.attention, dtype)
 
 
-def run_packed_mlp(module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site) -> tuple[Tensor, Any]:
+def run_packed_mlp(
+    module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
+) -> tuple[Tensor, Any]:
     """Runs an MLP on the kept tokens of all rows at once: no token of it looks at another."""
     x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
     out = torch.zeros_like(x_BTD)

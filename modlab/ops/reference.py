@@ -1,8 +1,8 @@
 """The specification of a routed module, in masked form: every token runs, a mask decides what counts.
 
-Slow on purpose and simple. Packed execution (`packed.py`) must agree with it within rounding, which the tests hold for
-random routings, batches and paddings. Training uses it for what-if passes, in which skipped tokens run too and tell
-the router what they would have gained.
+Slow on purpose and simple. Packed execution (`packed.py`) must agree with it within rounding, which the tests
+hold for random routings, batches and paddings. Training uses it for what-if passes, in which skipped tokens
+run too and tell the router what they would have gained.
 
 Shape letters: B batch rows, T tokens, D model dim.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def masked_execution(model: PreTrainedModel) -> Iterator[None]:
-    """Inside this block a converted model runs in masked form (no cache): the yardstick for the packed form."""
+    """Inside this block a converted model runs in masked form, without a cache: the yardstick."""
     routing = routing_of(model)
     before = routing.masked
     routing.masked = True
@@ -40,8 +40,11 @@ def masked_execution(model: PreTrainedModel) -> Iterator[None]:
         routing.masked = before
 
 
-def run_masked(module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site) -> tuple[Tensor, Any]:
-    """Runs `module` on all tokens; kept tokens attend to kept tokens only, skipped tokens come out as if skipped.
+def run_masked(
+    module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
+) -> tuple[Tensor, Any]:
+    """Runs `module` on all tokens; kept tokens attend to kept tokens only, skipped tokens come out as if
+    skipped.
 
     Args:
         module: the routed layer, attention or MLP.
@@ -61,8 +64,8 @@ def run_masked(module: nn.Module, dense: Callable[..., Any], arguments: LayerArg
     if mask_name is not None:
         if "flash" in site.attention:
             raise ModlabError(
-                "what-if passes and the masked reference need a mask, which flash attention does not take: use "
-                "model.set_attn_implementation('sdpa'), or model.mod.what_if = False."
+                "what-if passes and the masked reference need a mask, which flash attention does not take: "
+                "use model.set_attn_implementation('sdpa'), or model.mod.what_if = False."
             )
         allowed = masked_reference_mask(keep, site.call.real, site.window)
         changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype)
@@ -78,5 +81,7 @@ def run_masked(module: nn.Module, dense: Callable[..., Any], arguments: LayerArg
     kept_out = gated_output(site.form, y, skipped, gate, module.training)
     if site.form == "scaled":
         return (kept_out if what_if else torch.where(keep[..., None], kept_out, skipped)), rest
-    skipped_out = skipped + straight_through(gate.to(y.dtype)[..., None]) * (y - skipped) if what_if else skipped
+    skipped_out = (
+        skipped + straight_through(gate.to(y.dtype)[..., None]) * (y - skipped) if what_if else skipped
+    )
     return torch.where(keep[..., None], kept_out, skipped_out), rest
