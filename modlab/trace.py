@@ -291,8 +291,11 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 def model_name(model: Any) -> str:
     """A short name to show: the last part of the folder or hub id, or the class."""
-    name = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/")
-    return name.rpartition("/")[2] or type(model).__name__
+    from modlab.checkpoint import DEMO_FOLDER, DEMOS
+
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    demos = {DEMO_FOLDER / folder: demo for demo, folder in DEMOS.items()}
+    return demos.get(Path(name)) or Path(name).name or type(model).__name__
 
 
 def _token_bytes(cache: Any) -> int:

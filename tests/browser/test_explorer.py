@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from .notebook_browser import JupyterLab, Notebook
+from .test_page import CONTRASTS
 
 pytestmark = pytest.mark.browser
 
@@ -29,7 +30,13 @@ CURVE = """\
 import pandas as pd
 sweep = pd.DataFrame({"threshold": [0.2, 0.5, 0.8], "kv_bytes": [9e5, 7e5, 6e5], "loss": [2.0, 2.1, 2.6]})
 modlab.widgets.ThresholdCurve(sweep, p=0.6)"""
-SECOND = ".jp-Cell:nth-of-type(2)"
+
+# The numbers of the layers are drawn in a light colour.
+BRIGHT_LABELS = """() => {
+  const c = document.querySelector('canvas.modlab-heatmap'), g = c.getContext('2d');
+  const d = g.getImageData(0, 0, 50, c.height).data;
+  for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i] + d[i + 1] + d[i + 2] > 500) return true;
+  return false; }"""
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +194,15 @@ def test_the_dark_theme(nb: Notebook, shots: Path) -> None:
         assert nb.pixels("canvas.modlab-heatmap") != light  # redrawn, not only its surroundings
         dark = nb.page.locator(".modlab").first.evaluate("e => getComputedStyle(e).backgroundColor")
         assert max(map(int, dark[4:-1].split(","))) < 60
+        nb.page.wait_for_selector("canvas[data-theme=dark]")
+        nb.page.wait_for_function(BRIGHT_LABELS)
+        assert min(nb.page.evaluate(CONTRASTS)) >= 4.5
         nb.screenshot(shots / "explorer-dark")
     finally:
         nb.theme("JupyterLab Light")
-    assert nb.pixels("canvas.modlab-heatmap") == light
+    nb.page.wait_for_selector("canvas[data-theme=light]")
+    nb.page.wait_for_function(f"() => !({BRIGHT_LABELS})()")
+    assert min(nb.page.evaluate(CONTRASTS)) >= 4.5
 
 
 def test_a_busy_model_is_told(nb: Notebook) -> None:

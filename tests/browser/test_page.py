@@ -14,6 +14,17 @@ from .notebook_browser import JupyterLab
 
 pytestmark = pytest.mark.browser
 HEATMAP = "canvas.modlab-heatmap"
+# The contrast (WCAG) of every piece of text that lies on a ground of its own, or on the view's.
+CONTRASTS = """() => {
+  const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => (v /= 255) <= 0.04045
+    ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ground = getComputedStyle(document.querySelector('.modlab')).backgroundColor;
+  const all = '.modlab-how, .mod-name, .mod-value, .mod-tip div, .mod-token';
+  return [...document.querySelectorAll(all)].map(e => {
+    const s = getComputedStyle(e), own = s.backgroundColor;
+    const behind = own === 'rgba(0, 0, 0, 0)' ? ground : own;
+    const [a, b] = [lum(s.color), lum(behind)].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05); }); }"""
 
 
 @pytest.fixture
@@ -145,18 +156,7 @@ def test_themes_are_readable(show: Callable[..., Any], shots: Path, dark: bool) 
     page.locator(HEATMAP).hover(position={"x": 300, "y": 110})
     settle(page)
     page.screenshot(path=shots / f"page-{'dark' if dark else 'light'}.png", full_page=True)
-    ratios = page.evaluate(
-        """() => {
-          const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => (v /= 255) <= 0.04045
-            ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-          const ground = getComputedStyle(document.querySelector('.modlab')).backgroundColor;
-          const all = '.modlab-how, .mod-name, .mod-value, .mod-tip div, .mod-token';
-          return [...document.querySelectorAll(all)].map(e => {
-            const s = getComputedStyle(e), own = s.backgroundColor;
-            const behind = own === 'rgba(0, 0, 0, 0)' ? ground : own;
-            const [a, b] = [lum(s.color), lum(behind)].sort((x, y) => y - x);
-            return (a + 0.05) / (b + 0.05); }); }"""
-    )
+    ratios = page.evaluate(CONTRASTS)
     assert len(ratios) > 160 and min(ratios) >= 4.5  # WCAG AA
     ground = page.locator(".modlab").evaluate("e => getComputedStyle(e).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") != dark

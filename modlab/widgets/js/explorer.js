@@ -17,7 +17,7 @@ class Controls {
     this.badge = el(bar, "span", "modlab-badge");
     this.badge.setAttribute("role", "status");
     this.how = el(parent, "p", "mod-note modlab-how");
-    this.error = el(parent, "pre", "modlab-error");
+    this.error = el(parent, "div", "modlab-error");
     this.error.setAttribute("role", "alert");
     this.error.hidden = true;
     this.figures = el(parent, "div", "mod-figures");
@@ -119,10 +119,13 @@ function show(model, parent) {
   }
   const kinds = VIEWS[view].filter((kind) => kind !== Curve || view === "curve" || model.get("can_run") || model.get("points").length);
   store.views = kinds.map((kind) => new kind(store, root));
-  store.retheme();
-  // JupyterLab writes its theme on the body; a page of its own follows the system.
-  const watch = new MutationObserver(() => store.retheme()), scheme = matchMedia("(prefers-color-scheme: dark)");
-  const follow = () => store.retheme();
+  store.update();
+  // JupyterLab writes its theme on the body, and at some other time its colours arrive; a page of its own follows the
+  // system. The ground has a transition (style.css), whose beginning tells that the colours are there.
+  const follow = () => store.update();
+  for (const name of ["transitionrun", "transitionend"])
+    root.addEventListener(name, (event) => { if (event.target === root) follow(); });
+  const watch = new MutationObserver(follow), scheme = matchMedia("(prefers-color-scheme: dark)");
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
   scheme.addEventListener("change", follow);
   return () => { watch.disconnect(); scheme.removeEventListener("change", follow); store.destroy(); };
@@ -138,7 +141,7 @@ function render({ model, el: parent }) {
 }
 
 function showError(parent, error) {
-  const box = el(parent, "pre", "modlab-error", `This view could not be drawn: ${error.message}\n${error.stack || ""}`);
+  const box = el(parent, "div", "modlab-error", `This view could not be drawn: ${error.message}\n${error.stack || ""}`);
   box.setAttribute("role", "alert");
 }
 

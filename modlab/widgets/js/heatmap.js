@@ -118,6 +118,7 @@ class Heatmap {
     this.drawLegend();
     this.drawTip(m, shift, end);
     this.canvas.dataset.kept = store.keepRatio.toFixed(4);
+    this.canvas.dataset.theme = theme.dark ? "dark" : "light";
     this.canvas.dataset.threshold = number(store.threshold);
     this.canvas.dataset.state = store.preview ? "preview" : "measured";
     this.canvas.setAttribute("aria-label",
@@ -134,6 +135,7 @@ class Heatmap {
     g.textBaseline = "top";
     for (let t = Math.ceil(first / step) * step; t <= last; t += step) {
       const x = m.left + (t + 0.5) * m.w - shift;
+      if (x > m.left + m.view - 14 && t > 0) continue; // its number would be cut
       g.fillRect(Math.round(x), m.bottom + 2, 1, 4);
       g.textAlign = t === 0 && m.w < 20 ? "left" : "center";
       g.fillText(t.toLocaleString("en"), t === 0 && m.w < 20 ? x - m.w / 2 : x, m.bottom + 8);

@@ -76,7 +76,6 @@ class Store {
       this.ratio[row] = sum / T;
     }
     this.keepRatio = this.ratio.reduce((a, b) => a + b, 0) / Math.max(1, R);
-    this.theme = readTheme(this.root);
     this.decidedFor = [this.threshold, this.summary];
   }
 
@@ -94,14 +93,10 @@ class Store {
     this.frame = requestAnimationFrame(() => {
       this.frame = 0;
       const [threshold, summary] = this.decidedFor;
+      this.theme = readTheme(this.root);
       if (threshold !== this.threshold || summary !== this.summary) this.decide();
       for (const view of this.views) view.draw();
     });
-  }
-
-  retheme() {
-    this.theme = readTheme(this.root);
-    this.update();
   }
 
   point(token, layer = -1) {
@@ -175,7 +170,7 @@ function bytes(view) {
 
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const number = (x) => String(Number(x.toFixed(4)));
-const percent = (x) => (100 * x).toFixed(x > 0.0995 && x < 0.9995 ? 0 : 1) + " %";
+const percent = (x) => (100 * x).toFixed((x >= 0.0995 && x < 0.995) || x === 1 ? 0 : 1) + " %"; // 100 % is all
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 
 function byteText(n) { // three figures, as 4.56 kB, 45.6 kB, 456 kB
@@ -213,20 +208,24 @@ function ownKeys(node) { node.dataset.lmSuppressShortcuts = "true"; }
 // Canvas cannot use CSS variables: read what the style sheet made of JupyterLab's theme.
 function readTheme(root) {
   const style = getComputedStyle(root), read = (name) => style.getPropertyValue(name).trim();
-  const rgb = (style.backgroundColor.match(/[\d.]+/g) || [255, 255, 255]).map(Number);
+  const rgb = parseColour(read("--mod-surface")); // not the background: that is still on its way for some frames
   return {
-    dark: 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 128, ground: style.backgroundColor,
+    dark: 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 128,
     ink: read("--mod-ink"), faint: read("--mod-faint"), line: read("--mod-line"), dense: read("--mod-dense"),
-    accent: read("--mod-accent"), font: style.fontFamily, groundRgb: rgb.slice(0, 3), accentRgb: parseColour(read("--mod-accent")),
+    accent: read("--mod-accent"), font: style.fontFamily, groundRgb: rgb, accentRgb: parseColour(read("--mod-accent")),
   };
 }
 
 // Any CSS colour as [r, g, b]: a canvas knows them all.
+const parsed = new Map();
 function parseColour(text) {
-  const g = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  g.fillStyle = text;
-  g.fillRect(0, 0, 1, 1);
-  return [...g.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  if (!parsed.has(text)) {
+    const g = document.createElement("canvas").getContext("2d");
+    g.fillStyle = text;
+    g.fillRect(0, 0, 1, 1);
+    parsed.set(text, [...g.getImageData(0, 0, 1, 1).data.slice(0, 3)]);
+  }
+  return parsed.get(text);
 }
 
 // A canvas as sharp as the screen: sets its size in CSS pixels and returns a context that draws in them.

@@ -1,0 +1,78 @@
+"""The quickstart as a user meets it: run all, drag, release; and as a reader meets it who runs nothing."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+from .notebook_browser import BROKEN_WIDGET_TEXT, JupyterLab, Notebook
+from .test_explorer import BRIGHT_LABELS, kernel, read, wait_measured
+
+pytestmark = pytest.mark.browser
+QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"
+
+
+@pytest.fixture(scope="module")
+def nb(lab: JupyterLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
+    # The kernel works in an empty folder: the notebook writes a page beside itself.
+    with lab.open(QUICKSTART, timeout=240, cwd=tmp_path_factory.mktemp("quickstart")) as nb:
+        nb.run_all()
+        yield nb
+        nb.check()
+
+
+def test_it_runs_in_under_a_minute(nb: Notebook, shots: Path) -> None:
+    nb.screenshot(shots / "quickstart")
+    for css in (".modlab-threshold", "canvas.modlab-heatmap", ".modlab-text .mod-token"):
+        nb.expect(css)
+    nb.expect("svg.modlab-curve", count=2)
+    assert not nb.page.locator(".modlab-error").is_visible() and "kept_tokens" in nb.text()
+    assert nb.timings["run all"] < 60
+
+
+def test_the_threshold_steers_picture_bytes_and_loss(nb: Notebook, shots: Path) -> None:
+    nb.python("widget = _4")  # the explorer is the fourth code cell's value
+    before = {what: read(nb, what) for what in ("kept", "kv", "loss")}
+    heatmap, text = nb.pixels("canvas.modlab-heatmap"), nb.pixels(".modlab-text")
+    p = nb.drag(".modlab-threshold", 0.6, release=False)
+    nb.page.wait_for_timeout(300)
+    assert read(nb, "badge") == "preview" and read(nb, "kept") != before["kept"]
+    nb.page.screenshot(path=shots / "quickstart-preview.png")
+    nb.page.mouse.up()
+    wait_measured(nb, p)
+    assert read(nb, "badge") == "measured"
+    after = {what: read(nb, what) for what in ("kept", "kv", "loss")}
+    assert all(after[what] != before[what] for what in after)
+    assert nb.pixels("canvas.modlab-heatmap") != heatmap and nb.pixels(".modlab-text") != text
+    assert after["loss"] == kernel(nb, "f\"{widget.summary['loss']:.3f}\"")
+    # More is skipped, fewer bytes are allocated, and the text is predicted worse: what the notebook says.
+    assert float(after["loss"]) > float(before["loss"])
+    assert float(kernel(nb, "model.mod.thresholds[model.mod.layers[0]]")) == p
+    nb.page.screenshot(path=shots / "quickstart-measured.png")
+
+
+def test_the_dark_theme(nb: Notebook, shots: Path) -> None:
+    nb.theme("JupyterLab Dark")
+    nb.page.wait_for_selector("canvas[data-theme=dark]")
+    nb.page.wait_for_function(BRIGHT_LABELS)
+    nb.screenshot(shots / "quickstart-dark")
+    nb.theme("JupyterLab Light")
+
+
+def test_the_committed_notebook_shows_pictures_without_a_kernel(lab: JupyterLab, shots: Path) -> None:
+    assert QUICKSTART.stat().st_size < 1_000_000
+    saved = json.loads(QUICKSTART.read_text(encoding="utf-8"))
+    assert "widgets" not in saved["metadata"]
+    cells = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells), "run scripts/make_notebooks.py"
+    assert not [o for cell in cells for o in cell["outputs"] if o["output_type"] == "error"]
+    with lab.open(QUICKSTART, timeout=60, keep_outputs=True) as nb:
+        picture = nb.page.locator(".jp-OutputArea img")
+        picture.wait_for()
+        size = picture.evaluate("e => [e.naturalWidth, e.naturalHeight, e.complete]")
+        assert size[0] >= 900 and size[1] >= 300 and size[2]
+        assert not re.search("|".join(BROKEN_WIDGET_TEXT), nb.text())
+        nb.screenshot(shots / "quickstart-not-run")
