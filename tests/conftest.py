@@ -12,6 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers, each with as many threads as cores, wait for each other more than they compute.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 def tiny_config(**changes: object) -> LlamaConfig:
     sizes: dict[str, object] = {
