@@ -527,14 +527,13 @@ def _commit() -> str | None:
     return head + ("-dirty" if status else "")
 
 
-def _without_out(argv: Sequence[str]) -> list[str]:
-    """The arguments less --out: where a file was put is nobody's business and not needed to repeat the
-    run."""
-    kept: list[str] = []
-    for i, word in enumerate(argv):
-        if word != "--out" and not word.startswith("--out=") and (i == 0 or argv[i - 1] != "--out"):
-            kept.append(word)
-    return kept
+def _without(flags: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """The arguments less these flags and their values: where a file went is not needed to repeat the run."""
+    return [
+        word
+        for before, word in zip(["", *argv], argv, strict=False)
+        if before not in flags and word.split("=", 1)[0] not in flags
+    ]
 
 
 def report(
@@ -545,7 +544,7 @@ def report(
     return {
         "schema": SCHEMA_VERSION,
         "what": name,
-        "command": shlex.join(["modlab", "bench", *_without_out(argv)]),
+        "command": shlex.join(["modlab", "bench", *_without(("--out", "--commit"), argv)]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": settings.device.type,
@@ -676,6 +675,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for the result files"
     )
+    parser.add_argument(
+        "--commit", metavar="HASH", help="commit of this source tree, where git is not there to ask"
+    )
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument(
         "--plot", type=Path, metavar="RESULT", help="draw a result file as an HTML page beside it"
@@ -758,6 +760,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         ran += 1
         result = report(name, rows, settings, argv, load_before)
+        result["commit"] = result["commit"] or options.commit
         print(table(rows))
         if not options.no_save:
             print(f"wrote {save(result, options.out)}")

@@ -87,6 +87,16 @@ def test_prefill_and_decode_write_result_files(tmp_path, capsys, batch):
     assert row["kv_bytes"] == kept * row["dense_kv_bytes"] + index
 
 
+def test_the_commit_can_be_told_where_git_cannot_be_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_commit", lambda: None)
+    argv = ["prefill", *SIZES, "--commit", "abc123", f"--out={tmp_path}"]
+    assert bench.main(argv) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["commit"] == "abc123"
+    assert result["command"] == "modlab bench " + " ".join(["prefill", *SIZES])
+
+
 def test_a_second_run_of_a_day_overwrites_nothing(tmp_path):
     result = {"what": "prefill", "device": "cpu", "device_name": "x", "date": "2030-01-02T03:04:05"}
     names = [bench.save(result | {"turn": turn}, tmp_path).name for turn in range(3)]
