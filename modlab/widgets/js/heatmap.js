@@ -225,7 +225,7 @@ class Heatmap {
     if (tip.hidden) return;
     tip.replaceChildren();
     store.describe(token, layer).forEach((line, i) => el(tip, "div", i ? "" : "mod-tip-token", line));
-    const room = m.width, size = tip.getBoundingClientRect();
+    const room = m.width - m.right, size = tip.getBoundingClientRect();
     tip.style.left = (x + 14 + size.width > room ? Math.max(0, x - 14 - size.width) : x + 14) + "px";
     tip.style.top = clamp(m.top + (layer + 1) * m.h + 4, 0, Math.max(0, m.height - size.height)) + "px";
   }
