@@ -37,8 +37,8 @@ Run all cells (*Run > Run All Cells*); it takes less than a minute on a laptop, 
         """\
 ## 1. Load a model
 
-`"demo"` ships with modlab: a small model trained on Python source. `"demo-dense"` is the model it was made
-from. The last section tells how to use another one.""",
+`"demo"` ships with modlab: a small model trained on Python source. `"demo-dense"` is its control: the
+same start, trained on for as long without skipping. The last section tells how to use another model.""",
     ),
     (
         "code",
