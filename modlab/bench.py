@@ -439,7 +439,7 @@ def demo(settings: Settings) -> list[Row]:
     try:
         models: list[Any] = []
         for name in ("demo-dense", "demo"):
-            model, tokenizer = modlab.load(name)
+            model, tokenizer = modlab.load(name, dtype=settings.dtype)
             models.append(model)
     except (ModlabError, OSError, ImportError) as error:
         raise Skipped(f"demo: the demo models are not here ({error})") from error

@@ -69,7 +69,8 @@ def as_batches(data: Any, tokenizer: Any = None, seq_len: int | None = None) -> 
                 raise ModlabError(
                     "texts need a tokenizer; pass the tokenizer, or token batches instead of texts."
                 )
-            ids = torch.as_tensor(tokenizer(item)["input_ids"], dtype=torch.long)
+            # verbose=False: a text longer than the context is no mistake here, it is cut into pieces
+            ids = torch.as_tensor(tokenizer(item, verbose=False)["input_ids"], dtype=torch.long)
             if ids.numel() < 2:
                 raise ModlabError(
                     f"text {number} ({item[:40]!r}) has {ids.numel()} token(s); at least 2 are needed."
