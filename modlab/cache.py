@@ -351,7 +351,10 @@ class RaggedCache(Cache):
         """Bytes of K/V that a dense cache would hold for the same columns (sliding windows counted as
         windows).
         """
-        return sum(dense_layer_nbytes(layer) for layer in self.layers)
+        sizes = [token_nbytes(layer) for layer in self.layers]
+        # A layer that has kept nothing does not know its head sizes yet; its neighbours' are the best guess.
+        usual = max(sizes, default=0)
+        return sum(dense_tokens(layer) * (n or usual) for layer, n in zip(self.layers, sizes, strict=True))
 
     @property
     def kept_tokens(self) -> Tensor:
@@ -379,18 +382,23 @@ def stored_tokens(layer: Any) -> list[int]:
     return [keys.shape[-2]] * keys.shape[0]
 
 
-def dense_layer_nbytes(layer: Any) -> int:
-    """Bytes of K/V that this layer would hold if it stored every column; 0 before its first use."""
+def token_nbytes(layer: Any) -> int:
+    """Bytes of K/V that one token of one row takes in this layer; 0 before its first key."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None or keys.numel() == 0:
         return 0
-    rows = len(layer.lengths) if isinstance(layer, RaggedLayer) else keys.shape[0]
-    seen = int(layer.get_seq_length())
-    window = getattr(layer, "sliding_window", None)
-    if window is not None:
-        seen = min(seen, window - 1)
-    per_token = sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in (keys, values))
-    return rows * seen * per_token
+    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in (keys, values))
+
+
+def dense_tokens(layer: Any) -> int:
+    """Tokens of all rows that this layer would hold if it stored every column; 0 before its first use."""
+    if isinstance(layer, RaggedLayer):
+        rows = len(layer.lengths)
+    else:
+        keys = getattr(layer, "keys", None)
+        rows = 0 if keys is None or keys.dim() < 4 else keys.shape[0]
+    seen, window = int(layer.get_seq_length()), getattr(layer, "sliding_window", None)
+    return rows * (seen if window is None else min(seen, window - 1))
 
 
 class PackedView(Cache):

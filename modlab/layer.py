@@ -90,7 +90,8 @@ class RoutedModule(nn.Module):
 
     def joined(self, out: Tensor, rest: tuple[Any, ...]) -> Any:
         """The output in the form the dense module returns it."""
-        self.mod_extra_outputs = len(rest)
+        if len(rest) != self.mod_extra_outputs:  # nn.Module's attribute assignment is slow, this is a hot path
+            self.mod_extra_outputs = len(rest)
         return (out, *rest) if rest else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -150,6 +150,7 @@ def test_first_layer_routed_and_nothing_kept(make_llama) -> None:
     ):
         cache = run(model, IDS[:, :30]).past_key_values
         assert cache.get_seq_length() == 30 and cache.kept_tokens[0].tolist() == [0, 0, 0]
+        assert cache.dense_nbytes == 3 * 30 * 6 * token_bytes(model)
         got = run(model, IDS[:, 30:], cache=cache).logits
         torch.testing.assert_close(got, model(IDS).logits[:, 30:])
 
