@@ -90,7 +90,7 @@ class RoutedModule(nn.Module):
 
     def joined(self, out: Tensor, rest: tuple[Any, ...]) -> Any:
         """The output in the form the dense module returns it."""
-        if len(rest) != self.mod_extra_outputs:  # nn.Module's attribute assignment is slow, this is a hot path
+        if len(rest) != self.mod_extra_outputs:  # assignment is slow on a module
             self.mod_extra_outputs = len(rest)
         return (out, *rest) if rest else out
 
