@@ -536,6 +536,22 @@ def _without(flags: Sequence[str], argv: Sequence[str]) -> list[str]:
     ]
 
 
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What every published figure carries: date, device, dtype and versions."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.type,
+        "device_name": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "modlab": __version__,
+        },
+    }
+
+
 def report(
     name: str, rows: list[Row], settings: Settings, argv: Sequence[str], load_before: Any
 ) -> dict[str, Any]:
@@ -546,16 +562,7 @@ def report(
         "what": name,
         "command": shlex.join(["modlab", "bench", *_without(("--out", "--commit"), argv)]),
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": settings.device.type,
-        "device_name": _device_name(settings.device),
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "modlab": __version__,
-        },
+        **circumstances(settings.device, settings.dtype),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # 1-minute load averages before and after: above the threads used here, something else was running

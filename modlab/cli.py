@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 import sys
 import types
 import typing
@@ -298,6 +299,7 @@ def _add_eval(command: Command) -> None:
 def _eval(options: argparse.Namespace) -> int:
     import modlab
     from modlab import measure
+    from modlab.bench import circumstances
 
     model, tokenizer = _load(options, options.model)
     rows = _rows(options, model, tokenizer)
@@ -320,7 +322,12 @@ def _eval(options: argparse.Namespace) -> int:
         for layer, kept in result.keep_ratio_by_layer.items()
     ]
     if options.json:
-        print(json.dumps(facts | {"layers": layers} | _circumstances(model), indent=2))
+        command = {"command": shlex.join(["modlab", *sys.argv[1:]])}
+        print(
+            json.dumps(
+                facts | {"layers": layers} | command | circumstances(model.device, model.dtype), indent=2
+            )
+        )
         return 0
     for name, value in facts.items():
         print(f"{name:<17} {value:,.4f}" if isinstance(value, float) else f"{name:<17} {value}")
@@ -331,27 +338,6 @@ def _eval(options: argparse.Namespace) -> int:
     else:
         print("\nno routed layers: the model is dense")
     return 0
-
-
-def _circumstances(model: Any) -> dict[str, Any]:
-    """What a published number must carry: device, dtype, versions, date and the command that made it."""
-    import datetime
-    import platform
-    import shlex
-
-    import torch
-    import transformers
-
-    device = model.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "modlab": __version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["modlab", *sys.argv[1:]]),
-    }
 
 
 # ---- sweep ----
