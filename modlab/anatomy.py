@@ -89,7 +89,7 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
     return windows
 
 
-class _FirstLayerReached(Exception):
+class _LayerReached(Exception):
     pass
 
 
@@ -121,25 +121,23 @@ def branch_ends(model: PreTrainedModel, layer: nn.Module) -> list[str]:
     def compare(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
         inside["io"] = (given, output[0] if isinstance(output, tuple) else output)
-        raise _FirstLayerReached
+        raise _LayerReached
 
-    def probe() -> None:
+    def probe(hooks: list[Any]) -> None:
+        """Runs the model up to the end of the layer, with `hooks` in place."""
+        hooks.append(layer.register_forward_hook(compare, with_kwargs=True))
         training = model.training
         model.eval()
         try:
             model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
-        except _FirstLayerReached:
+        except _LayerReached:
             pass
         finally:
             model.train(training)
+            for hook in hooks:
+                hook.remove()
 
-    hooks = [c.register_forward_hook(watch(n), with_kwargs=True) for n, c in layer.named_children()]
-    hooks.append(layer.register_forward_hook(compare, with_kwargs=True))
-    try:
-        probe()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    probe([c.register_forward_hook(watch(n), with_kwargs=True) for n, c in layer.named_children()])
 
     ends = []
     for start in (attention_name(layer), mlp_name(layer)):
@@ -151,13 +149,7 @@ def branch_ends(model: PreTrainedModel, layer: nn.Module) -> list[str]:
                 end, tensor = name, out
         ends.append(end)
 
-    hooks = [layer.get_submodule(end).register_forward_hook(silence) for end in ends]
-    hooks.append(layer.register_forward_hook(compare, with_kwargs=True))
-    try:
-        probe()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    probe([layer.get_submodule(end).register_forward_hook(silence) for end in ends])
     x, y = inside["io"]
     if not torch.equal(x, y):
         raise ModlabError(_not_separable(layer))

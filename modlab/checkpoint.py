@@ -221,7 +221,7 @@ def _check_hub(name: str) -> None:
 
 def _explain(name: str, error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    first = lines[0][:300] if lines else type(error).__name__
+    first = (lines[0][:300] if lines else type(error).__name__).rstrip(".") + "."
     if Path(name).exists():
         return f"the model in {name!r} cannot be loaded: {first}"
     return (
