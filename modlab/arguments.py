@@ -48,12 +48,11 @@ class LayerArguments:
         self.hidden: Tensor = self.bound.arguments[self.hidden_name]
         self.batch, self.time = self.hidden.shape[:2]
 
-    def select(self, rows: list[int], index_RS: Tensor) -> dict[str, Any]:
-        """Keyword overrides for a call on tokens `index_RS` of `rows`; the mask and the cache are the
+    def select(self, rows_R1: Tensor, index_RS: Tensor) -> dict[str, Any]:
+        """Keyword overrides for a call on tokens `index_RS` of rows `rows_R1`; the mask and the cache are the
         caller's to add.
         """
         picked = {}
-        rows_R1 = torch.tensor(rows, device=index_RS.device)[:, None]
         for name, value in self._items():
             if name not in MASK_NAMES and not isinstance(value, Cache):
                 new = self._gather(name, value, rows_R1, index_RS)

@@ -128,7 +128,7 @@ def _run_groups(
     out = x_BTD.clone() if site.residual else torch.zeros_like(x_BTD)
     for group in groups:
         rows_R1 = torch.tensor(group.rows, device=x_BTD.device)[:, None]
-        changes = arguments.select(group.rows, group.index_RS)
+        changes = arguments.select(rows_R1, group.index_RS)
         cache_changes, keys_RK = _cache_changes(arguments, site, cache, layer, group)
         changes |= cache_changes
         mask_name = arguments.mask_name()
