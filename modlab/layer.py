@@ -19,6 +19,9 @@ from modlab.ops.reference import run_masked
 from modlab.router import Router
 from modlab.routing import Decision, ForwardCall, Routing
 
+CALL = "mod_call"
+"""Name under which a routed layer is handed the forward it is part of, beside its own arguments."""
+
 
 @dataclass
 class Site:
@@ -86,7 +89,8 @@ class RoutedModule(nn.Module):
 
     def runs_masked(self) -> bool:
         """Whether this forward takes the masked path: the reference itself, or a what-if pass."""
-        return self.mod_routing.masked or (self.training and self.mod_routing.what_if)
+        call = self.mod_routing.require_call()
+        return call.masked or (self.training and call.what_if)
 
     def joined(self, out: Tensor, rest: tuple[Any, ...]) -> Any:
         """The output in the form the dense module returns it."""
@@ -106,14 +110,22 @@ class RoutedLayer(RoutedModule):
 
     mod_router: Router
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The call travels with the arguments: gradient checkpointing keeps them for its recompute in the
+        # backward pass, by when the model may have begun other forwards.
+        kwargs.setdefault(CALL, self.mod_routing.call)
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = LayerArguments(self.dense_class, args, kwargs)
-        routing = self.mod_routing
-        decision = routing.decide(self.mod_index, self.mod_router, arguments.hidden, self.training)
-        if routing.config.skip != "layer":
-            return super().forward(*args, **kwargs)
-        run = run_masked if self.runs_masked() else run_packed
-        return self.joined(*run(self, super().forward, arguments, self.make_site(decision, residual=True)))
+        with self.mod_routing.within(kwargs.pop(CALL, None)):
+            arguments = LayerArguments(self.dense_class, args, kwargs)
+            routing = self.mod_routing
+            decision = routing.decide(self.mod_index, self.mod_router, arguments.hidden, self.training)
+            if routing.config.skip != "layer":
+                return super().forward(*args, **kwargs)
+            run = run_masked if self.runs_masked() else run_packed
+            site = self.make_site(decision, residual=True)
+            return self.joined(*run(self, super().forward, arguments, site))
 
 
 class RoutedBranch(RoutedModule):

@@ -77,6 +77,8 @@ class ForwardCall:
         num_columns: columns seen once this forward is done.
         cache: the ragged cache that is written, or None.
         steps: the open recordings, each with its entry for this forward.
+        thresholds, what_if, masked, override: the routing's, as they stood when the forward began: a
+            gradient-checkpoint recompute decides as the forward did.
     """
 
     real: Tensor
@@ -85,6 +87,10 @@ class ForwardCall:
     num_columns: int
     cache: RaggedCache | None
     steps: list[tuple[Recording, RoutingStep]]
+    thresholds: dict[int, float]
+    what_if: bool
+    masked: bool
+    override: OverrideFn | None
     decisions: dict[int, Decision] = field(default_factory=dict)
 
 
@@ -143,13 +149,13 @@ class Routing:
         call = self.require_call()
         logit = router(x_BTD)
         gate = torch.sigmoid(logit)
-        if self.override is not None:
-            keep = self._overridden(layer_idx, gate.detach(), call.position_ids)
+        if call.override is not None:
+            keep = self._overridden(call.override, layer_idx, gate.detach(), call.position_ids)
         elif self.config.operator == "topk" and training:
             keep = self._top_k(logit.detach(), call.real)
         else:
-            keep = gate.detach() >= self.thresholds[layer_idx]
-        if self.override is None and self.config.keep_first:
+            keep = gate.detach() >= call.thresholds[layer_idx]
+        if call.override is None and self.config.keep_first:
             keep = keep | (call.position_ids < self.config.keep_first)
         decision = Decision(logit, gate, keep & call.real)
         call.decisions[layer_idx] = decision
@@ -166,9 +172,9 @@ class Routing:
         )
         return rank < (real.sum(1, keepdim=True) * self.config.capacity).ceil()
 
-    def _overridden(self, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
-        assert self.override is not None
-        keep = self.override(layer_idx, gate, position_ids)
+    @staticmethod
+    def _overridden(override: OverrideFn, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
+        keep = override(layer_idx, gate, position_ids)
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != gate.shape:
             got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ModlabError(
@@ -185,6 +191,16 @@ class Routing:
                 "a routed layer was called on its own: call the model (or its base decoder) instead."
             )
         return self.call
+
+    @contextlib.contextmanager
+    def within(self, call: ForwardCall | None) -> Iterator[None]:
+        """Inside this block `call` is the forward in progress (None: the latest one that began)."""
+        before = self.call
+        self.call = call or before
+        try:
+            yield
+        finally:
+            self.call = before
 
     # ---- hooks on the base decoder ----
 
@@ -257,7 +273,13 @@ class Routing:
         steps = [(recording, RoutingStep(real, position_ids)) for recording in self.recordings]
         for recording, step in steps:
             recording.steps.append(step)
-        return ForwardCall(real, position_ids, columns, seen + T, cache, steps)
+        return ForwardCall(
+            *(real, position_ids, columns, seen + T, cache, steps),
+            thresholds=dict(self.thresholds),
+            what_if=self.what_if,
+            masked=self.masked,
+            override=self.override,
+        )
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: the forward is over. Its padding and positions stay for a gradient-checkpoint

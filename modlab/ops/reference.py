@@ -58,7 +58,7 @@ def run_masked(
     if arguments.cache_name() is not None:
         raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
     keep, gate = site.decision.keep, site.decision.gate
-    what_if = module.training and site.routing.what_if
+    what_if = module.training and site.call.what_if
     changes: dict[str, Any] = {}
     mask_name = arguments.mask_name()
     if mask_name is not None:
