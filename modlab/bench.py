@@ -44,7 +44,7 @@ import transformers
 
 from modlab import __version__
 from modlab.errors import ModlabError
-from modlab.kv import snapshot
+from modlab.kv_bytes import snapshot
 from modlab.measure import as_batches, context_length, evaluate, synchronize, time_generate
 
 Row = dict[str, Any]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from modlab import kv_bytes
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
@@ -313,7 +314,8 @@ class RaggedCache(Cache):
             routing = routing_of(model)  # type: ignore[arg-type]
         layers = list(DynamicCache(config=config).layers)
         if routing.config.skip != "mlp":
-            for index in routing.layers:
+            # Early-exit drafts (`assistant_early_exit`) lower the config's number of layers for a while.
+            for index in (i for i in routing.layers if i < len(layers)):
                 layers[index] = RaggedLayer(routing.windows[index])
         super().__init__(layers=layers)
 
@@ -328,7 +330,7 @@ class RaggedCache(Cache):
 
     def check_batch(self, rows: int) -> None:
         """An error unless the cache is empty or holds that many rows."""
-        held = next((len(stored) for layer in self.layers if (stored := stored_tokens(layer))), rows)
+        held = next((len(stored) for layer in self.layers if (stored := kv_bytes.stored_tokens(layer))), rows)
         if held != rows:
             raise ModlabError(
                 f"the cache holds {held} row(s), the input has {rows}: use one cache for one batch, or "
@@ -338,28 +340,19 @@ class RaggedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers, each storage counted once."""
-        storages = {}
-        for layer in self.layers:
-            for name in ("keys", "values", "columns"):
-                tensor = getattr(layer, name, None)
-                if isinstance(tensor, Tensor):
-                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(storages.values())
+        return sum(row["kv_bytes"] for row in kv_bytes.snapshot(self))
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes of K/V that a dense cache would hold for the same columns (sliding windows counted as
         windows).
         """
-        sizes = [token_nbytes(layer) for layer in self.layers]
-        # A layer that has kept nothing does not know its head sizes yet; its neighbours' are the best guess.
-        usual = max(sizes, default=0)
-        return sum(dense_tokens(layer) * (n or usual) for layer, n in zip(self.layers, sizes, strict=True))
+        return sum(row["dense_kv_bytes"] for row in kv_bytes.snapshot(self))
 
     @property
     def kept_tokens(self) -> Tensor:
         """Tokens stored in each layer and row, LongTensor [L, B]."""
-        per_layer = [stored_tokens(layer) for layer in self.layers]
+        per_layer = [kv_bytes.stored_tokens(layer) for layer in self.layers]
         batch = max((len(row) for row in per_layer), default=0)
         return torch.tensor([row or [0] * batch for row in per_layer], dtype=torch.long).reshape(
             len(per_layer), batch
@@ -370,35 +363,6 @@ class RaggedCache(Cache):
         return (
             f"RaggedCache({ragged} of {len(self.layers)} layers ragged, {self.get_seq_length()} tokens seen)"
         )
-
-
-def stored_tokens(layer: Any) -> list[int]:
-    """Tokens that a cache layer stores for each row; [] before its first use."""
-    if isinstance(layer, RaggedLayer):
-        return list(layer.lengths)
-    keys = getattr(layer, "keys", None)
-    if keys is None or keys.dim() < 4:
-        return []
-    return [keys.shape[-2]] * keys.shape[0]
-
-
-def token_nbytes(layer: Any) -> int:
-    """Bytes of K/V that one token of one row takes in this layer; 0 before its first key."""
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None or keys.numel() == 0:
-        return 0
-    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in (keys, values))
-
-
-def dense_tokens(layer: Any) -> int:
-    """Tokens of all rows that this layer would hold if it stored every column; 0 before its first use."""
-    if isinstance(layer, RaggedLayer):
-        rows = len(layer.lengths)
-    else:
-        keys = getattr(layer, "keys", None)
-        rows = 0 if keys is None or keys.dim() < 4 else keys.shape[0]
-    seen, window = int(layer.get_seq_length()), getattr(layer, "sliding_window", None)
-    return rows * (seen if window is None else min(seen, window - 1))
 
 
 class PackedView(Cache):

@@ -7,139 +7,24 @@ Mixture-of-Depths.
     kv.summary()    # peak bytes, what a dense cache would take, the saving
     kv.plot()       # bytes over steps against dense
 
-Bytes are *allocated* bytes: a narrow view of a larger buffer counts the whole buffer, and a buffer that two
-tensors share counts once. That is the number that decides whether a context fits, and it is why a freshly
-prefilled sliding-window layer may show more than its window (the cache keeps a slice of the full prompt's
-tensor alive).
-
-Shape letters: B rows, T tokens in, K cached keys, G kv heads, H head dim, L layers.
+Bytes are *allocated* bytes, see `kv_bytes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from modlab.cache import RaggedLayer
+from modlab import kv_bytes
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-COLUMNS = ("step", "phase", "layer", "kind", "seen_tokens", "kept_tokens", "kv_bytes", "dense_kv_bytes")
-
-
-def _buffers(value: Any) -> Iterator[torch.Tensor]:
-    """Plain tensors with at least one dimension reachable from a cache attribute (0-dim tensors are
-    counters)."""
-    if isinstance(value, torch.Tensor):
-        inner = getattr(value, "__tensor_flatten__", None)
-        if (
-            type(value) is not torch.Tensor and inner is not None
-        ):  # quantized tensor: its parts hold the memory
-            for name in inner()[0]:
-                yield from _buffers(getattr(value, name))
-        elif value.ndim > 0:
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _buffers(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _buffers(item)
-
-
-def allocated_bytes(*values: Any, counted: set[int] | None = None) -> int:
-    """Bytes of the distinct storages behind the tensors in `values` (tensors, or lists, tuples and dicts of
-    them).
-
-    Storages whose address is already in `counted` are left out; the new ones are added to it.
-    """
-    counted = set() if counted is None else counted
-    total = 0
-    for tensor in _buffers(values):
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in counted:
-            counted.add(storage.data_ptr())
-            total += storage.nbytes()
-    return total
-
-
-def _layer_kind(layer: Any) -> str:
-    if isinstance(layer, RaggedLayer):
-        return "ragged"
-    name = type(layer).__name__
-    if hasattr(layer, "_quantized_keys") or "Quantized" in name:
-        return "quantized"
-    if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states"):
-        return "linear+attention" if isinstance(getattr(layer, "keys", None), torch.Tensor) else "linear"
-    if "Dummy" in name:
-        return "none"
-    static = "static" if "Static" in name else "dynamic"
-    return f"{static} sliding" if getattr(layer, "is_sliding", False) else static
-
-
-def _token_shape(layer: Any) -> tuple[int, int, int] | None:
-    """(rows, tokens stored for all rows, bytes of one cached token of one row) of a layer that holds K and V.
-
-    None for layers without them, and for layers that have stored nothing yet.
-    """
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if isinstance(layer, RaggedLayer):
-        if keys is None or values is None:
-            return None
-        return len(layer.lengths), sum(layer.lengths), _bytes_per_token(keys, values)
-    if hasattr(layer, "_quantized_keys") and (keys is None or keys.ndim < 4):
-        # the part in full precision is empty: ask the quantized one what it stands for
-        keys, values = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
-    if keys is None or values is None or keys.ndim < 4 or not keys.shape[-2]:
-        return None
-    stored = keys.shape[-2]
-    if hasattr(layer, "get_seq_length"):
-        seen = int(layer.get_seq_length())
-        stored = seen if hasattr(layer, "_quantized_keys") else min(seen, stored)
-    return keys.shape[0], keys.shape[0] * stored, _bytes_per_token(keys, values)
-
-
-def _bytes_per_token(keys: torch.Tensor, values: torch.Tensor) -> int:
-    """Bytes of one token's K and V; the layout is [..., heads, tokens, head dim]."""
-    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in (keys, values))
-
-
-def snapshot(cache: Any) -> list[dict[str, Any]]:
-    """What a cache holds now: one dict a layer with the keys of `COLUMNS` after `phase`.
-
-    Args:
-        cache: any transformers `Cache`, `RaggedCache` included. Of an encoder-decoder cache the
-        self-attention part.
-    """
-    cache = getattr(cache, "self_attention_cache", cache)
-    seen_by_cache = int(cache.get_seq_length())
-    shapes = [_token_shape(layer) for layer in cache.layers]
-    some = next((shape for shape in shapes if shape is not None), None)
-    counted: set[int] = set()
-    rows = []
-    for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
-        kind = _layer_kind(layer)
-        kv_bytes = allocated_bytes(vars(layer), counted=counted)
-        seen, kept, dense = seen_by_cache, 0, kv_bytes if kind == "linear" else 0
-        if shape is None and kind == "ragged" and some is not None:
-            shape = (some[0], 0, some[2])  # it has skipped every token so far; a dense layer would not have
-        if shape is not None:
-            batch, kept, token_bytes = shape
-            if hasattr(layer, "get_seq_length"):
-                seen = int(layer.get_seq_length())
-            window = getattr(layer, "sliding_window", None)
-            if window is None and getattr(layer, "is_sliding", False):
-                window = getattr(layer, "max_cache_len", None)
-            # a sliding layer needs window - 1 past tokens for the next query (transformers' DynamicCache)
-            dense = batch * (seen if window is None else min(seen, window - 1)) * token_bytes
-        rows.append(dict(zip(COLUMNS[2:], (index, kind, seen, kept, kv_bytes, dense), strict=True)))
-    return rows
+COLUMNS = ("step", "phase", *kv_bytes.COLUMNS)
 
 
 class KVTracker:
@@ -202,7 +87,7 @@ class KVTracker:
             output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", None)
         )
         new_tokens = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 else 1
-        layers = snapshot(cache)
+        layers = kv_bytes.snapshot(cache)
         seen = max((row["seen_tokens"] for row in layers), default=0)
         phase = "prefill" if new_tokens > 1 or seen <= new_tokens else "decode"
         self._rows.extend({"step": self._steps, "phase": phase, **row} for row in layers)

@@ -216,6 +216,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
     """`trace`, and the KV cache that the run filled (a RaggedCache)."""
     import torch
 
+    from modlab import kv_bytes
     from modlab.routing import is_converted, record_routing
 
     if not is_converted(model):
@@ -239,7 +240,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
         thresholds=np.asarray([routing.thresholds[i] for i in layers]),
         keep_first=routing.config.keep_first,
         loss=_token_loss(output.logits[0], ids_bt[0]),
-        kv_bytes_per_token=_token_bytes(cache),
+        kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
         model=model_name(model),
         skip=routing.config.skip,
     ), cache
@@ -296,13 +297,6 @@ def model_name(model: Any) -> str:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     demos = {DEMO_FOLDER / folder: demo for demo, folder in DEMOS.items()}
     return demos.get(Path(name)) or Path(name).name or type(model).__name__
-
-
-def _token_bytes(cache: Any) -> int:
-    """Bytes of K and V of one token, in the layer of the cache where they are largest."""
-    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    tensors = [(layer.keys, layer.values) for layer in filled]
-    return max(sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) for pair in tensors)
 
 
 def _token_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, chunk: int = 512) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from transformers import (
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.kv import allocated_bytes
+from modlab.kv_bytes import allocated_bytes
 
 LAYERS, HEADS_KV, HEAD_DIM = 3, 2, 8
 TOKEN_BYTES = 2 * HEADS_KV * HEAD_DIM * 4  # K and V, fp32

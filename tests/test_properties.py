@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import modlab
 from modlab.cache import RaggedLayer
-from modlab.kv import snapshot
+from modlab.kv_bytes import snapshot
 from modlab.ops.reference import masked_execution
 
 VOCAB, LAYERS, HEADS_KV, HEAD_DIM, LONGEST = 64, 4, 2, 8, 24
