@@ -1,7 +1,7 @@
 """Bytes of a key/value cache: what it allocates, and what a dense cache would hold for the same tokens.
 
-The one place for this arithmetic; `RaggedCache.nbytes`, `KVTracker`, traces, sweeps and benchmarks read it. It
-asks a layer, of this package or of any kind in transformers, only for what it stores.
+The one place for this arithmetic; `RaggedCache.nbytes`, `KVTracker`, traces, sweeps and benchmarks read it.
+It asks any kind of cache layer, of this package or of transformers, only for what it stores.
 
 Bytes are *allocated* bytes: a narrow view of a larger buffer counts the whole buffer, and a buffer that two
 tensors share counts once. That is the number that decides whether a context fits, and it is why a freshly
