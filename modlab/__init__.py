@@ -9,6 +9,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from modlab.integrations.registration import register_with_transformers
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -102,3 +104,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+register_with_transformers()  # so that AutoModelForCausalLM knows the folders of converted models

@@ -3,10 +3,12 @@ nothing.
 
 A folder holds what plain transformers reads (config.json, model.safetensors, ...) plus
 
-    modlab_config.json            MoDConfig, current thresholds
+    modlab_config.json            MoDConfig, current thresholds, the model it was converted from
     modlab_router.safetensors     router weights, fp32
+    README.md                     the model card
 
-so that without modlab the same folder is the dense model.
+and a marker in config.json by which `AutoModelForCausalLM` finds the routers once modlab is imported. Without
+modlab the same folder is the dense model.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +27,21 @@ from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from modlab.card import write_card
 from modlab.config import MoDConfig
 from modlab.convert import ROUTER, convert
 from modlab.errors import ModlabError
-from modlab.routing import routing_of, set_threshold
+from modlab.integrations.auto_model import MARKER
+from modlab.routing import is_converted, routing_of, set_threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from modlab.measure import Evaluation
 
 CONFIG_FILE = "modlab_config.json"
 ROUTER_FILE = "modlab_router.safetensors"
@@ -73,22 +79,47 @@ def load(
             )
     _check_folder(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        model = _from_pretrained(source, kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(kwargs))
     except SafetensorError as error:
         raise ModlabError(
             f"the weights in {name!r} are corrupt ({error}): copy or download them again."
         ) from error
+    except ModlabError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModlabError(_explain(name, error)) from error
-
-    described = _file(source, CONFIG_FILE, kwargs)
-    if described is not None:
-        _restore_routers(model, described, _file(source, ROUTER_FILE, kwargs), name)
+    if not is_converted(model):
+        restore_routers(model, source, **_hub_arguments(kwargs))
     return model.eval(), tokenizer
 
 
-def _restore_routers(model: PreTrainedModel, described: str, weights: str | None, name: str) -> None:
+def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model; converted already if its config.json carries the marker of integrations/auto_model.py."""
+    if kwargs.get("quantization_config") is None:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    # transformers takes the marker for a quantisation of its own, beside which it allows no other
+    config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+    if getattr(config, "quantization_config", None) == MARKER:
+        del config.quantization_config
+    return AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
+
+
+def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -> PreTrainedModel:
+    """Converts a model that was loaded dense, if its folder says so, and loads its routers.
+
+    Args:
+        model: dense, with the weights of `source`.
+        source: local folder or hub id.
+        hub_arguments: revision, token, cache_dir ... of a hub id.
+
+    Raises:
+        ModlabError: the routers or their description are missing, damaged, or another model's.
+    """
+    described = _file(source, CONFIG_FILE, hub_arguments)
+    if described is None:
+        return model
+    weights, name = _file(source, ROUTER_FILE, hub_arguments), source
     try:
         saved = json.loads(Path(described).read_text(encoding="utf-8"))
         config = MoDConfig.from_dict(saved["config"])
@@ -114,6 +145,8 @@ def _restore_routers(model: PreTrainedModel, described: str, weights: str | None
         )
     model.load_state_dict(routers, strict=False)
     set_threshold(model, thresholds)
+    model.mod.base_model = saved.get("base_model")  # type: ignore[union-attr]
+    return model
 
 
 def save_converted(
@@ -123,26 +156,53 @@ def save_converted(
     *,
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = None,
-    push_to_hub: bool = False,
+    evaluation: Evaluation | None = None,
     **kwargs: Any,
 ) -> None:
     """Writes a converted model; `RoutedModel.save_pretrained` calls this with the dense class's own
     `save_pretrained`.
+
+    Args:
+        evaluation: figures for the model card, as `modlab.measure.evaluate` gives them.
     """
-    if push_to_hub:
-        raise ModlabError("push_to_hub=True: save to a folder, then run `hf upload <repo> <folder>`.")
     if not is_main_process:
         return
-    state = model.state_dict() if state_dict is None else state_dict
+    state = dict(model.state_dict() if state_dict is None else state_dict)
     routers = {name: t.detach().cpu().contiguous() for name, t in state.items() if f".{ROUTER}." in name}
-    dense = {name: t for name, t in state.items() if name not in routers}
     routing = routing_of(model)
-    described = {"config": routing.config.to_dict(), "thresholds": routing.thresholds}
+    described = {
+        "config": routing.config.to_dict(),
+        "thresholds": routing.thresholds,
+        "base_model": routing.base_model,
+    }
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
-        save_dense(folder, state_dict=dense, **kwargs)
+        with _left_out(model, routers):
+            save_dense(folder, state_dict=state, **kwargs)
         save_file(routers, folder / ROUTER_FILE)
         text = json.dumps(described, indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        mark_converted(folder / "config.json")
+        write_card(model, folder, Path(save_directory), evaluation)
+
+
+def mark_converted(config_json: Path) -> None:
+    """Tells `AutoModelForCausalLM` that the folder holds a converted model; a truly quantised one keeps its
+    own entry, and only `modlab.load` finds its routers."""
+    values = json.loads(config_json.read_text(encoding="utf-8"))
+    if values.setdefault("quantization_config", MARKER) == MARKER:
+        config_json.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _left_out(model: Any, names: Iterable[str]) -> Iterator[None]:
+    """transformers' `save_pretrained` inside this block leaves these weights out, also where a quantiser
+    gathers them anew."""
+    before = model._keys_to_ignore_on_save
+    model._keys_to_ignore_on_save = {*(before or ()), *names}
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_save = before
 
 
 def _router_state(model: PreTrainedModel) -> list[str]:

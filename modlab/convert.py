@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -74,6 +76,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
         decoder.register_forward_hook(routing.leave, always_call=True),
     ]
+    routing.base_model = hub_id_of(model)
     model.mod = routing  # type: ignore[assignment]
     _attach(model, RoutedModel, routing, -1, [])
     return model
@@ -96,6 +99,12 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
             restore(module)
     del model.mod
     return model
+
+
+def hub_id_of(model: PreTrainedModel) -> str | None:
+    """Where the model came from, if that was the hub and not a folder of this machine."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _attach(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.cache import RaggedCache
@@ -11,6 +13,8 @@ from modlab.layer import RoutedModule
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+    from modlab.measure import Evaluation
 
 RAGGED_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "hybrid")
 
@@ -37,13 +41,40 @@ class RoutedModel(RoutedModule):
         model_kwargs["past_key_values"] = RaggedCache(model)
         return None
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Saves dense weights as transformers does, the routers and their config beside them; all or nothing.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves dense weights as transformers does, the routers, their config and a model card beside them;
+        all or nothing.
 
-        The folder loads with `modlab.load` as the converted model and with plain transformers as the dense
-        one.
+        The folder loads as the converted model with `modlab.load`, and with `AutoModelForCausalLM` once
+        modlab is imported; as the dense one without modlab.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: upload it, to `repo_id` or else to the folder's name in your namespace.
+            kwargs: as transformers', and `evaluation` (of `modlab.measure.evaluate`): figures for the card.
         """
         from modlab.checkpoint import save_converted
+        from modlab.hub import HUB_ARGUMENTS, upload
 
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         dense: Any = super()
         save_converted(self, dense.save_pretrained, save_directory, **kwargs)
+        if push_to_hub:
+            upload(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def push_to_hub(self, repo_id: str, *, evaluation: Evaluation | None = None, **kwargs: Any) -> str:
+        """Saves to a temporary folder and uploads it; arguments as transformers', and `evaluation` as in
+        `save_pretrained`.
+
+        Returns:
+            the address of the commit.
+        """
+        from modlab.hub import HUB_ARGUMENTS, upload
+
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, repo_id.split("/")[-1])  # the card is headed by the folder's name
+            self.save_pretrained(target, evaluation=evaluation, **kwargs)
+            return upload(target, repo_id, **hub)

@@ -151,6 +151,7 @@ class Evaluation:
         keep_ratio_by_layer: the same for each routed layer.
         kv_bytes: bytes allocated by the caches of all batches, each measured after its forward.
         dense_kv_bytes: bytes of dense caches for the same tokens.
+        source: what a published figure carries, filled in by who knows it: data, command, date, device ...
     """
 
     loss: float = math.nan
@@ -159,6 +160,7 @@ class Evaluation:
     keep_ratio_by_layer: dict[int, float] = field(default_factory=dict)
     kv_bytes: int = 0
     dense_kv_bytes: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:

@@ -1,6 +1,7 @@
 """A saved folder is the converted model with modlab, the dense one without; saving is all or nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,33 +32,92 @@ def saved(tiny_llama, tmp_path) -> Path:
     return folder
 
 
+def in_fresh_process(script: str, folder: Path, tmp_path: Path) -> tuple:
+    """What `script` stores in `out`, given `folder` and `ids`, and what it wrote to stderr."""
+    torch.save(IDS, tmp_path / "ids.pt")
+    script = f"import sys, torch\nfolder, ids = sys.argv[1], torch.load(sys.argv[2])\n{script}"
+    script += "\ntorch.save(out, sys.argv[3])\n"
+    arguments = [str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True
+    )
+    return *torch.load(tmp_path / "out.pt"), done.stderr
+
+
 @torch.no_grad()
 def test_reloads_to_equal_logits_in_a_fresh_process(tiny_llama, saved, tmp_path) -> None:
+    """By modlab.load, and by AutoModelForCausalLM after `import modlab` alone."""
     script = (
-        "import sys, torch, modlab\n"
-        "model, tokenizer = modlab.load(sys.argv[1])\n"
-        "torch.save((model(torch.load(sys.argv[2])).logits.detach(), model.mod.thresholds), sys.argv[3])\n"
+        "import modlab\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "auto = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "model, tokenizer = modlab.load(folder)\n"
+        "out = [(m(ids).logits.detach(), m.mod.thresholds) for m in (auto, model)]"
     )
-    torch.save(IDS, tmp_path / "ids.pt")
-    arguments = [str(saved), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
-    logits, thresholds = torch.load(tmp_path / "out.pt")
-    assert torch.equal(logits, tiny_llama(IDS).logits)
-    assert thresholds == {1: 0.3, 3: 0.6, 5: 0.5}
+    *both, stderr = in_fresh_process(script, saved, tmp_path)
+    for logits, thresholds in both:
+        assert torch.equal(logits, tiny_llama(IDS).logits)
+        assert thresholds == {1: 0.3, 3: 0.6, 5: 0.5}
+    assert "quantiz" not in stderr and "MISSING" not in stderr
 
 
 @torch.no_grad()
-def test_plain_transformers_loads_the_dense_model(tiny_llama, saved, caplog) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(saved)
-    assert type(dense).__name__ == "LlamaForCausalLM" and not modlab.is_converted(dense)
-    assert torch.equal(dense(IDS).logits, modlab.revert(tiny_llama)(IDS).logits)
+def test_without_modlab_the_folder_is_the_dense_model(tiny_llama, saved, tmp_path) -> None:
+    """And with it imported later, the converted one."""
+    script = (
+        "from transformers import AutoModelForCausalLM\n"
+        "dense = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "assert 'modlab' not in sys.modules and not hasattr(dense, 'mod')\n"
+        "import modlab\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "assert modlab.is_converted(model) and not model.is_quantized\n"
+        "assert not hasattr(model.config, 'quantization_config')\n"
+        "out = [type(dense).__name__, dense(ids).logits.detach(), model(ids).logits.detach()]"
+    )
+    name, dense, converted, stderr = in_fresh_process(script, saved, tmp_path)
+    assert torch.equal(converted, tiny_llama(IDS).logits)
+    assert name == "LlamaForCausalLM" and torch.equal(dense, modlab.revert(tiny_llama)(IDS).logits)
+    assert "got modlab" in stderr and "skip" in stderr  # transformers says that it does not know modlab
+    assert "unexpected" not in stderr.lower()
     assert not any("router" in name for name in load_file(saved / "model.safetensors"))
-    assert "unexpected" not in caplog.text.lower()
     assert json.loads((saved / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_nothing_but_safetensors_and_json_is_written(saved) -> None:
-    assert {p.suffix for p in saved.iterdir()} == {".json", ".safetensors"}
+@torch.no_grad()
+def test_auto_model_finds_the_routers_of_a_hub_id(tiny_llama, saved, tmp_path, monkeypatch) -> None:
+    """In the hub's cache, at another revision than main and in a subfolder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    commit, repo = "0" * 39 + "1", tmp_path / "cache" / "models--somebody--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "old").write_text(commit)
+    shutil.copytree(saved, repo / "snapshots" / commit / "sub")
+    model = AutoModelForCausalLM.from_pretrained(
+        "somebody/model", revision="old", subfolder="sub", cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)
+
+
+@torch.no_grad()
+def test_third_party_tools_see_no_trace_of_the_registry(saved) -> None:
+    """What transformers' quantised models cannot do, a converted one can."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.half().dtype == torch.float16
+    assert getattr(model, "hf_quantizer", None) is None
+
+
+def test_folder_of_an_earlier_version_loads_with_modlab_load(tiny_llama, saved) -> None:
+    """Without the marker in config.json (and the base model in modlab_config.json)."""
+    for name, key in (("config.json", "quantization_config"), ("modlab_config.json", "base_model")):
+        values = json.loads((saved / name).read_text())
+        del values[key]
+        (saved / name).write_text(json.dumps(values))
+    model, _ = modlab.load(saved)
+    assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)
+    assert not modlab.is_converted(AutoModelForCausalLM.from_pretrained(saved))
+
+
+def test_nothing_that_can_be_executed_is_written(saved) -> None:
+    assert {p.suffix for p in saved.iterdir()} == {".json", ".safetensors", ".md"}
     assert not [p for p in saved.parent.iterdir() if p != saved]
 
 

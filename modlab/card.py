@@ -1,0 +1,117 @@
+"""The model card of a converted model: what was routed, what it saves and costs, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modlab.config import MoDConfig
+from modlab.routing import routing_of
+
+if TYPE_CHECKING:
+    from modlab.measure import Evaluation
+
+OURS = "<!-- written by modlab -->"
+"""Marks a card as generated: it may be written anew. Take the line out to keep what you changed."""
+
+PAPER = "https://arxiv.org/abs/2410.14268"
+
+
+def write_card(model: Any, folder: Path, target: Path, evaluation: Evaluation | None = None) -> None:
+    """Writes README.md into `folder`, unless `target`, the folder it is meant for, has somebody else's.
+
+    Args:
+        model: a converted model.
+        folder: where to write.
+        target: where the files will lie; its name heads the card.
+        evaluation: measured figures; without them the card says how to get them.
+    """
+    old = target / "README.md"
+    if old.is_file() and OURS not in old.read_text(encoding="utf-8"):
+        return
+    (folder / "README.md").write_text(model_card(model, target.name, evaluation), encoding="utf-8")
+
+
+def model_card(model: Any, name: str, evaluation: Evaluation | None = None) -> str:
+    """The card as Markdown with the hub's metadata block."""
+    routing = routing_of(model)
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mixture-of-depths", "modlab"],
+        base_model=routing.base_model,
+        eval_results=_results(evaluation) if evaluation is not None else None,
+    )
+    base = f" of [{routing.base_model}](https://huggingface.co/{routing.base_model})" * bool(
+        routing.base_model
+    )
+    config: MoDConfig = routing.config
+    values = sorted({round(p, 4) for p in routing.thresholds.values()})
+    thresholds = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}, one a layer"
+    lines = [
+        f"# {name}",
+        OURS,
+        f"A Mixture-of-Depths version{base}: in {len(routing.layers)} of its {routing.num_layers} layers a "
+        f"router decides for each token whether it runs through the layer or skips it. A skipped token "
+        f"leaves no keys and values there ([MoDification]({PAPER})).",
+        "| | |\n|---|---|\n"
+        f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
+        f"| routing | {config.operator}, skips {config.skip}, gate {config.gate} |\n"
+        f"| threshold p | {thresholds} |" + _figures(evaluation),
+        _measured(evaluation, name),
+        "## How to load",
+        "```python\nimport modlab\n\n"
+        f'model, tokenizer = modlab.load("{name}")  # a folder, or the hub id of this repository\n```',
+        "`import modlab` also teaches `AutoModelForCausalLM.from_pretrained` to load it. Without modlab "
+        "(`pip install modlab`) plain transformers loads the dense model from the same files.",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"))
+
+
+def _figures(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    return (
+        f"\n| tokens kept in routed layers | {evaluation.keep_ratio:.1%} |"
+        f"\n| KV cache | {evaluation.kv_saving:.2f}x smaller than the dense model's |"
+        f"\n| loss | {evaluation.loss:.4f} nats a token (perplexity {evaluation.perplexity:,.2f}) |"
+    )
+
+
+def _measured(evaluation: Evaluation | None, name: str) -> str:
+    if evaluation is None:
+        return (
+            "Keep ratio, KV saving and loss were not measured when this was saved: "
+            f"`modlab eval {name} --data SOURCE --card` measures them and writes them here."
+        )
+    said = evaluation.source
+    where = ", ".join(f"{said[key]}" for key in ("device_name", "dtype", "date") if key in said)
+    versions = ", ".join(f"{package} {version}" for package, version in said.get("versions", {}).items())
+    by = f" by `{said['command']}`" if "command" in said else ""
+    on = f" on {said['data']}" if "data" in said else ""
+    return (
+        f"Measured{on} ({evaluation.predicted_tokens:,} predicted tokens){by}"
+        + "".join(f"; {part}" for part in (where, versions) if part)
+        + "."
+    )
+
+
+def _results(evaluation: Evaluation) -> list[EvalResult]:
+    dataset = str(evaluation.source.get("data", "held-out text"))
+    common: dict[str, Any] = {
+        "task_type": "text-generation",
+        "dataset_type": dataset,
+        "dataset_name": dataset,
+    }
+    figures = {
+        "loss": ("Loss (nats a token)", evaluation.loss),
+        "keep_ratio": ("Tokens kept in routed layers", evaluation.keep_ratio),
+        "kv_saving": ("KV cache saving", evaluation.kv_saving),
+    }
+    return [
+        EvalResult(**common, metric_type=kind, metric_name=text, metric_value=round(value, 6))
+        for kind, (text, value) in figures.items()
+    ]
