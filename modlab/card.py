@@ -42,11 +42,11 @@ def model_card(model: Any, name: str, evaluation: Evaluation | None = None) -> s
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mixture-of-depths", "modlab"],
-        base_model=routing.base_model,
+        base_model=model.mod_base_model,
         eval_results=_results(evaluation) if evaluation is not None else None,
     )
-    base = f" of [{routing.base_model}](https://huggingface.co/{routing.base_model})" * bool(
-        routing.base_model
+    base = f" of [{model.mod_base_model}](https://huggingface.co/{model.mod_base_model})" * bool(
+        model.mod_base_model
     )
     config: MoDConfig = routing.config
     values = sorted({round(p, 4) for p in routing.thresholds.values()})

@@ -145,7 +145,7 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
         )
     model.load_state_dict(routers, strict=False)
     set_threshold(model, thresholds)
-    model.mod.base_model = saved.get("base_model")  # type: ignore[union-attr]
+    model.mod_base_model = saved.get("base_model")  # type: ignore[union-attr]
     return model
 
 
@@ -173,7 +173,7 @@ def save_converted(
     described = {
         "config": routing.config.to_dict(),
         "thresholds": routing.thresholds,
-        "base_model": routing.base_model,
+        "base_model": model.mod_base_model,
     }
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
         with _left_out(model, routers):

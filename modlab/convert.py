@@ -76,9 +76,9 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
         decoder.register_forward_hook(routing.leave, always_call=True),
     ]
-    routing.base_model = hub_id_of(model)
     model.mod = routing  # type: ignore[assignment]
     _attach(model, RoutedModel, routing, -1, [])
+    model.mod_base_model = hub_id_of(model)  # type: ignore[assignment]
     return model
 
 
@@ -97,7 +97,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
             for name in ("mod_routing", "mod_index", "mod_branch_ends", "mod_extra_outputs"):
                 delattr(module, name)
             restore(module)
-    del model.mod
+    del model.mod, model.mod_base_model
     return model
 
 

@@ -22,6 +22,9 @@ RAGGED_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "hybrid")
 class RoutedModel(RoutedModule):
     """Mixed into the class of a converted model (of that object only)."""
 
+    mod_base_model: str | None = None
+    """Hub id of the model that was converted, if it came from there."""
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:

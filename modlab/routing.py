@@ -106,7 +106,6 @@ class Routing:
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
             skipped tokens too tell the router what they would have gained. False: only kept tokens run
             (packed).
-        base_model: hub id of the model that was converted, if it came from there.
     """
 
     def __init__(
@@ -131,7 +130,6 @@ class Routing:
                     f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}."
                 )
             self.thresholds.update(config.p)
-        self.base_model: str | None = None
         self.what_if = True
         self.masked = False  # run everything through the masked reference, see ops/reference.py
         self.override: OverrideFn | None = None

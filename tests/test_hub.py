@@ -63,7 +63,7 @@ def test_what_is_pushed_is_a_folder_that_loads(model, hub, tmp_path) -> None:
         (tmp_path / name).write_bytes(content)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert again.mod.base_model == "somebody/base-model"
+    assert again.mod_base_model == "somebody/base-model"
 
     card = ModelCard(hub.files["README.md"].decode())
     assert {"mixture-of-depths", "modlab", "mine"} <= set(card.data.tags)
