@@ -10,7 +10,7 @@ from pathlib import Path
 DEMO_LIMIT = 40 * 1000**2  # bytes, uncompressed, all demo files together (the project's own promise)
 REQUIRED = (
     "modlab/__init__.py",
-    "modlab/cli.py",
+    "modlab/cli/__init__.py",
     "modlab/py.typed",
     "modlab/_notebooks/quickstart.ipynb",
     "modlab/demo/dense/config.json",

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modlab
 from modlab import cli
+from modlab.cli import flags
 from modlab.train_config import TrainConfig
 
 from .conftest import tiny_config
@@ -110,20 +111,20 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_train_has_a_flag_with_a_text_for_every_setting() -> None:
-    docs = cli.attribute_docs(TrainConfig)
+    docs = flags.attribute_docs(TrainConfig)
     options = cli.build_parser().parse_args(["train", "m", "--data", "d", "--out", "o", "--no-compile"])
-    assert cli.given_flags(options, TrainConfig) == {"out": Path("o"), "compile": False}
+    assert flags.given_flags(options, TrainConfig) == {"out": Path("o"), "compile": False}
     train = next(a for a in cli.build_parser()._actions if a.dest == "COMMAND" or a.choices)
-    flags = {action.dest for action in train.choices["train"]._actions}  # type: ignore[union-attr]
+    dests = {action.dest for action in train.choices["train"]._actions}  # type: ignore[union-attr]
     for field in dataclasses.fields(TrainConfig):
-        assert field.name in flags
+        assert field.name in dests
         assert len(docs[field.name]) > 5, f"TrainConfig's docstring does not explain {field.name}"
 
 
 def test_flags_are_read_with_the_types_of_the_fields() -> None:
     words = "train m --data d --out o --steps 7 --lr 1e-3 --betas 0.8,0.9 --per-layer --objective load"
     options = cli.build_parser().parse_args([*words.split(), "--resume", "auto"])
-    given = cli.given_flags(options, TrainConfig)
+    given = flags.given_flags(options, TrainConfig)
     assert given == {
         "out": Path("o"),
         "steps": 7,

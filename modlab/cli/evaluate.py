@@ -1,0 +1,71 @@
+"""`modlab eval`: loss, keep ratio and KV saving on held-out text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from typing import Any
+
+from modlab.cli.flags import Command
+from modlab.cli.models import add_data_flags, add_model_flags, load_model, rows_of
+
+
+def add(command: Command) -> None:
+    """The parser of this command."""
+    sub = command("eval", run, "measure held-out loss, keep ratio of each layer and KV saving")
+    sub.add_argument("model", metavar="MODEL", help="model to measure, dense or converted")
+    add_data_flags(sub, required=True, tokens=65536)
+    sub.add_argument(
+        "--split",
+        choices=("heldout", "train", "all"),
+        help="which documents of the source (default: heldout; all for a local file or folder)",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_model_flags(sub)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    import modlab
+    from modlab import measure
+    from modlab.bench import circumstances
+
+    model, tokenizer = load_model(options, options.model)
+    rows = rows_of(options, model, tokenizer)
+    result = measure.evaluate(model, rows, seq_len=rows.seq_len)
+    facts: dict[str, Any] = {
+        "model": options.model,
+        "data": options.data,
+        "split": rows.split,
+        "seq_len": rows.seq_len,
+        "predicted_tokens": result.predicted_tokens,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "keep_ratio": result.keep_ratio,
+        "kv_bytes": result.kv_bytes,
+        "dense_kv_bytes": result.dense_kv_bytes,
+        "kv_saving": result.kv_saving,
+    }
+    layers = [
+        {"layer": layer, "threshold": model.mod.thresholds[layer], "keep_ratio": kept}
+        for layer, kept in result.keep_ratio_by_layer.items()
+    ]
+    if options.json:
+        command = {"command": shlex.join(["modlab", *sys.argv[1:]])}
+        print(
+            json.dumps(
+                facts | {"layers": layers} | command | circumstances(model.device, model.dtype), indent=2
+            )
+        )
+        return 0
+    for name, value in facts.items():
+        print(f"{name:<17} {value:,.4f}" if isinstance(value, float) else f"{name:<17} {value}")
+    if modlab.is_converted(model):
+        print(f"\n{'layer':>5} {'threshold':>9} {'kept':>6}")
+        for row in layers:
+            print(f"{row['layer']:>5} {row['threshold']:>9.3f} {row['keep_ratio']:>6.1%}")
+    else:
+        print("\nno routed layers: the model is dense")
+    return 0

@@ -1,0 +1,51 @@
+"""`modlab lab`: the notebooks, in JupyterLab."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from modlab.cli.flags import Command
+
+
+def add(command: Command) -> None:
+    """The parser of this command."""
+    sub = command(
+        "lab",
+        run,
+        "copy the guided notebooks to a folder and open JupyterLab there",
+        "A notebook that you changed is never overwritten, unless you ask for it. "
+        "JupyterLab gets what follows -- (`modlab lab DIR -- --port=9999`); only this machine can reach it.",
+    )
+    sub.add_argument(
+        "folder", metavar="DIR", nargs="?", type=Path, default=Path("modlab-notebooks"), help="folder"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace notebooks that were changed")
+    sub.add_argument(
+        "--no-browser", action="store_true", help="print the address instead of opening a browser"
+    )
+    sub.add_argument(
+        "--execute",
+        action="store_true",
+        help="only run the quickstart, and write quickstart.executed.ipynb and quickstart.html beside it",
+    )
+    sub.add_argument(
+        "--timeout", metavar="S", type=int, default=600, help="with --execute: longest time for one cell"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    from modlab import lab
+
+    for line in lab.copy_notebooks(options.folder, options.overwrite).lines(options.folder):
+        print(line)
+    if not options.execute:
+        return lab.open_lab(options.folder, not options.no_browser, options.passed_on)
+    done = lab.execute(options.folder / lab.QUICKSTART, timeout_s=options.timeout)
+    print(f"executed notebook: {done.notebook}\npage: {done.page}")
+    if done.error:
+        print(f"\nmodlab: a cell failed:\n{done.error}", file=sys.stderr)
+        return 1
+    return 0

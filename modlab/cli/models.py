@@ -1,0 +1,89 @@
+"""Models and data, as every command names and loads them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Where a command's model runs, and in what dtype."""
+    parser.add_argument(
+        "--device", help="where the model runs: cpu, cuda, cuda:1 ... (default: cuda if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as saved; demo: float32)",
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser, required: bool, tokens: int | None = None) -> None:
+    """What a command reads, and how much of it."""
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        required=required,
+        help="a hub data set, a .txt/.json/.jsonl file or a folder of them, or 'python': this machine's own",
+    )
+    parser.add_argument(
+        "--seq-len", metavar="T", type=int, help="tokens a row (default: the model's context, at most 2048)"
+    )
+    parser.add_argument("--limit-tokens", metavar="N", type=int, default=tokens, help="use at most N tokens")
+
+
+def load_model(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """The model, on its device and in eval mode, and its tokenizer."""
+    import torch
+
+    import modlab
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: tuple[Any, Any] = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))
+    model, tokenizer = loaded
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as problem:  # torch raises either for a device that is not there
+        reason = str(problem).splitlines()[0]
+        raise ModlabError(f"--device {device}: {reason}") from problem
+    return model.eval(), tokenizer
+
+
+class Rows:
+    """Packed rows of --data, and how they were made; iterates over long [T] tensors."""
+
+    def __init__(self, dataset: Any, split: str, seq_len: int) -> None:
+        self.dataset, self.split, self.seq_len = dataset, split, seq_len
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row["input_ids"] for row in self.dataset)
+
+
+def rows_of(options: argparse.Namespace, model: Any, tokenizer: Any) -> Rows:
+    """The rows that --data, --split, --seq-len and --limit-tokens name."""
+    from modlab.data import packed
+
+    split = options.split or ("all" if Path(options.data).exists() else "heldout")
+    length = row_length(options, model)
+    limit = options.limit_tokens if options.limit_tokens is None else max(options.limit_tokens, length)
+    dataset = packed(
+        options.data, tokenizer, seq_len=length, split=None if split == "all" else split, limit_tokens=limit
+    )
+    return Rows(dataset, split, length)
+
+
+def row_length(options: argparse.Namespace, model: Any) -> int:
+    """Tokens a row: as asked for, within the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    length = options.seq_len or min(context, 2048)
+    if not 2 <= length <= context:
+        raise ModlabError(
+            f"--seq-len {length}: rows must hold 2 to {context} tokens, the context of this model."
+        )
+    return length

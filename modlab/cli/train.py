@@ -1,0 +1,78 @@
+"""`modlab train`: routers and weights of a Mixture-of-Depths model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_floats
+from modlab.cli.models import add_data_flags, add_model_flags, load_model, row_length
+from modlab.cli.status import INTERRUPTED
+from modlab.errors import ModlabError
+
+
+def add(command: Command) -> None:
+    """The parser of this command."""
+    from modlab.train_config import TrainConfig
+
+    sub = command(
+        "train",
+        run,
+        "train the routers and the weights of a Mixture-of-Depths model",
+        "A dense MODEL is converted first, with the default settings (`modlab convert` offers all others). "
+        "Log, checkpoints and at the end the model (DIR/model) lie in DIR. Ctrl-C saves a checkpoint; "
+        "the same command with --resume auto goes on from there.",
+    )
+    sub.add_argument("model", metavar="MODEL", help="model to train")
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder for all that the run leaves"
+    )
+    add_data_flags(sub, required=True)
+    sub.add_argument(
+        "--heldout-tokens",
+        metavar="N",
+        type=int,
+        default=65536,
+        help="held-out tokens to evaluate on; 0: none",
+    )
+    sub.add_argument("--teacher", metavar="MODEL", help="dense model for --kl")
+    sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
+    add_model_flags(sub)
+    flags = sub.add_argument_group("TrainConfig")
+    add_dataclass_flags(flags, TrainConfig, special={"betas": ("B1,B2", read_floats)}, leave_out={"out"})
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    from modlab.train_config import TrainConfig
+
+    config = TrainConfig(**given_flags(options, TrainConfig))
+    config.check()  # before a model is loaded and text is tokenised for nothing
+    if config.kl and options.teacher is None:
+        raise ModlabError(f"--kl {config.kl} needs --teacher MODEL.")
+
+    import modlab
+    from modlab.data import packed
+
+    model, tokenizer = load_model(options, options.model)
+    if not modlab.is_converted(model) and not options.dense:
+        modlab.convert(model)
+        print(f"{options.model} is dense: converted, routed layers {model.mod.layers}")
+    teacher = load_model(options, options.teacher)[0] if options.teacher else None
+
+    def rows(split: str, limit: int | None) -> Any:
+        length = row_length(options, model)
+        return packed(options.data, tokenizer, length, split, limit_tokens=limit, seed=config.seed)
+
+    data = rows("train", options.limit_tokens)
+    heldout = rows("heldout", options.heldout_tokens) if options.heldout_tokens else None
+    result = modlab.train(model, data, config, eval_data=heldout, teacher=teacher, tokenizer=tokenizer)
+    last = result.history.iloc[-1].dropna().to_dict() if len(result.history) else {}
+    shown = {
+        name: last[name] for name in ("loss", "eval_loss", "keep_ratio", "eval_keep_ratio") if name in last
+    }
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    print(f"{result.stopped} after {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s")
+    print(f"{options.out}: {figures}")
+    return INTERRUPTED if result.interrupted else 0
