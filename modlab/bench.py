@@ -43,6 +43,7 @@ import torch
 import transformers
 
 from modlab import __version__
+from modlab.cache_argument import cache_argument, given_cache
 from modlab.errors import ModlabError
 from modlab.kv_bytes import snapshot
 from modlab.measure import as_batches, context_length, evaluate, synchronize, time_generate
@@ -336,7 +337,7 @@ def prefill(settings: Settings) -> list[Row]:
 
         def call(model: Any, fn: Any | None, ids: torch.Tensor = ids) -> Any:
             with _no_grad_override(model, fn):
-                return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+                return given_cache(model(ids, use_cache=True, logits_to_keep=1))
 
         routing = {
             r: random_routing(routed, settings.batch, [context], r, settings.seed, settings.device)
@@ -388,14 +389,14 @@ def decode(settings: Settings) -> list[Row]:
         for name, (model, fn) in variants.items():
             with _no_grad_override(model, fn):
                 out: Any = model(ids, use_cache=True, logits_to_keep=1)
-            state[name] = (out.past_key_values, out.logits[:, -1:].argmax(-1))
+            state[name] = (given_cache(out), out.logits[:, -1:].argmax(-1))
 
         def stretch(name: str, state: Any = state, variants: Any = variants) -> None:
             model, fn = variants[name]
             cache, token = state[name]
             with _no_grad_override(model, fn):
                 for _ in range(n):
-                    out = model(token, past_key_values=cache, use_cache=True)
+                    out = model(token, use_cache=True, **{cache_argument(model): cache})
                     token = out.logits[:, -1:].argmax(-1)
             state[name] = (cache, token)
 
@@ -453,7 +454,7 @@ def demo(settings: Settings) -> list[Row]:
     facts = {}
     for name, model in (("dense", dense), ("mod", mod)):
         with torch.no_grad():
-            cache = model(ids.to(settings.device), use_cache=True).past_key_values
+            cache = given_cache(model(ids.to(settings.device), use_cache=True))
         facts[name] = _cache_facts(cache, routed, 1)
     timed: dict[str, list[tuple[float, float]]] = {"dense": [], "mod": []}
     for turn in range(settings.repeats + 1):

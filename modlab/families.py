@@ -179,6 +179,7 @@ def _probe(model: "PreTrainedModel") -> str:
     from torch import Tensor
 
     import modlab
+    from modlab.cache_argument import cache_argument
     from modlab.ops.reference import masked_execution
 
     embeddings: Any = model.get_input_embeddings()
@@ -190,10 +191,10 @@ def _probe(model: "PreTrainedModel") -> str:
 
     def logits_in_steps() -> Tensor:
         """A prefill of the first tokens, then one token a forward, through one ragged cache."""
-        cache = modlab.RaggedCache(model)
+        cache, name = modlab.RaggedCache(model), cache_argument(model)
         parts = [ids_BT[:, :CACHED_PREFIX], *ids_BT[:, CACHED_PREFIX:].split(1, dim=1)]
         return torch.cat(
-            [model(input_ids=p, past_key_values=cache, use_cache=True).logits for p in parts], dim=1
+            [model(input_ids=p, use_cache=True, **{name: cache}).logits for p in parts], dim=1
         )
 
     def check(claim: str, got_BTV: Tensor, wanted_BTV: Tensor) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.cache import RaggedCache
+from modlab.cache_argument import cache_argument, given_cache
 from modlab.errors import ModlabError
 from modlab.layer import RoutedModule
 
@@ -30,7 +31,7 @@ class RoutedModel(RoutedModule):
     ) -> Any:
         """`generate` asks this method of transformers for a cache; the converted model's is ragged."""
         wants_cache = generation_config.use_cache is not False
-        if not wants_cache or model_kwargs.get("past_key_values") is not None:
+        if not wants_cache or given_cache(model_kwargs) is not None:
             dense: Any = super()
             return dense._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.cache_implementation not in RAGGED_IMPLEMENTATIONS:
@@ -41,7 +42,7 @@ class RoutedModel(RoutedModule):
                 "modlab.revert(model) first."
             )
         model: Any = self
-        model_kwargs["past_key_values"] = RaggedCache(model)
+        model_kwargs[cache_argument(model)] = RaggedCache(model)
         return None
 
     def save_pretrained(

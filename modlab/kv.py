@@ -12,12 +12,14 @@ Bytes are *allocated* bytes, see `kv_bytes.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from modlab import kv_bytes
+from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
@@ -180,11 +182,12 @@ class KVTracker:
 
 def _find_cache(output: Any, kwargs: dict[str, Any]) -> Any | None:
     """The cache a decoder forward filled: its output's, or (tuple outputs) the one that was passed in."""
-    candidates = [getattr(output, "past_key_values", None), getattr(output, "cache_params", None)]
+    fields = output if isinstance(output, Mapping) else {}
+    candidates = [given_cache(fields), fields.get("cache_params")]
     if isinstance(output, (tuple, list)):
         candidates.extend(output)
     if kwargs.get("use_cache") is not False:
-        candidates.append(kwargs.get("past_key_values"))
+        candidates.append(given_cache(kwargs))
     for candidate in candidates:
         if hasattr(candidate, "get_seq_length") and (
             hasattr(candidate, "layers") or hasattr(candidate, "self_attention_cache")

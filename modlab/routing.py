@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modlab.arguments import forward_signature
 from modlab.cache import RaggedCache
+from modlab.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
 from modlab.config import MoDConfig, check_threshold
 from modlab.errors import ModlabError
 
@@ -132,6 +133,7 @@ class Routing:
             self.thresholds.update(config.p)
         self.what_if = True
         self.masked = False  # run everything through the masked reference, see ops/reference.py
+        self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
         self.override: OverrideFn | None = None
         self.recordings: list[Recording] = []
         self.call: ForwardCall | None = None
@@ -210,6 +212,8 @@ class Routing:
         """Forward pre-hook: works out padding and positions, and puts a ragged cache where a cache is asked
         for.
         """
+        if self.bypass:
+            return args, kwargs
         module_class: Any = type(module)
         bound = forward_signature(module_class).bind_partial(*args, **kwargs).arguments
         extra = bound.get("kwargs", {})
@@ -222,17 +226,18 @@ class Routing:
             return args, kwargs  # the model's own error says it best
         if tokens.shape[1] == 0:
             raise ModlabError("the input holds no token: give the model at least one.")
-        cache, use_cache = given("past_key_values"), given("use_cache")
+        cache, use_cache = given_cache(extra | bound), given("use_cache")
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
         if cache is None and use_cache and not module.training:
             cache = RaggedCache(module.config, routing=self)
-            kwargs = {**kwargs, "past_key_values": cache}
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+            kwargs[cache_argument(module)] = cache
         elif cache is None and use_cache:
             kwargs = {**kwargs, "use_cache": False}  # a training forward has no use for a cache
         elif cache is not None and not isinstance(cache, RaggedCache):
             raise ModlabError(
-                f"past_key_values is a {type(cache).__name__}, but a routed layer stores only the tokens it "
+                f"the cache is a {type(cache).__name__}, but a routed layer stores only the tokens it "
                 "keeps: pass modlab.RaggedCache(model), or nothing and let the model make one."
             )
         if cache is not None:
@@ -285,7 +290,7 @@ class Routing:
         """Forward hook: the forward is over. Its padding and positions stay for a gradient-checkpoint
         recompute.
         """
-        if self.call is not None:
+        if self.call is not None and not self.bypass:
             self.call.cache = None
             self.call.steps = []
             self.call.decisions = {}

@@ -217,6 +217,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
     import torch
 
     from modlab import kv_bytes
+    from modlab.cache_argument import given_cache
     from modlab.routing import is_converted, record_routing
 
     if not is_converted(model):
@@ -229,7 +230,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
     with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
         output = model(ids_bt, use_cache=True)
     step, routing = recording.steps[-1], model.mod
-    layers, cache = list(routing.layers), output.past_key_values
+    layers, cache = list(routing.layers), given_cache(output)
     return RoutingTrace(
         tokens=tokens,
         token_ids=np.asarray(ids),

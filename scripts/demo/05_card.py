@@ -79,6 +79,7 @@ def stored_bytes(model: Any, rows: Any, batch_size: int) -> dict[str, float]:
     import torch
 
     from modlab import RaggedCache
+    from modlab.cache_argument import cache_argument
     from modlab.loader import open_batches
 
     stored = dense = 0
@@ -87,9 +88,9 @@ def stored_bytes(model: Any, rows: Any, batch_size: int) -> dict[str, float]:
             cache = RaggedCache(model)
             model(
                 input_ids=batch["input_ids"].to(model.device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache_argument(model): cache},
             )
             stored += cache.nbytes
             dense += cache.dense_nbytes
