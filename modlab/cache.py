@@ -184,6 +184,23 @@ class RaggedLayer(CacheLayerMixin):
                 target.narrow(along, at, end - start).copy_(source.narrow(along, start, end - start))
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
 
+    @classmethod
+    def joined(cls, parts: list[RaggedLayer]) -> RaggedLayer:
+        """The rows of several layers, one after another, in one buffer."""
+        whole, at = cls(), 0
+        for part in parts:
+            whole.starts += [at + start for start in part.starts]
+            whole.lengths += part.lengths
+            whole.capacities += part.capacities
+            at += sum(part.capacities)
+        buffers = [(part.keys, part.values, part.columns) for part in parts]
+        whole.columns = torch.cat([columns for _, _, columns in buffers if columns is not None])
+        whole.lazy_initialization(buffers[0][0], buffers[0][1])  # type: ignore[arg-type]
+        for target, name in ((whole.keys, "keys"), (whole.values, "values")):
+            torch.cat([getattr(part, name) for part in parts], dim=1, out=target)
+        whole.cumulative_length = parts[0].cumulative_length
+        return whole
+
     def _stale(self, row: int) -> int:
         """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding
         layer).

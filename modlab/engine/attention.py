@@ -39,7 +39,7 @@ class PrefillSlot:
         cache: where its keys and values go.
         counts: tokens of each row that run this layer.
         columns: columns of those tokens, one row after another, int32 [S].
-        varying: True if other layers run other numbers of tokens.
+        varying: True if the layer runs other numbers of tokens than its neighbours.
     """
 
     cache: RaggedLayer
@@ -130,5 +130,3 @@ def register() -> None:
     """
     AttentionInterface.register(PREFILL, prefill_attention)
     AttentionInterface.register(DECODE, decode_attention_function)
-
-

@@ -1,4 +1,5 @@
-"""How a layer runs inside the engine: prefill packs the kept tokens of all rows, decoding branches on the GPU.
+"""How a layer runs inside the engine: prefill packs the kept tokens of all rows, decoding branches on the
+GPU.
 
 The family's own forward of model and layers stays in charge. For the length of one call each decoder layer
 lends its `forward` (an attribute of that object) to a function from here, which calls the layer's own code.
@@ -21,9 +22,9 @@ from modlab.arguments import LayerArguments
 from modlab.engine.attention import PrefillSlot
 from modlab.engine.branch import Branch
 from modlab.engine.tables import RouterSlot, Tables
-from modlab.layer import RoutedLayer
+from modlab.layer import CALL, RoutedLayer
 from modlab.ops.combine import gated_output, scaled_branches
-from modlab.ops.decode_router import decode_router, reference_decode_router
+from modlab.ops.decode_router import RouterCall
 from modlab.routing import Routing
 
 Forward = Callable[..., Any]
@@ -98,9 +99,16 @@ def prefill_forwards(
 
 
 def _prefill_routed(
-    index: int, layer: RoutedLayer, routing: Routing, slot: PrefillSlot, ends: Tensor, *args: Any, **kwargs: Any
+    index: int,
+    layer: RoutedLayer,
+    routing: Routing,
+    slot: PrefillSlot,
+    ends: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Packs the kept tokens of all rows and runs the layer on them; the others are not touched."""
+    kwargs.pop(CALL, None)
     arguments = LayerArguments(layer.dense_class, args, kwargs)
     x = arguments.hidden
     decision = routing.decide(index, layer.mod_router, x, training=False)
@@ -111,17 +119,22 @@ def _prefill_routed(
     if kept == 0:
         slot.cache.lengths, slot.columns = [0] * len(passed), slot.columns[:0]
         return layer.joined(x, (None,) * layer.mod_extra_outputs)
-    kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
-    slot.columns = slot.columns[kept_S]
-    changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
-    gate_1S = decision.gate[:, kept_S]
+    slot.varying = kept < x.shape[1]
+    if not slot.varying:
+        changes: dict[str, Any] = {}
+        gate_1S = decision.gate
+    else:
+        kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
+        slot.columns = slot.columns[kept_S]
+        changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
+        gate_1S = decision.gate[:, kept_S]
     form = gate_form(routing)
     with scaled_branches(layer, layer.mod_branch_ends, gate_1S if form == "scaled" else None):
         output = arguments.call(partial(layer.dense_class.forward, layer), changes)
     y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-    y = gated_output(form, y, changes[arguments.hidden_name], gate_1S, False)
-    x.index_copy_(1, kept_S, y.to(x.dtype))
-    return layer.joined(x, tuple(None for _ in rest))
+    y = gated_output(form, y, changes.get(arguments.hidden_name, x), gate_1S, False)
+    out = x.index_copy_(1, kept_S, y.to(x.dtype)) if slot.varying else y
+    return layer.joined(out, tuple(None for _ in rest))
 
 
 def _chunked(forward: Forward, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -210,26 +223,26 @@ def _decode_routed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    kwargs.pop(CALL, None)
     x_B1D = LayerArguments(layer.dense_class, args, kwargs).hidden
-    router, position_B = layer.mod_router, tables.position[:, 0]
-    if x_B1D.is_cuda:
-        decode_router(
-            x_B1D[:, 0], router.weight, router.bias, slot.threshold, position_B,
-            routing.config.keep_first, slot.forced, slot.gate, slot.keep, slot.any,
-        )  # fmt: skip
-    else:
-        gate_B, keep_B = reference_decode_router(
-            x_B1D[:, 0], router.weight, router.bias, slot.threshold, position_B,
-            routing.config.keep_first, tables.forced.get(index),
-        )  # fmt: skip
-        slot.gate.copy_(gate_B)
-        slot.keep.copy_(keep_B)
-        slot.any.copy_(keep_B.any())
+    call = RouterCall(
+        x_BD=x_B1D[:, 0],
+        weight_D=layer.mod_router.weight,
+        bias_1=layer.mod_router.bias,
+        threshold_1=slot.threshold,
+        position_B=tables.position[:, 0],
+        keep_first=routing.config.keep_first,
+        forced_BP=tables.forced.get(index),
+        forced_2=slot.forced,
+        gate_B=slot.gate,
+        keep_B=slot.keep,
+        any_1=slot.any,
+    )
 
     def body() -> None:
         weight = slot.gate[:, None] if form == "scaled" else None
         with scaled_branches(layer, layer.mod_branch_ends, weight):
             run_kept(forward, layer, form, slot.gate, slot.keep, x_B1D, args, kwargs)
 
-    branch.run_if(graph, slot.any, body)
+    branch.route(graph, call, body)
     return layer.joined(x_B1D, (None,) * layer.mod_extra_outputs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modlab.cache import RaggedLayer
+from modlab.engine.prefill import prefill
 from modlab.routing_table import RoutingTable
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def generate_tokens(
 
     step = engine.step(B)
     started = time.perf_counter()
-    logits_BV, caches, counts = engine.prefill(ids_BT, mask_BT)
+    logits_BV, caches, counts = prefill(engine, ids_BT, mask_BT)
     tables = step.tables
     tables.attach(caches, prompt, counts)
     tables.force(

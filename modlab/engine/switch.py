@@ -13,8 +13,10 @@ from torch import Tensor
 from modlab.cache_argument import CACHE_ARGUMENTS, given_cache
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
-from modlab.engine.engine import Engine, Step
+from modlab.engine.engine import Engine
 from modlab.engine.loop import generate_tokens
+from modlab.engine.prefill import prefill
+from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.layer import RoutedModule, extend, restore
 from modlab.routing import is_converted
@@ -75,7 +77,9 @@ class FastModel(RoutedModule):
         )
 
 
-def enable_fast_generation(model: PreTrainedModel, compile: bool = True, check: bool = True) -> PreTrainedModel:
+def enable_fast_generation(
+    model: PreTrainedModel, compile: bool = True, check: bool = True
+) -> PreTrainedModel:
     """Lets `model.generate` use modlab's engine for greedy search and sampling.
 
     Prompts are run without padding, every routed layer on its kept tokens; on CUDA each further token is one
@@ -108,7 +112,8 @@ def enable_fast_generation(model: PreTrainedModel, compile: bool = True, check: 
             _probe(model, engine)
     except (CannotCapture, TypeError, AttributeError, RuntimeError) as error:
         raise ModlabError(
-            f"fast generation does not cover this {type(model).__name__}: {error}. The ordinary generate works."
+            f"fast generation does not cover this {type(model).__name__}: {error}. "
+            "The ordinary generate works."
         ) from error
     extend(model, FastModel)
     model.__dict__["mod_engine"] = engine
@@ -134,8 +139,8 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         enabled; branch ("torch", "cuda-python" or "host": how routed layers are skipped) and branch_note (why
-        not in a better way); compiled; batch_sizes captured; last: fast, why (not), rows, prompt_tokens a row,
-        new_tokens, seconds, kv_bytes allocated, kept_tokens [L][B].
+        not in a better way); compiled; batch_sizes captured; last: fast, why (not), rows, prompt_tokens a
+        row, new_tokens, seconds, kv_bytes allocated, kept_tokens [L][B].
     """
     if not is_fast(model):
         return {"enabled": False}
@@ -180,9 +185,7 @@ def _refusal(
     if getattr(generation_config, "is_assistant", False):
         return "the model drafts for another one"
     allowed = ("attention_mask", "position_ids", *CACHE_ARGUMENTS, "use_cache", "logits_to_keep")
-    extra = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in allowed
-    )
+    extra = sorted(name for name, value in model_kwargs.items() if value is not None and name not in allowed)
     if extra:
         return f"it was given {extra[0]}"
     mask = model_kwargs.get("attention_mask")
@@ -226,7 +229,7 @@ def _probe(model: Any, engine: Engine) -> None:
             )
         position = (mask.cumsum(1) - 1).clamp_min(0)
         want = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits[:, T - 1 :]
-        logits, caches, counts = engine.prefill(ids[:, :T], mask[:, :T])
+        logits, caches, counts = prefill(engine, ids[:, :T], mask[:, :T])
         step = Step(engine, B)
         step.tables.attach(caches, T, counts)
         if routing is not None:

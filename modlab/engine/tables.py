@@ -37,8 +37,8 @@ class DecodeSlot:
 
 @dataclass
 class RouterSlot:
-    """One routed layer's decision in this step: gate fp32 [B], keep bool [B], any bool [1]; its threshold fp32
-    [1] and the address and length of a forced table, int64 [2].
+    """One routed layer's decision in this step: gate fp32 [B], keep bool [B], any bool [1]; its threshold
+    fp32 [1] and the address and length of a forced table, int64 [2].
     """
 
     gate: Tensor

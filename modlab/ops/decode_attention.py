@@ -1,4 +1,4 @@
-"""One decoding step of attention over a ragged KV cache: append the new keys, attend to each row's own length.
+"""One decoding step of attention over a ragged KV cache: append the new key, attend to each row's own length.
 
 The layout is `RaggedLayer`'s: all rows of a layer in one flat buffer, each row in a segment.
 
@@ -27,7 +27,9 @@ KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
 """Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
 
 ADDRESS_SLOTS = 4
-TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; more gained nothing (docs/log.md)
+TARGET_PROGRAMS = 128
+"""About one for each multiprocessor of an H100 or H200; more gained nothing (docs/log.md)."""
+
 MAX_PARTS = 64
 
 
@@ -134,7 +136,7 @@ if triton is not None:
             total = total * fade + tl.sum(weights, 1)
             acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
             top = new_top
-        if (first <= length) & (end == length + 1):  # the part that ends with the new token stores and counts it
+        if (first <= length) & (end == length + 1):  # the part that ends with the new token stores it
             k_new = tl.load(k_ptr + row * stride_kb + head * stride_kg + hk, mask=in_hk, other=0.0)
             v_new = tl.load(v_ptr + row * stride_vb + head * stride_vg + hv, mask=in_hv, other=0.0)
             at_new = length.to(tl.int64)
@@ -153,9 +155,7 @@ if triton is not None:
         acc = acc / tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-30)), -1e30)
         slot = (row * (G * M) + head * M + m_ids) * PARTS + part
-        tl.store(
-            part_ptr + slot[:, None] * HV + hv[None, :], acc, mask=in_m[:, None] & in_hv[None, :]
-        )
+        tl.store(part_ptr + slot[:, None] * HV + hv[None, :], acc, mask=in_m[:, None] & in_hv[None, :])
         tl.store(part_lse_ptr + slot, lse, mask=in_m)
 
     @triton.jit
@@ -163,7 +163,7 @@ if triton is not None:
         part_ptr, part_lse_ptr, out_ptr, lengths_ptr, keep_ptr,
         N: tl.constexpr, HV: tl.constexpr, BLOCK_HV: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        """The parts of one row and query head, weighted by their log-sums; counts the new token once a row."""
+        """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
         hv = tl.arange(0, BLOCK_HV)
         in_hv = hv < HV
@@ -202,7 +202,7 @@ def decode_attention(
     """
     B, N, HK = q_BNH.shape
     G, HV = v_BGH.shape[1:]
-    P = parts_of(B, G)
+    P, half = parts_of(B, G), q_BNH.element_size() == 2
     part = torch.empty(B * N * P, HV, dtype=torch.float32, device=q_BNH.device)
     part_lse = torch.empty(B * N * P, dtype=torch.float32, device=q_BNH.device)
     out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=q_BNH.device)
@@ -212,8 +212,8 @@ def decode_attention(
         scale, G=G, M=N // G, HK=HK, HV=HV,
         BLOCK_HK=triton.next_power_of_2(HK), BLOCK_HV=triton.next_power_of_2(HV),
         BLOCK_M=max(16, triton.next_power_of_2(N // G)),
-        BLOCK_K=64 if max(HK, HV) <= 128 else 32, PARTS=P, IEEE=q_BNH.dtype == torch.float32,
-        num_warps=4, num_stages=4,
+        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, PARTS=P, IEEE=not half,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     _join_parts[(B, N)](
         part, part_lse, out, lengths_B, keep_B,

@@ -5,6 +5,8 @@ Shape letters: B rows, D model dim, P positions of a routing table.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,32 +17,47 @@ except ImportError:  # see decode_attention
     triton = None
 
 
-def reference_decode_router(
-    x_BD: Tensor,
-    weight_D: Tensor,
-    bias_1: Tensor,
-    threshold_1: Tensor,
-    position_B: Tensor,
-    keep_first: int,
-    forced_BP: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Plain torch: what the kernel below computes.
+@dataclass
+class RouterCall:
+    """One layer's routing decision in one step: what goes in, and where the result goes.
 
-    Args:
+    Attributes:
         x_BD: hidden states of the one new token of each row.
         weight_D, bias_1: the router's, fp32.
         threshold_1: p of this layer, fp32.
         position_B: index of the token among the real tokens of its row, long.
         keep_first: tokens before this position are kept whatever their gate.
-        forced_BP: a routing table that decides instead of the gate, bool, or None.
-
-    Returns:
-        gate fp32 [B], keep bool [B].
+        forced_BP: a routing table that decides instead of the gate, bool, or None; its last position serves
+            all later ones.
+        forced_2: the same for kernels: its address and P, int64; address 0 lets the gate decide.
+        gate_B, keep_B, any_1: written; fp32, bool, bool.
     """
-    gate_B = torch.sigmoid(x_BD.float() @ weight_D + bias_1)
-    if forced_BP is not None:
-        return gate_B, forced_BP.gather(1, position_B[:, None])[:, 0]
-    return gate_B, (gate_B >= threshold_1) | (position_B < keep_first)
+
+    x_BD: Tensor
+    weight_D: Tensor
+    bias_1: Tensor
+    threshold_1: Tensor
+    position_B: Tensor
+    keep_first: int
+    forced_BP: Tensor | None
+    forced_2: Tensor
+    gate_B: Tensor
+    keep_B: Tensor
+    any_1: Tensor
+
+
+def reference_decode_router(call: RouterCall) -> None:
+    """Plain torch: what the kernels compute (this file's, and the one of decode_router.cu)."""
+    logit_B = call.x_BD.float() @ call.weight_D + call.bias_1
+    gate_B = torch.sigmoid(logit_B)
+    if call.forced_BP is not None:
+        last = call.forced_BP.shape[1] - 1
+        keep_B = call.forced_BP.gather(1, call.position_B[:, None].clamp_max(last))[:, 0]
+    else:
+        keep_B = (gate_B >= call.threshold_1) | (call.position_B < call.keep_first)
+    call.gate_B.copy_(gate_B)
+    call.keep_B.copy_(keep_B)
+    call.any_1.copy_(keep_B.any())
 
 
 if triton is not None:
@@ -71,7 +88,8 @@ if triton is not None:
             if forced != 0:
                 span = tl.load(forced_ptr + 1)
                 table = forced.to(tl.pointer_type(tl.int8))
-                keep = tl.load(table + row * span + position, mask=inside, other=0) != 0
+                at = row * span + tl.minimum(position, span - 1)
+                keep = tl.load(table + at, mask=inside, other=0) != 0
             else:
                 keep = (gate >= tl.load(threshold_ptr)) | (position < keep_first)
             keep = keep & inside
@@ -81,28 +99,13 @@ if triton is not None:
         tl.store(any_ptr, (anyone > 0).to(tl.int8))
 
 
-def decode_router(
-    x_BD: Tensor,
-    weight_D: Tensor,
-    bias_1: Tensor,
-    threshold_1: Tensor,
-    position_B: Tensor,
-    keep_first: int,
-    forced_2: Tensor,
-    gate_B: Tensor,
-    keep_B: Tensor,
-    any_1: Tensor,
-) -> None:
-    """`reference_decode_router` by one Triton kernel, written into `gate_B`, `keep_B` and `any_1` (bool).
-
-    Args:
-        forced_2: int64, address of a routing table bool [B, P] and P; address 0 lets the gate decide.
-    """
-    B, D = x_BD.shape
+def decode_router(call: RouterCall) -> None:
+    """`reference_decode_router` by one Triton kernel."""
+    B, D = call.x_BD.shape
     block_b = min(16, triton.next_power_of_2(B))
     _route[(1,)](
-        x_BD, weight_D, bias_1, threshold_1, position_B, forced_2,
-        gate_B, keep_B.view(torch.int8), any_1.view(torch.int8),
-        x_BD.stride(0), B, keep_first,
+        call.x_BD, call.weight_D, call.bias_1, call.threshold_1, call.position_B, call.forced_2,
+        call.gate_B, call.keep_B.view(torch.int8), call.any_1.view(torch.int8),
+        call.x_BD.stride(0), B, call.keep_first,
         D=D, BLOCK_B=block_b, BLOCK_D=min(triton.next_power_of_2(D), 8192 // block_b), num_warps=8,
     )  # fmt: skip

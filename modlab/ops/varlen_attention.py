@@ -80,9 +80,7 @@ def varlen_attention(
 
 def _one_row(q_1NSH: Tensor, k_1GSH: Tensor, v_1GSH: Tensor, scale: float | None) -> Tensor:
     gqa = q_1NSH.shape[1] != k_1GSH.shape[1]
-    return F.scaled_dot_product_attention(
-        q_1NSH, k_1GSH, v_1GSH, is_causal=True, scale=scale, enable_gqa=gqa
-    )
+    return F.scaled_dot_product_attention(q_1NSH, k_1GSH, v_1GSH, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
 def _flash(q_1NSH: Tensor, k_1GSH: Tensor, v_1GSH: Tensor, counts: list[int], scale: float | None) -> Tensor:
