@@ -67,7 +67,8 @@ def bench_table(results: list[dict[str, Any]]) -> str:
         ]
         for row in result["rows"]:
             lines.append(
-                f"| {row['what']} | {row['shape']} | {row['context']:,} | {row['routed']} "
+                f"| {row['case']} | {row['shape']} | {row['context']:,} "
+                f"| {row['routed_layers']} of {row['num_layers']} "
                 f"| {row['keep_ratio']:.0%} | {row['dense_ms']:,.1f} ms | {row['mod_ms']:,.1f} ms "
                 f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {row['kv_saving']:.2f}x |"
             )

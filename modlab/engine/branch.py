@@ -160,7 +160,7 @@ def choose_branch(device: torch.device) -> tuple[Branch, str]:
     """The best way that works on `device`, and why not a better one ("" if there is none better)."""
     if device.type != "cuda":
         return HostBranch(), f"{device.type} has no CUDA graphs"
-    why = []
+    why: list[str] = []
     candidates: tuple[Callable[[], Branch], ...] = (TorchBranch, CudaPythonBranch)
     for candidate in candidates:
         try:

@@ -42,7 +42,9 @@ class Engine:
         self.branch, self.branch_note = choose_branch(self.device)
         self.compile = compile and self.device.type == "cuda"
         self.attention = [attention_modules(layer) for layer in self.layers]
-        self.configs = list({id(m.config): m.config for m in model.modules() if _has_config(m)}.values())
+        self.configs: list[Any] = list(
+            {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
+        )
         self.steps: dict[int, Step] = {}
         self.last: dict[str, Any] = {}
 

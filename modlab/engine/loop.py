@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def generate_tokens(
     engine: Engine,
-    ids_BT: Tensor,
+    ids_BT: Any,
     mask_BT: Tensor | None,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,

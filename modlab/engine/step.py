@@ -87,8 +87,8 @@ class Step:
         tables.attach(scratch_caches(engine, batch), 0, [0] * batch)
         if engine.routing is not None:
             tables.set_thresholds(engine.routing.thresholds)
-        limits = {"recompile_limit": MAX_COMPILED}
-        with torch._dynamo.config.patch(**limits), torch.cuda.device(engine.device):
+        limits: dict[str, Any] = {"recompile_limit": MAX_COMPILED}
+        with torch._dynamo.config.patch(limits), torch.cuda.device(engine.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
