@@ -146,22 +146,24 @@ class Workload:
             enable_fast_generation(self.dense, check=False)
         return first, each
 
-    def rows(
-        self, variants: Sequence[Variant], repeats: int, whole_warm_up: bool = True, static: bool = False
-    ) -> Iterator[Row]:
+    def static_rows(self, variant: Variant, repeats: int) -> Iterator[Row]:
+        """Two rows `baseline`: transformers' static cache (`dense_ms`) against this engine with routing off
+        (`mod_ms`), both dense: the faster is what a speed-up has to be held against.
+        """
+        static = self.static_times(repeats)
+        engine = self.times([], repeats)[None]
+        self.last[variant] = self.last[None]
+        for index, name in enumerate(("prefill", "decode")):
+            fields = self.fields(variant, name) | {"case": "baseline", "what": name, "ideal": 1.0}
+            fields |= {"routed": "none", "routed_layers": 0, "keep_ratio": 1.0}
+            yield make_row(static[index], engine[index], **fields)
+
+    def rows(self, variants: Sequence[Variant], repeats: int, whole_warm_up: bool = True) -> Iterator[Row]:
         """Two rows a variant: `prefill` and `decode`."""
-        static_times = self.static_times(max(1, repeats // 2)) if static else None
         times = self.times(variants, repeats, whole_warm_up)
         for variant in variants:
             for index, name in enumerate(("prefill", "decode")):
-                dense, extra = times[None][index], {}
-                if static_times is not None:
-                    extra = {
-                        "dense_engine_ms": _median(dense),
-                        "dense_static_ms": _median(static_times[index]),
-                    }
-                    dense = min(dense, static_times[index], key=_median)
-                yield make_row(dense, times[variant][index], **self.fields(variant, name), **extra)
+                yield make_row(times[None][index], times[variant][index], **self.fields(variant, name))
 
     def fields(self, variant: Variant, name: str) -> dict[str, Any]:
         """What a row says beside the times."""
@@ -191,10 +193,6 @@ class Workload:
             "tokens": sum(self.lengths),
             "new_tokens": self.tokens,
         }
-
-
-def _median(times: Times) -> float:
-    return statistics.median(times.wall)
 
 
 @contextlib.contextmanager

@@ -88,8 +88,8 @@ if triton is not None:
             if forced != 0:
                 span = tl.load(forced_ptr + 1)
                 table = forced.to(tl.pointer_type(tl.int8))
-                at = row * span + tl.minimum(position, span - 1)
-                keep = tl.load(table + at, mask=inside, other=0) != 0
+                slot = row * span + tl.minimum(position, span - 1)
+                keep = tl.load(table + slot, mask=inside, other=0) != 0
             else:
                 keep = (gate >= tl.load(threshold_ptr)) | (position < keep_first)
             keep = keep & inside
