@@ -16,7 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import modlab
 from modlab import families
+from modlab.engine import branch as branch_module
 from modlab.engine import prefill as prefill_module
+from modlab.engine import step as step_module
 from modlab.engine.step import best_token
 from modlab.errors import ModlabError
 
@@ -352,3 +354,23 @@ def test_in_bfloat16_most_next_tokens_agree(make_llama: Any) -> None:
     agree = sum(a[-1] == b[-1] for a, b in zip(got, want, strict=True)) / len(want)
     print(f"agreement {agree:.3f}")
     assert agree >= 0.9
+
+
+def test_a_model_that_cannot_be_captured_runs_from_the_host(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mixture of experts that asks the host how many tokens each expert gets."""
+    model, inputs = routed_llama(make_llama), prompts(9, 4)
+    want = generated(model, inputs)
+    modlab.enable_fast_generation(model, compile=False)
+    engine = model.__dict__["mod_engine"]
+    engine.branch = branch_module.Branch()  # any way that captures
+
+    def refuse(step: Any, batch: int) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+
+    monkeypatch.setattr(step_module.Step, "_capture", refuse)
+    assert generated(model, inputs) == want
+    report = modlab.fast_generation_report(model)
+    assert report["branch"] == "host" and report["last"]["fast"]
+    assert report["branch_note"].endswith("operation not permitted when stream is capturing")

@@ -78,14 +78,14 @@ def report(name: str, settings: Settings, argv: Sequence[str], commit: str | Non
     """A result file's content without its rows yet: everything needed to judge and to repeat them.
 
     Args:
-        commit: of the source tree, where git cannot be asked.
+        commit: of the source tree, where git cannot be asked or would be wrong (a copy without its history).
     """
     cpu = settings.device.type == "cpu"
     return {
         "schema": SCHEMA_VERSION,
         "what": name,
         "command": shlex.join(["modlab", "bench", *_without(("--out", "--commit"), argv)]),
-        "commit": source_commit() or commit,
+        "commit": commit or source_commit(),
         **circumstances(settings.device, settings.dtype),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     import modlab
     from modlab import measure
-    from modlab.bench import circumstances
+    from modlab.bench.results import circumstances
 
     model, tokenizer = load_model(options, options.model)
     rows = rows_of(options, model, tokenizer)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from modlab.anatomy import decoder_layers
 from modlab.cache_argument import cache_argument
 from modlab.engine.attention import register
-from modlab.engine.branch import choose_branch
+from modlab.engine.branch import Branch, HostBranch, choose_branch
 from modlab.engine.layers import attention_modules
 from modlab.engine.step import Step
 from modlab.routing import Routing, is_converted
@@ -39,6 +39,7 @@ class Engine:
         self.layers: list[nn.Module] = list(decoder_layers(model))
         self.routing: Routing | None = model.mod if is_converted(model) else None  # type: ignore[assignment]
         self.device = next(model.parameters()).device
+        self.branch: Branch
         self.branch, self.branch_note = choose_branch(self.device)
         self.compile = compile and self.device.type == "cuda"
         self.attention = [attention_modules(layer) for layer in self.layers]
@@ -79,6 +80,11 @@ class Engine:
         )
         logits: Tensor = output.logits
         return logits
+
+    def fall_back(self, why: str) -> None:
+        """Steps run from the host from now on; `fast_generation_report` says why."""
+        self.branch, self.branch_note = HostBranch(), why.splitlines()[0]
+        self.compile = False
 
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""

@@ -47,7 +47,12 @@ class Step:
         self.logits: Tensor
         self.best: Tensor
         if not isinstance(engine.branch, HostBranch):
-            self._capture(batch)
+            try:
+                self._capture(batch)
+            except RuntimeError as error:  # what a model does on the host cannot be captured
+                self.graph = None
+                self.tables.release()
+                engine.fall_back(f"{type(engine.model).__name__} cannot be captured in a CUDA graph: {error}")
 
     def is_current(self) -> bool:
         """False once the model's weights have moved: a captured graph would read the old ones."""

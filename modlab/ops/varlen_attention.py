@@ -66,14 +66,14 @@ def varlen_attention(
     out, first = [], 0
     for n in counts:
         if n:
-            rows = [t[:, :, first : first + n] for t in (q_1NSH, k_1GSH, v_1GSH)]
+            q, k, v = (t[:, :, first : first + n] for t in (q_1NSH, k_1GSH, v_1GSH))
             if varying and n >= LONG:
                 # Slots after the row's own are later than all of them, so causality hides them.
-                rows = [F.pad(t, (0, 0, 0, -n % BUCKET)) for t in rows]
+                q, k, v = (F.pad(t, (0, 0, 0, -n % BUCKET)) for t in (q, k, v))
             if alone or n >= LONG:
-                out.append(_one_row(*rows, scale)[:, :, :n].transpose(1, 2))
+                out.append(_one_row(q, k, v, scale)[:, :, :n].transpose(1, 2))
             else:
-                out.append(_flash(*rows, [n], scale))
+                out.append(_flash(q, k, v, [n], scale))
         first += n
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
@@ -97,7 +97,7 @@ def _flash(q_1NSH: Tensor, k_1GSH: Tensor, v_1GSH: Tensor, counts: list[int], sc
 
 
 @functools.cache
-def _gqa() -> dict[str, bool]:
+def _gqa() -> dict[str, Any]:
     """torch 2.11 takes fewer kv heads without being told, later versions want to be told."""
     from torch.nn.attention.varlen import varlen_attn
 
