@@ -22,6 +22,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-families",
+        action="store_true",
+        help="test every model type of the installed transformers, not only one for each mechanism",
+    )
+
+
 def tiny_config(**changes: object) -> LlamaConfig:
     sizes: dict[str, object] = {
         "vocab_size": 512,
