@@ -55,7 +55,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             and any(attention_name(m) for m in module)
         ):
             return module
-    if not any(re.search(ATTENTION.pattern + "|mla$", type(m).__name__, re.IGNORECASE) for m in decoder.modules()):
+    if not any(
+        re.search(ATTENTION.pattern + "|mla$", type(m).__name__, re.IGNORECASE) for m in decoder.modules()
+    ):
         raise ModlabError(f"{type(model).__name__} has no routable layers: {NO_ATTENTION}.")
     raise ModlabError(
         f"{type(model).__name__} has no routable layers: no list of {count} decoder layers, each with one "
@@ -72,14 +74,24 @@ def attends(layer: nn.Module) -> bool:
     """Whether the layer takes a mask or a cache of keys. RWKV's attention, by name alone, takes neither."""
     parameters = forward_signature(type(layer)).parameters.values()
     return any(
-        p.name in (*MASK_NAMES, *CACHE_ARGUMENTS) or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
+        p.name in (*MASK_NAMES, *CACHE_ARGUMENTS) or p.kind is inspect.Parameter.VAR_KEYWORD
+        for p in parameters
     )
 
 
 def makes_masks(attention: nn.Module) -> bool:
     """Whether the attention module puts a mask of its own together (Doge's; one with an indexer of keys), for
     which it needs the causal one whether or not a kernel could do without."""
-    return hasattr(attention, "indexer") or any("mask" in name and callable(getattr(type(attention), name)) for name in dir(type(attention)))
+    return hasattr(attention, "indexer") or any(
+        "mask" in name and callable(getattr(type(attention), name)) for name in dir(type(attention))
+    )
+
+
+def shares_keys(attention: nn.Module) -> bool:
+    """Whether the attention module reads another layer's keys and values, or others read its (Gemma 3n)."""
+    return bool(
+        getattr(attention, "is_kv_shared_layer", False) or getattr(attention, "store_full_length_kv", False)
+    )
 
 
 def mlp_name(layer: nn.Module) -> str | None:
@@ -105,22 +117,22 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
     config = decoder_of(model).config.get_text_config(decoder=True)
     cache_layers = DynamicCache(config=config).layers
     types = getattr(config, "layer_types", None) or [None] * num_layers
-    sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
     local = getattr(config, "attention_layers", None) or [None] * num_layers  # GPT-Neo's name for layer types
-    # Sparse attention: "full" layers pick their keys themselves, "shared" ones take the pick of the layer before.
+    # Sparse attention: "full" layers pick their keys themselves, "shared" ones take the pick of the layer
+    # before.
     picks = [*(getattr(config, "indexer_types", None) or [None] * num_layers), None]
     windows: dict[int, int | None | str] = {}
     for index in range(num_layers):
         layer = cache_layers[index] if index < len(cache_layers) else None
         if types[index] == "chunked_attention":
             windows[index] = "its attention is chunked"
-        elif sharing[index] is not None:
-            windows[index] = "it shares its keys and values with other layers"
         elif "shared" in picks[index : index + 2]:
             windows[index] = "its sparse attention shares its pick of keys with a neighbour"
         elif type(layer) is DynamicSlidingWindowLayer:
             windows[index] = int(layer.sliding_window)
-        elif type(layer) is DynamicLayer or (indexed(layer) and not hasattr(config, "indexer_compress_ratio")):
+        elif type(layer) is DynamicLayer or (
+            indexed(layer) and not hasattr(config, "indexer_compress_ratio")
+        ):
             windows[index] = int(config.window_size) if local[index] == "local" else None
         else:
             windows[index] = _no_plain_cache(layer)

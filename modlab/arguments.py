@@ -4,8 +4,8 @@ Every architecture passes its layers other things (rotary tables, positions, cac
 name. One rule covers them: what has a time axis is gathered along it, biases of attention scores are gathered
 along their key axis too, the mask and the cache are replaced, everything else passes through.
 
-Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, C columns of the padded batch seen so
-far, K keys, N query heads, P parallel streams, D model dim.
+Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, C columns of the padded batch
+seen so far, K keys, N query heads, P parallel streams, D model dim.
 """
 
 from __future__ import annotations
@@ -102,12 +102,16 @@ class LayerArguments:
 
     @property
     def one_row_each(self) -> bool:
-        """Whether some argument has a time or key axis but no batch axis, so that rows must run one by one."""
+        """Whether some argument has a time or key axis but no batch axis: rows must run one by one then."""
         if self.batch == 1:
             return False
         return any(
             isinstance(value, Tensor)
-            and (BIASES[name] is False if name in BIASES else value.dim() == 1 and value.shape[0] == self.time > 1)
+            and (
+                BIASES[name] is False
+                if name in BIASES
+                else value.dim() == 1 and value.shape[0] == self.time > 1
+            )
             for name, value in self._items()
         )
 

@@ -129,7 +129,9 @@ class RaggedLayer(CacheLayerMixin):
         return self.keys[heads_G1, slots_R1K], self.values[heads_G1, slots_R1K]
 
     def write_indexer(self, rows: list[int], keys_RSH: Tensor) -> Tensor:
-        """As `write`, for the one key a token by which sparse attention picks: [R, S, H] in, [R, K, H] out."""
+        """As `write`, for the one key a token by which sparse attention picks: [R, S, H] in, [R, K, H]
+        out.
+        """
         assert self.columns is not None
         if self.indexer_keys is None:
             self.indexer_keys = keys_RSH.new_empty(self.columns.numel(), keys_RSH.shape[-1])
@@ -347,7 +349,7 @@ class RaggedCache(Cache):
         if routing.config.skip != "mlp":
             # Early-exit drafts (`assistant_early_exit`) lower the config's number of layers for a while.
             for index in (i for i in routing.layers if i < len(layers)):
-                # A window that transformers' own cache does not know (GPT-Neo's) is the mask's business alone.
+                # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
                 sliding = getattr(layers[index], "is_sliding", False)
                 layers[index] = RaggedLayer(routing.windows[index] if sliding else None)
         super().__init__(layers=layers)

@@ -96,7 +96,14 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, RoutedModule):
             if isinstance(module, RoutedLayer):
                 delattr(module, ROUTER)
-            for name in ("mod_routing", "mod_index", "mod_branch_ends", "mod_extra_outputs", "mod_in_tuple", "mod_needs_mask"):
+            for name in (
+                "mod_routing",
+                "mod_index",
+                "mod_branch_ends",
+                "mod_extra_outputs",
+                "mod_in_tuple",
+                "mod_needs_mask",
+            ):
                 delattr(module, name)
             restore(module)
     del model.mod, model.mod_base_model
@@ -141,8 +148,11 @@ def _routable(
     wanted = config.resolve_layers(len(layers))
     reasons = {}
     for index in range(len(layers)):
-        if anatomy.attention_name(layers[index]) is None:
+        name = anatomy.attention_name(layers[index])
+        if name is None:
             reasons[index] = anatomy.NO_ATTENTION
+        elif anatomy.shares_keys(layers[index].get_submodule(name)):
+            reasons[index] = "it shares its keys and values with other layers"
         elif not anatomy.attends(layers[index]):
             reasons[index] = anatomy.NO_KEYS
         elif isinstance(windows[index], str):
@@ -156,7 +166,9 @@ def _routable(
         indices = [index for index in range(len(layers)) if index not in reasons]
     if not indices:
         # What the layers with attention lack says more than that others have none.
-        why = [r for r in dict.fromkeys(reasons.values()) if r != anatomy.NO_ATTENTION] or [anatomy.NO_ATTENTION]
+        why = [r for r in dict.fromkeys(reasons.values()) if r != anatomy.NO_ATTENTION] or [
+            anatomy.NO_ATTENTION
+        ]
         raise ModlabError(f"{type(model).__name__} has no routable layers: {', '.join(why)}.")
     if config.skip != "layer":
         for index in indices:

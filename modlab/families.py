@@ -1,7 +1,8 @@
 """Which causal language models can be converted: found out by converting a tiny random one of each type.
 
-A row of the report is a fact about the installed transformers, not a promise from a list: the type's own class is
-built with small sizes and held against every claim of `modlab.proof`. Whatever goes wrong is the reason.
+A row of the report is a fact about the installed transformers, not a promise from a list: the type's own
+class is built with small sizes and held against every claim of `modlab.proof`. Whatever goes wrong is the
+reason.
 """
 
 import gc
@@ -24,11 +25,13 @@ __all__ = ["REQUIRED", "causal_types", "report", "tiny_config", "tiny_model", "w
 REQUIRED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2")
 
 # What transformers registers as a causal LM though it is none, or none on its own.
+DRAFT = "a draft model: it reads the keys and values of the model that it drafts for"
+CODES = "it generates several audio codes a step, not one token"
 NO_LANGUAGE_MODEL = {
-    "gemma4_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
-    "gemma4_unified_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
-    "musicgen": "it generates several audio codes a step, not one token",
-    "musicgen_melody": "it generates several audio codes a step, not one token",
+    "gemma4_assistant": DRAFT,
+    "gemma4_unified_assistant": DRAFT,
+    "musicgen": CODES,
+    "musicgen_melody": CODES,
     "reformer": "its attention is hashed or local, over chunks of the text, and its layers are reversible",
 }
 

@@ -133,13 +133,12 @@ class RoutedLayer(RoutedModule):
             out, rest = run(self, super().forward, arguments, site)
             return self.joined(arguments.as_given(out), rest, arguments.in_tuple)
 
-
     def _check(self, run: tuple[int, ...], given: tuple[int, ...]) -> None:
         """Refuses what routing by token and layer cannot describe."""
         if run != given:
             raise ModlabError(
-                f"the layers of this architecture run on {list(run)} positions where the input has {list(given)} "
-                "tokens: it adds or merges some, so that routing has no token to decide for."
+                f"the layers of this architecture run on {list(run)} positions where the input has "
+                f"{list(given)} tokens: it adds or merges some, so that routing has no token to decide for."
             )
         if self.mod_index in self.mod_routing.require_call().decisions and not self.training:
             raise ModlabError(

@@ -1,6 +1,7 @@
 """Causal masks among kept tokens, by the columns where the tokens stood in the padded batch.
 
-Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, C columns, N query heads.
+Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, C columns, N query
+heads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a model type has to show before it counts as supported, on a tiny random model of it.
 
-`families.report()` and `tests/test_every_family.py` both come through `prove`, so that the README's table is what
-the tests hold. Every claim of `prove` is about the converted model with *all* routable layers routed and a
-batch of rows padded on the left, under each attention implementation that the type has.
+`families.report()` and `tests/test_every_family.py` both come through `prove`, so that the README's table is
+what the tests hold. Every claim of `prove` is about the converted model with *all* routable layers routed and
+a batch of rows padded on the left, under each attention implementation that the type has.
 
 Run as a program this module is the fresh process that reloads saved models: one folder a line on stdin, the
 reason why it fails ("" if it does not), as JSON, on stdout.
@@ -45,7 +45,7 @@ PREFIXES = (9, 12)
 TOLERANCE = 1e-5
 """Logit difference that counts as fp32 rounding, as a share of the largest logit."""
 STEPS_TOLERANCE = 1e-4
-"""The same where one side went token by token: recurrent layers beside the routed ones then sum in another order."""
+"""The same where one side went token by token: recurrent layers then sum in another order."""
 RELOAD_TOLERANCE = 1e-6
 """The same for the same code in another process, where memory is aligned otherwise."""
 DIFFERENT = 1e-3
@@ -198,9 +198,7 @@ class Batch:
         padded_TV = logits_BTV[-1, start:]
         return bool((padded_TV - alone_TV).abs().max() > TOLERANCE * alone_TV.abs().max())
 
-    def agree(
-        self, claim: str, got_BTV: Tensor, wanted_BTV: Tensor, tolerance: float = TOLERANCE
-    ) -> None:
+    def agree(self, claim: str, got_BTV: Tensor, wanted_BTV: Tensor, tolerance: float = TOLERANCE) -> None:
         """Raises `Unproven` with the claim unless the logits of real tokens are the same within rounding."""
         error = self.difference(got_BTV, wanted_BTV)
         if not error <= tolerance:
@@ -367,6 +365,7 @@ def reload(folder: Path) -> str:
 
 
 def main() -> None:
+    """The fresh process: folders in, reasons out."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(reload(Path(line.rstrip("\n")))), flush=True)

@@ -264,9 +264,7 @@ class Routing:
         self.call = self._new_call(tokens, given("attention_mask"), seen, cache)
         return args, kwargs
 
-    def _new_call(
-        self, tokens: Tensor, mask: Any, seen: int, cache: RaggedCache | None
-    ) -> ForwardCall:
+    def _new_call(self, tokens: Tensor, mask: Any, seen: int, cache: RaggedCache | None) -> ForwardCall:
         B, T = tokens.shape[:2]
         if mask is not None and not _is_padding_mask(mask) and self.caller_mask is not None:
             (mask,) = self.caller_mask

@@ -24,24 +24,73 @@ TINY_SIZES: dict[int, tuple[str, ...]] = {
     256: ("vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
     + ("max_seq_len", "vocab_size_per_layer_input"),
     64: ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "d_inner", "ffn_hidden_size", "encoder_ffn_dim")
-    + ("decoder_ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size")
+    + (
+        "decoder_ffn_dim",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "expert_ffn_hidden_size",
+    )
     + ("intermediate_size_mlp", "dense_intermediate_size", "shared_intermediate_size", "mamba_d_ssm")
     + ("block_ff_dim", "conv_dim", "conv_dim_out", "shared_experts_intermediate_size"),
     32: ("hidden_size", "n_embd", "d_model", "embed_dim", "model_dim", "emb_dim", "dim", "lru_width")
     + ("word_embed_proj_dim", "embedding_size", "num_experts_dim"),
     # (Few heads of an indexer would often agree on a score of exactly 0, and keys would tie.)
-    16: ("index_n_heads", "kv_lora_rank", "q_lora_rank", "o_lora_rank", "hc_lowrank", "laurel_rank", "mamba_d_state", "ssm_state_size")
+    16: (
+        "index_n_heads",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "o_lora_rank",
+        "hc_lowrank",
+        "laurel_rank",
+        "mamba_d_state",
+        "ssm_state_size",
+    )
     + ("hidden_size_per_layer_input", "rotary_emb_dim"),
-    8: ("head_dim", "kv_channels", "rotary_dim", "sliding_window", "v_head_dim", "qk_nope_head_dim", "dim_head")
-    + ("qk_rope_head_dim", "linear_key_head_dim", "linear_value_head_dim", "index_head_dim", "global_head_dim")
-    + ("window_size", "local_attention", "attention_window_size", "sliding_window_size", "attention_chunk_size")
-    + ("keep_window_size", "index_topk", "mamba_d_head", "mamba_head_dim", "swa_head_dim", "swa_v_head_dim", "indexer_head_dim", "swa_rope_head_dim"),
+    8: (
+        "head_dim",
+        "kv_channels",
+        "rotary_dim",
+        "sliding_window",
+        "v_head_dim",
+        "qk_nope_head_dim",
+        "dim_head",
+    )
+    + (
+        "qk_rope_head_dim",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "index_head_dim",
+        "global_head_dim",
+    )
+    + (
+        "window_size",
+        "local_attention",
+        "attention_window_size",
+        "sliding_window_size",
+        "attention_chunk_size",
+    )
+    + (
+        "keep_window_size",
+        "index_topk",
+        "mamba_d_head",
+        "mamba_head_dim",
+        "swa_head_dim",
+        "swa_v_head_dim",
+        "indexer_head_dim",
+        "swa_rope_head_dim",
+    ),
     DEPTH: ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
     + ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
     + ("decoder_attention_heads", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     + ("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads", "swa_num_attention_heads"),
     2: ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_experts_per_tok", "moe_k")
-    + ("linear_num_key_heads", "moe_topk", "swa_num_key_value_heads", "num_experts_per_token", "expert_layer_period"),
+    + (
+        "linear_num_key_heads",
+        "moe_topk",
+        "swa_num_key_value_heads",
+        "num_experts_per_token",
+        "expert_layer_period",
+    ),
     1: ("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers", "n_shared_experts"),
 }
 # Multi-head latent attention derives these from its own sizes, and has as many key as query heads.
@@ -55,7 +104,9 @@ LARGEST = 20_000_000  # parameters; a type that the table above does not shrink 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_experts": 4, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
-    "blenderbot": {"encoder_layers": DEPTH},  # transformers' cache has that many layers for the decoder alone, too
+    "blenderbot": {
+        "encoder_layers": DEPTH
+    },  # transformers' cache has that many layers for the decoder alone, too
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2}
     | {
@@ -74,14 +125,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "altup_num_inputs": 2, "intermediate_size": 64}
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6,
+        "altup_num_inputs": 2,
+        "intermediate_size": 64,
+    }
     | {"layer_types": ["sliding_attention", "full_attention"] * 3},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16}
     | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"num_local_experts": 4, "num_experts_per_tok": 2, "linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "num_layers": 2, "zero_expert_num": 2},
@@ -112,7 +173,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # What a class starts at a constant (biases, norms, gates) would hide mistakes, or make all tokens tie.
+        # What a class starts at a constant (biases, norms, gates) would hide mistakes, or make tokens tie.
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.numel() > 1 and parameter.min() == parameter.max():

@@ -121,7 +121,7 @@ def _run_groups(
     if module.training and cache is None and not arguments.one_row_each:
         groups = padded_group(keep, counts)
     else:
-        # An attention module with a window of its own counts it back from the newest key: rows must not differ.
+        # An attention module with a window of its own counts back from the newest key: rows must not differ.
         own_window = site.window is not None and layer is not None and layer.sliding_window is None
         single = "flash" in site.attention or arguments.one_row_each or own_window
         groups = exact_groups(keep, counts, one_row_each=single)
