@@ -25,7 +25,8 @@ MASK_NAMES = ("attention_mask",)
 
 BIASES = {"alibi": True, "position_bias": False}
 """Arguments that are added to attention scores, hence as long as the keys, and whether their first axis holds
-the rows of the batch ([B·N, 1, C], BLOOM and Falcon) or only the heads ([N, 1, C or longer], MPT)."""
+the rows of the batch ([B·N, 1, C] or [B, N, 1, C], BLOOM and Falcon) or only the heads ([N, 1, C or longer],
+MPT)."""
 
 
 @functools.cache
@@ -198,7 +199,7 @@ class LayerArguments:
 def _gather_bias(
     bias: Tensor, with_rows: bool, batch: int, rows_R1: Tensor, keys_RK: Tensor, columns: int
 ) -> Tensor:
-    """A bias [B·N or N, 1, C'] of attention scores at the columns of these rows' keys: [R·N or N, 1, K].
+    """A bias of attention scores, laid out as `BIASES` says, at the columns of these rows' keys.
 
     It ends at the newest column; a longer one starts before the first. Key slots without a token get some
     other key's bias: the mask hides them.
@@ -206,7 +207,9 @@ def _gather_bias(
     at_RK = keys_RK.long().clamp(max=columns - 1).to(bias.device) + (bias.shape[-1] - columns)
     if not with_rows:
         return bias[..., at_RK[0]]
-    heads = bias.shape[0] // batch
-    picked_RN1C = bias.view(batch, heads, *bias.shape[1:])[rows_R1[:, 0].to(bias.device)]
+    flat = bias.dim() == 3
+    bias_BN1C = bias.view(batch, -1, *bias.shape[1:]) if flat else bias
+    picked_RN1C = bias_BN1C[rows_R1[:, 0].to(bias.device)]
     at = at_RK[:, None, None, :].expand(*picked_RN1C.shape[:-1], -1)
-    return picked_RN1C.gather(-1, at).flatten(0, 1)
+    picked_RN1K = picked_RN1C.gather(-1, at)
+    return picked_RN1K.flatten(0, 1) if flat else picked_RN1K

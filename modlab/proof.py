@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,13 +60,14 @@ class Unproven(Exception):
 
 
 @torch.no_grad()
-def prove(model_type: str, folder: Path, fresh: FreshProcess) -> None:
+def prove(model_type: str, folder: Path, fresh: FreshProcess, **changes: Any) -> None:
     """Holds a tiny model of the type against every claim.
 
     Args:
         model_type: by `config.model_type`.
         folder: an empty folder, to save the model to.
         fresh: the process that reloads it.
+        changes: made to the tiny model's config.
 
     Raises:
         Unproven: a claim does not hold.
@@ -73,7 +75,7 @@ def prove(model_type: str, folder: Path, fresh: FreshProcess) -> None:
         Exception: whatever the type's own class raises.
     """
     with quiet():
-        model = tiny_model(model_type)
+        model = tiny_model(model_type, **changes)
         names = attention_implementations(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         batch = Batch(model)
@@ -86,10 +88,10 @@ def prove(model_type: str, folder: Path, fresh: FreshProcess) -> None:
         for name in names:
             model.set_attn_implementation(name)
             dense[name] = batch.one_row(), batch.logits()
+            _sound(batch, name, *dense[name], eager=dense[names[0]][0])
             leaks[name] = batch.padding_leaks(dense[name][1])
             if name == names[0]:
                 batch.choose_cuts(dense[name][1][:1] if leaks[name] else dense[name][1])
-            _sound(batch, name, *dense[name], eager=dense[names[0]][0])
 
         # Not before the first forward: BigBird swaps a module of its own in it.
         classes = {name: type(module) for name, module in model.named_modules()}
@@ -328,15 +330,23 @@ class FreshProcess:
     def reload(self, folder: Path) -> str:
         """Reloads a saved model there and compares its logits: the reason why that fails, or ""."""
         if self._process is None:
-            command = [sys.executable, "-m", "modlab.proof"]
+            # This very modlab, whatever the working directory holds.
+            paths = [str(Path(modlab.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=None
+                [sys.executable, "-P", "-m", "modlab.proof"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{folder}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        return json.loads(answer) if answer else f"the process ended with {self._process.wait()}"
+        if answer:
+            return json.loads(answer)
+        ended, self._process = self._process.wait(), None
+        return f"the process ended with status {ended}"
 
 
 @torch.no_grad()

@@ -159,13 +159,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """A small model of the given type on the CPU, fp32, random weights from a fixed seed, in eval mode."""
+def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A small model of the given type on the CPU, fp32, random weights from a fixed seed, in eval mode;
+    `changes` are made to its config.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = tiny_config(CONFIG_MAPPING[model_type])
+    config = tiny_config(CONFIG_MAPPING[model_type], **changes)
     with torch.device("meta"):  # costs no memory: some types stay at billions of parameters
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if parameters > LARGEST:
@@ -181,8 +183,10 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     return model.eval()
 
 
-def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """An instance of the config class with small sizes; everything else as the class has it by default."""
+def tiny_config(config_class: type[PretrainedConfig], **wanted: Any) -> PretrainedConfig:
+    """An instance of the config class with small sizes; everything else as wanted, or as the class has it by
+    default.
+    """
     default = config_class()
     # What a type sets for single layers is hidden from getattr, not from vars.
     fields = vars(default)
@@ -218,16 +222,18 @@ def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
             changes[name] = 0
     changes.update((name, flag) for name, flag in FLAGS.items() if isinstance(settable(name), bool))
     changes.update(EXCEPTIONS.get(config_class.model_type, {}))
-    return config_class(**changes)
+    return config_class(**{**changes, **wanted})
 
 
 def every_kind(values: list[Any], count: int) -> list[Any]:
-    """The first `count` of a list with one entry a layer, its last ones replaced by kinds that come later."""
-    first = values[:count]
-    late = [value for value in dict.fromkeys(map(str, values)) if value not in map(str, first)]
-    by_name = {str(value): value for value in values}
-    late = late[: count - 1]
-    return first[: count - len(late)] + [by_name[name] for name in late]
+    """The first `count` of a list with one entry a layer; kinds that come later take the place of repeats."""
+    chosen = values[:count]
+    for value in values[count:]:
+        repeats = [i for i, other in enumerate(chosen) if other in chosen[:i]]
+        if value not in chosen and repeats:
+            del chosen[repeats[-1]]
+            chosen.append(value)
+    return chosen
 
 
 @contextmanager

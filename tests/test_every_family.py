@@ -8,6 +8,7 @@ claimed of a type, and how, is in modlab/proof.py.
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import transformers
 from packaging.version import Version
 
 from modlab import families
-from modlab.proof import FreshProcess
+from modlab.proof import FreshProcess, prove
 
 NEWEST = Version("5.24")
 """The transformers for which the tables below were written."""
@@ -105,12 +106,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("model_type", chosen)
 
 
-@pytest.fixture(scope="session")
-def fresh() -> Iterator[FreshProcess]:
-    with FreshProcess() as process:
-        yield process
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small only lose by more."""
@@ -131,6 +126,28 @@ def test_family(model_type: str, fresh: FreshProcess) -> None:
         pytest.fail(f"{model_type} is supported now: take it out of UNSUPPORTED ({expected!r}).")
     else:
         assert re.search(expected, reason), f"{model_type} is refused, but not because {expected!r}: {reason}"
+
+
+# What the same type can be by its config, beside its default.
+VARIANTS = [
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("falcon", {"alibi": True}),
+    ("falcon", {"alibi": True, "parallel_attn": False, "bias": True}),
+    ("falcon", {"new_decoder_architecture": True}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("mixtral", {"sliding_window": 8}),
+    ("mpt", {"attn_config": {"alibi": False}}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=[f"{n}-{'-'.join(c)}" for n, c in VARIANTS])
+def test_variant(name: str, changes: dict, fresh: FreshProcess, tmp_path: Path) -> None:
+    prove(name, tmp_path / "model", fresh, **changes)
 
 
 def test_the_table_of_unsupported_types_has_no_stray_names() -> None:
