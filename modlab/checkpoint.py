@@ -119,24 +119,70 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     described = _file(source, CONFIG_FILE, hub_arguments)
     if described is None:
         return model
-    weights, name = _file(source, ROUTER_FILE, hub_arguments), source
+    weights = _file(source, ROUTER_FILE, hub_arguments)
+    config, thresholds, base_model = _read_description(Path(described), source)
+    if weights is None:
+        raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
+    routers = _read_routers(Path(weights), source)
+    convert(model, config)
+    _fill_routers(model, routers, source)
+    set_threshold(model, thresholds)
+    model.mod_base_model = base_model  # type: ignore[assignment]
+    return model
+
+
+def convert_as_described(model: PreTrainedModel, folder: Path) -> None:
+    """Converts a dense model as modlab_config.json in `folder` says; the routers are new."""
+    config, thresholds, base_model = _read_description(folder / CONFIG_FILE, str(folder))
+    convert(model, config)
+    set_threshold(model, thresholds)
+    model.mod_base_model = base_model  # type: ignore[assignment]
+
+
+def describe_routing(model: PreTrainedModel, folder: Path) -> None:
+    """Writes modlab_config.json of a converted model into `folder`."""
+    routing = routing_of(model)
+    described = {
+        "config": routing.config.to_dict(),
+        "thresholds": routing.thresholds,
+        "base_model": model.mod_base_model,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load_routers(model: PreTrainedModel, file: Path) -> None:
+    """Gives a converted model the routers of a file that `save_pretrained` wrote.
+
+    Raises:
+        ModlabError: the file is missing, damaged, or another model's.
+    """
+    if not file.is_file():
+        raise ModlabError(f"there are no routers at {str(file)!r}: copy the whole checkpoint there.")
+    _fill_routers(model, _read_routers(file, str(file.parent)), str(file.parent))
+
+
+def _read_description(file: Path, name: str) -> tuple[MoDConfig, dict[int, float], str | None]:
+    """Config, thresholds and base model in a modlab_config.json; `name` is said in errors."""
     try:
-        saved = json.loads(Path(described).read_text(encoding="utf-8"))
-        config = MoDConfig.from_dict(saved["config"])
+        saved = json.loads(file.read_text(encoding="utf-8"))
         thresholds = {int(layer): p for layer, p in saved["thresholds"].items()}
+        return MoDConfig.from_dict(saved["config"]), thresholds, saved.get("base_model")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ModlabError(
             f"{CONFIG_FILE} in {name!r} cannot be read ({error!r}): save the model again."
         ) from error
-    if weights is None:
-        raise ModlabError(f"{name!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
+
+
+def _read_routers(file: Path, name: str) -> dict[str, Tensor]:
     try:
-        routers = load_file(weights)
+        return load_file(file)
     except SafetensorError as error:
         raise ModlabError(
             f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again."
         ) from error
-    convert(model, config)
+
+
+def _fill_routers(model: PreTrainedModel, routers: dict[str, Tensor], name: str) -> None:
     expected = set(_router_state(model))
     if set(routers) != expected:
         raise ModlabError(
@@ -144,9 +190,6 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
             f"({sorted(set(routers) ^ expected)[0]}): the folder mixes two models, save it again."
         )
     model.load_state_dict(routers, strict=False)
-    set_threshold(model, thresholds)
-    model.mod_base_model = saved.get("base_model")  # type: ignore[union-attr]
-    return model
 
 
 def save_converted(
@@ -169,18 +212,11 @@ def save_converted(
         return
     state = dict(model.state_dict() if state_dict is None else state_dict)
     routers = {name: t.detach().cpu().contiguous() for name, t in state.items() if f".{ROUTER}." in name}
-    routing = routing_of(model)
-    described = {
-        "config": routing.config.to_dict(),
-        "thresholds": routing.thresholds,
-        "base_model": model.mod_base_model,
-    }
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
         with _left_out(model, routers):
             save_dense(folder, state_dict=state, **kwargs)
         save_file(routers, folder / ROUTER_FILE)
-        text = json.dumps(described, indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        describe_routing(model, folder)
         mark_converted(folder / "config.json")
         write_card(model, folder, Path(save_directory), evaluation)
 
