@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "modlab_config.json"
 ROUTER_FILE = "modlab_router.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": "mod", "demo-dense": "dense"}
@@ -57,7 +58,7 @@ def load(
 
     Args:
         name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
-            twin), a local folder, or a hub id.
+            twin), a local folder, or a hub id. A folder of PEFT adapters gives a `PeftModel` on its base.
         kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...). The demos load
             in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
 
@@ -77,6 +78,10 @@ def load(
                 f"this installation lacks the demo model ({source}): reinstall modlab from its wheel, or "
                 "make the demo with scripts/demo/run.py."
             )
+    if Path(source, ADAPTER_CONFIG).is_file() and not Path(source, "config.json").is_file():
+        from modlab.integrations.peft import load_adapter  # it loads the base by this function
+
+        return load_adapter(source, **kwargs)
     _check_folder(source)
     try:
         model = _from_pretrained(source, kwargs)
@@ -87,7 +92,7 @@ def load(
         ) from error
     except ModlabError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModlabError(_explain(name, error)) from error
     if not is_converted(model):
         restore_routers(model, source, **_hub_arguments(kwargs))
@@ -99,10 +104,14 @@ def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if kwargs.get("quantization_config") is None:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     # transformers takes the marker for a quantisation of its own, beside which it allows no other
+    kwargs = dict(kwargs)
+    quantization = kwargs.pop("quantization_config")  # or it would replace the marker in the config
     config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     if getattr(config, "quantization_config", None) == MARKER:
         del config.quantization_config
-    return AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(
+        source, config=config, quantization_config=quantization, **kwargs
+    )
 
 
 def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -> PreTrainedModel:
@@ -120,7 +129,7 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     if described is None:
         return model
     weights = _file(source, ROUTER_FILE, hub_arguments)
-    config, thresholds, base_model = _read_description(Path(described), source)
+    config, thresholds, base_model = read_description(Path(described), source)
     if weights is None:
         raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
     routers = _read_routers(Path(weights), source)
@@ -133,7 +142,7 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
 
 def convert_as_described(model: PreTrainedModel, folder: Path) -> None:
     """Converts a dense model as modlab_config.json in `folder` says; the routers are new."""
-    config, thresholds, base_model = _read_description(folder / CONFIG_FILE, str(folder))
+    config, thresholds, base_model = read_description(folder / CONFIG_FILE, str(folder))
     convert(model, config)
     set_threshold(model, thresholds)
     model.mod_base_model = base_model  # type: ignore[assignment]
@@ -161,7 +170,7 @@ def load_routers(model: PreTrainedModel, file: Path) -> None:
     _fill_routers(model, _read_routers(file, str(file.parent)), str(file.parent))
 
 
-def _read_description(file: Path, name: str) -> tuple[MoDConfig, dict[int, float], str | None]:
+def read_description(file: Path, name: str) -> tuple[MoDConfig, dict[int, float], str | None]:
     """Config, thresholds and base model in a modlab_config.json; `name` is said in errors."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from modlab import objectives
-from modlab.checkpoint import ROUTER_FILE, describe_routing, load_routers
+from modlab.checkpoint import ADAPTER_CONFIG, ROUTER_FILE, describe_routing, load_routers
 from modlab.errors import ModlabError
 from modlab.routing import Recording, is_converted, record_routing
 from modlab.train_checks import choose_objective
@@ -93,6 +93,12 @@ class MoDCallback(TrainerCallback):
         self.model = converted_model(model)
         self.routing: Routing = self.model.mod  # type: ignore[assignment]
         self.objective = choose_objective(self.config, self.model)
+        learning = any(p.requires_grad for name, p in self.model.named_parameters() if "router" in name)
+        if self.objective != "none" and not learning:
+            raise ModlabError(
+                "the routers are frozen: set requires_grad, or with PEFT take the LoraConfig from "
+                "modlab.integrations.peft.lora_config(model)."
+            )
         self.what_if_before = self.routing.what_if
         self.open = contextlib.ExitStack()
         self.recording: Recording | None = None
@@ -149,7 +155,7 @@ class MoDCallback(TrainerCallback):
     ) -> None:
         """A PEFT checkpoint holds the routers among its adapters; how to convert the base is added."""
         folder = _checkpoint(args, state)
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             describe_routing(self.model, folder)
 
     def on_train_end(
@@ -174,8 +180,7 @@ class MoDCallback(TrainerCallback):
         term = routing_objective(self.objective, step, self.target, self.config)
         if self.objective != "none" and not term.requires_grad:
             raise ModlabError(
-                "the routers get no gradient. Either they are frozen (with PEFT use "
-                "modlab.integrations.peft.lora_config), or gradient checkpointing is reentrant: set "
+                "the routers get no gradient, because gradient checkpointing is reentrant: set "
                 "use_reentrant=False among its arguments."
             )
         self.added = True
