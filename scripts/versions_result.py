@@ -22,10 +22,8 @@ def outcome(results: Path) -> dict[str, Any]:
     """Counts and failures of a JUnit file that pytest wrote."""
     root = ElementTree.parse(results).getroot()
     suites = list(root.iter("testsuite"))
-    total, failed, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites)
-        for name in ("tests", "failures", "errors", "skipped")
-    )
+    names = ("tests", "failures", "errors", "skipped")
+    total, failed, errors, skipped = (sum(int(s.get(name, 0)) for s in suites) for name in names)
     wrong = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in root.iter("testcase")

@@ -92,8 +92,8 @@ def evaluate_tasks(
     unknown = [t for t in names if not manager.match_tasks([t])]
     if unknown:
         raise ModlabError(
-            f"lm-evaluation-harness knows no task {unknown[0]!r}: `lm-eval ls tasks` lists them; a file of your "
-            "own is given by its path (.yaml)."
+            f"lm-evaluation-harness knows no task {unknown[0]!r}: `lm-eval ls tasks` lists them; a file of "
+            "your own is given by its path (.yaml)."
         )
     missing = [t for t in tasks if t.endswith(".yaml") and not os.path.isfile(t)]
     if missing:
