@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "modlab_config.json"
 ROUTER_FILE = "modlab_router.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": "mod", "demo-dense": "dense"}
@@ -57,7 +58,7 @@ def load(
 
     Args:
         name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
-            twin), a local folder, or a hub id.
+            twin), a local folder, or a hub id. A folder of PEFT adapters gives a `PeftModel` on its base.
         kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...). The demos load
             in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
 
@@ -77,6 +78,10 @@ def load(
                 f"this installation lacks the demo model ({source}): reinstall modlab from its wheel, or "
                 "make the demo with scripts/demo/run.py."
             )
+    if Path(source, ADAPTER_CONFIG).is_file() and not Path(source, "config.json").is_file():
+        from modlab.integrations.peft import load_adapter  # it loads the base by this function
+
+        return load_adapter(source, **kwargs)
     _check_folder(source)
     try:
         model = _from_pretrained(source, kwargs)
@@ -87,7 +92,7 @@ def load(
         ) from error
     except ModlabError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModlabError(_explain(name, error)) from error
     if not is_converted(model):
         restore_routers(model, source, **_hub_arguments(kwargs))
@@ -99,10 +104,14 @@ def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if kwargs.get("quantization_config") is None:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     # transformers takes the marker for a quantisation of its own, beside which it allows no other
+    kwargs = dict(kwargs)
+    quantization = kwargs.pop("quantization_config")  # or it would replace the marker in the config
     config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     if getattr(config, "quantization_config", None) == MARKER:
         del config.quantization_config
-    return AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(
+        source, config=config, quantization_config=quantization, **kwargs
+    )
 
 
 def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -> PreTrainedModel:
@@ -119,24 +128,70 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     described = _file(source, CONFIG_FILE, hub_arguments)
     if described is None:
         return model
-    weights, name = _file(source, ROUTER_FILE, hub_arguments), source
+    weights = _file(source, ROUTER_FILE, hub_arguments)
+    config, thresholds, base_model = read_description(Path(described), source)
+    if weights is None:
+        raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
+    routers = _read_routers(Path(weights), source)
+    convert(model, config)
+    _fill_routers(model, routers, source)
+    set_threshold(model, thresholds)
+    model.mod_base_model = base_model  # type: ignore[assignment]
+    return model
+
+
+def convert_as_described(model: PreTrainedModel, folder: Path) -> None:
+    """Converts a dense model as modlab_config.json in `folder` says; the routers are new."""
+    config, thresholds, base_model = read_description(folder / CONFIG_FILE, str(folder))
+    convert(model, config)
+    set_threshold(model, thresholds)
+    model.mod_base_model = base_model  # type: ignore[assignment]
+
+
+def describe_routing(model: PreTrainedModel, folder: Path) -> None:
+    """Writes modlab_config.json of a converted model into `folder`."""
+    routing = routing_of(model)
+    described = {
+        "config": routing.config.to_dict(),
+        "thresholds": routing.thresholds,
+        "base_model": model.mod_base_model,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load_routers(model: PreTrainedModel, file: Path) -> None:
+    """Gives a converted model the routers of a file that `save_pretrained` wrote.
+
+    Raises:
+        ModlabError: the file is missing, damaged, or another model's.
+    """
+    if not file.is_file():
+        raise ModlabError(f"there are no routers at {str(file)!r}: copy the whole checkpoint there.")
+    _fill_routers(model, _read_routers(file, str(file.parent)), str(file.parent))
+
+
+def read_description(file: Path, name: str) -> tuple[MoDConfig, dict[int, float], str | None]:
+    """Config, thresholds and base model in a modlab_config.json; `name` is said in errors."""
     try:
-        saved = json.loads(Path(described).read_text(encoding="utf-8"))
-        config = MoDConfig.from_dict(saved["config"])
+        saved = json.loads(file.read_text(encoding="utf-8"))
         thresholds = {int(layer): p for layer, p in saved["thresholds"].items()}
+        return MoDConfig.from_dict(saved["config"]), thresholds, saved.get("base_model")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ModlabError(
             f"{CONFIG_FILE} in {name!r} cannot be read ({error!r}): save the model again."
         ) from error
-    if weights is None:
-        raise ModlabError(f"{name!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
+
+
+def _read_routers(file: Path, name: str) -> dict[str, Tensor]:
     try:
-        routers = load_file(weights)
+        return load_file(file)
     except SafetensorError as error:
         raise ModlabError(
             f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again."
         ) from error
-    convert(model, config)
+
+
+def _fill_routers(model: PreTrainedModel, routers: dict[str, Tensor], name: str) -> None:
     expected = set(_router_state(model))
     if set(routers) != expected:
         raise ModlabError(
@@ -144,9 +199,6 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
             f"({sorted(set(routers) ^ expected)[0]}): the folder mixes two models, save it again."
         )
     model.load_state_dict(routers, strict=False)
-    set_threshold(model, thresholds)
-    model.mod_base_model = saved.get("base_model")  # type: ignore[union-attr]
-    return model
 
 
 def save_converted(
@@ -169,18 +221,11 @@ def save_converted(
         return
     state = dict(model.state_dict() if state_dict is None else state_dict)
     routers = {name: t.detach().cpu().contiguous() for name, t in state.items() if f".{ROUTER}." in name}
-    routing = routing_of(model)
-    described = {
-        "config": routing.config.to_dict(),
-        "thresholds": routing.thresholds,
-        "base_model": model.mod_base_model,
-    }
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
         with _left_out(model, routers):
             save_dense(folder, state_dict=state, **kwargs)
         save_file(routers, folder / ROUTER_FILE)
-        text = json.dumps(described, indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        describe_routing(model, folder)
         mark_converted(folder / "config.json")
         write_card(model, folder, Path(save_directory), evaluation)
 

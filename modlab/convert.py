@@ -46,6 +46,11 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         raise ModlabError(
             "the model is converted already: modlab.revert(model) first, or modlab.set_threshold."
         )
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        raise ModlabError(
+            "convert the model before it gets adapters: modlab.convert(base), then "
+            "peft.get_peft_model(base, modlab.integrations.peft.lora_config(base))."
+        )
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ModlabError(
             f"modlab.convert needs a causal language model of transformers (AutoModelForCausalLM); this is a "
@@ -89,6 +94,11 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     now).
     """
     routing = routing_of(model)
+    if not isinstance(model, RoutedModel):
+        raise ModlabError(
+            f"this {type(model).__name__} wraps the converted model: revert that one (PEFT: "
+            "model.merge_and_unload() or model.unload() gives it back)."
+        )
     hooks: list[RemovableHandle] = routing.hooks
     for hook in hooks:
         hook.remove()

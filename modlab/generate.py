@@ -36,14 +36,21 @@ class RoutedModel(RoutedModule):
             return dense._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.cache_implementation not in RAGGED_IMPLEMENTATIONS:
             raise ModlabError(
-                f"cache_implementation={generation_config.cache_implementation!r} stores every token; a "
-                "converted model "
-                "generates with modlab's ragged cache. Leave cache_implementation out, or "
+                f"cache_implementation={generation_config.cache_implementation!r}: routed layers store only "
+                "the tokens they keep, so a converted model generates with modlab's ragged cache, which has "
+                "no static, offloaded or quantized form. Leave cache_implementation out, or "
                 "modlab.revert(model) first."
             )
         model: Any = self
         model_kwargs[cache_argument(model)] = RaggedCache(model)
         return None
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching (`generate_batch`, too) keeps its own paged cache of every token: refused."""
+        raise ModlabError(
+            "continuous batching stores every token of every layer in a paged cache, which a routed layer "
+            "cannot use: call model.generate on padded batches, or modlab.revert(model) first."
+        )
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any

@@ -18,7 +18,7 @@ from modlab.errors import ModlabError
 from modlab.ops.packed import run_packed, run_packed_mlp
 from modlab.ops.reference import run_masked
 from modlab.router import Router
-from modlab.routing import Decision, ForwardCall, Routing
+from modlab.routing import Decision, ForwardCall, Routing, eager
 
 CALL = "mod_call"
 """Name under which a routed layer is handed the forward it is part of, beside its own arguments."""
@@ -119,6 +119,7 @@ class RoutedLayer(RoutedModule):
         kwargs.setdefault(CALL, self.mod_routing.call)
         return super().__call__(*args, **kwargs)
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.mod_routing.within(kwargs.pop(CALL, None)):
             routing = self.mod_routing
@@ -152,6 +153,7 @@ class RoutedBranch(RoutedModule):
     others.
     """
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
@@ -162,6 +164,7 @@ class RoutedBranch(RoutedModule):
 class RoutedMLP(RoutedModule):
     """An MLP that runs for the tokens that its layer's router keeps, and adds nothing to the others."""
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)

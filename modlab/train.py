@@ -35,7 +35,14 @@ from modlab.train_checks import check_fit, check_length, check_processes, check_
 from modlab.train_config import TrainConfig, is_what_if, lr_factor
 from modlab.train_files import checkpoints, find_checkpoint, log_until, write_json, write_lines
 from modlab.train_result import Stopped, TrainResult
-from modlab.train_step import evaluate, forward_logits, labels_of, parameter_groups, recording_of
+from modlab.train_step import (
+    evaluate,
+    forward_logits,
+    labels_of,
+    parameter_groups,
+    recording_of,
+    routing_objective,
+)
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "train"]
 
@@ -306,12 +313,7 @@ class _Run:
         if recording is not None:
             step = recording.steps[-1]
             kept = objectives.keep_ratios(step)
-            if self.objective == "target":
-                regulariser = objectives.target_objective(step, self.target, config.lam, config.per_layer)
-            elif self.objective == "load":
-                regulariser = objectives.load_objective(step, config.alpha)
-            elif self.objective == "bce":
-                regulariser = config.bce * objectives.topk_bce(step)
+            regulariser = routing_objective(self.objective, step, self.target, config)
         if config.kl:
             with torch.no_grad(), self._autocast():
                 teacher = forward_logits(self.teacher, batch)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from modlab import objectives
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
-from modlab.routing import is_converted, record_routing
-from modlab.train_config import TrainConfig
+from modlab.routing import RoutingStep, is_converted, record_routing
+from modlab.train_config import Objective, TrainConfig
 
 
 @torch.no_grad()
@@ -116,6 +116,24 @@ def labels_of(batch: Batch) -> Tensor:
     if "attention_mask" in batch:
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, objectives.IGNORE)
     return batch["input_ids"]
+
+
+def routing_objective(objective: Objective, step: RoutingStep, target: float, config: TrainConfig) -> Tensor:
+    """The term that trains the routers, scalar fp32; 0 for the objective "none".
+
+    Args:
+        objective: as `choose_objective` settled it.
+        step: a recorded forward, with gradient.
+        target: the keep ratio asked for now, for "target".
+        config: weights of the terms.
+    """
+    if objective == "target":
+        return objectives.target_objective(step, target, config.lam, config.per_layer)
+    if objective == "load":
+        return objectives.load_objective(step, config.alpha)
+    if objective == "bce":
+        return config.bce * objectives.topk_bce(step)
+    return torch.zeros((), device=step.real.device)
 
 
 def recording_of(model: Any, detach: bool) -> Any:

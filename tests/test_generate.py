@@ -5,6 +5,7 @@ import torch
 from transformers import TextStreamer
 
 import modlab
+from modlab.cache_argument import cache_argument
 from modlab.errors import ModlabError
 
 from .test_cache import IDS, MASK, expected_kept, random_routing
@@ -59,14 +60,14 @@ def test_cache_is_ragged_and_carries_over_to_the_next_turn(tiny_llama) -> None:
         seen = torch.ones(1, cache.get_seq_length(), dtype=torch.long)
         assert torch.equal(cache.kept_tokens, expected_kept(tiny_llama, seen))
         turn = torch.cat([out.sequences, IDS[1:2, :6]], 1)
-        carried = tiny_llama.generate(turn, past_key_values=cache, **GREEDY)
+        carried = tiny_llama.generate(turn, **{cache_argument(tiny_llama): cache}, **GREEDY)
         fresh = tiny_llama.generate(turn, **GREEDY)
     assert torch.equal(carried, fresh)
 
 
 def test_own_cache_can_be_passed(tiny_llama) -> None:
     cache = modlab.RaggedCache(tiny_llama)
-    tiny_llama.generate(IDS, past_key_values=cache, **GREEDY)
+    tiny_llama.generate(IDS, **{cache_argument(tiny_llama): cache}, **GREEDY)
     assert cache.get_seq_length() == 40 + 12 - 1
 
 
@@ -94,11 +95,6 @@ def test_streamer(tiny_llama) -> None:
     streamer = Tokens()
     out = tiny_llama.generate(IDS[:1], streamer=streamer, **GREEDY)
     assert streamer.tokens == [*out[0].tolist(), -1]
-
-
-def test_a_cache_that_stores_everything_is_refused(tiny_llama) -> None:
-    with pytest.raises(ModlabError, match="stores every token"):
-        tiny_llama.generate(IDS, cache_implementation="static", **GREEDY)
 
 
 def test_prompt_longer_than_the_context(make_llama) -> None:

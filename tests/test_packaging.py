@@ -65,8 +65,13 @@ def test_environment_yml_and_pyproject_agree() -> None:
 def test_every_dependency_has_a_lower_bound_that_is_met() -> None:
     from importlib.metadata import version
 
-    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
+    extras = PROJECT["optional-dependencies"]
+    lines = [line for name in ("test", "peft", "trl", "eval", "quantized") for line in extras[name]]
+    for line in PROJECT["dependencies"] + lines:
         requirement = Requirement(line)
+        if requirement.name == PROJECT["name"]:  # its own extras, all of them among these lines
+            assert requirement.extras <= extras.keys()
+            continue
         assert any(spec.operator == ">=" for spec in requirement.specifier), line
         installed = Version(version(requirement.name))
         assert requirement.specifier.contains(installed.public, prereleases=True), f"{line}: {installed}"

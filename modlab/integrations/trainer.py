@@ -1,0 +1,223 @@
+"""Trainers of transformers, and those of TRL that build on them, train a converted model's routers.
+
+    from modlab.integrations.trainer import MoDCallback
+
+    Trainer(model, args, train_dataset=data, callbacks=[MoDCallback(keep_ratio=0.25)]).train()
+
+While such a trainer trains, the model adds the routing objective to the loss it returns, as
+mixture-of-experts models add theirs. The objectives, the ramp and the what-if passes are those of
+`modlab.train`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from modlab import objectives
+from modlab.checkpoint import ADAPTER_CONFIG, ROUTER_FILE, describe_routing, load_routers
+from modlab.errors import ModlabError
+from modlab.routing import Recording, is_converted, record_routing
+from modlab.train_checks import choose_objective
+from modlab.train_config import Objective, TrainConfig, is_what_if
+from modlab.train_step import routing_objective
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+    from modlab.routing import Routing
+
+IGNORE = objectives.IGNORE
+
+
+class MoDCallback(TrainerCallback):
+    """Makes a `Trainer` (also TRL's `SFTTrainer`, also around a PEFT model) train the routers.
+
+    The trainer has to take the loss from the model's output; one that computes its own from the logits never
+    sees the objective, and the callback refuses it at the end of the first step.
+
+    Each log entry gains `keep_ratio` (share of tokens kept in routed layers) and `routing_objective`, both
+    the mean since the entry before. Checkpoints carry the routers, and a resumed run loads them.
+
+    Args:
+        objective: "target" (two-sided keep ratio), "load" (the paper's), "bce" (top-k), "none", or "auto".
+        keep_ratio: what "target" aims at: mean share of tokens kept in the routed layers, in (0, 1].
+        lam: weight of the target term.
+        per_layer: "target" pulls every layer to keep_ratio instead of their mean.
+        alpha: weight of the load term.
+        bce: weight of the top-k term.
+        ramp: share of the run over which the target falls from 1 to keep_ratio.
+        what_if: share of steps, evenly spread, in which routed layers run on all tokens.
+
+    Raises:
+        ModlabError: settings that cannot work; when training begins, a dense model.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = "auto",
+        keep_ratio: float = TrainConfig.keep_ratio,
+        lam: float = TrainConfig.lam,
+        per_layer: bool = TrainConfig.per_layer,
+        alpha: float = TrainConfig.alpha,
+        bce: float = TrainConfig.bce,
+        ramp: float = TrainConfig.ramp,
+        what_if: float = TrainConfig.what_if,
+    ) -> None:
+        self.config = TrainConfig(
+            steps=1,  # the trainer's arguments say how long
+            objective=objective,
+            keep_ratio=keep_ratio,
+            lam=lam,
+            per_layer=per_layer,
+            alpha=alpha,
+            bce=bce,
+            ramp=ramp,
+            what_if=what_if,
+        )
+        self.config.check()
+        self.hooks: list[RemovableHandle] = []
+
+    # ---- what the trainer calls
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self.model = converted_model(model)
+        self.routing: Routing = self.model.mod  # type: ignore[assignment]
+        self.objective = choose_objective(self.config, self.model)
+        learning = any(p.requires_grad for name, p in self.model.named_parameters() if "router" in name)
+        if self.objective != "none" and not learning:
+            raise ModlabError(
+                "the routers are frozen: set requires_grad, or with PEFT take the LoraConfig from "
+                "modlab.integrations.peft.lora_config(model)."
+            )
+        self.what_if_before = self.routing.what_if
+        self.open = contextlib.ExitStack()
+        self.recording: Recording | None = None
+        self.target = 1.0
+        self.logged: list[tuple[Tensor, Tensor]] = []
+        self.added = False
+        if state.global_step and self.model is model:
+            named = Path(args.resume_from_checkpoint or "", ROUTER_FILE)
+            usual = _checkpoint(args, state) / ROUTER_FILE
+            load_routers(self.model, named if named.is_file() else usual)
+        self._remove_hooks()
+        # On the outermost model: PEFT calls the forward inside it, past its hooks.
+        self.hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._add_objective, with_kwargs=True),
+            model.register_forward_hook(self._close, always_call=True),
+        ]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        progress = state.global_step / max(state.max_steps, 1)
+        self.target = objectives.ramped_target(self.config.keep_ratio, progress, self.config.ramp)
+        self.routing.what_if = is_what_if(self.config.what_if, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.added:
+            raise ModlabError(
+                "this trainer did not ask the model for a loss (no labels among its inputs), so the routing "
+                "objective is not in what it minimises: train with modlab.train, or with a trainer that uses "
+                "the model's own loss."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.logged or logs is None or "loss" not in logs:
+            return
+        terms, kept = (torch.stack(column).mean().item() for column in zip(*self.logged, strict=True))
+        figures = {"keep_ratio": kept, "routing_objective": terms}
+        self.logged = []
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A PEFT checkpoint holds the routers among its adapters; how to convert the base is added."""
+        folder = _checkpoint(args, state)
+        if (folder / ADAPTER_CONFIG).is_file():
+            describe_routing(self.model, folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remove_hooks()
+        self.routing.what_if = self.what_if_before
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and self.model is kwargs["model"]:
+            load_routers(self.model, Path(best, ROUTER_FILE))
+
+    # ---- hooks on the model
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            self.recording = self.open.enter_context(record_routing(self.model, detach=False))
+
+    def _add_objective(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.recording is None or getattr(output, "loss", None) is None:
+            return output
+        step = self.recording.steps[-1]
+        term = routing_objective(self.objective, step, self.target, self.config)
+        if self.objective != "none" and not term.requires_grad:
+            raise ModlabError(
+                "the routers get no gradient, because gradient checkpointing is reentrant: set "
+                "use_reentrant=False among its arguments."
+            )
+        self.added = True
+        self.logged.append((term.detach(), objectives.keep_ratios(step).mean()))
+        output.loss = output.loss + term.to(output.loss.dtype) * _share_of_step(kwargs)
+        return output
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.open.close()
+        self.recording = None
+
+    def _remove_hooks(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
+def converted_model(model: nn.Module) -> PreTrainedModel:
+    """The converted model itself, where `model` is or wraps one (PEFT, DDP, torch.compile).
+
+    Raises:
+        ModlabError: there is none.
+    """
+    found = next((m for m in model.modules() if "mod" in m.__dict__ and is_converted(m)), None)
+    if found is None:
+        raise ModlabError(f"this {type(model).__name__} is dense: call modlab.convert(model) first.")
+    return found  # type: ignore[return-value]
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
+
+
+def _share_of_step(inputs: dict[str, Any]) -> Tensor | float:
+    """How much of an optimiser step these inputs are: a trainer that accumulates gradients says how many
+    tokens the whole step predicts, and the model's loss is divided by that."""
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if items is None or labels is None:
+        return 1.0
+    return (labels[:, 1:] != IGNORE).sum() / items
