@@ -36,8 +36,9 @@ MLP = re.compile(r"mlp|feedforward|ffn|moe|expert", re.IGNORECASE)
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The stack of decoder layers with its embeddings: what turns token ids into hidden states."""
     decoder = model.get_decoder()
+    base: Any = model.base_model
     # ModernBERT's answer is its language model head.
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return decoder if isinstance(decoder, PreTrainedModel) else base
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -72,7 +73,8 @@ def attention_name(layer: nn.Module) -> str | None:
 
 def attends(layer: nn.Module) -> bool:
     """Whether the layer takes a mask or a cache of keys. RWKV's attention, by name alone, takes neither."""
-    parameters = forward_signature(type(layer)).parameters.values()
+    layer_class: Any = type(layer)
+    parameters = forward_signature(layer_class).parameters.values()
     return any(
         p.name in (*MASK_NAMES, *CACHE_ARGUMENTS) or p.kind is inspect.Parameter.VAR_KEYWORD
         for p in parameters

@@ -123,9 +123,9 @@ class RoutedLayer(RoutedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.mod_routing.within(kwargs.pop(CALL, None)):
             routing = self.mod_routing
-            tokens = routing.require_call().real
-            arguments = LayerArguments(self.dense_class, args, kwargs, tuple(tokens.shape))
-            self._check(tuple(arguments.hidden.shape[:2]), tuple(tokens.shape))
+            rows, time = routing.require_call().real.shape
+            arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
+            self._check(tuple(arguments.hidden.shape[:2]), (rows, time))
             decision = routing.decide(self.mod_index, self.mod_router, arguments.residual_BTD, self.training)
             if routing.config.skip != "layer":
                 return super().forward(*args, **kwargs)

@@ -217,7 +217,8 @@ class Routing:
 
     def enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: notes the caller's attention_mask."""
-        bound = forward_signature(type(module)).bind_partial(*args, **kwargs).arguments
+        module_class: Any = type(module)
+        bound = forward_signature(module_class).bind_partial(*args, **kwargs).arguments
         self.caller_mask = (bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask")),)
 
     def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_tasks(options: argparse.Namespace) -> int:
-    from modlab.bench import circumstances
+    from modlab.bench.results import circumstances
     from modlab.integrations.lm_eval import evaluate_tasks
 
     model, tokenizer = load_model(options, options.model)

@@ -111,7 +111,7 @@ def _prefill_routed(
     kwargs.pop(CALL, None)
     arguments = LayerArguments(layer.dense_class, args, kwargs)
     x = arguments.hidden
-    decision = routing.decide(index, layer.mod_router, x, training=False)
+    decision = routing.decide(index, layer.mod_router, arguments.residual_BTD, training=False)
     keep_S = decision.keep[0]
     passed = keep_S.cumsum(0)[ends - 1].tolist()  # the one host sync of the layer
     slot.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
@@ -224,9 +224,10 @@ def _decode_routed(
     **kwargs: Any,
 ) -> Any:
     kwargs.pop(CALL, None)
-    x_B1D = LayerArguments(layer.dense_class, args, kwargs).hidden
+    arguments = LayerArguments(layer.dense_class, args, kwargs)
+    x_B1D = arguments.hidden
     call = RouterCall(
-        x_BD=x_B1D[:, 0],
+        x_BD=arguments.residual_BTD[:, 0],
         weight_D=layer.mod_router.weight,
         bias_1=layer.mod_router.bias,
         threshold_1=slot.threshold,
