@@ -94,6 +94,18 @@ REFUSALS = ("mamba", "falcon_h1", "dory", "cpmant")
 """Refused types that are tested by default."""
 
 
+NOT_CAUSAL = "transformers' own model sees later tokens"
+OLDER = {
+    "big_bird": NOT_CAUSAL,
+    "cohere_compass_text": "no tiny model of it works: RuntimeError: The expanded size",
+    "doge": "transformers' own sdpa attention differs from its eager one",
+    "megatron-bert": NOT_CAUSAL,
+    "rembert": NOT_CAUSAL,
+    "roformer": NOT_CAUSAL,
+}
+"""What transformers 5.17, the oldest supported, has wrong itself; a version up to `NEWEST` put it right."""
+
+
 def fast(model_type: str) -> bool:
     return model_type in (*families.REQUIRED, *MECHANISMS, *REFUSALS)
 
@@ -120,6 +132,8 @@ def test_family(model_type: str, fresh: FreshProcess) -> None:
         pytest.skip("whether it converts is not known where timm is installed")
     reason = families.why_not(model_type, fresh)
     expected = UNSUPPORTED.get(model_type)
+    if reason and model_type in OLDER and Version(transformers.__version__) < NEWEST:
+        expected = OLDER[model_type]
     if expected is None:
         assert not reason, f"{model_type} was supported and is not any more: {reason}"
     elif not reason:

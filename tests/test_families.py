@@ -78,7 +78,7 @@ def test_layers_that_ignore_the_routing_are_noticed(monkeypatch: pytest.MonkeyPa
         return decision
 
     monkeypatch.setattr(Routing, "decide", keep_all)
-    assert "keeps all tokens" in refusal(fresh)
+    assert refusal(fresh).startswith("skipping tokens does not change the logits")
 
 
 def test_a_conversion_that_changes_the_model_is_noticed(monkeypatch: pytest.MonkeyPatch, fresh) -> None:
