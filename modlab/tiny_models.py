@@ -238,11 +238,14 @@ def every_kind(values: list[Any], count: int) -> list[Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log lines of a hundred odd configs away."""
+    """Keep the log lines and bars of a hundred odd configs away."""
     logging = importlib.import_module("transformers.utils.logging")
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
