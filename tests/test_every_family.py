@@ -100,6 +100,7 @@ OLDER = {
     "cohere_compass_text": "no tiny model of it works: RuntimeError: The expanded size",
     "doge": "transformers' own sdpa attention differs from its eager one",
     "megatron-bert": NOT_CAUSAL,
+    "moshi": NOT_CAUSAL,
     "rembert": NOT_CAUSAL,
     "roformer": NOT_CAUSAL,
 }
