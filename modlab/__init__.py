@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from modlab.checkpoint import load
     from modlab.config import MoDConfig
     from modlab.convert import convert, revert
+    from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
     from modlab.errors import ModlabError
     from modlab.kv import KVTracker
     from modlab.measure import calibrate, sweep
     from modlab.routing import is_converted, record_routing, routing_override, set_threshold
+    from modlab.routing_table import RoutingTable
     from modlab.trace import RoutingTrace, trace
     from modlab.train import TrainConfig, TrainResult, train
 
@@ -38,6 +40,10 @@ _HOME: dict[str, str | None] = {
     "record_routing": "routing",
     "routing_override": "routing",
     "set_threshold": "routing",
+    "RoutingTable": "routing_table",
+    "enable_fast_generation": "engine",
+    "disable_fast_generation": "engine",
+    "fast_generation_report": "engine",
     "KVTracker": "kv",
     "calibrate": "measure",
     "sweep": "measure",
@@ -55,13 +61,17 @@ __all__ = [
     "MoDConfig",
     "ModlabError",
     "RaggedCache",
+    "RoutingTable",
     "RoutingTrace",
     "TrainConfig",
     "TrainResult",
     "__version__",
     "calibrate",
     "convert",
+    "disable_fast_generation",
+    "enable_fast_generation",
     "families",
+    "fast_generation_report",
     "is_converted",
     "load",
     "record_routing",

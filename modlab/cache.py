@@ -4,6 +4,7 @@ A `RaggedLayer` keeps all rows of a batch in one flat buffer, each row in a segm
 
     keys   [G, C, H]   | row 0 ......... free | row 1 ... free | row 2 ............ free |
     columns   [C]      | where in the padded batch each stored token stood
+    indexer   [C, H]   | only in sparse attention: the key by which its indexer picks
 
 so that allocated bytes follow kept tokens, whatever the rows' imbalance. Unrouted layers use the layer types
 that `transformers.DynamicCache` would give them.
@@ -55,6 +56,7 @@ class RaggedLayer(CacheLayerMixin):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.columns: Tensor | None = None
+        self.indexer_keys: Tensor | None = None
         self.is_initialized = False
         self.cumulative_length = 0  # columns seen, kept or not; the name is transformers' own
         self.starts: list[int] = []
@@ -121,8 +123,20 @@ class RaggedLayer(CacheLayerMixin):
         slots_RS = self._slots(rows, S, staged=True)
         self.keys[:, slots_RS] = keys.transpose(0, 1)
         self.values[:, slots_RS] = values.transpose(0, 1)
-        slots_RK = self._key_slots(rows)
-        return self.keys[:, slots_RK].transpose(0, 1), self.values[:, slots_RK].transpose(0, 1)
+        slots_R1K = self._key_slots(rows)[:, None]
+        heads_G1 = torch.arange(len(self.keys), device=self.keys.device)[:, None]
+        # Both axes indexed at once: the result is contiguous, which some attention modules count on.
+        return self.keys[heads_G1, slots_R1K], self.values[heads_G1, slots_R1K]
+
+    def write_indexer(self, rows: list[int], keys_RSH: Tensor) -> Tensor:
+        """As `write`, for the one key a token by which sparse attention picks: [R, S, H] in, [R, K, H]
+        out.
+        """
+        assert self.columns is not None
+        if self.indexer_keys is None:
+            self.indexer_keys = keys_RSH.new_empty(self.columns.numel(), keys_RSH.shape[-1])
+        self.indexer_keys[self._slots(rows, keys_RSH.shape[1], staged=True)] = keys_RSH
+        return self.indexer_keys[self._key_slots(rows)]
 
     def finish(self) -> None:
         """Drops what a sliding window has left behind, once that is more than the slack."""
@@ -171,11 +185,13 @@ class RaggedLayer(CacheLayerMixin):
         if capacities is None:
             capacities = [n + self.slack(n) for n in lengths]
         starts = [sum(capacities[:i]) for i in range(len(rows))]
-        old = (self.keys, self.values, self.columns)
+        old = (self.keys, self.values, self.columns, self.indexer_keys)
         self.columns = torch.empty(sum(capacities), dtype=torch.int32, device=device)
         if self.is_initialized:
             self._allocate(old[0], old[1])  # type: ignore[arg-type]
-        for name, source in zip(("keys", "values", "columns"), old, strict=True):
+        if old[3] is not None:
+            self.indexer_keys = old[3].new_empty(sum(capacities), old[3].shape[-1])
+        for name, source in zip(("keys", "values", "columns", "indexer_keys"), old, strict=True):
             if source is None:
                 continue
             target = getattr(self, name)
@@ -183,6 +199,23 @@ class RaggedLayer(CacheLayerMixin):
             for at, (start, end) in zip(starts, spans, strict=True):
                 target.narrow(along, at, end - start).copy_(source.narrow(along, start, end - start))
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
+
+    @classmethod
+    def joined(cls, parts: list[RaggedLayer]) -> RaggedLayer:
+        """The rows of several layers, one after another, in one buffer."""
+        whole, at = cls(), 0
+        for part in parts:
+            whole.starts += [at + start for start in part.starts]
+            whole.lengths += part.lengths
+            whole.capacities += part.capacities
+            at += sum(part.capacities)
+        buffers = [(part.keys, part.values, part.columns) for part in parts]
+        whole.columns = torch.cat([columns for _, _, columns in buffers if columns is not None])
+        whole.lazy_initialization(buffers[0][0], buffers[0][1])  # type: ignore[arg-type]
+        for target, name in ((whole.keys, "keys"), (whole.values, "values")):
+            torch.cat([getattr(part, name) for part in parts], dim=1, out=target)
+        whole.cumulative_length = parts[0].cumulative_length
+        return whole
 
     def _stale(self, row: int) -> int:
         """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding
@@ -316,7 +349,9 @@ class RaggedCache(Cache):
         if routing.config.skip != "mlp":
             # Early-exit drafts (`assistant_early_exit`) lower the config's number of layers for a while.
             for index in (i for i in routing.layers if i < len(layers)):
-                layers[index] = RaggedLayer(routing.windows[index])
+                # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
+                sliding = getattr(layers[index], "is_sliding", False)
+                layers[index] = RaggedLayer(routing.windows[index] if sliding else None)
         super().__init__(layers=layers)
 
     def reset(self) -> None:
@@ -379,9 +414,17 @@ class PackedView(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Stores K/V [R, G, S, H] of the group's kept tokens; returns all of the rows' K/V [R, G, K, H]."""
+        self._check(layer_idx)
+        return self.layer.write(self.rows, key_states, value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """The same for the indexer of a sparse attention: [R, S, H] in, [R, K, H] out."""
+        self._check(layer_idx)
+        return self.layer.write_indexer(self.rows, indexer_key_states)
+
+    def _check(self, layer_idx: int) -> None:
         if self.layers[layer_idx] is not self.layer:
             raise ModlabError(
                 f"the attention of a routed layer wrote to cache layer {layer_idx}, not to its own: this "
                 "architecture shares K/V between layers, leave such layers unrouted."
             )
-        return self.layer.write(self.rows, key_states, value_states)

@@ -13,7 +13,8 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 def cache_argument(model: Any) -> str:
     """The name that `model`'s forward (a causal LM's or its decoder's) takes its cache under."""
-    names = forward_signature(type(model)).parameters
+    model_class: Any = type(model)
+    names = forward_signature(model_class).parameters
     return next((name for name in CACHE_ARGUMENTS if name in names), CACHE_ARGUMENTS[-1])
 
 

@@ -21,7 +21,8 @@ class MoDConfig:
 
     Attributes:
         layers: which decoder layers get a router: ``"alternate"`` (every other layer, from layer 1;
-            MoDification section 3), ``"all"``, or explicit indices (negative ones count from the end).
+            MoDification section 3; in hybrids where none of those has softmax attention, every layer
+            that has), ``"all"``, or explicit indices (negative ones count from the end).
         operator: ``"threshold"`` keeps a token where its gate is at least `p`: per token, causal, independent
             of the batch. ``"topk"`` is the Mixture-of-Depths baseline (Raposo et al. 2024): in training each
             row keeps its `capacity` share of highest gates; in evaluation, where ranking would look into the

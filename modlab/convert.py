@@ -80,6 +80,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     routing.hooks = [
         decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
         decoder.register_forward_hook(routing.leave, always_call=True),
+        model.register_forward_pre_hook(routing.enter_model, with_kwargs=True),
+        model.register_forward_hook(routing.leave_model, always_call=True),
     ]
     model.mod = routing  # type: ignore[assignment]
     _attach(model, RoutedModel, routing, -1, [])
@@ -104,7 +106,14 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, RoutedModule):
             if isinstance(module, RoutedLayer):
                 delattr(module, ROUTER)
-            for name in ("mod_routing", "mod_index", "mod_branch_ends", "mod_extra_outputs"):
+            for name in (
+                "mod_routing",
+                "mod_index",
+                "mod_branch_ends",
+                "mod_extra_outputs",
+                "mod_in_tuple",
+                "mod_needs_mask",
+            ):
                 delattr(module, name)
             restore(module)
     del model.mod, model.mod_base_model
@@ -122,6 +131,9 @@ def _attach(
 ) -> None:
     module.mod_routing, module.mod_index, module.mod_branch_ends = routing, index, ends  # type: ignore[assignment]
     module.mod_extra_outputs = 1 if mixin is RoutedBranch else 0  # type: ignore[assignment]
+    module.mod_in_tuple = mixin is RoutedBranch  # type: ignore[assignment]
+    name = anatomy.attention_name(module) if mixin is RoutedLayer else ""
+    module.mod_needs_mask = name is not None and anatomy.makes_masks(module.get_submodule(name))  # type: ignore[assignment]
     extend(module, mixin)
 
 
@@ -145,17 +157,30 @@ def _routable(
     windows = anatomy.attention_windows(model, len(layers))
     wanted = config.resolve_layers(len(layers))
     reasons = {}
-    for index in wanted:
-        if anatomy.attention_name(layers[index]) is None:
-            reasons[index] = "it has no softmax attention"
+    for index in range(len(layers)):
+        name = anatomy.attention_name(layers[index])
+        if name is None:
+            reasons[index] = anatomy.NO_ATTENTION
+        elif anatomy.shares_keys(layers[index].get_submodule(name)):
+            reasons[index] = "it shares its keys and values with other layers"
+        elif not anatomy.attends(layers[index]):
+            reasons[index] = anatomy.NO_KEYS
         elif isinstance(windows[index], str):
             reasons[index] = str(windows[index])
-        elif config.skip != "layer":
-            _require(layers[index], config.skip)
-    if reasons and not isinstance(config.layers, str):
-        index, reason = next(iter(reasons.items()))
-        raise ModlabError(f"layer {index} of {type(model).__name__} cannot be routed: {reason}.")
+    if not isinstance(config.layers, str):
+        for index in (i for i in wanted if i in reasons):
+            raise ModlabError(f"layer {index} of {type(model).__name__} cannot be routed: {reasons[index]}.")
     indices = [index for index in wanted if index not in reasons]
     if not indices:
-        raise ModlabError(f"{type(model).__name__} has no routable layers: {next(iter(reasons.values()))}.")
+        # In a hybrid the alternate layers may all be recurrent ones: those with attention are routed then.
+        indices = [index for index in range(len(layers)) if index not in reasons]
+    if not indices:
+        # What the layers with attention lack says more than that others have none.
+        why = [r for r in dict.fromkeys(reasons.values()) if r != anatomy.NO_ATTENTION] or [
+            anatomy.NO_ATTENTION
+        ]
+        raise ModlabError(f"{type(model).__name__} has no routable layers: {', '.join(why)}.")
+    if config.skip != "layer":
+        for index in indices:
+            _require(layers[index], config.skip)
     return indices, {index: windows[index] for index in indices}  # type: ignore[misc]

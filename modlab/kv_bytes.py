@@ -104,9 +104,14 @@ def stored_tokens(layer: Any) -> list[int]:
 
 
 def token_nbytes(layer: Any) -> int:
-    """Bytes of K and V that one token of one row takes in this layer; 0 before its first key."""
+    """Bytes of K and V (and of an indexer's key, in sparse attention) that one token of one row takes in this
+    layer; 0 before its first key."""
     pair = _keys_and_values(layer)
-    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) if pair is not None else 0
+    if pair is None:
+        return 0
+    index = getattr(layer, "indexer_keys", None)
+    index_bytes = 0 if index is None else index.shape[-1] * index.element_size()
+    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) + index_bytes
 
 
 def snapshot(cache: Any) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modlab.arguments import LayerArguments
+from modlab.errors import ModlabError
 from modlab.ops.packed import run_packed, run_packed_mlp
 from modlab.ops.reference import run_masked
 from modlab.router import Router
@@ -33,6 +34,7 @@ class Site:
         call: the model's forward.
         attention: name of the attention implementation.
         window: sliding window that matters at this length, or None.
+        needs_mask: whether a kernel's own causal flag will not do.
         form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` (the paper's, by hooks on the branch ends).
         residual: True if a skipped token passes through (a layer), False if it adds nothing (a branch).
         branch_ends: submodules whose output the paper's gate multiplies.
@@ -45,15 +47,11 @@ class Site:
     call: ForwardCall
     attention: str
     window: int | None
+    needs_mask: bool
     form: str
     residual: bool
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
-
-    @staticmethod
-    def split(output: Any) -> tuple[Tensor, Any]:
-        """A module's output as (hidden states, rest of the tuple or ())."""
-        return (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
 
 
 class RoutedModule(nn.Module):
@@ -67,6 +65,8 @@ class RoutedModule(nn.Module):
     mod_index: int
     mod_branch_ends: list[str]
     mod_extra_outputs: int
+    mod_in_tuple: bool
+    mod_needs_mask: bool
 
     def make_site(self, decision: Decision, residual: bool) -> Site:
         """The site of this module in the forward in progress."""
@@ -81,6 +81,7 @@ class RoutedModule(nn.Module):
             call=call,
             attention=routing.attention,
             window=window if window is not None and window < call.num_columns else None,
+            needs_mask=self.mod_needs_mask,
             form=form,
             residual=residual,
             branch_ends=self.mod_branch_ends,
@@ -92,11 +93,13 @@ class RoutedModule(nn.Module):
         call = self.mod_routing.require_call()
         return call.masked or (self.training and call.what_if)
 
-    def joined(self, out: Tensor, rest: tuple[Any, ...]) -> Any:
-        """The output in the form the dense module returns it."""
+    def joined(self, out: Tensor, rest: tuple[Any, ...], in_tuple: bool | None = None) -> Any:
+        """The output in the form the dense module returns it; `in_tuple` says whether it did so just now."""
         if len(rest) != self.mod_extra_outputs:  # assignment is slow on a module
             self.mod_extra_outputs = len(rest)
-        return (out, *rest) if rest else out
+        if in_tuple is not None and in_tuple != self.mod_in_tuple:
+            self.mod_in_tuple = in_tuple
+        return (out, *rest) if rest or self.mod_in_tuple else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies as (dense class, mixin, state): the extended class cannot be imported."""
@@ -119,14 +122,30 @@ class RoutedLayer(RoutedModule):
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.mod_routing.within(kwargs.pop(CALL, None)):
-            arguments = LayerArguments(self.dense_class, args, kwargs)
             routing = self.mod_routing
-            decision = routing.decide(self.mod_index, self.mod_router, arguments.hidden, self.training)
+            rows, time = routing.require_call().real.shape
+            arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
+            self._check(tuple(arguments.hidden.shape[:2]), (rows, time))
+            decision = routing.decide(self.mod_index, self.mod_router, arguments.residual_BTD, self.training)
             if routing.config.skip != "layer":
                 return super().forward(*args, **kwargs)
             run = run_masked if self.runs_masked() else run_packed
             site = self.make_site(decision, residual=True)
-            return self.joined(*run(self, super().forward, arguments, site))
+            out, rest = run(self, super().forward, arguments, site)
+            return self.joined(arguments.as_given(out), rest, arguments.in_tuple)
+
+    def _check(self, run: tuple[int, ...], given: tuple[int, ...]) -> None:
+        """Refuses what routing by token and layer cannot describe."""
+        if run != given:
+            raise ModlabError(
+                f"the layers of this architecture run on {list(run)} positions where the input has "
+                f"{list(given)} tokens: it adds or merges some, so that routing has no token to decide for."
+            )
+        if self.mod_index in self.mod_routing.require_call().decisions and not self.training:
+            raise ModlabError(
+                f"layer {self.mod_index} ran twice in one forward: architectures that loop over their layers "
+                "cannot be routed."
+            )
 
 
 class RoutedBranch(RoutedModule):
@@ -139,7 +158,7 @@ class RoutedBranch(RoutedModule):
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
         run = run_masked if self.runs_masked() else run_packed
-        return self.joined(*run(self, super().forward, arguments, site))
+        return self.joined(*run(self, super().forward, arguments, site), arguments.in_tuple)
 
 
 class RoutedMLP(RoutedModule):
@@ -150,7 +169,7 @@ class RoutedMLP(RoutedModule):
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
         run = run_masked if self.runs_masked() else run_packed_mlp
-        return self.joined(*run(self, super().forward, arguments, site))
+        return self.joined(*run(self, super().forward, arguments, site), arguments.in_tuple)
 
 
 @functools.cache

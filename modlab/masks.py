@@ -1,9 +1,13 @@
 """Causal masks among kept tokens, by the columns where the tokens stood in the padded batch.
 
-Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys.
+Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, C columns, N query
+heads.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,19 +48,76 @@ def masked_reference_mask(keep_BT: Tensor, real_BT: Tensor, window: int | None =
     return (causal & (keep_BT & real_BT)[:, None, None, :]) | itself
 
 
-def as_attention_mask(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+def as_attention_mask(
+    allowed: Tensor, attention: str, dtype: torch.dtype, given: MaskValues | None = None
+) -> Tensor:
     """The mask in the form that an attention implementation of transformers takes.
 
     Args:
         allowed: bool [R, 1, S, K].
         attention: `config._attn_implementation`.
         dtype: dtype of the hidden states.
+        given: the mask that the model itself made for the layer. An additive one may carry more than who sees
+            whom (ALiBi), a boolean one says by its own entries what True means.
 
     Returns:
-        `allowed` itself for sdpa; else additive, 0 where allowed and the dtype's minimum elsewhere.
+        `allowed` itself for sdpa; else additive, 0 (or the model's own bias) where allowed and the dtype's
+        minimum elsewhere.
     """
+    if given is not None and given.additive:
+        values = given.values()
+        return torch.where(allowed, values, torch.finfo(values.dtype).min)
     if attention == "sdpa":
         return allowed
+    if given is not None and given.boolean:
+        return allowed == given.allowing()
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
         ~allowed, torch.finfo(dtype).min
     )
+
+
+@dataclass
+class MaskValues:
+    """A mask that the model made for a layer, as seen by some queries and keys.
+
+    Attributes:
+        mask: [B or 1, N or 1, T, C'], its last column the newest one; or whatever the model passes (None, a
+            kernel's own object).
+        rows_R1: batch rows.
+        index_RS: time positions of the queries.
+        keys_RK: columns of the keys.
+        columns: how many columns have been seen.
+    """
+
+    mask: Any
+    rows_R1: Tensor
+    index_RS: Tensor
+    keys_RK: Tensor
+    columns: int
+
+    @property
+    def additive(self) -> bool:
+        """Whether its entries are added to attention scores."""
+        return isinstance(self.mask, Tensor) and self.mask.is_floating_point() and self.mask.dim() == 4
+
+    @property
+    def boolean(self) -> bool:
+        """Whether its entries are True and False."""
+        return isinstance(self.mask, Tensor) and self.mask.dtype == torch.bool and self.mask.dim() == 4
+
+    def values(self) -> Tensor:
+        """Its entries [R, N or 1, S, K]; those of key slots without a token mean nothing."""
+        mask_BNTC, device = self.mask, self.mask.device
+        rows_R1 = self.rows_R1 if mask_BNTC.shape[0] > 1 else torch.zeros_like(self.rows_R1)
+        picked_RSNC = mask_BNTC[rows_R1.to(device), :, self.index_RS.to(device)]
+        width = mask_BNTC.shape[3]
+        at_RK = (self.keys_RK.long() - (self.columns - width)).clamp(0, width - 1).to(device)
+        at = at_RK[:, None, None, :].expand(*picked_RSNC.shape[:3], -1)
+        return picked_RSNC.gather(3, at).transpose(1, 2)
+
+    def allowing(self) -> Tensor:
+        """What an entry is where a query may attend, bool []: the newest key is hidden from all queries but
+        the newest, and that one sees itself."""
+        row = self.rows_R1[:1, 0].to(self.mask.device) if self.mask.shape[0] > 1 else slice(0, 1)
+        newest_1 = self.mask[row, 0, 0, -1]
+        return ~newest_1 if self.mask.shape[2] > 1 else newest_1

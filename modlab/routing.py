@@ -146,6 +146,7 @@ class Routing:
         self.recordings: list[Recording] = []
         self.call: ForwardCall | None = None
         self.hooks: list[RemovableHandle] = []
+        self.caller_mask: tuple[Any] | None = None
 
     @property
     def attention(self) -> str:
@@ -212,6 +213,18 @@ class Routing:
         finally:
             self.call = before
 
+    # ---- hooks on the model: a model of several parts makes its decoder's masks itself ----
+
+    def enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: notes the caller's attention_mask."""
+        module_class: Any = type(module)
+        bound = forward_signature(module_class).bind_partial(*args, **kwargs).arguments
+        self.caller_mask = (bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask")),)
+
+    def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook: that mask is no other forward's."""
+        self.caller_mask = None
+
     # ---- hooks on the base decoder ----
 
     @eager
@@ -266,15 +279,15 @@ class Routing:
         self.call = self._new_call(tokens, given("attention_mask"), seen, cache)
         return args, kwargs
 
-    def _new_call(
-        self, tokens: Tensor, mask: Tensor | None, seen: int, cache: RaggedCache | None
-    ) -> ForwardCall:
+    def _new_call(self, tokens: Tensor, mask: Any, seen: int, cache: RaggedCache | None) -> ForwardCall:
         B, T = tokens.shape[:2]
+        if mask is not None and not _is_padding_mask(mask) and self.caller_mask is not None:
+            (mask,) = self.caller_mask
         columns = torch.arange(seen, seen + T, device=tokens.device)
         if mask is None:
             real = torch.ones(B, T, dtype=torch.bool, device=tokens.device)
             position_ids = columns.expand(B, T)
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
+        elif _is_padding_mask(mask):
             if mask.shape[1] != seen + T:
                 raise ModlabError(
                     f"attention_mask covers {mask.shape[1]} tokens, but {seen} are cached and {T} are new: "
@@ -309,6 +322,10 @@ class Routing:
             self.call.cache = None
             self.call.steps = []
             self.call.decisions = {}
+
+
+def _is_padding_mask(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def is_converted(model: nn.Module) -> bool:

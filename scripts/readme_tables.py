@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEMO_CARD = "modlab/demo/README.md"
+TABLES = ("speed", "generate", "prefill", "decode", "demo")  # growth is drawn: scripts/speed_plot.py
 DEMO_NAMES = {
     "dense": "dense",
     "dense_continuation": "dense, trained on for as long",
@@ -54,25 +55,79 @@ def newest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [latest[key] for key in sorted(latest)]
 
 
-def bench_table(results: list[dict[str, Any]]) -> str:
-    """Time and memory against the dense model, one row a measurement, each group with its command."""
-    parts = []
-    for result in results:
-        lines = [
-            f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
-            f"{result['versions']['torch']}, {result['date'][:10]}:",
-            "",
-            "| | model | tokens | routed layers | kept there | dense | MoD | speed-up | ideal | KV saving |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in result["rows"]:
+def said_beside(result: dict[str, Any]) -> list[str]:
+    """What the rows of a result say beside the times, one sentence each."""
+    lines = []
+    for row in result["rows"]:
+        if row["case"] == "peak":
             lines.append(
-                f"| {row['what']} | {row['shape']} | {row['context']:,} | {row['routed']} "
-                f"| {row['keep_ratio']:.0%} | {row['dense_ms']:,.1f} ms | {row['mod_ms']:,.1f} ms "
-                f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {row['kv_saving']:.2f}x |"
+                f"- Peak memory of the {row['context']:,}-token prefill, above the weights: "
+                f"{row['dense_peak_bytes'] / 1e9:.1f} GB in stock transformers, "
+                f"{row['mod_peak_bytes'] / 1e9:.1f} GB here ({row['peak_saving']:.2f}x)."
             )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        if row["case"] == "throughput":
+            lines.append(
+                f"- Largest batch that fits at {row['context']:,} tokens: {row['dense_batch']} rows and "
+                f"{row['dense_tokens_per_s']:,.0f} tokens/s dense, {row['batch']} rows and "
+                f"{row['mod_tokens_per_s']:,.0f} tokens/s here (random keys stand in for the prompts)."
+            )
+        if row["case"] == "baseline" and row["what"] == "decode":
+            lines.append(
+                f"- The dense side is this engine with routing off: {row['mod_ms']:.2f} ms a token, where "
+                f"transformers' compiled static cache takes {row['dense_ms']:.2f} ms."
+            )
+        if row.get("bandwidth_share") and row["keep_ratio"] == 1.0:
+            lines.append(
+                f"- Dense decoding at {row['context']:,} tokens reads {row['dense_tb_s']:.2f} TB/s, "
+                f"{row['bandwidth_share']:.0%} of what a copy moves on this machine."
+            )
+    return lines
+
+
+def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Time and memory against the dense model, one row a measurement, under its command."""
+    lines = [
+        f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
+        f"{result['versions']['torch']}, {result['date'][:10]}:",
+        "",
+        "| | model | rows x tokens | routed layers | kept | dense | MoD | speed-up | ideal | KV saving |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        unequal = row.get("tokens", 0) != row["batch"] * row["context"] and "tokens" in row
+        saving = f"{row['kv_saving']:.2f}x" if row["case"] != "train" else "-"
+        lines.append(
+            f"| {row['case']} | {row['shape']} "
+            f"| {row['batch']} x {'up to ' if unequal else ''}{row['context']:,} "
+            f"| {row['routed_layers']} of {row['num_layers']} "
+            f"| {row['keep_ratio']:.0%} | {duration(row['dense_ms'])} | {duration(row['mod_ms'])} "
+            f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {saving} |"
+        )
+    return "\n".join(lines)
+
+
+def duration(ms: float) -> str:
+    """Milliseconds with as many digits as mean something."""
+    return f"{ms:,.1f} ms" if ms >= 100 else f"{ms:.2f} ms"
+
+
+def is_headline(row: dict[str, Any]) -> bool:
+    """Rows of the GPU suite that stand outside the fold: long contexts and batches."""
+    return row["case"] != "baseline" and (row["context"] >= 32768 or row["batch"] > 1)
+
+
+def bench_section(results: list[dict[str, Any]]) -> list[str]:
+    """The GPU suite's headline, what is said beside it, and every table in a fold."""
+    parts, folded = [], []
+    for result in results:
+        rows = [row for row in result["rows"] if row["case"] != "baseline"]
+        if result["what"] == "speed":
+            parts.append(bench_table(result, [row for row in rows if is_headline(row)]))
+            parts.append("\n".join(said_beside(result)).strip())
+            rows = [row for row in rows if not is_headline(row)]
+        folded.append(bench_table(result, rows))
+    fold = ["<details><summary>Short prompts, a 70B shape, two CPU cores</summary>", *folded, "</details>"]
+    return [part for part in (*parts, *fold) if part]
 
 
 def section(root: Path = ROOT) -> str:
@@ -82,9 +137,10 @@ def section(root: Path = ROOT) -> str:
     if demo.is_file():
         parts.append(demo_table(json.loads(demo.read_text(encoding="utf-8"))))
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
-    results = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
+    every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
+    results = [result for result in every if result["what"] in TABLES]
     if results:
-        parts.append(bench_table(results))
+        parts += bench_section(results)
     return "\n\n".join(parts) or "No result files are in the repository yet."
 
 

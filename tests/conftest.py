@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before modlab's kernels are defined: they run on the CPU
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
+from modlab.proof import FreshProcess
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers, each with as many threads as cores, wait for each other more than they compute.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-families",
+        action="store_true",
+        help="test every model type of the installed transformers, not only one for each mechanism",
+    )
 
 
 def tiny_config(**changes: object) -> LlamaConfig:
@@ -49,6 +62,13 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 def tiny_llama(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     """A tiny converted Llama: 6 layers, 1, 3 and 5 routed, all gates open."""
     return modlab.convert(make_llama(), modlab.MoDConfig())
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[FreshProcess]:
+    """A process that reloads models which this one has saved."""
+    with FreshProcess() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

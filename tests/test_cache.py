@@ -158,7 +158,7 @@ def test_first_layer_routed_and_nothing_kept(make_llama) -> None:
 def test_sliding_window_layers_forget_what_they_cannot_see() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
-    from modlab.families import tiny_config
+    from modlab.tiny_models import tiny_config
 
     config = tiny_config(MistralConfig)
     config.sliding_window = 12

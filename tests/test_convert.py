@@ -85,7 +85,7 @@ def test_bf16_model_keeps_fp32_routers(make_llama) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "phi3", "gpt2"])
 def test_paper_gate_multiplies_both_branches(family) -> None:
     """u = x + g·Attn, x' = u + g·MLP: held against a dense model whose branch weights are scaled by hand."""
-    from modlab.families import tiny_model
+    from modlab.tiny_models import tiny_model
 
     model = tiny_model(family)
     expected = copy.deepcopy(model)
@@ -146,7 +146,7 @@ def test_models_that_cannot_be_routed_are_refused_by_name() -> None:
 
 
 def test_recurrent_model_has_no_routable_layers() -> None:
-    from modlab.families import tiny_model
+    from modlab.tiny_models import tiny_model
 
     with pytest.raises(ModlabError, match="no routable layers"):
         modlab.convert(tiny_model("mamba"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import modlab
-from modlab.families import REQUIRED, tiny_model
+from modlab.families import REQUIRED
 from modlab.ops.reference import masked_execution
+from modlab.tiny_models import tiny_model
 
 from .test_cache import random_routing
 

@@ -91,6 +91,7 @@ def imported_packages(folder: str) -> set[str]:
 
 def test_every_third_party_import_of_the_package_is_a_dependency() -> None:
     third_party = imported_packages("modlab") - set(sys.stdlib_module_names) - {"modlab"}
+    third_party -= {"triton", "cuda"}  # come with CUDA builds of torch; without them slower paths serve
     assert {canonicalize_name(name) for name in third_party} <= set(by_name(PROJECT["dependencies"]))
     assert {"torch", "transformers"} <= third_party
 
@@ -139,7 +140,8 @@ def test_readme_tables_are_those_of_the_result_files() -> None:
 def test_readme_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
     tables = load_script("readme_tables")
     assert "No result files" in tables.section(tmp_path)
-    row = {"what": "prefill", "shape": "wide", "context": 2048, "routed": "4 of 8", "keep_ratio": 0.25}
+    row = {"case": "prefill", "shape": "wide", "context": 2048, "batch": 1, "keep_ratio": 0.25}
+    row |= {"routed": "alternate", "routed_layers": 4, "num_layers": 8}
     row |= {"dense_ms": 1234.5, "mod_ms": 800.0, "ideal": 1.6, "kv_saving": 1.59}
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_tasks(options: argparse.Namespace) -> int:
-    from modlab.bench import circumstances
+    from modlab.bench.results import circumstances
     from modlab.integrations.lm_eval import evaluate_tasks
 
     model, tokenizer = load_model(options, options.model)
@@ -77,7 +77,7 @@ def _run_tasks(options: argparse.Namespace) -> int:
 def _run_data(options: argparse.Namespace) -> int:
     import modlab
     from modlab import measure
-    from modlab.bench import circumstances
+    from modlab.bench.results import circumstances
 
     model, tokenizer = load_model(options, options.model)
     rows = rows_of(options, model, tokenizer)

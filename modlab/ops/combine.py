@@ -1,7 +1,7 @@
 """How the gate enters a routed module's output: the three gate forms, shared by reference and packed
 execution.
 
-Shape letters: B rows, T tokens (all of them, or the kept ones), D model dim.
+Shape letters: B rows, T tokens (all of them, or the kept ones), P parallel streams, D model dim.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, tr
     """
     if form == "scaled":
         return y
-    g = gate.to(y.dtype)[..., None]
+    g = over(gate.to(y.dtype), y)
     if form == "fused":
         return skipped + g * (y - skipped)
     return y + straight_through(g) * (y - skipped) if training else y
+
+
+def over(value_BT: Tensor, y: Tensor) -> Tensor:
+    """One value a token, shaped to be multiplied with (or to choose from) y, [B, T, D] or [B, T, P, D]."""
+    return value_BT[(..., *[None] * (y.dim() - value_BT.dim()))]
 
 
 def straight_through(g: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modlab.arguments import LayerArguments
 from modlab.cache import PackedView, RaggedCache, RaggedLayer
 from modlab.errors import ModlabError
-from modlab.masks import as_attention_mask, packed_mask
+from modlab.masks import MaskValues, as_attention_mask, packed_mask
 from modlab.ops.combine import gated_output, scaled_branches
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run_packed(
         changes = _cache_changes(arguments, site, cache, layer, group)[0]
         with scaled_branches(module, site.branch_ends, site.decision.gate if site.form == "scaled" else None):
             with attention_kernels(layer, x_BTD):
-                y, rest = site.split(arguments.call(dense, changes))
+                y, rest = arguments.run(dense, changes)
         skipped = x_BTD if site.residual else 0.0
         out = gated_output(site.form, y, skipped, site.decision.gate, module.training)
     else:
@@ -118,26 +118,28 @@ def _run_groups(
     counts: list[int],
 ) -> tuple[Tensor, Any]:
     x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
-    if module.training and cache is None:
+    if module.training and cache is None and not arguments.one_row_each:
         groups = padded_group(keep, counts)
     else:
-        groups = exact_groups(keep, counts, one_row_each="flash" in site.attention)
+        # An attention module with a window of its own counts back from the newest key: rows must not differ.
+        own_window = site.window is not None and layer is not None and layer.sliding_window is None
+        single = "flash" in site.attention or arguments.one_row_each or own_window
+        groups = exact_groups(keep, counts, one_row_each=single)
     rest: Any = site.empty_rest
     if not groups and site.residual:
         return x_BTD, rest
     out = x_BTD.clone() if site.residual else torch.zeros_like(x_BTD)
     for group in groups:
         rows_R1 = torch.tensor(group.rows, device=x_BTD.device)[:, None]
-        changes = arguments.select(rows_R1, group.index_RS)
-        cache_changes, keys_RK = _cache_changes(arguments, site, cache, layer, group)
-        changes |= cache_changes
+        changes, keys_RK = _cache_changes(arguments, site, cache, layer, group)
+        changes |= arguments.select(rows_R1, group.index_RS, keys_RK, site.call.num_columns)
         mask_name = arguments.mask_name()
         if mask_name is not None:
-            changes[mask_name] = _group_mask(site, group, keys_RK, x_BTD.dtype)
+            changes[mask_name] = _group_mask(site, group, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype)
         gate_RS = gate[rows_R1, group.index_RS]
         with scaled_branches(module, site.branch_ends, gate_RS if site.form == "scaled" else None):
             with attention_kernels(layer, x_BTD):
-                y_RSD, rest = site.split(arguments.call(dense, changes))
+                y_RSD, rest = arguments.run(dense, changes)
         skipped = changes[arguments.hidden_name] if site.residual else 0.0
         y_RSD = gated_output(site.form, y_RSD, skipped, gate_RS, module.training)
         where = (rows_R1.expand_as(group.index_RS), group.index_RS)
@@ -173,7 +175,9 @@ def _cache_changes(
     return {name: PackedView(cache, layer, group.rows)}, keys_RK
 
 
-def _group_mask(site: Site, group: Group, keys_RK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _group_mask(
+    site: Site, group: Group, rows_R1: Tensor, keys_RK: Tensor | None, given: Any, dtype: torch.dtype
+) -> Tensor | None:
     """Mask for one group, or None where the attention's own causal flag says the same."""
     S = group.index_RS.shape[1]
     flash = "flash" in site.attention
@@ -181,17 +185,19 @@ def _group_mask(site: Site, group: Group, keys_RK: Tensor | None, dtype: torch.d
         raise ModlabError(
             "a routed sliding-window layer needs a mask: use model.set_attn_implementation('sdpa')."
         )
+    queries_RS = site.call.columns[group.index_RS]
+    columns_RK = queries_RS if keys_RK is None else keys_RK
+    values = MaskValues(given, rows_R1, group.index_RS, columns_RK, site.call.num_columns)
     fresh = keys_RK is None or keys_RK.shape[1] == S  # no cached key before the new ones
-    plain = len(group.rows) == 1 or fresh
+    plain = (len(group.rows) == 1 or fresh) and not values.additive and not site.needs_mask
     if site.window is None and plain and (flash or (site.attention == "sdpa" and (fresh or S == 1))):
         return None
-    queries_RS = site.call.columns[group.index_RS]
-    allowed = packed_mask(queries_RS, queries_RS if keys_RK is None else keys_RK, site.window)
+    allowed = packed_mask(queries_RS, columns_RK, site.window)
     if group.padded:
         # A right-padding slot stands before its row's later kept tokens in time, though after them in the
         # pack.
         allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
-    return as_attention_mask(allowed, site.attention, dtype)
+    return as_attention_mask(allowed, site.attention, dtype, values)
 
 
 def run_packed_mlp(
@@ -202,6 +208,6 @@ def run_packed_mlp(
     out = torch.zeros_like(x_BTD)
     if not bool(keep.any()):
         return out, site.empty_rest
-    y, rest = site.split(arguments.call(dense, {arguments.hidden_name: x_BTD[keep][None]}))
+    y, rest = arguments.run(dense, {arguments.hidden_name: x_BTD[keep][None]})
     y = gated_output(site.form, y, 0.0, gate[keep][None], module.training)
     return out.index_put((keep,), y[0].to(out.dtype)), tuple(None for _ in rest)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from modlab.arguments import LayerArguments
 from modlab.errors import ModlabError
-from modlab.masks import as_attention_mask, masked_reference_mask
-from modlab.ops.combine import gated_output, scaled_branches, straight_through
+from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask
+from modlab.ops.combine import gated_output, over, scaled_branches, straight_through
 from modlab.routing import routing_of
 
 if TYPE_CHECKING:
@@ -68,20 +68,23 @@ def run_masked(
                 "use model.set_attn_implementation('sdpa'), or model.mod.what_if = False."
             )
         allowed = masked_reference_mask(keep, site.call.real, site.window)
-        changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype)
+        rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
+        columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
+        given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
+        changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
 
     weight = None
     if site.form == "scaled":
         skipped_weight = straight_through(gate) if what_if else torch.zeros_like(gate)
         weight = torch.where(keep, gate, skipped_weight)
     with scaled_branches(module, site.branch_ends, weight):
-        y, rest = site.split(arguments.call(dense, changes))
+        y, rest = arguments.run(dense, changes)
 
     skipped = arguments.hidden if site.residual else torch.zeros_like(y)
     kept_out = gated_output(site.form, y, skipped, gate, module.training)
     if site.form == "scaled":
-        return (kept_out if what_if else torch.where(keep[..., None], kept_out, skipped)), rest
+        return (kept_out if what_if else torch.where(over(keep, y), kept_out, skipped)), rest
     skipped_out = (
-        skipped + straight_through(gate.to(y.dtype)[..., None]) * (y - skipped) if what_if else skipped
+        skipped + straight_through(over(gate.to(y.dtype), y)) * (y - skipped) if what_if else skipped
     )
-    return torch.where(keep[..., None], kept_out, skipped_out), rest
+    return torch.where(over(keep, y), kept_out, skipped_out), rest

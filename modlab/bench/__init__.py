@@ -1,0 +1,22 @@
+"""Benchmarks: dense and Mixture-of-Depths side by side in one run, as flat JSON rows that say what they are.
+
+    modlab bench                                            lists the cases
+    modlab bench prefill decode                             runs them on this machine
+    modlab bench generate --device cuda --shape llama-3-8b --context 4096 32768
+    modlab bench speed --device cuda                        everything that the README's GPU table states
+    modlab bench --plot RESULT.json                         speed-up against keep ratio, as a page
+
+Every case measures the dense model and all Mixture-of-Depths variants in turn, round after round in rotating
+order, so that whatever else the machine does hits all of them, and reports medians with the fastest and the
+slowest round. The two models share their weights. Which tokens are kept is forced by `routing_override` with
+seeded random masks of an exact ratio, except in `demo`, which routes by its trained gates.
+
+`ideal` is what the skipped work alone would give, see `ideal.py`.
+
+In the order of the data flow: `registry` (what a case is), `models`, `clock`, `ideal`, `rows`; the cases in
+`ordinary`, `fast`, `limits`, `training`, `growth`, `speed`; then `results` and `command`.
+"""
+
+from modlab.bench.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,141 @@
+"""`modlab bench`: the command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+# importing a module of cases registers them
+from modlab.bench import fast, growth, limits, ordinary, speed, training  # noqa: F401
+from modlab.bench.models import SHAPES
+from modlab.bench.registry import CASES, Settings, Skipped
+from modlab.bench.results import finish, free_path, plot, report, table, write
+from modlab.errors import ModlabError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modlab bench",
+        description="Dense beside Mixture-of-Depths, measured on this machine. Without a case: the list.",
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run, or 'all'")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--dtype", help="float32 (default on cpu), bfloat16 (default elsewhere) or float16")
+    parser.add_argument("--shape", default="wide", choices=sorted(SHAPES), help="model size (default: wide)")
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[2048], metavar="T", help="prompt tokens (2048)"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows (1)")
+    parser.add_argument("--layers", type=int, metavar="N", help="decoder layers, if not the shape's own")
+    parser.add_argument(
+        "--routed", default="alternate", choices=("alternate", "most", "all"), help="routed layers"
+    )
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.25, 0.50, 1.00], metavar="R")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (7)")
+    parser.add_argument(
+        "--decode-tokens", type=int, default=40, metavar="N", help="tokens decoded a round (40)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for the result files"
+    )
+    parser.add_argument(
+        "--commit", metavar="HASH", help="commit of this source tree, where git is not there to ask"
+    )
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument(
+        "--plot", type=Path, metavar="RESULT", help="draw a result file as an HTML page beside it"
+    )
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    try:
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModlabError(f"--device {options.device}: {reason}") from error
+    name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
+    if dtype is None:
+        raise ModlabError(f"--dtype {name}: choose float32, bfloat16 or float16.")
+    for flag, value in (
+        ("--batch", options.batch),
+        ("--repeats", options.repeats),
+        ("--context", min(options.context)),
+    ):
+        if value < 1:
+            raise ModlabError(f"{flag} {value}: must be at least 1.")
+    for ratio in options.ratios:
+        if not 0.0 < ratio <= 1.0:
+            raise ModlabError(f"--ratios {ratio}: a keep ratio lies in (0, 1].")
+    return Settings(
+        device=device,
+        dtype=dtype,
+        shape=options.shape,
+        contexts=tuple(options.context),
+        batch=options.batch,
+        routed=options.routed,
+        layers=options.layers,
+        ratios=tuple(options.ratios),
+        repeats=options.repeats,
+        decode_tokens=options.decode_tokens,
+        seed=options.seed,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs cases, prints their tables and writes their result files.
+
+    Args:
+        argv: arguments after `modlab bench`; those of the process by default.
+
+    Returns:
+        exit status: 0, or 1 if every case asked for was skipped.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(argv)
+    if options.plot:
+        try:
+            result = json.loads(options.plot.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModlabError(f"--plot {options.plot}: not a readable result file ({error}).") from error
+        page = options.plot.with_suffix(".html")
+        plot(result).write_html(page, include_plotlyjs=True)
+        print(f"wrote {page}")
+        return 0
+    if not options.cases:
+        for name, run in CASES.items():
+            print(f"{name:10} {(run.__doc__ or '').splitlines()[0]}")
+        print("\nrun them with: modlab bench CASE ... (modlab bench --help lists sizes and devices)")
+        return 0
+    names = list(CASES) if options.cases == ["all"] else options.cases
+    for name in names:
+        if name not in CASES:
+            raise ModlabError(f"there is no benchmark {name!r}; there are {', '.join(CASES)}.")
+    settings = _settings(options)
+    ran = 0
+    for name in names:
+        result = report(name, settings, argv, options.commit)
+        path = None if options.no_save else free_path(result, options.out)
+        try:
+            for row in CASES[name](settings):
+                result["rows"].append(row)
+                print(table([row], header=len(result["rows"]) == 1), flush=True)
+                if path is not None:
+                    write(result, path)  # after each row: a run that is cut off leaves what it measured
+        except Skipped as reason:
+            print(f"skipped {reason}")
+            continue
+        ran += 1
+        finish(result)
+        if path is not None:
+            write(result, path)
+            print(f"wrote {path}")
+    return 0 if ran else 1

@@ -1,0 +1,225 @@
+"""Case `generate`: what a user of `model.generate` waits for, with fast generation on.
+
+Shape letters: B rows, T tokens in, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from modlab.bench.clock import Times
+from modlab.bench.ideal import ideal_decode, ideal_prefill, kv_token_bytes
+from modlab.bench.models import converted_twin, dense_model, depth, random_routing, routed_layers
+from modlab.bench.registry import Row, Settings, case
+from modlab.bench.rows import make_row
+from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
+from modlab.errors import ModlabError
+from modlab.measure import synchronize
+from modlab.routing import routing_override
+from modlab.routing_table import RoutingTable
+
+WARM_UP_TOKENS = 64
+
+
+class Stopwatch(BaseStreamer):
+    """A streamer that notes when tokens arrive: the prompt first, then one call a step."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """A step's tokens are on the host."""
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+
+def timed_generate(
+    model: Any, ids_BT: Tensor, mask_BT: Tensor, tokens: int, **kwargs: Any
+) -> tuple[float, float]:
+    """Greedy generation of `tokens` for each row: ms to the first, mean ms for each further one."""
+    watch = Stopwatch()
+    synchronize(ids_BT.device)
+    started = time.perf_counter()
+    model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=tokens, do_sample=False, eos_token_id=None,
+        pad_token_id=0, streamer=watch, **kwargs,
+    )  # fmt: skip
+    _prompt, first, *rest = watch.stamps
+    each = (rest[-1] - first) / len(rest) if rest else float("nan")
+    return (first - started) * 1e3, each * 1e3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One Mixture-of-Depths model to measure: which layers are routed, and the share they keep."""
+
+    routed: str
+    ratio: float
+
+
+class Workload:
+    """A batch of random prompts, and the dense model with its converted twins on the same weights.
+
+    Args:
+        settings: device, dtype, seed.
+        dense: the dense model.
+        twins: converted models by the name of their routed layers.
+        lengths: tokens of each row's prompt; shorter rows are padded on the left.
+        tokens: new tokens of each row.
+    """
+
+    def __init__(
+        self, settings: Settings, dense: Any, twins: dict[str, Any], lengths: Sequence[int], tokens: int
+    ) -> None:
+        self.settings, self.dense, self.twins = settings, dense, twins
+        self.lengths, self.tokens = list(lengths), tokens
+        B, T = len(lengths), max(lengths)
+        generator = torch.Generator().manual_seed(settings.seed)
+        ids_BT = torch.randint(1, dense.config.vocab_size, (B, T), generator=generator)
+        mask_BT = torch.ones(B, T, dtype=torch.long)
+        for row, n in enumerate(lengths):
+            mask_BT[row, : T - n] = 0
+        self.ids_BT, self.mask_BT = ids_BT.to(settings.device), mask_BT.to(settings.device)
+
+    def routing(self, variant: Variant) -> RoutingTable:
+        """Which tokens the variant keeps: exactly its share of the prompt, and of what is generated."""
+        spans = [max(self.lengths), self.tokens]
+        layers = self.twins[variant.routed].mod.layers
+        seed, device = self.settings.seed, self.settings.device
+        return random_routing(layers, len(self.lengths), spans, variant.ratio, seed, device)
+
+    def times(
+        self, variants: Sequence[Variant], repeats: int, whole_warm_up: bool = True
+    ) -> dict[Variant | None, tuple[Times, Times]]:
+        """Times to the first and to each further token, the dense model's under None; order rotates.
+
+        Args:
+            whole_warm_up: False where a whole prompt is too long to throw away: only its last tokens warm up.
+        """
+        calls: dict[Variant | None, Any] = {None: (self.dense, None)}
+        calls |= {v: (self.twins[v.routed], self.routing(v)) for v in variants}
+        times: dict[Variant | None, tuple[Times, Times]] = {name: (Times(), Times()) for name in calls}
+        self.last: dict[Variant | None, dict[str, Any]] = {}
+        names = list(calls)
+        for turn in range(repeats + 1):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                model, table = calls[name]
+                ids, mask = self.ids_BT, self.mask_BT
+                if turn == 0 and not whole_warm_up:
+                    ids, mask = ids[:, -WARM_UP_TOKENS:], mask[:, -WARM_UP_TOKENS:]
+                override = contextlib.nullcontext() if table is None else routing_override(model, table)
+                with override:
+                    first, each = timed_generate(model, ids, mask, self.tokens)
+                self.last[name] = fast_generation_report(model)["last"]
+                if not self.last[name]["fast"]:
+                    raise ModlabError(f"generate went the ordinary way: {self.last[name]['why']}")
+                if turn:
+                    times[name][0].wall.append(first)
+                    times[name][1].wall.append(each)
+        return times
+
+    def static_times(self, repeats: int) -> tuple[Times, Times]:
+        """The dense model by transformers' own static cache, whose decoding `generate` compiles."""
+        disable_fast_generation(self.dense)
+        first, each = Times(), Times()
+        try:
+            for turn in range(repeats + 1):
+                result = timed_generate(
+                    self.dense, self.ids_BT, self.mask_BT, self.tokens, cache_implementation="static"
+                )
+                if turn:
+                    first.wall.append(result[0])
+                    each.wall.append(result[1])
+        finally:
+            enable_fast_generation(self.dense, check=False)
+        return first, each
+
+    def static_rows(self, variant: Variant, repeats: int) -> Iterator[Row]:
+        """Two rows `baseline`: transformers' static cache (`dense_ms`) against this engine with routing off
+        (`mod_ms`), both dense: the faster is what a speed-up has to be held against.
+        """
+        static = self.static_times(repeats)
+        engine = self.times([], repeats)[None]
+        self.last[variant] = self.last[None]
+        for index, name in enumerate(("prefill", "decode")):
+            fields = self.fields(variant, name) | {"case": "baseline", "what": name, "ideal": 1.0}
+            fields |= {"routed": "none", "routed_layers": 0, "keep_ratio": 1.0}
+            yield make_row(static[index], engine[index], **fields)
+
+    def rows(self, variants: Sequence[Variant], repeats: int, whole_warm_up: bool = True) -> Iterator[Row]:
+        """Two rows a variant: `prefill` and `decode`."""
+        times = self.times(variants, repeats, whole_warm_up)
+        for variant in variants:
+            for index, name in enumerate(("prefill", "decode")):
+                yield make_row(times[None][index], times[variant][index], **self.fields(variant, name))
+
+    def fields(self, variant: Variant, name: str) -> dict[str, Any]:
+        """What a row says beside the times."""
+        config, settings, last = self.dense.config, self.settings, self.last[variant]
+        layers = self.twins[variant.routed].mod.layers
+        kept, token = dict.fromkeys(layers, variant.ratio), kv_token_bytes(config, settings.dtype.itemsize)
+        seen = sum(self.lengths) + len(self.lengths) * (self.tokens - 1)
+        halfway = [n + self.tokens / 2 for n in self.lengths]
+        ideal = (
+            ideal_prefill(config, self.lengths, kept)
+            if name == "prefill"
+            else ideal_decode(config, halfway, kept, settings.dtype.itemsize)  # type: ignore[arg-type]
+        )
+        return {
+            "case": name,
+            "shape": settings.shape,
+            "context": max(self.lengths),
+            "batch": len(self.lengths),
+            "routed": variant.routed,
+            "routed_layers": len(layers),
+            "num_layers": config.num_hidden_layers,
+            "keep_ratio": statistics.fmean(sum(last["kept_tokens"][i]) for i in layers) / seen,
+            "ideal": ideal,
+            "kv_bytes": last["kv_bytes"],
+            "kept_kv_bytes": sum(map(sum, last["kept_tokens"])) * token,
+            "dense_kv_bytes": config.num_hidden_layers * seen * token,
+            "tokens": sum(self.lengths),
+            "new_tokens": self.tokens,
+        }
+
+
+@contextlib.contextmanager
+def fast_models(
+    settings: Settings, context: int, routed: Sequence[str]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The dense model and a converted twin for each of `routed`, with fast generation on."""
+    dense = dense_model(settings, context)
+    twins = {name: converted_twin(dense, routed_layers(name, depth(settings))) for name in routed}
+    try:
+        for model in (dense, *twins.values()):
+            enable_fast_generation(model, check=False)
+        yield dense, twins
+    finally:
+        for model in (dense, *twins.values()):
+            disable_fast_generation(model)
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@case
+def generate(settings: Settings) -> Iterator[Row]:
+    """Time to the first and to each further token of generate, fast generation on; random routing."""
+    variants = [Variant(settings.routed, ratio) for ratio in settings.ratios]
+    longest = max(settings.contexts) + settings.decode_tokens
+    with fast_models(settings, longest, [settings.routed]) as (dense, twins):
+        for context in settings.contexts:
+            lengths = [context] * settings.batch
+            workload = Workload(settings, dense, twins, lengths, settings.decode_tokens)
+            yield from workload.rows(variants, settings.repeats)

@@ -1,0 +1,67 @@
+"""What the skipped work alone would give: floating-point operations in prefill, bytes in decoding.
+
+The yardstick for a measured speed-up. Prefill is bound by arithmetic: linear maps and causal attention are
+counted. Decoding waits for memory: the weights of the layers that run, and the keys and values they read.
+Routers, norms, launches and whatever else a real machine spends are left out on purpose.
+
+Shape letters: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def layer_weights(config: Any) -> int:
+    """Weights of one decoder layer's linear maps (attention and gated MLP)."""
+    size = head_size(config)
+    attention = 2 * config.hidden_size * size * (config.num_attention_heads + config.num_key_value_heads)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def head_size(config: Any) -> int:
+    """Size of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_token_bytes(config: Any, bytes_each: int) -> int:
+    """Bytes of K and V of one token in one layer."""
+    return 2 * config.num_key_value_heads * head_size(config) * bytes_each
+
+
+def prefill_flops(config: Any, lengths: Sequence[int], share: float) -> float:
+    """Operations of one layer that runs on `share` of the tokens of rows of these lengths."""
+    width = config.num_attention_heads * head_size(config)
+    tokens = sum(share * n for n in lengths)
+    attention = sum(2 * (share * n) ** 2 * width for n in lengths)  # causal: half of QK^T and half of AV
+    return 2 * tokens * layer_weights(config) + attention
+
+
+def ideal_prefill(config: Any, lengths: Sequence[int], kept: dict[int, float]) -> float:
+    """Dense / remaining operations of a prefill when layer i runs on the share `kept[i]` of the tokens."""
+    total = range(config.num_hidden_layers)
+    dense = sum(prefill_flops(config, lengths, 1.0) for _ in total)
+    return dense / sum(prefill_flops(config, lengths, kept.get(i, 1.0)) for i in total)
+
+
+def decode_bytes(config: Any, lengths: Sequence[int], share: float, bytes_each: int) -> float:
+    """Bytes that one layer reads for one token of each row at these lengths, each kept with chance `share`.
+
+    A layer's weights are read when any row keeps its token (rows taken as independent); a row that keeps
+    reads the keys and values of its kept tokens.
+    """
+    weights = layer_weights(config) * (1 - (1 - share) ** len(lengths)) * bytes_each
+    return weights + sum(share * share * n for n in lengths) * kv_token_bytes(config, bytes_each)
+
+
+def step_bytes(config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int) -> float:
+    """Bytes that one decoding step of the whole model reads, output head included."""
+    head = config.vocab_size * config.hidden_size * bytes_each
+    layers = range(config.num_hidden_layers)
+    return head + sum(decode_bytes(config, lengths, kept.get(i, 1.0), bytes_each) for i in layers)
+
+
+def ideal_decode(config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int) -> float:
+    """Dense / remaining bytes of one decoding step."""
+    return step_bytes(config, lengths, {}, bytes_each) / step_bytes(config, lengths, kept, bytes_each)

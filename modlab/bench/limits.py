@@ -1,0 +1,176 @@
+"""Cases `peak` and `throughput`: what the saved memory is good for.
+
+Shape letters: L layers, B rows, G kv heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from modlab.bench.clock import Times
+from modlab.bench.fast import Variant, Workload, fast_models, timed_generate
+from modlab.bench.ideal import kv_token_bytes, step_bytes
+from modlab.bench.models import random_routing
+from modlab.bench.registry import Row, Settings, Skipped, case
+from modlab.bench.rows import make_row
+from modlab.cache import RaggedLayer
+from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
+from modlab.engine.engine import Engine
+from modlab.engine.prefill import scratch_caches
+from modlab.routing import routing_override
+
+SPARE = 4 * 2**30
+"""Bytes left free when the largest batch is worked out: activations, logits, the graph's own memory."""
+
+
+def need_gpu(settings: Settings, name: str) -> None:
+    """These cases read the GPU allocator's figures."""
+    if settings.device.type != "cuda":
+        raise Skipped(f"{name}: needs a GPU")
+
+
+def peak_rows(
+    settings: Settings, dense: Any, twins: dict[str, Any], context: int, variant: Variant
+) -> Iterator[Row]:
+    """Peak memory above the weights of a prefill: stock transformers beside fast generation."""
+    workload = Workload(settings, dense, twins, [context], 2)
+    disable_fast_generation(dense)
+    try:
+        stock_peak, stock_ms = _peak(workload, None)
+    finally:
+        enable_fast_generation(dense, check=False)
+    engine_peak, _ = _peak(workload, None)
+    mod_peak, mod_ms = _peak(workload, variant)
+    fields = workload.fields(variant, "prefill") | {"case": "peak"}
+    yield make_row(
+        Times([stock_ms]), Times([mod_ms]), **fields, dense_peak_bytes=stock_peak, mod_peak_bytes=mod_peak,
+        dense_engine_peak_bytes=engine_peak, peak_saving=round(stock_peak / mod_peak, 3),
+    )  # fmt: skip
+
+
+def _peak(workload: Workload, variant: Variant | None) -> tuple[int, float]:
+    """Peak bytes above what was allocated before, and ms to the first token."""
+    model = workload.dense if variant is None else workload.twins[variant.routed]
+    override = nullcontext() if variant is None else routing_override(model, workload.routing(variant))
+    with override:
+        timed_generate(model, workload.ids_BT[:, -64:], workload.mask_BT[:, -64:], 2)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        first, _ = timed_generate(model, workload.ids_BT, workload.mask_BT, workload.tokens)
+    if variant is not None:
+        workload.last = {variant: fast_generation_report(model)["last"]}
+    return torch.cuda.max_memory_allocated() - before, first
+
+
+def synthetic_caches(engine: Engine, lengths_LB: list[list[int]]) -> list[RaggedLayer]:
+    """Caches of random keys and values, as long as a prefill leaves them: decoding reads the same bytes."""
+    known = scratch_caches(engine, 1)
+    caches = []
+    for like, lengths in zip(known, lengths_LB, strict=True):
+        assert like.keys is not None and like.values is not None
+        cache, B = RaggedLayer(), len(lengths)
+        cache.starts, cache.lengths, cache.capacities = ([0] * B for _ in range(3))
+        cache._rebuild(list(range(B)), [n + cache.slack(n) for n in lengths], engine.device)
+        cache.lazy_initialization(like.keys[None], like.values[None])
+        assert cache.keys is not None and cache.values is not None and cache.columns is not None
+        cache.keys.normal_()
+        cache.values.normal_()
+        cache.columns.zero_()
+        cache.lengths = list(lengths)
+        caches.append(cache)
+    return caches
+
+
+def step_times(
+    engine: Engine, batch: int, context: int, routed: list[int], ratio: float, seed: int, tokens: int
+) -> tuple[Times, int]:
+    """ms of a decoding step on the GPU at a context, and the bytes that the caches take.
+
+    The prompt is left out: `synthetic_caches` stands in for it.
+    """
+    lengths = [round(ratio * context) if i in routed else context for i in range(len(engine.layers))]
+    step = engine.step(batch)
+    caches = synthetic_caches(engine, [[n] * batch for n in lengths])
+    tables = step.tables
+    tables.attach(caches, context, [context] * batch)
+    if routed:
+        table = random_routing(routed, batch, [context, tokens], ratio, seed, engine.device)
+        tables.force({i: table.for_rows(i, batch, engine.device) for i in routed})
+    tables.token.fill_(1)
+    times = Times()
+    for _ in range(tokens):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step.run()
+        end.record()
+        end.synchronize()
+        times.wall.append(begin.elapsed_time(end))
+    allocated = sum(
+        t.untyped_storage().nbytes() for c in caches for t in (c.keys, c.values, c.columns) if t is not None
+    )
+    tables.release()
+    tables.force({})
+    return times, allocated
+
+
+def throughput_rows(
+    settings: Settings, dense: Any, twins: dict[str, Any], context: int, variant: Variant, tokens: int = 32
+) -> Iterator[Row]:
+    """ms a generated token at the largest batch that fits: dense beside Mixture-of-Depths."""
+    config, size = dense.config, settings.dtype.itemsize
+    twin = twins[variant.routed]
+    results: dict[str, tuple[float, int, int]] = {}
+    for name, model, routed, ratio in (
+        ("dense", dense, [], 1.0),
+        ("mod", twin, twin.mod.layers, variant.ratio),
+    ):
+        engine: Engine = model.__dict__["mod_engine"]
+        engine.steps.clear()
+        torch.cuda.empty_cache()
+        kept = config.num_hidden_layers - len(routed) * (1 - ratio)
+        row_bytes = kept * (context + max(16, context // 32)) * kv_token_bytes(config, size)
+        batch = int((torch.cuda.mem_get_info()[0] - SPARE) // row_bytes)
+        times, allocated = step_times(engine, batch, context, list(routed), ratio, settings.seed, tokens)
+        results[name] = (statistics.fmean(times.wall) / batch, batch, allocated)
+    kept_by_layer = dict.fromkeys(twin.mod.layers, variant.ratio)
+    bytes_each = {
+        name: step_bytes(config, [context] * results[name][1], kept, size) / results[name][1]
+        for name, kept in (("dense", {}), ("mod", kept_by_layer))
+    }
+    token = kv_token_bytes(config, size)
+    yield make_row(
+        Times([results["dense"][0]]), Times([results["mod"][0]]),
+        case="throughput", shape=settings.shape, context=context, batch=results["mod"][1],
+        routed=variant.routed, routed_layers=len(kept_by_layer), num_layers=config.num_hidden_layers,
+        keep_ratio=variant.ratio, ideal=bytes_each["dense"] / bytes_each["mod"],
+        kv_bytes=results["mod"][2],
+        dense_kv_bytes=config.num_hidden_layers * context * results["mod"][1] * token,
+        dense_batch=results["dense"][1], dense_tokens_per_s=round(1e3 / results["dense"][0], 1),
+        mod_tokens_per_s=round(1e3 / results["mod"][0], 1), prompt="synthetic keys and values",
+    )  # fmt: skip
+
+
+@case
+def peak(settings: Settings) -> Iterator[Row]:
+    """Peak memory of a prefill above the weights, against stock transformers."""
+    need_gpu(settings, "peak")
+    with fast_models(settings, max(settings.contexts) + 2, [settings.routed]) as (dense, twins):
+        for context in settings.contexts:
+            for ratio in settings.ratios:
+                yield from peak_rows(settings, dense, twins, context, Variant(settings.routed, ratio))
+
+
+@case
+def throughput(settings: Settings) -> Iterator[Row]:
+    """Tokens a second at the largest batch that fits in the GPU's memory."""
+    need_gpu(settings, "throughput")
+    with fast_models(settings, max(settings.contexts) + 64, [settings.routed]) as (dense, twins):
+        for context in settings.contexts:
+            for ratio in settings.ratios:
+                yield from throughput_rows(settings, dense, twins, context, Variant(settings.routed, ratio))

@@ -1,0 +1,10 @@
+"""Fast generation: what `model.generate` runs on once `enable_fast_generation` has switched it on.
+
+In the order of the data flow: `switch` (on, off, refusals), `loop` (tokens), `engine` (prefill, one step),
+`layers` and `attention` (what a layer runs), `tables` and `branch` (what the GPU reads and how it skips).
+The kernels are in `modlab.ops`.
+"""
+
+from modlab.engine.switch import disable_fast_generation, enable_fast_generation, fast_generation_report
+
+__all__ = ["disable_fast_generation", "enable_fast_generation", "fast_generation_report"]

@@ -1,0 +1,132 @@
+"""The two attention functions that the engine lends to a model: one for prefill, one for decoding.
+
+Registered with transformers under names of their own (`AttentionInterface.register`), so that a family's own
+forward calls them; with these names transformers builds no mask, and none is needed: a row's tokens are in
+order, and rows do not see each other.
+
+Both store the new keys and values in the engine's ragged cache, which the model itself never touches.
+
+Shape letters: S tokens of all rows in one line, B rows, N query heads, G kv heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from modlab.cache import RaggedLayer
+from modlab.engine.tables import DecodeSlot
+from modlab.errors import ModlabError
+from modlab.ops.decode_attention import decode_attention, reference_decode_attention
+from modlab.ops.varlen_attention import varlen_attention
+
+PREFILL, DECODE = "modlab_prefill", "modlab_decode"
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "alibi")
+
+
+class CannotCapture(ModlabError):
+    """The engine does not cover what this model or this call asks for; the message says what."""
+
+
+@dataclass
+class PrefillSlot:
+    """One layer's part in a prefill.
+
+    Attributes:
+        cache: where its keys and values go.
+        counts: tokens of each row that run this layer.
+        columns: columns of those tokens, one row after another, int32 [S].
+        varying: True if the layer runs other numbers of tokens than its neighbours.
+    """
+
+    cache: RaggedLayer
+    counts: list[int]
+    columns: Tensor
+    varying: bool
+
+
+def prefill_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row of one line of tokens; q [1, N, S, H], k and v [1, G, S, H].
+
+    Returns:
+        output [1, S, N, H], and None where others return weights.
+    """
+    check_supported(kwargs)
+    slot: PrefillSlot = module.mod_prefill  # type: ignore[assignment]
+    store(slot, key[0], value[0])
+    return varlen_attention(query, key, value, slot.counts, scaling, slot.varying), None
+
+
+def decode_attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one new token a row to the layer's cache; q [B, N, 1, H], k and v [B, G, 1, H].
+
+    Returns:
+        output [B, 1, N, H], and None where others return weights.
+    """
+    check_supported(kwargs)
+    slot: DecodeSlot = module.mod_decode  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q_BNH, k_BGH, v_BGH = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+    if query.is_cuda:
+        out_BNH = decode_attention(
+            q_BNH, k_BGH, v_BGH, slot.table, slot.lengths, slot.keep, slot.column, scale
+        )
+    else:
+        cache: RaggedLayer = module.mod_cache  # type: ignore[assignment]
+        assert cache.keys is not None and cache.values is not None and cache.columns is not None
+        buffers = (cache.keys, cache.values, cache.columns)
+        out_BNH = reference_decode_attention(
+            q_BNH, k_BGH, v_BGH, buffers, cache.starts, slot.lengths, slot.keep, slot.column, scale
+        )
+    return out_BNH[:, None], None
+
+
+def check_supported(kwargs: dict[str, Any]) -> None:
+    """An error where an attention asks for more than softmax over all earlier tokens."""
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise CannotCapture(f"its attention uses {name}, which the engine's kernels do not know")
+
+
+def store(slot: PrefillSlot, k_GSH: Tensor, v_GSH: Tensor) -> None:
+    """Lays out the layer's buffer with room for decoding, and fills it with each row's tokens."""
+    cache = slot.cache
+    cache.starts, cache.lengths, cache.capacities = ([0] * len(slot.counts) for _ in range(3))
+    capacities = [n + cache.slack(n) for n in slot.counts]
+    cache._rebuild(list(range(len(slot.counts))), capacities, k_GSH.device)
+    cache.lazy_initialization(k_GSH[None], v_GSH[None])
+    assert cache.keys is not None and cache.values is not None and cache.columns is not None
+    first = 0
+    for start, n in zip(cache.starts, slot.counts, strict=True):
+        cache.keys[:, start : start + n] = k_GSH[:, first : first + n]
+        cache.values[:, start : start + n] = v_GSH[:, first : first + n]
+        cache.columns[start : start + n] = slot.columns[first : first + n]
+        first += n
+    cache.lengths = list(slot.counts)
+
+
+def register() -> None:
+    """Makes both functions known to transformers (an addition under new names; done when the engine is first
+    enabled).
+    """
+    AttentionInterface.register(PREFILL, prefill_attention)
+    AttentionInterface.register(DECODE, decode_attention_function)

@@ -1,0 +1,97 @@
+"""The engine of one model: what prefill and decoding steps share, and the steps captured so far."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from modlab.anatomy import decoder_layers
+from modlab.cache_argument import cache_argument
+from modlab.engine.attention import register
+from modlab.engine.branch import Branch, HostBranch, choose_branch
+from modlab.engine.layers import attention_modules
+from modlab.engine.step import Step
+from modlab.routing import Routing, is_converted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Engine:
+    """Prefill and decoding of one model, dense or converted, without padding, host syncs or skipped work.
+
+    Args:
+        model: the model.
+        compile: compile the layers of a decoding step with torch.compile (CUDA only).
+
+    Attributes:
+        branch: how routed layers are skipped, and `branch_note` why not in a better way.
+        last: facts of the latest generation.
+    """
+
+    def __init__(self, model: PreTrainedModel, compile: bool = True) -> None:
+        register()
+        self.model: Any = model
+        self.layers: list[nn.Module] = list(decoder_layers(model))
+        self.routing: Routing | None = model.mod if is_converted(model) else None  # type: ignore[assignment]
+        self.device = next(model.parameters()).device
+        self.branch: Branch
+        self.branch, self.branch_note = choose_branch(self.device)
+        self.compile = compile and self.device.type == "cuda"
+        self.attention = [attention_modules(layer) for layer in self.layers]
+        self.configs: list[Any] = list(
+            {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
+        )
+        self.steps: dict[int, Step] = {}
+        self.last: dict[str, Any] = {}
+
+    # ---- the two kinds of forward ----
+
+    @contextlib.contextmanager
+    def forward_as(self, attention: str) -> Iterator[None]:
+        """Inside this block the model attends by the engine's function and its routing hooks stand aside."""
+        before = [config._attn_implementation_internal for config in self.configs]
+        try:
+            for config in self.configs:
+                config._attn_implementation_internal = attention
+            if self.routing is not None:
+                self.routing.bypass = True
+            yield
+        finally:
+            for config, name in zip(self.configs, before, strict=True):
+                config._attn_implementation_internal = name
+            if self.routing is not None:
+                self.routing.bypass = False
+
+    def run_model(self, ids: Tensor, position: Tensor, **kwargs: Any) -> Tensor:
+        """Logits of the model's own forward, called without cache and mask."""
+        output = self.model.forward(
+            input_ids=ids,
+            position_ids=position,
+            attention_mask=None,
+            use_cache=False,
+            return_dict=True,
+            **{cache_argument(self.model): None},
+            **kwargs,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def fall_back(self, why: str) -> None:
+        """Steps run from the host from now on; `fast_generation_report` says why."""
+        self.branch, self.branch_note = HostBranch(), why.splitlines()[0]
+        self.compile = False
+
+    def step(self, batch: int) -> Step:
+        """The decoding step for `batch` rows, captured at its first use."""
+        if batch not in self.steps or not self.steps[batch].is_current():
+            self.steps[batch] = Step(self, batch)
+        return self.steps[batch]
+
+
+def _has_config(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)

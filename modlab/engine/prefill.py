@@ -1,0 +1,152 @@
+"""Prefill: the prompts of a batch in one line without padding, each layer on the tokens that it keeps.
+
+Shape letters: B rows, T tokens in (padding included), S tokens of all rows in one line, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modlab.cache import RaggedLayer
+from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
+from modlab.engine.layers import lent, prefill_forwards, slots
+from modlab.layer import RoutedLayer
+from modlab.routing import ForwardCall, Routing
+from modlab.routing_table import RoutingTable
+
+if TYPE_CHECKING:
+    from modlab.engine.engine import Engine
+
+LINE_TOKENS = 65536
+"""Tokens that run at once; further rows run in a further line, so that activations stay bounded."""
+
+
+@torch.no_grad()
+def prefill(
+    engine: Engine, ids_BT: Tensor, mask_BT: Tensor | None
+) -> tuple[Tensor, list[RaggedLayer], list[int]]:
+    """Runs the prompts.
+
+    Args:
+        ids_BT: tokens, long.
+        mask_BT: 1 for tokens, 0 for padding; None for no padding.
+
+    Returns:
+        logits of each row's last token [B, V], one cache a layer with room for decoding, tokens a row.
+    """
+    B, T = ids_BT.shape
+    real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    counts: list[int] = [T] * B if mask_BT is None else real_BT.sum(1).tolist()
+    logits, parts = [], []
+    for rows in _lines(counts):
+        logits_RV, caches = _prefill_line(engine, ids_BT[rows], real_BT[rows], counts[rows], rows.start)
+        logits.append(logits_RV)
+        parts.append(caches)
+    if len(parts) == 1:
+        return logits[0], parts[0], counts
+    # Layer by layer, each part let go at once: at most one layer is held twice.
+    caches = [RaggedLayer.joined([part.pop(0) for part in parts]) for _ in engine.layers]
+    return torch.cat(logits), caches, counts
+
+
+def _lines(counts: list[int]) -> Iterator[slice]:
+    """Consecutive rows of at most `LINE_TOKENS` tokens, or one longer row."""
+    first, tokens = 0, 0
+    for row, n in enumerate(counts):
+        if row > first and tokens + n > LINE_TOKENS:
+            yield slice(first, row)
+            first, tokens = row, 0
+        tokens += n
+    yield slice(first, len(counts))
+
+
+def _prefill_line(
+    engine: Engine, ids_BT: Tensor, real_BT: Tensor, counts: list[int], first_row: int
+) -> tuple[Tensor, list[RaggedLayer]]:
+    B, T = ids_BT.shape
+    device = ids_BT.device
+    columns_S = torch.arange(T, device=device, dtype=torch.int32).expand(B, T)[real_BT]
+    position_1S = (real_BT.long().cumsum(1) - 1)[real_BT][None]
+    rows_S = torch.arange(first_row, first_row + B, device=device)[:, None].expand(B, T)[real_BT]
+    ends_B = torch.tensor(counts, device=device).cumsum(0)
+    caches = [RaggedLayer() for _ in engine.layers]
+    states = [
+        PrefillSlot(cache, counts, columns_S, varying=isinstance(layer, RoutedLayer))
+        for layer, cache in zip(engine.layers, caches, strict=True)
+    ]
+    forwards = prefill_forwards(engine.layers, engine.routing, states, ends_B)
+    with (
+        _flat_call(engine.routing, position_1S, rows_S, T),
+        engine.forward_as(PREFILL),
+        slots(engine.attention, "mod_prefill", states),
+        lent(forwards),
+    ):
+        logits_1BV = engine.run_model(ids_BT[real_BT][None], position_1S, logits_to_keep=ends_B - 1)
+    if logits_1BV.shape[1] != B:
+        raise CannotCapture("its forward does not take logits_to_keep")
+    _fill_empty(states)
+    for cache in caches:
+        cache.cumulative_length = T
+    return logits_1BV[0], caches
+
+
+@contextlib.contextmanager
+def _flat_call(routing: Routing | None, position_1S: Tensor, rows_S: Tensor, columns: int) -> Iterator[None]:
+    """Inside this block `Routing.decide` sees the line of all rows as its forward."""
+    if routing is None:
+        yield
+        return
+    before, override = routing.call, routing.override
+    if isinstance(override, RoutingTable):
+        table = override
+
+        def override(layer: int, gate: Tensor, position: Tensor) -> Tensor:
+            return table.lookup(layer, rows_S[None], position)
+
+    routing.call = ForwardCall(
+        torch.ones_like(position_1S, dtype=torch.bool),
+        position_1S,
+        columns=position_1S[0],
+        num_columns=columns,
+        cache=None,
+        steps=[],
+        thresholds=dict(routing.thresholds),
+        what_if=False,
+        masked=False,
+        override=override,
+    )
+    try:
+        yield
+    finally:
+        routing.call = before
+
+
+def _fill_empty(states: list[PrefillSlot]) -> None:
+    """Gives layers that kept nothing a buffer too: the kernels need an address to append to."""
+    known = next((s.cache for s in states if s.cache.is_initialized), None)
+    for state in states:
+        if not state.cache.is_initialized:
+            if known is None or known.keys is None or known.values is None:
+                raise CannotCapture("no attention of it came to the engine's attention function")
+            cache, B = state.cache, len(state.counts)
+            cache.starts, cache.lengths, cache.capacities = ([0] * B for _ in range(3))
+            cache._rebuild(list(range(B)), [cache.slack(0)] * B, known.keys.device)
+            cache.lazy_initialization(known.keys[None, :, :0], known.values[None, :, :0])
+
+
+def scratch_caches(engine: Engine, batch: int) -> list[RaggedLayer]:
+    """Small caches to capture with: one prefilled token a row tells the layers' head sizes."""
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=engine.device)
+    everything = contextlib.ExitStack()
+    if engine.routing is not None:
+        keep = {layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.routing.layers}
+        before, engine.routing.override = engine.routing.override, RoutingTable(keep)
+        everything.callback(setattr, engine.routing, "override", before)
+    with everything:
+        _, caches, _ = prefill(engine, ids, None)
+    return caches

@@ -1,0 +1,155 @@
+"""What the decoding kernels read: each layer's KV buffers, lengths and routing state, at fixed addresses.
+
+A CUDA graph knows addresses, not tensors. The tables below never move; what they point to may: a KV buffer
+that grows is entered anew, and the captured graph goes on.
+
+Shape letters: B rows, L layers, G kv heads, H head dim, P positions of a routing table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modlab.cache import RaggedLayer
+from modlab.ops.decode_attention import ADDRESS_SLOTS
+
+
+@dataclass
+class DecodeSlot:
+    """One layer's state, as its attention sees it while decoding.
+
+    Attributes:
+        table: int64 [4 + B], addresses, capacity and row starts; see `ops.decode_attention`.
+        lengths: int32 [B], tokens stored; the kernels count it up.
+        keep: bool [B], rows that run this layer in this step.
+        column: int32 [B], column of the new token, shared by all layers.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    keep: Tensor
+    column: Tensor
+
+
+@dataclass
+class RouterSlot:
+    """One routed layer's decision in this step: gate fp32 [B], keep bool [B], any bool [1]; its threshold
+    fp32 [1] and the address and length of a forced table, int64 [2].
+    """
+
+    gate: Tensor
+    keep: Tensor
+    any: Tensor
+    threshold: Tensor
+    forced: Tensor
+
+
+class Tables:
+    """Fixed tables for `batch` rows; `attach` makes them point to one generation's caches.
+
+    Args:
+        num_layers: decoder layers.
+        routed: indices of those with a router.
+        batch: rows B.
+        device: of the model.
+    """
+
+    def __init__(self, num_layers: int, routed: Sequence[int], batch: int, device: torch.device) -> None:
+        def full(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        self.batch, self.device = batch, device
+        self.column = full(0, batch, dtype=torch.int32)
+        self.position = full(0, batch, 1, dtype=torch.long)
+        self.token = full(0, batch, 1, dtype=torch.long)
+        everyone = full(1, batch, dtype=torch.bool)
+        self.routers = {
+            layer: RouterSlot(
+                gate=full(0, batch, dtype=torch.float32),
+                keep=full(0, batch, dtype=torch.bool),
+                any=full(0, 1, dtype=torch.bool),
+                threshold=full(0, 1, dtype=torch.float32),
+                forced=full(0, 2, dtype=torch.long),
+            )
+            for layer in routed
+        }
+        self.slots = [
+            DecodeSlot(
+                table=full(0, ADDRESS_SLOTS + batch, dtype=torch.long),
+                lengths=full(0, batch, dtype=torch.int32),
+                keep=self.routers[layer].keep if layer in self.routers else everyone,
+                column=self.column,
+            )
+            for layer in range(num_layers)
+        ]
+        self.caches: list[RaggedLayer] = []
+        self.bounds: list[int] = []
+        self.thresholds: dict[int, float] = {}
+        self.forced: dict[int, Tensor] = {}
+
+    def attach(self, caches: list[RaggedLayer], column: int, positions: list[int]) -> None:
+        """Points the tables to `caches` (one a layer); the next token stands at `column`, `positions` [B]."""
+        self.caches = caches
+        self.column.fill_(column)
+        self.position.copy_(torch.tensor(positions, device=self.device)[:, None])
+        for slot, cache in zip(self.slots, caches, strict=True):
+            slot.lengths.copy_(torch.tensor(cache.lengths, dtype=torch.int32))
+            _enter(slot, cache)
+        self.bounds = [_room(cache) for cache in caches]
+
+    def release(self) -> None:
+        """Lets go of the caches."""
+        self.caches = []
+
+    def reserve(self) -> None:
+        """Makes sure that every layer can take one more token of every row.
+
+        The host does not know which rows kept a token, so it counts every step as one for all rows; where
+        that count meets a capacity it reads the true lengths (the one host sync, once in many steps).
+        """
+        if min(self.bounds) > 0:
+            self.bounds = [room - 1 for room in self.bounds]
+            return
+        self.read_lengths()
+        for index, (slot, cache) in enumerate(zip(self.slots, self.caches, strict=True)):
+            if _room(cache) < 1:
+                rows = list(range(self.batch))
+                cache._rebuild(rows, [n + cache.slack(n) for n in cache.lengths], self.device)
+                _enter(slot, cache)
+            self.bounds[index] = _room(cache) - 1
+
+    def read_lengths(self) -> None:
+        """Brings the caches' own lengths up to date (a host sync)."""
+        lengths_LB = torch.stack([slot.lengths for slot in self.slots]).tolist()
+        for cache, lengths in zip(self.caches, lengths_LB, strict=True):
+            cache.lengths = lengths
+
+    def set_thresholds(self, thresholds: dict[int, float]) -> None:
+        """Takes over live thresholds; nothing is copied while they stand still."""
+        if thresholds != self.thresholds:
+            for layer, router in self.routers.items():
+                router.threshold.fill_(thresholds[layer])
+            self.thresholds = dict(thresholds)
+
+    def force(self, tables: dict[int, Tensor]) -> None:
+        """Lets tables bool [B, P] decide instead of gates; an empty dict gives the decision back."""
+        self.forced = tables  # kept alive: the kernels hold addresses only
+        for layer, router in self.routers.items():
+            table = tables.get(layer)
+            entry = [0, 0] if table is None else [table.data_ptr(), table.shape[1]]
+            router.forced.copy_(torch.tensor(entry))
+
+
+def _room(cache: RaggedLayer) -> int:
+    """Tokens that the fullest row of `cache` can still take."""
+    return min(c - n for c, n in zip(cache.capacities, cache.lengths, strict=True))
+
+
+def _enter(slot: DecodeSlot, cache: RaggedLayer) -> None:
+    assert cache.keys is not None and cache.values is not None and cache.columns is not None
+    addresses = [t.data_ptr() for t in (cache.keys, cache.values, cache.columns)]
+    slot.table.copy_(torch.tensor([*addresses, cache.columns.numel(), *cache.starts]))

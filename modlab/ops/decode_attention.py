@@ -1,0 +1,227 @@
+"""One decoding step of attention over a ragged KV cache: append the new key, attend to each row's own length.
+
+The layout is `RaggedLayer`'s: all rows of a layer in one flat buffer, each row in a segment.
+
+    keys, values [G, C, H]    columns [C]    starts [B]    lengths [B]
+
+Rows that skip the layer (`keep` False) append nothing and cost nothing. The Triton kernels reach the buffers
+through a table of device addresses, so that a buffer may move (it grows) under a CUDA graph that was captured
+before.
+
+Shape letters: B rows, N query heads, G kv heads, H head dim, C capacity of the flat buffer, K keys of a row,
+P parts that a row's keys are split into.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton (CPU or macOS builds of torch): the reference below serves
+    triton = None
+
+KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
+"""Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
+
+ADDRESS_SLOTS = 4
+TARGET_PROGRAMS = 128
+"""About one for each multiprocessor of an H100 or H200; more gained nothing (docs/log.md)."""
+
+MAX_PARTS = 64
+
+
+def reference_decode_attention(
+    q_BNH: Tensor,
+    k_BGH: Tensor,
+    v_BGH: Tensor,
+    buffers: tuple[Tensor, Tensor, Tensor],
+    starts: list[int],
+    lengths_B: Tensor,
+    keep_B: Tensor,
+    column_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """Plain torch: what the kernels below compute.
+
+    Args:
+        q_BNH, k_BGH, v_BGH: query, key and value of the one new token of each row.
+        buffers: the layer's keys [G, C, H], values [G, C, H] and columns int32 [C]; written in place.
+        starts: first slot of each row's segment.
+        lengths_B: tokens stored in each row, int32; rows that keep count one more afterwards.
+        keep_B: bool, False for rows that skip this layer.
+        column_B: column of the new token in the padded batch, int32.
+        scale: factor on the scores.
+
+    Returns:
+        attention output [B, N, H]; zero in rows that skip.
+    """
+    keys, values, columns = buffers
+    B, N, _ = q_BNH.shape
+    out = q_BNH.new_zeros(B, N, v_BGH.shape[2])
+    for row in range(B):
+        if not keep_B[row]:
+            continue
+        start = starts[row]
+        end = start + int(lengths_B[row]) + 1
+        keys[:, end - 1], values[:, end - 1] = k_BGH[row], v_BGH[row]
+        columns[end - 1] = column_B[row]
+        lengths_B[row] += 1
+        repeat = N // keys.shape[0]
+        k_NKH = keys[:, start:end].repeat_interleave(repeat, 0)
+        v_NKH = values[:, start:end].repeat_interleave(repeat, 0)
+        scores_N1K = torch.einsum("nh,nkh->nk", q_BNH[row].float(), k_NKH.float())[:, None] * scale
+        out[row] = (scores_N1K.softmax(-1) @ v_NKH.float())[:, 0].to(out.dtype)
+    return out
+
+
+def parts_of(rows: int, kv_heads: int) -> int:
+    """How many parts a row's keys are split into, so that the GPU is full; a power of two."""
+    wanted = max(4, -(-TARGET_PROGRAMS // (rows * kv_heads)))
+    return min(MAX_PARTS, 1 << (wanted - 1).bit_length())
+
+
+if triton is not None:
+
+    @triton.jit
+    def _attend_part(
+        q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
+        stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+        G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        PARTS: tl.constexpr, IEEE: tl.constexpr,
+    ):  # fmt: skip
+        """One part of one row's keys, for the M query heads of one kv head: softmax sums and its log-sum."""
+        row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        if tl.load(keep_ptr + row) == 0:
+            return
+        length = tl.load(lengths_ptr + row)  # before this token
+        per_part = tl.cdiv(tl.cdiv(length + 1, PARTS), BLOCK_K) * BLOCK_K
+        first = part * per_part
+        end = tl.minimum(first + per_part, length + 1)
+        element = q_ptr.dtype
+        capacity = tl.load(table_ptr + 3)
+        start = tl.load(table_ptr + 4 + row)
+        # Told that the addresses are aligned, the compiler loads 16 bytes at a time; else 2.
+        keys = tl.multiple_of(tl.load(table_ptr).to(element), 16) + (head * capacity + start) * HK
+        values = tl.multiple_of(tl.load(table_ptr + 1).to(element), 16) + (head * capacity + start) * HV
+
+        m_ids, hk, hv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_HK), tl.arange(0, BLOCK_HV)
+        in_m, in_hk, in_hv = m_ids < M, hk < HK, hv < HV
+        q = tl.load(
+            q_ptr + row * stride_qb + (head * M + m_ids)[:, None] * stride_qn + hk[None, :],
+            mask=in_m[:, None] & in_hk[None, :], other=0.0,
+        )  # fmt: skip
+        top = tl.full([BLOCK_M], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_HV], tl.float32)
+        precision: tl.constexpr = "ieee" if IEEE else "tf32"
+        stored = tl.minimum(end, length)
+        for at in range(first, stored, BLOCK_K):
+            ids = (at + tl.arange(0, BLOCK_K)).to(tl.int64)
+            inside = ids < stored
+            k = tl.load(
+                keys + ids[None, :] * HK + hk[:, None], mask=inside[None, :] & in_hk[:, None], other=0.0
+            )
+            scores = tl.dot(q, k, input_precision=precision) * scale
+            scores = tl.where(inside[None, :], scores, -1e30)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp(scores - new_top[:, None])
+            fade = tl.exp(top - new_top)
+            v = tl.load(
+                values + ids[:, None] * HV + hv[None, :], mask=inside[:, None] & in_hv[None, :], other=0.0
+            )
+            total = total * fade + tl.sum(weights, 1)
+            acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
+            top = new_top
+        if (first <= length) & (end == length + 1):  # the part that ends with the new token stores it
+            k_new = tl.load(k_ptr + row * stride_kb + head * stride_kg + hk, mask=in_hk, other=0.0)
+            v_new = tl.load(v_ptr + row * stride_vb + head * stride_vg + hv, mask=in_hv, other=0.0)
+            at_new = length.to(tl.int64)
+            tl.store(keys + at_new * HK + hk, k_new, mask=in_hk)
+            tl.store(values + at_new * HV + hv, v_new, mask=in_hv)
+            if head == 0:
+                columns = tl.load(table_ptr + 2).to(tl.pointer_type(tl.int32))
+                tl.store(columns + start + at_new, tl.load(column_ptr + row))
+            scores_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+            new_top = tl.maximum(top, scores_new)
+            weights_new = tl.exp(scores_new - new_top)
+            fade = tl.exp(top - new_top)
+            total = total * fade + weights_new
+            acc = acc * fade[:, None] + weights_new[:, None] * v_new.to(tl.float32)[None, :]
+            top = new_top
+        acc = acc / tl.maximum(total, 1e-30)[:, None]
+        lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-30)), -1e30)
+        slot = (row * (G * M) + head * M + m_ids) * PARTS + part
+        tl.store(part_ptr + slot[:, None] * HV + hv[None, :], acc, mask=in_m[:, None] & in_hv[None, :])
+        tl.store(part_lse_ptr + slot, lse, mask=in_m)
+
+    @triton.jit
+    def _join_parts(
+        part_ptr, part_lse_ptr, out_ptr, lengths_ptr, keep_ptr,
+        N: tl.constexpr, HV: tl.constexpr, BLOCK_HV: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """The parts of one row and query head, weighted by their log-sums; counts the new token."""
+        row, head = tl.program_id(0), tl.program_id(1)
+        hv = tl.arange(0, BLOCK_HV)
+        in_hv = hv < HV
+        out = out_ptr + (row * N + head) * HV + hv
+        if tl.load(keep_ptr + row) == 0:
+            tl.store(out, tl.zeros([BLOCK_HV], tl.float32).to(out_ptr.dtype.element_ty), mask=in_hv)
+            return
+        parts = tl.arange(0, PARTS)
+        slot = (row * N + head) * PARTS + parts
+        lse = tl.load(part_lse_ptr + slot)
+        weights = tl.exp(lse - tl.max(lse, 0))
+        weights = weights / tl.sum(weights, 0)
+        acc = tl.load(part_ptr + slot[:, None] * HV + hv[None, :], mask=in_hv[None, :], other=0.0)
+        tl.store(out, tl.sum(acc * weights[:, None], 0).to(out_ptr.dtype.element_ty), mask=in_hv)
+        if head == 0:
+            tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
+
+
+@torch.library.custom_op("modlab::decode_attention", mutates_args=("lengths_B",))
+def decode_attention(
+    q_BNH: Tensor,
+    k_BGH: Tensor,
+    v_BGH: Tensor,
+    table: Tensor,
+    lengths_B: Tensor,
+    keep_B: Tensor,
+    column_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """`reference_decode_attention` by two Triton kernels, for use inside a CUDA graph.
+
+    Args:
+        table: int64 [4 + B], see `KEYS`; the buffers it points to are written.
+
+    The rest, and the result, as there; the innermost dimension of q, k and v must be contiguous.
+    """
+    B, N, HK = q_BNH.shape
+    G, HV = v_BGH.shape[1:]
+    P, half = parts_of(B, G), q_BNH.element_size() == 2
+    part = torch.empty(B * N * P, HV, dtype=torch.float32, device=q_BNH.device)
+    part_lse = torch.empty(B * N * P, dtype=torch.float32, device=q_BNH.device)
+    out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=q_BNH.device)
+    _attend_part[(B, G, P)](
+        q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse,
+        q_BNH.stride(0), q_BNH.stride(1), k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1),
+        scale, G=G, M=N // G, HK=HK, HV=HV,
+        BLOCK_HK=triton.next_power_of_2(HK), BLOCK_HV=triton.next_power_of_2(HV),
+        BLOCK_M=max(16, triton.next_power_of_2(N // G)),
+        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, PARTS=P, IEEE=not half,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _join_parts[(B, N)](
+        part, part_lse, out, lengths_B, keep_B,
+        N=N, HV=HV, BLOCK_HV=triton.next_power_of_2(HV), PARTS=P, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+@decode_attention.register_fake
+def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale):  # type: ignore[no-untyped-def]
+    return q_BNH.new_empty(q_BNH.shape[0], q_BNH.shape[1], v_BGH.shape[2])

@@ -1,0 +1,52 @@
+"""Routing decided beforehand: which tokens each layer keeps, as a table that a GPU kernel can read.
+
+Shape letters: B batch rows, T tokens in, P positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modlab.errors import ModlabError
+
+
+class RoutingTable:
+    """A function for `routing_override` that keeps what a table says: to replay, to edit, to measure.
+
+    Unlike any other function it also works under `enable_fast_generation`.
+
+    Args:
+        keep: by routed layer, bool [B, P]: whether row b keeps its token at position p (counted among the
+            row's real tokens). Rows of a batch of 1 serve any batch.
+
+    Raises:
+        ModlabError: tables of other types or of different shapes.
+    """
+
+    def __init__(self, keep: dict[int, Tensor]) -> None:
+        shapes = {tuple(table.shape) for table in keep.values()}
+        if len(shapes) != 1 or any(t.dtype != torch.bool or t.dim() != 2 for t in keep.values()):
+            raise ModlabError("a RoutingTable takes bool tensors [rows, positions], all of one shape.")
+        self.keep = keep
+        self.rows, self.positions = shapes.pop()
+
+    def lookup(self, layer_idx: int, row: Tensor, position: Tensor) -> Tensor:
+        """Keep of the tokens at `position` (long, any shape) of rows `row` (broadcastable)."""
+        table = self.keep.get(layer_idx)
+        if table is None:
+            raise ModlabError(f"the RoutingTable has no layer {layer_idx}; it has {sorted(self.keep)}.")
+        if table.device != position.device:
+            table = self.keep[layer_idx] = table.to(position.device)
+        return table[row.clamp_max(self.rows - 1), position.clamp(0, self.positions - 1)]
+
+    def __call__(self, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
+        """Keep [B, T] of the tokens at `position_ids` [B, T]; the last position serves all later ones."""
+        if self.rows not in (1, gate.shape[0]):
+            raise ModlabError(f"the RoutingTable has {self.rows} rows, the batch has {gate.shape[0]}.")
+        rows_B1 = torch.arange(gate.shape[0], device=position_ids.device)[:, None]
+        return self.lookup(layer_idx, rows_B1, position_ids)
+
+    def for_rows(self, layer_idx: int, batch: int, device: torch.device) -> Tensor:
+        """The layer's table, bool [B, P], contiguous on `device`."""
+        return self.keep[layer_idx].to(device).expand(batch, -1).contiguous()

@@ -1,0 +1,376 @@
+"""Fast generation: the same tokens as the ordinary path, no work for skipped tokens, and clear refusals.
+
+On a machine with a GPU the same tests run there, through CUDA graphs and the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+import modlab
+from modlab import families
+from modlab.engine import branch as branch_module
+from modlab.engine import prefill as prefill_module
+from modlab.engine import step as step_module
+from modlab.engine.step import best_token
+from modlab.errors import ModlabError
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEW = 40
+
+
+def routed_llama(
+    make: Callable[..., LlamaForCausalLM], gate: str = "straight-through", **changes: Any
+) -> Any:
+    """A tiny converted Llama whose routers keep some tokens and skip others."""
+    model: Any = modlab.convert(make(**changes), modlab.MoDConfig(gate=gate)).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for index in model.mod.layers:
+        router = model.model.layers[index].mod_router
+        router.weight.data = torch.randn(router.weight.shape, generator=generator).to(DEVICE) * 0.3
+        router.bias.data.zero_()
+    return model
+
+
+def prompts(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random prompts, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 500, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate(lengths):
+        mask[row, : max(lengths) - n] = 0
+    ids[mask == 0] = 0
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def generated(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> list[list[int]]:
+    torch.manual_seed(3)
+    return model.generate(**inputs, **{"do_sample": False, "max_new_tokens": NEW, **kwargs}).tolist()
+
+
+def both_ways(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, Any]:
+    """Generates the ordinary and the fast way, checks that the tokens are the same; what the report says."""
+    want = generated(model, inputs, **kwargs)
+    modlab.enable_fast_generation(model, compile=False)
+    got = generated(model, inputs, **kwargs)
+    last = modlab.fast_generation_report(model)["last"]
+    modlab.disable_fast_generation(model)
+    assert last["fast"], last["why"]
+    assert got == want
+    return last
+
+
+@pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
+@pytest.mark.parametrize("lengths", [(1,), (17,), (30, 3, 12)], ids=str)
+def test_same_tokens_as_the_ordinary_path(make_llama: Any, gate: str, lengths: tuple[int, ...]) -> None:
+    last = both_ways(routed_llama(make_llama, gate), prompts(*lengths))
+    assert last["prompt_tokens"] == list(lengths)
+    assert last["rows"] == len(lengths)
+
+
+def test_a_dense_model_works_too(make_llama: Any) -> None:
+    last = both_ways(make_llama().to(DEVICE), prompts(9, 4))
+    seen = [9 + last["new_tokens"] - 1, 4 + last["new_tokens"] - 1]
+    assert last["kept_tokens"] == [seen] * 6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": NEW},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[5]]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_same_tokens_under_every_setting_of_generate(make_llama: Any, settings: dict[str, Any]) -> None:
+    both_ways(routed_llama(make_llama), prompts(11, 6), **settings)
+
+
+def test_rows_stop_at_their_own_end_token(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(10, 5, 8)
+    tokens = generated(model, inputs, eos_token_id=None)
+    ends = [tokens[0][10 + 4], tokens[1][10 + 9]]
+    want = generated(model, inputs, eos_token_id=ends)
+    assert len({row.index(0, 10) if 0 in row[10:] else -1 for row in want}) > 1, "rows should end apart"
+    both_ways(model, inputs, eos_token_id=ends)
+
+
+def test_stopping_criteria_and_streamers_are_the_users_own(make_llama: Any) -> None:
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.pieces: list[list[int]] = []
+            self.ended = False
+
+        def put(self, value: Any) -> None:
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    def stop_at_20(ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= 20, device=ids.device)
+
+    model, inputs = routed_llama(make_llama), prompts(7)
+    want = generated(model, inputs, stopping_criteria=[stop_at_20], eos_token_id=None)
+    modlab.enable_fast_generation(model, compile=False)
+    streamer = Collect()
+    got = generated(model, inputs, stopping_criteria=[stop_at_20], eos_token_id=None, streamer=streamer)
+    assert got == want and len(got[0]) == 20
+    assert streamer.ended
+    assert [token for piece in streamer.pieces for token in piece] == got[0]
+
+
+def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any) -> None:
+    """Kept tokens of every layer and row; bytes of the buffers, with growth beyond the first slack."""
+    model, inputs = routed_llama(make_llama), prompts(20, 9)
+    cache = modlab.RaggedCache(model)
+    want = generated(model, inputs, max_new_tokens=90, eos_token_id=None, past_key_values=cache)
+    modlab.enable_fast_generation(model, compile=False)
+    assert generated(model, inputs, max_new_tokens=90, eos_token_id=None) == want
+    last = modlab.fast_generation_report(model)["last"]
+    ordinary = cache.kept_tokens.tolist()
+    for layer, kept in enumerate(last["kept_tokens"]):
+        # an ordinary unrouted layer stores padding too, the engine does not
+        assert kept == (ordinary[layer] if layer in model.mod.layers else [20 + 89, 9 + 89])
+    token = 2 * 2 * 16 * 4 + 4  # K and V of 2 heads of 16 in fp32, and the column
+    kept_bytes = sum(map(sum, last["kept_tokens"])) * token
+    slack = sum(max(16, n // 32) for row in last["kept_tokens"] for n in row) * token
+    assert kept_bytes <= last["kv_bytes"] <= kept_bytes + slack
+
+
+def test_no_row_is_computed_for_a_skipped_token_or_for_padding(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(30, 3, 12)
+    seen: dict[int, list[int]] = {layer: [] for layer in range(6)}
+    for layer, rows in seen.items():
+        gate_proj = model.model.layers[layer].mlp.gate_proj
+        gate_proj.register_forward_hook(
+            lambda _m, args, _o, rows=rows: rows.append(args[0].shape[:2].numel())
+        )
+    modlab.enable_fast_generation(model, compile=False, check=False)
+    generated(model, inputs, max_new_tokens=1)
+    kept = modlab.fast_generation_report(model)["last"]["kept_tokens"]
+    for layer in model.mod.layers:
+        assert sum(kept[layer]) < 45, "this routing should skip something"
+    if DEVICE.type == "cpu":  # on a GPU a first generate also warms up and captures a step
+        assert {layer: sum(rows) for layer, rows in seen.items()} == {i: sum(kept[i]) for i in range(6)}
+
+
+def test_a_decoding_step_that_every_row_skips_runs_nothing(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(5)
+    modlab.set_threshold(model, 0.999)
+    modlab.enable_fast_generation(model, compile=False)
+    generated(model, inputs, eos_token_id=None)
+    kept = modlab.fast_generation_report(model)["last"]["kept_tokens"]
+    assert all(kept[layer] == [4] for layer in model.mod.layers), (
+        "only the first tokens, which are always kept"
+    )
+    assert all(kept[layer] == [5 + NEW - 1] for layer in (0, 2, 4))
+
+
+def test_thresholds_are_live(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(25)
+    modlab.enable_fast_generation(model, compile=False)
+    totals = []
+    for p in (0.2, 0.5, 0.8, 0.2):
+        modlab.set_threshold(model, p)
+        generated(model, inputs, eos_token_id=None)
+        totals.append(sum(map(sum, modlab.fast_generation_report(model)["last"]["kept_tokens"])))
+    assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
+
+
+def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(14, 6)
+    generator = torch.Generator().manual_seed(2)
+    table = modlab.RoutingTable(
+        {layer: torch.rand(2, 14 + NEW, generator=generator) < 0.5 for layer in model.mod.layers}
+    )
+    with modlab.routing_override(model, table):
+        last = both_ways(model, inputs, eos_token_id=None)
+    for layer, mask in table.keep.items():
+        assert last["kept_tokens"][layer] == [
+            int(mask[0, : 14 + NEW - 1].sum()), int(mask[1, : 6 + NEW - 1].sum())
+        ]  # fmt: skip
+
+
+def test_rows_beyond_one_line_run_in_further_lines(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = routed_llama(make_llama), prompts(30, 3, 12, 28, 1)
+    modlab.enable_fast_generation(model, compile=False)
+    one_line = generated(model, inputs)
+    report = modlab.fast_generation_report(model)["last"]
+    monkeypatch.setattr(prefill_module, "LINE_TOKENS", 32)
+    assert [s.stop - s.start for s in prefill_module._lines([30, 3, 12, 28, 1])] == [1, 2, 2]
+    assert generated(model, inputs) == one_line
+    assert modlab.fast_generation_report(model)["last"]["kept_tokens"] == report["kept_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"num_beams": 2}, None),
+        ({"use_cache": False}, "use_cache"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "return_dict_in_generate"),
+        ({"prompt_lookup_num_tokens": 3}, None),
+    ],
+    ids=["beams", "no-cache", "scores", "assisted"],
+)
+def test_what_the_engine_does_not_do_goes_the_ordinary_way(
+    make_llama: Any, settings: dict[str, Any], why: str | None
+) -> None:
+    model, inputs = routed_llama(make_llama), prompts(9)
+
+    def sequences() -> list[list[int]]:
+        torch.manual_seed(0)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=12, **settings)
+        return getattr(out, "sequences", out).tolist()
+
+    want = sequences()
+    modlab.enable_fast_generation(model, compile=False)
+    assert sequences() == want
+    if why is not None:
+        last = modlab.fast_generation_report(model)["last"]
+        assert not last["fast"] and why in last["why"]
+
+
+def test_a_cache_of_the_users_is_used_and_filled(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(9)
+    modlab.enable_fast_generation(model, compile=False)
+    cache = modlab.RaggedCache(model)
+    generated(model, inputs, past_key_values=cache, eos_token_id=None)
+    assert cache.get_seq_length() == 9 + NEW - 1
+    assert "a cache was passed in" in modlab.fast_generation_report(model)["last"]["why"]
+
+
+def test_recordings_and_override_functions_see_every_step(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(9)
+    modlab.enable_fast_generation(model, compile=False)
+    with modlab.record_routing(model) as recording:
+        generated(model, inputs, eos_token_id=None)
+    assert len(recording.steps) == NEW
+    with modlab.routing_override(model, lambda layer, gate, position: position % 2 == 0):
+        generated(model, inputs)
+    assert "not a RoutingTable" in modlab.fast_generation_report(model)["last"]["why"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gemma2", "softcap|sliding"), ("gpt_oss", "sliding|s_aux"), ("bloom", "."), ("opt", ".")],
+)
+def test_a_model_that_it_does_not_cover_is_refused_and_left_alone(model_type: str, reason: str) -> None:
+    model = families.tiny_model(model_type).to(DEVICE)
+    before = type(model)
+    try:
+        modlab.enable_fast_generation(model, compile=False)
+    except ModlabError as error:
+        assert "fast generation does not cover" in str(error)
+        assert type(model) is before and not modlab.fast_generation_report(model)["enabled"]
+    else:  # covered after all: then it must be right
+        both_ways(model, prompts(9, 4))
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo2", "mixtral"])
+def test_other_families_generate_the_same_tokens(model_type: str) -> None:
+    model: Any = families.tiny_model(model_type)
+    if getattr(model.config, "sliding_window", None):
+        model.config.sliding_window = None  # Mistral's own later checkpoints have none either
+        model = type(model)(model.config).eval()
+    modlab.convert(model, modlab.MoDConfig())
+    model = model.to(DEVICE)
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.rand(1, 80, generator=generator) < 0.5
+    with modlab.routing_override(model, modlab.RoutingTable(dict.fromkeys(model.mod.layers, mask))):
+        both_ways(model, prompts(13, 5), eos_token_id=None)
+
+
+def test_training_mode_goes_the_ordinary_way(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(5)
+    modlab.enable_fast_generation(model, compile=False)
+    model.mod.what_if = False
+    generated(model.train(), inputs)
+    assert "training mode" in modlab.fast_generation_report(model)["last"]["why"]
+
+
+def test_switching_off_gives_the_model_back(make_llama: Any) -> None:
+    model = routed_llama(make_llama)
+    before, keys = type(model), set(model.__dict__)
+    modlab.enable_fast_generation(model, compile=False)
+    generated(model, prompts(5))
+    with pytest.raises(ModlabError, match="disable_fast_generation"):
+        copy.deepcopy(model)
+    modlab.disable_fast_generation(model)
+    assert type(model) is before and set(model.__dict__) == keys
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    copy.deepcopy(model)
+
+
+def test_weights_that_change_in_place_are_seen(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(9)
+    modlab.enable_fast_generation(model, compile=False)
+    first = generated(model, inputs, eos_token_id=None)
+    with torch.no_grad():
+        for parameter in model.model.layers[0].parameters():
+            parameter.mul_(1.5)
+    second = generated(model, inputs, eos_token_id=None)
+    modlab.disable_fast_generation(model)
+    assert second == generated(model, inputs, eos_token_id=None) != first
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 1000])
+def test_best_token_is_the_first_of_the_largest(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randint(0, 5, (7, vocabulary), generator=generator).float()  # many ties
+    assert best_token(logits).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_on_a_gpu_steps_are_graphs_with_if_nodes(make_llama: Any, rows: int) -> None:
+    model, inputs = routed_llama(make_llama), prompts(*[50] * rows)
+    want = generated(model, inputs, eos_token_id=None)
+    modlab.enable_fast_generation(model, compile=True)
+    assert generated(model, inputs, eos_token_id=None) == want
+    report = modlab.fast_generation_report(model)
+    assert report["branch"] in ("torch", "cuda-python") and report["compiled"]
+    assert report["batch_sizes"] == [rows]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_in_bfloat16_most_next_tokens_agree(make_llama: Any) -> None:
+    """Greedy paths part after one rounding, so each next token is compared from the same text."""
+    model = routed_llama(make_llama, hidden_size=256, intermediate_size=512).to(torch.bfloat16)
+    inputs = prompts(*range(20, 84))
+    want = generated(model, inputs, max_new_tokens=1)
+    modlab.enable_fast_generation(model, compile=True)
+    got = generated(model, inputs, max_new_tokens=1)
+    agree = sum(a[-1] == b[-1] for a, b in zip(got, want, strict=True)) / len(want)
+    print(f"agreement {agree:.3f}")
+    assert agree >= 0.9
+
+
+def test_a_model_that_cannot_be_captured_runs_from_the_host(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mixture of experts that asks the host how many tokens each expert gets."""
+    model, inputs = routed_llama(make_llama), prompts(9, 4)
+    want = generated(model, inputs)
+    modlab.enable_fast_generation(model, compile=False)
+    engine = model.__dict__["mod_engine"]
+    engine.branch = branch_module.Branch()  # any way that captures
+
+    def refuse(step: Any, batch: int) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+
+    monkeypatch.setattr(step_module.Step, "_capture", refuse)
+    assert generated(model, inputs) == want
+    report = modlab.fast_generation_report(model)
+    assert report["branch"] == "host" and report["last"]["fast"]
+    assert report["branch_note"].endswith("operation not permitted when stream is capturing")
