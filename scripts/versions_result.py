@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from importlib.metadata import PackageNotFoundError, version
@@ -18,15 +19,16 @@ PACKAGES = (
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "versions"
 
 
-def outcome(results: Path) -> dict[str, Any]:
-    """Counts and failures of a JUnit file that pytest wrote."""
-    root = ElementTree.parse(results).getroot()
-    suites = list(root.iter("testsuite"))
+def outcome(results: list[Path]) -> dict[str, Any]:
+    """Counts and failures of JUnit files that pytest wrote."""
+    roots = [ElementTree.parse(path).getroot() for path in results]
+    suites = [suite for root in roots for suite in root.iter("testsuite")]
     names = ("tests", "failures", "errors", "skipped")
     total, failed, errors, skipped = (sum(int(s.get(name, 0)) for s in suites) for name in names)
     wrong = [
         f"{case.get('classname')}::{case.get('name')}"
-        for case in root.iter("testcase")
+        for suite in suites
+        for case in suite.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None
     ]
     return {
@@ -49,15 +51,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main(name: str, results: str, command: str) -> None:
+def commit() -> str:
+    """The commit that was tested, "" outside a git checkout."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def main(name: str, command: str, *results: str) -> None:
     """Writes the file and prints its path."""
     facts = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
         "command": command.strip(),
         "python": platform.python_version(),
         "versions": versions(),
-        **outcome(Path(results)),
+        **outcome([Path(path) for path in results]),
     }
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
@@ -66,4 +75,4 @@ def main(name: str, results: str, command: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:])
