@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
+from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.cache_argument import CACHE_ARGUMENTS, given_cache
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
@@ -163,6 +165,13 @@ def _model_refusal(model: PreTrainedModel) -> str | None:
         return "it is an encoder-decoder"
     if is_converted(model) and model.mod.config.skip != "layer":  # type: ignore[union-attr]
         return f"it skips {model.mod.config.skip} only, the engine skips whole layers"  # type: ignore[union-attr]
+    windows = attention_windows(model, len(decoder_layers(model)))
+    for index, window in windows.items():
+        if window is not None:
+            return f"layer {index}: " + (window if isinstance(window, str) else "it has a sliding window")
+    decoder_config = decoder_of(model).config.get_text_config(decoder=True)
+    if any(indexed(layer) for layer in DynamicCache(config=decoder_config).layers):
+        return "its sparse attention picks keys by an index of its own"
     return None
 
 
