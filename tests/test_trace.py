@@ -208,7 +208,7 @@ def test_pieces_join_to_the_text(text: str, tokenizer: Any) -> None:
             def get_text_config() -> object:
                 return object()
 
-    ids, pieces = encode(AnyModel, tokenizer, text)
+    ids, pieces = encode(tokenizer, text)
     assert "".join(pieces) == text and len(pieces) == len(ids)
 
 
@@ -223,7 +223,7 @@ def test_special_tokens_and_trimmed_blanks_keep_the_text_whole(data_dir: Path) -
 
     AnyModel.config = config  # type: ignore[attr-defined]
     text = "  Once upon a time 🙂\n\nthere was  a dog. "
-    ids, pieces = encode(AnyModel, tokenizer, text)
+    ids, pieces = encode(tokenizer, text)
     assert ids[0] == tokenizer.bos_token_id and pieces[0] == ""
     assert "".join(pieces) == text
 
