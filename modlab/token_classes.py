@@ -11,10 +11,10 @@ CLASSES = ("keyword", "identifier", "word", "number", "punctuation", "newline", 
 """The classes, in the order of `classify`'s indices."""
 
 _IDENTIFIER_SIGN = re.compile(r"[_a-z0-9][A-Z]|_|[A-Za-z][0-9]")
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|[\w]+")
+_WORD = re.compile(r"\w+(?:['’][^\W\d_]+)?")
 _KEYWORDS = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) - {"_", "type"}
 # Keywords that are English words as well; in prose they are words.
-_CODE_SIGNS = re.compile(r"[(){}\[\]=;]|^\s{4,}\S|\bdef\b|\bimport\b", re.MULTILINE)
+_CODE_SIGNS = re.compile(r"[(){}\[\]=;]|^\s{4,}\S|^\s*(?:def|class|import|return|else|elif)\b")
 
 
 def classify(tokens: Sequence[str]) -> list[int]:

@@ -46,6 +46,10 @@ _PARTS = {
 }
 
 
+VIEWS = tuple(_PARTS)
+"""Names of the views, as `script` and the trait `view` know them."""
+
+
 def script(view: str) -> str:
     """The ES module of one view: the files of js/ that it needs, no more, as each saved widget has a copy."""
     head = f"const GRID = {GRID};\nconst RAMP = {json.dumps(RAMP)};\nconst VIEWS = {{}};\n"

@@ -18,7 +18,7 @@ class Classes {
     this.bins.replaceChildren();
     this.tables.replaceChildren();
     const layers = model.get("layers"), summary = model.get("summary");
-    el(this.bins, "p", "", `${summary.tokens.toLocaleString("en")} tokens of ${summary.texts.toLocaleString("en")} texts; the routed layers keep ${percent(summary.keep_ratio)} of them on average.`);
+    el(this.bins, "p", "", `${summary.tokens.toLocaleString("en")} tokens of ${summary.texts.toLocaleString("en")} texts; the routed layers keep ${percent(summary.keep_ratio)} of them on average. Numbers in the cells are per cent; few tokens make uncertain shares.`);
     this.table("Kept, by class of token", "class", model.get("classes"), layers, summary.keep_ratio);
     this.table("Kept, by position in the text", "token", model.get("positions"), layers, summary.keep_ratio);
   }
@@ -52,7 +52,6 @@ class Classes {
         td.addEventListener("pointerenter", () => { this.says.textContent = says; });
       });
     }
-    el(box, "p", "mod-note", "Numbers in the cells are per cent. Few tokens make uncertain shares.");
   }
 }
 

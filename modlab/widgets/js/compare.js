@@ -79,7 +79,7 @@ class Compare {
 
   about(side) {
     const speed = side.seconds > 0 ? `, ${(side.pieces.length / side.seconds).toFixed(1)} tokens/s` : "";
-    return `At p ${number(side.p)}: ${side.pieces.length} tokens${speed}; KV cache ${byteText(side.kv_bytes)}, ${(side.dense_bytes / Math.max(1, side.kv_bytes)).toFixed(2)}x smaller than dense.`;
+    return `At p ${number(side.p)}: ${side.pieces.length} tokens${speed}; KV cache ${byteText(side.kv_bytes)}, dense ${byteText(side.dense_bytes)}.`;
   }
 
   sentence(sides) {

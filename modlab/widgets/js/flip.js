@@ -183,4 +183,4 @@ class NextTokens {
   }
 }
 
-VIEWS.flip = { scene: FlipStore, title: "Flip a cell", about, parts: () => [FlipEffect, Heatmap, FlipList, FlipDeltas, TokenText, NextTokens] };
+VIEWS.flip = { scene: FlipStore, title: "Flip a cell", about, parts: () => [FlipEffect, Heatmap, FlipList, FlipDeltas, NextTokens, TokenText] };

@@ -167,7 +167,7 @@ class Heatmap {
     for (const i of store.forced.keys()) {
       const t = i % store.T, layer = store.layers[Math.floor(i / store.T)];
       if (t < first || t > last) continue;
-      const x = m.left + (t + 0.5) * m.w - shift, y = m.top + (layer + 0.5) * m.h, r = clamp(Math.min(m.w, m.h) / 2 - 2, 1.5, 5);
+      const x = m.left + (t + 0.5) * m.w - shift, y = m.top + (layer + 0.5) * m.h, r = clamp(Math.min(m.w, m.h) / 2 - 1, 3.5, 6);
       g.beginPath();
       g.arc(x, y, r, 0, 7);
       g.fillStyle = css(store.theme.groundRgb);

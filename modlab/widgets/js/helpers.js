@@ -7,7 +7,7 @@ function bytes(view) {
 
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const number = (x) => String(Number(x.toFixed(4)));
-const percent = (x) => (100 * x).toFixed((x >= 0.0995 && x < 0.995) || x === 1 ? 0 : 1) + " %"; // 100 % is all
+const percent = (x) => (100 * x).toFixed((x >= 0.0995 && x < 0.995) || x === 1 || x === 0 ? 0 : 1) + " %"; // 0 and 100 are none and all
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 
 function byteText(n) { // three figures, as 4.56 kB, 45.6 kB, 456 kB
