@@ -15,7 +15,7 @@ class Curve {
   destroy() { this.observer.disconnect(); }
 
   draw() {
-    const { model } = this.store, swept = model.get("points").length > 0;
+    const { store } = this, { model } = store, swept = model.get("points").length > 0;
     const points = [...(swept ? model.get("points") : model.get("runs") || [])].sort((a, b) => a.p - b.p);
     const width = this.plots.clientWidth, key = [width, store.stamp, model.get("runs")?.length, points.length, store.summary.run].join();
     if (width < 120 || key === this.drawnFor) return;
