@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from modlab import kv_bytes
+from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
 from modlab.routing import routing_of
 
@@ -68,5 +69,5 @@ def token_bytes(model: Any) -> int:
 
     with eval_mode(model):
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        cache = model(ids, use_cache=True).past_key_values
+        cache = given_cache(model(ids, use_cache=True))
     return max(kv_bytes.token_nbytes(layer) for layer in cache.layers)

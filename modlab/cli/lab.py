@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     for line in lab.copy_notebooks(options.folder, options.overwrite).lines(options.folder):
         print(line)
     if not options.execute:
+        print(f"opening {chosen[0].title}; `modlab lab --list` says what the other notebooks show")
         return lab.open_lab(options.folder, not options.no_browser, options.passed_on, chosen[0].file)
     failed = 0
     for guide in chosen:
