@@ -76,7 +76,8 @@ FRAMES = """async (what) => {
     new Kind(name, { clientX: box.left + x, clientY: box.top + 60, bubbles: true, ...more }));
   const act = {
     scroll: (i) => { scroll.scrollLeft = (i * 37) % Math.max(1, far); },
-    zoom: (i) => send(WheelEvent, 'wheel', 400, { ctrlKey: true, cancelable: true, deltaY: Math.floor(i / 30) % 2 ? -12 : 12 }),
+    zoom: (i) => send(WheelEvent, 'wheel', 400,
+      { ctrlKey: true, cancelable: true, deltaY: Math.floor(i / 30) % 2 ? -12 : 12 }),
     overview: (i) => send(PointerEvent, 'pointermove', 60 + ((i * 7) % 800), {}),
     nothing: () => {},
   }[what];

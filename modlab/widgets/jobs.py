@@ -6,7 +6,6 @@ message that stops a computation would wait for the computation's end.
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -91,10 +90,7 @@ class Jobs:
                 self._current.cancel()
             if not self._busy:
                 self._busy = True
-                # With the context of the request, so that ipykernel knows to which cell output belongs.
-                context = contextvars.copy_context()
-                thread = threading.Thread(target=context.run, args=(self._loop,), name="modlab", daemon=True)
-                thread.start()
+                threading.Thread(target=self._loop, name="modlab", daemon=True).start()
 
     def cancel(self) -> None:
         """Stop what is running or waiting."""

@@ -125,7 +125,7 @@ class Thresholds(MeasuredView):
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
         with self.hold_sync():
             super()._show(trace, cache)
-            self.layer_thresholds = self.summary["ps"]
+            self.layer_thresholds = trace.thresholds.tolist()
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") == "run":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import math
 import threading
 import time
@@ -68,7 +67,9 @@ class TrainingPanel(View):
         self._more = {"eval_data": eval_data, "teacher": teacher, "tokenizer": tokenizer}
         self._changed = threading.Condition()
         self._paused = self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._seen: set[Any] = set()  # numbers of the browser's messages
+        # Not the thread itself: one whose join was interrupted counts as dead in Python 3.11.
+        self._over: threading.Event | None = None
         self._rows: list[dict[str, Any]] = []
         self._told = self._seconds = 0.0
         self._error: BaseException | None = None
@@ -97,11 +98,10 @@ class TrainingPanel(View):
             self._rows, self._error, self.result = [], None, None
             self._began, self._seconds = time.monotonic(), 0.0
             self._tell("running", "Preparing the run.", 0.0)
-            context = contextvars.copy_context()
-            self._thread = threading.Thread(
-                target=context.run, args=(self._train, config), name="modlab-train", daemon=True
-            )
-            self._thread.start()
+            self._over = threading.Event()
+            threading.Thread(
+                target=self._train, args=(config, self._over), name="modlab-train", daemon=True
+            ).start()
 
     def pause(self) -> None:
         """Wait after the step in flight, until `resume` or `stop`. The model can be used meanwhile."""
@@ -126,7 +126,7 @@ class TrainingPanel(View):
     @property
     def running(self) -> bool:
         """Whether a run has begun and is not over, paused or not."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._over is not None and not self._over.is_set()
 
     @property
     def history(self) -> pd.DataFrame:
@@ -147,20 +147,23 @@ class TrainingPanel(View):
         Raises:
             ModlabError: the run was not started, or it failed (then with its own error).
         """
-        thread = self._thread
-        if thread is None:
+        over = self._over
+        if over is None:
             raise ModlabError("The run was not started: call start(), or press the panel's Start button.")
         try:
-            thread.join(timeout)
+            over.wait(timeout)
         except KeyboardInterrupt:
             self.stop()
-            thread.join()
+            over.wait()
         if self._error is not None:
             raise self._error
         return self.result
 
     def _on_message(self, _: Any, content: dict[str, Any], __: Any) -> None:
         act = {"start": self.start, "pause": self.pause, "resume": self.resume, "stop": self.stop}
+        if content.get("id", 0) in self._seen:  # the browser sends again what seems to be lost
+            return
+        self._seen.add(content.get("id"))
         try:
             act.get(content.get("type", ""), lambda: None)()
         except ModlabError as problem:
@@ -168,17 +171,21 @@ class TrainingPanel(View):
 
     # -- the run's thread -----------------------------------------------------------------------------------
 
-    def _train(self, config: TrainConfig) -> None:
+    def _train(self, config: TrainConfig, over: threading.Event) -> None:
         from modlab.train import train
 
-        with lock_of(self._model):
-            try:
-                self.result = train(self._model, self._batches, config, monitor=_Watch(self), **self._more)
-            except Exception as problem:
-                self._error = problem
-                self._tell("failed", "The run failed.", error=f"{type(problem).__name__}: {problem}")
-                return
-        result = self.result
+        try:
+            with lock_of(self._model):
+                result = train(self._model, self._batches, config, monitor=_Watch(self), **self._more)
+            self._finish(result, config)
+        except Exception as problem:
+            self._error = problem
+            self._tell("failed", "The run failed.", error=f"{type(problem).__name__}: {problem}")
+        finally:
+            over.set()
+
+    def _finish(self, result: TrainResult, config: TrainConfig) -> None:
+        self.result = result
         self._rows = result.history.to_dict("records")  # with the evaluation at the end
         self._send_curves()
         if result.interrupted:

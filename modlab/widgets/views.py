@@ -12,6 +12,7 @@ import traitlets as t
 from modlab.errors import ModlabError
 from modlab.widgets.jobs import Jobs, state
 from modlab.widgets.page import curve, html_page, payload, script, styles
+from modlab.widgets.routes import answer_anywhere
 from modlab.widgets.still import curve_png, heatmap_png
 
 if TYPE_CHECKING:
@@ -35,6 +36,16 @@ class View(anywidget.AnyWidget):
     view = t.Unicode("").tag(sync=True)
     summary = t.Dict({"p": 0.5}).tag(sync=True)
     can_run = t.Bool(False).tag(sync=True)
+
+    def open(self) -> None:
+        """Make the browser's half, as every widget does at its beginning."""
+        super().open()
+        answer_anywhere(self)
+
+    def send_state(self, key: Any = None) -> None:
+        """Tell the browser of traits that changed here, as every widget does."""
+        super().send_state(key)
+        answer_anywhere(self)
 
     def to_html(self) -> str:
         """One page with everything inside (data, styles, script): opens from a file, without network."""

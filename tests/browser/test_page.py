@@ -234,7 +234,9 @@ def test_pixels_show_the_decisions(show: Callable[..., Any]) -> None:
 def test_single_views_have_pages(show: Callable[..., Any]) -> None:
     trace = make_trace(50)
     assert show(RoutingHeatmap(trace).to_html()).locator(HEATMAP).get_attribute("data-kept")
-    assert show(TokenText(trace).to_html()).locator(".modlab-text").evaluate("e => e.textContent") == trace.text
+    assert (
+        show(TokenText(trace).to_html()).locator(".modlab-text").evaluate("e => e.textContent") == trace.text
+    )
     page = show(TokenPath(trace).to_html())
     page.locator(".mod-path-plot").press("End")
     settle(page)

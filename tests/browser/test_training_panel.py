@@ -27,7 +27,7 @@ ONE_THREAD = """() => {
 
 def state(nb: object, name: str) -> None:
     nb.page.wait_for_function(  # type: ignore[attr-defined]
-        "name => document.querySelector('[data-view=training] .modlab-badge').innerText === name", arg=name
+        "name => document.querySelector('[data-view=training] .modlab-badge')?.innerText === name", arg=name
     )
 
 
@@ -64,8 +64,8 @@ def test_start_pause_resume_stop(
         box.locator(".modlab-stop").click()
         state(nb, "stopped")
         assert nb.python("print(panel.wait().stopped)").strip() == "interrupted"
-        (thread,) = eval(nb.python("print(threads)"))
-        assert thread.startswith("subshell") == subshells
+        threads = eval(nb.python("print(threads)"))
+        assert all(name.startswith("subshell") == subshells for name in threads)
         assert "Train on" in box.locator(".modlab-start").inner_text()
         nb.check()
 

@@ -27,12 +27,17 @@ class Training {
     for (const name of ["progress", "series"]) scene.listen("change:" + name, () => { this.asked = ""; scene.update(); });
   }
 
-  destroy() { this.observer.disconnect(); }
+  destroy() { this.observer.disconnect(); clearTimeout(this.timer); }
 
   get state() { return this.scene.model.get("progress").state; }
 
-  send(type) {
-    try { this.scene.model.send({ type }); this.asked = type; } catch { this.asked = "gone"; }
+  // A message that meets a busy kernel before JupyterLab has a thread for it waits for the cell's end; it is sent again
+  // until the state changes. Its number tells Python which it has seen.
+  send(type, id = Date.now(), times = 5) {
+    clearTimeout(this.timer);
+    try { this.scene.model.send({ type, id }); this.asked = type; } catch { this.asked = "gone"; }
+    const { state } = this;
+    if (this.asked === type && times) this.timer = setTimeout(() => { if (this.state === state) this.send(type, id, times - 1); }, 1500);
     this.scene.update();
   }
 
