@@ -9,6 +9,7 @@ class FlipStore extends Store {
   }
 
   force() {
+    this.note = "";
     this.forced = new Map(this.model.get("flips").map(([layer, t, keep]) => [this.rowOf[layer] * this.T + t, keep]));
     this.stale = true;
     this.update();
@@ -25,7 +26,6 @@ class FlipStore extends Store {
 
   // Away from what the model decided on its own, or back to it.
   flip(layer, token) {
-    this.note = "";
     const flips = this.model.get("flips"), others = flips.filter(([l, t]) => l !== layer || t !== token);
     const next = others.length < flips.length ? others : [...flips, [layer, token, !this.kept(this.rowOf[layer], token)]];
     this.setFlips(next);
