@@ -128,10 +128,11 @@ pd.DataFrame(rows).T.rename_axis("p").round(3)
 # ## Where is there room to skip?
 #
 # A question for the dense model, before any training: what does each layer do for each token? Below, one
-# layer at a time is skipped by all tokens, through `modlab.routing_override`; a cell shows how much worse
-# that token is then predicted. Bright cells need the layer. Most cells are dark: for most tokens most
-# layers matter little, and that is what routers can learn to use. (It is no forecast of the loss after
-# training: the harm of several skipped layers adds up, and training repairs a part of it.)
+# layer at a time is skipped by all tokens, through `modlab.routing_override`. A red cell is a token that is
+# predicted worse without that layer, a blue one is predicted better, a pale one does not care. The first and
+# the last layer are needed everywhere; between them it depends on the token, and that is what routers can
+# learn to use. (It is no forecast of the loss after training: the harm of several skipped layers adds up,
+# and training repairs a part of it.)
 
 # %%
 modlab.revert(model)

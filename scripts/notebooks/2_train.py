@@ -33,7 +33,7 @@ import pandas as pd
 import torch
 
 import modlab
-from modlab import data
+from modlab import data, figures
 from modlab.train import evaluate
 
 datasets.disable_progress_bars()
@@ -114,7 +114,7 @@ rows["in the pause"] = evaluate(model, HELDOUT)
 
 panel.resume()
 result = panel.wait()
-result
+result.plot().update_layout(template=figures.template(), height=520)
 
 # %% [markdown]
 # ## Before and after
@@ -177,7 +177,7 @@ pd.DataFrame({name: history.set_index("step").loss for name, history in losses.i
 # ## Keep it
 #
 # A trained folder loads with `modlab.load`, and its weights load in plain `transformers`, as the dense
-# model.
+# model. In the other notebooks, it is `MODEL = "my-mod-model"`.
 
 # %%
 model.save_pretrained("my-mod-model")

@@ -11,8 +11,8 @@
 # %% [markdown]
 # ## Use your own model and your own text
 #
-# A folder or hub id of a converted model. A dense one is converted on the spot and keeps every token until
-# it is [trained](2_train.ipynb). The demo knows Python; other text runs, too, with a higher loss.
+# A hub id or a folder of a converted and trained model, for example the one that [2 · Train](2_train.ipynb)
+# saved: `"my-mod-model"`. And any text: the demo knows Python; other text runs, too, with a higher loss.
 
 # %%
 MODEL = "demo"
@@ -49,9 +49,9 @@ from modlab import figures
 
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
-    modlab.convert(model)
+    raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
 trace = modlab.trace(model, tokenizer, TEXT)
-trace
+print(trace)
 
 # %% [markdown]
 # ## One text
@@ -89,14 +89,15 @@ print(f"{counted.tokens:,} tokens of {counted.texts} texts; routed layers keep {
 counted.widget()
 
 # %%
-table = counted.by_class().sort_values("mean")
+table = counted.by_class().query("tokens >= 50").sort_values("mean")
 figure = go.Figure()
 for column, name in ((c, c.replace("_", " ")) for c in table.columns if c.startswith("layer_")):
     figure.add_bar(y=table.index, x=table[column] / len(counted.layers), name=name, orientation="h")
 figure.update_layout(
     template=figures.template(),
     barmode="stack",
-    title="Which layers run a token of each class",
+    title="Which layers run a token of each class (classes of 50 tokens or more)",
+    legend_traceorder="normal",
     xaxis={
         "title": "mean keep ratio of the routed layers (all = 100%)",
         "tickformat": ".0%",

@@ -10,6 +10,9 @@
 
 # %% [markdown]
 # ## Use your own model
+#
+# A hub id or a folder of a converted and trained model, for example the one that [2 · Train](2_train.ipynb)
+# saved: `"my-mod-model"`.
 
 # %%
 MODEL = "demo"
@@ -41,7 +44,7 @@ from modlab import kv_budget, measure
 
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
-    modlab.convert(model)
+    raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
 SAMPLE = [
     inspect.getsource(textwrap)[:5000]
 ]  # what thresholds are calibrated on: text like that of later use
@@ -72,17 +75,19 @@ dense_mib = CONTEXT * kv_budget.token_bytes(model) * model.mod.num_layers / 2**2
 BUDGET = 0.75 * dense_mib  # MiB; or a figure of your own
 
 rows = {}
-for label, budget in (("as trained", None), ("budget", BUDGET)):
-    if budget is not None:
-        sliders.calibrate(kv_mib=budget, context=CONTEXT)
+for label, p in (("nothing skipped", 1e-6), ("as trained", trained_at), ("budget", None)):
+    if p is None:
+        sliders.calibrate(kv_mib=BUDGET, context=CONTEXT)
+    else:
+        modlab.set_threshold(model, p)
     measured = measure.evaluate(model, SAMPLE, tokenizer)
     rows[label] = {
-        "p": sliders.thresholds[model.mod.layers[0]],
+        "p": model.mod.thresholds[model.mod.layers[0]],
         "kept in routed layers": measured.keep_ratio,
         "KV saving": measured.kv_saving,
-        "loss (nats a token)": measured.loss,
+        "loss of SAMPLE": measured.loss,
+        "loss of TEXT": measure.loss(model, tokenizer, TEXT),
     }
-    print(f"{label}: {sliders.thresholds}")
 print(f"dense cache of {CONTEXT:,} tokens: {dense_mib:.1f} MiB, budget {BUDGET:.1f} MiB")
 pd.DataFrame(rows).T.round(3)
 
@@ -118,6 +123,10 @@ compare = modlab.widgets.Compare(
 )
 compare.run()
 compare
+
+# %%
+for side in compare.result:
+    print(f"--- p {side['p']}: cache of {side['kv_bytes'] / 2**20:.2f} MiB\n{side['text']}\n")
 
 # %% [markdown]
 # Both caches hold the prompt and what was generated. What a threshold buys in time, and where the trade is

@@ -11,9 +11,9 @@
 # %% [markdown]
 # ## Use your own model
 #
-# `MODEL` is a converted model, `DENSE` the one to compare with. The demo's is the right kind of control:
-# the same start, trained on for as long, without skipping. (Without such a control, a model that was
-# trained further looks better than it is.)
+# `MODEL` is a converted and trained model (`"my-mod-model"` from [2 · Train](2_train.ipynb), say), `DENSE`
+# the one to compare with. The demo's is the right kind of control: the same start, trained on for as long,
+# without skipping. (Without such a control, a model that was trained further looks better than it is.)
 
 # %%
 MODEL, DENSE = "demo", "demo-dense"
@@ -31,7 +31,7 @@ from modlab import figures, measure, published
 model, tokenizer = modlab.load(MODEL)
 dense, _ = modlab.load(DENSE)
 if not modlab.is_converted(model):
-    modlab.convert(model)
+    raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
 TEXT = inspect.getsource(argparse)[:6000]
 inputs = tokenizer(TEXT, return_tensors="pt", truncation=True, max_length=PROMPT_TOKENS).to(model.device)
 
@@ -63,7 +63,7 @@ for (name, frame), colour in zip(frames.items(), figures.COLOURS):
         x=last.layer, y=last.kv_bytes / 2**10, name=name, marker_color=colour, showlegend=False, row=1, col=2
     )
 figure.update_layout(
-    template=figures.template(), title="Key/value cache", title_y=0.97, bargap=0.25, margin_t=90
+    template=figures.template(), title="Key/value cache", bargap=0.25, margin_t=110, legend_y=1.16
 )
 figure.update_xaxes(title_text="forward step (0 reads the prompt)", col=1)
 figure.update_xaxes(title_text="layer", dtick=1, col=2)
@@ -143,7 +143,7 @@ for column, what in enumerate(("prefill", "decode"), start=1):
     figure.add_hline(y=1, line={"color": figures.TEXT, "width": 1}, row=1, col=column)
 figure.update_xaxes(title_text="kept in the routed layers", tickformat=".0%")
 figure.update_yaxes(title_text="times faster than dense", col=1)
-figure.update_layout(template=figures.template(), margin_t=70)
+figure.update_layout(template=figures.template(), margin_t=80, legend_y=1.12)
 figure
 
 # %%

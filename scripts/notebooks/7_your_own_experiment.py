@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 7 · Your own experiment
 #
-# A routing rule and a widget of your own, from the public pieces, in twenty lines each.
+# A routing rule and a widget of your own, from the public pieces, in some twenty lines each.
 #
 # modlab decides in one place which token is kept, and lets you replace that decision:
 # `modlab.routing_override(model, fn)`. It records everything in plain arrays: `modlab.trace`. And its views
@@ -10,8 +10,8 @@
 # %% [markdown]
 # ## Use your own model
 #
-# Any converted model, a hub id or a folder; a dense model is converted on the spot (its gates are all equal
-# until it is trained, so the first row of the table below then keeps everything).
+# A hub id or a folder of a converted and trained model, for example the one that [2 · Train](2_train.ipynb)
+# saved: `"my-mod-model"`.
 
 # %%
 MODEL = "demo"
@@ -44,9 +44,9 @@ import modlab
 
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
-    modlab.convert(model)
+    raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
 learned = modlab.trace(model, tokenizer, TEXT)
-learned
+print(learned)
 
 # %% [markdown]
 # ## A routing rule
@@ -72,7 +72,8 @@ def my_rule(layer, gate, position_ids):
 
 with modlab.routing_override(model, my_rule):
     mine = modlab.trace(model, tokenizer, TEXT)
-mine
+print(mine)
+modlab.widgets.RoutingHeatmap(mine)
 
 # %% [markdown]
 # ## Is it any good?

@@ -47,7 +47,8 @@ print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameter
 # Which layers does each token run through? Put in your own text; the demo knows Python best.
 
 # %%
-TEXT = '''def read_table(path, delimiter=","):
+TEXT = '''\
+def read_table(path, delimiter=","):
     """Read a text file and return a list of rows.
 
     Each row is a list of strings. Empty lines are ignored.
