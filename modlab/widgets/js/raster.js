@@ -12,6 +12,10 @@ class Raster {
       this.image = new ImageData(width, height);
       this.pixels = new Uint32Array(this.image.data.buffer);
     }
+    const put = () => canvas.getContext("2d").putImageData(this.image, x0, Math.round(m.top * scale));
+    const key = [store.decided, store.theme.key, store.low, store.high, store.summary.run, m.w, shift, width, height].join();
+    if (key === this.painted) return put(); // only the mark moved
+    this.painted = key;
     this.pixels.fill(0);
     const colours = this.colours(), full = new Uint32Array(width), thin = new Uint32Array(width);
     const pad = rowHeight > 9 * scale ? Math.round(scale) : 1, line = Math.max(1, Math.round(Math.max(1.5, m.h * 0.14) * scale));
@@ -29,7 +33,7 @@ class Raster {
       for (let y = pad; y < rowHeight - pad; y++)
         this.pixels.set(y >= lineFrom && y < lineFrom + line ? thin : full, (top + y) * width);
     }
-    canvas.getContext("2d").putImageData(this.image, x0, Math.round(m.top * scale));
+    put();
   }
 
   // A cell a token: `full` is a pixel row of kept cells, `thin` the row in the middle, where skipped ones show too.
