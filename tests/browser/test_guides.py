@@ -99,7 +99,7 @@ def test_where_tokens_go(guide: Open) -> None:
         assert nb.python("print(len(flip.flips))").strip() == "0"
         canvas = flip.locator("canvas.modlab-heatmap").first
         canvas.scroll_into_view_if_needed()
-        canvas.click(position={"x": 300, "y": 4 + 22 * 2.5})
+        canvas.click(position={"x": 300, "y": 4 + 22 * 1.5})  # layer 1
         nb.page.wait_for_timeout(500)
         nb.wait_idle()
         nb.python("flip.wait()")
