@@ -221,7 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file"
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "lab" / "lab",
+        help="folder of the result file",
     )
     parser.add_argument("--quick", action="store_true", help="only the smallest size")
     options = parser.parse_args(argv)
