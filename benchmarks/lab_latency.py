@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "results" / "lab" / "lab",
+        default=ROOT / "benchmarks" / "results" / "lab",
         help="folder of the result file",
     )
     parser.add_argument("--quick", action="store_true", help="only the smallest size")
