@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from modlab import families, widgets
+    from modlab.aggregate import RoutingAggregate, aggregate_routing
     from modlab.cache import RaggedCache
     from modlab.checkpoint import load
     from modlab.config import MoDConfig
@@ -47,6 +48,8 @@ _HOME: dict[str, str | None] = {
     "KVTracker": "kv",
     "calibrate": "measure",
     "sweep": "measure",
+    "RoutingAggregate": "aggregate",
+    "aggregate_routing": "aggregate",
     "RoutingTrace": "trace",
     "trace": "trace",
     "TrainConfig": "train",
@@ -61,11 +64,13 @@ __all__ = [
     "MoDConfig",
     "ModlabError",
     "RaggedCache",
+    "RoutingAggregate",
     "RoutingTable",
     "RoutingTrace",
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "aggregate_routing",
     "calibrate",
     "convert",
     "disable_fast_generation",

@@ -183,7 +183,9 @@ class KVTracker:
 def _find_cache(output: Any, kwargs: dict[str, Any]) -> Any | None:
     """The cache a decoder forward filled: its output's, or (tuple outputs) the one that was passed in."""
     fields = output if isinstance(output, Mapping) else {}
-    candidates = [given_cache(fields), fields.get("cache_params")]
+    candidates = [given_cache(fields)]
+    if candidates[0] is None:  # reading the older name prints a deprecation where there is a newer one
+        candidates.append(fields.get("cache_params"))
     if isinstance(output, (tuple, list)):
         candidates.extend(output)
     if kwargs.get("use_cache") is not False:

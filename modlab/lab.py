@@ -1,6 +1,7 @@
-"""The notebooks: copy them to a folder of the user's, open JupyterLab there, or run them without it."""
+"""The notebooks: list them, copy them to a folder of the user's, open JupyterLab there, or only run them."""
 
 import filecmp
+import json
 import os
 import re
 import sys
@@ -25,6 +26,53 @@ def notebook_source() -> Path:
         f"modlab's notebooks are not where they should be ({package / '_notebooks'}): "
         "the installation is incomplete. Install modlab again."
     )
+
+
+@dataclass(frozen=True)
+class Guide:
+    """One notebook: its file name, its title and one sentence, both as its first cell gives them."""
+
+    file: str
+    title: str
+    summary: str
+
+    @property
+    def name(self) -> str:
+        """The file name without suffix."""
+        return self.file.removesuffix(".ipynb")
+
+
+def guides(folder: Path | None = None) -> list[Guide]:
+    """The notebooks of a folder (by default modlab's own), the quickstart first."""
+    folder = notebook_source() if folder is None else folder
+    paths = [path for path in folder.glob("*.ipynb") if not path.stem.endswith(".executed")]
+    return [_guide(path) for path in sorted(paths, key=lambda path: (path.name != QUICKSTART, path.name))]
+
+
+def _guide(path: Path) -> Guide:
+    """Title: the first heading; summary: the paragraph after it."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "".join(cells[0]["source"]) if cells else ""
+    title, _, rest = text.partition("\n")
+    summary = " ".join(rest.strip().split("\n\n")[0].split())
+    return Guide(path.name, title.lstrip("# ").strip(), summary)
+
+
+def find_guide(word: str, folder: Path | None = None) -> Guide:
+    """The notebook that a user means: "train", "2", "2_train" and "2_train.ipynb" are the same one.
+
+    Raises:
+        ModlabError: none or several are meant; the message lists what there is.
+    """
+    there = guides(folder)
+    wanted = word.lower().removesuffix(".ipynb").replace("-", "_").replace(" ", "_")
+    exact = [guide for guide in there if guide.name == wanted or guide.name.split("_")[0] == wanted]
+    found = exact or [guide for guide in there if wanted in guide.name]
+    if len(found) == 1:
+        return found[0]
+    problem = "several notebooks are" if found else "no notebook is"
+    names = ", ".join(guide.name for guide in found or there)
+    raise ModlabError(f"{problem} called {word!r}; choose one of {names}.")
 
 
 @dataclass
@@ -78,8 +126,10 @@ def copy_notebooks(target: Path, overwrite: bool = False) -> CopyReport:
     return report
 
 
-def jupyter_command(folder: Path, browser: bool = True, extra: Sequence[str] = ()) -> list[str]:
-    """The command that opens JupyterLab in `folder` on the quickstart, reachable from this machine only.
+def jupyter_command(
+    folder: Path, browser: bool = True, extra: Sequence[str] = (), notebook: str = QUICKSTART
+) -> list[str]:
+    """The command that opens JupyterLab in `folder` on a notebook, reachable from this machine only.
 
     `extra` comes last, so that what the user gives after `--` wins.
     """
@@ -89,7 +139,7 @@ def jupyter_command(folder: Path, browser: bool = True, extra: Sequence[str] = (
         "jupyterlab",
         f"--ServerApp.root_dir={folder.resolve()}",
         "--ServerApp.ip=127.0.0.1",
-        f"--LabApp.default_url=/lab/tree/{QUICKSTART}",
+        f"--LabApp.default_url=/lab/tree/{notebook}",
     ]
     if not browser:
         command.append("--no-browser")
@@ -99,10 +149,12 @@ def jupyter_command(folder: Path, browser: bool = True, extra: Sequence[str] = (
     return [*command, *extra]
 
 
-def open_lab(folder: Path, browser: bool = True, extra: Sequence[str] = ()) -> int:
+def open_lab(
+    folder: Path, browser: bool = True, extra: Sequence[str] = (), notebook: str = QUICKSTART
+) -> int:
     """Replace this process by JupyterLab (on Windows: run it and wait); returns its exit status."""
     _prefer_this_python()
-    command = jupyter_command(folder, browser, extra)
+    command = jupyter_command(folder, browser, extra, notebook)
     if os.name == "posix":
         sys.stdout.flush()
         sys.stderr.flush()

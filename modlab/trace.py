@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,8 @@ class RoutingTrace:
     @property
     def mean_loss(self) -> float:
         """Mean over the predicted tokens, nats; NaN for a text of one token."""
-        return float(self.loss[1:].mean()) if len(self.loss) > 1 else float("nan")
+        predicted = self.loss[~np.isnan(self.loss)]
+        return float(predicted.mean()) if len(predicted) else float("nan")
 
     def preview_keep(self, p: ArrayLike) -> NDArray[np.bool_]:
         """What the recorded gates would decide at threshold p (one number, or one for each of the R rows).
@@ -129,6 +130,27 @@ class RoutingTrace:
             return 1.0
         dense = self.num_layers - len(self.layers)
         return float(self.num_layers / (dense + keep.mean(axis=1).sum()))
+
+    def part(self, start: int, stop: int) -> RoutingTrace:
+        """The tokens from `start` up to, not with, `stop`, for views of a text too long to draw whole.
+
+        Gates, decisions and losses are those of the run over the whole text.
+
+        Raises:
+            ModlabError: the part holds no token.
+        """
+        chosen = slice(*slice(start, stop).indices(len(self.tokens)))
+        if chosen.stop <= chosen.start:
+            raise ModlabError(f"part({start}, {stop}) holds none of the {len(self.tokens):,} tokens.")
+        return replace(
+            self,
+            tokens=self.tokens[chosen],
+            token_ids=self.token_ids[chosen],
+            gate=self.gate[:, chosen],
+            keep=self.keep[:, chosen],
+            keep_first=max(0, self.keep_first - chosen.start),
+            loss=self.loss[chosen],
+        )
 
     # -- files ----------------------------------------------------------------------------------------------
 
@@ -181,9 +203,9 @@ class RoutingTrace:
 
     def to_html(self) -> str:
         """One page with everything inside (data, styles, script): opens from a file, without network."""
-        from modlab.widgets.page import html_page
+        from modlab.widgets.page import trace_page
 
-        return html_page(self)
+        return trace_page(self)
 
     def to_png(self) -> bytes:
         """A still picture of token by layer, for places that run no JavaScript."""
@@ -213,7 +235,7 @@ def trace(model: Any, tokenizer: Any, text: str) -> RoutingTrace:
 
 
 def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any]:
-    """`trace`, and the KV cache that the run filled (a RaggedCache)."""
+    """`trace`, and the model's output: logits [1, T, V] and the cache that was filled (a RaggedCache)."""
     import torch
 
     from modlab import kv_bytes
@@ -225,7 +247,8 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
             f"{type(model).__name__} is not a Mixture-of-Depths model, so there is no routing to trace. "
             "Call modlab.convert(model) first."
         )
-    ids, tokens = encode(model, tokenizer, text)
+    ids, tokens = encode(tokenizer, text)
+    check_length(model, ids)
     ids_bt = torch.tensor([ids], device=model.device)
     with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
         output = model(ids_bt, use_cache=True)
@@ -244,10 +267,20 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
         kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
         model=model_name(model),
         skip=routing.config.skip,
-    ), cache
+    ), output
 
 
-def encode(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
+def check_length(model: Any, ids: list[int]) -> None:
+    """Raises ModlabError if the model cannot read so many tokens."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and len(ids) > limit:
+        raise ModlabError(
+            f"The text has {len(ids):,} tokens; this model reads at most {limit:,} "
+            "(config.max_position_embeddings). Shorten it, or trace it in parts."
+        )
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
     """Token ids of the text, and the piece of the text that each stands for.
 
     Pieces are cut at the ends that a fast tokenizer reports; what several tokens share (the bytes of one
@@ -263,12 +296,6 @@ def encode(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[str]]
         ids, ends = list(tokenizer(text, truncation=False, verbose=False)["input_ids"]), None
     if not ids:
         raise ModlabError(f"The tokenizer turned {text[:60]!r} into no token at all. Give some other text.")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and len(ids) > limit:
-        raise ModlabError(
-            f"The text has {len(ids):,} tokens; this model reads at most {limit:,} "
-            "(config.max_position_embeddings). Shorten it, or trace it in parts."
-        )
     if ends is None:
         return ids, [tokenizer.decode([i]) for i in ids]
     pieces, done = [], 0

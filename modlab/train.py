@@ -34,6 +34,7 @@ from modlab.routing import is_converted
 from modlab.train_checks import check_fit, check_length, check_processes, check_teacher, choose_objective
 from modlab.train_config import TrainConfig, is_what_if, lr_factor
 from modlab.train_files import checkpoints, find_checkpoint, log_until, write_json, write_lines
+from modlab.train_monitor import Monitor
 from modlab.train_result import Stopped, TrainResult
 from modlab.train_step import (
     evaluate,
@@ -55,6 +56,7 @@ def train(
     eval_data: Any = None,
     teacher: Any = None,
     tokenizer: Any = None,
+    monitor: Monitor | None = None,
 ) -> TrainResult:
     """Train `model` in place and return it in eval mode with the run's history.
 
@@ -67,6 +69,8 @@ def train(
         eval_data: held-out data, any of the same kinds.
         teacher: a dense model with the same vocabulary, for `config.kl`.
         tokenizer: saved beside the final model.
+        monitor: told of every step and log line, may pause the run and end it; takes the progress bar's
+            place.
 
     Returns:
         TrainResult. Ctrl-C ends the run after the step in flight, saves a checkpoint if there is an `out`
@@ -76,7 +80,7 @@ def train(
         ModlabError: bad settings or data, before anything is written; a loss that is not finite, with the
             last checkpoint kept.
     """
-    run = _Run(model, batches, config, eval_data, teacher, tokenizer)
+    run = _Run(model, batches, config, eval_data, teacher, tokenizer, monitor)
     try:
         return run.run()
     finally:
@@ -103,9 +107,17 @@ class _Progress:
 
 class _Run:
     def __init__(
-        self, model: Any, batches: Any, config: TrainConfig, eval_data: Any, teacher: Any, tokenizer: Any
+        self,
+        model: Any,
+        batches: Any,
+        config: TrainConfig,
+        eval_data: Any,
+        teacher: Any,
+        tokenizer: Any,
+        monitor: Monitor | None = None,
     ) -> None:
         config.check()
+        self.monitor = monitor
         self.config, self.tokenizer, self.teacher = config, tokenizer, teacher
         self.model = model
         self.converted = is_converted(model)
@@ -244,6 +256,8 @@ class _Run:
                         self.warm = self._agreed(self._seconds())
                     bar.update()
                     self._after_step(bar)
+                    if self.monitor is not None and not self._monitored(self.monitor):
+                        self.stop_asked = True
                     if self._interrupted():
                         stopped = "interrupted"
                         break
@@ -324,6 +338,15 @@ class _Run:
             row = torch.cat([row, kept])
         return loss + regulariser + config.kl * divergence, row
 
+    def _monitored(self, monitor: Monitor) -> bool:
+        """Whether to go on. What the monitor takes, a pause for example, is not the run's time."""
+        paused = time.perf_counter()
+        go_on = monitor.step(self.progress.step, self._share())
+        waited = time.perf_counter() - paused
+        self.started += waited
+        self.mark += waited
+        return go_on
+
     def _after_step(self, bar: Any) -> None:
         config, step = self.config, self.progress.step
         evaluate_now = config.eval_every and step % config.eval_every == 0
@@ -383,6 +406,8 @@ class _Run:
 
     def _write_row(self, row: dict[str, Any]) -> None:
         self.history.append(row)
+        if self.monitor is not None:
+            self.monitor.log(row)
         if self.out is not None and self.accelerator.is_main_process:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -535,7 +560,7 @@ class _Run:
             initial=self.progress.step,
             desc="Training",
             unit="step",
-            disable=not self.accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process or self.monitor is not None,
         )
 
 

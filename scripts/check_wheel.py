@@ -12,7 +12,15 @@ REQUIRED = (
     "modlab/__init__.py",
     "modlab/cli/__init__.py",
     "modlab/py.typed",
+    "modlab/_notebooks/README.md",
     "modlab/_notebooks/quickstart.ipynb",
+    "modlab/_notebooks/1_convert.ipynb",
+    "modlab/_notebooks/2_train.ipynb",
+    "modlab/_notebooks/3_where_tokens_go.ipynb",
+    "modlab/_notebooks/4_thresholds.ipynb",
+    "modlab/_notebooks/5_what_it_buys.ipynb",
+    "modlab/_notebooks/6_many_gpus.ipynb",
+    "modlab/_notebooks/7_your_own_experiment.ipynb",
     "modlab/demo/dense/config.json",
     "modlab/demo/dense/model.safetensors",
     "modlab/demo/mod/config.json",
@@ -32,6 +40,8 @@ def problems(wheel: Path) -> list[str]:
         found.append(f"modlab/demo takes {demo / 1e6:.1f} MB, the limit is {DEMO_LIMIT / 1e6:.0f} MB")
     if not any(name.startswith("modlab/widgets/") and name.endswith(".js") for name in sizes):
         found.append("missing: the JavaScript of modlab/widgets")
+    if not any(name.startswith("modlab/_results/") and name.endswith(".json") for name in sizes):
+        found.append("missing: the benchmark results in modlab/_results")
     found += [
         f"does not belong in a wheel: {name}"
         for name in sizes

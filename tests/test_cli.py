@@ -285,9 +285,29 @@ def test_lab_command_stays_on_this_machine_and_passes_arguments_on(tmp_path: Pat
     assert "--ServerApp.ip=127.0.0.1" in command and "--no-browser" in command
     assert command[-1] == "--port=9999"
     assert f"--ServerApp.root_dir={tmp_path}" in command
+    assert "--LabApp.default_url=/lab/tree/quickstart.ipynb" in command
+    other = lab.jupyter_command(tmp_path, notebook="2_train.ipynb")
+    assert "--LabApp.default_url=/lab/tree/2_train.ipynb" in other
     own, passed_on = cli.split_passed_on(["lab", "--no-browser", "--", "--port=9999"])
     assert (own, passed_on) == (["lab", "--no-browser"], ["--port=9999"])
     assert cli.build_parser().parse_args(own).folder == Path("modlab-notebooks")
+
+
+def test_lab_lists_the_notebooks_and_finds_one_by_name_or_number(capsys: pytest.CaptureFixture[str]) -> None:
+    from modlab import lab
+
+    assert cli.main(["lab", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("quickstart ") and [line[0] for line in lines[1:]] == list("1234567")
+    assert all(len(line.split(None, 1)[1]) > 40 for line in lines), "each says what it shows"
+    for word in ("2", "train", "2_train", "2_train.ipynb", "2-train", "Train"):
+        assert lab.find_guide(word).file == "2_train.ipynb"
+    with pytest.raises(
+        modlab.ModlabError, match="no notebook is called 'nothing'; choose one of quickstart, 1_"
+    ):
+        lab.find_guide("nothing")
+    with pytest.raises(modlab.ModlabError, match="several notebooks are called 't'"):
+        lab.find_guide("t")
 
 
 @pytest.mark.slow
@@ -367,3 +387,20 @@ def test_execute_keeps_what_ran_before_a_failing_cell(
         [cell.get("outputs") for cell in cells]
     )
     assert "too small" in (tmp_path / "nb" / "quickstart.html").read_text(encoding="utf-8")
+
+
+def test_execute_all_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from modlab import lab
+
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    write_notebook(origin / "quickstart.ipynb", "raise ValueError('the first one')")
+    write_notebook(origin / "1_next.ipynb", "print('the second one')")
+    monkeypatch.setattr(lab, "notebook_source", lambda: origin)
+    target = tmp_path / "nb"
+    assert cli.main(["lab", str(target), "--execute", "--notebook", "all"]) == 1
+    assert "a cell of quickstart.ipynb failed" in capfd.readouterr().err
+    assert "the second one" in (target / "1_next.executed.ipynb").read_text()
+    assert cli.main(["lab", str(target), "--execute", "--notebook", "next"]) == 0

@@ -251,7 +251,8 @@ def make_wheel(path: Path, files: dict[str, int]) -> Path:
 
 def test_wheel_check_accepts_a_whole_wheel_and_names_what_is_wrong(tmp_path: Path) -> None:
     check = load_script("check_wheel")
-    whole = dict.fromkeys((*check.REQUIRED, "modlab/widgets/js/heatmap.js"), 10)
+    more = ("modlab/widgets/js/heatmap.js", "modlab/_results/decode.json")
+    whole = dict.fromkeys((*check.REQUIRED, *more), 10)
     assert check.problems(make_wheel(tmp_path / "good.whl", whole)) == []
 
     too_big = whole | {"modlab/demo/mod/model.safetensors": check.DEMO_LIMIT + 1}
@@ -259,6 +260,9 @@ def test_wheel_check_accepts_a_whole_wheel_and_names_what_is_wrong(tmp_path: Pat
 
     without = {name: size for name, size in whole.items() if not name.endswith("quickstart.ipynb")}
     assert any("quickstart" in line for line in check.problems(make_wheel(tmp_path / "less.whl", without)))
+
+    without = {name: size for name, size in whole.items() if "_results" not in name}
+    assert any("_results" in line for line in check.problems(make_wheel(tmp_path / "bare.whl", without)))
 
     strange = whole | {"tests/test_x.py": 1, "modlab/__pycache__/a.pyc": 1}
     assert len(check.problems(make_wheel(tmp_path / "more.whl", strange))) == 2

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modlab
+from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
 from modlab.trace import RoutingTrace, encode, run_traced
 from modlab.widgets import page
@@ -148,7 +149,8 @@ def test_loading_something_else(tmp_path: Path) -> None:
 
 def test_trace_records_what_the_model_did(model: Any, tokenizer: Any) -> None:
     modlab.set_threshold(model, {1: 0.4, 3: 0.5, 5: 0.6})
-    trace, cache = run_traced(model, tokenizer, TEXT)
+    trace, output = run_traced(model, tokenizer, TEXT)
+    cache = given_cache(output)
     ids = torch.tensor([trace.token_ids.tolist()])
     assert ids[0].tolist() == tokenizer(TEXT)["input_ids"] and trace.text == TEXT
     assert (trace.layers, trace.num_layers, trace.keep_first) == ([1, 3, 5], 6, 4)
@@ -202,28 +204,17 @@ def test_errors_say_what_to_do(model: Any, tokenizer: Any, make_llama: Any) -> N
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60))
 def test_pieces_join_to_the_text(text: str, tokenizer: Any) -> None:
-    class AnyModel:
-        class config:
-            @staticmethod
-            def get_text_config() -> object:
-                return object()
-
-    ids, pieces = encode(AnyModel, tokenizer, text)
+    ids, pieces = encode(tokenizer, text)
     assert "".join(pieces) == text and len(pieces) == len(ids)
 
 
 def test_special_tokens_and_trimmed_blanks_keep_the_text_whole(data_dir: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = data_dir / "models" / "stories260K"
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-
-    class AnyModel:
-        pass
-
-    AnyModel.config = config  # type: ignore[attr-defined]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "  Once upon a time 🙂\n\nthere was  a dog. "
-    ids, pieces = encode(AnyModel, tokenizer, text)
+    ids, pieces = encode(tokenizer, text)
     assert ids[0] == tokenizer.bos_token_id and pieces[0] == ""
     assert "".join(pieces) == text
 
@@ -261,6 +252,19 @@ def test_still_picture_of_a_long_text_stays_small() -> None:
     assert height < 1200 and width == 960 and len(png) < 300_000
 
 
-def test_script_is_one_module() -> None:
-    script = page.script()
+@pytest.mark.parametrize("view", page.VIEWS)
+def test_script_is_one_module(view: str) -> None:
+    script = page.script(view)
     assert script.count("export default") == 1 and "import " not in re.sub(r"//.*", "", script)
+    assert f"VIEWS.{view} = " in script and len(script) < 80_000
+
+
+def test_part_of_a_trace() -> None:
+    trace = make_trace(100)
+    part = trace.part(2, 40)
+    assert part.tokens == trace.tokens[2:40] and part.keep_first == 2 and trace.part(50, 60).keep_first == 0
+    assert np.array_equal(part.gate, trace.gate[:, 2:40]) and np.array_equal(part.keep, trace.keep[:, 2:40])
+    assert part.mean_loss == pytest.approx(trace.loss[2:40].mean())
+    assert len(trace.part(0, 1000).tokens) == 100 and np.isnan(trace.part(0, 1).mean_loss)
+    with pytest.raises(ModlabError, match="none of the 100 tokens"):
+        trace.part(100, 200)

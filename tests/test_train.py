@@ -596,3 +596,24 @@ def test_real_weights_reach_a_keep_ratio(data_dir: Path, tmp_path: Path) -> None
     found = evaluate(model, heldout)
     assert found["keep_ratio"] == pytest.approx(0.5, abs=0.12)
     assert found["loss"] < dense + 0.65
+
+
+def test_a_monitor_is_told_and_may_end_the_run(make_llama: Any) -> None:
+    class Watch:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+            self.rows: list[dict[str, Any]] = []
+
+        def step(self, step: int, share: float) -> bool:
+            self.steps.append(step)
+            assert share == pytest.approx(step / 10)
+            return step < 4
+
+        def log(self, row: dict[str, Any]) -> None:
+            self.rows.append(row)
+
+    watch = Watch()
+    rows = [{"input_ids": torch.randint(3, 500, (2, 16))} for _ in range(10)]
+    result = modlab.train(make_llama(), rows, TrainConfig(steps=10, log_every=2), monitor=watch)
+    assert watch.steps == [1, 2, 3, 4] and [row["step"] for row in watch.rows] == [2, 4]
+    assert result.interrupted and result.steps == 4

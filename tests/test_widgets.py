@@ -1,6 +1,7 @@
 """The widgets without a browser: what they send, what they run, what they show when it fails."""
 
 import base64
+import contextlib
 import threading
 from typing import Any
 
@@ -42,8 +43,10 @@ def shown(widget: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ask(explorer: RoutingExplorer, p: Any, number: int = 1) -> None:
-    """The message that the slider sends on release."""
+    """The message that the slider sends on release, and the end of the run that it asks for."""
     explorer._handle_custom_msg({"type": "run", "p": p, "id": number}, [])
+    with contextlib.suppress(Exception):
+        explorer.wait(60)
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,7 +103,7 @@ def test_explorer_measures(explorer: RoutingExplorer, model: Any, tokenizer: Any
     # Allocated bytes: the kept tokens' own, and an index of four bytes for each token of the ragged layers.
     assert summary["kv_bytes"] == kept * want.kv_bytes_per_token + 4 * want.keep.sum()
     assert summary["dense_bytes"] == 6 * len(want.tokens) * want.kv_bytes_per_token
-    assert explorer.status == {"state": "idle", "id": 1, "error": ""}
+    assert explorer.job == {"state": "idle", "id": 1, "text": "", "fraction": 0.0, "error": ""}
     assert [run["p"] for run in explorer.runs] == [0.5, 0.7]
     ask(explorer, 0.5, 2)
     assert [run["p"] for run in explorer.runs] == [0.7, 0.5] and np.array_equal(
@@ -110,31 +113,32 @@ def test_explorer_measures(explorer: RoutingExplorer, model: Any, tokenizer: Any
 
 def test_busy_is_told_before_the_run_and_ended_after(explorer: RoutingExplorer) -> None:
     states: list[dict[str, Any]] = []
-    explorer.observe(lambda change: states.append(change.new), "status")
+    explorer.observe(lambda change: states.append(change.new), "job")
     ask(explorer, 0.6, 5)
-    assert [(s["state"], s["id"]) for s in states] == [("running", 5), ("idle", 5)]
+    assert {s["id"] for s in states} == {5}
+    assert states[0]["state"] == "running" and states[-1]["state"] == "idle"
 
 
 @pytest.mark.parametrize("p", [0.0, 1.5, "half", None])
 def test_a_failed_run_is_shown_and_changes_nothing(explorer: RoutingExplorer, model: Any, p: Any) -> None:
     before, thresholds = explorer.gates, dict(model.mod.thresholds)
     ask(explorer, p, 9)
-    assert explorer.status["state"] == "idle" and explorer.status["id"] == 9
-    assert "Error" in explorer.status["error"] and str(p) in explorer.status["error"]
+    assert explorer.job["state"] == "failed" and explorer.job["id"] == 9
+    assert "Error" in explorer.job["error"] and str(p) in explorer.job["error"]
     assert explorer.gates == before and model.mod.thresholds == thresholds
     ask(explorer, 0.6, 10)
-    assert explorer.status["error"] == "" and explorer.summary["p"] == 0.6
+    assert explorer.job["error"] == "" and explorer.summary["p"] == 0.6
 
 
 def test_a_model_that_breaks_later_is_shown(explorer: RoutingExplorer, model: Any) -> None:
     modlab.revert(model)
     ask(explorer, 0.6)
-    assert "Error" in explorer.status["error"] and explorer.status["state"] == "idle"
+    assert "Error" in explorer.job["error"] and explorer.job["state"] == "failed"
 
 
 def test_other_messages_are_ignored(explorer: RoutingExplorer, model: Any) -> None:
     explorer._handle_custom_msg({"type": "hello"}, [])
-    assert model.mod.thresholds[1] == 0.5 and explorer.status["id"] == 0
+    assert model.mod.thresholds[1] == 0.5 and explorer.job["id"] == 0
 
 
 def test_runs_from_several_threads_do_not_mix(model: Any, tokenizer: Any) -> None:
@@ -147,7 +151,7 @@ def test_runs_from_several_threads_do_not_mix(model: Any, tokenizer: Any) -> Non
 
     def work(explorer: RoutingExplorer, ps: tuple[float, ...]) -> None:
         for number, p in enumerate(ps * 3):
-            ask(explorer, p, number)
+            ask(explorer, p, number + 1)
             seen.append((p, explorer.trace.keep))
 
     plans = ((0.4, 0.7), (0.6, 0.5))
@@ -182,12 +186,18 @@ def test_curve_takes_the_frame_of_sweep(model: Any, tokenizer: Any) -> None:
         ThresholdCurve(sweep[:1])
 
 
-def test_linked_views_share_three_traits() -> None:
-    trace = make_trace()
-    heatmap, text = RoutingHeatmap(trace), TokenText(trace)
-    links = link(heatmap, text)
-    assert [made.source for made in links] == [(heatmap, name) for name in ("threshold", "cursor", "layer")]
-    assert [made.target for made in links] == [(text, name) for name in ("threshold", "cursor", "layer")]
+def test_views_of_one_text_share_a_group() -> None:
+    trace, other = make_trace(), make_trace(seed=1, tokens=[f"x{i}" for i in range(60)])
+    heatmap, text = RoutingHeatmap(trace), TokenText(make_trace(seed=2))  # other gates, the same text
+    assert heatmap.group == text.group != TokenText(other).group
+    assert RoutingHeatmap(trace, group="").group == ""
+
+
+def test_link_moves_thresholds_and_joins_groups() -> None:
+    a, b = RoutingHeatmap(make_trace()), TokenText(make_trace(tokens=[f"x{i}" for i in range(60)]))
+    (made,) = link(a, b)
+    assert made.source == (a, "threshold") and made.target == (b, "threshold")
+    assert a.group == b.group
 
 
 def test_errors(model: Any, tokenizer: Any, make_llama: Any) -> None:
@@ -197,5 +207,5 @@ def test_errors(model: Any, tokenizer: Any, make_llama: Any) -> None:
         explore(model, tokenizer, "")
     with pytest.raises(ModlabError, match="between 0 and 1"):
         RoutingHeatmap(make_trace(), threshold=1.0)
-    with pytest.raises(ModlabError, match="100,001 tokens.*at most 100,000"):
-        RoutingHeatmap(make_trace(100_001, 2))
+    with pytest.raises(ModlabError, match=r"100,000 tokens.*at most 65,536.*trace\.part"):
+        RoutingHeatmap(make_trace(100_000, 2))

@@ -21,6 +21,13 @@ def add(command: Command) -> None:
     sub.add_argument(
         "folder", metavar="DIR", nargs="?", type=Path, default=Path("modlab-notebooks"), help="folder"
     )
+    sub.add_argument("--list", action="store_true", help="say what each notebook shows, and do nothing else")
+    sub.add_argument(
+        "--notebook",
+        metavar="NAME",
+        default="quickstart",
+        help="the notebook to open or to execute, by name or number (see --list); with --execute also 'all'",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace notebooks that were changed")
     sub.add_argument(
         "--no-browser", action="store_true", help="print the address instead of opening a browser"
@@ -28,7 +35,7 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--execute",
         action="store_true",
-        help="only run the quickstart, and write quickstart.executed.ipynb and quickstart.html beside it",
+        help="only run the notebook, and write NAME.executed.ipynb and NAME.html beside it",
     )
     sub.add_argument(
         "--timeout", metavar="S", type=int, default=600, help="with --execute: longest time for one cell"
@@ -39,13 +46,23 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from modlab import lab
 
+    if options.list:
+        width = max(len(guide.name) for guide in lab.guides())
+        for guide in lab.guides():
+            print(f"{guide.name:{width}}  {guide.summary}")
+        return 0
+    everything = options.execute and options.notebook == "all"
+    chosen = lab.guides() if everything else [lab.find_guide(options.notebook)]
     for line in lab.copy_notebooks(options.folder, options.overwrite).lines(options.folder):
         print(line)
     if not options.execute:
-        return lab.open_lab(options.folder, not options.no_browser, options.passed_on)
-    done = lab.execute(options.folder / lab.QUICKSTART, timeout_s=options.timeout)
-    print(f"executed notebook: {done.notebook}\npage: {done.page}")
-    if done.error:
-        print(f"\nmodlab: a cell failed:\n{done.error}", file=sys.stderr)
-        return 1
-    return 0
+        print(f"opening {chosen[0].title}; `modlab lab --list` says what the other notebooks show")
+        return lab.open_lab(options.folder, not options.no_browser, options.passed_on, chosen[0].file)
+    failed = 0
+    for guide in chosen:
+        done = lab.execute(options.folder / guide.file, timeout_s=options.timeout)
+        print(f"executed notebook: {done.notebook}\npage: {done.page}")
+        if done.error:
+            print(f"\nmodlab: a cell of {guide.file} failed:\n{done.error}", file=sys.stderr)
+            failed += 1
+    return 1 if failed else 0

@@ -1,10 +1,35 @@
-"""Views of a routing trace for notebooks: small widgets, nothing from a CDN, no extension to install.
+"""Widgets for notebooks: nothing from a CDN, no extension to install.
 
 modlab.widgets.explore(model, tokenizer, text)     the one to begin with: slider, heatmap, text, figures
-RoutingHeatmap(trace), TokenText(trace), ThresholdCurve(sweep), and link(...) to move them together
+RoutingHeatmap(trace), TokenText(trace), TokenPath(trace), ThresholdCurve(sweep)     one view each
+CellFlip, Thresholds, Compare, Frontier            steer a model and see what it does
+TrainingPanel(model, batches, config)              a training run while it goes
+ClassHeatmap(aggregate)                            which kinds of tokens are kept, over a corpus
+
+Views of the same text mark the same token. Each has `to_html()`, a page that needs no kernel.
 """
 
+from modlab.widgets.classes import ClassHeatmap
+from modlab.widgets.compare import Compare
 from modlab.widgets.explorer import RoutingExplorer, explore
-from modlab.widgets.views import RoutingHeatmap, ThresholdCurve, TokenText, link
+from modlab.widgets.flip import CellFlip
+from modlab.widgets.frontier import Frontier
+from modlab.widgets.thresholds import Thresholds
+from modlab.widgets.training import TrainingPanel
+from modlab.widgets.views import RoutingHeatmap, ThresholdCurve, TokenPath, TokenText, link
 
-__all__ = ["RoutingExplorer", "RoutingHeatmap", "ThresholdCurve", "TokenText", "explore", "link"]
+__all__ = [
+    "CellFlip",
+    "ClassHeatmap",
+    "Compare",
+    "Frontier",
+    "RoutingExplorer",
+    "RoutingHeatmap",
+    "ThresholdCurve",
+    "Thresholds",
+    "TokenPath",
+    "TokenText",
+    "TrainingPanel",
+    "explore",
+    "link",
+]

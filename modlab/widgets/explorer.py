@@ -2,63 +2,42 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import traitlets as t
 
-from modlab.trace import run_traced
-from modlab.widgets.page import curve, payload, summary
+from modlab.cache_argument import given_cache
+from modlab.trace import RoutingTrace, run_traced
+from modlab.widgets.jobs import Job
+from modlab.widgets.model_access import thresholds_restored_on_error, using
+from modlab.widgets.page import curve, payload, script, summary
 from modlab.widgets.still import heatmap_png
-from modlab.widgets.views import _TraceView
+from modlab.widgets.views import ModelView, TraceView
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# One lock a model, shared by all explorers of it: in JupyterLab 4.6 callbacks run in a thread of their own,
-# while a cell runs, and a threshold must not move in the middle of another run.
-_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-_LOCKS_GUARD = threading.Lock()
 
+class MeasuredView(TraceView, ModelView):
+    """A view of one text and one model: the text runs again at other thresholds."""
 
-def _lock_of(model: Any) -> Any:
-    with _LOCKS_GUARD:
-        return _LOCKS.setdefault(model, threading.RLock())
-
-
-class RoutingExplorer(_TraceView):
-    """Slider, figures, heatmap, text and curve of one text. Made by `explore`.
-
-    Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
-    model's threshold (it stays set: a later `generate` uses it) and runs the text: measured.
-    """
-
-    view = t.Unicode("explorer").tag(sync=True)
-
-    def __init__(self, model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, text: str, **traits: Any) -> None:
         self._model, self._tokenizer, self._text = model, tokenizer, text
-        points = curve(sweep)
-        with _lock_of(model):
-            trace, cache = run_traced(model, tokenizer, text)
-        super().__init__(trace, points=points, can_run=True, status={"state": "idle", "id": 0, "error": ""})
-        self._show(trace, cache)
-        self.on_msg(self._on_message)
+        with using(model):
+            trace, output = run_traced(model, tokenizer, text)
+        super().__init__(trace, **traits)
+        self._show(trace, given_cache(output))
 
-    def run(self, p: float) -> None:
-        """Set the model to threshold p, run the text, show what was measured.
-
-        Raises:
-            ModlabError: p does not lie between 0 and 1.
-        """
+    def _measure(self, p: float | dict[int, float], job: Job | None) -> None:
+        """Set the thresholds, run the text, show what was measured."""
         from modlab.routing import set_threshold
 
-        with _lock_of(self._model):
-            set_threshold(self._model, float(p))
-            trace, cache = run_traced(self._model, self._tokenizer, self._text)
-            self._show(trace, cache)
+        with using(self._model, job, "Running the text"), thresholds_restored_on_error(self._model):
+            set_threshold(self._model, p)
+            trace, output = run_traced(self._model, self._tokenizer, self._text)
+            self._show(trace, given_cache(output))
 
-    def _show(self, trace: Any, cache: Any) -> None:
+    def _show(self, trace: RoutingTrace, cache: Any) -> None:
         measured = summary(trace, cache.nbytes, cache.dense_nbytes)
         # A number that always differs, so that a second run at the same p is seen as news too.
         measured["run"] = self.summary.get("run", 0) + 1
@@ -67,8 +46,36 @@ class RoutingExplorer(_TraceView):
             new = payload(trace)
             for name in ("gates", "losses", "threshold"):
                 setattr(self, name, new[name])
+            if self.layer_thresholds:
+                self.layer_thresholds = measured["ps"]
             self.summary = measured
-            self.runs = [r for r in self.runs if r["p"] != measured["p"]] + self._point(measured)
+
+
+class RoutingExplorer(MeasuredView):
+    """Slider, figures, heatmap, text, path and curve of one text. Made by `explore`.
+
+    Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
+    model's threshold (it stays set: a later `generate` uses it) and runs the text: measured.
+    """
+
+    _esm = script("explorer")
+    view = t.Unicode("explorer").tag(sync=True)
+
+    def __init__(self, model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> None:
+        super().__init__(model, tokenizer, text, points=curve(sweep))
+
+    def run(self, p: float) -> None:
+        """Set the model to threshold p, run the text, show what was measured.
+
+        Raises:
+            ModlabError: p does not lie between 0 and 1.
+        """
+        self._measure(float(p), None)
+
+    def _show(self, trace: RoutingTrace, cache: Any) -> None:
+        super()._show(trace, cache)
+        measured = self.summary
+        self.runs = [r for r in self.runs if r["p"] != measured["p"]] + self._point(measured)
 
     @staticmethod
     def _point(measured: dict[str, Any]) -> list[dict[str, float]]:
@@ -76,19 +83,13 @@ class RoutingExplorer(_TraceView):
             return []
         return [{name: measured[name] for name in ("p", "kv_bytes", "loss")}]
 
-    def _on_message(self, _: Any, content: dict[str, Any], __: Any) -> None:
-        """A run asked for by the slider. Nobody sees an exception in a callback: the widget shows it."""
+    def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") != "run":
-            return
-        number = int(content.get("id", 0))
-        self.status = {"state": "running", "id": number, "error": ""}
-        error = ""
-        try:
-            self.run(content["p"])
-        except Exception as problem:
-            error = f"The run at p {content.get('p')} failed, the picture is that of the last good one.\n"
-            error += f"{type(problem).__name__}: {problem}"
-        self.status = {"state": "idle", "id": number, "error": error}
+            return None
+        return lambda job: self._measure(float(content["p"]), job)
+
+    def _failure(self, content: dict[str, Any]) -> str:
+        return f"The run at p {content.get('p')} failed, the picture is that of the last good one."
 
     def _png(self) -> bytes:
         return heatmap_png(self._trace, self.points or self.runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from modlab.trace import RoutingTrace
 
 GRID = 10_000  # gates reach the browser in steps of 1/GRID
-MAX_TOKENS = 100_000
+MAX_TOKENS = 65_536
 
 # Viridis at nine equal steps (matplotlib's values): luminance grows evenly, so it reads in grey and for the
 # colour-blind. Pictures on a light ground use it from the other end.
@@ -28,17 +29,36 @@ RAMP = [
 ]  # fmt: skip
 
 _JS = Path(__file__).parent / "js"
-_SCRIPTS = ("store.js", "heatmap.js", "text.js", "curve.js", "explorer.js")
+_TRACE = ("selection", "store")  # what every view of a trace builds on
+_MAP = ("raster", "heatmap")
+_PARTS = {
+    "heatmap": (*_TRACE, *_MAP),
+    "text": (*_TRACE, "text"),
+    "path": (*_TRACE, "path"),
+    "curve": (*_TRACE, "curve"),
+    "explorer": (*_TRACE, *_MAP, "text", "path", "curve", "job", "figures", "controls", "explorer"),
+    "flip": (*_TRACE, *_MAP, "text", "job", "figures", "flip"),
+    "thresholds": (*_TRACE, *_MAP, "job", "figures", "thresholds"),
+    "compare": ("job", "compare"),
+    "frontier": (*_TRACE, "curve", "job", "frontier"),
+    "training": ("figures", "training"),
+    "classes": ("classes",),
+}
 
 
-def script() -> str:
-    """The one ES module that all widgets and pages share, joined from the files of js/ in this order."""
-    head = f"const GRID = {GRID};\nconst RAMP = {json.dumps(RAMP)};\n"
-    return head + "\n".join((_JS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+VIEWS = tuple(_PARTS)
+"""Names of the views, as `script` and the trait `view` know them."""
+
+
+def script(view: str) -> str:
+    """The ES module of one view: the files of js/ that it needs, no more, as each saved widget has a copy."""
+    head = f"const GRID = {GRID};\nconst RAMP = {json.dumps(RAMP)};\nconst VIEWS = {{}};\n"
+    names = ("helpers", "scene", *_PARTS[view], "render")
+    return head + "\n".join((_JS / f"{name}.js").read_text(encoding="utf-8") for name in names)
 
 
 def styles() -> str:
-    """The style sheet that goes with `script()`."""
+    """The style sheet of all views."""
     return (_JS / "style.css").read_text(encoding="utf-8")
 
 
@@ -63,7 +83,7 @@ def payload(trace: RoutingTrace) -> dict[str, Any]:
     if len(trace.tokens) > MAX_TOKENS:
         raise ModlabError(
             f"The trace has {len(trace.tokens):,} tokens; the views draw at most {MAX_TOKENS:,}. "
-            "Trace a part of the text, or work with trace.gate and trace.keep directly."
+            f"Show a part, trace.part(0, {MAX_TOKENS}), or work with trace.gate and trace.keep directly."
         )
     p = representative_threshold(trace)
     return {
@@ -75,6 +95,7 @@ def payload(trace: RoutingTrace) -> dict[str, Any]:
         "keep_first": int(trace.keep_first),
         "threshold": p,
         "summary": summary(trace),
+        "group": group_of(trace),
     }
 
 
@@ -85,6 +106,7 @@ def summary(
     dense = trace.kv_bytes_per_token * trace.num_layers * len(trace.tokens)
     return {
         "p": representative_threshold(trace),
+        "ps": [float(x) for x in trace.thresholds],
         "varies": bool(len(trace.thresholds)) and float(np.ptp(trace.thresholds)) > 0,
         "kv_bytes": round(dense / trace.kv_saving) if kv_bytes is None else int(kv_bytes),
         "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
@@ -92,6 +114,12 @@ def summary(
         "loss": None if np.isnan(trace.mean_loss) else trace.mean_loss,
         "model": trace.model,
     }
+
+
+def group_of(trace: RoutingTrace) -> str:
+    """A name that all traces of the same tokens share: their views mark the same token."""
+    digest = hashlib.sha256(trace.token_ids.tobytes() + trace.text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def representative_threshold(trace: RoutingTrace) -> float:
@@ -118,23 +146,33 @@ def curve(sweep: pd.DataFrame | None) -> list[dict[str, float]]:
     return [dict(zip(("p", "kv_bytes", "loss"), row, strict=True)) for row in rows.itertuples(index=False)]
 
 
-def html_page(trace: RoutingTrace) -> str:
-    """A whole page for one trace: the explorer without a kernel, nothing loaded from outside."""
-    data = payload(trace)
-    data |= {"view": "explorer", "can_run": False, "points": [], "runs": [], "status": {}}
-    data |= {"cursor": -1, "layer": -1}
-    for name in ("gates", "losses"):
-        data[name] = base64.b64encode(data[name]).decode("ascii")
+def trace_page(trace: RoutingTrace) -> str:
+    """The explorer of one trace, without a kernel."""
+    values = {**payload(trace), "can_run": False, "points": [], "runs": [], "job": {}}
+    values |= {"layer_thresholds": [], "cursor": -1, "locked": False, "layer": -1}
+    title = f"Routing of {len(trace.tokens):,} tokens, {trace.model or 'model'}"
+    return html_page("explorer", values, title)
+
+
+def html_page(view: str, values: dict[str, Any], title: str) -> str:
+    """A whole page for one view: its widget without a kernel, nothing loaded from outside.
+
+    Args:
+        view: its name in js/.
+        values: its traits; bytes travel as base64.
+        title: of the page.
+    """
+    binary = [name for name, value in values.items() if isinstance(value, bytes)]
+    data = {**values, "view": view, **{n: base64.b64encode(values[n]).decode("ascii") for n in binary}}
     # "<" is escaped because a token may well be "</script>".
     embedded = json.dumps(data).replace("<", "\\u003c")
-    title = html.escape(f"Routing of {len(trace.tokens):,} tokens, {trace.model or 'model'}")
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{title}</title>
+<title>{html.escape(title)}</title>
 <style>
 {styles()}
 body {{ margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--mod-ground); }}
@@ -145,8 +183,9 @@ body {{ margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--mod-
 <noscript>This page draws with JavaScript, which is turned off.</noscript>
 <script type="application/json" id="modlab-data">{embedded}</script>
 <script type="module">
-{script()}
-showPage(document.getElementById("modlab"), JSON.parse(document.getElementById("modlab-data").textContent));
+{script(view)}
+const values = JSON.parse(document.getElementById("modlab-data").textContent);
+showPage(document.getElementById("modlab"), values, {json.dumps(binary)});
 </script>
 </body>
 </html>

@@ -139,7 +139,7 @@ def _band(
         for column, t in enumerate(range(part.start, part.stop)):
             x = left + column * cell_w
             if trace.keep[row, t]:
-                picture.rect(x, y + 1, cell_w - 1, cell_h - 2, _colour(float(trace.gate[row, t])))
+                picture.rect(x, y + 1, cell_w - 1, cell_h - 2, colour_of(float(trace.gate[row, t])))
             else:
                 picture.rect(x, y + cell_h / 2 - 1, cell_w, 1.6, LINE)
     bottom = top + trace.num_layers * cell_h
@@ -151,7 +151,7 @@ def _band(
 
 
 def _legend(picture: Picture, x: int, y: int) -> None:
-    picture.rect(x, y, 20, 11, _colour(0.8))
+    picture.rect(x, y, 20, 11, colour_of(0.8))
     picture.text(x + 28, y, "TOKEN RUNS, DARKER = HIGHER GATE", FAINT)
     picture.rect(x + 310, y + 5, 20, 1.6, LINE)
     picture.text(x + 338, y, "TOKEN SKIPS THE LAYER", FAINT)
@@ -176,7 +176,7 @@ def _curve(
     picture.rect(x, y + 20 + height, width, 1, FAINT)
     picture.rect(x, y + 20, 1, height, FAINT)
     for value in (low, high):
-        picture.text(x - 6, y + 15 + (1 - (value - low) / span) * height, _short(value), FAINT, 1)
+        picture.text(x - 6, y + 15 + (1 - (value - low) / span) * height, short(value), FAINT, 1)
     for p in (min(ps), max(ps)):
         picture.text(x + (p - min(ps)) / span_p * width, y + height + 26, f"{p:.2g}", FAINT, 0.5)
     at = [
@@ -189,7 +189,7 @@ def _curve(
         picture.rect(x0 - 3, y0 - 3, 6, 6, ACCENT)
 
 
-def _colour(gate: float) -> NDArray[np.int64]:
+def colour_of(gate: float) -> NDArray[np.int64]:
     """The ramp on a light ground: yellow for a low gate, dark blue for a high one (js/store.js: ramp)."""
     at = min(max(0.97 - 0.97 * gate, 0.0), 1.0) * (len(RAMP) - 1)
     i = min(int(at), len(RAMP) - 2)
@@ -197,7 +197,8 @@ def _colour(gate: float) -> NDArray[np.int64]:
     return np.rint(a + (at - i) * (b - a)).astype(int)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Three figures and a unit."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"

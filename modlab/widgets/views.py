@@ -1,4 +1,4 @@
-"""The single views. All share one script (js/) and one set of traits; `view` says which of them is drawn."""
+"""What all widgets have in common, and the views of one trace. `view` says which part of js/ draws them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import anywidget
 import traitlets as t
 
 from modlab.errors import ModlabError
-from modlab.widgets.page import curve, payload, script, styles
+from modlab.widgets.jobs import Jobs, state
+from modlab.widgets.page import curve, html_page, payload, script, styles
+from modlab.widgets.routes import answer_anywhere
 from modlab.widgets.still import curve_png, heatmap_png
 
 if TYPE_CHECKING:
@@ -18,41 +20,44 @@ if TYPE_CHECKING:
 
     from modlab.trace import RoutingTrace
 
+_OF_JUPYTER = frozenset(anywidget.AnyWidget.class_trait_names())
+
 
 class View(anywidget.AnyWidget):
-    """Base of all: what the browser knows. Gates go there once; threshold and cursor move without Python.
+    """Base of all: a live view, a page that needs no kernel (`to_html`), a still picture for saved notebooks.
 
     Attributes:
-        threshold: the p that is shown, four decimals; a preview unless it is the one of the run.
-        cursor: index of the token under the mouse or locked by a click, -1 for none.
-        layer: the layer that colours the text, -1 for the number of layers that keep a token.
+        can_run: whether a model stands behind the view.
+        summary: what heads the view; its change tells the browser of new data.
     """
 
-    _esm = script()
     _css = styles()
 
     view = t.Unicode("").tag(sync=True)
-    tokens = t.List(t.Unicode()).tag(sync=True)
-    gates = t.Bytes(b"").tag(sync=True)  # page.gate_bytes
-    losses = t.Bytes(b"").tag(sync=True)  # float32[T]
-    layers = t.List(t.Int()).tag(sync=True)
-    num_layers = t.Int(0).tag(sync=True)
-    keep_first = t.Int(0).tag(sync=True)
-    threshold = t.Float(0.5).tag(sync=True, echo_update=False)  # an echo would undo a drag in progress
-    cursor = t.Int(-1).tag(sync=True)
-    layer = t.Int(-1).tag(sync=True)
-    summary = t.Dict({"p": 0.5}).tag(sync=True)  # page.summary; its change tells the browser of new gates
-    points = t.List(t.Dict()).tag(sync=True)  # page.curve
-    runs = t.List(t.Dict()).tag(sync=True)  # the real runs of an explorer, as points
+    summary = t.Dict({"p": 0.5}).tag(sync=True)
     can_run = t.Bool(False).tag(sync=True)
-    status = t.Dict().tag(sync=True)
 
-    @t.validate("threshold")
-    def _check_threshold(self, proposal: Any) -> float:
-        p = float(proposal["value"])
-        if not 0 < p < 1:
-            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p}.")
-        return p
+    def open(self) -> None:
+        """Make the browser's half, as every widget does at its beginning."""
+        super().open()
+        answer_anywhere(self)
+
+    def send_state(self, key: Any = None) -> None:
+        """Tell the browser of traits that changed here, as every widget does."""
+        super().send_state(key)
+        answer_anywhere(self)
+
+    def to_html(self) -> str:
+        """One page with everything inside (data, styles, script): opens from a file, without network."""
+        values = {name: getattr(self, name) for name in self.traits(sync=True) if name not in _OF_JUPYTER}
+        return html_page(self.view, {**values, **self._without_kernel()}, self._title())
+
+    def _without_kernel(self) -> dict[str, Any]:
+        """Traits that have other values on a page."""
+        return {"can_run": False}
+
+    def _title(self) -> str:
+        return f"{type(self).__name__}, {self.summary.get('model') or 'modlab'}"
 
     def _png(self) -> bytes:
         raise NotImplementedError
@@ -68,7 +73,99 @@ class View(anywidget.AnyWidget):
         return {**data, **still}, metadata
 
 
-class _TraceView(View):
+class ModelView(View):
+    """A view that computes: in a thread, one computation at a time, the latest request first.
+
+    Attributes:
+        job: what is being computed: state ("idle", "running", "failed" or "cancelled"), text, fraction
+            (0..1), error, id.
+    """
+
+    job = t.Dict(state(0)).tag(sync=True)
+
+    def __init__(self, **traits: Any) -> None:
+        self._jobs = Jobs(self._publish)
+        super().__init__(**{"can_run": True, **traits})
+        self.on_msg(self._on_message)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until the computation in progress is over; raises what it failed with.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            False if the time ran out.
+        """
+        return self._jobs.wait(timeout)
+
+    def cancel(self) -> None:
+        """Stop the computation in progress; what shows is the state before."""
+        self._jobs.cancel()
+
+    def _publish(self, new: dict[str, Any]) -> None:
+        self.job = new
+
+    def _on_message(self, _: Any, content: dict[str, Any], __: Any) -> None:
+        if content.get("type") == "cancel":
+            self.cancel()
+            return
+        work = self._work(content)
+        if work is not None:
+            self._jobs.start(work, int(content.get("id", 0)), self._failure(content))
+
+    def _work(self, content: dict[str, Any]) -> Any:
+        """What to do about a message of the browser: a function of the job, or None for nothing."""
+        raise NotImplementedError
+
+    def _failure(self, content: dict[str, Any]) -> str:
+        return "This failed; what shows is the state before."
+
+    def _without_kernel(self) -> dict[str, Any]:
+        return {**super()._without_kernel(), "job": state(0)}
+
+
+class _Routed(View):
+    """Traits of js/store.js. Gates go to the browser once; threshold and cursor move there without Python."""
+
+    tokens = t.List(t.Unicode()).tag(sync=True)
+    gates = t.Bytes(b"").tag(sync=True)  # page.gate_bytes
+    losses = t.Bytes(b"").tag(sync=True)  # float32[T]
+    layers = t.List(t.Int()).tag(sync=True)
+    num_layers = t.Int(0).tag(sync=True)
+    keep_first = t.Int(0).tag(sync=True)
+    threshold = t.Float(0.5).tag(sync=True, echo_update=False)  # an echo would undo a drag in progress
+    layer_thresholds = t.List(t.Float()).tag(sync=True, echo_update=False)  # one a row; empty: `threshold`
+    group = t.Unicode("").tag(sync=True)
+    cursor = t.Int(-1).tag(sync=True)
+    locked = t.Bool(False).tag(sync=True)
+    layer = t.Int(-1).tag(sync=True)
+    points = t.List(t.Dict()).tag(sync=True)  # page.curve
+    runs = t.List(t.Dict()).tag(sync=True)  # the real runs of an explorer, as points
+
+    @t.validate("threshold")
+    def _check_threshold(self, proposal: Any) -> float:
+        p = float(proposal["value"])
+        if not 0 < p < 1:
+            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p}.")
+        return p
+
+    def _without_kernel(self) -> dict[str, Any]:
+        return {**super()._without_kernel(), "cursor": -1, "locked": False, "layer": -1}
+
+
+class TraceView(_Routed):
+    """A view of one trace.
+
+    Attributes:
+        threshold: the p that is shown, four decimals; a preview unless it is the one of the run.
+        group: views with the same group, by default those of the same text, mark the same token, wherever
+            they are on the page. "" is for a view alone.
+        cursor: index of the token that is marked, -1 for none; Python hears of it once it is locked.
+        locked: whether a click holds the token; Escape frees it.
+        layer: the layer that colours the text, -1 for the number of layers that keep a token.
+    """
+
     def __init__(self, trace: RoutingTrace, **traits: Any) -> None:
         self._trace = trace
         super().__init__(**{**payload(trace), **traits})
@@ -81,22 +178,38 @@ class _TraceView(View):
     def _png(self) -> bytes:
         return heatmap_png(self._trace)
 
+    def _title(self) -> str:
+        return f"Routing of {len(self._trace.tokens):,} tokens, {self._trace.model or 'model'}"
 
-class RoutingHeatmap(_TraceView):
-    """Tokens by layers on a canvas: full cells ran, thin lines passed by, colour is the gate."""
 
+class RoutingHeatmap(TraceView):
+    """Tokens by layers on a canvas: full cells ran, thin lines passed by, colour is the gate.
+
+    Zoom with + and -, 0 for all tokens, or Ctrl and the wheel.
+    """
+
+    _esm = script("heatmap")
     view = t.Unicode("heatmap").tag(sync=True)
 
 
-class TokenText(_TraceView):
+class TokenText(TraceView):
     """The text, each token coloured by how many routed layers keep it, or by the decision of one layer."""
 
+    _esm = script("text")
     view = t.Unicode("text").tag(sync=True)
 
 
-class ThresholdCurve(View):
+class TokenPath(TraceView):
+    """One token through the depth: which layers it ran, its gate in each, what it left in the cache."""
+
+    _esm = script("path")
+    view = t.Unicode("path").tag(sync=True)
+
+
+class ThresholdCurve(_Routed):
     """K/V bytes and loss against the threshold, from the frame of `modlab.sweep`, with a marker at p."""
 
+    _esm = script("curve")
     view = t.Unicode("curve").tag(sync=True)
 
     def __init__(self, sweep: pd.DataFrame, p: float = 0.5, **traits: Any) -> None:
@@ -109,13 +222,16 @@ class ThresholdCurve(View):
         return curve_png(self.points)
 
 
-def link(*widgets: View) -> list[Any]:
-    """Let threshold, cursor and chosen layer of the widgets move together, in the browser.
+def link(*widgets: Any) -> list[Any]:
+    """Let the thresholds of the widgets move together, in the browser, and their marked token.
+
+    Views of the same text share the marked token without this.
 
     Returns:
-        the links; `unlink()` of one ends it.
+        the links of the thresholds; `unlink()` of one ends it.
     """
     from ipywidgets import jslink
 
-    names = ("threshold", "cursor", "layer")
-    return [jslink((a, name), (b, name)) for a, b in pairwise(widgets) for name in names]
+    for widget in widgets[1:]:
+        widget.group = widgets[0].group
+    return [jslink((a, "threshold"), (b, "threshold")) for a, b in pairwise(widgets)]

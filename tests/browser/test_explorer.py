@@ -160,7 +160,7 @@ def test_linked_widgets_move_together(nb: Notebook) -> None:
     blank = nb.pixels("canvas.modlab-heatmap", 1)
     words.locator(".modlab-text .mod-token").nth(20).hover()
     nb.wait_idle()
-    assert nb.pixels("canvas.modlab-heatmap", 1) != blank and kernel(nb, "heatmap.cursor") == "20"
+    assert nb.pixels("canvas.modlab-heatmap", 1) != blank and kernel(nb, "heatmap.cursor") == "-1"
     nb.python("words.threshold = 0.8")
     nb.page.wait_for_function("c => c.dataset.threshold === '0.8'", arg=heatmap.element_handle())
     want = float(kernel(nb, "trace.preview_keep(0.8).mean()"))

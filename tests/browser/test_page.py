@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from modlab.trace import RoutingTrace
+from modlab.widgets import RoutingHeatmap, TokenPath, TokenText
 
 from ..synthetic import make_trace
 from .notebook_browser import JupyterLab
@@ -169,7 +170,7 @@ def test_nothing_is_wider_than_a_narrow_page(show: Callable[..., Any], shots: Pa
 
 
 def test_a_very_long_text_stays_fast(show: Callable[..., Any]) -> None:
-    page = show(make_trace(100_000, 12))
+    page = show(make_trace(65_536, 12))
     took = page.evaluate(
         """async () => {
           const slider = document.querySelector('.modlab-threshold');
@@ -182,11 +183,64 @@ def test_a_very_long_text_stays_fast(show: Callable[..., Any]) -> None:
           return (performance.now() - start) / 10; }"""
     )
     assert page.locator(HEATMAP).get_attribute("data-threshold") == "0.66"
-    assert page.locator(".mod-token").count() >= 100_000
+    assert page.locator(".mod-token").count() >= 65_536
     assert took < 1000, f"{took:.0f} ms a step"
     page.locator(".mod-scroll").evaluate("e => { e.scrollLeft = e.scrollWidth; }")
     settle(page)
     assert page.locator(HEATMAP).evaluate("e => e.width") < 4000  # only what is in view is drawn
+
+
+def test_zoom_shows_all_tokens_and_single_ones(show: Callable[..., Any]) -> None:
+    trace = make_trace(8192, 32)
+    page = show(trace)
+    heatmap, scroll = page.locator(HEATMAP), page.locator(".mod-scroll")
+    width = "e => e.scrollWidth / e.clientWidth"
+    assert scroll.evaluate(width) > 50
+    heatmap.focus()
+    heatmap.press("0")
+    settle(page)
+    assert scroll.evaluate(width) == pytest.approx(1)
+    heatmap.hover(position={"x": 58 + 400, "y": 4 + 9 * 1.5})  # several tokens a pixel
+    settle(page)
+    assert 3000 < int(page.locator(".mod-on").get_attribute("data-t")) < 4600
+    for _ in range(20):
+        page.get_by_role("button", name="zoom in").click()
+    settle(page)
+    assert scroll.evaluate("e => e.scrollWidth") == pytest.approx(8192 * 40, rel=0.01)  # 40 pixels a token
+    before = scroll.evaluate("e => e.scrollLeft")
+    heatmap.hover(position={"x": 300, "y": 100})
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, 60)
+    page.keyboard.up("Control")
+    settle(page)
+    assert scroll.evaluate("e => e.scrollLeft") < before  # zoomed out around the mouse, not scrolled
+
+
+# Where each cell is full, and where it is a thin line: its upper part has ink or not.
+CELLS = """e => {
+  const g = e.getContext('2d'), scale = e.width / e.clientWidth, at = (x, y) =>
+    g.getImageData(Math.round(x * scale), Math.round(y * scale), 1, 1).data[3] > 200;
+  return [...Array(20).keys()].map(t => at(58 + 26 * t + 13, 4 + 22 + 4)); }"""
+
+
+def test_pixels_show_the_decisions(show: Callable[..., Any]) -> None:
+    trace = make_trace(20, 2)
+    page = show(trace)
+    assert page.locator(HEATMAP).evaluate(CELLS) == trace.keep[0].tolist()
+    set_threshold(page, 0.8)
+    assert page.locator(HEATMAP).evaluate(CELLS) == trace.preview_keep(0.8)[0].tolist()
+
+
+def test_single_views_have_pages(show: Callable[..., Any]) -> None:
+    trace = make_trace(50)
+    assert show(RoutingHeatmap(trace).to_html()).locator(HEATMAP).get_attribute("data-kept")
+    assert (
+        show(TokenText(trace).to_html()).locator(".modlab-text").evaluate("e => e.textContent") == trace.text
+    )
+    page = show(TokenPath(trace).to_html())
+    page.locator(".mod-path-plot").press("End")
+    settle(page)
+    assert "token 49" in page.locator(".modlab-path-says").inner_text()
 
 
 def test_a_view_that_cannot_be_drawn_says_so(show: Callable[..., Any]) -> None:

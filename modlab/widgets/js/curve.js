@@ -1,7 +1,5 @@
 // What a threshold costs and buys: K/V bytes and loss against p, with a marker at the current p.
 
-const SVG = "http://www.w3.org/2000/svg";
-
 class Curve {
   constructor(store, parent) {
     this.store = store;
@@ -17,10 +15,11 @@ class Curve {
   destroy() { this.observer.disconnect(); }
 
   draw() {
-    const { model } = this.store, swept = model.get("points").length > 0;
+    const { store } = this, { model } = store, swept = model.get("points").length > 0;
     const points = [...(swept ? model.get("points") : model.get("runs") || [])].sort((a, b) => a.p - b.p);
-    const width = this.plots.clientWidth;
-    if (width < 120) return;
+    const width = this.plots.clientWidth, key = [width, store.stamp, model.get("runs")?.length, points.length, store.summary.run].join();
+    if (width < 120 || key === this.drawnFor) return;
+    this.drawnFor = key;
     this.plots.replaceChildren();
     this.title.textContent = swept ? "What a threshold costs and buys" : "Your runs so far";
     if (points.length < 2) {
@@ -66,21 +65,6 @@ class Curve {
   }
 }
 
-function node(parent, tag, attributes, text = "") {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  if (text) made.textContent = text;
-  parent.append(made);
-  return made;
-}
-
-function ticks(low, high, about) {
-  const raw = (high - low) / about, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 2.5, 5, 10].map((s) => s * power).find((s) => s >= raw), list = [];
-  for (let v = Math.ceil(low / step) * step; v <= high + step * 1e-6; v += step) list.push(Number(v.toPrecision(10)));
-  return list;
-}
-
 // Between the two points around p, straight; null outside of them.
 function interpolate(points, p, key) {
   for (let i = 1; i < points.length; i++) {
@@ -89,3 +73,5 @@ function interpolate(points, p, key) {
   }
   return null;
 }
+
+VIEWS.curve = { scene: Store, parts: () => [Curve] };

@@ -1,5 +1,8 @@
 // Tokens from left to right, layers from top to bottom. A full cell is a token that the layer ran, a thin line
-// one that passed by; so the decision shows without colour, and colour shows the gate.
+// one that passed by; so the decision shows without colour, and colour shows the gate. Only what is in view is
+// drawn, as pixels (raster.js).
+
+const WIDEST = 40; // CSS pixels of a token, zoomed in
 
 class Heatmap {
   constructor(store, parent) {
@@ -13,6 +16,9 @@ class Heatmap {
       if (name === "runs") this.sample = sample;
       el(key, "span", "", text);
     }
+    this.zooms = el(head, "span", "mod-zooms");
+    for (const [sign, text, act] of [["−", "zoom out", () => this.zoom(1 / 1.5)], ["+", "zoom in", () => this.zoom(1.5)], ["⇔", "show all tokens", () => this.zoom(0)]])
+      button(this.zooms, sign, text, act);
     this.legend = el(head, "canvas", "mod-legend");
     this.legend.setAttribute("role", "img");
     const frame = el(this.box, "div", "mod-frame");
@@ -30,7 +36,14 @@ class Heatmap {
     this.canvas.addEventListener("pointermove", (e) => this.hover(e));
     this.canvas.addEventListener("pointerleave", () => { if (!store.locked) store.point(-1); });
     this.canvas.addEventListener("click", (e) => this.click(e));
+    this.canvas.addEventListener("wheel", (e) => {
+      if (!e.ctrlKey && !e.metaKey) return; // the wheel alone scrolls the notebook
+      e.preventDefault();
+      this.zoom(Math.exp(-clamp(e.deltaY, -60, 60) / 120), e.clientX - this.canvas.getBoundingClientRect().left);
+    }, { passive: false });
     this.canvas.addEventListener("keydown", (e) => {
+      const factor = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[e.key];
+      if (factor !== undefined && !e.ctrlKey && !e.metaKey) { e.preventDefault(); e.stopPropagation(); return this.zoom(factor); }
       if (store.key(e)) this.live.textContent = store.cursor < 0 ? "" : store.describe(store.cursor, store.pointer.layer).join(", ");
     });
     this.canvas.addEventListener("blur", () => { if (!store.locked) store.point(-1); });
@@ -45,9 +58,22 @@ class Heatmap {
   layout() {
     const { T, numLayers } = this.store, width = this.scroll.clientWidth;
     if (width < 120) return null;
-    const left = 58, right = 50, top = 4, h = clamp(288 / numLayers, 6, 22), view = width - left - right;
-    const w = clamp(view / T, 7, 26), bottom = top + numLayers * h;
-    return { width, left, right, top, bottom, height: bottom + 34, w, h, view, full: w * T };
+    const left = 58, right = 50, top = 4, h = Math.floor(clamp(288 / numLayers, 6, 22)), view = width - left - right;
+    const least = Math.min(view / T, 7), w = clamp(this.scale ?? clamp(view / T, 7, 26), least, Math.max(WIDEST, least));
+    const bottom = top + numLayers * h;
+    return { width, left, right, top, bottom, height: bottom + 34, w, h, view, full: w * T, least };
+  }
+
+  // Make tokens so many times as wide (0: as narrow as shows all), the one at `x` staying where it is.
+  zoom(factor, x = null) {
+    const m = this.layout();
+    if (!m) return;
+    const { cursor } = this.store, from = this.scroll.scrollLeft;
+    const at = (cursor + 0.5) * m.w - from, seen = cursor >= 0 && at > 0 && at < m.view;
+    const hold = x !== null ? clamp(x - m.left, 0, m.view) : seen ? at : m.view / 2;
+    this.scale = factor ? clamp(m.w * factor, m.least, WIDEST) : m.least;
+    this.anchor = { token: (hold + from) / m.w, x: hold };
+    this.store.update();
   }
 
   cellAt(event) {
@@ -69,13 +95,14 @@ class Heatmap {
   click(event) {
     const cell = this.cellAt(event), store = this.store;
     if (!cell) return store.lock(false);
+    if (cell.token >= 0 && store.choose(cell.token, cell.layer)) return;
     if (cell.token < 0) { // a layer's number: colour the text by it, or by all again
       if (store.rowOf[cell.layer] >= 0) store.selectLayer(store.textLayer === cell.layer ? -1 : cell.layer);
       return;
     }
     const again = store.locked && store.pointer.token === cell.token && store.pointer.layer === cell.layer;
-    store.point(cell.token, cell.layer);
-    store.lock(!again);
+    if (again) store.lock(false);
+    else store.selection.set({ token: cell.token, layer: cell.layer, locked: true });
   }
 
   draw() {
@@ -89,33 +116,25 @@ class Heatmap {
       else if (x + m.w > from + m.view) this.scroll.scrollLeft = x + m.w - m.view;
     }
     store.reveal = false;
+    if (this.anchor) { // only now is the spacer wide enough
+      this.scroll.scrollLeft = this.anchor.token * m.w - this.anchor.x;
+      this.anchor = null;
+    }
     const g = sharp(this.canvas, m.width, m.height), { theme, T } = store, shift = this.scroll.scrollLeft;
     const first = Math.max(0, Math.floor(shift / m.w)), last = Math.min(T - 1, Math.floor((shift + m.view) / m.w));
     const end = Math.min(m.left + m.view, m.left + T * m.w - shift);
+    this.zooms.hidden = m.view / T >= 26;
+    (this.raster ||= new Raster(store)).paint(this.canvas, m, first, last, shift);
     g.save();
     g.beginPath();
     g.rect(m.left, 0, m.view, m.height);
     g.clip();
-    const gap = m.w > 9 ? 1 : 0.5, pad = m.h > 9 ? 1 : 0.5, cellH = m.h - 2 * pad, thin = Math.max(1.5, m.h * 0.14);
-    for (let layer = 0; layer < store.numLayers; layer++) {
-      const row = store.rowOf[layer], y = m.top + layer * m.h;
-      if (row < 0) {
-        g.fillStyle = theme.dense;
-        g.fillRect(m.left - shift, y + pad, T * m.w - gap, cellH);
-        continue;
-      }
-      for (let t = first; t <= last; t++) {
-        const x = m.left + t * m.w - shift;
-        g.fillStyle = store.colour(store.gate(row, t));
-        if (store.kept(row, t)) g.fillRect(x, y + pad, m.w - gap, cellH);
-        else { g.fillStyle = theme.faint; g.globalAlpha = 0.55; g.fillRect(x, y + (m.h - thin) / 2, m.w, thin); g.globalAlpha = 1; }
-      }
-    }
+    this.drawForced(g, m, first, last, shift);
     this.drawAxis(g, m, first, last, shift);
     this.drawCursor(g, m, shift);
     g.restore();
     this.drawLabels(g, m);
-    this.drawLegend();
+    if (this.stamp !== store.stamp) { this.stamp = store.stamp; this.drawLegend(); }
     this.drawTip(m, shift, end);
     this.canvas.dataset.kept = store.keepRatio.toFixed(4);
     this.canvas.dataset.theme = theme.dark ? "dark" : "light";
@@ -123,12 +142,12 @@ class Heatmap {
     this.canvas.dataset.state = store.preview ? "preview" : "measured";
     this.canvas.setAttribute("aria-label",
       `Routing heatmap, ${T} tokens by ${store.numLayers} layers, ${store.R} of them routed. At threshold ${number(store.threshold)} ` +
-      `${percent(store.keepRatio)} of the tokens are kept in the routed layers. Arrow keys move over the cells, Enter locks, Escape clears.`);
+      `${percent(store.keepRatio)} of the tokens are kept in the routed layers. Arrow keys move over the cells, Enter locks, Escape clears, plus and minus zoom, 0 shows all.`);
   }
 
   drawAxis(g, m, first, last, shift) {
     const { theme } = this.store;
-    const step = [1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000].find((s) => s * m.w >= 46) || 2000;
+    const step = [1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000, 10000].find((s) => s * m.w >= 46) || 20000;
     g.fillStyle = theme.faint;
     g.strokeStyle = theme.line;
     g.font = `11px ${theme.font}`;
@@ -142,17 +161,35 @@ class Heatmap {
     }
   }
 
+  // Flipped cells: a ring, so that they show without colour.
+  drawForced(g, m, first, last, shift) {
+    const { store } = this;
+    for (const i of store.forced.keys()) {
+      const t = i % store.T, layer = store.layers[Math.floor(i / store.T)];
+      if (t < first || t > last) continue;
+      const x = m.left + (t + 0.5) * m.w - shift, y = m.top + (layer + 0.5) * m.h, r = clamp(Math.min(m.w, m.h) / 2 - 1, 3.5, 6);
+      g.beginPath();
+      g.arc(x, y, r, 0, 7);
+      g.fillStyle = css(store.theme.groundRgb);
+      g.fill();
+      g.strokeStyle = store.theme.ink;
+      g.lineWidth = 2;
+      g.stroke();
+    }
+  }
+
   drawCursor(g, m, shift) {
     const { store } = this, t = store.cursor, { layer } = store.pointer;
     if (t < 0 || t >= store.T) return;
     const x = m.left + t * m.w - shift;
     g.strokeStyle = store.theme.accent;
     g.lineWidth = store.locked ? 2 : 1;
-    g.strokeRect(x - 0.5, m.top - 1, m.w, m.bottom - m.top + 2);
+    const wide = Math.max(m.w, 3);
+    g.strokeRect(x - 0.5, m.top - 1, wide, m.bottom - m.top + 2);
     if (layer < 0 || store.pointer.token !== t) return;
     g.lineWidth = 2.5;
     g.strokeStyle = store.theme.ink;
-    g.strokeRect(x - 0.5, m.top + layer * m.h, m.w, m.h);
+    g.strokeRect(x - 0.5, m.top + layer * m.h, wide, m.h);
   }
 
   drawLabels(g, m) {
@@ -230,3 +267,5 @@ class Heatmap {
     tip.style.top = clamp(m.top + (layer + 1) * m.h + 4, 0, Math.max(0, m.height - size.height)) + "px";
   }
 }
+
+VIEWS.heatmap = { scene: Store, parts: () => [Heatmap] };

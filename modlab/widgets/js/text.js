@@ -36,9 +36,9 @@ class TokenText {
 
   click(token) {
     const { store } = this, again = store.locked && store.cursor === token;
-    if (token >= 0) store.point(token);
-    store.lock(token >= 0 && !again);
+    if (token < 0 || again) return store.lock(false);
     store.reveal = true;
+    store.selection.set({ token, layer: store.pointer.token === token ? store.pointer.layer : -1, locked: true });
   }
 
   // Spans are made once for a text; a new run of the same text only recolours them.
@@ -70,9 +70,13 @@ class TokenText {
   draw() {
     const { store } = this;
     this.build();
-    this.choice.value = String(store.textLayer);
-    for (const chunk of this.chunks) chunk.stale = true;
-    this.paint();
+    if (this.stamp !== store.stamp) { // recolouring is dear: not for every token that the mouse passes
+      this.stamp = store.stamp;
+      this.choice.value = String(store.textLayer);
+      for (const chunk of this.chunks) chunk.stale = true;
+      this.paint();
+      this.drawLegend();
+    }
     const t = store.cursor, span = this.spans[t];
     if (this.marked) this.marked.classList.remove("mod-on", "mod-locked");
     this.marked = span || null;
@@ -83,7 +87,6 @@ class TokenText {
     }
     this.note.textContent = span ? store.describe(t, store.textLayer).join(" · ") + (store.locked ? " · locked, Escape frees it" : "")
       : "Point at a token; click to lock it.";
-    this.drawLegend();
   }
 
   // Scroll the text box, never the notebook.
@@ -132,3 +135,5 @@ function colourSpan(span, share, theme) {
   span.style.background = colour ? css(colour) : "";
   span.style.color = colour ? inkOn(colour) : "";
 }
+
+VIEWS.text = { scene: Store, parts: () => [TokenText] };

@@ -1,0 +1,73 @@
+"""What keep ratio makes the key/value cache of a context fit into a memory budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from modlab import kv_bytes
+from modlab.cache_argument import given_cache
+from modlab.errors import ModlabError
+from modlab.routing import routing_of
+
+INDEX_BYTES = 4  # a ragged cache notes the position of every key it keeps
+MIB = 2**20
+
+
+def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -> float:
+    """The mean keep ratio of the routed layers at which the cache of `context` tokens takes `kv_mib` MiB.
+
+    Layers with a sliding window are counted as if they kept everything: they take less. Free places that a
+    growing cache keeps for coming tokens are not counted.
+
+    Args:
+        model: a converted model.
+        kv_mib: MiB for keys and values of all layers, above 0.
+        context: tokens in a row.
+        batch: rows.
+
+    Returns:
+        a ratio in (0, 1), as `modlab.calibrate(keep_ratio=...)` takes it.
+
+    Raises:
+        ModlabError: the budget is less than the layers that are not routed take alone, or enough for
+            everything; both say how many MiB that is.
+    """
+    routing = routing_of(model)
+    if not kv_mib > 0 or not context > 0 or not batch > 0:
+        raise ModlabError(
+            f"kv_mib={kv_mib}, context={context} and batch={batch} have to be above 0: for example "
+            "kv_mib=512, context=32768."
+        )
+    if routing.config.skip == "mlp":
+        raise ModlabError("this model skips MLPs only: all keys and values stay, whatever the threshold is.")
+    each = token_bytes(model)
+    tokens, routed = context * batch, len(routing.layers)
+    dense = tokens * each * (routing.num_layers - routed)
+    ragged = tokens * (each + INDEX_BYTES) * routed
+    ratio = (kv_mib * MIB - dense) / ragged
+    if ratio >= 1:
+        raise ModlabError(
+            f"{kv_mib:g} MiB hold the whole cache of {tokens:,} tokens, which takes "
+            f"{(dense + ragged) / MIB:.4g} MiB: there is nothing to save. Give a smaller budget or a longer "
+            "context."
+        )
+    if ratio <= 0:
+        raise ModlabError(
+            f"{kv_mib:g} MiB are too little for {tokens:,} tokens: the {routing.num_layers - routed} layers "
+            f"that are not routed take {dense / MIB:.4g} MiB alone. Give more, shorten the context, or route "
+            "more layers (MoDConfig(layers='all'))."
+        )
+    return ratio
+
+
+@torch.no_grad()
+def token_bytes(model: Any) -> int:
+    """Bytes of the keys and values of one token in one layer, measured with a forward of one token."""
+    from modlab.trace import eval_mode
+
+    with eval_mode(model):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        cache = given_cache(model(ids, use_cache=True))
+    return max(kv_bytes.token_nbytes(layer) for layer in cache.layers)

@@ -1,0 +1,72 @@
+"""Figures that were measured elsewhere and are committed with their device, date and command, as tables.
+
+    published.benchmarks()      `modlab bench`, this project's runs (benchmarks/results/*.json)
+    published.demo()            the demo models on held-out text (modlab/demo/results.json)
+
+The files travel in the package: an installed modlab can draw them beside what the machine at hand measures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACKAGE = Path(__file__).resolve().parent
+PROVENANCE = ("device_name", "dtype", "date", "command")
+
+
+def result_files() -> list[Path]:
+    """The benchmark files: inside an installed package, beside it in a checkout.
+
+    Raises:
+        ModlabError: there are none.
+    """
+    for folder in (PACKAGE / "_results", PACKAGE.parent / "benchmarks" / "results"):
+        if files := sorted(folder.glob("*.json")):
+            return files
+    raise ModlabError(
+        f"modlab's benchmark results are not where they should be ({PACKAGE / '_results'}): the installation "
+        "is incomplete. Install modlab again."
+    )
+
+
+def benchmarks() -> pd.DataFrame:
+    """One row a measurement; of several results for the same thing on the same device the newest counts.
+
+    Columns at least: what ("prefill", "decode"), shape (of the model), context (tokens), routed ("16 of 32"),
+    keep_ratio (in the routed layers), dense_ms, mod_ms, speedup, ideal, kv_bytes, dense_kv_bytes, kv_saving;
+    and where it comes from: device_name, dtype, torch, date, command.
+    """
+    import pandas as pd
+
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files()]
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in sorted(results, key=_date):
+        newest[result["what"], result["device_name"]] = result
+    rows: list[dict[str, Any]] = []
+    for _, result in sorted(newest.items()):
+        origin = {name: result[name] for name in PROVENANCE} | {"torch": result["versions"]["torch"]}
+        rows += [{**origin, **row} for row in result["rows"]]
+    return pd.DataFrame(rows)
+
+
+def _date(result: dict[str, Any]) -> str:
+    return str(result["date"])
+
+
+def demo() -> pd.DataFrame:
+    """The demo models on held-out text, one row a model: loss (nats a token), perplexity, tokens, and of the
+    converted one keep_ratio and kv_saving. `attrs` holds date, command and dtype.
+    """
+    import pandas as pd
+
+    record = json.loads((PACKAGE / "demo" / "results.json").read_text(encoding="utf-8"))
+    frame = pd.DataFrame.from_dict(record["results"], orient="index")
+    frame.attrs = {name: record[name] for name in ("date", "command", "dtype")}
+    return frame

@@ -1,0 +1,116 @@
+"""Frontier: loss against cache bytes or latency, with a point to drag that sets the threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+from modlab.errors import ModlabError
+from modlab.widgets.model_access import using
+from modlab.widgets.page import script
+from modlab.widgets.still_panels import frontier_png
+from modlab.widgets.views import ModelView
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = ("kv_bytes", "prefill_ms", "decode_ms")
+
+
+class Frontier(ModelView):
+    """What each threshold costs in loss and buys in bytes or milliseconds, as one curve with a chosen point.
+
+    Args:
+        sweep: a frame of `modlab.sweep`; columns without a value in every row are not offered.
+        model: a converted model: releasing the point sets its threshold. None: the point is only read.
+        references: further points to compare with, by name, each with some of loss, kv_bytes, prefill_ms,
+            decode_ms; one whose name begins with "dense" is what the gains are told against.
+        metric: what is drawn first.
+        p: where the point begins; by default the row nearest to p = 0.5.
+
+    Attributes:
+        threshold: the chosen p.
+        applied: the p that was set in the model, -1 for none yet.
+    """
+
+    _esm = script("frontier")
+    view = t.Unicode("frontier").tag(sync=True)
+    points = t.List(t.Dict()).tag(sync=True)
+    references = t.List(t.Dict()).tag(sync=True)
+    metric = t.Unicode("kv_bytes").tag(sync=True)
+    threshold = t.Float(0.5).tag(sync=True, echo_update=False)
+    applied = t.Float(-1.0).tag(sync=True)
+
+    def __init__(
+        self,
+        sweep: pd.DataFrame,
+        model: Any = None,
+        references: Mapping[str, Mapping[str, float]] | None = None,
+        metric: str = "kv_bytes",
+        p: float | None = None,
+    ) -> None:
+        from modlab.trace import model_name
+
+        points = _points(sweep)
+        if metric not in METRICS or metric not in points[0]:
+            offered = [name for name in METRICS if name in points[0]]
+            raise ModlabError(f"metric={metric!r} is not in the sweep; it has {', '.join(offered)}.")
+        start = min((d["p"] for d in points), key=lambda x: abs(x - 0.5)) if p is None else float(p)
+        self._model = model
+        super().__init__(
+            points=points,
+            references=[
+                {"name": str(name), **{k: float(v) for k, v in values.items()}}
+                for name, values in (references or {}).items()
+            ],
+            metric=metric,
+            threshold=start,
+            can_run=model is not None,
+            summary={"model": model_name(model) if model is not None else ""},
+        )
+
+    def choose(self, p: float) -> None:
+        """Move the point to p and, if there is a model, set its threshold.
+
+        Raises:
+            ModlabError: p does not lie between 0 and 1.
+        """
+        if not 0 < p < 1:
+            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p}.")
+        self.threshold = float(p)
+        if self._model is not None:
+            self._set(float(p))
+
+    def _set(self, p: float) -> None:
+        from modlab.routing import set_threshold
+
+        with using(self._model):
+            set_threshold(self._model, p)
+        self.applied = p
+
+    def _work(self, content: dict[str, Any]) -> Any:
+        if content.get("type") != "set" or self._model is None:
+            return None
+        return lambda job: self._set(float(content["p"]))
+
+    def _png(self) -> bytes:
+        return frontier_png(self.points, self.references, self.metric, self.threshold)
+
+
+def _points(sweep: pd.DataFrame) -> list[dict[str, float]]:
+    """Rows of a sweep for js/frontier.js, by ascending p; columns with gaps are left out."""
+    need = ["threshold", "loss", "keep_ratio", "kv_bytes"]
+    missing = [name for name in need if name not in sweep.columns]
+    if missing:
+        raise ModlabError(
+            f"The sweep has no column {', '.join(missing)}; it has {', '.join(map(str, sweep.columns))}. "
+            "Pass the frame that modlab.sweep(model, tokenizer, texts, thresholds=...) returns."
+        )
+    frame = sweep.sort_values("threshold")
+    names = [*need, *(m for m in METRICS[1:] if m in frame and frame[m].notna().all())]
+    rows = frame[names].dropna().astype(float).rename(columns={"threshold": "p"})
+    if len(rows) < 2:
+        raise ModlabError(f"A frontier needs two thresholds or more; the sweep has {len(rows)}.")
+    return [{str(k): float(v) for k, v in row.items()} for row in rows.to_dict("records")]

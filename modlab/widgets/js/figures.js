@@ -1,0 +1,33 @@
+// The three figures of one text: what is kept, the bytes of its cache, its loss.
+
+class Figures {
+  constructor(store, parent) {
+    this.store = store;
+    this.box = el(parent, "div", "mod-figures");
+    this.kept = figure(this.box, "kept in the routed layers", "modlab-kept");
+    this.kv = figure(this.box, "KV cache of this text", "modlab-kv");
+    this.loss = figure(this.box, "loss of this text", "modlab-loss");
+  }
+
+  draw() {
+    const { store } = this, { summary, preview } = store, kv = store.kvBytes();
+    this.kept.value.textContent = percent(store.keepRatio);
+    this.kept.more.textContent = `${store.R} of ${store.numLayers} layers are routed`;
+    this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
+    this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller` + (preview ? "" : ", allocated");
+    this.loss.value.textContent = preview || summary.loss === null ? "–" : summary.loss.toFixed(3);
+    this.loss.more.textContent = summary.loss === null ? "one token predicts nothing"
+      : preview ? `${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}` : "nats a token, lower is better";
+    this.box.dataset.state = preview ? "preview" : "measured";
+  }
+}
+
+// A box with a name, a large value and a line that says more.
+function figure(parent, name, cls) {
+  const box = el(parent, "div", "mod-figure");
+  el(box, "div", "mod-name", name);
+  return { box, value: el(box, "div", `mod-value ${cls}`), more: el(box, "div", "mod-more") };
+}
+
+// Under the title of a view of one text.
+const about = (store) => [store.summary.model, `${store.T.toLocaleString("en")} tokens`].filter(Boolean).join(" · ");

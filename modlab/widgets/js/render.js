@@ -1,0 +1,66 @@
+// The two ways in: `render` for anywidget, `showPage` for a page of its own. VIEWS (filled by views.js) says what each
+// view is made of.
+
+function show(model, parent) {
+  const root = el(parent, "div", "modlab"), name = model.get("view"), view = VIEWS[name];
+  if (!view) throw new Error(`there is no view ${name}`);
+  root.dataset.view = name;
+  const store = new view.scene(model, root);
+  if (view.title) {
+    const title = el(root, "header", "mod-title");
+    el(title, "h2", "", view.title);
+    el(title, "span", "", view.about?.(store) ?? "");
+  }
+  store.views = view.parts(model).map((kind) => new kind(store, root));
+  store.update();
+  // JupyterLab writes its theme on the body, and at some other time its colours arrive; a page of its own follows the
+  // system. The ground has a transition (style.css), whose beginning tells that the colours are there.
+  const follow = () => store.update();
+  for (const name of ["transitionrun", "transitionend"])
+    root.addEventListener(name, (event) => { if (event.target === root) follow(); });
+  const watch = new MutationObserver(follow), scheme = matchMedia("(prefers-color-scheme: dark)");
+  watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
+  scheme.addEventListener("change", follow);
+  return () => { watch.disconnect(); scheme.removeEventListener("change", follow); store.destroy(); };
+}
+
+function render({ model, el: parent }) {
+  try {
+    return show(model, parent);
+  } catch (error) { // else the output would stay blank, and only the browser's console would know
+    showError(parent, error);
+    throw error;
+  }
+}
+
+function showError(parent, error) {
+  const box = el(parent, "div", "modlab-error", `This view could not be drawn: ${error.message}\n${error.stack || ""}`);
+  box.setAttribute("role", "alert");
+}
+
+// anywidget's model for a page without Jupyter: values and change events, nobody to send to.
+class PlainModel extends EventTarget {
+  constructor(values) { super(); this.values = values; }
+  get(name) { return this.values[name]; }
+  set(name, value) {
+    if (this.values[name] === value) return;
+    this.values[name] = value;
+    this.dispatchEvent(new Event("change:" + name));
+  }
+  on(event, handler) { this.addEventListener(event, handler); }
+  off(event, handler) { this.removeEventListener(event, handler); }
+  save_changes() {}
+  send() {}
+}
+
+function showPage(parent, values, binary) {
+  for (const name of binary) values[name] = Uint8Array.from(atob(values[name]), (c) => c.charCodeAt(0)).buffer;
+  try {
+    show(new PlainModel(values), parent);
+  } catch (error) {
+    showError(parent, error);
+    throw error;
+  }
+}
+
+export default { render };

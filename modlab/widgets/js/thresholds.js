@@ -1,0 +1,115 @@
+// One threshold for all layers and one for each: dragging previews in the page, releasing measures. And the buttons that
+// find thresholds for a wanted keep ratio or cache size.
+
+class ThresholdSliders {
+  constructor(store, parent) {
+    this.store = store;
+    this.timer = 0;
+    this.how = el(parent, "p", "mod-note modlab-how");
+    this.job = new Job(store, parent);
+    const all = el(parent, "section", "mod-controls");
+    const label = el(all, "label", "mod-slider", "all layers");
+    this.all = this.slider(label, "modlab-threshold", "threshold of all layers", (p) => this.set(store.layers.map(() => p)));
+    this.value = el(label, "output", "modlab-p");
+    this.badge = el(all, "span", "modlab-badge");
+    this.badge.setAttribute("role", "status");
+    this.rows = el(parent, "section", "mod-layer-sliders");
+    this.each = store.layers.map((layer, row) => {
+      const line = el(this.rows, "label", "mod-layer-slider");
+      el(line, "span", "mod-layer-name", `layer ${layer}`);
+      const bins = el(line, "canvas", "mod-layer-bins");
+      bins.setAttribute("aria-hidden", "true");
+      const slider = this.slider(line, "modlab-layer-threshold", `threshold of layer ${layer}`, (p) => this.set(this.ps.map((old, i) => (i === row ? p : old))));
+      return { slider, bins, value: el(line, "output", "mod-layer-p"), kept: el(line, "span", "mod-layer-kept") };
+    });
+    this.calibrate(el(parent, "section", "mod-calibrate"));
+    this.figures = new Figures(store, parent);
+  }
+
+  destroy() { clearTimeout(this.timer); this.job.destroy(); }
+
+  get ps() { return this.store.model.get("layer_thresholds"); }
+
+  slider(parent, cls, name, act) {
+    const made = el(parent, "input", cls);
+    Object.assign(made, { type: "range", min: 0.01, max: 0.99, step: 0.005 });
+    made.setAttribute("aria-label", name);
+    ownKeys(made);
+    made.addEventListener("input", () => act(Number(made.value)));
+    made.addEventListener("change", () => {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.job.ask({ type: "run", ps: this.ps }), 250);
+    });
+    return made;
+  }
+
+  set(ps) { this.store.model.set("layer_thresholds", ps); }
+
+  calibrate(box) {
+    const { store } = this, field = (name, cls, value, step, more) => {
+      const label = el(box, "label", "mod-field", name), input = el(label, "input", cls);
+      Object.assign(input, { type: "number", value, step, min: 0 });
+      ownKeys(input);
+      if (more) el(label, "span", "", more);
+      return input;
+    };
+    el(box, "h3", "", "Find thresholds for");
+    const ratio = field("a keep ratio of", "modlab-want-ratio", 25, 1, "%");
+    button(box, "Calibrate", "find the threshold that keeps this share of the tokens", () => this.ask({ keep_ratio: Number(ratio.value) / 100 })).classList.add("modlab-calibrate-ratio");
+    const budget = store.model.get("budget"), mib = field("or a KV cache of", "modlab-want-mib", budget.mib, "any", "MiB");
+    const context = field("for", "modlab-want-context", budget.context, 1, "tokens");
+    button(box, "Calibrate", "find the threshold whose cache fits", () => this.ask({ kv_mib: Number(mib.value), context: Number(context.value) })).classList.add("modlab-calibrate-kv");
+    const label = el(box, "label", "mod-field"), each = el(label, "input", "modlab-each-layer");
+    each.type = "checkbox";
+    label.append(" every layer keeps the same share");
+    this.perLayer = each;
+    if (!store.model.get("can_run")) for (const part of box.querySelectorAll("input, button")) part.disabled = true;
+  }
+
+  ask(want) { this.job.ask({ type: "calibrate", per_layer: this.perLayer.checked, ...want }); }
+
+  draw() {
+    const { store } = this, { ps } = this, { running } = this.job, { preview } = store;
+    const mean = ps.reduce((a, b) => a + b, 0) / ps.length, one = ps.every((p) => p === ps[0]);
+    if (document.activeElement !== this.all || !one) this.all.value = mean;
+    this.value.textContent = one ? number(ps[0]) : "per layer";
+    const state = running ? "running" : preview ? "preview" : "measured";
+    this.badge.dataset.state = state;
+    this.badge.textContent = { running: "working …", preview: "preview", measured: "measured" }[state];
+    this.how.textContent = preview ? "Preview from the gates of the last run; in a real run the gates of later layers change too. "
+      + (store.model.get("can_run") ? "Release the slider for one." : "That needs a notebook with the model.") : "Measured: the model ran this text with these thresholds.";
+    this.each.forEach(({ slider, value, kept, bins }, row) => {
+      if (document.activeElement !== slider || Math.abs(Number(slider.value) - ps[row]) > 0.0026) slider.value = ps[row];
+      value.textContent = number(ps[row]);
+      kept.textContent = `keeps ${percent(store.ratio[row])}`;
+      slider.setAttribute("aria-valuetext", `${number(ps[row])}, keeps ${percent(store.ratio[row])}`);
+      this.drawBins(bins, row, ps[row]);
+    });
+    this.job.draw();
+    this.figures.draw();
+  }
+
+  // The layer's gates over 0..1, under its slider: full from p on.
+  drawBins(canvas, row, p) {
+    const { store } = this, { T, cells, theme } = store, width = canvas.clientWidth || 200, height = 22, count = 50;
+    if (this.loaded !== store.cells) { this.loaded = store.cells; this.counts = []; }
+    const counts = this.counts[row] ||= countLevels(cells, row * T, T, count), most = Math.max(...counts, 1);
+    const key = [p, width, theme.key, store.decided].join();
+    if (canvas.drawnFor === key) return;
+    canvas.drawnFor = key;
+    const g = sharp(canvas, width, height), each = width / count;
+    for (let i = 0; i < count; i++) {
+      const tall = counts[i] ? Math.max(2, Math.sqrt(counts[i] / most) * height) : 0;
+      g.fillStyle = (i + 0.5) / count >= p ? theme.accent : theme.line;
+      g.fillRect(i * each, height - tall, each - 0.5, tall);
+    }
+  }
+}
+
+function countLevels(cells, start, length, count) {
+  const counts = new Array(count).fill(0);
+  for (let i = start; i < start + length; i++) counts[Math.min(count - 1, Math.floor(((cells[i] & LEVEL) * count) / GRID))] += 1;
+  return counts;
+}
+
+VIEWS.thresholds = { scene: Store, title: "Thresholds", about, parts: () => [ThresholdSliders, Heatmap] };

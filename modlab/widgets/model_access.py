@@ -1,0 +1,75 @@
+"""One computation at a time on one model, whoever asks for it, and each can be stopped between two layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from modlab.widgets.jobs import Job
+
+# One lock a model, shared by all widgets of it: in JupyterLab 4.6 callbacks run in a thread of their own,
+# while a cell runs, and a threshold must not move in the middle of another run.
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
+
+
+def lock_of(model: Any) -> Any:
+    """The model's lock; the same thread may take it again."""
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+@contextmanager
+def using(model: Any, job: Job | None = None, text: str = "", by_layer: bool = True) -> Iterator[None]:
+    """Inside this block no other widget uses the model.
+
+    Args:
+        job: what is told of the progress and asked, before every layer, whether to go on.
+        text: what is being done, for people.
+        by_layer: tell the progress layer by layer; False where the caller tells it.
+
+    Raises:
+        Cancelled: the job was stopped.
+    """
+    from modlab.anatomy import decoder_layers
+
+    lock = lock_of(model)
+    if job is None:
+        with lock:
+            yield
+        return
+    while not lock.acquire(timeout=0.05):
+        job.report("Waiting for the model: something else is running on it")
+    hooks = []
+    try:
+        layers = decoder_layers(model)
+        for index, layer in enumerate(layers):
+
+            def before(*_: Any, index: int = index) -> None:
+                if by_layer:
+                    job.report(f"{text}: layer {index + 1} of {len(layers)}", (index + 1) / len(layers))
+                else:
+                    job.check()
+
+            hooks.append(layer.register_forward_pre_hook(before))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        lock.release()
+
+
+@contextmanager
+def thresholds_restored_on_error(model: Any) -> Iterator[None]:
+    """A run that fails or is stopped leaves the thresholds as they were."""
+    from modlab.routing import routing_of, set_threshold
+
+    before = dict(routing_of(model).thresholds)
+    try:
+        yield
+    except BaseException:
+        set_threshold(model, before)
+        raise

@@ -1,0 +1,192 @@
+# %% [markdown]
+# # 2 · Train
+#
+# Teach the routers what to skip, live: loss and keep ratio of every layer, pause, resume, before and after.
+#
+# A converted model keeps every token until its routers have learned which ones can do without a layer.
+# Training minimises the usual loss plus a term that pulls the share of kept tokens to a target; the weights
+# around the routers adapt at the same time. What this notebook does in seconds on a CPU shows how it works,
+# not how good it gets: the demo model that ships with modlab was trained on 118 million tokens for what is
+# shown here with six thousand.
+
+# %% [markdown]
+# ## Use your own model
+#
+# A hub id or a folder; dense or converted. `ROWS` below takes any text: `modlab.data.packed` makes rows of
+# a file, a folder, a data set on the hub, or the Python source on your machine (`"python"`).
+
+# %%
+MODEL = "demo-dense"
+RECIPE = "modlab"  # one of RECIPES, below
+STEPS, BATCH, SEQ_LEN, KEEP = 24, 2, 128, 0.4
+
+import argparse
+import inspect
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import torch
+
+import modlab
+from modlab import data, figures
+from modlab.train import evaluate
+
+datasets.disable_progress_bars()
+model, tokenizer = modlab.load(MODEL)
+
+
+def rows_of(module):
+    """A module's source as rows of SEQ_LEN tokens."""
+    source = datasets.Dataset.from_dict({"text": [inspect.getsource(module)]})
+    return data.packed(source, tokenizer, seq_len=SEQ_LEN)
+
+
+ROWS, HELDOUT = rows_of(argparse), rows_of(statistics).select(range(12))
+print(f"{len(ROWS)} rows of {SEQ_LEN} tokens to train on, {len(HELDOUT)} held out")
+
+# %% [markdown]
+# ## Choose a recipe
+#
+# - `modlab`: gates decide and do not scale; a two-sided target with a ramp; every layer also tells its
+#   router what skipped tokens would have gained.
+# - `distilled`: the same, plus the KL divergence to the dense model. More compute a step, often a better
+#   loss.
+# - `routers only`: the weights of the model stay as they are. Cheap, and the most lossy.
+# - `paper`: MoDification as published: the gate scales the layer's output, one-sided load term.
+# - `top-k`: the older Mixture-of-Depths: a fixed share of each row, and a predictor for decoding.
+
+# %%
+common = modlab.TrainConfig(
+    steps=STEPS,
+    batch_size=BATCH,
+    keep_ratio=KEEP,
+    ramp=0.3,
+    lam=4.0,
+    lr=1e-4,
+    router_lr=0.1,  # a long run wants a smaller router_lr: the demo's was 3e-3
+    warmup=0.1,
+    log_every=2,
+    seed=0,
+)
+RECIPES = {
+    "modlab": (modlab.MoDConfig(), common),
+    "distilled": (modlab.MoDConfig(), replace(common, kl=1.0)),
+    "routers only": (modlab.MoDConfig(), replace(common, freeze_base=True)),
+    "paper": (modlab.MoDConfig.paper(), replace(common, objective="load", alpha=0.01)),
+    "top-k": (modlab.MoDConfig.topk(capacity=KEEP), common),
+}
+mod_config, train_config = RECIPES[RECIPE]
+teacher = modlab.load(MODEL)[0] if train_config.kl else None
+
+rows = {"dense": evaluate(model, HELDOUT)}
+if not modlab.is_converted(model):
+    modlab.convert(model, mod_config)
+rows["converted, not trained"] = evaluate(model, HELDOUT)
+
+# %% [markdown]
+# ## Train, and watch
+#
+# The panel trains in the background: the next cells run meanwhile. *Pause* holds the run between two steps,
+# *Stop* ends it.
+
+# %%
+panel = modlab.widgets.TrainingPanel(model, ROWS, train_config, eval_data=HELDOUT, teacher=teacher)
+panel.start()
+panel
+
+# %% [markdown]
+# Paused, the model can be used as it stands. Here it is evaluated in the middle of the run, which then goes
+# on.
+
+# %%
+while panel.running and len(panel.history) < STEPS // 4:
+    time.sleep(0.1)
+panel.pause()
+while panel.running and panel.progress["state"] != "paused":
+    time.sleep(0.1)
+print(panel.progress["text"])
+rows["in the pause"] = evaluate(model, HELDOUT)
+
+panel.resume()
+result = panel.wait()
+result.plot().update_layout(template=figures.template(), height=520)
+
+# %% [markdown]
+# ## Before and after
+#
+# On rows that were not trained on. The last line is the demo that ships with modlab, for what a longer run
+# reaches.
+
+# %%
+rows[f"trained, {result.tokens:,} tokens"] = evaluate(model, HELDOUT)
+demo, demo_tokenizer = modlab.load("demo")
+if tokenizer.get_vocab() == demo_tokenizer.get_vocab():  # else its loss counts other tokens
+    rows["demo, 118 million tokens"] = evaluate(demo, HELDOUT)
+pd.DataFrame(rows).T.drop(columns="tokens").round(3)
+
+# %% [markdown]
+# The columns `keep_1` and so on are the layers. They differ although one target was set for all: the target
+# is a mean, and training spends it where a layer is worth most.
+#
+# Which tokens did it choose? The first picture is the model that was just trained, the second is the demo.
+
+# %%
+TEXT = inspect.getsource(statistics.fmean)[:600]
+modlab.widgets.RoutingHeatmap(modlab.trace(model, tokenizer, TEXT))
+
+# %%
+modlab.widgets.RoutingHeatmap(modlab.trace(demo, demo_tokenizer, TEXT))
+
+# %% [markdown]
+# ## A run that is cut short goes on as if nothing had happened
+#
+# With a folder (`out=...`) a run saves checkpoints and can be resumed, after a Ctrl-C as well as after a
+# power cut. "As if nothing had happened" is meant to the last bit. Four steps at once, and two steps, a
+# fresh model, two more:
+
+# %%
+short = replace(common, steps=4, router_lr=0.01, log_every=1, save_every=2)
+
+
+def fresh():
+    """The model before any training."""
+    made, _ = modlab.load(MODEL)
+    return made if modlab.is_converted(made) else modlab.convert(made, mod_config)
+
+
+RUNS = Path("runs")
+shutil.rmtree(RUNS, ignore_errors=True)
+whole = modlab.train(fresh(), ROWS, replace(short, out=RUNS / "whole"))
+
+shutil.copytree(RUNS / "whole", RUNS / "cut")  # what is left when the machine dies after step 2:
+shutil.rmtree(RUNS / "cut" / "checkpoints" / "step_4", ignore_errors=True)
+shutil.rmtree(RUNS / "cut" / "model")
+resumed = modlab.train(fresh(), ROWS, replace(short, out=RUNS / "cut", resume="auto"))
+
+ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
+print(f"all {len(ours)} weights are equal: {all(torch.equal(ours[name], theirs[name]) for name in ours)}")
+losses = {"whole": whole.history, "resumed": resumed.history}
+pd.DataFrame({name: history.set_index("step").loss for name, history in losses.items()}).T
+
+# %% [markdown]
+# ## Keep it
+#
+# A trained folder loads with `modlab.load`, and its weights load in plain `transformers`, as the dense
+# model. In the other notebooks, it is `MODEL = "my-mod-model"`.
+
+# %%
+model.save_pretrained("my-mod-model")
+tokenizer.save_pretrained("my-mod-model")
+for file in sorted(Path("my-mod-model").iterdir()):
+    print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+
+# %% [markdown]
+# For a run that matters: `modlab train --help`, more tokens, `eval_every`, and a GPU or
+# [many](6_many_gpus.ipynb).
+#
+# **Next:** [3 · Where tokens go](3_where_tokens_go.ipynb). [All notebooks](README.md).

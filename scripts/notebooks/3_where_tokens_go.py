@@ -1,0 +1,150 @@
+# %% [markdown]
+# # 3 · Where tokens go
+#
+# Which tokens of a text skip which layers: in one sentence, by class and position over a corpus, and for
+# one token.
+#
+# Everything here is recorded from real runs, nothing is estimated. Two cautions. A gate says what a router
+# does, not why. And the routers of the demo are those of *one* training run of a small model: another run
+# may divide the work among its layers differently.
+
+# %% [markdown]
+# ## Use your own model and your own text
+#
+# A hub id or a folder of a converted and trained model, for example the one that [2 · Train](2_train.ipynb)
+# saved: `"my-mod-model"`. And any text: the demo knows Python; other text runs, too, with a higher loss.
+
+# %%
+MODEL = "demo"
+TEXT = '''\
+class Inventory:
+    """Count the items on each shelf."""
+
+    def __init__(self, shelves):
+        self.items = {shelf: 0 for shelf in shelves}
+
+    def move(self, source, target, amount=1):
+        # Never more than there are.
+        amount = min(amount, self.items[source])
+        self.items[source] -= amount
+        self.items[target] += amount
+        return amount
+
+    def total(self):
+        return sum(self.items.values())
+'''
+
+import argparse
+import bisect
+import inspect
+import json
+import statistics
+import textwrap
+
+import pandas as pd
+import plotly.graph_objects as go
+
+import modlab
+from modlab import figures
+
+model, tokenizer = modlab.load(MODEL)
+if not modlab.is_converted(model):
+    raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
+trace = modlab.trace(model, tokenizer, TEXT)
+print(trace)
+
+# %% [markdown]
+# ## One text
+#
+# Each column of the picture is a token, each row a routed layer. A full cell ran; a thin line passed by;
+# the colour is the gate. Point at a cell or a word: the same token is marked everywhere on this page, and
+# *its* path through the depth is drawn. A click locks it, Escape lets go. Drag the threshold for a preview,
+# release it to measure.
+
+# %%
+modlab.widgets.explore(model, tokenizer, TEXT)
+
+# %% [markdown]
+# The words of the text that the routed layers keep least, and most, by their mean keep ratio:
+
+# %%
+words = pd.DataFrame({"token": trace.tokens, "layers that ran it": trace.keep.sum(axis=0)})
+words = words.iloc[model.mod.config.keep_first :].groupby("token")["layers that ran it"].agg(["mean", "size"])
+words = words.rename(columns={"size": "times", "mean": f"mean of {len(trace.layers)} routed layers"})
+words.index = words.index.map(repr)
+words = words.sort_values(list(words.columns), ascending=[True, False])
+pd.concat([words.head(8), words.tail(8)]).round(2)
+
+# %% [markdown]
+# ## A corpus
+#
+# One text is an anecdote. Below, some thousand tokens of Python's own standard library are run and counted,
+# by the class of each token and by its position. Every number has its count beside it: do not read much
+# into a class of ten tokens. Put your own texts into `CORPUS`.
+
+# %%
+CORPUS = [inspect.getsource(module)[:6000] for module in (argparse, bisect, json, statistics, textwrap)]
+counted = modlab.aggregate_routing(model, tokenizer, CORPUS, seq_len=512, progress=False)
+print(f"{counted.tokens:,} tokens of {counted.texts} texts; routed layers keep {counted.keep_ratio:.1%}")
+counted.widget()
+
+# %%
+table = counted.by_class().query("tokens >= 50").sort_values("mean")
+figure = go.Figure()
+for column, name in ((c, c.replace("_", " ")) for c in table.columns if c.startswith("layer_")):
+    figure.add_bar(y=table.index, x=table[column] / len(counted.layers), name=name, orientation="h")
+figure.update_layout(
+    template=figures.template(),
+    barmode="stack",
+    title="Which layers run a token of each class (classes of 50 tokens or more)",
+    legend_traceorder="normal",
+    xaxis={
+        "title": "mean keep ratio of the routed layers (all = 100%)",
+        "tickformat": ".0%",
+        "range": [0, 1],
+    },
+)
+figure
+
+# %% [markdown]
+# ## Change one decision
+#
+# What did a layer do for a token? Click a cell: the token is forced through the layer, or past it, and the
+# model runs the text again. You see what that did to the loss, to the next token's probabilities, and to
+# the decisions of later layers, which see another state. A second click undoes it.
+
+# %%
+flip = modlab.widgets.CellFlip(model, tokenizer, TEXT)
+flip
+
+# %% [markdown]
+# The same from Python, for every skipped layer of one token: what would it have gained?
+
+# %%
+token = next(t for t in range(20, len(trace.tokens)) if not trace.keep[:, t].all())
+rows = {}
+for row, layer in enumerate(trace.layers):
+    flip.reset()
+    flip.wait()
+    flip.flip(layer, token)
+    flip.wait()
+    rows[f"layer {layer}"] = {
+        "it ran": bool(trace.keep[row, token]),
+        "gate": trace.gate[row, token],
+        "loss": flip.effect["loss"],
+        "change": flip.effect["loss"] - flip.effect["loss_before"],
+        "other decisions changed": flip.effect["others"],
+    }
+flip.reset()
+flip.wait()
+print(
+    f"token {token}, {trace.tokens[token]!r}: mean loss of the text after the opposite decision in one layer"
+)
+table = pd.DataFrame(rows).T.infer_objects()
+table.round({"gate": 3, "loss": 4, "change": 4})
+
+# %% [markdown]
+# Changes of a few thousandths of a nat, up and down, are the rule: most decisions hardly matter for the
+# text as a whole, which is why skipping is possible.
+#
+# **Next:** [4 · Thresholds, live](4_thresholds.ipynb). [All notebooks](README.md).

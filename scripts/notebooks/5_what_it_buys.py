@@ -1,0 +1,182 @@
+# %% [markdown]
+# # 5 · What it buys
+#
+# Bytes of the KV cache, prefill and decode time, against loss: measured on this machine, and on an H200
+# elsewhere.
+#
+# A skipped token costs nothing in a routed layer and stores nothing there. This notebook counts both, and
+# what they cost. Only figures that were measured stand here: on your machine, now, or in result files that
+# came with modlab, with their device, date and command.
+
+# %% [markdown]
+# ## Use your own model
+#
+# `MODEL` is a converted and trained model (`"my-mod-model"` from [2 · Train](2_train.ipynb), say), `DENSE`
+# the one to compare with. The demo's is the right kind of control: the same start, trained on for as long,
+# without skipping. (Without such a control, a model that was trained further looks better than it is.)
+
+# %%
+MODEL, DENSE = "demo", "demo-dense"
+PROMPT_TOKENS, DECODE_TOKENS, REPEATS = 384, 12, 2
+
+import argparse
+import inspect
+
+import pandas as pd
+from plotly.subplots import make_subplots
+
+import modlab
+from modlab import figures, measure, published
+
+model, tokenizer = modlab.load(MODEL)
+dense, _ = modlab.load(DENSE)
+if not modlab.is_converted(model):
+    raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
+TEXT = inspect.getsource(argparse)[:6000]
+inputs = tokenizer(TEXT, return_tensors="pt", truncation=True, max_length=PROMPT_TOKENS).to(model.device)
+
+# %% [markdown]
+# ## Bytes
+#
+# `KVTracker` reads, after every forward, what each layer's cache has allocated, of any Hugging Face model.
+# The prompt is read at once, then tokens are generated one by one. A growing cache keeps some free places
+# for coming tokens; they are counted.
+
+# %%
+frames = {}
+for name, which in (("dense", dense), ("Mixture-of-Depths", model)):
+    with modlab.KVTracker(which) as kv:
+        which.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    frames[name] = kv.frame()
+    peak = kv.summary()
+    mib, tokens = peak["kv_bytes"] / 2**20, peak["seen_tokens"]
+    print(f"{name}: {mib:.2f} MiB for {tokens} tokens, saving {peak['kv_saving']:.2f}x")
+
+figure = make_subplots(
+    cols=2, column_widths=[0.55, 0.45], subplot_titles=["all layers, step by step", "each layer, at the end"]
+)
+for (name, frame), colour in zip(frames.items(), figures.COLOURS):
+    total = frame.groupby("step").kv_bytes.sum() / 2**20
+    last = frame[frame.step == frame.step.max()]
+    figure.add_scatter(x=total.index, y=total, name=name, line_color=colour, row=1, col=1)
+    figure.add_bar(
+        x=last.layer, y=last.kv_bytes / 2**10, name=name, marker_color=colour, showlegend=False, row=1, col=2
+    )
+figure.update_layout(
+    template=figures.template(), title="Key/value cache", bargap=0.25, margin_t=110, legend_y=1.16
+)
+figure.update_xaxes(title_text="forward step (0 reads the prompt)", col=1)
+figure.update_xaxes(title_text="layer", dtick=1, col=2)
+figure.update_yaxes(title_text="MiB", rangemode="tozero", col=1)
+figure.update_yaxes(title_text="KiB", col=2)
+figure
+
+# %% [markdown]
+# ## Time and loss, here
+#
+# `sweep` runs the text at every threshold and times `generate` as you would call it. p = 0 keeps
+# everything: the same weights, nothing skipped, and the time that routing itself takes. The dense control
+# is timed the same way. Timings of a few calls on a busy machine are rough: raise `REPEATS` before you
+# quote one.
+
+# %%
+THRESHOLDS = [0.0, 0.2, 0.4, 0.5, 0.55, 0.6, 0.7]
+sweep = modlab.sweep(
+    model,
+    tokenizer,
+    [TEXT],
+    thresholds=THRESHOLDS,
+    seq_len=1024,
+    repeats=REPEATS,
+    prompt_tokens=PROMPT_TOKENS,
+    decode_tokens=DECODE_TOKENS,
+)
+times = [measure.time_generate(dense, inputs["input_ids"], DECODE_TOKENS) for _ in range(REPEATS + 1)]
+control = measure.evaluate(dense, TEXT, tokenizer, 1024)
+reference = {
+    "loss": control.loss,
+    "kv_bytes": control.kv_bytes,
+    "prefill_ms": pd.Series([prefill for prefill, _ in times[1:]]).median(),
+    "decode_ms": pd.Series([decode for _, decode in times[1:]]).median(),
+}
+columns = ["threshold", "keep_ratio", "kv_saving", "loss", "prefill_ms", "decode_ms"]
+print(", ".join(f"{name} {value:,.3f}" for name, value in reference.items()), "(the dense control)")
+sweep[columns].round(3)
+
+# %% [markdown]
+# ## The frontier
+#
+# Left is better, down is better. Drag the point along the curve: when you let go, the model has that
+# threshold. The dense control is the dot beside it. Choose what the horizontal axis shows.
+
+# %%
+frontier = modlab.widgets.Frontier(sweep, model, references={"dense, trained as long": reference})
+frontier
+
+# %% [markdown]
+# ## An H200, measured by this project
+#
+# A model of Llama-3-8B's shape with random weights, tokens kept at random: times and bytes are real, and
+# nothing here says anything about quality. *Ideal* is what the skipped work alone would give. Where the
+# points stay below it, the rest of the step (launching kernels, gathering tokens) is what is left to win;
+# below 1, routing costs more than it saves.
+
+# %%
+results = published.benchmarks()
+gpu = results[results.device_name.str.contains("NVIDIA")]
+figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=["prefill", "decode, one token"])
+for column, what in enumerate(("prefill", "decode"), start=1):
+    part = gpu[gpu.what == what].sort_values("keep_ratio")
+    for (name, values), dash in zip((("ideal", part.ideal), ("measured", part.speedup)), ("dot", "solid")):
+        figure.add_scatter(
+            x=part.keep_ratio,
+            y=values,
+            name=name,
+            showlegend=column == 1,
+            mode="lines+markers",
+            line={"dash": dash, "color": figures.COLOURS[0 if name == "measured" else 1]},
+            customdata=part[["dense_ms", "mod_ms"]],
+            hovertemplate="%{y:.2f}x<br>dense %{customdata[0]:.1f} ms, MoD %{customdata[1]:.1f} ms",
+            row=1,
+            col=column,
+        )
+    figure.add_hline(y=1, line={"color": figures.TEXT, "width": 1}, row=1, col=column)
+figure.update_xaxes(title_text="kept in the routed layers", tickformat=".0%")
+figure.update_yaxes(title_text="times faster than dense", col=1)
+figure.update_layout(template=figures.template(), margin_t=80, legend_y=1.12)
+figure
+
+# %%
+shown = [
+    "what",
+    "shape",
+    "context",
+    "batch",
+    "routed",
+    "keep_ratio",
+    "dense_ms",
+    "mod_ms",
+    "speedup",
+    "ideal",
+    "kv_saving",
+]
+for (device, torch, date), _ in gpu.groupby(["device_name", "torch", gpu.date.str[:10]]):
+    print(f"{device}, torch {torch}, {date}")
+for command in gpu.command.unique():
+    print(f"    {command}")
+gpu[shown].round(2)
+
+# %% [markdown]
+# ## What the demo costs in quality
+#
+# On 3.2 million held-out tokens, measured once by this project. The second row is the fair comparison.
+
+# %%
+published.demo().reindex(["dense", "dense_continuation", "mod"])[
+    ["loss", "tokens", "keep_ratio", "kv_saving"]
+].round(3)
+
+# %% [markdown]
+# `modlab bench --help` measures your own machine the way these files were made.
+#
+# **Next:** [6 · Many GPUs](6_many_gpus.ipynb). [All notebooks](README.md).

@@ -1,0 +1,51 @@
+"""Committed figures as tables: what the files say, with where it comes from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import modlab
+from modlab import published
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_benchmarks_are_the_rows_of_the_files() -> None:
+    frame = published.benchmarks()
+    assert {"what", "keep_ratio", "dense_ms", "mod_ms", "speedup", "ideal", "kv_saving"} <= set(frame)
+    assert frame[[*published.PROVENANCE, "torch"]].notna().all(axis=None)
+    files = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    rows = [row for file in files for row in file["rows"]]
+    assert 0 < len(frame) <= len(rows)
+    assert set(frame.mod_ms) <= {row["mod_ms"] for row in rows}
+
+
+def test_of_several_results_the_newest_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for date, ms in (("2030-01-02", 2.0), ("2030-01-03", 3.0), ("2030-01-01", 1.0)):
+        result = {"what": "decode", "device_name": "a GPU", "dtype": "bfloat16", "command": "modlab bench"}
+        result |= {"date": date, "versions": {"torch": "2.13.0"}, "rows": [{"what": "decode", "mod_ms": ms}]}
+        (tmp_path / f"{date}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    frame = published.benchmarks()
+    assert (
+        list(frame.mod_ms) == [3.0] and list(frame.date) == ["2030-01-03"] and list(frame.torch) == ["2.13.0"]
+    )
+
+
+def test_files_of_an_installed_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "modlab"
+    (package / "_results").mkdir(parents=True)
+    monkeypatch.setattr(published, "PACKAGE", package)
+    with pytest.raises(modlab.ModlabError, match="Install modlab again"):
+        published.result_files()
+    (package / "_results" / "a.json").write_text("{}")
+    assert published.result_files() == [package / "_results" / "a.json"]
+
+
+def test_demo_has_the_cost_and_its_control() -> None:
+    frame = published.demo()
+    assert {"dense", "dense_continuation", "mod"} <= set(frame.index)
+    assert frame.loss["dense_continuation"] < frame.loss["mod"], "it is lossy, and the table says so"
+    assert 0 < frame.keep_ratio["mod"] < 1 and frame.kv_saving["mod"] > 1
+    assert frame.attrs["date"] and frame.attrs["command"]
