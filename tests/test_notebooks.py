@@ -163,7 +163,7 @@ def with_model(name: str, **names: str) -> list[tuple[str, str]]:
 @pytest.mark.data
 @pytest.mark.timeout(1200)
 def test_a_model_of_ones_own_is_converted_and_trained(data_dir: Path, tmp_path: Path) -> None:
-    """A dense model of somebody else is converted, trained, and saved where the other notebooks look for it."""
+    """A dense model of somebody else is converted, trained, and saved where other notebooks look for it."""
     dense = str(data_dir / "models" / "stories260K")
     for name in ("1_convert", "2_train"):
         bare = tmp_path / f"{name}.ipynb"
