@@ -39,9 +39,10 @@ def result_files() -> list[Path]:
 def benchmarks() -> pd.DataFrame:
     """One row a measurement; of several results for the same thing on the same device the newest counts.
 
-    Columns at least: what ("prefill", "decode"), shape (of the model), context (tokens), routed ("16 of 32"),
-    keep_ratio (in the routed layers), dense_ms, mod_ms, speedup, ideal, kv_bytes, dense_kv_bytes, kv_saving;
-    and where it comes from: device_name, dtype, torch, date, command.
+    Columns at least: result (the benchmark: "speed", "growth", ...), case ("prefill", "decode", ...), shape
+    (of the model), context (tokens), batch, routed, routed_layers, num_layers, keep_ratio (in the routed
+    layers), dense_ms, mod_ms, speedup, ideal, kv_bytes, dense_kv_bytes, kv_saving; and where it comes from:
+    device_name, dtype, torch, date, command.
     """
     import pandas as pd
 
@@ -51,7 +52,8 @@ def benchmarks() -> pd.DataFrame:
         newest[result["what"], result["device_name"]] = result
     rows: list[dict[str, Any]] = []
     for _, result in sorted(newest.items()):
-        origin = {name: result[name] for name in PROVENANCE} | {"torch": result["versions"]["torch"]}
+        origin = {name: result[name] for name in PROVENANCE}
+        origin |= {"result": result["what"], "torch": result["versions"]["torch"]}
         rows += [{**origin, **row} for row in result["rows"]]
     return pd.DataFrame(rows)
 
