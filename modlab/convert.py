@@ -66,6 +66,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     ends = {i: anatomy.branch_ends(model, layers[i]) for i in indices} if _needs_branch_ends(config) else {}
 
     # From here on nothing can fail: a refused conversion has changed nothing.
+    _end_fast_generation(model)
     decoder = anatomy.decoder_of(model)
     routing = Routing(config, indices, len(layers), windows, decoder.config)
     for index in indices:
@@ -94,6 +95,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     now).
     """
     routing = routing_of(model)
+    _end_fast_generation(model)
     if not isinstance(model, RoutedModel):
         raise ModlabError(
             f"this {type(model).__name__} wraps the converted model: revert that one (PEFT: "
@@ -124,6 +126,14 @@ def hub_id_of(model: PreTrainedModel) -> str | None:
     """Where the model came from, if that was the hub and not a folder of this machine."""
     name = str(getattr(model, "name_or_path", "") or "")
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _end_fast_generation(model: PreTrainedModel) -> None:
+    """The engine knows the layers as they were."""
+    if "mod_engine" in model.__dict__:
+        from modlab.engine import disable_fast_generation  # brings Triton along, which most never need
+
+        disable_fast_generation(model)
 
 
 def _attach(

@@ -42,11 +42,15 @@ class RoutingTable:
 
     def __call__(self, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
         """Keep [B, T] of the tokens at `position_ids` [B, T]; the last position serves all later ones."""
-        if self.rows not in (1, gate.shape[0]):
-            raise ModlabError(f"the RoutingTable has {self.rows} rows, the batch has {gate.shape[0]}.")
+        self._check_rows(gate.shape[0])
         rows_B1 = torch.arange(gate.shape[0], device=position_ids.device)[:, None]
         return self.lookup(layer_idx, rows_B1, position_ids)
 
+    def _check_rows(self, batch: int) -> None:
+        if self.rows not in (1, batch):
+            raise ModlabError(f"the RoutingTable has {self.rows} rows, the batch has {batch}.")
+
     def for_rows(self, layer_idx: int, batch: int, device: torch.device) -> Tensor:
         """The layer's table, bool [B, P], contiguous on `device`."""
+        self._check_rows(batch)
         return self.keep[layer_idx].to(device).expand(batch, -1).contiguous()

@@ -243,15 +243,15 @@ def test_train_rows():
 
 def test_token_costs_are_recovered_from_exact_times():
     """Four of eight layers routed; a kept token costs 3 us a layer, a skipped one 0.5."""
-    tokens, layers = 1000, 4
+    tokens, layers, head_ms = 1000, 4, 6.0
     rows = []
     for ratio in (0.1, 0.5, 1.0):
-        dense_ms = 8 * tokens * 3e-3
-        mod_ms = (dense_ms / 2) + layers * tokens * (ratio * 3 + (1 - ratio) * 0.5) * 1e-3
+        dense_ms = head_ms + 8 * tokens * 3e-3
+        mod_ms = head_ms + layers * tokens * 3e-3 + layers * tokens * (ratio * 3 + (1 - ratio) * 0.5) * 1e-3
         rows.append(
             {"routed_layers": 4, "num_layers": 8, "keep_ratio": ratio, "dense_ms": dense_ms, "mod_ms": mod_ms}
         )
-    assert growth.token_costs(rows, tokens) == {"kept_us": 3.0, "skipped_us": 0.5}
+    assert growth.token_costs(rows, tokens, head_ms / dense_ms) == {"kept_us": 3.0, "skipped_us": 0.5}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run there")

@@ -6,7 +6,9 @@ On a machine with a GPU the same tests run there, through CUDA graphs and the Tr
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import modlab
+from modlab.cache_argument import cache_argument
 from modlab.engine import branch as branch_module
 from modlab.engine import prefill as prefill_module
 from modlab.engine import step as step_module
@@ -134,7 +137,7 @@ def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any) -> None:
     """Kept tokens of every layer and row; bytes of the buffers, with growth beyond the first slack."""
     model, inputs = routed_llama(make_llama), prompts(20, 9)
     cache = modlab.RaggedCache(model)
-    want = generated(model, inputs, max_new_tokens=90, eos_token_id=None, past_key_values=cache)
+    want = generated(model, inputs, max_new_tokens=90, eos_token_id=None, **{cache_argument(model): cache})
     modlab.enable_fast_generation(model, compile=False)
     assert generated(model, inputs, max_new_tokens=90, eos_token_id=None) == want
     last = modlab.fast_generation_report(model)["last"]
@@ -148,21 +151,26 @@ def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any) -> None:
     assert kept_bytes <= last["kv_bytes"] <= kept_bytes + slack
 
 
-def test_no_row_is_computed_for_a_skipped_token_or_for_padding(make_llama: Any) -> None:
+def test_no_row_is_computed_for_a_skipped_token_or_for_padding(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs = routed_llama(make_llama), prompts(30, 3, 12)
-    seen: dict[int, list[int]] = {layer: [] for layer in range(6)}
-    for layer, rows in seen.items():
-        gate_proj = model.model.layers[layer].mlp.gate_proj
-        gate_proj.register_forward_hook(
-            lambda _m, args, _o, rows=rows: rows.append(args[0].shape[:2].numel())
-        )
+    layer_of = {id(model.model.layers[layer].mlp): layer for layer in range(6)}
+    mlp_class: Any = type(model.model.layers[0].mlp)
+    run, dense = dict.fromkeys(range(6), 0), mlp_class.forward
+
+    def counting(self: Any, x: torch.Tensor) -> torch.Tensor:
+        run[layer_of[id(self)]] += x.shape[:2].numel()
+        return dense(self, x)
+
+    monkeypatch.setattr(mlp_class, "forward", counting)
     modlab.enable_fast_generation(model, compile=False, check=False)
     generated(model, inputs, max_new_tokens=1)
     kept = modlab.fast_generation_report(model)["last"]["kept_tokens"]
     for layer in model.mod.layers:
         assert sum(kept[layer]) < 45, "this routing should skip something"
     if DEVICE.type == "cpu":  # on a GPU a first generate also warms up and captures a step
-        assert {layer: sum(rows) for layer, rows in seen.items()} == {i: sum(kept[i]) for i in range(6)}
+        assert run == {i: sum(kept[i]) for i in range(6)}
 
 
 def test_a_decoding_step_that_every_row_skips_runs_nothing(make_llama: Any) -> None:
@@ -245,7 +253,7 @@ def test_a_cache_of_the_users_is_used_and_filled(make_llama: Any) -> None:
     model, inputs = routed_llama(make_llama), prompts(9)
     modlab.enable_fast_generation(model, compile=False)
     cache = modlab.RaggedCache(model)
-    generated(model, inputs, past_key_values=cache, eos_token_id=None)
+    generated(model, inputs, eos_token_id=None, **{cache_argument(model): cache})
     assert cache.get_seq_length() == 9 + NEW - 1
     assert "a cache was passed in" in modlab.fast_generation_report(model)["last"]["why"]
 
@@ -350,16 +358,20 @@ def test_on_a_gpu_steps_are_graphs_with_if_nodes(make_llama: Any, rows: int) -> 
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-def test_in_bfloat16_most_next_tokens_agree(make_llama: Any) -> None:
-    """Greedy paths part after one rounding, so each next token is compared from the same text."""
+@pytest.mark.parametrize("rows", [1, 64])
+def test_in_bfloat16_most_next_tokens_agree(make_llama: Any, rows: int) -> None:
+    """The token of a prefill and the one of a captured, compiled step, each after the same text; greedy paths
+    part for good after one rounding that matters.
+    """
     model = routed_llama(make_llama, hidden_size=256, intermediate_size=512).to(torch.bfloat16)
-    inputs = prompts(*range(20, 84))
-    want = generated(model, inputs, max_new_tokens=1)
+    batches = [prompts(*range(20, 84))] if rows == 64 else [prompts(20 + n, seed=n) for n in range(64)]
+    want = [row for batch in batches for row in generated(model, batch, max_new_tokens=2, eos_token_id=None)]
     modlab.enable_fast_generation(model, compile=True)
-    got = generated(model, inputs, max_new_tokens=1)
-    agree = sum(a[-1] == b[-1] for a, b in zip(got, want, strict=True)) / len(want)
-    print(f"agreement {agree:.3f}")
-    assert agree >= 0.9
+    got = [row for batch in batches for row in generated(model, batch, max_new_tokens=2, eos_token_id=None)]
+    first = [a[-2] == b[-2] for a, b in zip(got, want, strict=True)]
+    second = [a[-1] == b[-1] for a, b, same in zip(got, want, first, strict=True) if same]
+    print(f"{rows} rows: prefill {sum(first)} of {len(first)}, step {sum(second)} of {len(second)}")
+    assert sum(first) >= 0.9 * len(first) and sum(second) >= 0.9 * len(second)
 
 
 def test_a_model_that_cannot_be_captured_runs_from_the_host(
@@ -376,7 +388,132 @@ def test_a_model_that_cannot_be_captured_runs_from_the_host(
         raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
 
     monkeypatch.setattr(step_module.Step, "_capture", refuse)
-    assert generated(model, inputs) == want
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert generated(model, inputs) == want
     report = modlab.fast_generation_report(model)
     assert report["branch"] == "host" and report["last"]["fast"]
     assert report["branch_note"].endswith("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda i: i["attention_mask"].__setitem__((0, slice(None)), 0), "ends in padding"),
+        (lambda i: i["attention_mask"].__setitem__((1, -1), 0), "ends in padding"),
+        (lambda i: i.update(position_ids=i["attention_mask"].cumsum(1) + 5), "position_ids"),
+    ],
+    ids=["empty-row", "right-padding", "positions"],
+)
+def test_inputs_out_of_the_ordinary_go_the_ordinary_way(
+    make_llama: Any, change: Callable[[dict[str, torch.Tensor]], Any], why: str
+) -> None:
+    model, inputs = routed_llama(make_llama), prompts(9, 6)
+    change(inputs)
+    want = generated(model, inputs, eos_token_id=None)
+    modlab.enable_fast_generation(model, compile=False)
+    assert generated(model, inputs, eos_token_id=None) == want
+    assert why in modlab.fast_generation_report(model)["last"]["why"]
+
+
+def test_position_ids_that_say_nothing_new_are_fine(make_llama: Any) -> None:
+    inputs = prompts(9, 6)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    both_ways(routed_llama(make_llama), inputs, eos_token_id=None)
+
+
+def test_a_prompt_beyond_the_context_is_the_ordinary_error(make_llama: Any) -> None:
+    model = routed_llama(make_llama, max_position_embeddings=16)
+    modlab.enable_fast_generation(model, compile=False)
+    with pytest.raises(ModlabError, match="context is 16"):
+        generated(model, prompts(17), max_new_tokens=1)
+
+
+def test_hooks_see_what_they_always_saw(make_llama: Any) -> None:
+    model, inputs = routed_llama(make_llama), prompts(9, 6)
+    modlab.enable_fast_generation(model, compile=False)
+    shapes: list[tuple[int, ...]] = []
+    hook = model.model.layers[0].mlp.register_forward_hook(
+        lambda _m, _a, out: shapes.append(tuple(out.shape))
+    )
+    generated(model, inputs, max_new_tokens=2, eos_token_id=None)
+    assert shapes == [(2, 9, 64), (2, 1, 64)]
+    assert "hook" in modlab.fast_generation_report(model)["last"]["why"]
+    hook.remove()
+    generated(model, inputs, max_new_tokens=2)
+    assert modlab.fast_generation_report(model)["last"]["fast"]
+
+
+def test_a_forward_of_the_objects_own_is_put_back(make_llama: Any) -> None:
+    model = routed_llama(make_llama)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = own = mlp.forward  # as accelerate does
+    modlab.enable_fast_generation(model, compile=False)
+    generated(model, prompts(5))
+    assert mlp.__dict__["forward"] is own
+
+
+def test_threads_take_turns(make_llama: Any) -> None:
+    model = routed_llama(make_llama)
+    modlab.enable_fast_generation(model, compile=False)
+    inputs = [prompts(9, 6, seed=seed) for seed in range(4)]
+    want = [generated(model, batch) for batch in inputs]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda batch: generated(model, batch), inputs))
+    finally:
+        sys.setswitchinterval(before)
+    assert got == want
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_interrupted_generation_lets_its_cache_go(make_llama: Any) -> None:
+    def interrupt(_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    model, inputs = routed_llama(make_llama), prompts(9)
+    want = generated(model, inputs)
+    modlab.enable_fast_generation(model, compile=False)
+    with pytest.raises(KeyboardInterrupt):
+        generated(model, inputs, stopping_criteria=[interrupt])
+    assert all(not step.tables.caches for step in model.__dict__["mod_engine"].steps.values())
+    assert generated(model, inputs) == want
+
+
+def test_conversion_and_its_undoing_end_fast_generation(make_llama: Any) -> None:
+    dense = make_llama().to(DEVICE)
+    inputs = prompts(9)
+    want = generated(dense, inputs)
+    modlab.enable_fast_generation(dense, compile=False)
+    modlab.convert(dense, modlab.MoDConfig())
+    assert not modlab.fast_generation_report(dense)["enabled"]
+    assert generated(dense, inputs) == want
+    modlab.enable_fast_generation(dense, compile=False)
+    modlab.revert(dense)
+    assert not modlab.fast_generation_report(dense)["enabled"] and type(dense) is LlamaForCausalLM
+    assert generated(dense, inputs) == want
+
+
+def test_a_refused_second_switching_on_leaves_the_first(make_llama: Any) -> None:
+    model = routed_llama(make_llama)
+    modlab.enable_fast_generation(model, compile=False)
+    model.hf_device_map = {"": 0, "model.norm": 1}
+    with pytest.raises(ModlabError, match="several devices"):
+        modlab.enable_fast_generation(model)
+    assert modlab.fast_generation_report(model)["enabled"]
+
+
+def test_a_wrapped_model_is_refused_with_the_way_out(make_llama: Any) -> None:
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModlabError, match="get_base_model"):
+        modlab.enable_fast_generation(wrapped)
+
+
+def test_a_table_for_other_rows_is_a_clear_error(make_llama: Any) -> None:
+    model = routed_llama(make_llama)
+    modlab.enable_fast_generation(model, compile=False)
+    table = modlab.RoutingTable({i: torch.ones(3, 60, dtype=torch.bool) for i in model.mod.layers})
+    with modlab.routing_override(model, table), pytest.raises(ModlabError, match="3 rows, the batch has 2"):
+        generated(model, prompts(9, 4))

@@ -6,10 +6,11 @@
     modlab bench speed --device cuda                        everything that the README's GPU table states
     modlab bench --plot RESULT.json                         speed-up against keep ratio, as a page
 
-Every case measures the dense model and all Mixture-of-Depths variants in turn, round after round in rotating
-order, so that whatever else the machine does hits all of them, and reports medians with the fastest and the
-slowest round. The two models share their weights. Which tokens are kept is forced by `routing_override` with
-seeded random masks of an exact ratio, except in `demo`, which routes by its trained gates.
+Cases measure the dense model and all Mixture-of-Depths variants in turn, round after round in rotating order,
+so that whatever else the machine does hits all of them, and report medians with the fastest and the slowest
+round; `rounds` in a row says how many. (Memory, throughput, growth and baselines: one round, or the steps of
+one run.) The two models share their weights. Which tokens are kept is forced by `routing_override` with seeded
+random masks of an exact ratio, except in `demo`, which routes by its trained gates.
 
 `ideal` is what the skipped work alone would give, see `ideal.py`.
 

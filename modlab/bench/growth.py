@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from modlab.bench.fast import Variant, Workload, fast_models
-from modlab.bench.ideal import ideal_decode, kv_token_bytes
+from modlab.bench.ideal import ideal_decode, kv_token_bytes, step_bytes
 from modlab.bench.limits import need_gpu, step_times
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
@@ -45,21 +45,28 @@ def decode_rows(
         )  # fmt: skip
 
 
-def token_costs(rows: Sequence[Row], tokens: int) -> dict[str, float]:
+def token_costs(rows: Sequence[Row], tokens: int, head: float = 0.0) -> dict[str, float]:
     """Least squares over rows that differ in keep ratio only: microseconds that one routed layer spends on a
     kept and on a skipped token.
 
     Args:
         rows: of one case, context and batch.
         tokens: tokens that each layer is offered: those of the prompt, or of one step.
+        head: share of the dense time that belongs to no layer (the output head's share of the bytes).
     """
     layers, depth = rows[0]["routed_layers"], rows[0]["num_layers"]
-    # what the unrouted layers and the rest take: the dense time less the routed layers' part of it
-    fixed = rows[0]["dense_ms"] * (1 - layers / depth)
+    # what the unrouted layers and the head take: the dense time less the routed layers' part of it
+    fixed = rows[0]["dense_ms"] * (1 - (1 - head) * layers / depth)
     matrix = np.array([[layers * r["keep_ratio"], layers * (1 - r["keep_ratio"])] for r in rows]) * tokens
     target = np.array([r["mod_ms"] - fixed for r in rows]) * 1e3
     (kept, skipped), *_ = np.linalg.lstsq(matrix, target, rcond=None)
     return {"kept_us": round(float(kept), 4), "skipped_us": round(float(skipped), 4)}
+
+
+def head_share(config: Any, context: int) -> float:
+    """Share of a decoding step's bytes that the output head reads."""
+    head = config.vocab_size * config.hidden_size
+    return head / step_bytes(config, [context], {}, 1)
 
 
 @case
@@ -71,7 +78,7 @@ def growth(settings: Settings) -> Iterator[Row]:
         twin = twins[routed]
         for context in CONTEXTS:
             rows = list(decode_rows(settings, dense, twin, routed, context, 1, RATIOS))
-            costs = token_costs(rows, 1) if context == FIT_CONTEXT else {}
+            costs = token_costs(rows, 1, head_share(dense.config, context)) if context == FIT_CONTEXT else {}
             yield from (row | costs for row in rows)
         for context in CONTEXTS:
             few = context > FIT_CONTEXT

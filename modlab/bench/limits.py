@@ -134,10 +134,11 @@ def throughput_rows(
         engine.steps.clear()
         torch.cuda.empty_cache()
         kept = config.num_hidden_layers - len(routed) * (1 - ratio)
-        row_bytes = kept * (context + max(16, context // 32)) * kv_token_bytes(config, size)
-        batch = int((torch.cuda.mem_get_info()[0] - SPARE) // row_bytes)
+        layer_bytes = (context + max(16, context // 32)) * kv_token_bytes(config, size)
+        # one layer more: a prefill in several lines holds one layer twice while it joins them
+        batch = int((torch.cuda.mem_get_info()[0] - SPARE) // ((kept + 1) * layer_bytes))
         times, allocated = step_times(engine, batch, context, list(routed), ratio, settings.seed, tokens)
-        results[name] = (statistics.fmean(times.wall) / batch, batch, allocated)
+        results[name] = (statistics.median(times.wall[1:]) / batch, batch, allocated)
     kept_by_layer = dict.fromkeys(twin.mod.layers, variant.ratio)
     bytes_each = {
         name: step_bytes(config, [context] * results[name][1], kept, size) / results[name][1]

@@ -164,8 +164,9 @@ def choose_branch(device: torch.device) -> tuple[Branch, str]:
     candidates: tuple[Callable[[], Branch], ...] = (TorchBranch, CudaPythonBranch)
     for candidate in candidates:
         try:
-            branch = candidate()
-            _self_test(branch, device)
+            with torch.cuda.device(device):
+                branch = candidate()
+                _self_test(branch, device)
             return branch, "; ".join(why)
         except Exception as error:
             why.append(f"{candidate.__name__}: {error}")  # type: ignore[attr-defined]

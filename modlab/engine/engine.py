@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,7 @@ class Engine:
             {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
         )
         self.steps: dict[int, Step] = {}
+        self.lock = threading.RLock()  # one generation at a time: it lends functions to the model
         self.last: dict[str, Any] = {}
 
     # ---- the two kinds of forward ----
@@ -81,10 +84,16 @@ class Engine:
         logits: Tensor = output.logits
         return logits
 
+    def release(self) -> None:
+        """Lets go of the caches of the latest generation."""
+        for step in self.steps.values():
+            step.tables.release()
+
     def fall_back(self, why: str) -> None:
         """Steps run from the host from now on; `fast_generation_report` says why."""
         self.branch, self.branch_note = HostBranch(), why.splitlines()[0]
         self.compile = False
+        warnings.warn(f"fast generation goes on without CUDA graphs: {self.branch_note}", stacklevel=2)
 
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""

@@ -36,6 +36,7 @@ MLP_CHUNK = 16384
 @contextlib.contextmanager
 def lent(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     """Inside this block each module's `forward` is the given function."""
+    own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
@@ -43,6 +44,8 @@ def lent(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     finally:
         for module in forwards:
             module.__dict__.pop("forward", None)
+        for module, forward in own.items():
+            module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager

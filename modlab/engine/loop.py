@@ -45,9 +45,9 @@ def generate_tokens(
     override = engine.routing.override if engine.routing is not None else None
 
     step = engine.step(B)
+    tables = step.tables
     started = time.perf_counter()
     logits_BV, caches, counts = prefill(engine, ids_BT, mask_BT)
-    tables = step.tables
     tables.attach(caches, prompt, counts)
     tables.force(
         {i: override.for_rows(i, B, engine.device) for i in tables.routers}
@@ -91,7 +91,6 @@ def generate_tokens(
         "kv_bytes": sum(allocated_bytes(cache) for cache in caches),
         "kept_tokens": [list(cache.lengths) for cache in caches],
     }
-    tables.release()
     return ids_BT
 
 

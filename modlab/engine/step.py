@@ -5,7 +5,7 @@ Shape letters: B rows, V vocabulary, C chunks of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,9 @@ class Step:
         if not isinstance(engine.branch, HostBranch):
             try:
                 self._capture(batch)
+            except torch.OutOfMemoryError:  # says nothing of the model
+                self.tables.release()
+                raise
             except RuntimeError as error:  # what a model does on the host cannot be captured
                 self.graph = None
                 self.tables.release()
@@ -131,5 +134,12 @@ def _as_is(function: Forward) -> Forward:
     return function
 
 
-def _addresses(model: nn.Module) -> tuple[int, ...]:
-    return tuple(p.data_ptr() for p in model.parameters())
+def _addresses(model: nn.Module) -> tuple[Any, ...]:
+    """Where the weights are, and how adapters (PEFT's) stand: what a captured graph takes for granted."""
+    modules: Iterator[Any] = model.modules()
+    adapters = (
+        (module.merged, module.disable_adapters, tuple(module.active_adapters))
+        for module in modules
+        if hasattr(module, "active_adapters") and hasattr(module, "merged")
+    )
+    return (*(p.data_ptr() for p in model.parameters()), *adapters)

@@ -5,10 +5,12 @@ Shape letters: B rows, T tokens in, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexed
@@ -23,9 +25,6 @@ from modlab.errors import ModlabError
 from modlab.layer import RoutedModule, extend, restore
 from modlab.routing import is_converted
 from modlab.routing_table import RoutingTable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
@@ -56,7 +55,7 @@ class FastModel(RoutedModule):
     ) -> Any:
         """transformers' hook for greedy search and sampling."""
         engine: Engine = self.__dict__["mod_engine"]
-        reason = _refusal(self, engine, generation_config, synced_gpus, model_kwargs)
+        reason = _refusal(self, engine, generation_config, synced_gpus, input_ids, model_kwargs)
         engine.last = {"fast": reason is None, "why": reason or ""}
         if reason is not None:
             dense: Any = super()
@@ -65,11 +64,15 @@ class FastModel(RoutedModule):
                 synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
             )  # fmt: skip
         facts = dict(engine.last)
-        tokens = generate_tokens(
-            engine, input_ids, model_kwargs.get("attention_mask"), logits_processor, stopping_criteria,
-            generation_config, streamer,
-        )  # fmt: skip
-        engine.last = facts | engine.last
+        with engine.lock, on_device(engine.device):
+            try:
+                tokens = generate_tokens(
+                    engine, input_ids, model_kwargs.get("attention_mask"), logits_processor,
+                    stopping_criteria, generation_config, streamer,
+                )  # fmt: skip
+            finally:
+                engine.release()  # also after an interrupt: a cache may be most of the memory
+            engine.last = facts | engine.last
         return tokens
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -89,12 +92,13 @@ def enable_fast_generation(
     decoding, a cache of your own, recorded routing and returned scores go the ordinary way as before;
     `fast_generation_report` says which way the latest call went and why.
 
-    Works for dense models too, so that the two can be compared on equal terms.
+    Works for dense models too, so that the two can be compared on equal terms. Generations in several threads
+    wait for each other; other forwards of the model must not run meanwhile.
 
     Args:
         model: dense or converted, on one device, in eval mode.
         compile: compile the layers of the decoding step with torch.compile (on CUDA; the first `generate`
-            of each batch size then takes tens of seconds longer).
+            of each batch size then takes longer).
         check: compare the engine with the ordinary forward on a small random batch first.
 
     Returns:
@@ -103,15 +107,15 @@ def enable_fast_generation(
     Raises:
         ModlabError: the engine does not cover this model; the message says why. The model is unchanged.
     """
-    if is_fast(model):
-        disable_fast_generation(model)
     reason = _model_refusal(model)
     if reason is not None:
         raise ModlabError(f"fast generation does not cover this {type(model).__name__}: {reason}.")
+    disable_fast_generation(model)
     try:
         engine = Engine(model, compile)
         if check:
-            _probe(model, engine)
+            with on_device(engine.device):
+                _probe(model, engine)
     except (CannotCapture, TypeError, AttributeError, RuntimeError) as error:
         raise ModlabError(
             f"fast generation does not cover this {type(model).__name__}: {error}. "
@@ -159,6 +163,8 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
 
 def _model_refusal(model: PreTrainedModel) -> str | None:
     """Why the engine cannot serve this model at all, or None."""
+    if not isinstance(model, PreTrainedModel):
+        return "it wraps the model: pass the one inside (of PEFT: peft_model.get_base_model())"
     if len({p.device for p in model.parameters()}) > 1 or getattr(model, "hf_device_map", None):
         return "its weights are spread over several devices"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -176,9 +182,18 @@ def _model_refusal(model: PreTrainedModel) -> str | None:
 
 
 def _refusal(
-    model: Any, engine: Engine, generation_config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]
+    model: Any,
+    engine: Engine,
+    generation_config: Any,
+    synced_gpus: bool,
+    ids_BT: Tensor,
+    model_kwargs: dict[str, Any],
 ) -> str | None:
     """Why this call goes the ordinary way, or None."""
+    if next(model.parameters()).device != engine.device:
+        return "the model has moved to another device: enable fast generation again"
+    if any(m._forward_hooks or m._forward_pre_hooks for layer in engine.layers for m in layer.modules()):
+        return "a forward hook is registered, which would see all rows in one line, or nothing"
     if model.training:
         return "the model is in training mode"
     if synced_gpus:
@@ -200,6 +215,17 @@ def _refusal(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         return "attention_mask is not two-dimensional"
+    if mask is not None and not bool(mask[:, -1].all()):
+        return "a row ends in padding (or is empty)"
+    position_BT = model_kwargs.get("position_ids")
+    if position_BT is not None:
+        real_BT = torch.ones_like(ids_BT) if mask is None else mask
+        wrong = (position_BT != real_BT.long().cumsum(1) - 1) & real_BT.bool()
+        if bool(wrong.any()):
+            return "position_ids are not those of the attention_mask"
+    context = getattr(decoder_of(model).config, "max_position_embeddings", None)
+    if engine.routing is not None and context and ids_BT.shape[1] > context:
+        return "the prompt is longer than the model's context"
     routing = engine.routing
     if routing is not None:
         if routing.recordings:
@@ -209,6 +235,11 @@ def _refusal(
         if routing.override is not None and not isinstance(routing.override, RoutingTable):
             return "routing_override's function is not a RoutingTable"
     return None
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one: kernels and events go to that, not to where their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @torch.no_grad()
