@@ -9,8 +9,8 @@
 Cases measure the dense model and all Mixture-of-Depths variants in turn, round after round in rotating order,
 so that whatever else the machine does hits all of them, and report medians with the fastest and the slowest
 round; `rounds` in a row says how many. (Memory, throughput, growth and baselines: one round, or the steps of
-one run.) The two models share their weights. Which tokens are kept is forced by `routing_override` with seeded
-random masks of an exact ratio, except in `demo`, which routes by its trained gates.
+one run.) The two models share their weights. Which tokens are kept is forced by `routing_override` with
+seeded random masks of an exact ratio, except in `demo`, which routes by its trained gates.
 
 `ideal` is what the skipped work alone would give, see `ideal.py`.
 
