@@ -59,9 +59,10 @@ def test_loss_is_the_models_plus_the_objective_and_only_while_training(small, tm
     seen = []
     small.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].clone()), with_kwargs=True)
     before = {n: p.detach().clone() for n, p in small.state_dict().items()}
+    hooks = [dict(small._forward_hooks), dict(small._forward_pre_hooks)]
     trainer.train()
     logged = trainer.state.log_history[0]
-    assert len(small._forward_hooks) == 0 and len(small._forward_pre_hooks) == 1
+    assert [dict(small._forward_hooks), dict(small._forward_pre_hooks)] == hooks, "none is left behind"
 
     small.load_state_dict(before)
     small.train()
