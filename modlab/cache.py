@@ -200,6 +200,14 @@ class RaggedLayer(CacheLayerMixin):
                 target.narrow(along, at, end - start).copy_(source.narrow(along, start, end - start))
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
 
+    def reserve(self, capacities: list[int], keys: Tensor, values: Tensor) -> None:
+        """Lays out empty segments of these capacities, one a row; head counts, head dims, dtype and device as
+        in the given K/V [R, G, S, H].
+        """
+        self.starts, self.lengths, self.capacities = ([0] * len(capacities) for _ in range(3))
+        self._rebuild(list(range(len(capacities))), capacities, keys.device)
+        self.lazy_initialization(keys, values)
+
     @classmethod
     def joined(cls, parts: list[RaggedLayer]) -> RaggedLayer:
         """The rows of several layers, one after another, in one buffer."""

@@ -28,11 +28,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 def filled_layer(lengths: list[int], G: int, HK: int, HV: int, dtype: torch.dtype, seed: int) -> RaggedLayer:
     """A ragged layer of random keys and values; every slot that holds no token is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    layer, B = RaggedLayer(), len(lengths)
-    layer.starts, layer.lengths, layer.capacities = ([0] * B for _ in range(3))
-    layer._rebuild(list(range(B)), [n + layer.slack(n) for n in lengths], DEVICE)
+    layer = RaggedLayer()
     like = torch.empty(1, G, 0, 1, dtype=dtype, device=DEVICE)
-    layer.lazy_initialization(like.expand(1, G, 0, HK), like.expand(1, G, 0, HV))
+    capacities = [n + layer.slack(n) for n in lengths]
+    layer.reserve(capacities, like.expand(1, G, 0, HK), like.expand(1, G, 0, HV))
     assert layer.keys is not None and layer.values is not None and layer.columns is not None
     layer.keys.fill_(torch.nan)
     layer.values.fill_(torch.nan)

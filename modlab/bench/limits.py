@@ -22,6 +22,7 @@ from modlab.cache import RaggedLayer
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
 from modlab.engine.engine import Engine
 from modlab.engine.prefill import scratch_caches
+from modlab.kv_bytes import allocated_bytes
 from modlab.routing import routing_override
 
 SPARE = 4 * 2**30
@@ -74,10 +75,8 @@ def synthetic_caches(engine: Engine, lengths_LB: list[list[int]]) -> list[Ragged
     caches = []
     for like, lengths in zip(known, lengths_LB, strict=True):
         assert like.keys is not None and like.values is not None
-        cache, B = RaggedLayer(), len(lengths)
-        cache.starts, cache.lengths, cache.capacities = ([0] * B for _ in range(3))
-        cache._rebuild(list(range(B)), [n + cache.slack(n) for n in lengths], engine.device)
-        cache.lazy_initialization(like.keys[None], like.values[None])
+        cache = RaggedLayer()
+        cache.reserve([n + cache.slack(n) for n in lengths], like.keys[None], like.values[None])
         assert cache.keys is not None and cache.values is not None and cache.columns is not None
         cache.keys.normal_()
         cache.values.normal_()
@@ -111,9 +110,7 @@ def step_times(
         end.record()
         end.synchronize()
         times.wall.append(begin.elapsed_time(end))
-    allocated = sum(
-        t.untyped_storage().nbytes() for c in caches for t in (c.keys, c.values, c.columns) if t is not None
-    )
+    allocated = allocated_bytes([vars(cache) for cache in caches])
     tables.release()
     tables.force({})
     return times, allocated

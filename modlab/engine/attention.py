@@ -110,10 +110,7 @@ def check_supported(kwargs: dict[str, Any]) -> None:
 def store(slot: PrefillSlot, k_GSH: Tensor, v_GSH: Tensor) -> None:
     """Lays out the layer's buffer with room for decoding, and fills it with each row's tokens."""
     cache = slot.cache
-    cache.starts, cache.lengths, cache.capacities = ([0] * len(slot.counts) for _ in range(3))
-    capacities = [n + cache.slack(n) for n in slot.counts]
-    cache._rebuild(list(range(len(slot.counts))), capacities, k_GSH.device)
-    cache.lazy_initialization(k_GSH[None], v_GSH[None])
+    cache.reserve([n + cache.slack(n) for n in slot.counts], k_GSH[None], v_GSH[None])
     assert cache.keys is not None and cache.values is not None and cache.columns is not None
     first = 0
     for start, n in zip(cache.starts, slot.counts, strict=True):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modlab.cache import RaggedLayer
 from modlab.engine.prefill import prefill
+from modlab.kv_bytes import allocated_bytes
 from modlab.routing_table import RoutingTable
 
 if TYPE_CHECKING:
@@ -88,16 +88,10 @@ def generate_tokens(
         "prompt_tokens": counts,
         "new_tokens": ids_BT.shape[1] - prompt,
         "seconds": time.perf_counter() - started,
-        "kv_bytes": sum(allocated_bytes(cache) for cache in caches),
+        "kv_bytes": allocated_bytes([vars(cache) for cache in caches]),
         "kept_tokens": [list(cache.lengths) for cache in caches],
     }
     return ids_BT
-
-
-def allocated_bytes(cache: RaggedLayer) -> int:
-    """Bytes of a layer's buffers, growth slack and index included."""
-    buffers = (cache.keys, cache.values, cache.columns)
-    return sum(buffer.untyped_storage().nbytes() for buffer in buffers if buffer is not None)
 
 
 class _Late:

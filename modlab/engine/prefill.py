@@ -133,10 +133,8 @@ def _fill_empty(states: list[PrefillSlot]) -> None:
         if not state.cache.is_initialized:
             if known is None or known.keys is None or known.values is None:
                 raise CannotCapture("no attention of it came to the engine's attention function")
-            cache, B = state.cache, len(state.counts)
-            cache.starts, cache.lengths, cache.capacities = ([0] * B for _ in range(3))
-            cache._rebuild(list(range(B)), [cache.slack(0)] * B, known.keys.device)
-            cache.lazy_initialization(known.keys[None, :, :0], known.values[None, :, :0])
+            capacities = [state.cache.slack(0)] * len(state.counts)
+            state.cache.reserve(capacities, known.keys[None, :, :0], known.values[None, :, :0])
 
 
 def scratch_caches(engine: Engine, batch: int) -> list[RaggedLayer]:
