@@ -175,7 +175,19 @@ def test_real_evaluation_sets_on_a_real_model(data_dir, tmp_path, name) -> None:
         model, tokenizer = modlab.load(data_dir / "models" / "babyllama-tok105", dtype=torch.float32)
         if convert:
             modlab.convert(model)
-        task = choice_task(tmp_path, f"local_{name}", data_dir / "eval" / f"{name}.jsonl")
-        result = evaluate_tasks(model, tokenizer, [task], limit=40)
+        # Its tokens are characters and its context holds 256: longer answers are the next test's.
+        rows = [json.loads(line) for line in (data_dir / "eval" / f"{name}.jsonl").open(encoding="utf-8")]
+        rows = [row for row in rows if max(map(len, row["choices"])) < 200][:40]
+        documents = tmp_path / f"{name}.jsonl"
+        documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = choice_task(tmp_path, f"local_{name}", documents)
+        result = evaluate_tasks(model, tokenizer, [task])
         scores.append(result.scores[f"local_{name}"])
-    assert scores[0] == scores[1] and 0.1 < scores[0]["acc"] < 0.95
+    assert len(rows) == 40 and scores[0] == scores[1] and 0.1 < scores[0]["acc"] < 0.95
+
+
+def test_an_answer_longer_than_the_context_is_named(demo, tmp_path) -> None:
+    documents = tmp_path / "long.jsonl"
+    documents.write_text(json.dumps({"query": "x", "choices": ["a b c " * 900, "d"], "gold": 0}) + "\n")
+    with pytest.raises(ModlabError, match="longer than the model's context of 2,048 tokens"):
+        evaluate_tasks(*demo, [choice_task(tmp_path, "local_long", documents)])

@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def evaluate_tasks(
     if missing:
         raise ModlabError(f"there is no task file {missing[0]!r}.")
     wrapped = model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    with RoutingTally(model) as tally:
+    with RoutingTally(model) as tally, _bare_assertions_explained(wrapped):
         results = evaluator.simple_evaluate(
             model=wrapped,
             tasks=list(tasks),
@@ -167,6 +167,20 @@ class RoutingTally:
     def keep_ratio_by_layer(self) -> dict[int, float]:
         """Share of tokens kept, by routed layer."""
         return {layer: count / max(self.tokens, 1) for layer, count in sorted(self.kept.items())}
+
+
+@contextlib.contextmanager
+def _bare_assertions_explained(wrapped: Any) -> Iterator[None]:
+    """The harness asserts, without a word, that an answer fits the context; the user is owed the reason."""
+    try:
+        yield
+    except AssertionError as error:
+        if error.args:
+            raise
+        raise ModlabError(
+            "lm-evaluation-harness stopped at a bare assertion, as it does where an answer is empty or longer "
+            f"than the model's context of {wrapped.max_length:,} tokens: leave such documents out."
+        ) from error
 
 
 def _harness() -> tuple[Any, Any, Any]:
