@@ -178,7 +178,7 @@ def _bare_assertions_explained(wrapped: Any) -> Iterator[None]:
         if error.args:
             raise
         raise ModlabError(
-            "lm-evaluation-harness stopped at a bare assertion, as it does where an answer is empty or longer "
+            "lm-evaluation-harness stopped at a bare assertion, as where an answer is empty or longer "
             f"than the model's context of {wrapped.max_length:,} tokens: leave such documents out."
         ) from error
 
