@@ -168,7 +168,7 @@ def documents(
     if len(docs) == 0:
         raise ModlabError(f"{_name(source, None)} holds no text.")
     if split is not None:
-        held = np.fromiter((_held_out(name, heldout_fraction) for name in docs["name"]), bool, len(docs))
+        held = np.fromiter((held_out(name, heldout_fraction) for name in docs["name"]), bool, len(docs))
         chosen = np.flatnonzero(held if split == "heldout" else ~held)
         if len(chosen) == 0:
             raise ModlabError(
@@ -182,7 +182,7 @@ def documents(
 def _python_documents(source: str, num_proc: int | None) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    names, paths = zip(*_python_files(stdlib_only=source == "python-stdlib"), strict=True)
+    names, paths = zip(*python_files(stdlib_only=source == "python-stdlib"), strict=True)
     text = Value("large_string")  # 64-bit offsets: with many packages installed the column outgrows 2 GB
     docs = Dataset.from_dict({"name": names, "path": paths}).map(
         _read_files,
@@ -205,7 +205,7 @@ def _python_documents(source: str, num_proc: int | None) -> Dataset:
     return docs.select(chosen).select_columns(["name", "text", "chars"])
 
 
-def _python_files(stdlib_only: bool) -> list[tuple[str, str]]:
+def python_files(stdlib_only: bool = False) -> list[tuple[str, str]]:
     """(path below its root with "/", absolute path) of every .py file, sorted, each name once."""
     stdlib = sysconfig.get_paths()["stdlib"]
     roots = [stdlib]
@@ -238,7 +238,7 @@ def _read_files(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         "name": batch["name"],
         "text": texts,
         "chars": [len(t) for t in texts],
-        "digest": [_digest(t) for t in texts],
+        "digest": [digest(t) for t in texts],
     }
 
 
@@ -318,7 +318,7 @@ def _with_text(data: Dataset, column: str, source: str) -> Dataset:
 def _describe(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     texts = [t if isinstance(t, str) and t.strip() else "" for t in batch["text"]]
     return {
-        "name": batch.get("name") or [_digest(t) for t in texts],
+        "name": batch.get("name") or [digest(t) for t in texts],
         "text": texts,
         "chars": [len(t) for t in texts],
     }
@@ -382,11 +382,13 @@ def _token_count(part: Dataset) -> int:
     return int(pc.sum(pc.list_value_length(lengths)).as_py() or 0)
 
 
-def _held_out(name: str, fraction: float) -> bool:
-    return int(_digest(name)[:8], 16) < fraction * 2**32
+def held_out(name: str, fraction: float = HELDOUT_FRACTION) -> bool:
+    """Whether the document of this name belongs to the held-out split: its hash alone says so."""
+    return int(digest(name)[:8], 16) < fraction * 2**32
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Hash of a text, hexadecimal."""
     return hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -8,9 +8,11 @@ global is patched.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modlab.arguments import LayerArguments
@@ -88,6 +90,13 @@ class RoutedModule(nn.Module):
             empty_rest=(None,) * self.mod_extra_outputs,
         )
 
+    def dense_forward(self) -> Callable[..., Any]:
+        """The forward of the dense class; compiled, where training asks for that (see train_compile.py)."""
+        if self.mod_routing.compile_layers:
+            dense_class: Any = self.dense_class
+            return functools.partial(compiled_forward(dense_class), self)
+        return super().forward
+
     def runs_masked(self) -> bool:
         """Whether this forward takes the masked path: the reference itself, or a what-if pass."""
         call = self.mod_routing.require_call()
@@ -128,10 +137,10 @@ class RoutedLayer(RoutedModule):
             self._check(tuple(arguments.hidden.shape[:2]), (rows, time))
             decision = routing.decide(self.mod_index, self.mod_router, arguments.residual_BTD, self.training)
             if routing.config.skip != "layer":
-                return super().forward(*args, **kwargs)
+                return self.dense_forward()(*args, **kwargs)
             run = run_masked if self.runs_masked() else run_packed
             site = self.make_site(decision, residual=True)
-            out, rest = run(self, super().forward, arguments, site)
+            out, rest = run(self, self.dense_forward(), arguments, site)
             return self.joined(arguments.as_given(out), rest, arguments.in_tuple)
 
     def _check(self, run: tuple[int, ...], given: tuple[int, ...]) -> None:
@@ -158,7 +167,7 @@ class RoutedBranch(RoutedModule):
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
         run = run_masked if self.runs_masked() else run_packed
-        return self.joined(*run(self, super().forward, arguments, site), arguments.in_tuple)
+        return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
 
 
 class RoutedMLP(RoutedModule):
@@ -169,7 +178,13 @@ class RoutedMLP(RoutedModule):
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
         run = run_masked if self.runs_masked() else run_packed_mlp
-        return self.joined(*run(self, super().forward, arguments, site), arguments.in_tuple)
+        return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
+
+
+@functools.cache
+def compiled_forward(dense_class: Any) -> Callable[..., Any]:
+    """`dense_class.forward` by torch.compile: one function for all modules of the class."""
+    return torch.compile(dense_class.forward)
 
 
 @functools.cache

@@ -67,13 +67,30 @@ def target_objective(step: RoutingStep, target: float, lam: float = 2.0, per_lay
     return lam * (ratio - target).square().mean()
 
 
+def budget_objective(step: RoutingStep, target: float, lam: float = 2.0, per_layer: bool = False) -> Tensor:
+    """Holds the mean gate at `target` where thresholds see to the keep ratio: lam * (mean gate - target)^2.
+
+    The loss alone would open every gate of a useful layer as far as it goes, and gates that are all alike
+    rank no tokens. `per_layer` as in `target_objective`.
+
+    Returns:
+        scalar, fp32.
+    """
+    soft = gate_means(step)
+    if not per_layer:
+        soft = soft.mean()
+    return lam * (soft - target).square().mean()
+
+
 def ramped_target(target: float, progress: float, ramp: float) -> float:
     """The keep ratio asked for at `progress` in [0, 1] of the run: from 1 (everything) to `target` over
-    `ramp`.
+    `ramp`; 1 before the run's part that counts (a negative `progress`).
 
     A target that falls at once shuts gates before the model has learnt which tokens need them (DESIGN section
     1).
     """
+    if progress < 0:
+        return 1.0
     if ramp <= 0 or progress >= ramp:
         return target
     return 1.0 + (target - 1.0) * progress / ramp

@@ -141,6 +141,7 @@ class Routing:
             self.thresholds.update(config.p)
         self.what_if = True
         self.masked = False  # run everything through the masked reference, see ops/reference.py
+        self.compile_layers = False  # set while training asks for it, see train_compile.py
         self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
         self.override: OverrideFn | None = None
         self.recordings: list[Recording] = []

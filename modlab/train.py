@@ -11,6 +11,7 @@ averaged.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +32,12 @@ from torch import Tensor, nn
 from modlab import objectives
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
+from modlab.measure import calibrate
 from modlab.routing import is_converted
+from modlab.threshold_control import ThresholdControl
 from modlab.train_checks import check_fit, check_length, check_processes, check_teacher, choose_objective
-from modlab.train_config import TrainConfig, is_what_if, lr_factor
+from modlab.train_compile import LayerCompilation
+from modlab.train_config import TrainConfig, is_what_if, keep_target, lr_factor
 from modlab.train_files import checkpoints, find_checkpoint, log_until, write_json, write_lines
 from modlab.train_monitor import Monitor
 from modlab.train_result import Stopped, TrainResult
@@ -44,6 +49,8 @@ from modlab.train_step import (
     recording_of,
     routing_objective,
 )
+
+CALIBRATION_TOKENS = 2**17  # on a GPU; an eighth of it on a CPU
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "train"]
 
@@ -152,6 +159,9 @@ class _Run:
         self.stop_asked = False
         self.saved_step = -1
         self.half_updated = False
+        self.latest: list[Batch] = []  # the latest step's
+        self.compilation: LayerCompilation | None = None
+        self.control: ThresholdControl | None = None
 
     # --- set-up and tear-down
     # -------------------------------------------------------------------------------------
@@ -195,9 +205,16 @@ class _Run:
             betas=config.betas,
             fused=self.device.type == "cuda",
         )
-        if config.compile:
+        if config.compile and self.converted:
+            self.compilation = LayerCompilation(model)
+            self.compilation.on()
+            self.restore.append(self.compilation.off)
+        elif config.compile:
             model.compile(dynamic=False)
             self.restore.append(lambda: setattr(model, "_compiled_call_impl", None))
+        if self.objective == "budget":
+            self.control = ThresholdControl(self.layers, config.per_layer, self.device)
+            self.accelerator.register_for_checkpointing(self.control)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.progress = _Progress()
         self.accelerator.register_for_checkpointing(self.progress)
@@ -295,10 +312,13 @@ class _Run:
             param_group["lr"] = param_group["peak_lr"] * factor
         if self.converted:
             self.model.mod.what_if = is_what_if(config.what_if, progress.step)
-        self.target = objectives.ramped_target(config.keep_ratio, share, config.ramp)
+        self.target = keep_target(config, progress.step, share)
+        if self.control is not None:
+            self.model.mod.thresholds.update(self.control.thresholds(self.target))
         sums, tokens = torch.zeros_like(self.sums), 0
         for i, batch in enumerate(group):
             batch = self._to_device(batch)
+            self.latest = [*self.latest, batch] if i else [batch]
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 loss, row = self._loss(batch)
@@ -327,6 +347,8 @@ class _Run:
         if recording is not None:
             step = recording.steps[-1]
             kept = objectives.keep_ratios(step)
+            if self.control is not None:
+                self.control.update(step, self.model.mod.config.keep_first, self._summed)
             regulariser = routing_objective(self.objective, step, self.target, config)
         if config.kl:
             with torch.no_grad(), self._autocast():
@@ -383,8 +405,11 @@ class _Run:
             row["keep_ratio"] = sum(means[f"keep_{i}"] for i in self.layers) / len(self.layers)
             row |= {f"keep_{i}": means[f"keep_{i}"] for i in self.layers}
             row["objective"] = means["objective"]
-        if self.objective == "target":
+        if self.objective in ("target", "budget"):
             row["target"] = self.target
+        self._settle_thresholds()
+        if self.objective == "budget":
+            row |= {f"p_{i}": p for i, p in self.model.mod.thresholds.items()}
         if self.config.kl:
             row["kl"] = means["kl"]
         row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -412,9 +437,49 @@ class _Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def _settle_thresholds(self) -> None:
+        """The thresholds for `keep_ratio` as plain numbers, for all that comes between two steps."""
+        if self.control is not None:
+            aim = self.target if self.config.keep_range is None else self.config.keep_ratio
+            found = self.control.thresholds(aim)
+            self.model.mod.thresholds.update({i: float(p) for i, p in found.items()})
+
+    def _calibrate(self) -> None:
+        """Moves the thresholds to exactly `keep_ratio`; leaves them where that cannot be had."""
+        try:
+            with self._autocast():
+                calibrate(
+                    self.model,
+                    self._calibration_batches(),
+                    keep_ratio=self.config.keep_ratio,
+                    tolerance=0.004,
+                )
+        except ModlabError as error:
+            warnings.warn(f"The thresholds stay as trained: {error}", stacklevel=2)
+
+    def _calibration_batches(self) -> list[Batch]:
+        """Training batches, the same on every process and whether or not the run was resumed: the first ones,
+        or the last step's where the data can be had only once."""
+        if self.source.kind == "stream":
+            gathered = [self.accelerator.gather(batch) for batch in self.latest]
+        else:
+            rows, length = self.source.first["input_ids"].shape
+            if self.source.kind == "rows":
+                rows = min(self.config.batch_size, len(self.source.data))
+            tokens = CALIBRATION_TOKENS if self.device.type == "cuda" else CALIBRATION_TOKENS // 8
+            stream = self.source.iterate(rows, seed=self.config.seed, epochs=1)
+            gathered = list(itertools.islice(stream, min(8, max(1, tokens // (rows * length)))))
+        return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
+
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(counts, "sum") if self.world > 1 else counts
+
     def _evaluate(self) -> dict[str, float]:
         if self.eval_source is None:
             return {}
+        if self.compilation is not None:
+            self.compilation.off()  # no second compilation for eval mode
         found = evaluate(
             self.model,
             self.eval_source,
@@ -422,8 +487,10 @@ class _Run:
             self.config.batch_size,
             self.accelerator,
             self._autocast,
-            self.model.forward if self.config.compile else None,  # no second compilation for eval mode
+            self.model.forward if self.config.compile else None,  # nor here
         )
+        if self.compilation is not None:
+            self.compilation.on()
         return {f"eval_{k}": v for k, v in found.items() if k in ("loss", "keep_ratio")}
 
     def _save(self) -> None:
@@ -468,6 +535,8 @@ class _Run:
         if complete:
             if progress.window_steps:
                 self._log(_Quiet(), False)
+            if self.config.calibrate and self.objective in ("target", "budget"):
+                self._calibrate()
             if self.eval_source is not None and self.history and "eval_loss" not in self.history[-1]:
                 self.history[-1] |= self._evaluate()
                 self._rewrite_log()

@@ -28,12 +28,10 @@ def choose_objective(config: TrainConfig, model: Any) -> Objective:
                 "freeze_base=True trains routers only, but the model is dense: modlab.convert(model) first."
             )
         return "none"
-    if config.compile:
-        raise ModlabError(
-            "compile=True is for dense models: the routes of a converted one change its shapes each step."
-        )
     operator = model.mod.config.operator
-    fitting: tuple[Objective, ...] = ("bce", "none") if operator == "topk" else ("target", "load", "none")
+    fitting: tuple[Objective, ...] = (
+        ("bce", "none") if operator == "topk" else ("target", "budget", "load", "none")
+    )
     if wanted == "auto":
         return fitting[0]
     if wanted not in fitting:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError
+from modlab.objectives import ramped_target
 
-Objective = Literal["auto", "target", "load", "bce", "none"]
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+Objective = Literal["auto", "target", "budget", "load", "bce", "none"]
 Precision = Literal["auto", "bf16", "no"]
 
 
@@ -34,14 +37,22 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this norm.
         mixed_precision: "bf16" autocast, "no", or "auto": bf16 on CUDA, none elsewhere. Weights and optimiser
             are fp32 during training in either case; the model gets its own dtypes back afterwards.
-        objective: "target" (two-sided keep ratio), "load" (the paper's), "bce" (top-k), "none", or "auto":
-            target for threshold routing, bce for top-k, none for a dense model.
-        keep_ratio: what "target" aims at: mean share of tokens kept in the routed layers, in (0, 1].
-        lam: weight of the target term.
-        per_layer: "target" pulls every layer to keep_ratio instead of their mean.
+        objective: "target" (a two-sided penalty pulls the gates until the thresholds keep keep_ratio),
+            "budget" (the thresholds follow the gates, so that keep_ratio is kept at every step), "load" (the
+            paper's), "bce" (top-k), "none", or "auto": target for threshold routing, bce for top-k, none for
+            a dense model.
+        keep_ratio: what "target" and "budget" aim at: mean share of tokens kept in the routed layers, in
+            (0, 1].
+        keep_range: "budget" only: each step keeps another share, spread evenly between these two, so that one
+            model serves many thresholds; the run ends at the threshold for keep_ratio.
+        lam: weight of the target or budget term.
+        per_layer: every layer has to keep keep_ratio, instead of their mean.
         alpha: weight of the load term.
         bce: weight of the top-k term.
+        hold: share of the run before the ramp, in which everything is kept.
         ramp: share of the run over which the target falls from 1 to keep_ratio.
+        calibrate: after a whole run with "target" or "budget", move the thresholds so that they keep
+            keep_ratio of the first training batches exactly.
         what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
             tokens give the router a gradient too (`model.mod.what_if`). The rest run packed.
         kl: weight of KL(teacher || model); needs `teacher=`.
@@ -55,7 +66,7 @@ class TrainConfig:
         resume: None starts afresh and refuses a folder that holds a run; "auto" takes up the newest
             checkpoint in
             `out` if there is one; a path names the checkpoint.
-        compile: torch.compile a dense model.
+        compile: torch.compile a dense model; of a converted one the layers, each by itself.
         num_workers: loader processes for data that is not preloaded.
     """
 
@@ -75,11 +86,14 @@ class TrainConfig:
     mixed_precision: Precision = "auto"
     objective: Objective = "auto"
     keep_ratio: float = 0.25
+    keep_range: tuple[float, float] | None = None
     lam: float = 2.0
     per_layer: bool = False
     alpha: float = 0.01
     bce: float = 0.01
+    hold: float = 0.0
     ramp: float = 0.2
+    calibrate: bool = True
     what_if: float = 1.0
     kl: float = 0.0
     freeze_base: bool = False
@@ -116,13 +130,24 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ModlabError(f"{name}={getattr(self, name)} has to be 0 or more.")
-        for name in ("ramp", "what_if", "min_lr_ratio"):
+        for name in ("hold", "ramp", "what_if", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ModlabError(f"{name}={getattr(self, name)} is a share and has to lie in [0, 1].")
         if not 0 < self.keep_ratio <= 1:
             raise ModlabError(
                 f"keep_ratio={self.keep_ratio} has to lie in (0, 1]: 0.25 keeps a quarter, 1 everything."
             )
+        if self.hold + self.ramp > 1:
+            raise ModlabError(f"hold={self.hold} and ramp={self.ramp} together are more than the whole run.")
+        if self.keep_range is not None:
+            low, high = self.keep_range
+            if not 0 < low <= self.keep_ratio <= high <= 1:
+                raise ModlabError(
+                    f"keep_range={self.keep_range} has to be (low, high) in (0, 1] with keep_ratio="
+                    f"{self.keep_ratio} between them."
+                )
+            if self.objective != "budget":
+                raise ModlabError(f"keep_range needs objective='budget'; it is {self.objective!r}.")
         for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ModlabError(
@@ -148,6 +173,18 @@ def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
         warm = 1.0
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return min(1.0, warm) * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def keep_target(config: TrainConfig, step: int, progress: float) -> float:
+    """The keep ratio asked for in optimiser step `step` (from 0), `progress` in [0, 1] of the run: 1 during
+    the hold, then falling to `keep_ratio` over the ramp. With a `keep_range`, `keep_ratio` is replaced by a
+    value of it that follows from the step alone (multiples of the golden ratio, which fill it evenly).
+    """
+    aim = config.keep_ratio
+    if config.keep_range is not None:
+        low, high = config.keep_range
+        aim = low + (high - low) * ((step + 1) * GOLDEN % 1.0)
+    return ramped_target(aim, progress - config.hold, config.ramp)
 
 
 def is_what_if(share: float, step: int) -> bool:

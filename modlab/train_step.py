@@ -124,11 +124,13 @@ def routing_objective(objective: Objective, step: RoutingStep, target: float, co
     Args:
         objective: as `choose_objective` settled it.
         step: a recorded forward, with gradient.
-        target: the keep ratio asked for now, for "target".
+        target: the keep ratio asked for now, for "target" and "budget".
         config: weights of the terms.
     """
     if objective == "target":
         return objectives.target_objective(step, target, config.lam, config.per_layer)
+    if objective == "budget":
+        return objectives.budget_objective(step, target, config.lam, config.per_layer)
     if objective == "load":
         return objectives.load_objective(step, config.alpha)
     if objective == "bce":

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM
 import modlab
 from modlab.data import packed
 from modlab.errors import ModlabError
+from modlab.layer import compiled_forward
 from modlab.train import TrainConfig, evaluate, train
-from modlab.train_config import is_what_if, lr_factor
+from modlab.train_config import is_what_if, keep_target, lr_factor
 
+from .synthetic import scatter_gates
 from .test_data import character_tokenizer
 
 V, T = 64, 32
@@ -60,7 +62,8 @@ def rows() -> torch.Tensor:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    return {"steps": 10, "batch_size": 8, "lr": 3e-3, "log_every": 1, **changes}
+    """Short runs; those that end calibrated ask for it."""
+    return {"steps": 10, "batch_size": 8, "lr": 3e-3, "log_every": 1, "calibrate": False, **changes}
 
 
 def same_weights(a: Any, b: Any) -> bool:
@@ -291,6 +294,87 @@ def test_compiled_run_equals_the_plain_one(
     assert model._compiled_call_impl is None
 
 
+@pytest.mark.parametrize("skip", ["layer", "attention", "mlp"])
+def test_compiled_layers_of_a_converted_model_equal_the_plain_ones(
+    make: Callable[..., Any], rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch, skip: Any
+) -> None:
+    """As above: what-if steps and packed ones, dense layers and routed ones, and all as before afterwards."""
+    config = settings(steps=6, keep_ratio=0.5, ramp=0.0, what_if=0.5, eval_every=3, log_every=3)
+    plain, model = (make(mod=modlab.MoDConfig(skip=skip)) for _ in range(2))
+    scatter_gates(plain)
+    scatter_gates(model)
+    a = train(plain, rows, TrainConfig(**config), eval_data=rows[:8])
+    compiled: list[Any] = []
+
+    def compile(function: Any, **kwargs: Any) -> Any:
+        compiled.append(function)
+        return original(function, backend="eager", **kwargs)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    compiled_forward.cache_clear()
+    b = train(model, rows, TrainConfig(**config, compile=True), eval_data=rows[:8])
+    compiled_forward.cache_clear()
+    assert len(compiled) >= 3  # two dense layers, and what is routed
+    for column in ("loss", "keep_ratio", "eval_loss", "eval_keep_ratio"):
+        assert b.history[column].tolist() == pytest.approx(a.history[column].tolist(), rel=1e-4), column
+    assert not model.mod.compile_layers
+    assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+def test_budget_keeps_what_is_asked_at_every_step(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+    scatter_gates(model)
+    config = settings(steps=40, objective="budget", keep_ratio=0.4, hold=0.25, ramp=0.0, log_every=1)
+    history = train(model, rows, TrainConfig(**config), eval_data=rows[:32]).history
+    assert history["keep_ratio"][:10].tolist() == [1.0] * 10 == history["target"][:10].tolist()
+    assert history["keep_ratio"][20:].mean() == pytest.approx(0.4, abs=0.03)
+    assert history["eval_keep_ratio"].iloc[-1] == pytest.approx(0.4, abs=0.03)
+    assert all(isinstance(p, float) for p in model.mod.thresholds.values())
+
+
+def test_budget_over_a_range_ends_at_the_keep_ratio(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+    scatter_gates(model)
+    config = settings(
+        steps=40, objective="budget", keep_ratio=0.5, keep_range=(0.3, 0.9), ramp=0.0, calibrate=True
+    )
+    history = train(model, rows, TrainConfig(**config), eval_data=rows[:32]).history
+    assert history["keep_ratio"][5:].min() < 0.45 and history["keep_ratio"][5:].max() > 0.75
+    assert history["eval_keep_ratio"].iloc[-1] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_run_ends_calibrated(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    """The penalty alone has not got there in so few steps; the thresholds are moved."""
+    ends = []
+    for calibrated in (False, True):
+        model = make(mod=modlab.MoDConfig())
+        scatter_gates(model)
+        config = settings(steps=6, keep_ratio=0.3, calibrate=calibrated)
+        ends.append(
+            train(model, rows, TrainConfig(**config), eval_data=rows).history["eval_keep_ratio"].iloc[-1]
+        )
+    assert abs(ends[0] - 0.3) > 0.05 and ends[1] == pytest.approx(0.3, abs=0.02)
+
+
+def test_gates_that_cannot_be_split_stay(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make(mod=modlab.MoDConfig())
+    with pytest.warns(UserWarning, match="(?s)thresholds stay as trained.*all alike"):
+        train(model, rows, TrainConfig(**settings(steps=1, lr=1e-9, keep_ratio=0.3, calibrate=True)))
+    assert set(model.mod.thresholds.values()) == {0.5}
+
+
+def test_keep_target_holds_falls_and_spreads() -> None:
+    config = TrainConfig(steps=1, keep_ratio=0.2, hold=0.25, ramp=0.5)
+    assert [keep_target(config, 0, share) for share in (0.0, 0.2)] == [1.0, 1.0]
+    assert keep_target(config, 0, 0.5) == pytest.approx(0.6)
+    assert keep_target(config, 0, 0.9) == pytest.approx(0.2)
+    config = TrainConfig(steps=1, objective="budget", keep_ratio=0.5, keep_range=(0.4, 0.8), ramp=0.0)
+    targets = torch.tensor([keep_target(config, step, 0.5) for step in range(100)])
+    assert 0.4 <= targets.min() < 0.41 and 0.79 < targets.max() <= 0.8
+    assert targets[:10].mean().item() == pytest.approx(0.6, abs=0.03)
+
+
 class Interrupting:
     """Batches that raise, or press Ctrl-C, when batch `at` is asked for."""
 
@@ -428,6 +512,9 @@ def test_full_disk_during_a_checkpoint(
         ({"keep_ratio": 0.0}, "keep_ratio=0.0"),
         ({"keep_ratio": 1.5}, "keep_ratio=1.5"),
         ({"what_if": 1.5}, "what_if=1.5"),
+        ({"hold": 0.9, "ramp": 0.2}, "more than the whole run"),
+        ({"objective": "budget", "keep_range": (0.3, 0.5), "keep_ratio": 0.6}, "keep_ratio=0.6"),
+        ({"keep_range": (0.3, 0.5), "keep_ratio": 0.4}, "needs objective='budget'"),
         ({"objective": "magic"}, "objective='magic'"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
         ({"betas": (0.9, 1.0)}, "betas="),

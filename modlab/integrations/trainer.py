@@ -82,6 +82,8 @@ class MoDCallback(TrainerCallback):
             what_if=what_if,
         )
         self.config.check()
+        if objective == "budget":
+            raise ModlabError("objective='budget' moves thresholds at each step: train with modlab.train.")
         self.hooks: list[RemovableHandle] = []
 
     # ---- what the trainer calls
