@@ -155,14 +155,18 @@ class _Question:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         names, values = rng.sample(NAMES, pairs), rng.sample(VALUES, pairs)
-        asked = [ids(f"\nname_{name} = ") for name in names]
+        named = [ids(f"\nname_{name}") for name in names]
         lines = [ids(f"\nname_{name} = {value}") for name, value in zip(names, values, strict=True)]
-        known = [_common(a, b) for a, b in zip(asked, lines, strict=True)]
+        known = [
+            _common(ids(f"\nname_{name} = "), line) for name, line in zip(names, lines, strict=True)
+        ]
         answers = {tuple(line[start:]) for line, start in zip(lines, known, strict=True)}
-        if len(answers) < pairs or () in answers or len({tuple(a) for a in asked}) < pairs:
+        joined = any(_common(name, line) < len(name) for name, line in zip(named, lines, strict=True))
+        if joined or () in answers or min(len(answers), len(set(map(tuple, named)))) < pairs:
+            what = "joins names and values in one token" if joined else "gives different numbers the same tokens"
             raise ModlabError(
-                f"this tokenizer ({type(tokenizer).__name__}) gives different numbers the same tokens, so "
-                "that values cannot be asked for: retrieval needs one that tells digits apart."
+                f"this tokenizer ({type(tokenizer).__name__}) {what}, so that values cannot be asked for: "
+                "retrieval needs one that keeps numbers apart."
             )
         places = sorted(rng.random() for _ in lines[1:])
         return cls(lines[0], known[0], lines[1:], ids("\n"), places)
