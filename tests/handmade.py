@@ -36,7 +36,7 @@ class HandMade(nn.Module):
 
 
 def copier(distance: int, wrong_at: int | None = None) -> Rule:
-    """Predicts the token that stood `distance` before the one asked for; knows nothing of column `wrong_at`."""
+    """Predicts the token that stood `distance` before the one asked for; column `wrong_at` it cannot tell."""
 
     def rule(ids_T: Tensor, logits_TV: Tensor) -> None:
         for asked in range(distance, len(ids_T) + 1):
@@ -83,8 +83,8 @@ def following_llama(following: list[int] | Tensor, sure: float = SURE, **config:
     sure: the logit of that token before the final norm's scale; 0 gives a uniform distribution.
     """
     size = len(following)
-    settings = {"vocab_size": size, "hidden_size": size, "tie_word_embeddings": False, **config}
-    model = LlamaForCausalLM(tiny_config(**settings)).eval()
+    settings = {"vocab_size": size, "hidden_size": size, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(tiny_config(**settings | config)).eval()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()

@@ -22,8 +22,8 @@ def add(command: Command) -> None:
         "probe",
         run,
         "measure what a mean loss hides: long-range recall, retrieval, generated text",
-        "Run it on the converted model and on the dense one, with the same flags: both get the same rows, and "
-        "the differences are what conversion costs.",
+        "Run it on the converted model and on the dense one, with the same flags: both get the same rows, "
+        "and the differences are what conversion costs.",
     )
     sub.add_argument("model", metavar="MODEL", help="model to measure, dense or converted")
     add_data_flags(sub, required=True, tokens=65536, rows=False)
@@ -32,7 +32,9 @@ def add(command: Command) -> None:
         choices=("heldout", "train", "all"),
         help="which documents of the source (default: heldout; all for a local file or folder)",
     )
-    sub.add_argument("--only", choices=PROBES, nargs="+", default=[], help="some of the probes (default: all)")
+    sub.add_argument(
+        "--only", choices=PROBES, nargs="+", default=[], help="some of the probes (default: all)"
+    )
     sub.add_argument(
         "--judge", metavar="MODEL", help="dense model of the same tokenizer that rates the generated text"
     )
@@ -44,6 +46,11 @@ def add(command: Command) -> None:
         help="tokens (default: those of 256,512,1024,2048,4000 that the context has room for)",
     )
     far.add_argument("--rows", metavar="N", type=int, default=64, help="passages, or questions, a distance")
+    far.add_argument("--passage", metavar="T", type=int, default=64, help="tokens of a repeated passage")
+    far.add_argument("--pairs", metavar="N", type=int, default=8, help="names and values in a row")
+    far.add_argument(
+        "--by-row", action="store_true", help="a line a row instead of means, for paired comparisons"
+    )
     text = sub.add_argument_group("generation")
     text.add_argument("--prompts", metavar="N", type=int, default=32, help="prompts to continue")
     text.add_argument("--prompt-tokens", metavar="T", type=int, default=128, help="tokens of a prompt")
@@ -68,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     rows = rows_of(options, model, tokenizer)
     data = list(rows)
     shared = {"seed": options.seed, "batch_size": options.batch_size}
-    far: dict[str, Any] = {"rows": options.rows, **shared}
+    far: dict[str, Any] = {"rows": options.rows, "by_row": options.by_row, **shared}
     if options.distances:
         far["distances"] = options.distances
     facts: dict[str, Any] = {"model": options.model, "data": options.data, "split": rows.split}
@@ -76,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*distances left out")  # printed below
         if "recall" in chosen:
-            tables["recall"] = probes.recall(model, data, **far)
+            tables["recall"] = probes.recall(model, data, passage=options.passage, **far)
         if "retrieval" in chosen:
-            tables["retrieval"] = probes.retrieval(model, data, tokenizer, **far)
+            tables["retrieval"] = probes.retrieval(model, data, tokenizer, pairs=options.pairs, **far)
     if "generation" in chosen:
         health = probes.generation_health(
             model,
@@ -92,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.json:
         for name, table in tables.items():
-            facts[name] = table.to_dict("records")
+            facts[name] = table.astype(object).where(table.notna(), None).to_dict("records")
             facts[f"{name}_left_out"] = table.attrs["left_out"]
         if "generation" in chosen:
             facts |= {"generation": health.to_dict(), "judge": options.judge}

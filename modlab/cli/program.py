@@ -1,4 +1,4 @@
-"""The command line: `modlab lab | convert | train | eval | probe | sweep | bench`, also as `python -m modlab`.
+"""The command line: `modlab lab | convert | train | eval | probe | sweep | bench`, or `python -m modlab`.
 
 One file a command, each with `add` (its parser) and `run`. Heavy modules are imported by `run`, so that
 `modlab --help` answers at once. A mistake the user can correct ends in a message of a few lines on stderr and

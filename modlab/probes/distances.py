@@ -45,13 +45,13 @@ def fitting(
         )
     fits = [distance for distance in wanted if distance + beside <= context]
     left_out = {
-        distance: f"a row of {distance + beside:,} tokens ({parts}) exceeds the model's context of {context:,}"
+        distance: f"a row of {distance + beside:,} tokens ({parts}) exceeds the context of {context:,}"
         for distance in wanted
         if distance not in fits
     }
     if not fits:
         longest = context - beside
-        advice = f"distances up to {longest:,} fit" if longest >= shortest else "no distance fits this context"
+        advice = f"distances up to {longest:,} fit" if longest >= shortest else "no distance fits it"
         raise ModlabError(f"distance {wanted[0]:,}: {left_out[wanted[0]]}; {advice}.")
     return fits, left_out
 

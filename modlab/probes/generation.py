@@ -1,4 +1,4 @@
-"""Generation health: what a model writes when it reads its own text, which a loss on held-out text never shows.
+"""Generation health: what a model writes when it reads its own text, which no loss on held-out text shows.
 
 Prompts are pieces of held-out text. The text that really follows them goes through the same measures, as a
 yardstick: real text repeats itself as well.
@@ -6,13 +6,14 @@ yardstick: real text repeats itself as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from modlab.errors import ModlabError
 from modlab.measure import context_length
@@ -38,7 +39,8 @@ class TextHealth:
         ended: share of texts that came to an end token.
         repeated_ngrams: share of n-grams that stand earlier in the same continuation, in [0, 1].
         distinct: by n, different n-grams of all continuations over their n-grams in all, in [0, 1].
-        in_loops: share of tokens that lie in a loop: the same tokens three times in a row or oftener, 16 or more.
+        in_loops: share of tokens that lie in a loop: the same tokens three times in a row or oftener, 16
+            tokens or more.
         ends_in_loop: share of texts that end in a loop, out of which greedy search seldom finds.
         longest_loop: tokens of the longest loop.
         loss: nats a token under the model itself, given prompt and text before.
@@ -125,10 +127,11 @@ def generation_health(
 ) -> GenerationHealth:
     """Lets a model continue held-out prompts, greedily and by sampling, and measures what it wrote.
 
-    Text is made by `model.generate` with the model's own cache (a converted model's ragged one); penalties
-    and filters of its generation config are off. Sampling draws from the whole softmax; what is drawn
-    depends on `seed` and the prompt alone, not on the batch, so two models are given the same luck. Losses
-    and keep ratios come from one more forward over the finished text, which decides as generation did.
+    Text is made by `model.generate` with the model's own cache (a converted model's ragged one). Of its
+    generation config only the special tokens count: no penalty, filter or beam. Sampling draws from the
+    whole softmax; what is drawn depends on `seed` and the prompt's number alone, not on the batch, so two
+    models are given the same luck. Losses and keep ratios come from one more forward over the finished text,
+    which decides as generation did.
 
     Args:
         model: causal LM, dense or converted, at its present thresholds.
@@ -218,8 +221,8 @@ def _generate(
 ) -> list[Tensor]:
     """Each prompt with its continuation, long [T] on the CPU, cut after the first end token."""
     device = next(model.parameters()).device
-    pad = model.generation_config.pad_token_id
-    ends = _end_tokens(model)
+    ends = torch.tensor(_end_tokens(model))
+    prompt_tokens = prompt_NP.shape[1]
     rows: list[Tensor] = []
     for start in range(0, len(prompt_NP), batch_size):
         ids_BP = prompt_NP[start : start + batch_size].to(device)
@@ -227,28 +230,30 @@ def _generate(
         if temperature is not None:
             seeds = [seed * 2**20 + start + row for row in range(len(ids_BP))]
             processors.append(_SeededSampling(temperature, seeds))
-        with eval_mode(model):
+        with eval_mode(model), _plain_generation(model):
             made_BT = model.generate(
                 ids_BP,
                 attention_mask=torch.ones_like(ids_BP),
                 logits_processor=processors,
                 max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_k=None,
-                top_p=None,
-                repetition_penalty=None,
-                no_repeat_ngram_size=None,
-                pad_token_id=ends[0] if pad is None and ends else pad or 0,
-                return_dict_in_generate=False,
             ).cpu()
         for made_T in made_BT:
-            ended = torch.isin(made_T[ids_BP.shape[1] :], torch.tensor(ends)).nonzero().flatten()
-            stop = ids_BP.shape[1] + int(ended[0]) + 1 if len(ended) else len(made_T)
-            rows.append(made_T[:stop])
+            ended = torch.isin(made_T[prompt_tokens:], ends).nonzero().flatten()
+            rows.append(made_T[: prompt_tokens + int(ended[0]) + 1] if len(ended) else made_T)
         bar.update(len(ids_BP))
     return rows
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Nothing of the model's generation config inside but its special tokens: no penalty, filter or beam."""
+    own, ends = model.generation_config, _end_tokens(model)
+    pad = own.pad_token_id if own.pad_token_id is not None else next(iter(ends), 0)
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _end_tokens(model: Any) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from modlab.errors import ModlabError
 from modlab.measure import as_batches
 
+
 def token_stream(data: Any, tokenizer: Any = None) -> Tensor:
     """All real tokens of `data` in order, long [N]: texts follow each other, padding is left out.
 

@@ -1,5 +1,5 @@
-"""Long-range recall: a passage of real text comes twice in a row, and the second copy is easy for a model that
-still has the first.
+"""Long-range recall: a passage of real text comes twice in a row, and the second copy is easy for a model
+that still has the first.
 
     [ prefix | passage | filler ... | passage ]
              |<------- distance --->|
@@ -116,7 +116,7 @@ def recall(
 
 
 def _means(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a distance; every passage has as many tokens, so that a mean over passages is one over tokens."""
+    """One line a distance. Every passage has as many tokens: a mean over passages is one over tokens."""
     groups = table.groupby("distance")
     means = groups.mean().drop(columns="row")
     means["tokens"] = groups["tokens"].sum()

@@ -47,8 +47,9 @@ def retrieval(
 ) -> pd.DataFrame:
     """How often greedy search gives the value that was assigned so many tokens before.
 
-    A row is right if every token of the value is the likeliest one given those before it, which is when greedy
-    search writes the value exactly. A guess has a chance of 1 in 9,000; of the values in the row 1 in `pairs`.
+    A row is right if every token of the value is the likeliest one given those before it, which is when
+    greedy search writes the value exactly. A blind guess has a chance of 1 in 9,000, one among the values in
+    the row 1 in `pairs`.
 
     Args:
         model: causal LM, dense or converted, at its present thresholds.
@@ -99,9 +100,7 @@ def retrieval(
             ]
             asked = lead + distance  # column where the question begins, the same in all rows
             start = asked + min(question.known for question in questions)
-            scores = score(
-                model, row_NT, range(start, asked + longest), batch_size=batch_size, bar=bar
-            )
+            scores = score(model, row_NT, range(start, asked + longest), batch_size=batch_size, bar=bar)
             for row, question in enumerate(questions):
                 value = slice(asked + question.known - start, asked + len(question.line) - start)
                 line = slice(lead, lead + len(question.line))
@@ -157,15 +156,13 @@ class _Question:
         names, values = rng.sample(NAMES, pairs), rng.sample(VALUES, pairs)
         named = [ids(f"\nname_{name}") for name in names]
         lines = [ids(f"\nname_{name} = {value}") for name, value in zip(names, values, strict=True)]
-        known = [
-            _common(ids(f"\nname_{name} = "), line) for name, line in zip(names, lines, strict=True)
-        ]
+        known = [_common(ids(f"\nname_{name} = "), line) for name, line in zip(names, lines, strict=True)]
         answers = {tuple(line[start:]) for line, start in zip(lines, known, strict=True)}
         joined = any(_common(name, line) < len(name) for name, line in zip(named, lines, strict=True))
         if joined or () in answers or min(len(answers), len(set(map(tuple, named)))) < pairs:
-            what = "joins names and values in one token" if joined else "gives different numbers the same tokens"
+            does = "joins names and values" if joined else "gives different numbers the same tokens"
             raise ModlabError(
-                f"this tokenizer ({type(tokenizer).__name__}) {what}, so that values cannot be asked for: "
+                f"this tokenizer ({type(tokenizer).__name__}) {does}, so that values cannot be asked for: "
                 "retrieval needs one that keeps numbers apart."
             )
         places = sorted(rng.random() for _ in lines[1:])

@@ -30,7 +30,7 @@ class Scores:
 
     Attributes:
         loss: fp32 [N, C], nats of each chosen token given those before it; NaN past the end of a row.
-        correct: bool [N, C], whether the token was the likeliest of the vocabulary, as greedy search picks it.
+        correct: bool [N, C], whether the token was the likeliest one, as greedy search picks it.
         real: bool [N, T], False past the end of a row.
         keep: by routed layer, bool [N, T]; empty for a dense model.
     """
@@ -108,7 +108,7 @@ def score(
 
 
 def _logits(model: Any, batch: dict[str, Tensor], column_c: Tensor) -> Tensor:
-    """Logits [B, c, V] of some columns. All of them may be gigabytes, so the model is asked for these only."""
+    """Logits [B, c, V] of some columns; the model is asked for these only, since all may be gigabytes."""
     asked = "logits_to_keep" in forward_signature(type(model)).parameters
     only = {"logits_to_keep": column_c} if asked else {}
     logits: Tensor = model(**batch, use_cache=False, **only).logits
