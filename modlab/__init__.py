@@ -14,7 +14,7 @@ from modlab.integrations.registration import register_with_transformers
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from modlab import families, widgets
+    from modlab import families, probes, widgets
     from modlab.aggregate import RoutingAggregate, aggregate_routing
     from modlab.cache import RaggedCache
     from modlab.checkpoint import load
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from modlab.errors import ModlabError
     from modlab.kv import KVTracker
     from modlab.measure import calibrate, sweep
+    from modlab.probes import GenerationHealth, generation_health, recall, retrieval
     from modlab.routing import is_converted, record_routing, routing_override, set_threshold
     from modlab.routing_table import RoutingTable
     from modlab.trace import RoutingTrace, trace
@@ -48,6 +49,10 @@ _HOME: dict[str, str | None] = {
     "KVTracker": "kv",
     "calibrate": "measure",
     "sweep": "measure",
+    "recall": "probes.recall",
+    "retrieval": "probes.retrieval",
+    "generation_health": "probes.generation",
+    "GenerationHealth": "probes.generation",
     "RoutingAggregate": "aggregate",
     "aggregate_routing": "aggregate",
     "RoutingTrace": "trace",
@@ -56,10 +61,12 @@ _HOME: dict[str, str | None] = {
     "TrainResult": "train",
     "train": "train",
     "families": None,
+    "probes": None,
     "widgets": None,
 }
 
 __all__ = [
+    "GenerationHealth",
     "KVTracker",
     "MoDConfig",
     "ModlabError",
@@ -77,9 +84,13 @@ __all__ = [
     "enable_fast_generation",
     "families",
     "fast_generation_report",
+    "generation_health",
     "is_converted",
     "load",
+    "probes",
+    "recall",
     "record_routing",
+    "retrieval",
     "revert",
     "routing_override",
     "set_threshold",

@@ -120,6 +120,16 @@ def read_floats(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.9,0.95") from problem
 
 
+def read_integers(text: str) -> tuple[int, ...]:
+    """Whole numbers as in 256,1024."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers such as 256,1024"
+        ) from problem
+
+
 def read_layers(text: str) -> str | list[int]:
     """alternate, all, or indices as in 1,3,5."""
     if re.fullmatch(r"-?\d+(,-?\d+)*", text):

@@ -24,17 +24,25 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser, required: bool, tokens: int | None = None) -> None:
-    """What a command reads, and how much of it."""
+def add_data_flags(
+    parser: argparse.ArgumentParser, required: bool, tokens: int | None = None, rows: bool = True
+) -> None:
+    """What a command reads, and how much of it; `rows`: in rows whose length the user may choose."""
     parser.add_argument(
         "--data",
         metavar="SOURCE",
         required=required,
         help="a hub data set, a .txt/.json/.jsonl file or a folder of them, or 'python': this machine's own",
     )
-    parser.add_argument(
-        "--seq-len", metavar="T", type=int, help="tokens a row (default: the model's context, at most 2048)"
-    )
+    if rows:
+        parser.add_argument(
+            "--seq-len",
+            metavar="T",
+            type=int,
+            help="tokens a row (default: the model's context, at most 2048)",
+        )
+    else:
+        parser.set_defaults(seq_len=None)
     parser.add_argument("--limit-tokens", metavar="N", type=int, default=tokens, help="use at most N tokens")
 
 

@@ -1,0 +1,17 @@
+"""What a conversion may break and a mean loss hides: recall over a distance, retrieval of values, and the
+text that the model writes itself.
+
+    recall(model, data, tokenizer)              loss on the second copy of a repeated passage
+    retrieval(model, data, tokenizer)           values assigned to names among real text, asked for later
+    generation_health(model, data, tokenizer)   repetition, loops and routing of generated text
+
+Each takes dense and converted models alike and runs what their users run: eval mode, present thresholds, only
+kept tokens in routed layers. The same data, settings and seed give two models of one context length the same
+rows, so that their figures can be subtracted.
+"""
+
+from modlab.probes.generation import GenerationHealth, TextHealth, generation_health
+from modlab.probes.recall import recall
+from modlab.probes.retrieval import retrieval
+
+__all__ = ["GenerationHealth", "TextHealth", "generation_health", "recall", "retrieval"]

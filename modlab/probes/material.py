@@ -1,0 +1,59 @@
+"""Real text as one stream of tokens, and windows of it.
+
+Shape letters: N tokens of the stream, W windows, T tokens of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modlab.errors import ModlabError
+from modlab.measure import as_batches
+
+
+def token_stream(data: Any, tokenizer: Any = None) -> Tensor:
+    """All real tokens of `data` in order, long [N]: texts follow each other, padding is left out.
+
+    Args:
+        data: texts or token batches, as `modlab.measure.as_batches` takes them.
+        tokenizer: for texts.
+    """
+    parts = []
+    for batch in as_batches(data, tokenizer):
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        parts.append(ids.flatten() if mask is None else ids[mask.bool()])
+    return torch.cat(parts)
+
+
+def windows(stream_N: Tensor, count: int, length: int, apart: int, seed: int) -> Tensor:
+    """Windows of the stream, at places drawn without replacement.
+
+    Args:
+        stream_N: long [N].
+        count: how many windows, W.
+        length: tokens of each, T.
+        apart: windows start at multiples of this many tokens; they overlap if it is less than `length`.
+        seed: of the places.
+
+    Returns:
+        long [W, T].
+
+    Raises:
+        ModlabError: the stream is too short for so many.
+    """
+    if count < 1:
+        raise ModlabError(f"{count} rows asked for: at least one is needed.")
+    places = max(0, (len(stream_N) - length) // apart + 1)
+    if places < count:
+        needed = length + (count - 1) * apart
+        raise ModlabError(
+            f"the data hold {len(stream_N):,} tokens, which gives {places:,} rows of {length:,} tokens that "
+            f"start {apart:,} apart; {count:,} are asked for.\nGive {needed:,} tokens or more, or ask for "
+            "fewer or shorter rows."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts_W = torch.randperm(places, generator=generator)[:count] * apart
+    return stream_N[starts_W[:, None] + torch.arange(length)]
