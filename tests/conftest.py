@@ -29,6 +29,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="test every model type of the installed transformers, not only one for each mechanism",
     )
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="run the tests marked long too: whole pipelines and compilations, half a minute and more each",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long: run with --long"))
 
 
 def tiny_config(**changes: object) -> LlamaConfig:

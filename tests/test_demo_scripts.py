@@ -36,7 +36,7 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_stages(tmp_path: Path) -> None:
     corpus, out, package = write_corpus(tmp_path / "corpus"), tmp_path / "out", tmp_path / "package"
     small = "--steps 3 --batch-size 2 --log-every 1 --eval-batches 1"

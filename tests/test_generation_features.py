@@ -297,7 +297,7 @@ def test_flash_attention_on_a_cpu_is_refused_by_transformers(tiny_llama) -> None
         tiny_llama.set_attn_implementation("flash_attention_2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_model_computes_the_same_and_leaves_routed_layers_alone(make_llama) -> None:
     model = modlab.convert(make_llama(num_hidden_layers=2))
     ids = torch.randint(3, 512, (2, 21), generator=torch.Generator().manual_seed(1))

@@ -148,7 +148,7 @@ def test_command_line(tmp_path, documents, make_llama, demo, capsys) -> None:
     assert "local_choice  acc" in out and "keep_ratio 0." in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unknown_task_is_named(demo) -> None:
     with pytest.raises(ModlabError, match="no task 'nosuchtask'"):
         evaluate_tasks(*demo, ["nosuchtask"])
@@ -166,8 +166,8 @@ def test_what_cannot_be_evaluated_is_said(demo, tmp_path, monkeypatch, capsys) -
 
 
 @pytest.mark.data
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["arc_easy", "piqa"])
+@pytest.mark.long
 def test_real_evaluation_sets_on_a_real_model(data_dir, tmp_path, name) -> None:
     """Converted with open gates a model scores as the dense one does."""
     scores = []

@@ -159,9 +159,9 @@ def with_model(name: str, **names: str) -> list[tuple[str, str]]:
     return cells
 
 
-@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.timeout(1200)
+@pytest.mark.long
 def test_a_model_of_ones_own_is_converted_and_trained(data_dir: Path, tmp_path: Path) -> None:
     """A dense model of somebody else is converted, trained, and saved where other notebooks look for it."""
     dense = str(data_dir / "models" / "stories260K")

@@ -664,8 +664,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
 @pytest.mark.data
+@pytest.mark.long
 def test_real_weights_reach_a_keep_ratio(data_dir: Path, tmp_path: Path) -> None:
     """Trained third-party weights: converting changes nothing, and 80 steps bring half the tokens at a fair
     loss."""

@@ -1,0 +1,142 @@
+"""What is compared. Each arm changes one thing of another, whose name it begins with.
+
+`layer` and `attn` say what a skipped token leaves out; `alt` is every other layer, `mid` all layers but the
+first two and the last, `wide` all but the first. Keep ratios follow from the KV saving that an arm aims at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from modlab import MoDConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Attributes:
+    name: of the arm, and of its result files.
+    why: what it is there to tell.
+    mod: fields of `MoDConfig`; None leaves the model dense. `layers` may be "mid" or "wide" too.
+    train: fields of `TrainConfig`.
+    kv_saving: aimed at; sets keep ratio (or capacity). None: whatever comes out.
+    keep_ratio: instead, where no K/V is saved.
+    mechanism: a name in `mechanisms.MECHANISMS`.
+    teacher: weight of the KL divergence to the dense base.
+    saving_range: KV savings between which each step has another one (`TrainConfig.keep_range`).
+    """
+
+    name: str
+    why: str
+    mod: dict[str, Any] | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    kv_saving: float | None = 1.8
+    keep_ratio: float | None = None
+    mechanism: str | None = None
+    teacher: float = 0.0
+    saving_range: tuple[float, float] | None = None
+
+    def config(self, num_layers: int) -> MoDConfig | None:
+        """The conversion for a model of so many layers, top-k capacity included."""
+        if self.mod is None:
+            return None
+        fields = dict(self.mod)
+        fields["layers"] = named_layers(fields.get("layers", "alternate"), num_layers)
+        if fields.get("operator") == "topk":
+            fields["capacity"] = self.keep(num_layers)
+        return MoDConfig(**fields)
+
+    def keep(self, num_layers: int) -> float:
+        """The keep ratio in the routed layers that gives the KV saving."""
+        if self.keep_ratio is not None:
+            return self.keep_ratio
+        assert self.kv_saving is not None, self.name
+        return self._keep_at(self.kv_saving, num_layers)
+
+    def training(self, num_layers: int) -> dict[str, Any]:
+        """Fields of `TrainConfig`, the keep ratio included."""
+        fields = dict(self.train)
+        if self.mod is not None and (self.kv_saving or self.keep_ratio):
+            fields["keep_ratio"] = self.keep(num_layers)
+        if self.saving_range is not None:
+            low, high = self.saving_range
+            fields["keep_range"] = (self._keep_at(high, num_layers), self._keep_at(low, num_layers))
+        return fields
+
+    def _keep_at(self, kv_saving: float, num_layers: int) -> float:
+        assert self.mod is not None, self.name
+        layers = named_layers(self.mod.get("layers", "alternate"), num_layers)
+        routed = len(MoDConfig(layers=layers).resolve_layers(num_layers))
+        return max(keep_for(kv_saving, routed, num_layers), 0.01)
+
+
+def keep_for(kv_saving: float, routed: int, num_layers: int) -> float:
+    """Keep ratio of `routed` of `num_layers` layers at which K and V take 1/kv_saving of the dense bytes; not
+    above 0 where even skipping everything saves less."""
+    return (num_layers / kv_saving - (num_layers - routed)) / routed
+
+
+def named_layers(layers: Any, num_layers: int) -> Any:
+    """The words of this file as indices; others as they are."""
+    if layers == "mid":
+        return list(range(2, num_layers - 1))
+    if layers == "wide":
+        return list(range(1, num_layers))
+    if layers == "static":  # as many as come closest to 1.8x when left out
+        return list(range(1, num_layers, 2))[: round(num_layers * (1 - 1 / 1.8))]
+    return layers
+
+
+def _arms() -> Iterator[Arm]:
+    # ---- zero line and controls
+    yield Arm("dense", "the zero line: the base, trained on", None, kv_saving=None)
+    static = {"layers": "static", "keep_first": 0}
+    yield Arm("static", "layers left out", static, {"objective": "none"}, mechanism="static")
+    yield Arm("random-alt", "tokens left out by chance", {}, {"objective": "none"}, mechanism="random")
+    topk = {"operator": "topk", "gate": "fused", "init_gate": 0.5}
+    yield Arm("topk-alt", "top-k MoD, evaluated causally", topk)
+    yield Arm("topk-mid", "top-k MoD on the layers of ours", {**topk, "layers": "mid"})
+    paper = {"gate": "paper", "init_gate": 0.5, "keep_first": 1}
+    for alpha in (0.01, 0.03, 0.1, 0.3):
+        load = {"objective": "load", "alpha": alpha}
+        yield Arm(f"paper-{alpha}", "the paper's recipe", paper, load, kv_saving=None)
+    opened = {**paper, "init_gate": 0.88}
+    yield Arm("paper-0.1-open", "the same, gates open at first", opened, {**load, "alpha": 0.1}, None)
+
+    # ---- straight-through, what-if, two-sided target
+    yield Arm("layer-alt", "ours as it was: whole layers, alternate", {})
+    yield Arm("layer-mid", "fewer tokens left out in more layers", {"layers": "mid"})
+    yield Arm("layer-wide", "still more layers", {"layers": "wide"})
+    attn = {"skip": "attention", "layers": "mid"}
+    yield Arm("attn-mid", "every MLP runs, attention is left out", attn)
+    yield Arm("attn-alt", "the same in alternate layers", {**attn, "layers": "alternate"})
+    yield Arm("attn-wide", "the same in more layers", {**attn, "layers": "wide"})
+    yield Arm("mlp-mid", "attention runs, MLPs are left out", {**attn, "skip": "mlp"}, keep_ratio=0.45)
+    yield Arm("attn-mid-mlp", "a router each for attention and MLP", attn, mechanism="separate-mlp")
+    yield Arm("attn-mid-perlayer", "each layer meets the target itself", attn, {"per_layer": True})
+
+    # ---- how the target is met
+    yield Arm("attn-mid-budget", "thresholds follow the gates", attn, {"objective": "budget"})
+    budget, spread = {"objective": "budget"}, (1.2, 2.5)
+    yield Arm("attn-mid-range", "another budget each step", attn, budget, saving_range=spread)
+    yield Arm("layer-mid-range", "of whole layers", {"layers": "mid"}, budget, saving_range=spread)
+    yield Arm("attn-mid-ramp", "the target falls for longer", attn, {"ramp": 0.6})
+    yield Arm("attn-mid-late", "and late", attn, {"hold": 0.3, "ramp": 0.4})
+    yield Arm("attn-mid-whatif0", "no what-if passes", attn, {"what_if": 0.0})
+    yield Arm("attn-mid-whatif.25", "in a quarter of the steps", attn, {"what_if": 0.25})
+    yield Arm("attn-mid-lam10", "a stiffer target", attn, {"lam": 10.0})
+    yield Arm("attn-mid-rlr", "routers learn ten times faster", attn, {"router_lr": 3e-3})
+
+    # ---- what else teaches, what is protected, what decides, what is left behind
+    yield Arm("attn-mid-kl", "KL to the dense base", attn, teacher=1.0)
+    yield Arm("layer-mid-kl", "the same with whole layers", {"layers": "mid"}, teacher=1.0)
+    yield Arm("attn-mid-first0", "no protected tokens", {**attn, "keep_first": 0})
+    yield Arm("attn-mid-first32", "many protected tokens", {**attn, "keep_first": 32})
+    yield Arm("attn-mid-normed", "router reads the normalised stream", attn, mechanism="normed")
+    yield Arm("attn-mid-2layer", "router with a hidden layer", attn, mechanism="two-layer")
+    yield Arm("layer-mid-adapter", "low-rank map for skipped tokens", {"layers": "mid"}, mechanism="adapter")
+    yield Arm("layer-mid-shared", "K/V of the layer below", {"layers": "mid"}, mechanism="shared-kv")
+
+
+ARMS = {arm.name: arm for arm in _arms()}
