@@ -109,7 +109,8 @@ def score(
 
 def _logits(model: Any, batch: dict[str, Tensor], column_c: Tensor) -> Tensor:
     """Logits [B, c, V] of some columns; the model is asked for these only, since all may be gigabytes."""
-    asked = "logits_to_keep" in forward_signature(type(model)).parameters
+    model_class: Any = type(model)
+    asked = "logits_to_keep" in forward_signature(model_class).parameters
     only = {"logits_to_keep": column_c} if asked else {}
     logits: Tensor = model(**batch, use_cache=False, **only).logits
     return logits if logits.shape[1] == len(column_c) else logits[:, column_c]
