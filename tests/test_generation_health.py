@@ -242,6 +242,6 @@ def test_what_cannot_be_measured_is_refused(routed, make_llama, stream):
         health(routed, stream, judge=make_llama(vocab_size=300))
     with pytest.raises(ModlabError, match="hold 2,000 tokens, which gives 55 rows of 36"):
         health(routed, stream, prompts=56)
-    for wrong in ({"new_tokens": 0}, {"n": 0}, {"temperature": 0.0}):
+    for wrong in ({"new_tokens": 0}, {"n": 0}, {"batch_size": 0}, {"temperature": 0.0}):
         with pytest.raises(ModlabError, match="must be 1 or more"):
             health(routed, stream, **wrong)
