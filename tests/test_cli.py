@@ -23,7 +23,7 @@ from modlab.train_config import TrainConfig
 from .conftest import tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("lab", "convert", "train", "eval", "sweep", "bench")
+COMMANDS = ("lab", "convert", "train", "eval", "probe", "sweep", "bench")
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Stack:\n    items: list = []\n"
 
 

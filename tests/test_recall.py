@@ -191,6 +191,10 @@ def test_what_cannot_be_measured_is_refused(stream):
         modlab.recall(model, stream, distances=(15,), **SMALL)
     with pytest.raises(ModlabError, match="passage=1"):
         modlab.recall(model, stream, passage=1)
+    with pytest.raises(ModlabError, match="prefix=-1"):
+        modlab.recall(model, stream, prefix=-1)
+    with pytest.raises(ModlabError, match="batch_size=0"):
+        modlab.recall(model, stream, distances=(40,), batch_size=0, **SMALL)
     with pytest.raises(ModlabError, match="no distances given"):
         modlab.recall(model, stream, distances=(), **SMALL)
     with pytest.raises(ModlabError, match="0 rows"):

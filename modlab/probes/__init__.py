@@ -11,7 +11,7 @@ rows, so that their figures can be subtracted.
 """
 
 from modlab.probes.generation import GenerationHealth, TextHealth, generation_health
-from modlab.probes.recall import recall
-from modlab.probes.retrieval import retrieval
+from modlab.probes.key_value import retrieval
+from modlab.probes.repeated_passage import recall
 
 __all__ = ["GenerationHealth", "TextHealth", "generation_health", "recall", "retrieval"]

@@ -131,7 +131,7 @@ def generation_health(
     generation config only the special tokens count: no penalty, filter or beam. Sampling draws from the
     whole softmax; what is drawn depends on `seed` and the prompt's number alone, not on the batch, so two
     models are given the same luck. Losses and keep ratios come from one more forward over the finished text,
-    which decides as generation did.
+    which decides as generation did (in half precision: but for rounding).
 
     Args:
         model: causal LM, dense or converted, at its present thresholds.
@@ -153,10 +153,10 @@ def generation_health(
     """
     from tqdm.auto import tqdm
 
-    if min(prompt_tokens, new_tokens, n) < 1 or not temperature > 0:
+    if min(prompt_tokens, new_tokens, n, batch_size) < 1 or not temperature > 0:
         raise ModlabError(
-            f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens} and n={n} must be 1 or more, "
-            f"temperature={temperature} above 0."
+            f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens}, n={n} and batch_size={batch_size} must "
+            f"be 1 or more, temperature={temperature} above 0."
         )
     length = prompt_tokens + new_tokens
     for one in filter(None, (model, judge)):

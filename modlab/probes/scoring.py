@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from modlab.arguments import forward_signature
+from modlab.errors import ModlabError
 from modlab.measure import LOSS_CHUNK
 from modlab.routing import is_converted, record_routing
 from modlab.trace import eval_mode
@@ -69,6 +70,8 @@ def score(
         batch_size: rows of one forward.
         bar: a tqdm bar that counts rows.
     """
+    if batch_size < 1:
+        raise ModlabError(f"batch_size={batch_size}: at least one row a forward is needed.")
     lengths_N = torch.tensor([len(row) for row in rows])
     T, column_C = int(lengths_N.max()), torch.tensor(columns)
     scores = Scores(
@@ -109,7 +112,8 @@ def score(
 
 def _logits(model: Any, batch: dict[str, Tensor], column_c: Tensor) -> Tensor:
     """Logits [B, c, V] of some columns; the model is asked for these only, since all may be gigabytes."""
-    asked = "logits_to_keep" in forward_signature(type(model)).parameters
+    model_class: Any = type(model)
+    asked = "logits_to_keep" in forward_signature(model_class).parameters
     only = {"logits_to_keep": column_c} if asked else {}
     logits: Tensor = model(**batch, use_cache=False, **only).logits
     return logits if logits.shape[1] == len(column_c) else logits[:, column_c]

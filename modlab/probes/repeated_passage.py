@@ -80,6 +80,8 @@ def recall(
 
     if passage < 2:
         raise ModlabError(f"passage={passage}: its first token is not scored, so it needs 2 or more.")
+    if prefix < 0:
+        raise ModlabError(f"prefix={prefix}: give 0 tokens or more.")
     fits, left_out = fitting(
         model, distances, passage, prefix + passage, f"prefix {prefix} + distance + passage {passage}"
     )

@@ -79,8 +79,8 @@ def retrieval(
 
     if not 1 <= pairs <= len(NAMES):
         raise ModlabError(f"pairs={pairs}: a row holds 1 to {len(NAMES)} assignments.")
-    if rows < 1:
-        raise ModlabError(f"rows={rows}: at least one is needed.")
+    if rows < 1 or lead < 0:
+        raise ModlabError(f"rows={rows} and lead={lead}: give one row or more, and no negative lead.")
     questions = [_Question.draw(tokenizer, pairs, random.Random(f"{seed}/{row}")) for row in range(rows)]
     longest = max(len(question.line) for question in questions)
     fits, left_out = fitting(
