@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modlab.kv import KVTracker
     from modlab.measure import calibrate, sweep
     from modlab.probes import GenerationHealth, generation_health, recall, retrieval
+    from modlab.recipes import recipe
     from modlab.routing import is_converted, record_routing, routing_override, set_threshold
     from modlab.routing_table import RoutingTable
     from modlab.trace import RoutingTrace, trace
@@ -49,6 +50,7 @@ _HOME: dict[str, str | None] = {
     "KVTracker": "kv",
     "calibrate": "measure",
     "sweep": "measure",
+    "recipe": "recipes",
     "recall": "probes",
     "retrieval": "probes",
     "generation_health": "probes",
@@ -89,6 +91,7 @@ __all__ = [
     "load",
     "probes",
     "recall",
+    "recipe",
     "record_routing",
     "retrieval",
     "revert",

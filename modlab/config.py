@@ -22,7 +22,8 @@ class MoDConfig:
     Attributes:
         layers: which decoder layers get a router: ``"alternate"`` (every other layer, from layer 1;
             MoDification section 3; in hybrids where none of those has softmax attention, every layer
-            that has), ``"all"``, or explicit indices (negative ones count from the end).
+            that has), ``"inner"`` (all but the first two and the last), ``"all"``, or explicit indices
+            (negative ones count from the end).
         operator: ``"threshold"`` keeps a token where its gate is at least `p`: per token, causal, independent
             of the batch. ``"topk"`` is the Mixture-of-Depths baseline (Raposo et al. 2024): in training each
             row keeps its `capacity` share of highest gates; in evaluation, where ranking would look into the
@@ -59,9 +60,10 @@ class MoDConfig:
                     f"MoDConfig({name}={value!r}): choose one of {', '.join(get_args(allowed))}."
                 )
         if isinstance(self.layers, str):
-            if self.layers not in ("alternate", "all"):
+            if self.layers not in ("alternate", "inner", "all"):
                 raise ModlabError(
-                    f"MoDConfig(layers={self.layers!r}): use 'alternate', 'all' or a list of layer indices."
+                    f"MoDConfig(layers={self.layers!r}): use 'alternate', 'inner', 'all' or a list of layer "
+                    "indices."
                 )
         else:
             self.layers = [int(i) for i in self.layers]
@@ -101,6 +103,8 @@ class MoDConfig:
         """Ascending indices of the layers to route in a model of `num_layers` decoder layers."""
         if self.layers == "alternate":
             indices = list(range(1, num_layers, 2))
+        elif self.layers == "inner":
+            indices = list(range(2, num_layers - 1))
         elif self.layers == "all":
             indices = list(range(num_layers))
         else:

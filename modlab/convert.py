@@ -62,7 +62,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         )
 
     layers = anatomy.decoder_layers(model)
-    indices, windows = _routable(model, layers, config)
+    indices, windows = routable(model, layers, config)
     ends = {i: anatomy.branch_ends(model, layers[i]) for i in indices} if _needs_branch_ends(config) else {}
 
     # From here on nothing can fail: a refused conversion has changed nothing.
@@ -158,7 +158,7 @@ def _require(layer: nn.Module, branch: str) -> str:
     return name
 
 
-def _routable(
+def routable(
     model: PreTrainedModel, layers: nn.ModuleList, config: MoDConfig
 ) -> tuple[list[int], dict[int, int | None]]:
     """Indices to route and their sliding windows. Layers named one by one must be routable, 'all' means what

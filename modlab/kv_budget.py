@@ -62,6 +62,29 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     return ratio
 
 
+def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> float:
+    """The mean keep ratio of the routed layers at which keys and values take 1/kv_saving of the dense bytes.
+
+    Args:
+        kv_saving: above 1.
+        routed: routed layers, of `num_layers`.
+        num_layers: decoder layers that hold keys and values.
+
+    Raises:
+        ModlabError: so few layers cannot save as much, whatever they skip.
+    """
+    if not kv_saving > 1:
+        raise ModlabError(f"kv_saving={kv_saving} has to be above 1: 1.8 leaves 1/1.8 of the K/V bytes.")
+    ratio = (num_layers / kv_saving - (num_layers - routed)) / routed
+    if ratio <= 0:
+        most = num_layers / (num_layers - routed) if routed < num_layers else float("inf")
+        raise ModlabError(
+            f"{routed} of {num_layers} layers are routed, which saves less than {most:.2f}x: "
+            f"kv_saving={kv_saving} needs more routed layers (MoDConfig(layers='inner') or 'all')."
+        )
+    return ratio
+
+
 @torch.no_grad()
 def token_bytes(model: Any) -> int:
     """Bytes of the keys and values of one token in one layer, measured with a forward of one token."""

@@ -157,7 +157,8 @@ def test_separate_mlp_routers_meet_the_target(make_llama: Any, rows: torch.Tenso
 
 def run_of(arm: str, loss: float, seed: int = 0, recall: float | None = None) -> dict[str, Any]:
     point: dict[str, Any] = {
-        "point": "trained", "loss": loss, "keep_ratio": 0.5, "kv_saving": 1.8, "flops_share": 0.7, "keep_by_layer": {},
+        "point": "trained", "loss": loss, "keep_ratio": 0.5, "kv_saving": 1.8, "flops_share": 0.7,
+        "keep_by_layer": {},
     }  # fmt: skip
     if recall is not None:
         point["recall"] = [{"distance": 2048, "second_loss": recall}, {"distance": 256, "second_loss": 1.0}]

@@ -18,7 +18,7 @@ class Arm:
     """Attributes:
     name: of the arm, and of its result files.
     why: what it is there to tell.
-    mod: fields of `MoDConfig`; None leaves the model dense. `layers` may be "mid" or "wide" too.
+    mod: fields of `MoDConfig`; None leaves the model dense. `layers` may be "wide" or "static" too.
     train: fields of `TrainConfig`.
     kv_saving: aimed at; sets keep ratio (or capacity). None: whatever comes out.
     keep_ratio: instead, where no K/V is saved.
@@ -79,8 +79,6 @@ def keep_for(kv_saving: float, routed: int, num_layers: int) -> float:
 
 def named_layers(layers: Any, num_layers: int) -> Any:
     """The words of this file as indices; others as they are."""
-    if layers == "mid":
-        return list(range(2, num_layers - 1))
     if layers == "wide":
         return list(range(1, num_layers))
     if layers == "static":  # as many as come closest to 1.8x when left out
@@ -96,7 +94,7 @@ def _arms() -> Iterator[Arm]:
     yield Arm("random-alt", "tokens left out by chance", {}, {"objective": "none"}, mechanism="random")
     topk = {"operator": "topk", "gate": "fused", "init_gate": 0.5}
     yield Arm("topk-alt", "top-k MoD, evaluated causally", topk)
-    yield Arm("topk-mid", "top-k MoD on the layers of ours", {**topk, "layers": "mid"})
+    yield Arm("topk-mid", "top-k MoD on the layers of ours", {**topk, "layers": "inner"})
     paper = {"gate": "paper", "init_gate": 0.5, "keep_first": 1}
     for alpha in (0.01, 0.03, 0.1, 0.3):
         load = {"objective": "load", "alpha": alpha}
@@ -106,9 +104,9 @@ def _arms() -> Iterator[Arm]:
 
     # ---- straight-through, what-if, two-sided target
     yield Arm("layer-alt", "ours as it was: whole layers, alternate", {})
-    yield Arm("layer-mid", "fewer tokens left out in more layers", {"layers": "mid"})
+    yield Arm("layer-mid", "fewer tokens left out in more layers", {"layers": "inner"})
     yield Arm("layer-wide", "still more layers", {"layers": "wide"})
-    attn = {"skip": "attention", "layers": "mid"}
+    attn = {"skip": "attention", "layers": "inner"}
     yield Arm("attn-mid", "every MLP runs, attention is left out", attn)
     yield Arm("attn-alt", "the same in alternate layers", {**attn, "layers": "alternate"})
     yield Arm("attn-wide", "the same in more layers", {**attn, "layers": "wide"})
@@ -120,7 +118,7 @@ def _arms() -> Iterator[Arm]:
     yield Arm("attn-mid-budget", "thresholds follow the gates", attn, {"objective": "budget"})
     budget, spread = {"objective": "budget"}, (1.2, 2.5)
     yield Arm("attn-mid-range", "another budget each step", attn, budget, saving_range=spread)
-    yield Arm("layer-mid-range", "of whole layers", {"layers": "mid"}, budget, saving_range=spread)
+    yield Arm("layer-mid-range", "of whole layers", {"layers": "inner"}, budget, saving_range=spread)
     yield Arm("attn-mid-ramp", "the target falls for longer", attn, {"ramp": 0.6})
     yield Arm("attn-mid-late", "and late", attn, {"hold": 0.3, "ramp": 0.4})
     yield Arm("attn-mid-whatif0", "no what-if passes", attn, {"what_if": 0.0})
@@ -130,13 +128,15 @@ def _arms() -> Iterator[Arm]:
 
     # ---- what else teaches, what is protected, what decides, what is left behind
     yield Arm("attn-mid-kl", "KL to the dense base", attn, teacher=1.0)
-    yield Arm("layer-mid-kl", "the same with whole layers", {"layers": "mid"}, teacher=1.0)
+    yield Arm("layer-mid-kl", "the same with whole layers", {"layers": "inner"}, teacher=1.0)
     yield Arm("attn-mid-first0", "no protected tokens", {**attn, "keep_first": 0})
     yield Arm("attn-mid-first32", "many protected tokens", {**attn, "keep_first": 32})
     yield Arm("attn-mid-normed", "router reads the normalised stream", attn, mechanism="normed")
     yield Arm("attn-mid-2layer", "router with a hidden layer", attn, mechanism="two-layer")
-    yield Arm("layer-mid-adapter", "low-rank map for skipped tokens", {"layers": "mid"}, mechanism="adapter")
-    yield Arm("layer-mid-shared", "K/V of the layer below", {"layers": "mid"}, mechanism="shared-kv")
+    yield Arm(
+        "layer-mid-adapter", "low-rank map for skipped tokens", {"layers": "inner"}, mechanism="adapter"
+    )
+    yield Arm("layer-mid-shared", "K/V of the layer below", {"layers": "inner"}, mechanism="shared-kv")
 
 
 ARMS = {arm.name: arm for arm in _arms()}

@@ -35,7 +35,10 @@ def add(command: Command) -> None:
     add_dataclass_flags(
         flags,
         MoDConfig,
-        special={"layers": ("alternate|all|1,3,5", read_layers), "p": ("P|1=0.5,3=0.6", read_thresholds)},
+        special={
+            "layers": ("alternate|inner|all|1,3,5", read_layers),
+            "p": ("P|1=0.5,3=0.6", read_thresholds),
+        },
         leave_out={"format_version"},
     )
 

@@ -131,7 +131,7 @@ def read_integers(text: str) -> tuple[int, ...]:
 
 
 def read_layers(text: str) -> str | list[int]:
-    """alternate, all, or indices as in 1,3,5."""
+    """alternate, inner, all, or indices as in 1,3,5."""
     if re.fullmatch(r"-?\d+(,-?\d+)*", text):
         return [int(part) for part in text.split(",")]
     return text  # MoDConfig knows which words it takes, and says so

@@ -14,13 +14,14 @@ from modlab.errors import ModlabError
 
 def add(command: Command) -> None:
     """The parser of this command."""
+    from modlab.recipes import RECIPES
     from modlab.train_config import TrainConfig
 
     sub = command(
         "train",
         run,
         "train the routers and the weights of a Mixture-of-Depths model",
-        "A dense MODEL is converted first, with the default settings (`modlab convert` offers all others). "
+        "A dense MODEL is converted first, as the recipe says (`modlab convert` offers all settings). "
         "Log, checkpoints and at the end the model (DIR/model) lie in DIR. Ctrl-C saves a checkpoint; "
         "the same command with --resume auto goes on from there.",
     )
@@ -36,6 +37,15 @@ def add(command: Command) -> None:
         default=65536,
         help="held-out tokens to evaluate on; 0: none",
     )
+    sub.add_argument(
+        "--recipe", choices=list(RECIPES), default="default",
+        help="how a dense MODEL is converted and trained; flags given beside it win: "
+        + "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items()),
+    )  # fmt: skip
+    sub.add_argument(
+        "--kv-saving", metavar="X", type=float,
+        help="with --recipe: how many times smaller the K/V cache shall be (the recipe's own)",
+    )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     add_model_flags(sub)
@@ -47,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from modlab.train_config import TrainConfig
 
-    config = TrainConfig(**given_flags(options, TrainConfig))
+    given = given_flags(options, TrainConfig)
+    config = TrainConfig(**given)
     config.check()  # before a model is loaded and text is tokenised for nothing
     if config.kl and options.teacher is None:
         raise ModlabError(f"--kl {config.kl} needs --teacher MODEL.")
@@ -57,8 +68,16 @@ def run(options: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(options, options.model)
     if not modlab.is_converted(model) and not options.dense:
-        modlab.convert(model)
-        print(f"{options.model} is dense: converted, routed layers {model.mod.layers}")
+        mod_config, config = modlab.recipe(options.recipe, model, kv_saving=options.kv_saving, **given)
+        modlab.convert(model, mod_config)
+        print(
+            f"{options.model} is dense: converted by the recipe {options.recipe}, routed layers "
+            f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
+        )
+    elif options.kv_saving is not None:
+        raise ModlabError(
+            "--kv-saving is of a recipe, for a dense MODEL that is converted: use --keep-ratio."
+        )
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
 
     def rows(split: str, limit: int | None) -> Any:

@@ -1,0 +1,94 @@
+"""Conversion recipes by name: what is routed, how it is trained, for which KV saving.
+
+    mod_config, train_config = modlab.recipe("memory", model, tokens=100_000_000)
+    modlab.train(modlab.convert(model, mod_config), rows, train_config)
+
+What each choice rests on is in docs/log.md and, where the study has decided it, docs/quality.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modlab.anatomy import attention_name, decoder_layers
+from modlab.config import MoDConfig
+from modlab.convert import routable
+from modlab.errors import ModlabError
+from modlab.kv_budget import keep_ratio_for_saving
+from modlab.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe.
+
+    Attributes:
+        summary: what it is for, in a line.
+        mod: fields of `MoDConfig` that differ from the default.
+        train: fields of `TrainConfig` that differ from the default.
+        kv_saving: aimed at by default; None leaves `keep_ratio` as it is.
+    """
+
+    summary: str
+    mod: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    kv_saving: float | None = None
+
+
+RECIPES = {
+    "default": Recipe("whole layers, a quarter of the tokens in every other one: 1.6x less K/V, and time"),
+    "memory": Recipe(
+        "attention alone, in all layers but the first two and the last: least loss for the K/V saved",
+        {"skip": "attention", "layers": "inner"},
+        kv_saving=1.8,
+    ),
+    "speed": Recipe(
+        "whole layers, in all but the first two and the last: most operations saved",
+        {"layers": "inner"},
+        kv_saving=1.8,
+    ),
+    "paper": Recipe(
+        "MoDification as published: load objective, gate on both branches; where it ends is up to alpha",
+        {"gate": "paper", "init_gate": 0.5, "keep_first": 1},
+        {"objective": "load", "alpha": 0.01, "calibrate": False},
+    ),
+}
+
+
+def recipe(
+    name: str, model: Any, *, kv_saving: float | None = None, **train: Any
+) -> tuple[MoDConfig, TrainConfig]:
+    """The settings of a recipe for this model.
+
+    Args:
+        name: "default", "memory", "speed" or "paper".
+        model: dense, to be converted; its number of layers sets the keep ratio.
+        kv_saving: how many times smaller the K/V cache shall be; the recipe's own by default.
+        **train: further fields of `TrainConfig`, such as `tokens`; they win over the recipe's.
+
+    Returns:
+        (MoDConfig, TrainConfig) for `modlab.convert` and `modlab.train`.
+
+    Raises:
+        ModlabError: no such recipe, a saving that its layers cannot give, or settings that do not fit.
+    """
+    if name not in RECIPES:
+        raise ModlabError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
+    chosen = RECIPES[name]
+    config = MoDConfig(**chosen.mod)
+    fields = {**chosen.train, **train}
+    saving = kv_saving or chosen.kv_saving
+    if kv_saving is not None and fields.get("objective") == "load":
+        raise ModlabError(
+            "the load objective aims at no KV saving, alpha decides it: leave kv_saving away, or calibrate "
+            "the trained model (modlab.calibrate)."
+        )
+    if saving is not None and "keep_ratio" not in fields:
+        layers = decoder_layers(model)
+        routed, _ = routable(model, layers, config)
+        holding_keys = sum(attention_name(layer) is not None for layer in layers)  # all, but in hybrids
+        fields["keep_ratio"] = keep_ratio_for_saving(saving, len(routed), holding_keys)
+    train_config = TrainConfig(**fields)
+    train_config.check()
+    return config, train_config

@@ -1,0 +1,52 @@
+"""Recipes by name: settings that fit the model, a saving that is met by arithmetic, flags that win."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.kv_budget import keep_ratio_for_saving
+from modlab.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_converts_and_trains(make_llama: Any, name: str) -> None:
+    import torch
+
+    model = make_llama(num_hidden_layers=8)
+    mod_config, train_config = modlab.recipe(name, model, steps=2, batch_size=2, calibrate=False)
+    modlab.convert(model, mod_config)
+    rows = torch.randint(3, 512, (8, 32), generator=torch.Generator().manual_seed(0))
+    assert modlab.train(model, rows, train_config).steps == 2
+
+
+@pytest.mark.parametrize(("name", "saving"), [("memory", 1.8), ("speed", 1.5), ("default", 1.7)])
+def test_the_keep_ratio_gives_the_saving(make_llama: Any, name: str, saving: float) -> None:
+    model = make_llama(num_hidden_layers=8)
+    mod_config, train_config = modlab.recipe(name, model, kv_saving=saving, steps=1)
+    routed = len(mod_config.resolve_layers(8))
+    assert 8 / (8 - routed + routed * train_config.keep_ratio) == pytest.approx(saving)
+
+
+def test_what_is_given_wins(make_llama: Any) -> None:
+    model = make_llama(num_hidden_layers=8)
+    _, config = modlab.recipe("memory", model, steps=7, keep_ratio=0.6, ramp=0.5)
+    assert (config.steps, config.keep_ratio, config.ramp) == (7, 0.6, 0.5)
+    assert modlab.recipe("memory", model, steps=7)[0].skip == "attention"
+
+
+def test_refusals_say_what_to_do(make_llama: Any) -> None:
+    model = make_llama(num_hidden_layers=8)
+    with pytest.raises(ModlabError, match="no recipe 'fast': choose one of default, memory"):
+        modlab.recipe("fast", model, steps=1)
+    with pytest.raises(ModlabError, match="4 of 8 layers are routed, which saves less than 2.00x"):
+        modlab.recipe("default", model, steps=1, kv_saving=2.5)
+    with pytest.raises(ModlabError, match="alpha decides it"):
+        modlab.recipe("paper", model, steps=1, kv_saving=1.5)
+    with pytest.raises(ModlabError, match="has to be above 1"):
+        keep_ratio_for_saving(0.9, 4, 8)
+    with pytest.raises(ModlabError, match="How long to train"):
+        modlab.recipe("memory", model)
