@@ -1,6 +1,7 @@
 """Figures that were measured elsewhere and are committed with their device, date and command, as tables.
 
     published.benchmarks()      `modlab bench`, this project's runs (benchmarks/results/*.json)
+    published.quality()         what conversion recipes cost in loss (python -m benchmarks.quality)
     published.demo()            the demo models on held-out text (modlab/demo/results.json)
 
 The files travel in the package: an installed modlab can draw them beside what the machine at hand measures.
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PACKAGE = Path(__file__).resolve().parent
+QUALITY = "quality"
 PROVENANCE = ("device_name", "dtype", "date", "command")
 
 
@@ -49,6 +51,8 @@ def benchmarks() -> pd.DataFrame:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files()]
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=_date):
+        if result["what"] == QUALITY:
+            continue
         newest[result["what"], result["device_name"]] = result
     rows: list[dict[str, Any]] = []
     for _, result in sorted(newest.items()):
@@ -56,6 +60,22 @@ def benchmarks() -> pd.DataFrame:
         origin |= {"result": result["what"], "torch": result["versions"]["torch"]}
         rows += [{**origin, **row} for row in result["rows"]]
     return pd.DataFrame(rows)
+
+
+def quality() -> pd.DataFrame:
+    """One row an operating point of a trained arm, from the newest study.
+
+    Columns at least: arm, seed, tokens, point ("trained", or the KV saving that its thresholds were moved
+    to), keep_ratio, kv_saving, flops_share, loss, dense_loss, gap, recall_gap (nats). `attrs` holds date,
+    command and device_name; there is no row where no study is committed.
+    """
+    import pandas as pd
+
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files()]
+    studies = sorted((result for result in results if result["what"] == QUALITY), key=_date)
+    frame = pd.DataFrame(studies[-1]["rows"] if studies else [])
+    frame.attrs = {name: studies[-1][name] for name in ("date", "command", "device_name")} if studies else {}
+    return frame
 
 
 def _date(result: dict[str, Any]) -> str:

@@ -7,12 +7,12 @@ Needs Chromium (as the browser tests do), which takes the picture of a plotly pa
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from screenshot import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "speed.png"
@@ -66,26 +66,11 @@ def figure(result: dict[str, Any]) -> go.Figure:
 
 
 def main() -> int:
-    from playwright.sync_api import sync_playwright
-
     files = sorted((ROOT / "benchmarks" / "results").glob("growth_*.json"))
     if not files:
         print("no growth result is committed", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory() as folder:
-        page_file = Path(folder, "speed.html")
-        figure(json.loads(files[-1].read_text(encoding="utf-8"))).write_html(page_file, include_plotlyjs=True)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
-            )
-            page = browser.new_page(
-                viewport={"width": WIDTH + 16, "height": HEIGHT + 16}, device_scale_factor=1.5
-            )
-            page.goto(page_file.as_uri())
-            page.wait_for_selector(".main-svg")
-            page.screenshot(path=TARGET)
-            browser.close()
+    save_png(figure(json.loads(files[-1].read_text(encoding="utf-8"))), TARGET, WIDTH, HEIGHT)
     print(f"wrote {TARGET.relative_to(ROOT)}")
     return 0
 

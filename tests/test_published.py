@@ -17,9 +17,23 @@ def test_benchmarks_are_the_rows_of_the_files() -> None:
     assert columns <= set(frame)
     assert frame[[*published.PROVENANCE, "torch"]].notna().all(axis=None)
     files = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
-    rows = [row for file in files for row in file["rows"]]
+    rows = [row for file in files if file["what"] != published.QUALITY for row in file["rows"]]
     assert 0 < len(frame) <= len(rows)
     assert set(frame.mod_ms) <= {row["mod_ms"] for row in rows}
+
+
+def test_the_newest_study_is_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    facts = {"device_name": "a GPU", "dtype": "bfloat16", "command": "c", "versions": {"torch": "2.13.0"}}
+    bench = {"what": "decode", **facts, "date": "2030-01-01", "rows": [{"case": "decode", "mod_ms": 1.0}]}
+    (tmp_path / "decode.json").write_text(json.dumps(bench))
+    assert len(published.quality()) == 0
+    for date, gap in (("2030-01-02", 0.2), ("2030-01-01", 0.1)):
+        study = {"what": "quality", **facts, "date": date, "rows": [{"arm": "attn-mid", "gap": gap}]}
+        (tmp_path / f"quality_{date}.json").write_text(json.dumps(study))
+    frame = published.quality()
+    assert list(frame.gap) == [0.2] and frame.attrs["date"] == "2030-01-02"
+    assert len(published.benchmarks()) == 1
 
 
 def test_of_several_results_the_newest_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,29 @@ def test_rows_compare_with_the_dense_run_of_the_same_seed() -> None:
     assert rows["dense", 0]["gap"] == 0.0 and rows["a", 1]["recall_gap"] is None
 
 
+def test_the_page_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    quality_page = pytest.importorskip("quality_page")
+    drawn: list[Any] = []
+    monkeypatch.setattr(quality_page, "save_png", lambda figure, path, *size: drawn.append((figure, path)))
+    runs = [run_of("dense", 1.0, 0, 0.5), run_of("dense", 1.1, 1, 0.5), run_of("attn-mid", 1.25, 0, 0.55)]
+    runs += [run_of("attn-mid", 1.45, 1)]
+    runs[2]["points"].append({**runs[2]["points"][0], "point": "1.5x", "loss": 1.125})
+    result = {"device_name": "a GPU", "dtype": "bf16", "versions": {"torch": "2"}, "date": "2026-01-01"}
+    text = quality_page.page(result | {"command": "c", "rows": rows_of(runs)}, tmp_path)
+    assert (
+        "| attn-mid | every MLP runs, attention is left out | 2 | 1.80x | 0.70 | 0.300 ± 0.071 | 0.050 |"
+        in text
+    )
+    assert "| attn-mid | - | 0.125 | - | - | - |" in text
+    assert [path.name for _, path in drawn] == [
+        "quality_0.001M_kv_saving.png",
+        "quality_0.001M_flops_share.png",
+    ]
+    (line,) = [trace for trace in drawn[0][0].data if trace.name == "attn-mid"]
+    assert sorted(line.y) == pytest.approx([0.125, 0.3])
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_the_whole_study_in_small(tmp_path: Path) -> None:
