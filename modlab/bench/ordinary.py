@@ -32,6 +32,37 @@ def _no_grad_override(model: Any, fn: Any | None) -> Iterator[None]:
         yield
 
 
+def _row(
+    settings: Settings,
+    name: str,
+    context: int,
+    dense: Any,
+    routed: list[int],
+    times: dict[str, Times],
+    ratio: float,
+    ideal: float,
+    facts: dict[float, tuple[int, float]],
+    dense_bytes: int,
+) -> Row:
+    """The row of one keep ratio; `facts` holds allocated bytes and measured keep ratio by ratio."""
+    kv_bytes, kept = facts[ratio]
+    return make_row(
+        times["dense"],
+        times[f"mod {ratio}"],
+        case=name,
+        shape=settings.shape,
+        context=context,
+        batch=settings.batch,
+        routed=settings.routed,
+        routed_layers=len(routed),
+        num_layers=dense.config.num_hidden_layers,
+        keep_ratio=kept,
+        ideal=ideal,
+        kv_bytes=kv_bytes,
+        dense_kv_bytes=dense_bytes,
+    )
+
+
 @case
 def prefill(settings: Settings) -> Iterator[Row]:
     """Prompt of each context through a Llama-shaped model, forced random routing."""
@@ -54,27 +85,10 @@ def prefill(settings: Settings) -> Iterator[Row]:
         calls = {"dense": partial(call, dense, None)}
         calls |= {f"mod {r}": partial(call, mod, fn) for r, fn in routing.items()}
         times = interleaved(calls, settings.repeats, settings.device)
+        lengths = [context] * settings.batch
         for ratio in settings.ratios:
-            kv_bytes, kept = facts[ratio]
-            yield (
-                make_row(
-                    times["dense"],
-                    times[f"mod {ratio}"],
-                    case="prefill",
-                    shape=settings.shape,
-                    context=context,
-                    batch=settings.batch,
-                    routed=settings.routed,
-                    routed_layers=len(routed),
-                    num_layers=dense.config.num_hidden_layers,
-                    keep_ratio=kept,
-                    ideal=ideal_prefill(
-                        dense.config, [context] * settings.batch, dict.fromkeys(routed, ratio)
-                    ),
-                    kv_bytes=kv_bytes,
-                    dense_kv_bytes=dense_bytes,
-                )
-            )
+            ideal = ideal_prefill(dense.config, lengths, dict.fromkeys(routed, ratio))
+            yield _row(settings, "prefill", context, dense, routed, times, ratio, ideal, facts, dense_bytes)
         del dense, mod
 
 
@@ -110,32 +124,14 @@ def decode(settings: Settings) -> Iterator[Row]:
 
         calls = {name: partial(stretch, name) for name in variants}
         times = interleaved(calls, settings.repeats, settings.device, per=n)
-        facts = {name: cache_facts(cache, routed, settings.batch) for name, (cache, _) in state.items()}
+        dense_bytes, _ = cache_facts(state["dense"][0], routed, settings.batch)
+        facts = {r: cache_facts(state[f"mod {r}"][0], routed, settings.batch) for r in settings.ratios}
+        lengths = [context] * settings.batch
         for ratio in settings.ratios:
-            kv_bytes, kept = facts[f"mod {ratio}"]
-            yield (
-                make_row(
-                    times["dense"],
-                    times[f"mod {ratio}"],
-                    case="decode",
-                    shape=settings.shape,
-                    context=context,
-                    batch=settings.batch,
-                    routed=settings.routed,
-                    routed_layers=len(routed),
-                    num_layers=dense.config.num_hidden_layers,
-                    keep_ratio=kept,
-                    ideal=ideal_decode(
-                        dense.config,
-                        [context] * settings.batch,
-                        dict.fromkeys(routed, ratio),
-                        settings.dtype.itemsize,
-                    ),
-                    kv_bytes=kv_bytes,
-                    dense_kv_bytes=facts["dense"][0],
-                    decode_tokens=n,
-                )
-            )
+            shares = dict.fromkeys(routed, ratio)
+            ideal = ideal_decode(dense.config, lengths, shares, settings.dtype.itemsize)
+            row = _row(settings, "decode", context, dense, routed, times, ratio, ideal, facts, dense_bytes)
+            yield row | {"decode_tokens": n}
         del dense, mod, variants, state
 
 
