@@ -82,20 +82,6 @@ def budget_objective(step: RoutingStep, target: float, lam: float = 2.0, per_lay
     return lam * (soft - target).square().mean()
 
 
-def ramped_target(target: float, progress: float, ramp: float) -> float:
-    """The keep ratio asked for at `progress` in [0, 1] of the run: from 1 (everything) to `target` over
-    `ramp`; 1 before the run's part that counts (a negative `progress`).
-
-    A target that falls at once shuts gates before the model has learnt which tokens need them (DESIGN section
-    1).
-    """
-    if progress < 0:
-        return 1.0
-    if ramp <= 0 or progress >= ramp:
-        return target
-    return 1.0 + (target - 1.0) * progress / ramp
-
-
 def topk_bce(step: RoutingStep) -> Tensor:
     """Auxiliary BCE for top-k routing: predicts membership in the top k from a token's own logit.
 

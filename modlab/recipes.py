@@ -11,11 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from modlab.anatomy import attention_name, decoder_layers
 from modlab.config import MoDConfig
-from modlab.convert import routable
 from modlab.errors import ModlabError
-from modlab.kv_budget import keep_ratio_for_saving
 from modlab.train_config import TrainConfig
 
 
@@ -73,6 +70,11 @@ def recipe(
     Raises:
         ModlabError: no such recipe, a saving that its layers cannot give, or settings that do not fit.
     """
+    # The command line reads RECIPES for its help, and must not wait for torch.
+    from modlab.anatomy import attention_name, decoder_layers
+    from modlab.convert import routable
+    from modlab.kv_budget import keep_ratio_for_saving
+
     if name not in RECIPES:
         raise ModlabError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
     chosen = RECIPES[name]

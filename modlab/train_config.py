@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError
-from modlab.objectives import ramped_target
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -185,6 +184,20 @@ def keep_target(config: TrainConfig, step: int, progress: float) -> float:
         low, high = config.keep_range
         aim = low + (high - low) * ((step + 1) * GOLDEN % 1.0)
     return ramped_target(aim, progress - config.hold, config.ramp)
+
+
+def ramped_target(target: float, progress: float, ramp: float) -> float:
+    """The keep ratio asked for at `progress` in [0, 1] of the run: from 1 (everything) to `target` over
+    `ramp`; 1 before the run's part that counts (a negative `progress`).
+
+    A target that falls at once shuts gates before the model has learnt which tokens need them (DESIGN section
+    1).
+    """
+    if progress < 0:
+        return 1.0
+    if ramp <= 0 or progress >= ramp:
+        return target
+    return 1.0 + (target - 1.0) * progress / ramp
 
 
 def is_what_if(share: float, step: int) -> bool:

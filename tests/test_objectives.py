@@ -80,12 +80,6 @@ def test_target_per_layer_differs_from_the_mean() -> None:
     assert objectives.target_objective(step, 0.5, lam=3.0, per_layer=True).item() == pytest.approx(3 * 0.25)
 
 
-def test_ramp_falls_from_everything_to_the_target() -> None:
-    values = [objectives.ramped_target(0.2, progress, 0.5) for progress in (0, 0.25, 0.5, 1)]
-    assert values == pytest.approx([1.0, 0.6, 0.2, 0.2])
-    assert objectives.ramped_target(0.2, 0.0, 0.0) == 0.2
-
-
 def test_topk_bce(step: Any) -> None:
     def bce(logit: float, label: int) -> float:
         return -math.log(sigmoid(logit) if label else 1 - sigmoid(logit))

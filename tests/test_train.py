@@ -22,7 +22,7 @@ from modlab.data import packed
 from modlab.errors import ModlabError
 from modlab.layer import compiled_forward
 from modlab.train import TrainConfig, evaluate, train
-from modlab.train_config import is_what_if, keep_target, lr_factor
+from modlab.train_config import is_what_if, keep_target, lr_factor, ramped_target
 
 from .synthetic import scatter_gates
 from .test_data import character_tokenizer
@@ -362,6 +362,12 @@ def test_gates_that_cannot_be_split_stay(make: Callable[..., Any], rows: torch.T
     with pytest.warns(UserWarning, match="(?s)thresholds stay as trained.*all alike"):
         train(model, rows, TrainConfig(**settings(steps=1, lr=1e-9, keep_ratio=0.3, calibrate=True)))
     assert set(model.mod.thresholds.values()) == {0.5}
+
+
+def test_ramp_falls_from_everything_to_the_target() -> None:
+    values = [ramped_target(0.2, progress, 0.5) for progress in (0, 0.25, 0.5, 1)]
+    assert values == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert ramped_target(0.2, 0.0, 0.0) == 0.2
 
 
 def test_keep_target_holds_falls_and_spreads() -> None:

@@ -50,7 +50,12 @@ def add(command: Command) -> None:
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     add_model_flags(sub)
     flags = sub.add_argument_group("TrainConfig")
-    add_dataclass_flags(flags, TrainConfig, special={"betas": ("B1,B2", read_floats)}, leave_out={"out"})
+    add_dataclass_flags(
+        flags,
+        TrainConfig,
+        special={"betas": ("B1,B2", read_floats), "keep_range": ("LOW,HIGH", read_floats)},
+        leave_out={"out"},
+    )
 
 
 def run(options: argparse.Namespace) -> int:

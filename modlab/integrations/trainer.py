@@ -24,7 +24,7 @@ from modlab.checkpoint import ADAPTER_CONFIG, ROUTER_FILE, describe_routing, loa
 from modlab.errors import ModlabError
 from modlab.routing import Recording, is_converted, record_routing
 from modlab.train_checks import choose_objective
-from modlab.train_config import Objective, TrainConfig, is_what_if
+from modlab.train_config import Objective, TrainConfig, is_what_if, ramped_target
 from modlab.train_step import routing_objective
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class MoDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         progress = state.global_step / max(state.max_steps, 1)
-        self.target = objectives.ramped_target(self.config.keep_ratio, progress, self.config.ramp)
+        self.target = ramped_target(self.config.keep_ratio, progress, self.config.ramp)
         self.routing.what_if = is_what_if(self.config.what_if, state.global_step)
 
     def on_step_end(
