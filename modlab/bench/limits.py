@@ -101,7 +101,7 @@ def step_times(
     if routed:
         table = random_routing(routed, batch, [context, tokens], ratio, seed, engine.device)
         tables.force({i: table.for_rows(i, batch, engine.device) for i in routed})
-    tables.token.fill_(1)
+    tables.choice.token.fill_(1)
     times = Times()
     for _ in range(tokens):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -32,6 +33,7 @@ class Engine:
 
     Attributes:
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
+        uncompiled: what runs as it is although it was to be compiled, by name, with the reason.
         last: facts of the latest generation.
     """
 
@@ -44,6 +46,7 @@ class Engine:
         self.branch: Branch
         self.branch, self.branch_note = choose_branch(self.device)
         self.compile = compile and self.device.type == "cuda"
+        self.uncompiled: dict[str, str] = {}
         self.attention = [attention_modules(layer) for layer in self.layers]
         self.configs: list[Any] = list(
             {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
@@ -95,10 +98,19 @@ class Engine:
         self.compile = False
         warnings.warn(f"fast generation goes on without CUDA graphs: {self.branch_note}", stacklevel=2)
 
+    def compile_less(self, why: str) -> None:
+        """Steps are captured uncompiled from now on; `fast_generation_report` says why."""
+        self.compile, self.uncompiled = False, {"layers": why.splitlines()[0]}
+        warnings.warn(
+            f"fast generation goes on without torch.compile: {self.uncompiled['layers']}", stacklevel=2
+        )
+
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""
         if batch not in self.steps or not self.steps[batch].is_current():
-            self.steps[batch] = Step(self, batch)
+            # What is made here outlives a caller's inference mode, whose tensors cannot be written outside.
+            with torch.inference_mode(False), torch.no_grad():
+                self.steps[batch] = Step(self, batch)
         return self.steps[batch]
 
 

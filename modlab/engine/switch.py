@@ -145,8 +145,9 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         enabled; branch ("torch", "cuda-python" or "host": how routed layers are skipped) and branch_note (why
-        not in a better way); compiled; batch_sizes captured; last: fast, why (not), rows, prompt_tokens a
-        row, new_tokens, seconds, kv_bytes allocated, kept_tokens [L][B].
+        not in a better way); compiled, and uncompiled: the parts of a step that torch.compile failed on, with
+        the reason; batch_sizes captured; last: fast, why (not), rows, prompt_tokens a row, new_tokens,
+        tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes allocated, kept_tokens [L][B].
     """
     if not is_fast(model):
         return {"enabled": False}
@@ -156,6 +157,7 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
         "branch": engine.branch.name,
         "branch_note": engine.branch_note,
         "compiled": engine.compile,
+        "uncompiled": dict(engine.uncompiled),
         "batch_sizes": sorted(engine.steps),
         "last": dict(engine.last),
     }
@@ -192,7 +194,7 @@ def _refusal(
     """Why this call goes the ordinary way, or None."""
     if next(model.parameters()).device != engine.device:
         return "the model has moved to another device: enable fast generation again"
-    if any(m._forward_hooks or m._forward_pre_hooks for layer in engine.layers for m in layer.modules()):
+    if _is_watched(model, engine):
         return "a forward hook is registered, which would see all rows in one line, or nothing"
     if model.training:
         return "the model is in training mode"
@@ -237,6 +239,16 @@ def _refusal(
     return None
 
 
+def _is_watched(model: torch.nn.Module, engine: Engine) -> bool:
+    """Whether somebody else has a forward hook on any part of the model: a recorder, `KVTracker`, a probe."""
+    own = set() if engine.routing is None else {handle.id for handle in engine.routing.hooks}
+    return any(
+        not own.issuperset(hooks)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    )
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a GPU the current one: kernels and events go to that, not to where their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -277,7 +289,7 @@ def _probe(model: Any, engine: Engine) -> None:
             step.tables.force({i: routing.override.for_rows(i, B, device) for i in routing.layers})
         got = [logits]
         for at in range(PROBE_STEPS):
-            step.tables.token.copy_(ids[:, T + at, None])
+            step.tables.choice.token.copy_(ids[:, T + at, None])
             step.run()
             got.append(step.logits)
     finally:
