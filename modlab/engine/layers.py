@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modlab.anatomy import attention_name, mlp_name
@@ -25,6 +26,7 @@ from modlab.engine.tables import RouterSlot, Tables
 from modlab.layer import CALL, RoutedLayer
 from modlab.ops.combine import gated_output, scaled_branches
 from modlab.ops.decode_router import RouterCall
+from modlab.ops.router_logits import router_logits
 from modlab.routing import Routing
 
 Forward = Callable[..., Any]
@@ -114,9 +116,12 @@ def _prefill_routed(
     kwargs.pop(CALL, None)
     arguments = LayerArguments(layer.dense_class, args, kwargs)
     x = arguments.hidden
-    decision = routing.decide(index, layer.mod_router, arguments.residual_BTD, training=False)
+    logits = partial(router_logits, layer.mod_router)
+    decision = routing.decide(index, logits, arguments.residual_BTD, training=False)
     keep_S = decision.keep[0]
-    passed = keep_S.cumsum(0)[ends - 1].tolist()  # the one host sync of the layer
+    passed_B = keep_S.cumsum(0)[ends - 1]
+    slot.bounds = F.pad(passed_B, (1, 0)).int()
+    passed = passed_B.tolist()  # the one host sync of the layer
     slot.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
     kept = passed[-1]
     if kept == 0:
