@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import modlab
 from modlab.anatomy import decoder_of
+from modlab.engine import engine as engine_module
 from modlab.engine import step as step_module
 from modlab.engine.branch import Branch
 from modlab.engine.choice import MAX_ENDS, Choice, choose
@@ -319,3 +320,23 @@ def test_tables_that_are_replaced_make_a_step_stale(make_llama: Any) -> None:
     assert step.is_current()
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
     assert not step.is_current()
+
+
+def test_a_caller_under_autocast_goes_the_ordinary_way(make_llama: Any) -> None:
+    """Its types would stay in a captured step, and the next caller's keys be read as what they are not."""
+    model, inputs = routed_llama(make_llama), prompts(9, 4)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        want = generated(model, inputs, max_new_tokens=3)
+        modlab.enable_fast_generation(model, compile=False)
+        assert generated(model, inputs, max_new_tokens=3) == want
+    assert "autocast" in modlab.fast_generation_report(model)["last"]["why"]
+
+
+def test_steps_of_the_latest_batch_sizes_are_kept(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MAX_STEPS", 2)
+    model = make_llama().to(DEVICE)
+    modlab.enable_fast_generation(model, compile=False)
+    engine = model.__dict__["mod_engine"]
+    steps = [engine.step(rows) for rows in (1, 2, 1, 3)]
+    assert steps[0] is steps[2] and list(engine.steps) == [1, 3]
+    assert engine.step(1) is steps[0] and engine.step(2) is not steps[1]

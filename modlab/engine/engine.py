@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MAX_STEPS = 16
+"""Batch sizes whose captured steps are kept, each with memory of its own for what it computes."""
+
+
 class Engine:
     """Prefill and decoding of one model, dense or converted, without padding, host syncs or skipped work.
 
@@ -53,6 +57,7 @@ class Engine:
         )
         self.steps: dict[int, Step] = {}
         self.lock = threading.RLock()  # one generation at a time: it lends functions to the model
+        self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.last: dict[str, Any] = {}
 
     # ---- the two kinds of forward ----
@@ -107,11 +112,16 @@ class Engine:
 
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""
-        if batch not in self.steps or not self.steps[batch].is_current():
+        step = self.steps.pop(batch, None)
+        if step is None or not step.is_current():
+            step = None  # lets go of its graph before another takes memory
             # What is made here outlives a caller's inference mode, whose tensors cannot be written outside.
             with torch.inference_mode(False), torch.no_grad():
-                self.steps[batch] = Step(self, batch)
-        return self.steps[batch]
+                step = Step(self, batch)
+        self.steps[batch] = step  # the latest used is the last
+        while len(self.steps) > MAX_STEPS:
+            del self.steps[next(iter(self.steps))]
+        return step
 
 
 def _has_config(module: nn.Module) -> bool:

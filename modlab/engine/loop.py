@@ -76,7 +76,7 @@ def generate_tokens(
     if streamer is not None:
         streamer.end()
     tables.read_lengths()
-    engine.last = {
+    engine.last |= {
         "rows": B,
         "prompt_tokens": counts,
         "new_tokens": len(new),
