@@ -23,6 +23,7 @@ from modlab.engine import step as step_module
 from modlab.engine.branch import Branch
 from modlab.engine.choice import MAX_ENDS, Choice, choose
 from modlab.engine.compiled import Compiler, beside_layers
+from modlab.errors import ModlabError
 from modlab.tiny_models import tiny_model
 from tests.fast_generation import DEVICE, NEW, both_ways, generated, prompts, routed_llama
 
@@ -275,6 +276,22 @@ def test_layers_that_do_not_compile_are_captured_as_they_are(
     report = modlab.fast_generation_report(model)
     assert captures == [True, False] and not report["compiled"]
     assert report["uncompiled"]["layers"].endswith("a builtin it does not know")
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_parts_beside_the_layers_can_be_left_out(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = routed_llama(make_llama, num_hidden_layers=2), prompts(10, 5)
+    modlab.enable_fast_generation(model, compile=False)
+    model.__dict__["mod_engine"].compile = "layers"
+    compiler = PartsOnly(enabled=True)
+    monkeypatch.setattr(step_module, "Compiler", lambda enabled: compiler)
+    generated(model, inputs, max_new_tokens=3)
+    assert set(compiler._whole) == {"choice of tokens"}
+
+
+def test_what_compile_takes(make_llama: Any) -> None:
+    with pytest.raises(ModlabError, match="True, False or 'layers'"):
+        modlab.enable_fast_generation(make_llama(), compile="everything")
 
 
 # ---- what a step takes for granted ----

@@ -18,6 +18,7 @@ from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
 from modlab.engine.layers import attention_modules
 from modlab.engine.step import Step
+from modlab.errors import ModlabError
 from modlab.routing import Routing, is_converted
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Engine:
 
     Args:
         model: the model.
-        compile: compile the layers of a decoding step with torch.compile (CUDA only).
+        compile: compile a decoding step with torch.compile (CUDA only); "layers": its layers and the choice
+            of tokens, not what stands beside the layers.
 
     Attributes:
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
@@ -41,7 +43,7 @@ class Engine:
         last: facts of the latest generation.
     """
 
-    def __init__(self, model: PreTrainedModel, compile: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, compile: bool | str = True) -> None:
         register()
         self.model: Any = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
@@ -49,7 +51,9 @@ class Engine:
         self.device = next(model.parameters()).device
         self.branch: Branch
         self.branch, self.branch_note = choose_branch(self.device)
-        self.compile = compile and self.device.type == "cuda"
+        if compile not in (True, False, "layers"):
+            raise ModlabError(f"compile={compile!r}: choose True, False or 'layers'.")
+        self.compile: bool | str = compile if self.device.type == "cuda" else False
         self.uncompiled: dict[str, str] = {}
         self.attention = [attention_modules(layer) for layer in self.layers]
         self.configs: list[Any] = list(

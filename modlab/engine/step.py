@@ -75,7 +75,7 @@ class Step:
     def _forward(self, branch: Branch, graph: Any, compiler: Compiler) -> None:
         engine, tables = self.engine, self.tables
         forwards = decode_forwards(engine.layers, engine.routing, tables, branch, graph, compiler.layer)
-        if compiler.enabled:
+        if compiler.enabled and engine.compile != "layers":
             for name, module in beside_layers(decoder_of(engine.model), engine.layers).items():
                 forwards[module] = compiler.whole(name, module.forward)
         with (
@@ -102,7 +102,7 @@ class Step:
 
     def _capture(self, batch: int) -> None:
         engine, tables = self.engine, self.tables
-        compiler = Compiler(engine.compile)
+        compiler = Compiler(bool(engine.compile))
         tables.attach(scratch_caches(engine, batch), 0, [0] * batch)
         if engine.routing is not None:
             tables.set_thresholds(engine.routing.thresholds)

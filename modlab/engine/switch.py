@@ -80,7 +80,7 @@ class FastModel(RoutedModule):
 
 
 def enable_fast_generation(
-    model: PreTrainedModel, compile: bool = True, check: bool = True
+    model: PreTrainedModel, compile: bool | str = True, check: bool = True
 ) -> PreTrainedModel:
     """Lets `model.generate` use modlab's engine for greedy search and sampling.
 
@@ -94,8 +94,9 @@ def enable_fast_generation(
 
     Args:
         model: dense or converted, on one device, in eval mode.
-        compile: compile the layers of the decoding step with torch.compile (on CUDA; the first `generate`
-            of each batch size then takes longer).
+        compile: compile the decoding step with torch.compile (on CUDA; the first `generate` of each batch
+            size then takes longer). "layers" leaves out the rotary tables and the final norm, to see what
+            they cost (`modlab bench overhead`).
         check: compare the engine with the ordinary forward on a small random batch first.
 
     Returns:
@@ -141,9 +142,9 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         enabled; branch ("torch", "cuda-python" or "host": how routed layers are skipped) and branch_note (why
-        not in a better way); compiled, and uncompiled: the parts of a step that torch.compile failed on, with
-        the reason; batch_sizes captured; last: fast, why (not), rows, prompt_tokens a row, new_tokens,
-        tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes allocated, kept_tokens [L][B].
+        not in a better way); compiled (True, False or "layers"), and uncompiled: the parts of a step that
+        torch.compile failed on, with the reason; batch_sizes captured; last: fast, why (not), rows,
+        prompt_tokens a row, new_tokens, tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes allocated, kept_tokens [L][B].
     """
     if not is_fast(model):
         return {"enabled": False}
