@@ -144,7 +144,8 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
         enabled; branch ("torch", "cuda-python" or "host": how routed layers are skipped) and branch_note (why
         not in a better way); compiled (True, False or "layers"), and uncompiled: the parts of a step that
         torch.compile failed on, with the reason; batch_sizes captured; last: fast, why (not), rows,
-        prompt_tokens a row, new_tokens, tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes allocated, kept_tokens [L][B].
+        prompt_tokens a row, new_tokens, tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes
+        allocated, kept_tokens [L][B].
     """
     if not is_fast(model):
         return {"enabled": False}

@@ -164,9 +164,9 @@ class Tables:
         """
         if not entries:
             return
-        numbers = torch.tensor([n for _, values in entries for n in values])
-        if self.device.type == "cuda":
-            numbers = numbers.pin_memory().to(self.device, non_blocking=True)
+        cuda = self.device.type == "cuda"
+        numbers = torch.tensor([n for _, values in entries for n in values], pin_memory=cuda)
+        numbers = numbers.to(self.device, non_blocking=cuda)
         parts = numbers.split([len(values) for _, values in entries])
         targets = [target for target, _ in entries]
         torch._foreach_copy_(targets, [part.view_as(t) for part, t in zip(parts, targets, strict=True)])
