@@ -321,6 +321,20 @@ def test_a_hook_anywhere_is_respected(make_llama: Any, part: str) -> None:
     assert modlab.fast_generation_report(model)["last"]["fast"]
 
 
+def test_hooks_that_transformers_leaves_behind_do_not_matter(make_llama: Any) -> None:
+    """Its recorders of hidden states stay in a model that was once asked for some."""
+    model, inputs = routed_llama(make_llama), prompts(9, 6)
+    model(**inputs, output_hidden_states=True)
+    model.enable_input_require_grads()
+    modules = list(model.modules())
+    before = [list(module._forward_hooks) for module in modules]
+    assert any(module._forward_hooks for module in model.model.layers), "transformers should leave hooks"
+    assert both_ways(model, inputs)["fast"]
+    assert [list(module._forward_hooks) for module in modules] == before
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == 7
+
+
 def test_a_tracker_of_kv_bytes_sees_the_cache(make_llama: Any) -> None:
     model, inputs = routed_llama(make_llama), prompts(9)
     modlab.enable_fast_generation(model, compile=False)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.cache_argument import CACHE_ARGUMENTS
+from modlab.engine.hooks import is_watched
 from modlab.engine.prefill import LINE_TOKENS
 from modlab.routing import is_converted
 from modlab.routing_table import RoutingTable
@@ -53,7 +54,7 @@ def call_refusal(
     """Why this call goes the ordinary way, or None."""
     if next(model.parameters()).device != engine.device:
         return "the model has moved to another device: enable fast generation again"
-    if _is_watched(model, engine):
+    if is_watched(model, set() if engine.routing is None else {hook.id for hook in engine.routing.hooks}):
         return "a forward hook is registered, which would see all rows in one line, or nothing"
     if torch.is_autocast_enabled(engine.device.type):
         return "autocast is on, and a captured step would keep its types: cast the model instead"
@@ -101,16 +102,6 @@ def call_refusal(
         if routing.override is not None and not isinstance(routing.override, RoutingTable):
             return "routing_override's function is not a RoutingTable"
     return None
-
-
-def _is_watched(model: torch.nn.Module, engine: Engine) -> bool:
-    """Whether somebody else has a forward hook on any part of the model: a recorder, `KVTracker`, a probe."""
-    own = set() if engine.routing is None else {handle.id for handle in engine.routing.hooks}
-    return any(
-        not own.issuperset(hooks)
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    )
 
 
 def _rotary_refusal(config: Any, max_length: int, rows: int, columns: int) -> str | None:

@@ -16,6 +16,7 @@ from modlab.cache_argument import given_cache
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
 from modlab.engine.engine import Engine
+from modlab.engine.hooks import idle_aside
 from modlab.engine.loop import generate_tokens
 from modlab.engine.prefill import prefill
 from modlab.engine.refusals import call_refusal, model_refusal
@@ -59,10 +60,11 @@ class FastModel(RoutedModule):
             engine.last = {"fast": reason is None, "why": reason or ""}
             if reason is None:
                 try:
-                    tokens = generate_tokens(
-                        engine, input_ids, model_kwargs.get("attention_mask"), logits_processor,
-                        stopping_criteria, generation_config, streamer,
-                    )  # fmt: skip
+                    with idle_aside(self):
+                        tokens = generate_tokens(
+                            engine, input_ids, model_kwargs.get("attention_mask"), logits_processor,
+                            stopping_criteria, generation_config, streamer,
+                        )  # fmt: skip
                 finally:
                     engine.release()  # also after an interrupt: a cache may be most of the memory
                 return tokens
