@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import collections
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 import modlab
+from modlab.engine import compiled as compiled_module
+from modlab.engine.compiled import Compiler, norm_forwards
 from modlab.engine.prefill import prefill
 from modlab.engine.tables import Tables
 from modlab.ops import varlen_attention as varlen
+from modlab.tiny_models import tiny_model
 from tests.fast_generation import DEVICE, generated, prompts, routed_llama
 
 WAITING = {
@@ -106,6 +111,40 @@ def test_on_a_gpu_a_dense_prefill_never_waits(make_llama: Any) -> None:
         prefill(model.__dict__["mod_engine"], inputs["input_ids"], None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_norms_of_long_prompts_are_compiled_once(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers, routed or not, and all lengths; short lines run as they are."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(compiled_module, "LONG_LINE", 16)
+    model = routed_llama(make_llama)
+    batches = [prompts(60), prompts(41, 30), prompts(97), prompts(5)]
+    want = [generated(model, batch, max_new_tokens=4) for batch in batches]
+    modlab.enable_fast_generation(model, compile=False)
+    model.__dict__["mod_engine"].compile = True
+    assert [generated(model, batch, max_new_tokens=4) for batch in batches] == want
+    report = modlab.fast_generation_report(model)
+    assert counter.frame_count == 1 and report["last"]["fast"] and not report["uncompiled"]
+
+
+def test_norms_that_do_not_compile_run_as_they_are(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=refuse))
+    monkeypatch.setattr(compiled_module, "LONG_LINE", 16)
+    model, inputs = routed_llama(make_llama), prompts(40)
+    want = generated(model, inputs, max_new_tokens=4)
+    modlab.enable_fast_generation(model, compile=False)
+    model.__dict__["mod_engine"].compile = True
+    assert generated(model, inputs, max_new_tokens=4) == want
+    assert "no compiler here" in modlab.fast_generation_report(model)["uncompiled"]["norms of a prefill"]
+
+
+def test_torchs_own_norms_are_left_alone() -> None:
+    model = tiny_model("gpt_neox")
+    assert not norm_forwards(model.gpt_neox.layers, Compiler(enabled=True))
 
 
 @pytest.mark.parametrize("n", [varlen.LONG - 1, varlen.LONG, varlen.LONG + 1], ids=str)

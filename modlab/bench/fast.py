@@ -22,12 +22,13 @@ from modlab.bench.models import converted_twin, dense_model, depth, random_routi
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
+from modlab.engine.compiled import LONG_LINE
 from modlab.errors import ModlabError
 from modlab.measure import synchronize
 from modlab.routing import routing_override
 from modlab.routing_table import RoutingTable
 
-WARM_UP_TOKENS = 64
+WARM_UP_TOKENS = LONG_LINE  # enough to compile what a long prompt compiles
 
 
 class Stopwatch(BaseStreamer):

@@ -1,18 +1,31 @@
-"""torch.compile for the parts of a decoding step; what it cannot take runs as it is, and says so."""
+"""torch.compile for the parts of a decoding step, and for the norms of a prefill; what it cannot take runs as
+it is, and says so.
+
+Shape letters: S tokens of all rows in one line, D model dim.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from modlab.anatomy import NORM
 
 Function = Callable[..., Any]
 
+LONG_LINE = 4096
+"""Tokens from which on a prefill's norms are compiled. A norm written in Python moves some 36 bytes an
+element through memory where one kernel moves 4; in a short line that is less than a compiled call costs the
+host.
+"""
+
 
 class Compiler:
-    """Makes the functions of one captured step fast.
+    """Makes functions fast.
 
     Args:
         enabled: False gives every function back as it is.
@@ -46,10 +59,16 @@ class Compiler:
                 try:
                     return fast(*args, **kwargs)
                 except Exception as error:  # what is wrong with the function itself shows below
-                    self.eager[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    self.eager[name] = reason_of(error)
             return function(*args, **kwargs)
 
         return run
+
+
+def reason_of(error: Exception) -> str:
+    """The first two lines of an error: torch.compile's begin with which backend failed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def beside_layers(decoder: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
@@ -66,3 +85,29 @@ def beside_layers(decoder: nn.Module, layers: Iterable[nn.Module]) -> dict[str, 
         and any(True for _ in (*child.parameters(), *child.buffers()))
         and inner.isdisjoint(child.modules())
     }
+
+
+def norm_forwards(modules: Iterable[nn.Module], compiler: Compiler) -> dict[nn.Module, Function]:
+    """What the norms among the children of `modules` run in a prefill: one compiled function for all of them
+    and for all lengths. torch's own norms are one kernel already.
+    """
+    run = compiler.whole("norms of a prefill", _run_norm)
+    return {
+        norm: partial(_long_norm, run, type(norm).forward, norm)
+        for module in modules
+        for norm in module.children()
+        if NORM.search(type(norm).__name__)
+        and not type(norm).__module__.startswith("torch.")
+        and "forward" not in norm.__dict__
+    }
+
+
+def _long_norm(run: Function, forward: Function, norm: nn.Module, x_1SD: Tensor, *args: Any) -> Any:
+    if x_1SD.dim() != 3 or x_1SD.shape[1] < LONG_LINE or args:
+        return forward(norm, x_1SD, *args)
+    torch._dynamo.maybe_mark_dynamic(x_1SD, 1)
+    return run(forward, norm, x_1SD)
+
+
+def _run_norm(forward: Function, norm: nn.Module, x_1SD: Tensor) -> Any:
+    return forward(norm, x_1SD)

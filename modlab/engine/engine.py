@@ -16,6 +16,7 @@ from modlab.anatomy import decoder_layers
 from modlab.cache_argument import cache_argument
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
+from modlab.engine.compiled import Compiler
 from modlab.engine.layers import attention_modules
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
@@ -34,8 +35,8 @@ class Engine:
 
     Args:
         model: the model.
-        compile: compile a decoding step with torch.compile (CUDA only); "layers": its layers and the choice
-            of tokens, not what stands beside the layers.
+        compile: compile a decoding step, and the norms of long prefills, with torch.compile (CUDA only);
+            "layers": a step's layers and the choice of tokens alone.
 
     Attributes:
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
@@ -55,6 +56,7 @@ class Engine:
             raise ModlabError(f"compile={compile!r}: choose True, False or 'layers'.")
         self.compile: bool | str = compile if self.device.type == "cuda" else False
         self.uncompiled: dict[str, str] = {}
+        self.line_compiler = Compiler(enabled=True)  # for prefills, whatever their batch size
         self.attention = [attention_modules(layer) for layer in self.layers]
         self.configs: list[Any] = list(
             {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
@@ -109,10 +111,8 @@ class Engine:
 
     def compile_less(self, why: str) -> None:
         """Steps are captured uncompiled from now on; `fast_generation_report` says why."""
-        self.compile, self.uncompiled = False, {"layers": why.splitlines()[0]}
-        warnings.warn(
-            f"fast generation goes on without torch.compile: {self.uncompiled['layers']}", stacklevel=2
-        )
+        self.compile, self.uncompiled = False, {"layers": why}
+        warnings.warn(f"fast generation goes on without torch.compile: {why}", stacklevel=2)
 
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""

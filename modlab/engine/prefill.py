@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.anatomy import decoder_of
 from modlab.cache import RaggedLayer
 from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
+from modlab.engine.compiled import norm_forwards
 from modlab.engine.layers import lent, prefill_forwards, slots
 from modlab.layer import RoutedLayer
 from modlab.routing import ForwardCall, Routing
@@ -81,6 +83,8 @@ def _prefill_line(
         for layer, cache in zip(engine.layers, caches, strict=True)
     ]
     forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:])
+    if engine.compile is True:
+        forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
     with (
         _flat_call(engine.routing, position_1S, rows_S, T),
         engine.forward_as(PREFILL),

@@ -15,7 +15,7 @@ from modlab.anatomy import decoder_of
 from modlab.engine.attention import DECODE
 from modlab.engine.branch import Body, Branch, HostBranch
 from modlab.engine.choice import end_step
-from modlab.engine.compiled import Compiler, beside_layers
+from modlab.engine.compiled import Compiler, beside_layers, reason_of
 from modlab.engine.layers import decode_forwards, lent, slots
 from modlab.engine.linears import one_token_linears
 from modlab.engine.prefill import scratch_caches
@@ -97,7 +97,7 @@ class Step:
             self._capture(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.tables.release()
-            self.engine.compile_less(f"torch.compile fails on its layers: {error}")
+            self.engine.compile_less(reason_of(error))
             self._capture(batch)
 
     def _capture(self, batch: int) -> None:

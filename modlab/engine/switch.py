@@ -96,9 +96,9 @@ def enable_fast_generation(
 
     Args:
         model: dense or converted, on one device, in eval mode.
-        compile: compile the decoding step with torch.compile (on CUDA; the first `generate` of each batch
-            size then takes longer). "layers" leaves out the rotary tables and the final norm, to see what
-            they cost (`modlab bench overhead`).
+        compile: compile the decoding step, and the norms of a long prompt, with torch.compile (on CUDA; the
+            first `generate` of each batch size, and the first long prompt, then take longer). "layers"
+            leaves out the norms and the rotary tables, to see what they cost (`modlab bench overhead`).
         check: compare the engine with the ordinary forward on a small random batch first.
 
     Returns:
@@ -144,8 +144,8 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         enabled; branch ("torch", "cuda-python" or "host": how routed layers are skipped) and branch_note (why
-        not in a better way); compiled (True, False or "layers"), and uncompiled: the parts of a step that
-        torch.compile failed on, with the reason; batch_sizes captured; last: fast, why (not), rows,
+        not in a better way); compiled (True, False or "layers"), and uncompiled: the parts that torch.compile
+        failed on, with the reason; batch_sizes captured; last: fast, why (not), rows,
         prompt_tokens a row, new_tokens, tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes
         allocated, kept_tokens [L][B].
     """
@@ -157,7 +157,7 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
         "branch": engine.branch.name,
         "branch_note": engine.branch_note,
         "compiled": engine.compile,
-        "uncompiled": dict(engine.uncompiled),
+        "uncompiled": engine.uncompiled | engine.line_compiler.eager,
         "batch_sizes": sorted(engine.steps),
         "last": dict(engine.last),
     }
