@@ -82,7 +82,7 @@ def _prefill_line(
         PrefillSlot(cache, counts, columns_S, bounds.int(), varying=isinstance(layer, RoutedLayer))
         for layer, cache in zip(engine.layers, caches, strict=True)
     ]
-    forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:])
+    forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:] - 1)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
     with (
