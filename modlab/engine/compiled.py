@@ -19,8 +19,8 @@ Function = Callable[..., Any]
 
 LONG_LINE = 4096
 """Tokens from which on a prefill's norms are compiled. A norm written in Python moves some 36 bytes an
-element through memory where one kernel moves 4; in a short line that is less than a compiled call costs the
-host.
+element through memory where one kernel moves 4; a short line is bound by the host, to which a compiled call
+may cost more. Where exactly to draw the line has not been measured on a GPU.
 """
 
 
