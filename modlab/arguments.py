@@ -134,10 +134,15 @@ class LayerArguments:
         if value.dim() == 1 and value.shape[0] == self.time > 1:
             return value[index_RS[0]]  # the caller runs rows one by one, see one_row_each
         batched = value.dim() >= 2 and value.shape[0] in (1, self.batch)
+        one_row = value.shape[0] == len(index_RS) == 1  # one index, which a GPU gathers row by row
         if batched and value.shape[1] == self.time:
+            if one_row:
+                return value[:, index_RS[0]]
             return value[rows_R1 if value.shape[0] > 1 else torch.zeros_like(rows_R1), index_RS]
         if batched and value.dim() == 4 and value.shape[1] == 1 and value.shape[2] == self.time:
             # a rotary table or scale with an axis for the heads: [B or 1, 1, T, ...]
+            if one_row:
+                return value[:, :, index_RS[0]]
             rows_R1 = rows_R1 if value.shape[0] > 1 else torch.zeros_like(rows_R1)
             return value[rows_R1, 0, index_RS][:, None]
         if value.dim() >= 2 and value.shape[1] == self.time and (self.time > 1 or self.batch > 1):

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from modlab.router import Router
-
 OverrideFn = Callable[[int, Tensor, Tensor], Tensor]
 
 eager = torch.compiler.disable(
@@ -156,8 +154,14 @@ class Routing:
 
     # ---- the decision function: training, prefill and decode all come through here (contract 2) ----
 
-    def decide(self, layer_idx: int, router: Router, x_BTD: Tensor, training: bool) -> Decision:
-        """Which tokens of `x_BTD` layer `layer_idx` keeps in the current forward. Padding is never kept."""
+    def decide(
+        self, layer_idx: int, router: Callable[[Tensor], Tensor], x_BTD: Tensor, training: bool
+    ) -> Decision:
+        """Which tokens of `x_BTD` layer `layer_idx` keeps in the current forward. Padding is never kept.
+
+        Args:
+            router: the layer's router, or what computes its logits fp32 [B, T] in another way.
+        """
         call = self.require_call()
         logit = router(x_BTD)
         gate = torch.sigmoid(logit)

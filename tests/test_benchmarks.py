@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modlab import bench
-from modlab.bench import fast, growth, ideal, limits, models, registry, results, speed, training
+from modlab.bench import fast, growth, ideal, limits, models, overhead, registry, results, speed, training
 from modlab.errors import ModlabError
 from modlab.measure import time_generate
 
@@ -216,6 +216,18 @@ def test_generate_rows_are_of_the_fast_path_and_count_bytes(tiny_pair):
     assert row["kept_kv_bytes"] < row["kv_bytes"]
     assert "bandwidth_share" not in speed.with_bandwidth(rows[0], work, 1e9)
     assert speed.with_bandwidth(rows[1], work, 1e9)["bandwidth_share"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are more ways there")
+def test_overhead_rows_say_which_cures_were_on():
+    settings = registry.Settings(shape="tiny", contexts=(40,), ratios=(0.25,), repeats=1, decode_tokens=4)
+    rows = list(overhead.overhead(settings))
+    check_rows(rows)
+    assert [(row["compiled"], row["tokens_chosen"], row["case"]) for row in rows] == [
+        ("False", chosen, case)  # a CPU compiles nothing
+        for chosen in ("on the host", "in the step")
+        for case in ("prefill", "decode")
+    ]
 
 
 def test_the_baseline_is_transformers_own_static_cache(tiny_pair):

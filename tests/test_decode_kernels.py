@@ -14,6 +14,8 @@ from modlab.cache import RaggedLayer
 from modlab.ops import decode_attention as attention
 from modlab.ops import decode_linear as linear
 from modlab.ops import decode_router as router
+from modlab.ops import router_logits
+from modlab.router import Router
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -203,3 +205,18 @@ def test_linear_equals_its_reference(D: int, E: int, bias: bool, dtype: torch.dt
     want = linear.reference_decode_linear(x.double(), weight.double(), None if bias_E is None else b.double())
     assert got.shape == (1, 1, E) and got.dtype == dtype
     torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype] * 8, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
+@pytest.mark.parametrize(("S", "D"), [(1, 16), (15, 48), (16, 512), (17, 600), (50, 1024)])
+def test_logits_of_a_prefill_equal_the_routers_own(S: int, D: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(S)
+    own = Router(D, 0.7).to(DEVICE)
+    own.weight.data = torch.randn(D, generator=generator).to(DEVICE) * D**-0.5
+    wide = torch.full((1, S, D + 8), torch.nan)
+    wide[..., :D] = torch.randn(1, S, D, generator=generator)
+    x = wide.to(DEVICE, dtype)[..., :D]  # rows with something else between them
+    with torch.no_grad():
+        got, want = router_logits.kernel_router_logits(own, x), own(x)
+    assert got.dtype == torch.float32 and got.shape == (1, S)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

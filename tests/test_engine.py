@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import modlab
@@ -21,53 +21,10 @@ from modlab.cache_argument import cache_argument
 from modlab.engine import branch as branch_module
 from modlab.engine import prefill as prefill_module
 from modlab.engine import step as step_module
-from modlab.engine.step import best_token
+from modlab.engine.choice import best_token
 from modlab.errors import ModlabError
 from modlab.tiny_models import tiny_model
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NEW = 40
-
-
-def routed_llama(
-    make: Callable[..., LlamaForCausalLM], gate: str = "straight-through", **changes: Any
-) -> Any:
-    """A tiny converted Llama whose routers keep some tokens and skip others."""
-    model: Any = modlab.convert(make(**changes), modlab.MoDConfig(gate=gate)).to(DEVICE)
-    generator = torch.Generator().manual_seed(1)
-    for index in model.mod.layers:
-        router = model.model.layers[index].mod_router
-        router.weight.data = torch.randn(router.weight.shape, generator=generator).to(DEVICE) * 0.3
-        router.bias.data.zero_()
-    return model
-
-
-def prompts(*lengths: int, seed: int = 0, vocabulary: int = 500) -> dict[str, torch.Tensor]:
-    """Random prompts, padded on the left."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (len(lengths), max(lengths)), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, n in enumerate(lengths):
-        mask[row, : max(lengths) - n] = 0
-    ids[mask == 0] = 0
-    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
-
-
-def generated(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> list[list[int]]:
-    torch.manual_seed(3)
-    return model.generate(**inputs, **{"do_sample": False, "max_new_tokens": NEW, **kwargs}).tolist()
-
-
-def both_ways(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, Any]:
-    """Generates the ordinary and the fast way, checks that the tokens are the same; what the report says."""
-    want = generated(model, inputs, **kwargs)
-    modlab.enable_fast_generation(model, compile=False)
-    got = generated(model, inputs, **kwargs)
-    last = modlab.fast_generation_report(model)["last"]
-    modlab.disable_fast_generation(model)
-    assert last["fast"], last["why"]
-    assert got == want
-    return last
+from tests.fast_generation import DEVICE, NEW, both_ways, generated, prompts, routed_llama
 
 
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
@@ -428,6 +385,37 @@ def test_a_prompt_beyond_the_context_is_the_ordinary_error(make_llama: Any) -> N
         generated(model, prompts(17), max_new_tokens=1)
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0 + i for i in range(8)],
+    "original_max_position_embeddings": 24,
+}
+
+
+@pytest.mark.parametrize(
+    ("length", "fast"), [(3, True), (10, False), (30, True)], ids=["below", "across", "above"]
+)
+def test_a_text_that_crosses_into_other_rotary_frequencies(length: int, fast: bool) -> None:
+    """As Phi-3's long-context models: where the text outgrows the first context, all keys are made anew."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=24,
+        rope_parameters=LONG_ROPE, pad_token_id=0,
+    )  # fmt: skip
+    model, inputs = Phi3ForCausalLM(config).eval().to(DEVICE), prompts(length)
+    for parameter in model.parameters():
+        parameter.data *= 3  # else these random weights say the same token whatever the frequencies
+    want = generated(model, inputs, max_new_tokens=20, eos_token_id=None)
+    modlab.enable_fast_generation(model, compile=False)
+    assert generated(model, inputs, max_new_tokens=20, eos_token_id=None) == want
+    last = modlab.fast_generation_report(model)["last"]
+    assert last["fast"] == fast and ("rotary" in last["why"]) != fast
+
+
 def test_hooks_see_what_they_always_saw(make_llama: Any) -> None:
     model, inputs = routed_llama(make_llama), prompts(9, 6)
     modlab.enable_fast_generation(model, compile=False)
@@ -452,8 +440,11 @@ def test_a_forward_of_the_objects_own_is_put_back(make_llama: Any) -> None:
     assert mlp.__dict__["forward"] is own
 
 
-def test_threads_take_turns(make_llama: Any) -> None:
-    model = routed_llama(make_llama)
+@pytest.mark.parametrize(
+    "gate", ["straight-through", "paper"]
+)  # the paper's has hooks in the layers meanwhile
+def test_threads_take_turns(make_llama: Any, gate: str) -> None:
+    model = routed_llama(make_llama, gate)
     modlab.enable_fast_generation(model, compile=False)
     inputs = [prompts(9, 6, seed=seed) for seed in range(4)]
     want = [generated(model, batch) for batch in inputs]
@@ -461,11 +452,16 @@ def test_threads_take_turns(make_llama: Any) -> None:
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as pool:
-            got = list(pool.map(lambda batch: generated(model, batch), inputs))
+            got = list(pool.map(lambda batch: (generated(model, batch), engine_says(model)), inputs))
     finally:
         sys.setswitchinterval(before)
-    assert got == want
+    assert got == [(tokens, True) for tokens in want]
     assert model.config._attn_implementation == "sdpa"
+
+
+def engine_says(model: Any) -> bool:
+    """Whether the latest generation, of whatever thread, went the fast way."""
+    return modlab.fast_generation_report(model)["last"]["fast"]
 
 
 def test_an_interrupted_generation_lets_its_cache_go(make_llama: Any) -> None:

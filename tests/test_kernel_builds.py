@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modlab.ops import decode_attention, decode_linear, decode_router
+from modlab.ops import decode_attention, decode_linear, decode_router, router_logits
 
 
 def build(kernel, signature, constants, **options):
@@ -53,6 +53,12 @@ for t in ("*bf16", "*fp32"):
          "any_ptr": "*i8", "stride_x": "i32", "rows": "i32", "keep_first": "i32"},
         {"D": 4096, "BLOCK_B": 4, "BLOCK_D": 2048}, num_warps=8,
     )
+    build(
+        router_logits._logits,
+        {"x_ptr": t, "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "stride_x": "i32",
+         "rows": "i32"},
+        {"D": 4096, "BLOCK_S": 16, "BLOCK_D": 512}, num_warps=4,
+    )
     for even in (True, False):
         build(
             decode_linear._row_times_vector,
@@ -75,4 +81,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split().count("True") == 10
+    assert run.stdout.split().count("True") == 12

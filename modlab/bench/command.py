@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 # importing a module of cases registers them
-from modlab.bench import fast, growth, limits, ordinary, speed, training  # noqa: F401
+from modlab.bench import fast, growth, limits, ordinary, overhead, speed, training  # noqa: F401
 from modlab.bench.models import SHAPES
 from modlab.bench.registry import CASES, Settings, Skipped
 from modlab.bench.results import finish, free_path, plot, report, table, write

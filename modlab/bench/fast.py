@@ -22,12 +22,13 @@ from modlab.bench.models import converted_twin, dense_model, depth, random_routi
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
+from modlab.engine.compiled import LONG_LINE
 from modlab.errors import ModlabError
 from modlab.measure import synchronize
 from modlab.routing import routing_override
 from modlab.routing_table import RoutingTable
 
-WARM_UP_TOKENS = 64
+WARM_UP_TOKENS = LONG_LINE  # enough to compile what a long prompt compiles
 
 
 class Stopwatch(BaseStreamer):
@@ -84,6 +85,7 @@ class Workload:
     ) -> None:
         self.settings, self.dense, self.twins = settings, dense, twins
         self.lengths, self.tokens = list(lengths), tokens
+        self.generate_settings: dict[str, Any] = {}  # passed on to every `generate`
         B, T = len(lengths), max(lengths)
         generator = torch.Generator().manual_seed(settings.seed)
         ids_BT = torch.randint(1, dense.config.vocab_size, (B, T), generator=generator)
@@ -121,7 +123,7 @@ class Workload:
                     ids, mask = ids[:, -WARM_UP_TOKENS:], mask[:, -WARM_UP_TOKENS:]
                 override = contextlib.nullcontext() if table is None else routing_override(model, table)
                 with override:
-                    first, each = timed_generate(model, ids, mask, self.tokens)
+                    first, each = timed_generate(model, ids, mask, self.tokens, **self.generate_settings)
                 self.last[name] = fast_generation_report(model)["last"]
                 if not self.last[name]["fast"]:
                     raise ModlabError(f"generate went the ordinary way: {self.last[name]['why']}")
@@ -197,14 +199,16 @@ class Workload:
 
 @contextlib.contextmanager
 def fast_models(
-    settings: Settings, context: int, routed: Sequence[str]
+    settings: Settings, context: int, routed: Sequence[str], compile: bool | str = True
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The dense model and a converted twin for each of `routed`, with fast generation on."""
+    """The dense model and a converted twin for each of `routed`, with fast generation on; `compile` as
+    there.
+    """
     dense = dense_model(settings, context)
     twins = {name: converted_twin(dense, routed_layers(name, depth(settings))) for name in routed}
     try:
         for model in (dense, *twins.values()):
-            enable_fast_generation(model, check=False)
+            enable_fast_generation(model, compile, check=False)
         yield dense, twins
     finally:
         for model in (dense, *twins.values()):

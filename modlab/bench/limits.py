@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from modlab.bench.clock import Times
-from modlab.bench.fast import Variant, Workload, fast_models, timed_generate
+from modlab.bench.fast import WARM_UP_TOKENS, Variant, Workload, fast_models, timed_generate
 from modlab.bench.ideal import kv_token_bytes, step_bytes
 from modlab.bench.models import random_routing
 from modlab.bench.registry import Row, Settings, Skipped, case
@@ -59,7 +59,7 @@ def _peak(workload: Workload, variant: Variant | None) -> tuple[int, float]:
     model = workload.dense if variant is None else workload.twins[variant.routed]
     override = nullcontext() if variant is None else routing_override(model, workload.routing(variant))
     with override:
-        timed_generate(model, workload.ids_BT[:, -64:], workload.mask_BT[:, -64:], 2)
+        timed_generate(model, workload.ids_BT[:, -WARM_UP_TOKENS:], workload.mask_BT[:, -WARM_UP_TOKENS:], 2)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -101,7 +101,7 @@ def step_times(
     if routed:
         table = random_routing(routed, batch, [context, tokens], ratio, seed, engine.device)
         tables.force({i: table.for_rows(i, batch, engine.device) for i in routed})
-    tables.token.fill_(1)
+    tables.choice.token.fill_(1)
     times = Times()
     for _ in range(tokens):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

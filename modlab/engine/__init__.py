@@ -1,7 +1,8 @@
 """Fast generation: what `model.generate` runs on once `enable_fast_generation` has switched it on.
 
-In the order of the data flow: `switch` (on, off, refusals), `loop` (tokens), `engine` (prefill, one step),
-`layers` and `attention` (what a layer runs), `tables` and `branch` (what the GPU reads and how it skips).
+In the order of the data flow: `switch` (on, off), `refusals`, `loop` and `choice` (tokens), `engine` (prefill
+and steps), `layers` and `attention` (what a layer runs), `tables` and `branch` (what the GPU reads and how it
+skips).
 The kernels are in `modlab.ops`.
 """
 

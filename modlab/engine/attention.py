@@ -39,12 +39,14 @@ class PrefillSlot:
         cache: where its keys and values go.
         counts: tokens of each row that run this layer.
         columns: columns of those tokens, one row after another, int32 [S].
+        bounds: where in that line each row begins, and the end of the last, int32 [B + 1].
         varying: True if the layer runs other numbers of tokens than its neighbours.
     """
 
     cache: RaggedLayer
     counts: list[int]
     columns: Tensor
+    bounds: Tensor
     varying: bool
 
 
@@ -65,7 +67,7 @@ def prefill_attention(
     check_supported(kwargs)
     slot: PrefillSlot = module.mod_prefill  # type: ignore[assignment]
     store(slot, key[0], value[0])
-    return varlen_attention(query, key, value, slot.counts, scaling, slot.varying), None
+    return varlen_attention(query, key, value, slot.counts, slot.bounds, scaling, slot.varying), None
 
 
 def decode_attention_function(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -15,12 +16,18 @@ from modlab.anatomy import decoder_layers
 from modlab.cache_argument import cache_argument
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
+from modlab.engine.compiled import Compiler
 from modlab.engine.layers import attention_modules
 from modlab.engine.step import Step
+from modlab.errors import ModlabError
 from modlab.routing import Routing, is_converted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+MAX_STEPS = 16
+"""Batch sizes whose captured steps are kept, each with memory of its own for what it computes."""
 
 
 class Engine:
@@ -28,14 +35,16 @@ class Engine:
 
     Args:
         model: the model.
-        compile: compile the layers of a decoding step with torch.compile (CUDA only).
+        compile: compile a decoding step, and the norms of long prefills, with torch.compile (CUDA only);
+            "layers": a step's layers and the choice of tokens alone.
 
     Attributes:
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
+        uncompiled: what runs as it is although it was to be compiled, by name, with the reason.
         last: facts of the latest generation.
     """
 
-    def __init__(self, model: PreTrainedModel, compile: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, compile: bool | str = True) -> None:
         register()
         self.model: Any = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
@@ -43,13 +52,18 @@ class Engine:
         self.device = next(model.parameters()).device
         self.branch: Branch
         self.branch, self.branch_note = choose_branch(self.device)
-        self.compile = compile and self.device.type == "cuda"
+        if compile not in (True, False, "layers"):
+            raise ModlabError(f"compile={compile!r}: choose True, False or 'layers'.")
+        self.compile: bool | str = compile if self.device.type == "cuda" else False
+        self.uncompiled: dict[str, str] = {}
+        self.line_compiler = Compiler(enabled=True)  # for prefills, whatever their batch size
         self.attention = [attention_modules(layer) for layer in self.layers]
         self.configs: list[Any] = list(
             {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
         )
         self.steps: dict[int, Step] = {}
         self.lock = threading.RLock()  # one generation at a time: it lends functions to the model
+        self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.last: dict[str, Any] = {}
 
     # ---- the two kinds of forward ----
@@ -95,11 +109,23 @@ class Engine:
         self.compile = False
         warnings.warn(f"fast generation goes on without CUDA graphs: {self.branch_note}", stacklevel=2)
 
+    def compile_less(self, why: str) -> None:
+        """Steps are captured uncompiled from now on; `fast_generation_report` says why."""
+        self.compile, self.uncompiled = False, {"layers": why}
+        warnings.warn(f"fast generation goes on without torch.compile: {why}", stacklevel=2)
+
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""
-        if batch not in self.steps or not self.steps[batch].is_current():
-            self.steps[batch] = Step(self, batch)
-        return self.steps[batch]
+        step = self.steps.pop(batch, None)
+        if step is None or not step.is_current():
+            step = None  # lets go of its graph before another takes memory
+            # What is made here outlives a caller's inference mode, whose tensors cannot be written outside.
+            with torch.inference_mode(False), torch.no_grad():
+                step = Step(self, batch)
+        self.steps[batch] = step  # the latest used is the last
+        while len(self.steps) > MAX_STEPS:
+            del self.steps[next(iter(self.steps))]
+        return step
 
 
 def _has_config(module: nn.Module) -> bool:

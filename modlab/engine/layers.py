@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modlab.anatomy import attention_name, mlp_name
@@ -25,6 +26,7 @@ from modlab.engine.tables import RouterSlot, Tables
 from modlab.layer import CALL, RoutedLayer
 from modlab.ops.combine import gated_output, scaled_branches
 from modlab.ops.decode_router import RouterCall
+from modlab.ops.router_logits import router_logits
 from modlab.routing import Routing
 
 Forward = Callable[..., Any]
@@ -81,19 +83,19 @@ def gate_form(routing: Routing) -> str:
 
 
 def prefill_forwards(
-    layers: list[nn.Module], routing: Routing | None, slots_L: list[PrefillSlot], ends: Tensor
+    layers: list[nn.Module], routing: Routing | None, slots_L: list[PrefillSlot], last: Tensor
 ) -> dict[nn.Module, Forward]:
     """What the layers and their MLPs run in a prefill.
 
     Args:
         slots_L: each layer's slot; a routed layer's is filled in when it has decided.
-        ends: last position of each row in the line, plus one, long [B].
+        last: last position of each row in the line, long [B].
     """
     forwards: dict[nn.Module, Forward] = {}
     for index, layer in enumerate(layers):
         if isinstance(layer, RoutedLayer):
             assert routing is not None
-            forwards[layer] = partial(_prefill_routed, index, layer, routing, slots_L[index], ends)
+            forwards[layer] = partial(_prefill_routed, index, layer, routing, slots_L[index], last)
         name = mlp_name(layer)
         if name is not None:
             mlp = layer.get_submodule(name)
@@ -106,7 +108,7 @@ def _prefill_routed(
     layer: RoutedLayer,
     routing: Routing,
     slot: PrefillSlot,
-    ends: Tensor,
+    last: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -114,9 +116,11 @@ def _prefill_routed(
     kwargs.pop(CALL, None)
     arguments = LayerArguments(layer.dense_class, args, kwargs)
     x = arguments.hidden
-    decision = routing.decide(index, layer.mod_router, arguments.residual_BTD, training=False)
+    logits = partial(router_logits, layer.mod_router)
+    decision = routing.decide(index, logits, arguments.residual_BTD, training=False)
     keep_S = decision.keep[0]
-    passed = keep_S.cumsum(0)[ends - 1].tolist()  # the one host sync of the layer
+    passed_B = keep_S.cumsum(0)[last]
+    passed = passed_B.tolist()  # the one host sync of the layer
     slot.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
     kept = passed[-1]
     if kept == 0:
@@ -131,6 +135,7 @@ def _prefill_routed(
         slot.columns = slot.columns[kept_S]
         changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
         gate_1S = decision.gate[:, kept_S]
+    slot.bounds = F.pad(passed_B, (1, 0)).int()  # small, and by now the GPU has large tensors to gather
     form = gate_form(routing)
     with scaled_branches(layer, layer.mod_branch_ends, gate_1S if form == "scaled" else None):
         output = arguments.call(partial(layer.dense_class.forward, layer), changes)

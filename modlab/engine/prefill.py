@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.anatomy import decoder_of
 from modlab.cache import RaggedLayer
 from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
+from modlab.engine.compiled import norm_forwards
 from modlab.engine.layers import lent, prefill_forwards, slots
 from modlab.layer import RoutedLayer
 from modlab.routing import ForwardCall, Routing
@@ -69,24 +72,27 @@ def _prefill_line(
     engine: Engine, ids_BT: Tensor, real_BT: Tensor, counts: list[int], first_row: int
 ) -> tuple[Tensor, list[RaggedLayer]]:
     B, T = ids_BT.shape
-    device = ids_BT.device
-    columns_S = torch.arange(T, device=device, dtype=torch.int32).expand(B, T)[real_BT]
-    position_1S = (real_BT.long().cumsum(1) - 1)[real_BT][None]
-    rows_S = torch.arange(first_row, first_row + B, device=device)[:, None].expand(B, T)[real_BT]
-    ends_B = torch.tensor(counts, device=device).cumsum(0)
+    # A boolean index would ask the host how many there are; it knows.
+    at_S = torch.nonzero_static(real_BT.flatten(), size=sum(counts))[:, 0]
+    columns_S, rows_S = (at_S % T).to(torch.int32), at_S // T + first_row
+    position_1S = (real_BT.long().cumsum(1) - 1).flatten()[at_S][None]
+    bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
     caches = [RaggedLayer() for _ in engine.layers]
     states = [
-        PrefillSlot(cache, counts, columns_S, varying=isinstance(layer, RoutedLayer))
+        PrefillSlot(cache, counts, columns_S, bounds.int(), varying=isinstance(layer, RoutedLayer))
         for layer, cache in zip(engine.layers, caches, strict=True)
     ]
-    forwards = prefill_forwards(engine.layers, engine.routing, states, ends_B)
+    forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:] - 1)
+    if engine.compile is True:
+        forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
     with (
         _flat_call(engine.routing, position_1S, rows_S, T),
         engine.forward_as(PREFILL),
         slots(engine.attention, "mod_prefill", states),
         lent(forwards),
     ):
-        logits_1BV = engine.run_model(ids_BT[real_BT][None], position_1S, logits_to_keep=ends_B - 1)
+        ids_1S = ids_BT.flatten()[at_S][None]
+        logits_1BV = engine.run_model(ids_1S, position_1S, logits_to_keep=bounds[1:] - 1)
     if logits_1BV.shape[1] != B:
         raise CannotCapture("its forward does not take logits_to_keep")
     _fill_empty(states)

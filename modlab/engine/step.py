@@ -1,20 +1,22 @@
 """One decoding step: captured once for a batch size, replayed for every token.
 
-Shape letters: B rows, V vocabulary, C chunks of it.
+Shape letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modlab.anatomy import decoder_of
 from modlab.engine.attention import DECODE
 from modlab.engine.branch import Body, Branch, HostBranch
-from modlab.engine.layers import Forward, decode_forwards, lent, slots
+from modlab.engine.choice import end_step
+from modlab.engine.compiled import Compiler, beside_layers, reason_of
+from modlab.engine.layers import decode_forwards, lent, slots
 from modlab.engine.linears import one_token_linears
 from modlab.engine.prefill import scratch_caches
 from modlab.engine.tables import Tables
@@ -25,17 +27,13 @@ if TYPE_CHECKING:
 MAX_COMPILED = 64
 """Variants of a layer that torch.compile may make (batch sizes, layer types) before it gives up."""
 
-ARGMAX_CHUNKS = 64
-"""torch gives a row's argmax to one multiprocessor: 32 us for 128,256 logits on an H200; in chunks 5 us."""
-
 
 class Step:
     """One decoding step for `batch` rows, as a CUDA graph where there are IF nodes, else run from the host.
 
     Attributes:
-        tables: its inputs; `token` and `position` are long [B, 1].
+        tables: its inputs; `choice.token` and `position` are long [B, 1].
         logits: [B, V] of the latest step.
-        best: their argmax, long [B].
     """
 
     def __init__(self, engine: Engine, batch: int) -> None:
@@ -45,10 +43,9 @@ class Step:
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor
-        self.best: Tensor
         if not isinstance(engine.branch, HostBranch):
             try:
-                self._capture(batch)
+                self._capture_or_less(batch)
             except torch.OutOfMemoryError:  # says nothing of the model
                 self.tables.release()
                 raise
@@ -62,7 +59,9 @@ class Step:
         return self.weights == _addresses(self.engine.model)
 
     def run(self) -> None:
-        """Decodes `tables.token`; the result is in `logits` and `best`. Positions and columns move on."""
+        """Decodes `choice.token`; the result is in `logits`, and the best next token in `choice.token`.
+        Positions and columns move on.
+        """
         routing = self.engine.routing
         if routing is not None:
             self.tables.set_thresholds(routing.thresholds)
@@ -70,12 +69,15 @@ class Step:
         if self.graph is not None:
             self.graph.replay()
         else:
-            self._forward(self.engine.branch, None, _as_is)
+            self._forward(self.engine.branch, None, Compiler(enabled=False))
 
     @torch.no_grad()
-    def _forward(self, branch: Branch, graph: Any, compiled: Callable[[Forward], Forward]) -> None:
+    def _forward(self, branch: Branch, graph: Any, compiler: Compiler) -> None:
         engine, tables = self.engine, self.tables
-        forwards = decode_forwards(engine.layers, engine.routing, tables, branch, graph, compiled)
+        forwards = decode_forwards(engine.layers, engine.routing, tables, branch, graph, compiler.layer)
+        if compiler.enabled and engine.compile != "layers":
+            for name, module in beside_layers(decoder_of(engine.model), engine.layers).items():
+                forwards[module] = compiler.whole(name, module.forward)
         with (
             engine.forward_as(DECODE),
             slots(engine.attention, "mod_decode", list(tables.slots)),
@@ -83,15 +85,24 @@ class Step:
             one_token_linears(engine.model, tables.batch),
             lent(forwards),
         ):
-            logits_B1V = engine.run_model(tables.token, tables.position)
+            logits_B1V = engine.run_model(tables.choice.token, tables.position)
         self.logits = logits_B1V[:, -1]
-        self.best = compiled(best_token)(self.logits)
-        tables.position.add_(1)
-        tables.column.add_(1)
+        compiler.whole("choice of tokens", end_step)(
+            self.logits, tables.choice, tables.position, tables.column
+        )
+
+    def _capture_or_less(self, batch: int) -> None:
+        """Captures the step compiled, or, where torch.compile fails on a layer, as it is."""
+        try:
+            self._capture(batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.tables.release()
+            self.engine.compile_less(reason_of(error))
+            self._capture(batch)
 
     def _capture(self, batch: int) -> None:
         engine, tables = self.engine, self.tables
-        compiled = _compile if engine.compile else _as_is
+        compiler = Compiler(bool(engine.compile))
         tables.attach(scratch_caches(engine, batch), 0, [0] * batch)
         if engine.routing is not None:
             tables.set_thresholds(engine.routing.thresholds)
@@ -101,13 +112,14 @@ class Step:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):  # compiles, loads kernels and plans: none of that may happen in a capture
-                    self._forward(_Always(), None, compiled)
+                    self._forward(_Always(), None, compiler)
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="relaxed"):
-                self._forward(engine.branch, self.graph, compiled)
+                self._forward(engine.branch, self.graph, compiler)
         tables.release()
+        engine.uncompiled |= compiler.eager
 
 
 class _Always(HostBranch):
@@ -117,29 +129,12 @@ class _Always(HostBranch):
         body()
 
 
-def best_token(logits_BV: Tensor) -> Tensor:
-    """Argmax over the vocabulary, long [B], by chunks; the first of equals wins."""
-    padded = F.pad(logits_BV, (0, -logits_BV.shape[1] % ARGMAX_CHUNKS), value=-torch.inf)
-    chunks_BCV = padded.unflatten(1, (ARGMAX_CHUNKS, -1))
-    top_BC, at_BC = chunks_BCV.max(-1)
-    chunk_B1 = top_BC.argmax(-1, keepdim=True)
-    return (chunk_B1 * chunks_BCV.shape[2] + at_BC.gather(1, chunk_B1))[:, 0]
-
-
-def _compile(function: Forward) -> Forward:
-    return torch.compile(function, dynamic=False)
-
-
-def _as_is(function: Forward) -> Forward:
-    return function
-
-
 def _addresses(model: nn.Module) -> tuple[Any, ...]:
-    """Where the weights are, and how adapters (PEFT's) stand: what a captured graph takes for granted."""
+    """What a captured graph takes for granted: where weights and buffers are, how adapters (PEFT's) stand."""
     modules: Iterator[Any] = model.modules()
     adapters = (
         (module.merged, module.disable_adapters, tuple(module.active_adapters))
         for module in modules
         if hasattr(module, "active_adapters") and hasattr(module, "merged")
     )
-    return (*(p.data_ptr() for p in model.parameters()), *adapters)
+    return (*(t.data_ptr() for t in (*model.parameters(), *model.buffers())), *adapters)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modlab.cache import RaggedLayer
+from modlab.engine.choice import Choice
 from modlab.ops.decode_attention import ADDRESS_SLOTS
 
 
@@ -65,7 +66,7 @@ class Tables:
         self.batch, self.device = batch, device
         self.column = full(0, batch, dtype=torch.int32)
         self.position = full(0, batch, 1, dtype=torch.long)
-        self.token = full(0, batch, 1, dtype=torch.long)
+        self.choice = Choice.on(device, batch)
         everyone = full(1, batch, dtype=torch.bool)
         self.routers = {
             layer: RouterSlot(
@@ -91,14 +92,25 @@ class Tables:
         self.thresholds: dict[int, float] = {}
         self.forced: dict[int, Tensor] = {}
 
-    def attach(self, caches: list[RaggedLayer], column: int, positions: list[int]) -> None:
-        """Points the tables to `caches` (one a layer); the next token stands at `column`, `positions` [B]."""
+    def attach(
+        self,
+        caches: list[RaggedLayer],
+        column: int,
+        positions: list[int],
+        ends: Sequence[int] = (),
+        pad: int = 0,
+    ) -> None:
+        """Points the tables to `caches` (one a layer); the next token stands at `column`, `positions` [B].
+
+        Args:
+            ends, pad: tokens that end a row, and what it goes on with; see `Choice`.
+        """
         self.caches = caches
         self.column.fill_(column)
-        self.position.copy_(torch.tensor(positions, device=self.device)[:, None])
+        entries = [(self.position, positions), *self.choice.rules(list(ends), pad)]
         for slot, cache in zip(self.slots, caches, strict=True):
-            slot.lengths.copy_(torch.tensor(cache.lengths, dtype=torch.int32))
-            _enter(slot, cache)
+            entries += [(slot.lengths, cache.lengths), (slot.table, _addresses(cache))]
+        self._enter(entries)
         self.bounds = [_room(cache) for cache in caches]
 
     def release(self) -> None:
@@ -115,12 +127,14 @@ class Tables:
             self.bounds = [room - 1 for room in self.bounds]
             return
         self.read_lengths()
+        moved: list[tuple[Tensor, list[int]]] = []
         for index, (slot, cache) in enumerate(zip(self.slots, self.caches, strict=True)):
             if _room(cache) < 1:
                 rows = list(range(self.batch))
                 cache._rebuild(rows, [n + cache.slack(n) for n in cache.lengths], self.device)
-                _enter(slot, cache)
+                moved.append((slot.table, _addresses(cache)))
             self.bounds[index] = _room(cache) - 1
+        self._enter(moved)
 
     def read_lengths(self) -> None:
         """Brings the caches' own lengths up to date (a host sync)."""
@@ -137,11 +151,25 @@ class Tables:
 
     def force(self, tables: dict[int, Tensor]) -> None:
         """Lets tables bool [B, P] decide instead of gates; an empty dict gives the decision back."""
+        if not tables and not self.forced:
+            return
         self.forced = tables  # kept alive: the kernels hold addresses only
-        for layer, router in self.routers.items():
-            table = tables.get(layer)
-            entry = [0, 0] if table is None else [table.data_ptr(), table.shape[1]]
-            router.forced.copy_(torch.tensor(entry))
+        self._enter([(router.forced, _place(tables.get(layer))) for layer, router in self.routers.items()])
+
+    def _enter(self, entries: list[tuple[Tensor, list[int]]]) -> None:
+        """Writes numbers of the host into tables, all by one transfer that nobody waits for.
+
+        One blocking copy a table would hold the host until a prefill is done, and then cost as many round
+        trips.
+        """
+        if not entries:
+            return
+        cuda = self.device.type == "cuda"
+        numbers = torch.tensor([n for _, values in entries for n in values], pin_memory=cuda)
+        numbers = numbers.to(self.device, non_blocking=cuda)
+        parts = numbers.split([len(values) for _, values in entries])
+        targets = [target for target, _ in entries]
+        torch._foreach_copy_(targets, [part.view_as(t) for part, t in zip(parts, targets, strict=True)])
 
 
 def _room(cache: RaggedLayer) -> int:
@@ -149,7 +177,13 @@ def _room(cache: RaggedLayer) -> int:
     return min(c - n for c, n in zip(cache.capacities, cache.lengths, strict=True))
 
 
-def _enter(slot: DecodeSlot, cache: RaggedLayer) -> None:
+def _addresses(cache: RaggedLayer) -> list[int]:
+    """What a layer's address table says of `cache`; see `ops.decode_attention`."""
     assert cache.keys is not None and cache.values is not None and cache.columns is not None
-    addresses = [t.data_ptr() for t in (cache.keys, cache.values, cache.columns)]
-    slot.table.copy_(torch.tensor([*addresses, cache.columns.numel(), *cache.starts]))
+    buffers = [t.data_ptr() for t in (cache.keys, cache.values, cache.columns)]
+    return [*buffers, cache.columns.numel(), *cache.starts]
+
+
+def _place(table: Tensor | None) -> list[int]:
+    """Address and positions of a routing table; address 0 lets the gate decide."""
+    return [0, 0] if table is None else [table.data_ptr(), table.shape[1]]

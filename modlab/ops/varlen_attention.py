@@ -47,6 +47,7 @@ def varlen_attention(
     k_1GSH: Tensor,
     v_1GSH: Tensor,
     counts: list[int],
+    bounds: Tensor,
     scale: float | None,
     varying: bool = False,
 ) -> Tensor:
@@ -55,25 +56,40 @@ def varlen_attention(
     On an H200 sdpa chooses cuDNN: 650 against 345 TFLOP/s at 32k (docs/log.md).
 
     Args:
+        bounds: where each row begins, and the end of the last, int32 [B + 1]: `counts`, where a kernel reads
+            them without the host sending them along.
         varying: True if the lengths change from layer to layer: long rows are then padded to `BUCKET`.
     """
     half = q_1NSH.dtype in (torch.bfloat16, torch.float16)
     if not q_1NSH.is_cuda or not half or q_1NSH.shape[-1] != v_1GSH.shape[-1]:
         return reference_varlen_attention(q_1NSH, k_1GSH, v_1GSH, counts, scale)
+    return fast_rows(q_1NSH, k_1GSH, v_1GSH, counts, bounds, scale, varying)
+
+
+def fast_rows(
+    q_1NSH: Tensor,
+    k_1GSH: Tensor,
+    v_1GSH: Tensor,
+    counts: list[int],
+    bounds: Tensor,
+    scale: float | None,
+    varying: bool,
+) -> Tensor:
+    """The kernel of each row, as its length says; arguments and result as `varlen_attention`'s."""
     alone = len(counts) == 1 and not varying
     if not alone and max(counts) < LONG:
-        return _flash(q_1NSH, k_1GSH, v_1GSH, counts, scale)
+        return _flash(q_1NSH, k_1GSH, v_1GSH, max(counts), bounds, scale)
     out, first = [], 0
-    for n in counts:
+    for row, n in enumerate(counts):
         if n:
             q, k, v = (t[:, :, first : first + n] for t in (q_1NSH, k_1GSH, v_1GSH))
-            if varying and n >= LONG:
+            if varying and n >= LONG and n % BUCKET:  # a padding of nothing would copy all three
                 # Slots after the row's own are later than all of them, so causality hides them.
                 q, k, v = (F.pad(t, (0, 0, 0, -n % BUCKET)) for t in (q, k, v))
             if alone or n >= LONG:
                 out.append(_one_row(q, k, v, scale)[:, :, :n].transpose(1, 2))
             else:
-                out.append(_flash(q, k, v, [n], scale))
+                out.append(_flash(q, k, v, n, bounds[row : row + 2] - bounds[row], scale))
         first += n
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
@@ -83,15 +99,14 @@ def _one_row(q_1NSH: Tensor, k_1GSH: Tensor, v_1GSH: Tensor, scale: float | None
     return F.scaled_dot_product_attention(q_1NSH, k_1GSH, v_1GSH, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
-def _flash(q_1NSH: Tensor, k_1GSH: Tensor, v_1GSH: Tensor, counts: list[int], scale: float | None) -> Tensor:
+def _flash(
+    q_1NSH: Tensor, k_1GSH: Tensor, v_1GSH: Tensor, longest: int, bounds: Tensor, scale: float | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ends = ends.to(q_1NSH.device, non_blocking=True)
     q_SNH, k_SGH, v_SGH = (t[0].transpose(0, 1) for t in (q_1NSH, k_1GSH, v_1GSH))
-    longest = max(counts)
     out_SNH: Any = varlen_attn(
-        q_SNH, k_SGH, v_SGH, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **_gqa()
+        q_SNH, k_SGH, v_SGH, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **_gqa()
     )
     return out_SNH[None]
 

@@ -1,0 +1,113 @@
+"""torch.compile for the parts of a decoding step, and for the norms of a prefill; what it cannot take runs as
+it is, and says so.
+
+Shape letters: S tokens of all rows in one line, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.anatomy import NORM
+
+Function = Callable[..., Any]
+
+LONG_LINE = 4096
+"""Tokens from which on a prefill's norms are compiled. A norm written in Python moves some 36 bytes an
+element through memory where one kernel moves 4; a short line is bound by the host, to which a compiled call
+may cost more. Where exactly to draw the line has not been measured on a GPU.
+"""
+
+
+class Compiler:
+    """Makes functions fast.
+
+    Args:
+        enabled: False gives every function back as it is.
+
+    Attributes:
+        eager: by name, why a function that was to be compiled whole runs as it is.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.eager: dict[str, str] = {}
+        self._whole: dict[str, Function] = {}
+
+    def layer(self, function: Function) -> Function:
+        """`function`, which may run uncompiled in between where it has to."""
+        return torch.compile(function, dynamic=False) if self.enabled else function
+
+    def whole(self, name: str, function: Function) -> Function:
+        """`function` compiled in one piece, or as it is if that fails: it is small, and no reason to go
+        without the rest. `name` tells the functions of a step apart, from one pass over it to the next.
+        """
+        if self.enabled and name not in self._whole:
+            self._whole[name] = self._tried(name, function)
+        return self._whole.get(name, function)
+
+    def _tried(self, name: str, function: Function) -> Function:
+        fast = torch.compile(function, dynamic=False, fullgraph=True)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if name not in self.eager:
+                try:
+                    return fast(*args, **kwargs)
+                except Exception as error:  # what is wrong with the function itself shows below
+                    self.eager[name] = reason_of(error)
+            return function(*args, **kwargs)
+
+        return run
+
+
+def reason_of(error: Exception) -> str:
+    """The first two lines of an error: torch.compile's begin with which backend failed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+def beside_layers(decoder: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The decoder's own modules that compute something in every step: rotary tables, the final norm.
+
+    Not the list of layers, nor embeddings and linear maps, which are one kernel each, nor what has neither
+    weights nor tables (dropout).
+    """
+    inner = set(layers)
+    return {
+        name: child
+        for name, child in decoder.named_children()
+        if not isinstance(child, (nn.Embedding, nn.Linear))
+        and any(True for _ in (*child.parameters(), *child.buffers()))
+        and inner.isdisjoint(child.modules())
+    }
+
+
+def norm_forwards(modules: Iterable[nn.Module], compiler: Compiler) -> dict[nn.Module, Function]:
+    """What the norms among the children of `modules` run in a prefill: one compiled function for all of them
+    and for all lengths. torch's own norms are one kernel already.
+    """
+    run = compiler.whole("norms of a prefill", _run_norm)
+    return {
+        norm: partial(_long_norm, run, type(norm).forward, norm)
+        for module in modules
+        for norm in module.children()
+        if NORM.search(type(norm).__name__)
+        and not type(norm).__module__.startswith("torch.")
+        and "forward" not in norm.__dict__
+    }
+
+
+def _long_norm(run: Function, forward: Function, norm: nn.Module, x_1SD: Tensor, *args: Any) -> Any:
+    if x_1SD.dim() != 3 or x_1SD.shape[1] < LONG_LINE or args:
+        return forward(norm, x_1SD, *args)
+    torch._dynamo.maybe_mark_dynamic(x_1SD, 1)
+    return run(forward, norm, x_1SD)
+
+
+def _run_norm(forward: Function, norm: nn.Module, x_1SD: Tensor) -> Any:
+    return forward(norm, x_1SD)

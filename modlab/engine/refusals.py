@@ -1,0 +1,126 @@
+"""What fast generation refuses: whole models, and single calls, which then go the ordinary way.
+
+Shape letters: B rows, T tokens in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexed
+from modlab.cache_argument import CACHE_ARGUMENTS
+from modlab.engine.hooks import is_watched
+from modlab.engine.prefill import LINE_TOKENS
+from modlab.routing import is_converted
+from modlab.routing_table import RoutingTable
+
+if TYPE_CHECKING:
+    from modlab.engine.engine import Engine
+
+
+def model_refusal(model: PreTrainedModel) -> str | None:
+    """Why the engine cannot serve this model at all, or None."""
+    if not isinstance(model, PreTrainedModel):
+        return "it wraps the model: pass the one inside (of PEFT: peft_model.get_base_model())"
+    if len({p.device for p in model.parameters()}) > 1 or getattr(model, "hf_device_map", None):
+        return "its weights are spread over several devices"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if is_converted(model) and model.mod.config.skip != "layer":  # type: ignore[union-attr]
+        return f"it skips {model.mod.config.skip} only, the engine skips whole layers"  # type: ignore[union-attr]
+    windows = attention_windows(model, len(decoder_layers(model)))
+    for index, window in windows.items():
+        if window is not None:
+            return f"layer {index}: " + (window if isinstance(window, str) else "it has a sliding window")
+    decoder_config = decoder_of(model).config.get_text_config(decoder=True)
+    if any(indexed(layer) for layer in DynamicCache(config=decoder_config).layers):
+        return "its sparse attention picks keys by an index of its own"
+    return None
+
+
+def call_refusal(
+    model: Any,
+    engine: Engine,
+    generation_config: Any,
+    synced_gpus: bool,
+    ids_BT: Tensor,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call goes the ordinary way, or None."""
+    if next(model.parameters()).device != engine.device:
+        return "the model has moved to another device: enable fast generation again"
+    if is_watched(model, set() if engine.routing is None else {hook.id for hook in engine.routing.hooks}):
+        return "a forward hook is registered, which would see all rows in one line, or nothing"
+    if torch.is_autocast_enabled(engine.device.type):
+        return "autocast is on, and a captured step would keep its types: cast the model instead"
+    if model.training:
+        return "the model is in training mode"
+    if synced_gpus:
+        return "several processes generate in step"
+    if generation_config.return_dict_in_generate:
+        return "return_dict_in_generate asks for scores or a cache"
+    if generation_config.use_cache is False:
+        return "use_cache=False"
+    if getattr(engine.caller, "own_cache", False):
+        return "a cache was passed in"
+    if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full", "hybrid"):
+        return f"cache_implementation={generation_config.cache_implementation!r}"
+    if getattr(generation_config, "is_assistant", False):
+        return "the model drafts for another one"
+    allowed = ("attention_mask", "position_ids", *CACHE_ARGUMENTS, "use_cache", "logits_to_keep")
+    extra = sorted(name for name, value in model_kwargs.items() if value is not None and name not in allowed)
+    if extra:
+        return f"it was given {extra[0]}"
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        return "attention_mask is not two-dimensional"
+    if mask is not None and not bool(mask[:, -1].all()):
+        return "a row ends in padding (or is empty)"
+    position_BT = model_kwargs.get("position_ids")
+    if position_BT is not None:
+        real_BT = torch.ones_like(ids_BT) if mask is None else mask
+        wrong = (position_BT != real_BT.long().cumsum(1) - 1) & real_BT.bool()
+        if bool(wrong.any()):
+            return "position_ids are not those of the attention_mask"
+    reason = _rotary_refusal(decoder_of(model).config, generation_config.max_length or 0, *ids_BT.shape)
+    if reason is not None:
+        return reason
+    context = getattr(decoder_of(model).config, "max_position_embeddings", None)
+    if engine.routing is not None and context and ids_BT.shape[1] > context:
+        return "the prompt is longer than the model's context"
+    routing = engine.routing
+    if routing is not None:
+        if routing.recordings:
+            return "routing is being recorded"
+        if routing.masked:
+            return "the masked reference was asked for"
+        if routing.override is not None and not isinstance(routing.override, RoutingTable):
+            return "routing_override's function is not a RoutingTable"
+    return None
+
+
+def _rotary_refusal(config: Any, max_length: int, rows: int, columns: int) -> str | None:
+    """Why a text of up to `max_length` tokens outgrows rotary frequencies that depend on its length.
+
+    Phi-3 begins anew with other frequencies where a text crosses its first context length, which no captured
+    step does. The frequencies of a forward follow its longest row, so that all rows have to be in one line.
+    """
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    nested = all(isinstance(value, dict) for value in parameters.values())
+    for rope in parameters.values() if nested else [parameters]:
+        kind = rope.get("rope_type")
+        first = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind not in ("longrope", "dynamic") or max_length <= first:
+            continue
+        if kind == "longrope" and columns <= first:
+            return f"the text may grow beyond {first} tokens, where the model's rotary frequencies change"
+        if rows > 1 and rows * columns > LINE_TOKENS:
+            return (
+                "the model's rotary frequencies follow the longest row, and these rows run in several lines"
+            )
+    return None
