@@ -60,9 +60,12 @@ def test_the_counter_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize("gate", ["straight-through", "paper"])
+@pytest.mark.parametrize("skip", ["layer", "attention"])
 @pytest.mark.parametrize("lengths", [(30,), (30, 3, 12)], ids=str)
-def test_prefill_waits_once_a_routed_layer(make_llama: Any, gate: str, lengths: tuple[int, ...]) -> None:
-    model, inputs = routed_llama(make_llama, gate), prompts(*lengths)
+def test_prefill_waits_once_a_routed_layer(
+    make_llama: Any, gate: str, skip: str, lengths: tuple[int, ...]
+) -> None:
+    model, inputs = routed_llama(make_llama, gate, skip), prompts(*lengths)
     modlab.enable_fast_generation(model, compile=False)
     engine = model.__dict__["mod_engine"]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

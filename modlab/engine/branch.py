@@ -40,11 +40,15 @@ class Branch:
         """
         raise NotImplementedError
 
-    def route(self, graph: Any, call: RouterCall, body: Body) -> None:
-        """Makes the decision of `call`, then runs `body` if any row keeps its token."""
+    def decide(self, graph: Any, call: RouterCall) -> Any:
+        """Makes the decision of `call`; what `run_decided` takes, now or later in the same step."""
         decide = decode_router if call.x_BD.is_cuda else reference_decode_router
         decide(call)
-        self.run_if(graph, call.any_1, body)
+        return call.any_1
+
+    def run_decided(self, graph: Any, decided: Any, body: Body) -> None:
+        """Runs `body` if any row keeps its token; once for each decision."""
+        self.run_if(graph, decided, body)
 
 
 class TorchBranch(Branch):
@@ -90,11 +94,12 @@ class CudaPythonBranch(Branch):
         )
         self._capture_node(handle, body)
 
-    def route(self, graph: Any, call: RouterCall, body: Body) -> None:
-        """One kernel decides and sets the node's condition: 2 us a layer less than two (docs/log.md)."""
+    def decide(self, graph: Any, call: RouterCall) -> Any:
+        """One kernel decides and sets the condition of a node to come: 2 us a layer less than two
+        (docs/log.md).
+        """
         if graph is None:
-            super().route(graph, call, body)
-            return
+            return super().decide(graph, call)
         handle, x_BD = self._new_handle(), call.x_BD
         rows, size = x_BD.shape
         warps = 32 // min(32, 1 << (rows - 1).bit_length())
@@ -108,7 +113,14 @@ class CudaPythonBranch(Branch):
             *zip(numbers, number_types, strict=True), *((t.data_ptr(), pointer) for t in inputs),
             (call.keep_first, ctypes.c_int), *((t.data_ptr(), pointer) for t in outputs),
         )  # fmt: skip
-        self._capture_node(handle, body)
+        return handle
+
+    def run_decided(self, graph: Any, decided: Any, body: Body) -> None:
+        """The IF node whose condition `decide` has set."""
+        if graph is None:
+            super().run_decided(graph, decided, body)
+        else:
+            self._capture_node(decided, body)
 
     def _new_handle(self) -> Any:
         stream = torch.cuda.current_stream().cuda_stream

@@ -2,7 +2,8 @@
 GPU.
 
 The family's own forward of model and layers stays in charge. For the length of one call each decoder layer
-lends its `forward` (an attribute of that object) to a function from here, which calls the layer's own code.
+runs a function from here (see `lending`), which calls the layer's own code. Where routers leave out a layer's
+attention or MLP alone, the layer decides at its entrance, and that submodule follows the decision.
 
 Shape letters: S tokens of all rows in one line, B rows, T = 1 token in, D model dim.
 """
@@ -20,34 +21,19 @@ from torch import Tensor, nn
 
 from modlab.anatomy import attention_name, mlp_name
 from modlab.arguments import LayerArguments
-from modlab.engine.attention import PrefillSlot
+from modlab.engine.attention import CannotCapture, PrefillSlot
 from modlab.engine.branch import Branch
 from modlab.engine.tables import RouterSlot, Tables
-from modlab.layer import CALL, RoutedLayer
+from modlab.layer import CALL, RoutedLayer, RoutedModule
 from modlab.ops.combine import gated_output, scaled_branches
 from modlab.ops.decode_router import RouterCall
 from modlab.ops.router_logits import router_logits
-from modlab.routing import Routing
+from modlab.routing import Decision, Routing
 
 Forward = Callable[..., Any]
 
 MLP_CHUNK = 16384
 """Tokens that an MLP takes at once in prefill: its inner activations, 3.5 times as wide, set the peak."""
-
-
-@contextlib.contextmanager
-def lent(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
-    """Inside this block each module's `forward` is the given function."""
-    own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)
-        for module, forward in own.items():
-            module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager
@@ -75,8 +61,19 @@ def dense_forward(layer: nn.Module) -> Forward:
 
 
 def gate_form(routing: Routing) -> str:
-    """How gates enter outputs, in the terms of `ops.combine`."""
-    return "scaled" if routing.config.gate == "paper" else routing.config.gate
+    """How gates enter outputs, in the terms of `ops.combine`; the paper's in one branch needs no hooks."""
+    if routing.config.gate != "paper":
+        return routing.config.gate
+    return "scaled" if routing.config.skip == "layer" else "fused"
+
+
+def routed_sublayer(layer: RoutedLayer, routing: Routing) -> RoutedModule | None:
+    """The attention or MLP that the layer's router decides for, or None where it is the layer."""
+    if routing.config.skip == "layer":
+        return None
+    name = attention_name(layer) if routing.config.skip == "attention" else mlp_name(layer)
+    sublayer: Any = layer.get_submodule(name or "")
+    return sublayer
 
 
 # ---- prefill ----
@@ -85,7 +82,7 @@ def gate_form(routing: Routing) -> str:
 def prefill_forwards(
     layers: list[nn.Module], routing: Routing | None, slots_L: list[PrefillSlot], last: Tensor
 ) -> dict[nn.Module, Forward]:
-    """What the layers and their MLPs run in a prefill.
+    """What the layers, their MLPs and routed attentions run in a prefill.
 
     Args:
         slots_L: each layer's slot; a routed layer's is filled in when it has decided.
@@ -93,14 +90,25 @@ def prefill_forwards(
     """
     forwards: dict[nn.Module, Forward] = {}
     for index, layer in enumerate(layers):
-        if isinstance(layer, RoutedLayer):
-            assert routing is not None
-            forwards[layer] = partial(_prefill_routed, index, layer, routing, slots_L[index], last)
         name = mlp_name(layer)
         if name is not None:
             mlp = layer.get_submodule(name)
-            forwards[mlp] = partial(_chunked, mlp.forward)
+            forwards[mlp] = partial(_chunked, _own_forward(mlp))
+        if not isinstance(layer, RoutedLayer):
+            continue
+        assert routing is not None
+        sublayer = routed_sublayer(layer, routing)
+        forwards[layer] = partial(_prefill_routed, index, layer, routing, slots_L[index], last)
+        if sublayer is not None:
+            run = forwards.get(sublayer, _own_forward(sublayer))
+            slot = slots_L[index] if routing.config.skip == "attention" else None
+            forwards[sublayer] = partial(_prefill_sublayer, index, sublayer, run, routing, slot, last)
     return forwards
+
+
+def _own_forward(module: nn.Module) -> Forward:
+    """The forward that `module` would have without a router."""
+    return partial(module.dense_class.forward, module) if isinstance(module, RoutedModule) else module.forward
 
 
 def _prefill_routed(
@@ -112,37 +120,80 @@ def _prefill_routed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Packs the kept tokens of all rows and runs the layer on them; the others are not touched."""
+    """Decides; then runs the layer on the kept tokens, or lets its sublayer follow the decision."""
     kwargs.pop(CALL, None)
     arguments = LayerArguments(layer.dense_class, args, kwargs)
-    x = arguments.hidden
     logits = partial(router_logits, layer.mod_router)
     decision = routing.decide(index, logits, arguments.residual_BTD, training=False)
+    forward = partial(layer.dense_class.forward, layer)
+    if routing.config.skip != "layer":
+        return forward(*args, **kwargs)
+    form = gate_form(routing)
+    return _prefill_kept(layer, forward, arguments, decision, slot, last, form, residual=True)
+
+
+def _prefill_sublayer(
+    index: int,
+    sublayer: RoutedModule,
+    forward: Forward,
+    routing: Routing,
+    slot: PrefillSlot | None,
+    last: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    arguments = LayerArguments(sublayer.dense_class, args, kwargs)
+    decision, form = routing.require_call().decisions[index], gate_form(routing)
+    return _prefill_kept(sublayer, forward, arguments, decision, slot, last, form, residual=False)
+
+
+def _prefill_kept(
+    module: RoutedModule,
+    forward: Forward,
+    arguments: LayerArguments,
+    decision: Decision,
+    slot: PrefillSlot | None,
+    last: Tensor,
+    form: str,
+    residual: bool,
+) -> Any:
+    """Packs the kept tokens of all rows and runs the module on them; the others are not touched.
+
+    Args:
+        slot: of the attention inside the module; None if there is none.
+        residual: True if a skipped token passes through (a layer), False if it becomes zero (a sublayer).
+    """
+    x = arguments.hidden
     keep_S = decision.keep[0]
     passed_B = keep_S.cumsum(0)[last]
     passed = passed_B.tolist()  # the one host sync of the layer
-    slot.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
     kept = passed[-1]
-    if kept == 0:
-        slot.cache.lengths, slot.columns = [0] * len(passed), slot.columns[:0]
-        return layer.joined(x, (None,) * layer.mod_extra_outputs)
-    slot.varying = kept < x.shape[1]
-    if not slot.varying:
-        changes: dict[str, Any] = {}
-        gate_1S = decision.gate
-    else:
+    varying = kept < x.shape[1]
+    changes: dict[str, Any] = {}
+    gate_1S = decision.gate
+    if kept and varying:
         kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
-        slot.columns = slot.columns[kept_S]
         changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
         gate_1S = decision.gate[:, kept_S]
-    slot.bounds = F.pad(passed_B, (1, 0)).int()  # small, and by now the GPU has large tensors to gather
-    form = gate_form(routing)
-    with scaled_branches(layer, layer.mod_branch_ends, gate_1S if form == "scaled" else None):
-        output = arguments.call(partial(layer.dense_class.forward, layer), changes)
-    y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-    y = gated_output(form, y, changes.get(arguments.hidden_name, x), gate_1S, False)
-    out = x.index_copy_(1, kept_S, y.to(x.dtype)) if slot.varying else y
-    return layer.joined(out, tuple(None for _ in rest))
+    if slot is not None:
+        slot.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
+        slot.varying = varying
+        slot.bounds = F.pad(passed_B, (1, 0)).int()  # small, and by now the GPU has large tensors to gather
+        if kept == 0:
+            slot.cache.lengths, slot.columns = slot.counts, slot.columns[:0]
+        elif varying:
+            slot.columns = slot.columns[kept_S]
+    if kept == 0:
+        out = x if residual else torch.zeros_like(x)
+        return module.joined(out, (None,) * module.mod_extra_outputs)
+    with scaled_branches(module, module.mod_branch_ends, gate_1S if form == "scaled" else None):
+        y, rest = arguments.run(forward, changes)
+    skipped = changes.get(arguments.hidden_name, x) if residual else 0.0
+    y = gated_output(form, y, skipped, gate_1S, False)
+    if varying:
+        out = x if residual else torch.zeros_like(x)
+        y = out.index_copy_(1, kept_S, y.to(x.dtype))
+    return module.joined(y, tuple(None for _ in rest), arguments.in_tuple)
 
 
 def _chunked(forward: Forward, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +222,7 @@ def decode_forwards(
     graph: Any,
     compiled: Callable[[Forward], Forward],
 ) -> dict[nn.Module, Forward]:
-    """What the layers run in one decoding step.
+    """What the layers and their routed sublayers run in one decoding step.
 
     Args:
         branch: how a routed layer is skipped.
@@ -179,6 +230,8 @@ def decode_forwards(
         compiled: makes a function fast, or returns it as it is.
     """
     run_dense, run_kept = compiled(_run), compiled(_run_kept)
+    around: dict[Forward, Forward] = {}  # layers that a routed sublayer cuts in two, compiled
+    decided: dict[int, Any] = {}
     forwards: dict[nn.Module, Forward] = {}
     for index, layer in enumerate(layers):
         forward = dense_forward(layer)
@@ -186,12 +239,22 @@ def decode_forwards(
             forwards[layer] = partial(run_dense, forward, layer)
             continue
         assert routing is not None
-        form = gate_form(routing)
+        form, sublayer = gate_form(routing), routed_sublayer(layer, routing)
+        if sublayer is not None:
+            if forward not in around:
+                around[forward] = compiled(forward)
+            run, slot = around[forward], tables.routers[index]
+            forwards[layer] = partial(
+                _decode_deciding, layer, run, routing, tables, branch, graph, index, decided
+            )
+            forwards[sublayer] = partial(
+                _decode_sublayer, sublayer, run_kept, form, slot, branch, graph, index, decided
+            )
+            continue
         # Hooks put the paper's gate inside the layer, and hooks are not compiled.
         body = _run_kept if form == "scaled" else run_kept
-        slot = tables.routers[index]
         forwards[layer] = partial(
-            _decode_routed, layer, forward, body, form, routing, slot, tables, branch, graph, index
+            _decode_routed, layer, forward, body, form, routing, tables, branch, graph, index
         )
     return forwards
 
@@ -202,19 +265,21 @@ def _run(forward: Forward, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _run_kept(
     forward: Forward,
-    layer: nn.Module,
+    module: nn.Module,
     form: str,
     gate_B: Tensor,
     keep_B: Tensor,
-    x_B1D: Tensor,
+    out_B1D: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Runs the layer and writes the rows that keep into its input `x_B1D`."""
-    output = forward(layer, *args, **kwargs)
+    """Runs a layer or sublayer and writes the rows that keep into `out_B1D`, which holds what a skipped token
+    is: a layer's input, a sublayer's zeros.
+    """
+    output = forward(module, *args, **kwargs)
     y = output[0] if isinstance(output, tuple) else output
-    y = gated_output(form, y, x_B1D, gate_B[:, None], False)
-    x_B1D.copy_(torch.where(keep_B[:, None, None], y, x_B1D))
+    y = gated_output(form, y, out_B1D, gate_B[:, None], False)
+    out_B1D.copy_(torch.where(keep_B[:, None, None], y, out_B1D))
 
 
 def _decode_routed(
@@ -223,7 +288,6 @@ def _decode_routed(
     run_kept: Forward,
     form: str,
     routing: Routing,
-    slot: RouterSlot,
     tables: Tables,
     branch: Branch,
     graph: Any,
@@ -233,8 +297,66 @@ def _decode_routed(
 ) -> Any:
     kwargs.pop(CALL, None)
     arguments = LayerArguments(layer.dense_class, args, kwargs)
-    x_B1D = arguments.hidden
-    call = RouterCall(
+    x_B1D, slot = arguments.hidden, tables.routers[index]
+
+    def body() -> None:
+        weight = slot.gate[:, None] if form == "scaled" else None
+        with scaled_branches(layer, layer.mod_branch_ends, weight):
+            run_kept(forward, layer, form, slot.gate, slot.keep, x_B1D, args, kwargs)
+
+    decided = branch.decide(graph, _router_call(layer, arguments, routing, tables, index))
+    branch.run_decided(graph, decided, body)
+    return layer.joined(x_B1D, (None,) * layer.mod_extra_outputs)
+
+
+def _decode_deciding(
+    layer: RoutedLayer,
+    run: Forward,
+    routing: Routing,
+    tables: Tables,
+    branch: Branch,
+    graph: Any,
+    index: int,
+    decided: dict[int, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Runs the whole layer; its sublayer, in the middle of it, finds the decision in `decided`."""
+    kwargs.pop(CALL, None)
+    arguments = LayerArguments(layer.dense_class, args, kwargs)
+    decided[index] = branch.decide(graph, _router_call(layer, arguments, routing, tables, index))
+    return run(layer, *args, **kwargs)
+
+
+def _decode_sublayer(
+    sublayer: RoutedModule,
+    run_kept: Forward,
+    form: str,
+    slot: RouterSlot,
+    branch: Branch,
+    graph: Any,
+    index: int,
+    decided: dict[int, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if index not in decided:  # an IF node takes its condition once
+        raise CannotCapture(f"its layers run their {type(sublayer).__name__} more than once a step")
+    arguments = LayerArguments(sublayer.dense_class, args, kwargs)
+    out_B1D = torch.zeros_like(arguments.hidden)
+
+    def body() -> None:
+        run_kept(sublayer.dense_class.forward, sublayer, form, slot.gate, slot.keep, out_B1D, args, kwargs)
+
+    branch.run_decided(graph, decided.pop(index), body)
+    return sublayer.joined(out_B1D, (None,) * sublayer.mod_extra_outputs)
+
+
+def _router_call(
+    layer: RoutedLayer, arguments: LayerArguments, routing: Routing, tables: Tables, index: int
+) -> RouterCall:
+    slot = tables.routers[index]
+    return RouterCall(
         x_BD=arguments.residual_BTD[:, 0],
         weight_D=layer.mod_router.weight,
         bias_1=layer.mod_router.bias,
@@ -247,11 +369,3 @@ def _decode_routed(
         keep_B=slot.keep,
         any_1=slot.any,
     )
-
-    def body() -> None:
-        weight = slot.gate[:, None] if form == "scaled" else None
-        with scaled_branches(layer, layer.mod_branch_ends, weight):
-            run_kept(forward, layer, form, slot.gate, slot.keep, x_B1D, args, kwargs)
-
-    branch.route(graph, call, body)
-    return layer.joined(x_B1D, (None,) * layer.mod_extra_outputs)

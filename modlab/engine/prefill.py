@@ -17,8 +17,8 @@ from modlab.anatomy import decoder_of
 from modlab.cache import RaggedLayer
 from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
 from modlab.engine.compiled import norm_forwards
-from modlab.engine.layers import lent, prefill_forwards, slots
-from modlab.layer import RoutedLayer
+from modlab.engine.layers import prefill_forwards, slots
+from modlab.engine.lending import lent
 from modlab.routing import ForwardCall, Routing
 from modlab.routing_table import RoutingTable
 
@@ -78,10 +78,7 @@ def _prefill_line(
     position_1S = (real_BT.long().cumsum(1) - 1).flatten()[at_S][None]
     bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
     caches = [RaggedLayer() for _ in engine.layers]
-    states = [
-        PrefillSlot(cache, counts, columns_S, bounds.int(), varying=isinstance(layer, RoutedLayer))
-        for layer, cache in zip(engine.layers, caches, strict=True)
-    ]
+    states = [PrefillSlot(cache, counts, columns_S, bounds.int(), varying=False) for cache in caches]
     forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:] - 1)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)

@@ -16,7 +16,8 @@ from modlab.engine.attention import DECODE
 from modlab.engine.branch import Body, Branch, HostBranch
 from modlab.engine.choice import end_step
 from modlab.engine.compiled import Compiler, beside_layers, reason_of
-from modlab.engine.layers import decode_forwards, lent, slots
+from modlab.engine.layers import decode_forwards, slots
+from modlab.engine.lending import lent
 from modlab.engine.linears import one_token_linears
 from modlab.engine.prefill import scratch_caches
 from modlab.engine.tables import Tables
@@ -38,8 +39,10 @@ class Step:
 
     def __init__(self, engine: Engine, batch: int) -> None:
         self.engine = engine
-        routed = engine.routing.layers if engine.routing is not None else []
-        self.tables = Tables(len(engine.layers), routed, batch, engine.device)
+        routing = engine.routing
+        routed = routing.layers if routing is not None else []
+        skips_keys = routing is not None and routing.config.skip != "mlp"
+        self.tables = Tables(len(engine.layers), routed, batch, engine.device, skips_keys)
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor

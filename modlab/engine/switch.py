@@ -86,8 +86,9 @@ def enable_fast_generation(
 ) -> PreTrainedModel:
     """Lets `model.generate` use modlab's engine for greedy search and sampling.
 
-    Prompts are run without padding, every routed layer on its kept tokens; on CUDA each further token is one
-    CUDA graph, in which a layer that no row needs is skipped by an IF node on the GPU. Beam search, assisted
+    Prompts are run without padding, every routed layer (or its attention or MLP, as `MoDConfig.skip` says) on
+    its kept tokens; on CUDA each further token is one CUDA graph, in which what no row needs is skipped by an
+    IF node on the GPU. Beam search, assisted
     decoding, a cache of your own, recorded routing and returned scores go the ordinary way as before;
     `fast_generation_report` says which way the latest call went and why.
 
@@ -147,7 +148,7 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
         not in a better way); compiled (True, False or "layers"), and uncompiled: the parts that torch.compile
         failed on, with the reason; batch_sizes captured; last: fast, why (not), rows,
         prompt_tokens a row, new_tokens, tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes
-        allocated, kept_tokens [L][B].
+        allocated, kept_tokens [L][B]: those whose keys and values are stored.
     """
     if not is_fast(model):
         return {"enabled": False}

@@ -26,7 +26,7 @@ class DecodeSlot:
     Attributes:
         table: int64 [4 + B], addresses, capacity and row starts; see `ops.decode_attention`.
         lengths: int32 [B], tokens stored; the kernels count it up.
-        keep: bool [B], rows that run this layer in this step.
+        keep: bool [B], rows that run this attention in this step.
         column: int32 [B], column of the new token, shared by all layers.
     """
 
@@ -57,9 +57,18 @@ class Tables:
         routed: indices of those with a router.
         batch: rows B.
         device: of the model.
+        skips_keys: whether a row that skips leaves out attention, and with it the new key and value; False
+            where routers decide for MLPs alone.
     """
 
-    def __init__(self, num_layers: int, routed: Sequence[int], batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        routed: Sequence[int],
+        batch: int,
+        device: torch.device,
+        skips_keys: bool = True,
+    ) -> None:
         def full(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
@@ -82,7 +91,7 @@ class Tables:
             DecodeSlot(
                 table=full(0, ADDRESS_SLOTS + batch, dtype=torch.long),
                 lengths=full(0, batch, dtype=torch.int32),
-                keep=self.routers[layer].keep if layer in self.routers else everyone,
+                keep=self.routers[layer].keep if skips_keys and layer in self.routers else everyone,
                 column=self.column,
             )
             for layer in range(num_layers)
