@@ -143,6 +143,36 @@ def test_ideals():
     assert 1.0 < many < one < 1.6  # some row of many needs the layer nearly always
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.25])
+def test_ideals_count_what_is_left_out(keep):
+    """What attention and MLP save, each alone, is what the layer saves."""
+    config = models.SHAPES["tiny"].config(64)
+    for work in (
+        lambda skip, share: ideal.prefill_flops(config, [64, 20], share, skip),
+        lambda skip, share: ideal.decode_bytes(config, [64, 20], share, 4, skip),
+    ):
+        saved = {skip: work(skip, 1.0) - work(skip, keep) for skip in ("layer", "attention", "mlp")}
+        assert saved["attention"] + saved["mlp"] == pytest.approx(saved["layer"])
+        assert min(saved.values()) > 0
+    weights_and_keys = (2 * 64 * 64 + 2 * 64 * 32 + 2 * 64 * 32) * 4  # q and o; k and v; K and V of 64 tokens
+    whole, rest = (ideal.decode_bytes(config, [64], share, 4, "attention") for share in (1.0, 0.0))
+    assert whole - rest == weights_and_keys
+
+
+@pytest.mark.parametrize("skip", ["attention", "mlp"])
+def test_rows_of_models_that_skip_a_part(skip):
+    settings = registry.Settings(
+        shape="tiny", repeats=1, contexts=(40,), ratios=(0.25,), decode_tokens=9, skip=skip
+    )
+    for name in ("generate", "prefill", "decode"):
+        rows = list(registry.CASES[name](settings))
+        check_rows(rows)
+        for row in rows:
+            assert row["skip"] == skip and row["keep_ratio"] == pytest.approx(0.25, abs=0.02)
+            assert (row["kv_saving"] > 1.1) == (skip == "attention")
+            assert 1.0 < row["ideal"] < 2.0
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -35,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--routed", default="alternate", choices=("alternate", "most", "all"), help="routed layers"
     )
+    parser.add_argument(
+        "--skip",
+        default="layer",
+        choices=("layer", "attention", "mlp"),
+        help="what a skipped token leaves out (layer)",
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.25, 0.50, 1.00], metavar="R")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (7)")
     parser.add_argument(
@@ -82,6 +88,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         contexts=tuple(options.context),
         batch=options.batch,
         routed=options.routed,
+        skip=options.skip,
         layers=options.layers,
         ratios=tuple(options.ratios),
         repeats=options.repeats,

@@ -173,11 +173,12 @@ class Workload:
         layers = self.twins[variant.routed].mod.layers
         kept, token = dict.fromkeys(layers, variant.ratio), kv_token_bytes(config, settings.dtype.itemsize)
         seen = sum(self.lengths) + len(self.lengths) * (self.tokens - 1)
+        stored = statistics.fmean(sum(last["kept_tokens"][i]) for i in layers) / seen
         halfway = [n + self.tokens / 2 for n in self.lengths]
         ideal = (
-            ideal_prefill(config, self.lengths, kept)
+            ideal_prefill(config, self.lengths, kept, settings.skip)
             if name == "prefill"
-            else ideal_decode(config, halfway, kept, settings.dtype.itemsize)  # type: ignore[arg-type]
+            else ideal_decode(config, halfway, kept, settings.dtype.itemsize, settings.skip)  # type: ignore[arg-type]
         )
         return {
             "case": name,
@@ -187,7 +188,8 @@ class Workload:
             "routed": variant.routed,
             "routed_layers": len(layers),
             "num_layers": config.num_hidden_layers,
-            "keep_ratio": statistics.fmean(sum(last["kept_tokens"][i]) for i in layers) / seen,
+            "skip": settings.skip,
+            "keep_ratio": variant.ratio if settings.skip == "mlp" else stored,  # MLPs store nothing
             "ideal": ideal,
             "kv_bytes": last["kv_bytes"],
             "kept_kv_bytes": sum(map(sum, last["kept_tokens"])) * token,
@@ -205,7 +207,8 @@ def fast_models(
     there.
     """
     dense = dense_model(settings, context)
-    twins = {name: converted_twin(dense, routed_layers(name, depth(settings))) for name in routed}
+    layers = {name: routed_layers(name, depth(settings)) for name in routed}
+    twins = {name: converted_twin(dense, layers[name], settings.skip) for name in routed}
     try:
         for model in (dense, *twins.values()):
             enable_fast_generation(model, compile, check=False)

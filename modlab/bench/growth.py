@@ -36,11 +36,11 @@ def decode_rows(
     for ratio in ratios:
         times, allocated = step_times(engines[1], batch, context, layers, ratio, settings.seed, STEPS)
         lengths = [context] * batch
-        ideal = ideal_decode(config, lengths, dict.fromkeys(layers, ratio), size)
+        ideal = ideal_decode(config, lengths, dict.fromkeys(layers, ratio), size, settings.skip)
         yield make_row(
             dense_times, times, case="decode", shape=settings.shape, context=context, batch=batch,
             routed=routed, routed_layers=len(layers), num_layers=config.num_hidden_layers, keep_ratio=ratio,
-            ideal=ideal, kv_bytes=allocated, prompt="synthetic keys and values",
+            skip=settings.skip, ideal=ideal, kv_bytes=allocated, prompt="synthetic keys and values",
             dense_kv_bytes=config.num_hidden_layers * batch * context * kv_token_bytes(config, size),
         )  # fmt: skip
 

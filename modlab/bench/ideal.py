@@ -13,11 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def layer_weights(config: Any) -> int:
-    """Weights of one decoder layer's linear maps (attention and gated MLP)."""
+def layer_weights(config: Any) -> tuple[int, int]:
+    """Weights of one decoder layer's linear maps: (attention, gated MLP)."""
     size = head_size(config)
     attention = 2 * config.hidden_size * size * (config.num_attention_heads + config.num_key_value_heads)
-    return attention + 3 * config.hidden_size * config.intermediate_size
+    return attention, 3 * config.hidden_size * config.intermediate_size
+
+
+def shares(share: float, skip: str) -> tuple[float, float]:
+    """Shares of the tokens that run (attention, MLP) when routers that keep `share` leave out `skip`."""
+    return (1.0 if skip == "mlp" else share), (1.0 if skip == "attention" else share)
 
 
 def head_size(config: Any) -> int:
@@ -30,38 +35,51 @@ def kv_token_bytes(config: Any, bytes_each: int) -> int:
     return 2 * config.num_key_value_heads * head_size(config) * bytes_each
 
 
-def prefill_flops(config: Any, lengths: Sequence[int], share: float) -> float:
-    """Operations of one layer that runs on `share` of the tokens of rows of these lengths."""
+def prefill_flops(config: Any, lengths: Sequence[int], share: float, skip: str = "layer") -> float:
+    """Operations of one layer that runs, or whose part `skip` runs, on `share` of the tokens of rows of these
+    lengths.
+    """
     width = config.num_attention_heads * head_size(config)
-    tokens = sum(share * n for n in lengths)
-    attention = sum(2 * (share * n) ** 2 * width for n in lengths)  # causal: half of QK^T and half of AV
-    return 2 * tokens * layer_weights(config) + attention
+    attention, mlp = layer_weights(config)
+    attended, mapped = shares(share, skip)
+    linear = 2 * sum(lengths) * (attended * attention + mapped * mlp)
+    return linear + sum(2 * (attended * n) ** 2 * width for n in lengths)  # causal: half of QK^T, half of AV
 
 
-def ideal_prefill(config: Any, lengths: Sequence[int], kept: dict[int, float]) -> float:
-    """Dense / remaining operations of a prefill when layer i runs on the share `kept[i]` of the tokens."""
+def ideal_prefill(config: Any, lengths: Sequence[int], kept: dict[int, float], skip: str = "layer") -> float:
+    """Dense / remaining operations of a prefill when layer i, or its part `skip`, runs on the share `kept[i]`
+    of the tokens.
+    """
     total = range(config.num_hidden_layers)
     dense = sum(prefill_flops(config, lengths, 1.0) for _ in total)
-    return dense / sum(prefill_flops(config, lengths, kept.get(i, 1.0)) for i in total)
+    return dense / sum(prefill_flops(config, lengths, kept.get(i, 1.0), skip) for i in total)
 
 
-def decode_bytes(config: Any, lengths: Sequence[int], share: float, bytes_each: int) -> float:
+def decode_bytes(
+    config: Any, lengths: Sequence[int], share: float, bytes_each: int, skip: str = "layer"
+) -> float:
     """Bytes that one layer reads for one token of each row at these lengths, each kept with chance `share`.
 
-    A layer's weights are read when any row keeps its token (rows taken as independent); a row that keeps
-    reads the keys and values of its kept tokens.
+    The weights of what is skipped are read when any row keeps its token (rows taken as independent); a row
+    that keeps reads the keys and values of its kept tokens.
     """
-    weights = layer_weights(config) * (1 - (1 - share) ** len(lengths)) * bytes_each
-    return weights + sum(share * share * n for n in lengths) * kv_token_bytes(config, bytes_each)
+    parts = zip(layer_weights(config), shares(share, skip), strict=True)
+    weights = sum(part * (1 - (1 - chance) ** len(lengths)) for part, chance in parts) * bytes_each
+    attended, _ = shares(share, skip)
+    return weights + sum(attended * attended * n for n in lengths) * kv_token_bytes(config, bytes_each)
 
 
-def step_bytes(config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int) -> float:
+def step_bytes(
+    config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int, skip: str = "layer"
+) -> float:
     """Bytes that one decoding step of the whole model reads, output head included."""
     head = config.vocab_size * config.hidden_size * bytes_each
     layers = range(config.num_hidden_layers)
-    return head + sum(decode_bytes(config, lengths, kept.get(i, 1.0), bytes_each) for i in layers)
+    return head + sum(decode_bytes(config, lengths, kept.get(i, 1.0), bytes_each, skip) for i in layers)
 
 
-def ideal_decode(config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int) -> float:
+def ideal_decode(
+    config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int, skip: str = "layer"
+) -> float:
     """Dense / remaining bytes of one decoding step."""
-    return step_bytes(config, lengths, {}, bytes_each) / step_bytes(config, lengths, kept, bytes_each)
+    return step_bytes(config, lengths, {}, bytes_each) / step_bytes(config, lengths, kept, bytes_each, skip)

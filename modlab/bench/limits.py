@@ -14,7 +14,7 @@ import torch
 
 from modlab.bench.clock import Times
 from modlab.bench.fast import WARM_UP_TOKENS, Variant, Workload, fast_models, timed_generate
-from modlab.bench.ideal import kv_token_bytes, step_bytes
+from modlab.bench.ideal import kv_token_bytes, shares, step_bytes
 from modlab.bench.models import random_routing
 from modlab.bench.registry import Row, Settings, Skipped, case
 from modlab.bench.rows import make_row
@@ -93,7 +93,8 @@ def step_times(
 
     The prompt is left out: `synthetic_caches` stands in for it.
     """
-    lengths = [round(ratio * context) if i in routed else context for i in range(len(engine.layers))]
+    stored = ratio if engine.routing is None else shares(ratio, engine.routing.config.skip)[0]
+    lengths = [round(stored * context) if i in routed else context for i in range(len(engine.layers))]
     step = engine.step(batch)
     caches = synthetic_caches(engine, [[n] * batch for n in lengths])
     tables = step.tables
@@ -130,7 +131,7 @@ def throughput_rows(
         engine: Engine = model.__dict__["mod_engine"]
         engine.steps.clear()
         torch.cuda.empty_cache()
-        kept = config.num_hidden_layers - len(routed) * (1 - ratio)
+        kept = config.num_hidden_layers - len(routed) * (1 - shares(ratio, settings.skip)[0])
         layer_bytes = (context + max(16, context // 32)) * kv_token_bytes(config, size)
         # one layer more: a prefill in several lines holds one layer twice while it joins them
         batch = int((torch.cuda.mem_get_info()[0] - SPARE) // ((kept + 1) * layer_bytes))
@@ -138,7 +139,7 @@ def throughput_rows(
         results[name] = (statistics.median(times.wall[1:]) / batch, batch, allocated)
     kept_by_layer = dict.fromkeys(twin.mod.layers, variant.ratio)
     bytes_each = {
-        name: step_bytes(config, [context] * results[name][1], kept, size) / results[name][1]
+        name: step_bytes(config, [context] * results[name][1], kept, size, settings.skip) / results[name][1]
         for name, kept in (("dense", {}), ("mod", kept_by_layer))
     }
     token = kv_token_bytes(config, size)
@@ -146,7 +147,7 @@ def throughput_rows(
         Times([results["dense"][0]]), Times([results["mod"][0]]),
         case="throughput", shape=settings.shape, context=context, batch=results["mod"][1],
         routed=variant.routed, routed_layers=len(kept_by_layer), num_layers=config.num_hidden_layers,
-        keep_ratio=variant.ratio, ideal=bytes_each["dense"] / bytes_each["mod"],
+        skip=settings.skip, keep_ratio=variant.ratio, ideal=bytes_each["dense"] / bytes_each["mod"],
         kv_bytes=results["mod"][2],
         dense_kv_bytes=config.num_hidden_layers * context * results["mod"][1] * token,
         dense_batch=results["dense"][1], dense_tokens_per_s=round(1e3 / results["dense"][0], 1),

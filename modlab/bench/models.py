@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from modlab.bench.registry import Settings
+from modlab.config import MoDConfig, Skip
 from modlab.errors import ModlabError
 from modlab.routing_table import RoutingTable
 
@@ -81,13 +82,14 @@ def dense_model(settings: Settings, context: int) -> Any:
     return dense.requires_grad_(False)
 
 
-def converted_twin(dense: Any, routed: list[int]) -> Any:
-    """The dense model with routers in the layers `routed`, on the same weight tensors."""
-    from modlab.config import MoDConfig
+def converted_twin(dense: Any, routed: list[int], skip: Skip = "layer") -> Any:
+    """The dense model with routers in the layers `routed`, for the layer or its part `skip`, on the same
+    weight tensors.
+    """
     from modlab.convert import convert
 
     twin = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
-    return convert(twin, MoDConfig(layers=routed)).eval()
+    return convert(twin, MoDConfig(layers=routed, skip=skip)).eval()
 
 
 def random_routing(

@@ -46,6 +46,8 @@ def _row(
 ) -> Row:
     """The row of one keep ratio; `facts` holds allocated bytes and measured keep ratio by ratio."""
     kv_bytes, kept = facts[ratio]
+    if settings.skip == "mlp":  # the cache holds all tokens
+        kept = ratio
     return make_row(
         times["dense"],
         times[f"mod {ratio}"],
@@ -60,6 +62,7 @@ def _row(
         ideal=ideal,
         kv_bytes=kv_bytes,
         dense_kv_bytes=dense_bytes,
+        skip=settings.skip,
     )
 
 
@@ -69,7 +72,7 @@ def prefill(settings: Settings) -> Iterator[Row]:
     for context in settings.contexts:
         routed = routed_layers(settings.routed, depth(settings))
         dense = dense_model(settings, context)
-        mod = converted_twin(dense, routed)
+        mod = converted_twin(dense, routed, settings.skip)
         ids = torch.randint(0, dense.config.vocab_size, (settings.batch, context), device=settings.device)
 
         def call(model: Any, fn: Any | None, ids: torch.Tensor = ids) -> Any:
@@ -87,7 +90,7 @@ def prefill(settings: Settings) -> Iterator[Row]:
         times = interleaved(calls, settings.repeats, settings.device)
         lengths = [context] * settings.batch
         for ratio in settings.ratios:
-            ideal = ideal_prefill(dense.config, lengths, dict.fromkeys(routed, ratio))
+            ideal = ideal_prefill(dense.config, lengths, dict.fromkeys(routed, ratio), settings.skip)
             yield _row(settings, "prefill", context, dense, routed, times, ratio, ideal, facts, dense_bytes)
         del dense, mod
 
@@ -100,7 +103,7 @@ def decode(settings: Settings) -> Iterator[Row]:
     for context in settings.contexts:
         routed = routed_layers(settings.routed, depth(settings))
         dense = dense_model(settings, context + n * rounds)
-        mod = converted_twin(dense, routed)
+        mod = converted_twin(dense, routed, settings.skip)
         ids = torch.randint(0, dense.config.vocab_size, (settings.batch, context), device=settings.device)
         spans = [context] + [n] * rounds
         variants: dict[str, tuple[Any, Any]] = {"dense": (dense, None)}
@@ -129,7 +132,7 @@ def decode(settings: Settings) -> Iterator[Row]:
         lengths = [context] * settings.batch
         for ratio in settings.ratios:
             shares = dict.fromkeys(routed, ratio)
-            ideal = ideal_decode(dense.config, lengths, shares, settings.dtype.itemsize)
+            ideal = ideal_decode(dense.config, lengths, shares, settings.dtype.itemsize, settings.skip)
             row = _row(settings, "decode", context, dense, routed, times, ratio, ideal, facts, dense_bytes)
             yield row | {"decode_tokens": n}
         del dense, mod, variants, state

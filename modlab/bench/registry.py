@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from modlab.config import Skip
 from modlab.errors import ModlabError
 
 Row = dict[str, Any]
@@ -45,6 +46,7 @@ class Settings:
     contexts: Sequence[int] = (2048,)
     batch: int = 1
     routed: str = "alternate"
+    skip: Skip = "layer"  # what a skipped token leaves out
     layers: int | None = None  # depth other than the shape's own
     ratios: Sequence[float] = (0.10, 0.25, 0.50, 1.00)
     repeats: int = 7

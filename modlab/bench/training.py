@@ -20,7 +20,7 @@ def train_rows(settings: Settings, context: int, batch: int, ratio: float) -> It
     """Forward, backward and AdamW on full sequences, activations recomputed; only kept tokens run."""
     dense = dense_model(settings, context)
     routed = routed_layers(settings.routed, depth(settings))
-    twin = converted_twin(dense, routed)
+    twin = converted_twin(dense, routed, settings.skip)
     twin.mod.what_if = False
     dense.requires_grad_(True)
     for model in (dense, twin):
@@ -43,10 +43,12 @@ def train_rows(settings: Settings, context: int, batch: int, ratio: float) -> It
 
     calls = {"dense": lambda: step(dense), "mod": lambda: step(twin)}
     times = interleaved(calls, settings.repeats, settings.device)
+    kept = dict.fromkeys(routed, ratio)
     yield make_row(
         times["dense"], times["mod"], case="train", shape=settings.shape, context=context, batch=batch,
         routed=settings.routed, routed_layers=len(routed), num_layers=dense.config.num_hidden_layers,
-        keep_ratio=ratio, ideal=ideal_prefill(dense.config, [context] * batch, dict.fromkeys(routed, ratio)),
+        skip=settings.skip, keep_ratio=ratio,
+        ideal=ideal_prefill(dense.config, [context] * batch, kept, settings.skip),
         kv_bytes=0, dense_kv_bytes=0, optimizer="AdamW", gradient_checkpointing=True,
     )  # fmt: skip
 
