@@ -98,7 +98,7 @@ class Frontier {
       node(svg, "line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "mod-grid" });
       node(svg, "text", { x: left - 8, y: y(v) + 4, "text-anchor": "end", class: "mod-tick" }, number(v));
     }
-    for (const v of ticks(x0, x1, Math.max(3, Math.floor(width / 130)))) node(svg, "text", { x: x(v), y: height - bottom + 18, "text-anchor": "middle", class: "mod-tick" }, format(v));
+    for (const v of (metric === "kv_bytes" ? byteTicks : ticks)(x0, x1, Math.max(3, Math.floor(width / 130)))) node(svg, "text", { x: x(v), y: height - bottom + 18, "text-anchor": "middle", class: "mod-tick" }, format(v));
     node(svg, "text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "mod-plot-title" }, `${title}  (left is better)`);
     const side = node(svg, "text", { transform: `translate(13 ${(height - bottom + top) / 2}) rotate(-90)`, "text-anchor": "middle", class: "mod-plot-title" }, "loss, nats a token  (lower is better)");
     side.setAttribute("aria-hidden", "true");
