@@ -11,12 +11,10 @@ from .test_page import CONTRASTS
 pytestmark = pytest.mark.browser
 
 SETUP = """\
-import torch, transformers, modlab
-from tests.conftest import tiny_config
-from tests.synthetic import make_tokenizer, make_trace, scatter_gates
-torch.manual_seed(0)
-model = modlab.convert(transformers.LlamaForCausalLM(tiny_config()).eval())
-scatter_gates(model)
+import modlab
+from tests.conftest import routed_llama
+from tests.synthetic import make_tokenizer, make_trace
+model = routed_llama()
 text = "the router decides which token runs and which token skips, 日本 🙂\\n" * 4
 explorer = modlab.widgets.explore(model, make_tokenizer(), text)
 explorer"""

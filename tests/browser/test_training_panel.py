@@ -11,12 +11,9 @@ from .notebook_browser import JupyterLab
 pytestmark = pytest.mark.browser
 
 SETUP = """\
-import time, torch, transformers, modlab
-from tests.conftest import tiny_config
-from tests.synthetic import scatter_gates
-torch.manual_seed(0)
-model = modlab.convert(transformers.LlamaForCausalLM(tiny_config()).eval())
-scatter_gates(model)
+import time, torch, modlab
+from tests.conftest import routed_llama
+model = routed_llama()
 batches = [{"input_ids": torch.randint(3, 500, (2, 32))} for _ in range(2000)]
 panel = modlab.widgets.TrainingPanel(model, batches, modlab.TrainConfig(steps=2000, log_every=2))
 panel"""
