@@ -236,6 +236,19 @@ def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
         Frontier(sweep()[:1])
 
 
+def test_frontier_against_times_of_another_machine() -> None:
+    frame = pd.DataFrame({"keep_ratio": [0.2, 1.0], "dense_ms": [6.0, 6.0], "mod_ms": [3.0, 7.0]})
+    frame.attrs["origin"] = "decode on a machine"
+    widget = Frontier(sweep(), references={"dense": {"loss": 1.9}}, elsewhere={"another": frame})
+    (axis,) = widget.elsewhere
+    assert axis["title"] == "another" and "decode on a machine" in axis["note"]
+    # keep ratios 0.8, 0.4, and 0.1, which is less than was measured there
+    assert [point[axis["metric"]] for point in widget.points] == pytest.approx([6.0, 4.0, 3.0])
+    assert widget.references[0][axis["metric"]] == 6.0
+    with pytest.raises(ModlabError, match="no column mod_ms"):
+        Frontier(sweep(), elsewhere={"another": frame.drop(columns="mod_ms")})
+
+
 # ---- pages and pictures of all of them
 
 

@@ -11,7 +11,7 @@ import traitlets as t
 from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
 from modlab.kv_budget import INDEX_BYTES, MIB, keep_ratio_for
-from modlab.trace import run_traced
+from modlab.trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import thresholds_restored_on_error, using
@@ -33,7 +33,7 @@ class SteeredView(MeasuredView):
         from modlab.measure import context_length
 
         self._texts = texts if texts is None else list(texts)
-        self._open_loss: tuple[str, float] | None = None
+        self._open_loss: float | None = None
         super().__init__(model, tokenizer, text, **traits)
         context = context_length(model)
         trace = self._trace
@@ -105,14 +105,18 @@ class SteeredView(MeasuredView):
             self._show(trace, given_cache(output))
         return dict(model.mod.thresholds)
 
+    def _take(self, trace: RoutingTrace, output: Any) -> None:
+        self._open_loss = None
+        super()._take(trace, output)
+
     def _refine(self, job: Job | None) -> None:
         """Run the text once with nothing skipped: what its loss is compared with."""
-        if self._open_loss is not None and self._open_loss[0] == self.text:
+        if self._open_loss is not None:
             return
         with using(self._model, job, "Running the text with nothing skipped"):
             loss = self._at_rest()[0].mean_loss
         if not np.isnan(loss):
-            self._open_loss = (self.text, loss)
+            self._open_loss = loss
             self.summary = {**self.summary, **self._known(), "run": self.summary["run"] + 1}
 
     def _at_rest(self) -> Any:
@@ -123,9 +127,7 @@ class SteeredView(MeasuredView):
             return run_traced(self._model, self._tokenizer, self.text)
 
     def _known(self) -> dict[str, Any]:
-        if self._open_loss is None or self._open_loss[0] != self.text:
-            return {}
-        return {"open_loss": self._open_loss[1]}
+        return {} if self._open_loss is None else {"open_loss": self._open_loss}
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") != "calibrate":
