@@ -2,6 +2,7 @@
 
     published.benchmarks()      `modlab bench`, this project's runs (benchmarks/results/*.json)
     published.quality()         what conversion recipes cost in loss (python -m benchmarks.quality)
+    published.latencies(case)   of these, milliseconds by keep ratio: one curve
     published.demo()            the demo models on held-out text (modlab/demo/results.json)
 
 The files travel in the package: an installed modlab can draw them beside what the machine at hand measures.
@@ -76,6 +77,45 @@ def quality() -> pd.DataFrame:
     frame = pd.DataFrame(studies[-1]["rows"] if studies else [])
     frame.attrs = {name: studies[-1][name] for name in ("date", "command", "device_name")} if studies else {}
     return frame
+
+
+def latencies(
+    case: str, *, device: str = "NVIDIA H200", context: int = 32_768, batch: int = 1
+) -> pd.DataFrame:
+    """Milliseconds by keep ratio on one device, as `modlab bench growth` measured them.
+
+    Args:
+        case: "prefill" (of the whole context) or "decode" (one token).
+        device: as the result files name it.
+        context: tokens.
+        batch: rows.
+
+    Returns:
+        DataFrame by ascending keep_ratio (of the routed layers) with dense_ms, mod_ms, speedup, ideal;
+        `attrs["origin"]` is one sentence on where it comes from.
+
+    Raises:
+        ModlabError: there is no such measurement; the message says what there is.
+    """
+    frame = benchmarks()
+    frame = frame[(frame.result == "growth") & (frame.device_name == device)]
+    chosen = frame[(frame.case == case) & (frame.context == context) & (frame.batch == batch)]
+    if chosen.empty:
+        keys = frame[["case", "context", "batch"]].drop_duplicates().itertuples(index=False)
+        there = "; ".join(f"{c}, context={n}, batch={b}" for c, n, b in keys) or "nothing"
+        raise ModlabError(
+            f"no {case!r} by keep ratio with context={context}, batch={batch} was measured on {device!r}; "
+            f"there is {there}."
+        )
+    chosen = chosen.sort_values("keep_ratio")
+    first = chosen.iloc[0]
+    made = chosen[["keep_ratio", "dense_ms", "mod_ms", "speedup", "ideal"]].reset_index(drop=True)
+    made.attrs["origin"] = (
+        f"{case} of {first['shape']} (random weights, {first.routed_layers:g} of {first.num_layers:g} layers "
+        f"routed, batch {batch}, {context:,} tokens, {first['dtype']}) on {device}, {first['date'][:10]}, "
+        f"by `{first['command']}`"
+    )
+    return made
 
 
 def _date(result: dict[str, Any]) -> str:

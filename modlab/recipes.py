@@ -48,7 +48,7 @@ RECIPES = {
     "paper": Recipe(
         "MoDification as published: load objective, gate on both branches; where it ends is up to alpha",
         {"gate": "paper", "init_gate": 0.5, "keep_first": 1},
-        {"objective": "load", "alpha": 0.01, "calibrate": False},
+        {"objective": "load", "alpha": 0.01, "what_if": 0.0, "calibrate": False},
     ),
 }
 

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from modlab import objectives
+from modlab.anatomy import decoder_layers
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
 from modlab.measure import calibrate
@@ -50,7 +52,7 @@ from modlab.train_step import (
     routing_objective,
 )
 
-CALIBRATION_TOKENS = 2**17  # on a GPU; an eighth of it on a CPU
+CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "train"]
 
@@ -445,7 +447,14 @@ class _Run:
             self.model.mod.thresholds.update({i: float(p) for i, p in found.items()})
 
     def _calibrate(self) -> None:
-        """Moves the thresholds to exactly `keep_ratio`; leaves them where that cannot be had."""
+        """Makes the model keep exactly `keep_ratio`; leaves it as trained where that cannot be had.
+
+        Where the gate only decides, its bias is shifted and the thresholds stay, which comes to the same: a
+        user finds the model at the threshold it was trained with, not at 0.9998. Where the gate enters the
+        output (paper, fused), the thresholds move.
+        """
+        routing = self.model.mod
+        before = dict(routing.thresholds)
         try:
             with self._autocast():
                 calibrate(
@@ -456,6 +465,14 @@ class _Run:
                 )
         except ModlabError as error:
             warnings.warn(f"The thresholds stay as trained: {error}", stacklevel=2)
+            return
+        if routing.config.gate == "straight-through":
+            layers: Any = decoder_layers(self.model)
+            with torch.no_grad():
+                for i, p in before.items():
+                    found = routing.thresholds[i]
+                    layers[i].mod_router.bias += math.log(p / (1 - p)) - math.log(found / (1 - found))
+            routing.thresholds.update(before)
 
     def _calibration_batches(self) -> list[Batch]:
         """Training batches, the same on every process and whether or not the run was resumed: the first ones,
@@ -466,7 +483,7 @@ class _Run:
             rows, length = self.source.first["input_ids"].shape
             if self.source.kind == "rows":
                 rows = min(self.config.batch_size, len(self.source.data))
-            tokens = CALIBRATION_TOKENS if self.device.type == "cuda" else CALIBRATION_TOKENS // 8
+            tokens = CALIBRATION_TOKENS if self.device.type == "cuda" else CALIBRATION_TOKENS // 16
             stream = self.source.iterate(rows, seed=self.config.seed, epochs=1)
             gathered = list(itertools.islice(stream, min(8, max(1, tokens // (rows * length)))))
         return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
@@ -536,6 +553,8 @@ class _Run:
             if progress.window_steps:
                 self._log(_Quiet(), False)
             if self.config.calibrate and self.objective in ("target", "budget"):
+                if self.out is not None and config.save_every:
+                    self._save()  # before: a longer run goes on from the model as trained
                 self._calibrate()
             if self.eval_source is not None and self.history and "eval_loss" not in self.history[-1]:
                 self.history[-1] |= self._evaluate()

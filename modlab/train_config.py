@@ -50,8 +50,8 @@ class TrainConfig:
         bce: weight of the top-k term.
         hold: share of the run before the ramp, in which everything is kept.
         ramp: share of the run over which the target falls from 1 to keep_ratio.
-        calibrate: after a whole run with "target" or "budget", move the thresholds so that they keep
-            keep_ratio of the first training batches exactly.
+        calibrate: after a whole run with "target" or "budget", shift the gates (or, where they enter the
+            output, the thresholds) so that keep_ratio of the first training batches is kept exactly.
         what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
             tokens give the router a gradient too (`model.mod.what_if`). The rest run packed.
         kl: weight of KL(teacher || model); needs `teacher=`.

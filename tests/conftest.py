@@ -12,10 +12,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before modlab's kernels are defined: they run on the CPU
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modlab
 from modlab.proof import FreshProcess
+
+from .synthetic import make_tokenizer, scatter_gates
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers, each with as many threads as cores, wait for each other more than they compute.
@@ -74,6 +76,32 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 def tiny_llama(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     """A tiny converted Llama: 6 layers, 1, 3 and 5 routed, all gates open."""
     return modlab.convert(make_llama(), modlab.MoDConfig())
+
+
+def routed_llama() -> LlamaForCausalLM:
+    """The tiny converted Llama with random routers: its gates differ from token to token."""
+    torch.manual_seed(0)
+    model = modlab.convert(LlamaForCausalLM(tiny_config()).eval(), modlab.MoDConfig())
+    scatter_gates(model)
+    return model
+
+
+@pytest.fixture
+def make_routed_model() -> Callable[[], LlamaForCausalLM]:
+    """Makes the tiny converted Llama with random routers, each time the same one."""
+    return routed_llama
+
+
+@pytest.fixture
+def routed_model() -> LlamaForCausalLM:
+    """The tiny converted Llama with random routers."""
+    return routed_llama()
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 500 words and bytes."""
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pytest
 
 import modlab
 from modlab import published
+from modlab.errors import ModlabError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,3 +65,18 @@ def test_demo_has_the_cost_and_its_control() -> None:
     assert frame.loss["dense_continuation"] < frame.loss["mod"], "it is lossy, and the table says so"
     assert 0 < frame.keep_ratio["mod"] < 1 and frame.kv_saving["mod"] > 1
     assert frame.attrs["date"] and frame.attrs["command"]
+
+
+def test_latencies_are_one_curve_and_say_where_they_come_from() -> None:
+    curve = published.latencies("decode")
+    rows = published.benchmarks().query(
+        "result == 'growth' and case == 'decode' and context == 32768 and batch == 1"
+    )
+    assert curve.keep_ratio.is_monotonic_increasing and len(curve) >= 3
+    assert set(curve.mod_ms) == set(rows.mod_ms) and curve.dense_ms.nunique() == 1
+    origin = curve.attrs["origin"]
+    assert "NVIDIA H200" in origin and "modlab bench growth" in origin and "2026-" in origin
+    with pytest.raises(ModlabError, match=r"no 'decode'.*context=7.*there is .*context=32768"):
+        published.latencies("decode", context=7)
+    with pytest.raises(ModlabError, match="there is nothing"):
+        published.latencies("decode", device="an abacus")

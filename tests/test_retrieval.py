@@ -38,7 +38,7 @@ def test_a_model_that_looks_the_name_up_is_always_right(kind):
     tokenizer = TOKENIZERS[kind]
     table = probe(hand_made(induction(12), tokenizer), tokenizer, distances=(150, 300))
     assert table.distance.to_list() == [150, 300] and table.rows.to_list() == [6, 6]
-    assert table.accuracy.to_list() == [1.0, 1.0]
+    assert table.accuracy.to_list() == table.token_accuracy.to_list() == [1.0, 1.0]
     assert table.loss.to_list() == pytest.approx([0, 0], abs=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_rows_read_as_they_should():
 def test_one_wrong_digit_is_a_wrong_answer(digit):
     column = 10 + 150 + len("\nname_17 = ") + digit
     table = probe(hand_made(copier(150, wrong_at=column)), by_row=True)
-    assert not table.right.any()
+    assert not table.right.any() and (table.token_accuracy == 3 / 4).all()
     assert table.loss.to_list() == pytest.approx([math.log(len(BYTES)) / 4] * 6)
 
 
@@ -120,7 +120,8 @@ def test_batches_change_nothing(routed, tokenizer):
 def test_means_are_over_tokens(routed, tokenizer):
     rows, table = probe(routed, tokenizer, by_row=True), probe(routed, tokenizer)
     assert table.tokens[0] == rows.tokens.sum()
-    assert table.loss[0] == pytest.approx((rows.loss * rows.tokens).sum() / rows.tokens.sum())
+    for name in ("loss", "token_accuracy"):
+        assert table[name][0] == pytest.approx((rows[name] * rows.tokens).sum() / rows.tokens.sum())
     assert table.keep_ratio[0] == pytest.approx(rows.keep_ratio.mean())
 
 

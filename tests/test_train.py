@@ -354,7 +354,37 @@ def test_a_run_ends_calibrated(make: Callable[..., Any], rows: torch.Tensor) -> 
         ends.append(
             train(model, rows, TrainConfig(**config), eval_data=rows).history["eval_keep_ratio"].iloc[-1]
         )
+        assert set(model.mod.thresholds.values()) == {0.5}  # the gates moved
     assert abs(ends[0] - 0.3) > 0.05 and ends[1] == pytest.approx(0.3, abs=0.02)
+
+
+def test_gates_that_enter_the_output_are_not_moved(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make(mod=modlab.MoDConfig(gate="fused"))
+    scatter_gates(model)
+    config = settings(steps=6, lr=1e-6, keep_ratio=0.3, calibrate=True)
+    biases = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("router.bias")}
+    history = train(model, rows, TrainConfig(**config), eval_data=rows).history
+    assert history["eval_keep_ratio"].iloc[-1] == pytest.approx(0.3, abs=0.02)
+    assert set(model.mod.thresholds.values()) != {0.5}
+    assert all(torch.allclose(p, biases[n], atol=1e-3) for n, p in model.named_parameters() if n in biases)
+
+
+def test_a_calibrated_run_resumes_to_itself_and_goes_on_from_what_was_trained(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    def run(out: str, steps: int, model: Any) -> Any:
+        config = settings(steps=steps, keep_ratio=0.5, calibrate=True, save_every=3, ramp=0.0, warmup=0.0)
+        config |= {"min_lr_ratio": 1.0, "out": tmp_path / out, "resume": "auto"}
+        return train(model, rows, TrainConfig(**config)).model
+
+    def fresh() -> Any:
+        model = make(mod=modlab.MoDConfig())
+        scatter_gates(model)
+        return model
+
+    first = run("a", 6, fresh())
+    assert same_weights(run("a", 6, fresh()), first)  # nothing left to train: calibrated again
+    assert same_weights(run("a", 9, fresh()), run("b", 9, fresh()))
 
 
 def test_gates_that_cannot_be_split_stay(make: Callable[..., Any], rows: torch.Tensor) -> None:

@@ -15,25 +15,14 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.widgets import RoutingExplorer, RoutingHeatmap, ThresholdCurve, TokenText, explore, link, page
 
-from .synthetic import make_tokenizer, make_trace, scatter_gates
+from .synthetic import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
 
 
 @pytest.fixture
-def model(tiny_llama: Any) -> Any:
-    scatter_gates(tiny_llama)
-    return tiny_llama
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer()
-
-
-@pytest.fixture
-def explorer(model: Any, tokenizer: Any) -> RoutingExplorer:
-    return explore(model, tokenizer, TEXT)
+def explorer(routed_model: Any, word_tokenizer: Any) -> RoutingExplorer:
+    return explore(routed_model, word_tokenizer, TEXT)
 
 
 def shown(widget: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -89,11 +78,11 @@ def test_a_still_picture_is_beside_the_live_view(explorer: RoutingExplorer) -> N
         assert len(data["image/png"]) < 100_000
 
 
-def test_explorer_measures(explorer: RoutingExplorer, model: Any, tokenizer: Any) -> None:
+def test_explorer_measures(explorer: RoutingExplorer, routed_model: Any, word_tokenizer: Any) -> None:
     first = explorer.trace
     ask(explorer, 0.7)
-    assert model.mod.thresholds == {1: 0.7, 3: 0.7, 5: 0.7}
-    want = modlab.trace(model, tokenizer, TEXT)
+    assert routed_model.mod.thresholds == {1: 0.7, 3: 0.7, 5: 0.7}
+    want = modlab.trace(routed_model, word_tokenizer, TEXT)
     assert np.array_equal(explorer.trace.keep, want.keep) and not np.array_equal(first.keep, want.keep)
     assert np.array_equal(shown(explorer)[1], want.keep)
     summary = explorer.summary
@@ -120,33 +109,35 @@ def test_busy_is_told_before_the_run_and_ended_after(explorer: RoutingExplorer) 
 
 
 @pytest.mark.parametrize("p", [0.0, 1.5, "half", None])
-def test_a_failed_run_is_shown_and_changes_nothing(explorer: RoutingExplorer, model: Any, p: Any) -> None:
-    before, thresholds = explorer.gates, dict(model.mod.thresholds)
+def test_a_failed_run_is_shown_and_changes_nothing(
+    explorer: RoutingExplorer, routed_model: Any, p: Any
+) -> None:
+    before, thresholds = explorer.gates, dict(routed_model.mod.thresholds)
     ask(explorer, p, 9)
     assert explorer.job["state"] == "failed" and explorer.job["id"] == 9
     assert "Error" in explorer.job["error"] and str(p) in explorer.job["error"]
-    assert explorer.gates == before and model.mod.thresholds == thresholds
+    assert explorer.gates == before and routed_model.mod.thresholds == thresholds
     ask(explorer, 0.6, 10)
     assert explorer.job["error"] == "" and explorer.summary["p"] == 0.6
 
 
-def test_a_model_that_breaks_later_is_shown(explorer: RoutingExplorer, model: Any) -> None:
-    modlab.revert(model)
+def test_a_model_that_breaks_later_is_shown(explorer: RoutingExplorer, routed_model: Any) -> None:
+    modlab.revert(routed_model)
     ask(explorer, 0.6)
     assert "Error" in explorer.job["error"] and explorer.job["state"] == "failed"
 
 
-def test_other_messages_are_ignored(explorer: RoutingExplorer, model: Any) -> None:
+def test_other_messages_are_ignored(explorer: RoutingExplorer, routed_model: Any) -> None:
     explorer._handle_custom_msg({"type": "hello"}, [])
-    assert model.mod.thresholds[1] == 0.5 and explorer.job["id"] == 0
+    assert routed_model.mod.thresholds[1] == 0.5 and explorer.job["id"] == 0
 
 
-def test_runs_from_several_threads_do_not_mix(model: Any, tokenizer: Any) -> None:
-    explorers = [explore(model, tokenizer, TEXT) for _ in range(2)]
+def test_runs_from_several_threads_do_not_mix(routed_model: Any, word_tokenizer: Any) -> None:
+    explorers = [explore(routed_model, word_tokenizer, TEXT) for _ in range(2)]
     alone = {}
     for p in (0.4, 0.5, 0.6, 0.7):
-        modlab.set_threshold(model, p)
-        alone[p] = modlab.trace(model, tokenizer, TEXT).keep
+        modlab.set_threshold(routed_model, p)
+        alone[p] = modlab.trace(routed_model, word_tokenizer, TEXT).keep
     seen: list[tuple[float, np.ndarray]] = []
 
     def work(explorer: RoutingExplorer, ps: tuple[float, ...]) -> None:
@@ -167,16 +158,18 @@ def test_runs_from_several_threads_do_not_mix(model: Any, tokenizer: Any) -> Non
         assert np.array_equal(keep, alone[p])
 
 
-def test_thresholds_by_layer_are_told(model: Any, tokenizer: Any) -> None:
-    modlab.set_threshold(model, {1: 0.4, 3: 0.5, 5: 0.6})
-    explorer = explore(model, tokenizer, TEXT)
+def test_thresholds_by_layer_are_told(routed_model: Any, word_tokenizer: Any) -> None:
+    modlab.set_threshold(routed_model, {1: 0.4, 3: 0.5, 5: 0.6})
+    explorer = explore(routed_model, word_tokenizer, TEXT)
     assert explorer.summary["varies"] is True and explorer.threshold == pytest.approx(0.5)
     assert explorer.runs == []  # not a point of a curve over one p
 
 
-def test_curve_takes_the_frame_of_sweep(model: Any, tokenizer: Any) -> None:
-    sweep = modlab.sweep(model, tokenizer, [TEXT], thresholds=[0.6, 0.3], repeats=0, progress=False)
-    explorer = explore(model, tokenizer, TEXT, sweep)
+def test_curve_takes_the_frame_of_sweep(routed_model: Any, word_tokenizer: Any) -> None:
+    sweep = modlab.sweep(
+        routed_model, word_tokenizer, [TEXT], thresholds=[0.6, 0.3], repeats=0, progress=False
+    )
+    explorer = explore(routed_model, word_tokenizer, TEXT, sweep)
     assert [point["p"] for point in explorer.points] == [0.3, 0.6]
     assert explorer.points[0]["loss"] == pytest.approx(sweep.set_index("threshold").loss[0.3])
     assert ThresholdCurve(sweep, p=0.4).threshold == 0.4
@@ -200,11 +193,11 @@ def test_link_moves_thresholds_and_joins_groups() -> None:
     assert a.group == b.group
 
 
-def test_errors(model: Any, tokenizer: Any, make_llama: Any) -> None:
+def test_errors(routed_model: Any, word_tokenizer: Any, make_llama: Any) -> None:
     with pytest.raises(ModlabError, match=r"modlab\.convert"):
-        explore(make_llama(), tokenizer, TEXT)
+        explore(make_llama(), word_tokenizer, TEXT)
     with pytest.raises(ModlabError, match="empty"):
-        explore(model, tokenizer, "")
+        explore(routed_model, word_tokenizer, "")
     with pytest.raises(ModlabError, match="between 0 and 1"):
         RoutingHeatmap(make_trace(), threshold=1.0)
     with pytest.raises(ModlabError, match=r"100,000 tokens.*at most 65,536.*trace\.part"):

@@ -14,18 +14,6 @@ from modlab.widgets import TrainingPanel
 from modlab.widgets.model_access import lock_of
 from modlab.widgets.training import ROWS, thinned
 
-from .conftest import tiny_config
-from .synthetic import scatter_gates
-
-
-def make_model() -> Any:
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = modlab.convert(LlamaForCausalLM(tiny_config()).eval())
-    scatter_gates(model)
-    return model
-
 
 def batches(count: int = 400) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
@@ -47,10 +35,10 @@ def weights(model: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_a_paused_run_is_the_same_run() -> None:
-    alone = make_model()
+def test_a_paused_run_is_the_same_run(make_routed_model: Any) -> None:
+    alone = make_routed_model()
     want = modlab.train(alone, batches(), config())
-    model = make_model()
+    model = make_routed_model()
     panel = TrainingPanel(model, batches(), config())
     assert panel.progress["state"] == "ready" and panel.progress["text"] == "A run of 12 steps."
     panel.start()
@@ -71,10 +59,10 @@ def test_a_paused_run_is_the_same_run() -> None:
     assert panel.history.step.tolist() == [2, 4, 6, 8, 10, 12]
 
 
-def test_stop_and_train_on(tmp_path: Any) -> None:
-    alone = make_model()
+def test_stop_and_train_on(make_routed_model: Any, tmp_path: Any) -> None:
+    alone = make_routed_model()
     modlab.train(alone, batches(), config(steps=40, out=tmp_path / "alone"))
-    model = make_model()
+    model = make_routed_model()
     panel = TrainingPanel(model, batches(), config(steps=40, out=tmp_path / "run"))
     panel.start()
     until(lambda: len(panel.history) >= 2)
@@ -87,8 +75,8 @@ def test_stop_and_train_on(tmp_path: Any) -> None:
     assert panel.history.step.tolist() == list(range(2, 41, 2))
 
 
-def test_a_paused_run_can_be_stopped() -> None:
-    panel = TrainingPanel(make_model(), batches(), config(steps=300))
+def test_a_paused_run_can_be_stopped(make_routed_model: Any) -> None:
+    panel = TrainingPanel(make_routed_model(), batches(), config(steps=300))
     panel.start()
     panel.pause()
     until(lambda: panel.progress["state"] == "paused")
@@ -96,8 +84,8 @@ def test_a_paused_run_can_be_stopped() -> None:
     assert panel.wait(30).interrupted
 
 
-def test_the_browser_gets_curves_and_few_messages() -> None:
-    panel = TrainingPanel(make_model(), batches(), config(steps=120, log_every=1))
+def test_the_browser_gets_curves_and_few_messages(make_routed_model: Any) -> None:
+    panel = TrainingPanel(make_routed_model(), batches(), config(steps=120, log_every=1))
     told: list[float] = []
     panel.observe(lambda change: told.append(time.monotonic()), "progress")
     start = time.monotonic()
@@ -114,8 +102,8 @@ def test_the_browser_gets_curves_and_few_messages() -> None:
     assert panel._png().startswith(b"\x89PNG") and '"view": "training"' in panel.to_html()
 
 
-def test_a_run_that_fails_says_so() -> None:
-    model = make_model()
+def test_a_run_that_fails_says_so(make_routed_model: Any) -> None:
+    model = make_routed_model()
     panel = TrainingPanel(model, batches(), config(lr=1e9, warmup=0, max_grad_norm=1e9))
     panel.start()
     with pytest.raises(ModlabError, match="not finite"):
@@ -123,8 +111,8 @@ def test_a_run_that_fails_says_so() -> None:
     assert panel.progress["state"] == "failed" and "not finite" in panel.progress["error"]
 
 
-def test_misuse_is_explained() -> None:
-    panel = TrainingPanel(make_model(), batches(), config(steps=300))
+def test_misuse_is_explained(make_routed_model: Any) -> None:
+    panel = TrainingPanel(make_routed_model(), batches(), config(steps=300))
     with pytest.raises(ModlabError, match=r"start\(\)"):
         panel.wait()
     panel.start()
@@ -135,7 +123,7 @@ def test_misuse_is_explained() -> None:
     panel.stop()
     panel.wait(30)
     with pytest.raises(ModlabError, match="How long"):
-        TrainingPanel(make_model(), batches(), modlab.TrainConfig())
+        TrainingPanel(make_routed_model(), batches(), modlab.TrainConfig())
 
 
 def test_thinned_keeps_means() -> None:

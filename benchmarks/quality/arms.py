@@ -90,14 +90,16 @@ def _arms() -> Iterator[Arm]:
     # ---- zero line and controls
     yield Arm("dense", "the zero line: the base, trained on", None, kv_saving=None)
     static = {"layers": "static", "keep_first": 0}
-    yield Arm("static", "layers left out", static, {"objective": "none"}, mechanism="static")
-    yield Arm("random-alt", "tokens left out by chance", {}, {"objective": "none"}, mechanism="random")
+    fixed = {"objective": "none", "what_if": 0.0}
+    yield Arm("static", "layers left out", static, fixed, mechanism="static")
+    yield Arm("random-alt", "tokens left out by chance", {}, fixed, mechanism="random")
     topk = {"operator": "topk", "gate": "fused", "init_gate": 0.5}
-    yield Arm("topk-alt", "top-k MoD, evaluated causally", topk)
-    yield Arm("topk-mid", "top-k MoD on the layers of ours", {**topk, "layers": "inner"})
+    published = {"what_if": 0.0}  # a skipped token tells the router nothing
+    yield Arm("topk-alt", "top-k MoD, evaluated causally", topk, published)
+    yield Arm("topk-mid", "top-k MoD on the layers of ours", {**topk, "layers": "inner"}, published)
     paper = {"gate": "paper", "init_gate": 0.5, "keep_first": 1}
     for alpha in (0.01, 0.03, 0.1, 0.3):
-        load = {"objective": "load", "alpha": alpha}
+        load = {"objective": "load", "alpha": alpha, **published}
         yield Arm(f"paper-{alpha}", "the paper's recipe", paper, load, kv_saving=None)
     opened = {**paper, "init_gate": 0.88}
     yield Arm("paper-0.1-open", "the same, gates open at first", opened, {**load, "alpha": 0.1}, None)
@@ -122,7 +124,7 @@ def _arms() -> Iterator[Arm]:
     yield Arm("attn-mid-ramp", "the target falls for longer", attn, {"ramp": 0.6})
     yield Arm("attn-mid-late", "and late", attn, {"hold": 0.3, "ramp": 0.4})
     yield Arm("attn-mid-whatif0", "no what-if passes", attn, {"what_if": 0.0})
-    yield Arm("attn-mid-whatif.25", "in a quarter of the steps", attn, {"what_if": 0.25})
+    yield Arm("attn-mid-whatif1", "in every step", attn, {"what_if": 1.0})
     yield Arm("attn-mid-lam10", "a stiffer target", attn, {"lam": 10.0})
     yield Arm("attn-mid-rlr", "routers learn ten times faster", attn, {"router_lr": 3e-3})
 

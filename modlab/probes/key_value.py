@@ -65,10 +65,12 @@ def retrieval(
         progress: show a progress bar.
 
     Returns:
-        DataFrame, one line a distance: `distance`, `rows`, `accuracy` (share of rows that are right), `loss`
-        (nats a token of the value), `tokens` (how many that is the mean of), `keep_ratio` (share of the asked
-        assignment's tokens that routed layers kept, mean over them; 1.0 for a dense model). With `by_row`:
-        `row` and `right` instead of `rows` and `accuracy`. `frame.attrs["left_out"]` as in `recall`.
+        DataFrame, one line a distance: `distance`, `rows`, `accuracy` (share of rows that are right),
+        `token_accuracy` (share of the values' tokens that are the likeliest given the true ones before, for
+        models too small for whole values), `loss` (nats a token of the value), `tokens` (how many these two
+        are the means of), `keep_ratio` (share of the asked assignment's tokens that routed layers kept, mean
+        over them; 1.0 for a dense model). With `by_row`: `row` and `right` instead of `rows` and `accuracy`.
+        `frame.attrs["left_out"]` as in `recall`.
 
     Raises:
         ModlabError: no distance fits, the assignments do not fit into one, a tokenizer to which these numbers
@@ -109,6 +111,7 @@ def retrieval(
                         "distance": distance,
                         "row": row,
                         "right": bool(scores.correct[row, value].all()),
+                        "token_accuracy": float(scores.correct[row, value].double().mean()),
                         "loss": float(scores.loss[row, value].double().mean()),
                         "tokens": value.stop - value.start,
                         "keep_ratio": mean_keep_ratio(scores.keep_ratio_by_layer(row, line)),
@@ -119,15 +122,15 @@ def retrieval(
 
 
 def _means(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a distance; losses are means over tokens, of which values may have different numbers."""
-    summed = table.assign(loss=table["loss"] * table["tokens"]).groupby("distance").sum()
+    """One line a distance. What is by token is a mean over tokens, of which values may differ in number."""
+    by_token, by_row = ["token_accuracy", "loss"], ["right", "keep_ratio"]
+    weighted = table.assign(**{name: table[name] * table["tokens"] for name in by_token})
+    means = weighted.groupby("distance").sum()
     rows = table.groupby("distance")["row"].count()
-    means = summed[["right", "loss", "tokens", "keep_ratio"]].rename(columns={"right": "accuracy"})
-    means["accuracy"] /= rows
-    means["keep_ratio"] /= rows
-    means["loss"] /= means["tokens"]
+    means[by_token] = means[by_token].div(means["tokens"], axis=0)
+    means[by_row] = means[by_row].div(rows, axis=0)
     means.insert(0, "rows", rows)
-    return means.reset_index()
+    return means.drop(columns="row").rename(columns={"right": "accuracy"}).reset_index()
 
 
 @dataclass

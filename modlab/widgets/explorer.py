@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import traitlets as t
@@ -9,60 +11,33 @@ import traitlets as t
 from modlab.cache_argument import given_cache
 from modlab.trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
-from modlab.widgets.model_access import thresholds_restored_on_error, using
-from modlab.widgets.page import curve, payload, script, summary
+from modlab.widgets.model_access import thresholds_restored, using
+from modlab.widgets.page import curve, script
+from modlab.widgets.steered import SteeredView
 from modlab.widgets.still import heatmap_png
-from modlab.widgets.views import ModelView, TraceView
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-class MeasuredView(TraceView, ModelView):
-    """A view of one text and one model: the text runs again at other thresholds."""
-
-    def __init__(self, model: Any, tokenizer: Any, text: str, **traits: Any) -> None:
-        self._model, self._tokenizer, self._text = model, tokenizer, text
-        with using(model):
-            trace, output = run_traced(model, tokenizer, text)
-        super().__init__(trace, **traits)
-        self._show(trace, given_cache(output))
-
-    def _measure(self, p: float | dict[int, float], job: Job | None) -> None:
-        """Set the thresholds, run the text, show what was measured."""
-        from modlab.routing import set_threshold
-
-        with using(self._model, job, "Running the text"), thresholds_restored_on_error(self._model):
-            set_threshold(self._model, p)
-            trace, output = run_traced(self._model, self._tokenizer, self._text)
-            self._show(trace, given_cache(output))
-
-    def _show(self, trace: RoutingTrace, cache: Any) -> None:
-        measured = summary(trace, cache.nbytes, cache.dense_nbytes)
-        # A number that always differs, so that a second run at the same p is seen as news too.
-        measured["run"] = self.summary.get("run", 0) + 1
-        self._trace = trace
-        with self.hold_sync():
-            new = payload(trace)
-            for name in ("gates", "losses", "threshold"):
-                setattr(self, name, new[name])
-            if self.layer_thresholds:
-                self.layer_thresholds = measured["ps"]
-            self.summary = measured
+CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-class RoutingExplorer(MeasuredView):
+class RoutingExplorer(SteeredView):
     """Slider, figures, heatmap, text, path and curve of one text. Made by `explore`.
 
     Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
-    model's threshold (it stays set: a later `generate` uses it) and runs the text: measured.
+    model's threshold (it stays set: a later `generate` uses it) and runs the text: measured. Another text is
+    pasted, or opened from a file, in the widget; a curve that was there is measured anew for it.
     """
 
     _esm = script("explorer")
     view = t.Unicode("explorer").tag(sync=True)
 
     def __init__(self, model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> None:
-        super().__init__(model, tokenizer, text, points=curve(sweep))
+        points = curve(sweep)
+        self._wanted = [point["p"] for point in points]
+        self._found: dict[float, dict[str, float]] = {}  # points of a curve that is not complete yet
+        super().__init__(model, tokenizer, text, points=points)
 
     def run(self, p: float) -> None:
         """Set the model to threshold p, run the text, show what was measured.
@@ -71,6 +46,54 @@ class RoutingExplorer(MeasuredView):
             ModlabError: p does not lie between 0 and 1.
         """
         self._measure(float(p), None)
+
+    def measure_curve(self, thresholds: Sequence[float] = CURVE) -> None:
+        """Run the text at each of these thresholds, for the curve; the model's own are in place again after.
+
+        Args:
+            thresholds: values in [0, 1); 0 stands for nothing skipped.
+
+        Raises:
+            ModlabError: a threshold of another kind.
+        """
+        self._start_curve(thresholds, None)
+
+    def _start_curve(self, thresholds: Sequence[float], job: Job | None) -> None:
+        self._wanted, self._found = sorted({float(p) for p in thresholds}), {}
+        self._measure_curve(job)
+
+    def _measure_curve(self, job: Job | None) -> None:
+        """Measure what is missing of the curve: a newer request may have stopped it half-way."""
+        count = len(self._wanted)
+        for index, p in enumerate(self._wanted):
+            if p in self._found:
+                continue
+            with using(self._model, job, by_layer=False), thresholds_restored(self._model):
+                if job is not None:
+                    job.report(f"Measuring the curve: p {p:g}, {index + 1} of {count}", index / count)
+                trace, output = self._at(p)
+            kv_bytes = float(given_cache(output).nbytes)
+            self._found[p] = {"p": p, "kv_bytes": kv_bytes, "loss": trace.mean_loss}
+        found = [self._found[p] for p in self._wanted]
+        self.points = [point for point in found if not math.isnan(point["loss"])]
+
+    def _at(self, p: float) -> Any:
+        """(trace, output) of the text at p."""
+        from modlab.routing import set_threshold
+
+        if p == 0:
+            return self._at_rest()
+        set_threshold(self._model, p)
+        return run_traced(self._model, self._tokenizer, self.text)
+
+    def _refine(self, job: Job | None) -> None:
+        super()._refine(job)
+        if self._wanted and not self.points:
+            self._measure_curve(job)
+
+    def _take(self, trace: RoutingTrace, output: Any) -> None:
+        self.points, self.runs, self._found = [], [], {}
+        super()._take(trace, output)
 
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
         super()._show(trace, cache)
@@ -84,11 +107,15 @@ class RoutingExplorer(MeasuredView):
         return [{name: measured[name] for name in ("p", "kv_bytes", "loss")}]
 
     def _work(self, content: dict[str, Any]) -> Any:
-        if content.get("type") != "run":
-            return None
-        return lambda job: self._measure(float(content["p"]), job)
+        if content.get("type") == "run":
+            return lambda job: self._measure(float(content["p"]), job)
+        if content.get("type") == "curve":
+            return lambda job: self._start_curve(CURVE, job)
+        return super()._work(content)
 
     def _failure(self, content: dict[str, Any]) -> str:
+        if content.get("type") != "run":
+            return super()._failure(content)
         return f"The run at p {content.get('p')} failed, the picture is that of the last good one."
 
     def _png(self) -> bytes:
@@ -101,7 +128,7 @@ def explore(model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = 
     Args:
         model: a converted model (`modlab.convert`, or `modlab.load` of one).
         tokenizer: the model's tokenizer.
-        text: any text that fits the model's context.
+        text: any text that fits the model's context; another one can be put in in the widget.
         sweep: a frame of `modlab.sweep`, drawn as curve; without one, the runs made with the slider are.
 
     Raises:

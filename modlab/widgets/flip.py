@@ -10,8 +10,8 @@ import traitlets as t
 from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
 from modlab.trace import RoutingTrace, run_traced
-from modlab.widgets.explorer import MeasuredView
 from modlab.widgets.jobs import Job
+from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using
 from modlab.widgets.page import script
 
@@ -96,7 +96,7 @@ class CellFlip(MeasuredView):
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") != "flips":
-            return None
+            return super()._work(content)
 
         def work(job: Job) -> None:
             flips = {(int(layer), int(token)): bool(keep) for layer, token, keep in content["flips"]}
@@ -117,7 +117,7 @@ class CellFlip(MeasuredView):
             self._before, self._before_next = None, {}
         at = position if 0 <= position < len(self._trace.tokens) else len(self._trace.tokens) - 1
         if self._before is None or at not in self._before_next:
-            trace, output = run_traced(self._model, self._tokenizer, self._text)
+            trace, output = run_traced(self._model, self._tokenizer, self.text)
             self._before = (trace, Bytes(given_cache(output)))
             self._before_next[at] = probabilities(output.logits[0, at])
         (trace, cache), after = self._before, self._before_next[at]
@@ -127,6 +127,12 @@ class CellFlip(MeasuredView):
         if job is not None:
             job.check()
         self._tell(flips, trace, cache, at, after)
+
+    def _take(self, trace: RoutingTrace, output: Any) -> None:
+        cache, at = Bytes(given_cache(output)), len(trace.tokens) - 1
+        self._before, self.flips = (trace, cache), []
+        self._before_next = {at: probabilities(output.logits[0, at])}
+        self._tell({}, trace, cache, at, self._before_next[at])
 
     def _forced_run(self, flips: Flips) -> tuple[RoutingTrace, Any]:
         from modlab.routing import routing_override
@@ -141,7 +147,7 @@ class CellFlip(MeasuredView):
             return keep
 
         with routing_override(self._model, decide):
-            return run_traced(self._model, self._tokenizer, self._text)
+            return run_traced(self._model, self._tokenizer, self.text)
 
     def _tell(self, flips: Flips, trace: RoutingTrace, cache: Bytes, at: int, after: Any) -> None:
         assert self._before is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import traitlets as t
 
 from modlab.errors import ModlabError
@@ -28,6 +29,9 @@ class Frontier(ModelView):
         references: further points to compare with, by name, each with some of loss, kv_bytes, prefill_ms,
             decode_ms; one whose name begins with "dense" is what the gains are told against.
         metric: what is drawn first.
+        elsewhere: milliseconds measured on another machine or model, by name: frames of
+            `modlab.published.latencies`. Each can be chosen as the horizontal axis: the loss is this model's,
+            the time is that of the other one at the same keep ratio.
         p: where the point begins; by default the row nearest to p = 0.5.
 
     Attributes:
@@ -39,6 +43,7 @@ class Frontier(ModelView):
     view = t.Unicode("frontier").tag(sync=True)
     points = t.List(t.Dict()).tag(sync=True)
     references = t.List(t.Dict()).tag(sync=True)
+    elsewhere = t.List(t.Dict()).tag(sync=True)
     metric = t.Unicode("kv_bytes").tag(sync=True)
     threshold = t.Float(0.5).tag(sync=True, echo_update=False)
     applied = t.Float(-1.0).tag(sync=True)
@@ -50,10 +55,19 @@ class Frontier(ModelView):
         references: Mapping[str, Mapping[str, float]] | None = None,
         metric: str = "kv_bytes",
         p: float | None = None,
+        elsewhere: Mapping[str, pd.DataFrame] | None = None,
     ) -> None:
         from modlab.trace import model_name
 
         points = _points(sweep)
+        others = [
+            {"name": str(name), **{k: float(v) for k, v in values.items()}}
+            for name, values in (references or {}).items()
+        ]
+        axes = [
+            _add_axis(f"elsewhere_{i}", name, frame, points, others)
+            for i, (name, frame) in enumerate((elsewhere or {}).items())
+        ]
         if metric not in METRICS or metric not in points[0]:
             offered = [name for name in METRICS if name in points[0]]
             raise ModlabError(f"metric={metric!r} is not in the sweep; it has {', '.join(offered)}.")
@@ -61,10 +75,8 @@ class Frontier(ModelView):
         self._model = model
         super().__init__(
             points=points,
-            references=[
-                {"name": str(name), **{k: float(v) for k, v in values.items()}}
-                for name, values in (references or {}).items()
-            ],
+            references=others,
+            elsewhere=axes,
             metric=metric,
             threshold=start,
             can_run=model is not None,
@@ -114,3 +126,29 @@ def _points(sweep: pd.DataFrame) -> list[dict[str, float]]:
     if len(rows) < 2:
         raise ModlabError(f"A frontier needs two thresholds or more; the sweep has {len(rows)}.")
     return [{str(k): float(v) for k, v in row.items()} for row in rows.to_dict("records")]
+
+
+def _add_axis(
+    metric: str,
+    name: str,
+    frame: pd.DataFrame,
+    points: list[dict[str, float]],
+    references: list[dict[str, Any]],
+) -> dict[str, str]:
+    """Puts the times of another machine into points and dense references; returns what names the axis."""
+    missing = [column for column in ("keep_ratio", "dense_ms", "mod_ms") if column not in frame.columns]
+    if missing:
+        raise ModlabError(
+            f"elsewhere[{name!r}] has no column {', '.join(missing)}; give a frame of "
+            "modlab.published.latencies."
+        )
+    frame = frame.sort_values("keep_ratio")
+    for point in points:
+        # Outside of what was measured: the time at the nearest keep ratio that was.
+        point[metric] = float(np.interp(point["keep_ratio"], frame["keep_ratio"], frame["mod_ms"]))
+    for reference in references:
+        if reference["name"].startswith("dense"):
+            reference[metric] = float(frame["dense_ms"].iloc[0])
+    origin = frame.attrs.get("origin", "")
+    note = f"Horizontal: {origin or name}, at the keep ratio that this model has at p. "
+    return {"metric": metric, "title": str(name), "note": note + "Vertical: this model's loss."}

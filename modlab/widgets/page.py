@@ -31,14 +31,15 @@ RAMP = [
 _JS = Path(__file__).parent / "js"
 _TRACE = ("selection", "store")  # what every view of a trace builds on
 _MAP = ("raster", "heatmap")
+_RUN = ("job", "own_text", "figures")  # what a view of a text and a model has
 _PARTS = {
     "heatmap": (*_TRACE, *_MAP),
     "text": (*_TRACE, "text"),
     "path": (*_TRACE, "path"),
     "curve": (*_TRACE, "curve"),
-    "explorer": (*_TRACE, *_MAP, "text", "path", "curve", "job", "figures", "controls", "explorer"),
-    "flip": (*_TRACE, *_MAP, "text", "job", "figures", "flip"),
-    "thresholds": (*_TRACE, *_MAP, "job", "figures", "thresholds"),
+    "explorer": (*_TRACE, *_MAP, "text", "path", "curve", *_RUN, "budget", "controls", "explorer"),
+    "flip": (*_TRACE, *_MAP, "text", *_RUN, "flip"),
+    "thresholds": (*_TRACE, *_MAP, *_RUN, "budget", "thresholds"),
     "compare": ("job", "compare"),
     "frontier": (*_TRACE, "curve", "job", "frontier"),
     "training": ("figures", "training"),
@@ -150,6 +151,7 @@ def trace_page(trace: RoutingTrace) -> str:
     """The explorer of one trace, without a kernel."""
     values = {**payload(trace), "can_run": False, "points": [], "runs": [], "job": {}}
     values |= {"layer_thresholds": [], "cursor": -1, "locked": False, "layer": -1}
+    values |= {"budget": {}, "text_note": ""}
     title = f"Routing of {len(trace.tokens):,} tokens, {trace.model or 'model'}"
     return html_page("explorer", values, title)
 

@@ -46,7 +46,7 @@ def frontier_png(
     others = [d for d in references if metric in d and "loss" in d]
     axes = _Axes(Picture(width, 380), [*points, *others], metric, "loss", 90, 40, width - 130, 280)
     names = {"kv_bytes": "KV BYTES", "prefill_ms": "PREFILL MS", "decode_ms": "DECODE MS A TOKEN"}
-    axes.frame(f"LOSS BY {names[metric]}")
+    axes.frame(f"LOSS BY {names.get(metric, metric)}")
     axes.line([(d[metric], d["loss"]) for d in points], ACCENT)
     for d in points:
         x, y = axes.at(d[metric], d["loss"])

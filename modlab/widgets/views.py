@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -175,6 +174,17 @@ class TraceView(_Routed):
         """The trace that is shown."""
         return self._trace
 
+    def show(self, trace: RoutingTrace) -> None:
+        """Show another trace in the place of this one."""
+        self._trace = trace
+        new = payload(trace)
+        # A number that always differs: the summary is what tells the browser of new data.
+        new["summary"]["run"] = self.summary.get("run", 0) + 1
+        with self.hold_sync():
+            self.cursor, self.locked = -1, False
+            for name, value in new.items():
+                setattr(self, name, value)
+
     def _png(self) -> bytes:
         return heatmap_png(self._trace)
 
@@ -220,18 +230,3 @@ class ThresholdCurve(_Routed):
 
     def _png(self) -> bytes:
         return curve_png(self.points)
-
-
-def link(*widgets: Any) -> list[Any]:
-    """Let the thresholds of the widgets move together, in the browser, and their marked token.
-
-    Views of the same text share the marked token without this.
-
-    Returns:
-        the links of the thresholds; `unlink()` of one ends it.
-    """
-    from ipywidgets import jslink
-
-    for widget in widgets[1:]:
-        widget.group = widgets[0].group
-    return [jslink((a, "threshold"), (b, "threshold")) for a, b in pairwise(widgets)]

@@ -150,7 +150,7 @@ modlab.widgets.RoutingHeatmap(modlab.trace(demo, demo_tokenizer, TEXT))
 # fresh model, two more:
 
 # %%
-short = replace(common, steps=4, router_lr=0.01, log_every=1, save_every=2)
+short = replace(common, steps=4, router_lr=0.01, log_every=1, save_every=2, calibrate=False)
 
 
 def fresh():

@@ -12,7 +12,8 @@
 # ## Use your own model and your own text
 #
 # A hub id or a folder of a converted and trained model, for example the one that [2 · Train](2_train.ipynb)
-# saved: `"my-mod-model"`. And any text: the demo knows Python; other text runs, too, with a higher loss.
+# saved: `"my-mod-model"`. And any text, here or in the explorer below (*Use your own text*): the demo knows
+# Python; other text runs, too, with a higher loss.
 
 # %%
 MODEL = "demo"
@@ -50,8 +51,6 @@ from modlab import figures
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
     raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
-trace = modlab.trace(model, tokenizer, TEXT)
-print(trace)
 
 # %% [markdown]
 # ## One text
@@ -59,15 +58,18 @@ print(trace)
 # Each column of the picture is a token, each row a routed layer. A full cell ran; a thin line passed by;
 # the colour is the gate. Point at a cell or a word: the same token is marked everywhere on this page, and
 # *its* path through the depth is drawn. A click locks it, Escape lets go. Drag the threshold for a preview,
-# release it to measure.
+# release it to measure. *Use your own text* puts another one in; run the cells below again then.
 
 # %%
-modlab.widgets.explore(model, tokenizer, TEXT)
+explorer = modlab.widgets.explore(model, tokenizer, TEXT)
+explorer
 
 # %% [markdown]
 # The words of the text that the routed layers keep least, and most, by their mean keep ratio:
 
 # %%
+trace = explorer.trace
+print(trace)
 words = pd.DataFrame({"token": trace.tokens, "layers that ran it": trace.keep.sum(axis=0)})
 words = words.iloc[model.mod.config.keep_first :].groupby("token")["layers that ran it"].agg(["mean", "size"])
 words = words.rename(columns={"size": "times", "mean": f"mean of {len(trace.layers)} routed layers"})
@@ -111,17 +113,21 @@ figure
 #
 # What did a layer do for a token? Click a cell: the token is forced through the layer, or past it, and the
 # model runs the text again. You see what that did to the loss, to the next token's probabilities, and to
-# the decisions of later layers, which see another state. A second click undoes it.
+# the decisions of later layers, which see another state. A second click undoes it. The view is linked to the
+# explorer above: a text that is put into one of them is run by both.
 
 # %%
-flip = modlab.widgets.CellFlip(model, tokenizer, TEXT)
+flip = modlab.widgets.CellFlip(model, tokenizer, explorer.text)
+links = modlab.widgets.link(explorer, flip, thresholds=False)
 flip
 
 # %% [markdown]
 # The same from Python, for every skipped layer of one token: what would it have gained?
 
 # %%
-token = next(t for t in range(20, len(trace.tokens)) if not trace.keep[:, t].all())
+trace = modlab.trace(model, tokenizer, flip.text)
+skipping = [t for t in range(len(trace.tokens)) if not trace.keep[:, t].all()] or [len(trace.tokens) - 1]
+token = skipping[min(15, len(skipping) - 1)]
 rows = {}
 for row, layer in enumerate(trace.layers):
     flip.reset()

@@ -55,8 +55,8 @@ trained_at = dict(model.mod.thresholds)
 #
 # The upper slider moves all layers, the others one each. While you drag, the picture is a *preview* from
 # the gates recorded in the last run; when you let go, the model runs the text and the figures are
-# *measured*. *Calibrate* finds the p for a share of tokens, or for a KV cache of so many MiB at a context
-# length, with real runs over `SAMPLE`.
+# *measured*. *Find* looks for the p for a share of tokens, or for a KV cache of so many MiB at a context
+# length, with real runs over `SAMPLE`. *Use your own text* shows another one.
 
 # %%
 sliders = modlab.widgets.Thresholds(model, tokenizer, TEXT, texts=SAMPLE)
@@ -86,7 +86,7 @@ for label, p in (("nothing skipped", 1e-6), ("as trained", trained_at), ("budget
         "kept in routed layers": measured.keep_ratio,
         "KV saving": measured.kv_saving,
         "loss of SAMPLE": measured.loss,
-        "loss of TEXT": measure.loss(model, tokenizer, TEXT),
+        "loss of the text": measure.loss(model, tokenizer, sliders.text),
     }
 print(f"dense cache of {CONTEXT:,} tokens: {dense_mib:.1f} MiB, budget {BUDGET:.1f} MiB")
 pd.DataFrame(rows).T.round(3)

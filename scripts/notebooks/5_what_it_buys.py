@@ -22,6 +22,7 @@ PROMPT_TOKENS, DECODE_TOKENS, REPEATS = 384, 12, 2
 import argparse
 import inspect
 
+import numpy as np
 import pandas as pd
 from plotly.subplots import make_subplots
 
@@ -107,11 +108,36 @@ sweep[columns].round(3)
 # ## The frontier
 #
 # Left is better, down is better. Drag the point along the curve: when you let go, the model has that
-# threshold. The dense control is the dot beside it. Choose what the horizontal axis shows.
+# threshold. The dense control is the diamond. Choose what the horizontal axis shows: the cache and the times
+# of this machine, or the times of an H200 at the same keep ratio. Those were measured by this project, on a
+# model of Llama-3-8B's shape with `modlab.enable_fast_generation`; how much loss a model of that size would
+# pay is not known from this.
 
 # %%
-frontier = modlab.widgets.Frontier(sweep, model, references={"dense, trained as long": reference})
+h200 = {case: published.latencies(case) for case in ("prefill", "decode")}
+frontier = modlab.widgets.Frontier(
+    sweep,
+    model,
+    references={"dense, trained as long": reference},
+    elsewhere={
+        "H200, 8B shape: prefill of 32,768 tokens": h200["prefill"],
+        "H200, 8B shape: one token after 32,768": h200["decode"],
+    },
+)
 frontier
+
+# %% [markdown]
+# Times faster than dense, here and there, at the keep ratio that each threshold gives. (Between measured
+# keep ratios the H200's are interpolated; below the smallest, 5%, they are those at 5%.)
+
+# %%
+faster = sweep[["threshold", "keep_ratio", "loss"]].copy()
+for case, frame in h200.items():
+    faster[f"{case}, here"] = reference[f"{case}_ms"] / sweep[f"{case}_ms"]
+    faster[f"{case}, H200"] = np.interp(sweep.keep_ratio, frame.keep_ratio, frame.speedup)
+for frame in h200.values():
+    print(frame.attrs["origin"])
+faster.round(3)
 
 # %% [markdown]
 # ## An H200, measured by this project
@@ -122,12 +148,9 @@ frontier
 # of the step is what is left to win; below 1, routing costs more than it saves.
 
 # %%
-results = published.benchmarks()
-gpu = results[results.device_name.str.contains("NVIDIA")]
-curve = gpu[(gpu.result == "growth") & (gpu.context == 32768) & (gpu.batch == 1)]
 figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=["prefill", "decode, one token"])
 for column, case in enumerate(("prefill", "decode"), start=1):
-    part = curve[curve.case == case].sort_values("keep_ratio")
+    part = h200[case]
     for (name, values), dash in zip((("ideal", part.ideal), ("measured", part.speedup)), ("dot", "solid")):
         figure.add_scatter(
             x=part.keep_ratio,
@@ -148,6 +171,8 @@ figure.update_layout(template=figures.template(), margin_t=80, legend_y=1.12)
 figure
 
 # %%
+results = published.benchmarks()
+gpu = results[results.device_name.str.contains("NVIDIA")]
 suite = gpu[(gpu.result == "speed") & (gpu.case != "baseline")]
 shown = [
     "case",

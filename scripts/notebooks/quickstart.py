@@ -9,6 +9,8 @@
 #
 # This is lossy: a higher p saves more and predicts worse. This notebook shows how much, on your text. Run
 # all cells (*Run > Run All Cells*); it takes less than a minute on a laptop, without GPU or network.
+# Jupyter then shows the end of the notebook; the best part is in the middle:
+# [the explorer](#4.-Steer-it). Put your own text in there.
 #
 # When you want to know more, there is a notebook for each question:
 #
@@ -44,7 +46,8 @@ print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameter
 # %% [markdown]
 # ## 2. Trace a text
 #
-# Which layers does each token run through? Put in your own text; the demo knows Python best.
+# Which layers does each token run through? The text can stay as it is for now: the explorer below takes
+# yours, pasted or from a file. The demo knows Python best.
 
 # %%
 TEXT = '''\
@@ -106,37 +109,44 @@ sweep[["threshold", "keep_ratio", "kv_bytes", "kv_saving", "loss", "perplexity"]
 # %% [markdown]
 # ## 4. Steer it
 #
+# - **Use your own text**: paste it, or open a file. Everything below follows, the curves too.
 # - **Drag** the slider: a *preview*, made in the browser from the gates recorded in the last run.
 # - **Release** it: the model takes the new threshold and runs the text; the figures are then *measured*.
-# - Point at a cell or a token to see its gate; a click locks it, Escape frees it. Arrow keys work too.
-# - A click on a layer's number colours the text by that layer.
+# - **Find** the threshold for a memory budget: so many MiB of KV cache for so many tokens. The loss beside it
+#   says what that costs.
+# - Point at a cell or a token to see which layers it skips; a click locks it, Escape frees it. Arrow keys
+#   work too, and a click on a layer's number colours the text by that layer.
 
 # %%
-modlab.widgets.explore(model, tokenizer, TEXT, sweep)
+explorer = modlab.widgets.explore(model, tokenizer, TEXT, sweep)
+explorer
 
 # %% [markdown]
 # ## 5. Generate, and count the bytes
 #
 # `model.generate` works as always and stores keys and values of kept tokens only. `KVTracker` reads what
-# the cache allocates, for any Hugging Face model. Here both models continue the text; the threshold is the
-# one that the slider was left at. Neither is a good programmer: they are very small.
+# the cache allocates, for any Hugging Face model. Here both models continue the text of the explorer, yours
+# if you put one in, at the threshold that it was left at: run this cell again after a change. Neither is a
+# good programmer: they are very small.
 
 # %%
 import pandas as pd
 
 dense_model, _ = modlab.load(DENSE)
-inputs = tokenizer(TEXT + "\n    def total(self", return_tensors="pt")
+NEW_TOKENS = 80
+room = measure.context_length(model) - NEW_TOKENS
+inputs = tokenizer(explorer.text, return_tensors="pt", truncation=True, max_length=room)
 length = inputs["input_ids"].shape[1]
 
 rows = {}
 for label, which in (("dense", dense_model), ("Mixture-of-Depths", model)):
     with modlab.KVTracker(which) as kv:
-        output = which.generate(**inputs, max_new_tokens=80, do_sample=False)
+        output = which.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     last = kv.frame().query("step == step.max()")
     rows[label] = dict(last[["kept_tokens", "kv_bytes", "dense_kv_bytes"]].sum())
-    rows[label]["loss of TEXT"] = measure.loss(which, tokenizer, [TEXT])
+    rows[label]["loss of the text"] = measure.loss(which, tokenizer, [explorer.text])
     print(f"--- {label}")
-    print("    def total(self" + tokenizer.decode(output[0, length:], skip_special_tokens=True))
+    print(tokenizer.decode(output[0, length:], skip_special_tokens=True))
 
 table = pd.DataFrame(rows).T
 table["kv_saving"] = table.dense_kv_bytes / table.kv_bytes
@@ -157,11 +167,16 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 #   learn. `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the
 #   result.
 #
-# Keep what you saw: `trace.save("my_text.npz")`, or a page that opens without Jupyter:
+# Keep what you saw: `explorer.trace.save("my_text.npz")`, or a page that opens without Jupyter:
 
 # %%
 from pathlib import Path
 
 page = Path("routing.html")
-page.write_text(trace.to_html(), encoding="utf-8")
+page.write_text(explorer.to_html(), encoding="utf-8")
 print(f"{page} written, {page.stat().st_size / 1e3:.0f} kB")
+
+# %% [markdown]
+# **Next:** [3 · Where tokens go](3_where_tokens_go.ipynb), which tokens skip and why it matters, or
+# [4 · Thresholds, live](4_thresholds.ipynb), a slider for each layer and what is written at two thresholds.
+# [All notebooks](README.md).

@@ -1,7 +1,9 @@
 """The explorer and the single views in a real JupyterLab, on a tiny model."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +13,10 @@ from .test_page import CONTRASTS
 pytestmark = pytest.mark.browser
 
 SETUP = """\
-import torch, transformers, modlab
-from tests.conftest import tiny_config
-from tests.synthetic import make_tokenizer, make_trace, scatter_gates
-torch.manual_seed(0)
-model = modlab.convert(transformers.LlamaForCausalLM(tiny_config()).eval())
-scatter_gates(model)
+import modlab
+from tests.conftest import routed_llama
+from tests.synthetic import make_tokenizer, make_trace
+model = routed_llama()
 text = "the router decides which token runs and which token skips, 日本 🙂\\n" * 4
 explorer = modlab.widgets.explore(model, make_tokenizer(), text)
 explorer"""
@@ -44,7 +44,8 @@ def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
     with lab.open(notebook(SETUP, SINGLE, "words", CURVE, name="explorer"), timeout=120) as nb:
         nb.run_all()
         yield nb
-        nb.check()  # nothing that the tests did may have left an error behind
+        if not nb.ignore_console:  # else the last test has checked it, and taken the kernel away
+            nb.check()  # nothing that the tests did may have left an error behind
 
 
 def read(nb: Notebook, what: str) -> str:
@@ -205,6 +206,138 @@ def test_the_dark_theme(nb: Notebook, shots: Path) -> None:
     assert min(nb.page.evaluate(CONTRASTS)) >= 4.5
 
 
+OWN = "My grandmother kept bees behind the house, 日本 🙂, and I held the smoker."
+
+
+def open_own_text(nb: Notebook) -> Any:
+    """The explorer's text box."""
+    nb.page.locator(".modlab-own-text").first.click()
+    return nb.page.locator(".modlab-own-area").first
+
+
+def wait_text(nb: Notebook, text: str) -> None:
+    nb.page.wait_for_function(
+        "text => document.querySelector('.modlab-text').textContent === text", arg=text, timeout=30_000
+    )
+    nb.python("explorer.wait()")
+    nb.wait_idle()
+
+
+def test_a_text_is_pasted_into_the_widget(nb: Notebook, shots: Path) -> None:
+    cells, area = nb.page.locator(".jp-Cell").count(), open_own_text(nb)
+    assert (
+        area.input_value() == kernel(nb, "explorer.text") + "\n"
+    )  # `kernel` strips the text's last line end
+    assert area.evaluate("e => document.activeElement === e && e.selectionEnd === e.value.length")
+    nb.page.keyboard.insert_text(OWN)  # as pasting does: it replaces what is selected
+    nb.page.screenshot(path=shots / "explorer-own-text.png")
+    area.press("Control+Enter")
+    wait_text(nb, OWN)
+    assert kernel(nb, "explorer.text") == OWN
+    assert not nb.page.locator(".modlab-own-box").first.is_visible()
+    assert nb.page.locator(".modlab-own-text").first.evaluate("e => document.activeElement === e")
+    assert nb.page.locator(".jp-Cell").count() == cells  # JupyterLab did not take the keys
+    # Every view of the explorer shows the new text.
+    count = kernel(nb, "len(explorer.tokens)")
+    assert f"{count} tokens" in nb.page.locator(".mod-about").first.inner_text()
+    heatmap = nb.page.locator("canvas.modlab-heatmap").first
+    kept = float(kernel(nb, "explorer.trace.keep.mean()"))
+    assert float(heatmap.get_attribute("data-kept") or 0) == pytest.approx(kept, abs=6e-5)
+    assert f"{count} tokens by 6 layers" in (heatmap.get_attribute("aria-label") or "")
+    assert read(nb, "loss") == kernel(nb, "f\"{explorer.summary['loss']:.3f}\"")
+    cost = float(kernel(nb, "explorer.summary['loss'] - explorer.summary['open_loss']"))
+    said = nb.page.locator(".mod-figures .mod-more").nth(2).inner_text().replace("−", "-")
+    assert f"{cost:+.3f} against nothing skipped" in said
+    # What hangs on the slider hangs on the new text.
+    wait_measured(nb, nb.drag(".modlab-threshold", 0.45))
+    assert kernel(nb, "''.join(explorer.trace.tokens)") == OWN
+    nb.check()
+
+
+def test_a_file_is_opened(nb: Notebook, tmp_path: Path) -> None:
+    file, picture = tmp_path / "mine.py", tmp_path / "mine.png"
+    file.write_text("def add(a, b):\n    return a + b\n" * 3, encoding="utf-8")
+    picture.write_bytes(b"\x89PNG\0\0")
+    open_own_text(nb)
+    box = nb.page.locator(".modlab-own-box").first
+    box.locator(".modlab-own-file").set_input_files(picture)
+    nb.page.wait_for_function(
+        "() => document.querySelector('.modlab-own-box').innerText.includes('mine.png is not a text file')"
+    )
+    box.locator(".modlab-own-file").set_input_files(file)
+    wait_text(nb, file.read_text(encoding="utf-8"))
+    assert not box.is_visible()
+
+
+def test_a_text_that_cannot_be_run_is_told(nb: Notebook) -> None:
+    before = kernel(nb, "explorer.text")
+    area, box = open_own_text(nb), nb.page.locator(".modlab-own-box").first
+    area.fill("")
+    box.locator(".modlab-run-text").click()
+    assert "There is no text yet" in box.inner_text()
+    nb.python(
+        "good = model.forward\n"
+        "def bad(*a, **k): raise RuntimeError('out of memory, say')\n"
+        "model.forward = bad"
+    )
+    area.fill("some other text")
+    box.locator(".modlab-run-text").click()
+    error = nb.page.locator(".modlab-error").first
+    error.wait_for()
+    assert "This text could not be run" in error.inner_text() and "out of memory, say" in error.inner_text()
+    assert (
+        box.is_visible() and area.input_value() == "some other text" and kernel(nb, "explorer.text") == before
+    )
+    nb.python("model.forward = good")
+    area.press("Escape")
+    assert not box.is_visible()
+    wait_measured(nb, nb.drag(".modlab-threshold", 0.5))
+    assert not error.is_visible()
+
+
+def test_a_long_text_is_cut_and_its_run_can_be_stopped(nb: Notebook) -> None:
+    before = kernel(nb, "explorer.text")
+    nb.python(
+        "import time\n"
+        "slow = lambda *_: time.sleep(0.4)\n"
+        "hooks = [layer.register_forward_pre_hook(slow) for layer in model.get_decoder().layers]"
+    )
+    area, row = open_own_text(nb), nb.page.locator(".modlab-job").first
+    area.fill("token " * 3000)
+    area.press("Control+Enter")
+    nb.page.wait_for_function(
+        "() => /layer [2-6] of 6/.test(document.querySelector('.mod-job-text').innerText)"
+    )
+    row.get_by_role("button", name="stop this computation").click()
+    nb.page.wait_for_function("() => document.querySelector('.modlab-job').dataset.state === 'cancelled'")
+    nb.python("[hook.remove() for hook in hooks]")
+    assert kernel(nb, "explorer.text") == before
+    area.press("Control+Enter")
+    nb.page.wait_for_selector(".modlab-text-note >> text=this model reads no more", timeout=60_000)
+    nb.python("explorer.wait()")
+    nb.wait_idle()
+    assert int(kernel(nb, "len(explorer.tokens)")) <= 2048
+    nb.python("explorer.set_text('short again'); explorer.wait()")
+    nb.wait_idle()
+    assert not nb.page.locator(".modlab-text-note").first.is_visible()
+
+
+def test_the_curve_is_asked_for_and_drawn(nb: Notebook) -> None:
+    nb.page.get_by_role("button", name="run the text at ten thresholds").click()
+    nb.page.wait_for_function(
+        "() => document.querySelector('.mod-curve h3').innerText === 'What a threshold costs and buys'"
+    )
+    nb.python("explorer.wait()")
+    nb.wait_idle()
+    assert kernel(nb, "len(explorer.points)") == "10"
+    nb.drag(".modlab-threshold", 0.62, release=False)
+    nb.wait_idle()
+    assert read(nb, "loss").startswith("≈ ")  # between two points of the curve
+    nb.page.mouse.up()
+    nb.page.wait_for_function("() => document.querySelector('.modlab-badge').dataset.state === 'measured'")
+    nb.wait_idle()
+
+
 def test_a_busy_model_is_told(nb: Notebook) -> None:
     nb.python(
         "import time\ngood = model.forward\n"
@@ -213,20 +346,24 @@ def test_a_busy_model_is_told(nb: Notebook) -> None:
     )
     first = nb.drag(".modlab-threshold", 0.7)
     nb.page.wait_for_function("() => document.querySelector('.modlab-badge').dataset.state === 'running'")
-    assert "running the model" in read(nb, "badge") and "on its way" in read(nb, "how")
+    assert "running the model" in read(nb, "badge") and nb.page.locator(".modlab-job").first.is_visible()
     last = nb.drag(".modlab-threshold", 0.55)  # asked for in the middle of a run: the next one
     wait_measured(nb, last)
     assert first != last and float(kernel(nb, "model.mod.thresholds[1]")) == last
     nb.python("model.forward = good")
 
 
-def test_a_kernel_that_is_gone_is_told(lab: JupyterLab, notebook: Callable[..., Path]) -> None:
-    with lab.open(notebook(SETUP, name="gone"), timeout=120, ignore_console=[".*"]) as nb:
-        nb.run_all()
-        nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-        nb.drag(".modlab-threshold", 0.7)
-        how = nb.page.locator(".modlab-how").first
-        nb.page.wait_for_function(
-            "e => e.innerText.includes('No kernel answers')", arg=how.element_handle(), timeout=15_000
-        )
-        assert nb.page.locator("canvas.modlab-heatmap").first.get_attribute("data-state") == "preview"
+def test_a_kernel_that_is_gone_is_told(nb: Notebook) -> None:  # the last one: it takes the kernel away
+    nb.check()
+    nb.ignore_console.append(re.compile(".*"))
+    nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    nb.drag(".modlab-threshold", 0.7)
+    how = nb.page.locator(".modlab-how").first
+    nb.page.wait_for_function(
+        "e => e.innerText.includes('No kernel answers')", arg=how.element_handle(), timeout=15_000
+    )
+    assert nb.page.locator("canvas.modlab-heatmap").first.get_attribute("data-state") == "preview"
+    open_own_text(nb).press("Control+Enter")
+    nb.page.wait_for_function(
+        "() => /No kernel answers/.test(document.querySelector('.mod-job-text').innerText)"
+    )

@@ -105,6 +105,13 @@ def test_where_tokens_go(guide: Open) -> None:
         nb.python("flip.wait()")
         assert nb.python("print(len(flip.flips))").strip() == "1"
         assert nb.python("print(flip.effect['loss'] != flip.effect['loss_before'])").strip() == "True"
+        # A text that is put into the explorer is run by the view that is linked to it.
+        nb.page.locator(f"{view('explorer')} .modlab-own-text").click()
+        nb.page.locator(f"{view('explorer')} .modlab-own-area").fill("x = 1\ny = 2\nprint(x + y)\n")
+        nb.page.locator(f"{view('explorer')} .modlab-run-text").click()
+        wait_for(nb, "flip", ".modlab-text", r"^x = 1\ny = 2\nprint\(x \+ y\)\n$")
+        nb.python("explorer.wait(); flip.wait()")
+        assert nb.python("print(flip.flips, flip.group == explorer.group)").strip() == "[] True"
 
 
 def test_thresholds(guide: Open) -> None:
@@ -129,7 +136,7 @@ def test_thresholds(guide: Open) -> None:
         assert kept == pytest.approx(0.40, abs=0.011)
 
 
-def test_what_it_buys(guide: Open) -> None:
+def test_what_it_buys(guide: Open, shots: Path) -> None:
     with guide("5_what_it_buys") as nb:
         nb.expect(".js-plotly-plot", count=2)
         nb.expect(f"{view('frontier')} svg.modlab-frontier")
@@ -147,6 +154,19 @@ def test_what_it_buys(guide: Open) -> None:
         p = float(nb.python("print(frontier.threshold)"))
         assert p != 0.5 and nb.page.locator(".modlab-frontier-says").inner_text() != before
         assert float(nb.python("print(model.mod.thresholds[1])")) == p
+        # The same curve against what an H200 took, from the committed results.
+        nb.page.locator(f"{view('frontier')} select").select_option(
+            label="H200, 8B shape: one token after 32,768"
+        )
+        wait_for(
+            nb,
+            "frontier",
+            ".modlab-frontier-note",
+            "on NVIDIA H200, 2026-.*at the keep ratio that this model",
+        )
+        wait_for(nb, "frontier", ".modlab-frontier-says", "against dense, trained as long: 1\\.")
+        nb.expect(f"{view('frontier')} svg.modlab-frontier .mod-reference")
+        nb.page.locator(view("frontier")).screenshot(path=shots / "frontier-h200.png")
 
 
 def test_many_gpus(guide: Open) -> None:

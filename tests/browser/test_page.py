@@ -20,7 +20,8 @@ CONTRASTS = """() => {
   const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => (v /= 255) <= 0.04045
     ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const ground = getComputedStyle(document.querySelector('.modlab')).backgroundColor;
-  const all = '.modlab-how, .mod-name, .mod-value, .mod-tip div, .mod-token';
+  const all = '.modlab-how, .mod-name, .mod-value, .mod-tip div, .mod-token, .mod-note, .mod-field, '
+    + '.modlab-text-note, .mod-own-bar button, .modlab-own-area';
   return [...document.querySelectorAll(all)].map(e => {
     const s = getComputedStyle(e), own = s.backgroundColor;
     const behind = own === 'rgba(0, 0, 0, 0)' ? ground : own;
@@ -100,6 +101,13 @@ def test_preview_is_labelled_and_has_no_loss(show: Callable[..., Any]) -> None:
     assert page.locator(".modlab-badge").inner_text() == "preview"
     assert page.locator(".modlab-how").inner_text().startswith("Preview from the gates recorded at p 0.5")
     assert page.locator(".modlab-loss").inner_text() == "–"  # a loss cannot be previewed
+
+
+def test_a_page_takes_no_text_and_says_why(show: Callable[..., Any]) -> None:
+    page = show(make_trace())
+    assert page.locator(".modlab-own-text").is_disabled()
+    assert "needs a notebook with the model" in page.locator(".mod-title").inner_text()
+    assert not page.locator(".modlab-own-box").is_visible()
 
 
 def test_keyboard_moves_locks_and_clears(show: Callable[..., Any]) -> None:

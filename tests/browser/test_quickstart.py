@@ -54,6 +54,33 @@ def test_the_threshold_steers_picture_bytes_and_loss(nb: Notebook, shots: Path) 
     nb.page.screenshot(path=shots / "quickstart-measured.png")
 
 
+def test_a_text_of_ones_own_and_a_memory_budget(nb: Notebook, shots: Path) -> None:
+    """What a new user comes for: which layers my text skips, the threshold for a budget, its cost."""
+    nb.page.locator(".modlab-own-text").click()
+    own = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 4
+    nb.page.locator(".modlab-own-area").fill(own)
+    nb.page.locator(".modlab-run-text").click()
+    nb.page.wait_for_function(
+        "own => document.querySelector('.modlab-text').textContent === own", arg=own, timeout=60_000
+    )
+    nb.python("widget.wait()")
+    nb.wait_idle()
+    assert kernel(nb, "len(widget.points)") == "10"  # the curve is that of the new text
+    nb.page.locator(".modlab-want-mib").fill("14")
+    nb.page.locator(".modlab-calibrate-kv").click()
+    nb.page.wait_for_function(
+        "() => document.querySelector('.modlab-budget-says').innerText.includes('tokens takes 14')",
+        timeout=60_000,
+    )
+    nb.python("widget.wait()")
+    nb.wait_idle()
+    context = int(kernel(nb, "widget.budget['context']"))
+    scale = context / int(kernel(nb, "len(widget.tokens)")) / 2**20
+    assert float(kernel(nb, "widget.summary['kv_bytes']")) * scale == pytest.approx(14, abs=0.15)
+    assert "against nothing skipped" in nb.page.locator(".mod-figures").inner_text()
+    nb.page.screenshot(path=shots / "quickstart-own-text.png")
+
+
 def test_the_dark_theme(nb: Notebook, shots: Path) -> None:
     nb.theme("JupyterLab Dark")
     nb.page.wait_for_selector("canvas[data-theme=dark]")

@@ -11,13 +11,11 @@ from .notebook_browser import JupyterLab, Notebook
 pytestmark = pytest.mark.browser
 
 SETUP = """\
-import torch, transformers, modlab, pandas as pd
-from tests.conftest import tiny_config
-from tests.synthetic import make_tokenizer, scatter_gates
+import modlab, pandas as pd
+from tests.conftest import routed_llama
+from tests.synthetic import make_tokenizer
 from modlab.widgets import CellFlip, Compare, Frontier, Thresholds
-torch.manual_seed(0)
-model = modlab.convert(transformers.LlamaForCausalLM(tiny_config()).eval())
-scatter_gates(model)
+model = routed_llama()
 tokenizer = make_tokenizer()
 text = "def run(x1):\\n    return the router decides which token runs and which token skips, 日本 🙂\\n" * 2
 flip = CellFlip(model, tokenizer, text)

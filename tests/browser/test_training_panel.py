@@ -1,22 +1,19 @@
 """The training panel in a real JupyterLab: it trains while other cells run, pauses, resumes and stops by
 click, whether or not the kernel answers widgets while a cell runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from .notebook_browser import JupyterLab
+from .notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
 
 SETUP = """\
-import time, torch, transformers, modlab
-from tests.conftest import tiny_config
-from tests.synthetic import scatter_gates
-torch.manual_seed(0)
-model = modlab.convert(transformers.LlamaForCausalLM(tiny_config()).eval())
-scatter_gates(model)
+import time, torch, modlab
+from tests.conftest import routed_llama
+model = routed_llama()
 batches = [{"input_ids": torch.randint(3, 500, (2, 32))} for _ in range(2000)]
 panel = modlab.widgets.TrainingPanel(model, batches, modlab.TrainConfig(steps=2000, log_every=2))
 panel"""
@@ -25,71 +22,92 @@ ONE_THREAD = """() => {
   window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.commsOverSubshells = 'disabled'; }"""
 
 
-def state(nb: object, name: str) -> None:
-    nb.page.wait_for_function(  # type: ignore[attr-defined]
+def state(nb: Notebook, name: str) -> None:
+    nb.page.wait_for_function(
         "name => document.querySelector('[data-view=training] .modlab-badge')?.innerText === name", arg=name
     )
 
 
-@pytest.mark.parametrize("subshells", [True, False], ids=["subshells", "one thread"])
-def test_start_pause_resume_stop(
-    lab: JupyterLab, notebook: Callable[..., Path], shots: Path, subshells: bool
+WAIT = "panel.start()\nresult = panel.wait()\nprint('ended:', result.stopped)"
+
+
+@pytest.fixture(scope="module")
+def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
+    """The panel, and a cell that waits for it; each test leaves the panel stopped."""
+    with lab.open(notebook(SETUP, WAIT, name="training"), timeout=120) as nb:
+        run_cell(nb, 0)
+        nb.wait_idle()
+        yield nb
+        nb.check()
+
+
+def run_cell(nb: Notebook, index: int) -> None:
+    """Begin to run one cell, as Shift+Enter does."""
+    nb.page.evaluate(
+        """index => { const content = window.jupyterapp.shell.currentWidget.content;
+          content.activeCellIndex = index; content.deselectAll();
+          window.jupyterapp.commands.execute('notebook:run-cell'); }""",
+        index,
+    )
+
+
+def start_pause_resume_stop(nb: Notebook, shot: Path, subshells: bool) -> None:
+    nb.python(
+        "import threading\nthreads = set()\n"
+        "panel.on_msg(lambda *_: threads.add(threading.current_thread().name))"
+    )
+    box = nb.page.locator("[data-view=training]")
+    box.locator(".modlab-start").click()
+    state(nb, "running")
+    nb.page.wait_for_selector("[data-view=training] svg.modlab-curve")
+    assert nb.python("print(1 + 1, panel.running)").strip() == "2 True"  # the kernel is free
+    box.locator(".modlab-pause").click()
+    state(nb, "paused")
+    steps = nb.python("time.sleep(0.5); print(len(panel.history))")
+    assert nb.python("time.sleep(0.5); print(len(panel.history))") == steps
+    assert box.locator(".modlab-pause").inner_text() == "Resume"
+    box.locator(".modlab-pause").click()
+    state(nb, "running")
+    nb.page.wait_for_timeout(1000)
+    assert int(nb.python("print(len(panel.history))")) > int(steps)
+    nb.page.wait_for_function("() => /left/.test(document.querySelector('[data-view=training]').innerText)")
+    nb.screenshot(shot)
+    box.locator(".modlab-stop").click()
+    state(nb, "stopped")
+    assert nb.python("print(panel.wait().stopped)").strip() == "interrupted"
+    threads = eval(nb.python("print(threads)"))
+    assert all(name.startswith("subshell") == subshells for name in threads)
+    assert "Train on" in box.locator(".modlab-start").inner_text()
+
+
+def test_start_pause_resume_stop(nb: Notebook, shots: Path) -> None:
+    start_pause_resume_stop(nb, shots / "training-subshells", True)
+
+
+def test_the_same_where_widgets_share_the_kernels_thread(
+    lab: JupyterLab, notebook: Callable[..., Path], shots: Path
 ) -> None:
-    with lab.open(notebook(SETUP, name="training"), timeout=120) as nb:
-        if not subshells:
-            nb.page.evaluate(ONE_THREAD)
+    with lab.open(notebook(SETUP, name="one_thread"), timeout=120) as nb:
+        nb.page.evaluate(ONE_THREAD)
         nb.run_all()
-        nb.python(
-            "import threading\nthreads = set()\n"
-            "panel.on_msg(lambda *_: threads.add(threading.current_thread().name))"
-        )
-        box = nb.page.locator("[data-view=training]")
-        box.locator(".modlab-start").click()
-        state(nb, "running")
-        nb.page.wait_for_selector("[data-view=training] svg.modlab-curve")
-        assert nb.python("print(1 + 1, panel.running)").strip() == "2 True"  # the kernel is free
-        box.locator(".modlab-pause").click()
-        state(nb, "paused")
-        steps = nb.python("time.sleep(0.5); print(len(panel.history))")
-        assert nb.python("time.sleep(0.5); print(len(panel.history))") == steps
-        assert box.locator(".modlab-pause").inner_text() == "Resume"
-        box.locator(".modlab-pause").click()
-        state(nb, "running")
-        nb.page.wait_for_timeout(1000)
-        assert int(nb.python("print(len(panel.history))")) > int(steps)
-        nb.page.wait_for_function(
-            "() => /left/.test(document.querySelector('[data-view=training]').innerText)"
-        )
-        nb.screenshot(shots / f"training-{'subshells' if subshells else 'one-thread'}")
-        box.locator(".modlab-stop").click()
-        state(nb, "stopped")
-        assert nb.python("print(panel.wait().stopped)").strip() == "interrupted"
-        threads = eval(nb.python("print(threads)"))
-        assert all(name.startswith("subshell") == subshells for name in threads)
-        assert "Train on" in box.locator(".modlab-start").inner_text()
+        start_pause_resume_stop(nb, shots / "training-one-thread", False)
         nb.check()
 
 
-def test_a_cell_that_waits_can_still_be_stopped(lab: JupyterLab, notebook: Callable[..., Path]) -> None:
-    wait = "panel.start()\nresult = panel.wait()\nprint('ended:', result.stopped)"
-    with lab.open(notebook(SETUP, wait, name="waiting"), timeout=120) as nb:
-        nb.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-        state(nb, "running")
-        nb.page.locator("[data-view=training] .modlab-stop").click()  # the cell is running meanwhile
-        state(nb, "stopped")
-        nb.wait_idle()
-        assert "ended: interrupted" in nb.text()
-        nb.check()
+def test_a_cell_that_waits_can_still_be_stopped(nb: Notebook) -> None:
+    run_cell(nb, 1)
+    state(nb, "running")
+    nb.page.locator("[data-view=training] .modlab-stop").click()  # the cell is running meanwhile
+    state(nb, "stopped")
+    nb.wait_idle()
+    assert "ended: interrupted" in nb.text()
 
 
-def test_the_kernels_interrupt_button_stops_it(lab: JupyterLab, notebook: Callable[..., Path]) -> None:
-    wait = "panel.start()\nresult = panel.wait()\nprint('ended:', result.stopped)"
-    with lab.open(notebook(SETUP, wait, name="interrupt"), timeout=120) as nb:
-        nb.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-        state(nb, "running")
-        nb.page.wait_for_selector("[data-view=training] svg.modlab-curve")
-        nb.page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
-        state(nb, "stopped")
-        nb.wait_idle()
-        assert "ended: interrupted" in nb.text()
-        nb.check()
+def test_the_kernels_interrupt_button_stops_it(nb: Notebook) -> None:
+    run_cell(nb, 1)  # its old output goes, and "ended" can only be this run's
+    state(nb, "running")
+    nb.page.wait_for_selector("[data-view=training] svg.modlab-curve")
+    nb.page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
+    state(nb, "stopped")
+    nb.wait_idle()
+    assert "ended: interrupted" in nb.text()

@@ -14,7 +14,7 @@ class Controls {
     this.badge = el(bar, "span", "modlab-badge");
     this.badge.setAttribute("role", "status");
     this.how = el(parent, "p", "mod-note modlab-how");
-    this.job = new Job(store, parent);
+    this.job = store.job = new Job(store, parent);
     this.figures = new Figures(store, parent);
     this.slider.addEventListener("input", () => store.model.set("threshold", Number(this.slider.value)));
     // "change" comes on release of the mouse, but after every press of an arrow key: wait for the last one.
@@ -30,17 +30,19 @@ class Controls {
     const state = running ? "running" : preview ? "preview" : "measured";
     this.badge.dataset.state = state;
     this.badge.textContent = { running: "running the model …", preview: "preview", measured: "measured" }[state];
-    this.how.textContent = this.explain(running, preview);
+    this.how.textContent = this.explain(preview);
+    this.how.hidden = running; // what is being done shows in its place, so that nothing below moves
     this.job.draw();
     this.figures.draw();
   }
 
-  explain(running, preview) {
+  explain(preview) {
     const { store } = this, can = store.model.get("can_run"), at = number(store.summary.p);
     if (preview && this.job.gone) return "No kernel answers, so this stays a preview. Run the cell again for a live one.";
-    if (preview || running)
+    if (preview)
       return `Preview from the gates recorded at p ${at}; in a real run the gates of later layers change too. ` +
-        (running ? "It is on its way." : can ? "Release the slider for one." : "That needs a notebook with the model.");
-    return "Measured: the model ran this text with " + (store.summary.varies ? "the thresholds of its layers." : `p ${at}.`);
+        (can ? "Release the slider for one." : "That needs a notebook with the model.");
+    const measured = "Measured: the model ran this text with " + (store.summary.varies ? "the thresholds of its layers." : `p ${at}.`);
+    return measured + (can ? " Drag the slider for another one." : "");
   }
 }

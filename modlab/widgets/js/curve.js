@@ -6,6 +6,7 @@ class Curve {
     this.box = el(parent, "section", "mod-curve");
     const head = el(this.box, "div", "mod-head");
     this.title = el(head, "h3", "", "What a threshold costs and buys");
+    if (store.job) this.measure = button(head, "Measure the curve", "run the text at ten thresholds", () => store.job.ask({ type: "curve" }));
     this.plots = el(this.box, "div", "mod-plots");
     for (const name of ["points", "runs"]) store.listen("change:" + name, () => store.update());
     this.observer = new ResizeObserver(() => store.update());
@@ -22,8 +23,9 @@ class Curve {
     this.drawnFor = key;
     this.plots.replaceChildren();
     this.title.textContent = swept ? "What a threshold costs and buys" : "Your runs so far";
+    if (this.measure) this.measure.hidden = swept;
     if (points.length < 2) {
-      el(this.plots, "p", "mod-note", "Release the slider at another threshold: every real run adds a point here.");
+      el(this.plots, "p", "mod-note", "Every release of the slider at another threshold adds a point here; Measure the curve runs the text at ten.");
       return;
     }
     const each = width >= 560 ? (width - 24) / 2 : width;
@@ -44,7 +46,7 @@ class Curve {
     const y = (v) => height - bottom - ((v - low) / (high - low)) * (height - top - bottom);
     const svg = node(this.plots, "svg", { width, height, role: "img", class: "modlab-curve" });
     node(svg, "text", { x: left, y: 14, class: "mod-plot-title" }, title);
-    for (const v of ticks(low, high, 4)) {
+    for (const v of (fromZero ? byteTicks : ticks)(low, high, 4)) {
       node(svg, "line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "mod-grid" });
       node(svg, "text", { x: left - 8, y: y(v) + 4, "text-anchor": "end", class: "mod-tick" }, fromZero ? byteText(v) : number(v));
     }
@@ -63,15 +65,6 @@ class Curve {
     node(svg, "text", { x: width - right, y: 14, "text-anchor": "end", class: "mod-here-text" }, says);
     svg.setAttribute("aria-label", `${title} against threshold. ${says}`);
   }
-}
-
-// Between the two points around p, straight; null outside of them.
-function interpolate(points, p, key) {
-  for (let i = 1; i < points.length; i++) {
-    const a = points[i - 1], b = points[i];
-    if (p >= a.p && p <= b.p) return b.p === a.p ? a[key] : a[key] + ((p - a.p) / (b.p - a.p)) * (b[key] - a[key]);
-  }
-  return null;
 }
 
 VIEWS.curve = { scene: Store, parts: () => [Curve] };

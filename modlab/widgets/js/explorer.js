@@ -2,5 +2,8 @@
 
 VIEWS.explorer = {
   scene: Store, title: "Routing explorer", about,
-  parts: (model) => [Controls, Heatmap, TokenText, TokenPath, ...(model.get("can_run") || model.get("points").length ? [Curve] : [])],
+  parts: (model) => {
+    const can = model.get("can_run"), curve = can || model.get("points").length;
+    return [OwnText, Controls, ...(can ? [Budget] : []), Heatmap, TokenText, TokenPath, ...(curve ? [Curve] : [])];
+  },
 };

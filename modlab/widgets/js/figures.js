@@ -15,11 +15,20 @@ class Figures {
     this.kept.more.textContent = `${store.R} of ${store.numLayers} layers are routed`;
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
     this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller` + (preview ? "" : ", allocated");
-    this.loss.value.textContent = preview || summary.loss === null ? "–" : summary.loss.toFixed(3);
+    const swept = preview && !store.model.get("layer_thresholds").length ? interpolate(store.model.get("points"), store.threshold, "loss") : null;
+    this.loss.value.textContent = summary.loss === null || (preview && swept === null) ? "–" : preview ? "≈ " + swept.toFixed(3) : summary.loss.toFixed(3);
     this.loss.more.textContent = summary.loss === null ? "one token predicts nothing"
-      : preview ? `${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}` : "nats a token, lower is better";
+      : preview ? `${swept === null ? "" : "by the curve · "}${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}`
+      : "nats a token" + versus(summary);
     this.box.dataset.state = preview ? "preview" : "measured";
   }
+}
+
+// What the skipping costs: the loss against that of the same weights with nothing skipped.
+function versus({ loss, open_loss: open }) {
+  if (open === undefined) return ", lower is better";
+  const cost = loss - open;
+  return ` · ${cost < 0 ? "−" : "+"}${Math.abs(cost).toFixed(3)} against nothing skipped`;
 }
 
 // A box with a name, a large value and a line that says more.

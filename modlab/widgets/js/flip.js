@@ -63,6 +63,7 @@ class FlipEffect {
   draw() {
     const { store } = this, effect = store.model.get("effect"), flips = store.model.get("flips");
     this.note.textContent = store.note || (store.model.get("can_run") ? "Click a cell (or press Enter on it) to force the token through the layer or past it; click it again to undo." : "Flipping cells needs a notebook with the model.");
+    this.note.hidden = this.job.running;
     this.job.draw();
     const change = (x, unit) => (x > 0 ? "+" : x < 0 ? "−" : "±") + unit(Math.abs(x));
     this.loss.value.textContent = effect.loss === null ? "–" : effect.loss.toFixed(4);
@@ -183,4 +184,4 @@ class NextTokens {
   }
 }
 
-VIEWS.flip = { scene: FlipStore, title: "Flip a cell", about, parts: () => [FlipEffect, Heatmap, FlipList, FlipDeltas, NextTokens, TokenText] };
+VIEWS.flip = { scene: FlipStore, title: "Flip a cell", about, parts: () => [OwnText, FlipEffect, Heatmap, FlipList, FlipDeltas, NextTokens, TokenText] };

@@ -1,9 +1,10 @@
 // Loss against what it buys (bytes or milliseconds). The chosen point is dragged along the line; its p is the threshold.
 
+const milliseconds = (v) => `${number(Number(v.toPrecision(3)))} ms`;
 const METRICS = {
   kv_bytes: ["KV cache", byteText],
-  prefill_ms: ["time to the first token", (v) => `${number(Number(v.toPrecision(3)))} ms`],
-  decode_ms: ["time for a further token", (v) => `${number(Number(v.toPrecision(3)))} ms`],
+  prefill_ms: ["time to the first token", milliseconds],
+  decode_ms: ["time for a further token", milliseconds],
 };
 
 class Frontier {
@@ -13,7 +14,9 @@ class Frontier {
     const label = el(head, "label", "mod-choice", "loss against ");
     this.choice = el(label, "select");
     ownKeys(this.choice);
-    for (const name of Object.keys(METRICS)) if (model.get("points").every((d) => Number.isFinite(d[name]))) el(this.choice, "option", "", METRICS[name][0]).value = name;
+    this.metrics = { ...METRICS };
+    for (const other of model.get("elsewhere")) this.metrics[other.metric] = [other.title, milliseconds, other.note];
+    for (const [name, [title]] of Object.entries(this.metrics)) if (model.get("points").every((d) => Number.isFinite(d[name]))) el(this.choice, "option", "", title).value = name;
     this.choice.value = model.get("metric");
     this.choice.addEventListener("change", () => model.set("metric", this.choice.value));
     this.badge = el(head, "span", "modlab-badge");
@@ -22,6 +25,7 @@ class Frontier {
     this.says = el(parent, "p", "modlab-frontier-says");
     this.says.setAttribute("aria-live", "polite");
     this.plot = el(parent, "div", "mod-frontier");
+    this.note = el(parent, "p", "mod-note modlab-frontier-note");
     for (const name of ["threshold", "applied", "metric", "points", "references"]) scene.listen("change:" + name, () => scene.update());
     this.plot.addEventListener("pointerdown", (e) => { if (e.button === 0 && e.target.closest("svg")) { this.dragging = true; this.plot.setPointerCapture(e.pointerId); this.drag(e); e.preventDefault(); this.handle?.focus({ preventScroll: true }); } });
     this.plot.addEventListener("pointermove", (e) => { if (this.dragging) this.drag(e); });
@@ -81,8 +85,10 @@ class Frontier {
     this.badge.dataset.state = set === p ? "measured" : "preview";
     this.badge.textContent = !model.get("can_run") ? "chosen" : set === p ? "set in the model" : "not set yet";
     if (width < 160) return;
-    const [title, format] = METRICS[metric], at = this.place(p, metric), exact = points.some((d) => d.p === p);
+    const [title, format, note] = this.metrics[metric], at = this.place(p, metric), exact = points.some((d) => d.p === p);
     this.says.textContent = `p ${number(p)}: ${exact ? "" : "≈ "}loss ${at.loss.toFixed(3)} nats a token, ${title} ${format(at[metric])}, keeps ${percent(at.keep_ratio)}` + this.versus(at, metric, references);
+    this.note.hidden = !note;
+    this.note.textContent = note || "";
     const key = [width, p, metric, theme.key, points.length, JSON.stringify(references)].join();
     if (key === this.drawnFor) return;
     const focused = this.handle && document.activeElement === this.handle;
@@ -98,7 +104,7 @@ class Frontier {
       node(svg, "line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "mod-grid" });
       node(svg, "text", { x: left - 8, y: y(v) + 4, "text-anchor": "end", class: "mod-tick" }, number(v));
     }
-    for (const v of ticks(x0, x1, Math.max(3, Math.floor(width / 130)))) node(svg, "text", { x: x(v), y: height - bottom + 18, "text-anchor": "middle", class: "mod-tick" }, format(v));
+    for (const v of (metric === "kv_bytes" ? byteTicks : ticks)(x0, x1, Math.max(3, Math.floor(width / 130)))) node(svg, "text", { x: x(v), y: height - bottom + 18, "text-anchor": "middle", class: "mod-tick" }, format(v));
     node(svg, "text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "mod-plot-title" }, `${title}  (left is better)`);
     const side = node(svg, "text", { transform: `translate(13 ${(height - bottom + top) / 2}) rotate(-90)`, "text-anchor": "middle", class: "mod-plot-title" }, "loss, nats a token  (lower is better)");
     side.setAttribute("aria-hidden", "true");

@@ -106,7 +106,12 @@ class Heatmap {
   }
 
   draw() {
-    const m = this.layout(), { store } = this;
+    const { store } = this;
+    if (this.tokens !== store.tokens) { // another text begins at its beginning, as wide as it likes
+      if (this.tokens) { this.scale = undefined; this.scroll.scrollLeft = 0; }
+      this.tokens = store.tokens;
+    }
+    const m = this.layout();
     if (!m) return;
     this.spacer.style.width = Math.max(m.width, m.left + m.right + m.full) + "px";
     this.spacer.style.height = m.height + "px";

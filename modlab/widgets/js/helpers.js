@@ -10,9 +10,9 @@ const number = (x) => String(Number(x.toFixed(4)));
 const percent = (x) => (100 * x).toFixed((x >= 0.0995 && x < 0.995) || x === 1 || x === 0 ? 0 : 1) + " %"; // 0 and 100 are none and all
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 
-function byteText(n) { // three figures, as 4.56 kB, 45.6 kB, 456 kB
-  const power = [3, 2, 1].find((k) => n >= 999.5 * 1000 ** (k - 1)) || 0, x = n / 1000 ** power;
-  return x.toFixed(power === 0 || x >= 99.95 ? 0 : x >= 9.995 ? 1 : 2) + " " + ["B", "kB", "MB", "GB"][power];
+function byteText(n) { // three figures, as 4.56 KiB, 45.6 KiB, 456 KiB: memory budgets are told in these units, too
+  const power = [3, 2, 1].find((k) => n >= 999.5 * 1024 ** (k - 1)) || 0, x = n / 1024 ** power;
+  return x.toFixed(power === 0 || x >= 99.95 ? 0 : x >= 9.995 ? 1 : 2) + " " + ["B", "KiB", "MiB", "GiB"][power];
 }
 
 // A child element with a class and text: el(parent, "div", "name", "text").
@@ -92,6 +92,12 @@ function ticks(low, high, about) {
   return list;
 }
 
+// The same for bytes: round in the unit that they are written in.
+function byteTicks(low, high, about) {
+  const unit = 1024 ** ([3, 2, 1].find((k) => high >= 999.5 * 1024 ** (k - 1)) || 0);
+  return ticks(low / unit, high / unit, about).map((v) => v * unit);
+}
+
 // A canvas as sharp as the screen: sets its size in CSS pixels and returns a context that draws in them.
 function sharp(canvas, width, height) {
   const scale = window.devicePixelRatio || 1, w = Math.round(width * scale), h = Math.round(height * scale);
@@ -102,4 +108,13 @@ function sharp(canvas, width, height) {
   g.setTransform(scale, 0, 0, scale, 0, 0);
   g.clearRect(0, 0, width, height);
   return g;
+}
+
+// Between the two points around p, straight; null outside of them.
+function interpolate(points, p, key) {
+  for (let i = 1; i < points.length; i++) {
+    const a = points[i - 1], b = points[i];
+    if (p >= a.p && p <= b.p) return b.p === a.p ? a[key] : a[key] + ((p - a.p) / (b.p - a.p)) * (b[key] - a[key]);
+  }
+  return null;
 }

@@ -9,9 +9,10 @@ function show(model, parent) {
   if (view.title) {
     const title = el(root, "header", "mod-title");
     el(title, "h2", "", view.title);
-    el(title, "span", "", view.about?.(store) ?? "");
+    const about = el(title, "span", "mod-about");
+    store.views.push({ draw() { about.textContent = view.about?.(store) ?? ""; } });
   }
-  store.views = view.parts(model).map((kind) => new kind(store, root));
+  store.views.push(...view.parts(model).map((kind) => new kind(store, root)));
   store.update();
   // JupyterLab writes its theme on the body, and at some other time its colours arrive; a page of its own follows the
   // system. The ground has a transition (style.css), whose beginning tells that the colours are there.

@@ -1,12 +1,11 @@
-// One threshold for all layers and one for each: dragging previews in the page, releasing measures. And the buttons that
-// find thresholds for a wanted keep ratio or cache size.
+// One threshold for all layers and one for each: dragging previews in the page, releasing measures.
 
 class ThresholdSliders {
   constructor(store, parent) {
     this.store = store;
     this.timer = 0;
     this.how = el(parent, "p", "mod-note modlab-how");
-    this.job = new Job(store, parent);
+    this.job = store.job = new Job(store, parent);
     const all = el(parent, "section", "mod-controls");
     const label = el(all, "label", "mod-slider", "all layers");
     this.all = this.slider(label, "modlab-threshold", "threshold of all layers", (p) => this.set(store.layers.map(() => p)));
@@ -22,7 +21,6 @@ class ThresholdSliders {
       const slider = this.slider(line, "modlab-layer-threshold", `threshold of layer ${layer}`, (p) => this.set(this.ps.map((old, i) => (i === row ? p : old))));
       return { slider, bins, value: el(line, "output", "mod-layer-p"), kept: el(line, "span", "mod-layer-kept") };
     });
-    this.calibrate(el(parent, "section", "mod-calibrate"));
     this.figures = new Figures(store, parent);
   }
 
@@ -45,29 +43,6 @@ class ThresholdSliders {
 
   set(ps) { this.store.model.set("layer_thresholds", ps); }
 
-  calibrate(box) {
-    const { store } = this, field = (name, cls, value, step, more) => {
-      const label = el(box, "label", "mod-field", name), input = el(label, "input", cls);
-      Object.assign(input, { type: "number", value, step, min: 0 });
-      ownKeys(input);
-      if (more) el(label, "span", "", more);
-      return input;
-    };
-    el(box, "h3", "", "Find thresholds for");
-    const ratio = field("a keep ratio of", "modlab-want-ratio", 25, 1, "%");
-    button(box, "Calibrate", "find the threshold that keeps this share of the tokens", () => this.ask({ keep_ratio: Number(ratio.value) / 100 })).classList.add("modlab-calibrate-ratio");
-    const budget = store.model.get("budget"), mib = field("or a KV cache of", "modlab-want-mib", budget.mib, "any", "MiB");
-    const context = field("for", "modlab-want-context", budget.context, 1, "tokens");
-    button(box, "Calibrate", "find the threshold whose cache fits", () => this.ask({ kv_mib: Number(mib.value), context: Number(context.value) })).classList.add("modlab-calibrate-kv");
-    const label = el(box, "label", "mod-field"), each = el(label, "input", "modlab-each-layer");
-    each.type = "checkbox";
-    label.append(" every layer keeps the same share");
-    this.perLayer = each;
-    if (!store.model.get("can_run")) for (const part of box.querySelectorAll("input, button")) part.disabled = true;
-  }
-
-  ask(want) { this.job.ask({ type: "calibrate", per_layer: this.perLayer.checked, ...want }); }
-
   draw() {
     const { store } = this, { ps } = this, { running } = this.job, { preview } = store;
     const mean = ps.reduce((a, b) => a + b, 0) / ps.length, one = ps.every((p) => p === ps[0]);
@@ -78,6 +53,7 @@ class ThresholdSliders {
     this.badge.textContent = { running: "working …", preview: "preview", measured: "measured" }[state];
     this.how.textContent = preview ? "Preview from the gates of the last run; in a real run the gates of later layers change too. "
       + (store.model.get("can_run") ? "Release the slider for one." : "That needs a notebook with the model.") : "Measured: the model ran this text with these thresholds.";
+    this.how.hidden = running;
     this.each.forEach(({ slider, value, kept, bins }, row) => {
       if (document.activeElement !== slider || Math.abs(Number(slider.value) - ps[row]) > 0.0026) slider.value = ps[row];
       value.textContent = number(ps[row]);
@@ -112,4 +88,4 @@ function countLevels(cells, start, length, count) {
   return counts;
 }
 
-VIEWS.thresholds = { scene: Store, title: "Thresholds", about, parts: () => [ThresholdSliders, Heatmap] };
+VIEWS.thresholds = { scene: Store, title: "Thresholds", about, parts: () => [OwnText, ThresholdSliders, Budget, Heatmap] };

@@ -1,0 +1,145 @@
+"""SteeredView: thresholds found for a keep ratio or a memory budget, and a loss to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import traitlets as t
+
+from modlab.cache_argument import given_cache
+from modlab.errors import ModlabError
+from modlab.kv_budget import INDEX_BYTES, MIB, keep_ratio_for
+from modlab.trace import RoutingTrace, run_traced
+from modlab.widgets.jobs import Job
+from modlab.widgets.measured import MeasuredView
+from modlab.widgets.model_access import thresholds_restored_on_error, using
+
+
+class SteeredView(MeasuredView):
+    """A view whose text says what a threshold costs: against nothing skipped, and for a wanted cache size.
+
+    Attributes:
+        budget: what the fields of the KV budget begin with, the bytes of a token in each layer, and whether
+            thresholds are looked for on a sample instead of the text.
+    """
+
+    budget = t.Dict().tag(sync=True)
+
+    def __init__(
+        self, model: Any, tokenizer: Any, text: str, texts: Sequence[str] | None = None, **traits: Any
+    ) -> None:
+        from modlab.measure import context_length
+
+        self._texts = texts if texts is None else list(texts)
+        self._open_loss: float | None = None
+        super().__init__(model, tokenizer, text, **traits)
+        context = context_length(model)
+        trace = self._trace
+        routed = len(trace.layers)
+        each = trace.kv_bytes_per_token
+        dense = (trace.num_layers - routed) * each
+        quarter = dense + 0.25 * routed * (each + INDEX_BYTES)
+        self.budget = {
+            "mib": float(f"{quarter * context / MIB:.3g}"),
+            "context": context,
+            "token_bytes": 0 if trace.skip == "mlp" else each,
+            "index_bytes": INDEX_BYTES,
+            "sample": self._texts is not None,
+        }
+
+    def calibrate(
+        self,
+        *,
+        keep_ratio: float | None = None,
+        kv_mib: float | None = None,
+        context: int | None = None,
+        per_layer: bool = False,
+    ) -> dict[int, float]:
+        """Find and set the thresholds for a keep ratio, or for a cache of `kv_mib` MiB at `context` tokens.
+
+        Args:
+            keep_ratio: mean share of tokens kept in the routed layers.
+            kv_mib: instead of it, MiB for keys and values.
+            context: tokens that have to fit in them; by default the model's context.
+            per_layer: every layer keeps the same share, with its own p.
+
+        Returns:
+            {layer: p}.
+
+        Raises:
+            ModlabError: not reachable; the message says what is.
+        """
+        return self._calibrate(keep_ratio, kv_mib, context, per_layer, None)
+
+    def _calibrate(
+        self,
+        keep_ratio: float | None,
+        kv_mib: float | None,
+        context: int | None,
+        per_layer: bool,
+        job: Job | None,
+    ) -> dict[int, float]:
+        from modlab.measure import calibrate
+
+        if (keep_ratio is None) == (kv_mib is None):
+            raise ModlabError(f"Give keep_ratio or kv_mib, one of them; got {keep_ratio} and {kv_mib}.")
+        model = self._model
+        with (
+            using(model, job, "Looking for the threshold, the text runs several times"),
+            thresholds_restored_on_error(model),
+        ):
+            if kv_mib is not None:
+                tokens = int(context or self.budget["context"])
+                keep_ratio = keep_ratio_for(model, kv_mib=float(kv_mib), context=tokens)
+            assert keep_ratio is not None
+            calibrate(
+                model,
+                [self.text] if self._texts is None else self._texts,
+                keep_ratio=float(keep_ratio),
+                per_layer=per_layer,
+                tokenizer=self._tokenizer,
+            )
+            trace, output = run_traced(model, self._tokenizer, self.text)
+            self._show(trace, given_cache(output))
+        return dict(model.mod.thresholds)
+
+    def _take(self, trace: RoutingTrace, output: Any) -> None:
+        self._open_loss = None
+        super()._take(trace, output)
+
+    def _refine(self, job: Job | None) -> None:
+        """Run the text once with nothing skipped: what its loss is compared with."""
+        if self._open_loss is not None:
+            return
+        with using(self._model, job, "Running the text with nothing skipped"):
+            loss = self._at_rest()[0].mean_loss
+        if not np.isnan(loss):
+            self._open_loss = loss
+            self.summary = {**self.summary, **self._known(), "run": self.summary["run"] + 1}
+
+    def _at_rest(self) -> Any:
+        """(trace, output) of the text with every gate open."""
+        from modlab.routing import routing_override
+
+        with routing_override(self._model, _keep_all):
+            return run_traced(self._model, self._tokenizer, self.text)
+
+    def _known(self) -> dict[str, Any]:
+        return {} if self._open_loss is None else {"open_loss": self._open_loss}
+
+    def _work(self, content: dict[str, Any]) -> Any:
+        if content.get("type") != "calibrate":
+            return super()._work(content)
+        return lambda job: self._calibrate(
+            content.get("keep_ratio"),
+            content.get("kv_mib"),
+            content.get("context"),
+            bool(content.get("per_layer")),
+            job,
+        )
+
+
+def _keep_all(layer_idx: int, gate: Any, position_ids: Any) -> Any:
+    return gate.new_ones(gate.shape).bool()
