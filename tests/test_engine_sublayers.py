@@ -249,6 +249,22 @@ def test_threads_take_turns(make_llama: Any) -> None:
     assert isinstance(model.model.layers[1].self_attn, RoutedBranch)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("skip", SUBLAYERS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_steps_are_graphs_with_if_nodes(
+    make_llama: Any, skip: str, rows: int, compile: bool
+) -> None:
+    model, inputs = routed_llama(make_llama, skip=skip), prompts(*[50] * rows)
+    want = generated(model, inputs, eos_token_id=None)
+    modlab.enable_fast_generation(model, compile=compile)
+    assert generated(model, inputs, eos_token_id=None) == want
+    report = modlab.fast_generation_report(model)
+    assert report["branch"] in ("torch", "cuda-python") and report["compiled"] == compile
+    assert report["batch_sizes"] == [rows]
+
+
 class LayersOnly(Compiler):
     """Leaves what stands beside the layers as it is."""
 
