@@ -98,16 +98,18 @@ def shares_keys(attention: nn.Module) -> bool:
 
 def mlp_name(layer: nn.Module) -> str | None:
     """Name of the layer's MLP (or mixture-of-experts) submodule, or None."""
-    return _child(layer, MLP)
+    return _child(layer, MLP, other=ATTENTION)  # Qwen2MoeAttention is called after its model
 
 
-def _child(layer: nn.Module, pattern: re.Pattern[str]) -> str | None:
-    """Name of the first child of a fitting class that is no norm; else of a child's child (DBRX)."""
+def _child(layer: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str] = NORM) -> str | None:
+    """Name of the first child of a fitting class that is no norm, nor fits `other`; else of a child's child
+    (DBRX).
+    """
     children = list(layer.named_children())
     deeper = [(f"{name}.{n}", c) for name, child in children for n, c in child.named_children()]
     for name, module in children + deeper:
         class_name = type(module).__name__
-        if pattern.search(class_name) and not NORM.search(class_name):
+        if pattern.search(class_name) and not NORM.search(class_name) and not other.search(class_name):
             return name
     return None
 

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
 
 import modlab
+from modlab.anatomy import attention_name, decoder_layers, mlp_name
 from modlab.cache_argument import cache_argument
 from modlab.engine import step as step_module
 from modlab.engine.attention import DECODE, decode_attention_function
@@ -74,7 +75,7 @@ def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any, skip: st
 @pytest.mark.parametrize("skip", SUBLAYERS)
 @pytest.mark.parametrize(
     "model_type",
-    ["mistral", "qwen2", "qwen3", "phi3", "phi", "gpt_neox", "gpt2", "olmo2", "mixtral", "cohere"],
+    ["mistral", "qwen2", "qwen3", "phi3", "phi", "gpt_neox", "gpt2", "olmo2", "mixtral", "qwen2_moe"],
 )
 def test_other_families_generate_the_same_tokens(model_type: str, skip: Any) -> None:
     model: Any = tiny_model(model_type)
@@ -88,6 +89,15 @@ def test_other_families_generate_the_same_tokens(model_type: str, skip: Any) -> 
     with modlab.routing_override(model, modlab.RoutingTable(dict.fromkeys(model.mod.layers, mask))):
         vocabulary = model.get_input_embeddings().weight.shape[0]
         both_ways(model, prompts(13, 5, vocabulary=vocabulary), eos_token_id=None, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("qwen2_moe", "mlp"), ("olmoe", "mlp"), ("granitemoe", "block_sparse_moe"), ("mixtral", "mlp")],
+)
+def test_attention_called_after_a_mixture_of_experts_is_no_mlp(model_type: str, name: str) -> None:
+    layer = decoder_layers(tiny_model(model_type))[1]
+    assert (attention_name(layer), mlp_name(layer)) == ("self_attn", name)
 
 
 def test_the_memory_recipe_has_fast_generation(make_llama: Any) -> None:
