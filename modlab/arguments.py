@@ -134,7 +134,8 @@ class LayerArguments:
         if value.dim() == 1 and value.shape[0] == self.time > 1:
             return value[index_RS[0]]  # the caller runs rows one by one, see one_row_each
         batched = value.dim() >= 2 and value.shape[0] in (1, self.batch)
-        one_row = value.shape[0] == len(index_RS) == 1  # one index, which a GPU gathers row by row
+        # a single index, which a GPU would gather row by row
+        one_row = value.dim() > 0 and value.shape[0] == len(index_RS) == 1
         if batched and value.shape[1] == self.time:
             if one_row:
                 return value[:, index_RS[0]]

@@ -99,3 +99,14 @@ def test_forms(make_llama, skip, gate, padding, share) -> None:
             rest = model(ids[:, 11:], attention_mask=mask, past_key_values=chunks.past_key_values)
             both = torch.cat([chunks.logits, rest.logits], 1)
             assert_same(both, expected, mask)
+
+
+def test_a_number_that_a_trainer_passes_along_reaches_the_layers(make_llama) -> None:
+    """transformers' Trainer hands `num_items_in_batch`, a tensor without an axis, down to every layer."""
+    model = modlab.convert(make_llama(), modlab.MoDConfig())
+    scatter_gates(model)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        passed = model(ids, use_cache=False, num_items_in_batch=torch.tensor(36)).logits
+    assert torch.equal(plain, passed)

@@ -579,7 +579,6 @@ def test_refuses_bad_settings(
     [
         (modlab.MoDConfig(), {"objective": "bce"}, "does not fit threshold"),
         (modlab.MoDConfig.topk(), {"objective": "target"}, "does not fit topk"),
-        (modlab.MoDConfig(), {"compile": True}, "compile=True is for dense"),
     ],
 )
 def test_refuses_settings_of_another_routing(
@@ -717,8 +716,9 @@ def test_real_weights_reach_a_keep_ratio(data_dir: Path, tmp_path: Path) -> None
     settings = {"steps": 80, "batch_size": 8, "lr": 3e-4, "router_lr": 1e-2, "keep_ratio": 0.5, "lam": 8.0}
     train(model, data, TrainConfig(**settings))
     found = evaluate(model, heldout)
-    assert found["keep_ratio"] == pytest.approx(0.5, abs=0.12)
-    assert found["loss"] < dense + 0.65
+    # Calibrated: without that, 0.545 kept at a loss of dense + 0.585.
+    assert found["keep_ratio"] == pytest.approx(0.5, abs=0.03)
+    assert found["loss"] < dense + 0.75
 
 
 def test_a_monitor_is_told_and_may_end_the_run(make_llama: Any) -> None:
