@@ -10,6 +10,7 @@ from modlab.families import REQUIRED
 from modlab.ops.reference import masked_execution
 from modlab.tiny_models import tiny_model
 
+from .synthetic import scatter_gates
 from .test_cache import random_routing
 
 T = 33  # odd on purpose
