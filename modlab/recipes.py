@@ -3,7 +3,7 @@
     mod_config, train_config = modlab.recipe("memory", model, tokens=100_000_000)
     modlab.train(modlab.convert(model, mod_config), rows, train_config)
 
-What each choice rests on is in docs/log.md and, where the study has decided it, docs/quality.md.
+What each choice rests on is in docs/log.md; the study that is to decide is benchmarks/quality.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ def recipe(
     chosen = RECIPES[name]
     config = MoDConfig(**chosen.mod)
     fields = {**chosen.train, **train}
-    saving = kv_saving or chosen.kv_saving
+    saving = chosen.kv_saving if kv_saving is None else kv_saving
+    if kv_saving is not None and "keep_ratio" in fields:
+        raise ModlabError(
+            f"kv_saving={kv_saving} and keep_ratio={fields['keep_ratio']} say the same: give one."
+        )
     if kv_saving is not None and fields.get("objective") == "load":
         raise ModlabError(
             "the load objective aims at no KV saving, alpha decides it: leave kv_saving away, or calibrate "

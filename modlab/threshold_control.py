@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EDGE = 16.0  # router logits beyond this, on either side, count as this
 BINS = 4096  # 0.008 of a logit each
-DECAY = 0.7  # of a step's weight, each further step: gates move, and one step holds thousands of them
+DECAY = 0.7  # of a batch's weight, each further batch: gates move, and one batch holds thousands of them
 
 
 class ThresholdControl:

@@ -35,6 +35,7 @@ from modlab.anatomy import decoder_layers
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
 from modlab.measure import calibrate
+from modlab.router import Router
 from modlab.routing import is_converted
 from modlab.threshold_control import ThresholdControl
 from modlab.train_checks import check_fit, check_length, check_processes, check_teacher, choose_objective
@@ -161,6 +162,7 @@ class _Run:
         self.stop_asked = False
         self.saved_step = -1
         self.half_updated = False
+        self.target = config.keep_ratio
         self.latest: list[Batch] = []  # the latest step's
         self.compilation: LayerCompilation | None = None
         self.control: ThresholdControl | None = None
@@ -231,6 +233,7 @@ class _Run:
         self.sums = torch.tensor(
             [self.progress.window.get(c, 0.0) for c in self.columns], dtype=torch.float32, device=self.device
         )
+        self.resumed_at = self.progress.step
         if self.out is not None and self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "run.json", self._description())
@@ -365,6 +368,7 @@ class _Run:
     def _monitored(self, monitor: Monitor) -> bool:
         """Whether to go on. What the monitor takes, a pause for example, is not the run's time."""
         paused = time.perf_counter()
+        self._settle_thresholds()  # it may use the model
         go_on = monitor.step(self.progress.step, self._share())
         waited = time.perf_counter() - paused
         self.started += waited
@@ -447,38 +451,52 @@ class _Run:
             self.model.mod.thresholds.update({i: float(p) for i, p in found.items()})
 
     def _calibrate(self) -> None:
-        """Makes the model keep exactly `keep_ratio`; leaves it as trained where that cannot be had.
+        """Makes the model keep `keep_ratio`; leaves it as trained where that cannot be had or is interrupted.
 
         Where the gate only decides, its bias is shifted and the thresholds stay, which comes to the same: a
         user finds the model at the threshold it was trained with, not at 0.9998. Where the gate enters the
-        output (paper, fused), the thresholds move.
+        output (paper, fused), or an adapter holds a copy of the router, the thresholds move.
         """
-        routing = self.model.mod
-        before = dict(routing.thresholds)
-        try:
-            with self._autocast():
-                calibrate(
-                    self.model,
-                    self._calibration_batches(),
-                    keep_ratio=self.config.keep_ratio,
-                    tolerance=0.004,
-                )
-        except ModlabError as error:
-            warnings.warn(f"The thresholds stay as trained: {error}", stacklevel=2)
+        batches = self._calibration_batches()
+        if not batches or self.config.keep_ratio == 1:
             return
-        if routing.config.gate == "straight-through":
-            layers: Any = decoder_layers(self.model)
-            with torch.no_grad():
-                for i, p in before.items():
-                    found = routing.thresholds[i]
-                    layers[i].mod_router.bias += math.log(p / (1 - p)) - math.log(found / (1 - found))
-            routing.thresholds.update(before)
+        routing, layers = self.model.mod, decoder_layers(self.model)
+        routers: dict[int, Any] = {i: layers[i].mod_router for i in self.layers}
+        before = dict(routing.thresholds)
+        shifted = routing.config.gate == "straight-through" and all(
+            isinstance(router, Router) for router in routers.values()
+        )
+        if self.compilation is not None:
+            self.compilation.off()  # no compilation for eval mode
+        try:
+            if shifted:  # from here on the gates count from each layer's own threshold
+                _shift(routers, {i: -_logit(p) for i, p in before.items()})
+                routing.thresholds.update(dict.fromkeys(before, 0.5))
+            with self._autocast():
+                found = calibrate(
+                    self.model,
+                    batches,
+                    keep_ratio=self.config.keep_ratio,
+                    per_layer=self.config.per_layer,
+                    tolerance=0.02 if self.config.per_layer else 0.004,
+                    max_passes=15,
+                )
+            if shifted:
+                _shift(routers, {i: -_logit(p) for i, p in found.items()})
+        except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
+            routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
+            why = str(error) or type(error).__name__
+            warnings.warn(f"The thresholds stay as trained: {why}", stacklevel=2)
+        finally:
+            if shifted:
+                _shift(routers, {i: _logit(p) for i, p in before.items()})
+                routing.thresholds.update(before)
 
     def _calibration_batches(self) -> list[Batch]:
         """Training batches, the same on every process and whether or not the run was resumed: the first ones,
-        or the last step's where the data can be had only once."""
+        or the last step's where the data can be had only once (none for several processes)."""
         if self.source.kind == "stream":
-            gathered = [self.accelerator.gather(batch) for batch in self.latest]
+            gathered = self.latest if self.world == 1 else []
         else:
             rows, length = self.source.first["input_ids"].shape
             if self.source.kind == "rows":
@@ -548,6 +566,7 @@ class _Run:
 
     def _finish(self, stopped: Stopped) -> TrainResult:
         config, progress, accelerator = self.config, self.progress, self.accelerator
+        self._settle_thresholds()
         complete = stopped in ("finished", "data") or (stopped == "time" and self.steps is None)
         if complete:
             if progress.window_steps:
@@ -565,7 +584,10 @@ class _Run:
         accelerator.wait_for_everyone()
         self.close()
         if complete and self.out is not None and accelerator.is_main_process:
-            self._save_model(self.out / "model")
+            # A finished run that is taken up again has nothing to add; of a stream, not even its calibration.
+            new = progress.step > self.resumed_at or not (self.out / "model").exists()
+            if new:
+                self._save_model(self.out / "model")
         accelerator.wait_for_everyone()
         history = pd.DataFrame(self.history)
         return TrainResult(history, self.model, self.out, progress.step, progress.tokens, seconds, stopped)
@@ -650,6 +672,17 @@ class _Run:
             unit="step",
             disable=not self.accelerator.is_main_process or self.monitor is not None,
         )
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+@torch.no_grad()
+def _shift(routers: dict[int, Any], by: dict[int, float]) -> None:
+    """Adds to the routers' biases, in place."""
+    for i, amount in by.items():
+        routers[i].bias.add_(amount)
 
 
 def _cast(dtypes: dict[nn.Parameter, torch.dtype]) -> None:

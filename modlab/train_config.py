@@ -51,7 +51,8 @@ class TrainConfig:
         hold: share of the run before the ramp, in which everything is kept.
         ramp: share of the run over which the target falls from 1 to keep_ratio.
         calibrate: after a whole run with "target" or "budget", shift the gates (or, where they enter the
-            output, the thresholds) so that keep_ratio of the first training batches is kept exactly.
+            output, the thresholds) so that keep_ratio of the first training batches is kept, within 0.004
+            (with per_layer: by each layer, within 0.02).
         what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
             tokens give the router a gradient too (`model.mod.what_if`). The rest run packed.
         kl: weight of KL(teacher || model); needs `teacher=`.
@@ -139,6 +140,8 @@ class TrainConfig:
         if self.hold + self.ramp > 1:
             raise ModlabError(f"hold={self.hold} and ramp={self.ramp} together are more than the whole run.")
         if self.keep_range is not None:
+            if len(self.keep_range) != 2:
+                raise ModlabError(f"keep_range={self.keep_range} has to be two shares, (low, high).")
             low, high = self.keep_range
             if not 0 < low <= self.keep_ratio <= high <= 1:
                 raise ModlabError(

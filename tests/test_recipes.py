@@ -48,5 +48,9 @@ def test_refusals_say_what_to_do(make_llama: Any) -> None:
         modlab.recipe("paper", model, steps=1, kv_saving=1.5)
     with pytest.raises(ModlabError, match="has to be above 1"):
         keep_ratio_for_saving(0.9, 4, 8)
+    with pytest.raises(ModlabError, match="say the same"):
+        modlab.recipe("memory", model, steps=1, kv_saving=1.5, keep_ratio=0.5)
+    with pytest.raises(ModlabError, match="has to be above 1"):
+        modlab.recipe("memory", model, steps=1, kv_saving=0)
     with pytest.raises(ModlabError, match="How long to train"):
         modlab.recipe("memory", model)

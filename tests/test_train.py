@@ -358,6 +358,80 @@ def test_a_run_ends_calibrated(make: Callable[..., Any], rows: torch.Tensor) -> 
     assert abs(ends[0] - 0.3) > 0.05 and ends[1] == pytest.approx(0.3, abs=0.02)
 
 
+def test_each_layer_is_calibrated_where_each_has_to_keep_the_share(
+    make: Callable[..., Any], rows: torch.Tensor
+) -> None:
+    model = make(mod=modlab.MoDConfig(layers=[1, 2, 3]))
+    scatter_gates(model)
+    config = settings(steps=6, lr=1e-6, keep_ratio=0.4, per_layer=True, calibrate=True)
+    train(model, rows, TrainConfig(**config))
+    found = evaluate(model, rows)
+    assert [found[f"keep_{i}"] for i in (1, 2, 3)] == pytest.approx([0.4] * 3, abs=0.05)
+
+
+def test_thresholds_of_their_own_keep_their_distance(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    """Calibrated, all layers move by one amount: what one keeps beside the others was trained."""
+    thresholds = {1: 0.4, 2: 0.6}
+    model = make(mod=modlab.MoDConfig(layers=[1, 2], p=thresholds))
+    scatter_gates(model)
+    biases = [model.model.layers[i].mod_router.bias.item() for i in (1, 2)]
+    train(model, rows, TrainConfig(**settings(steps=1, lr=1e-9, keep_ratio=0.3, calibrate=True)))
+    moved = [model.model.layers[i].mod_router.bias.item() for i in (1, 2)]
+    assert moved[0] - biases[0] == pytest.approx(moved[1] - biases[1], abs=1e-4)
+    assert abs(moved[0] - biases[0]) > 0.1 and model.mod.thresholds == thresholds
+    assert evaluate(model, rows)["keep_ratio"] == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_stopped_budget_run_leaves_plain_thresholds(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    class Stop:
+        def step(self, step: int, share: float) -> bool:
+            assert all(isinstance(p, float) for p in model.mod.thresholds.values())
+            return step < 7
+
+        def log(self, row: dict[str, Any]) -> None:
+            pass
+
+    model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+    scatter_gates(model)
+    config = settings(steps=20, objective="budget", keep_ratio=0.4, ramp=0.0, log_every=10)
+    assert train(model, rows, TrainConfig(**config), monitor=Stop()).interrupted
+    model.save_pretrained(tmp_path / "model")
+
+
+def test_a_finished_budget_run_resumes_to_itself(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    config = settings(steps=13, objective="budget", keep_ratio=0.4, ramp=0.0, log_every=10, save_every=13)
+    found = []
+    for _ in range(2):
+        model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+        scatter_gates(model)
+        train(model, rows, TrainConfig(out=tmp_path / "run", resume="auto", **config))
+        saved = json.loads((tmp_path / "run" / "model" / "modlab_config.json").read_text())
+        found.append((dict(model.mod.thresholds), saved))
+    assert found[0] == found[1]
+    assert set(found[0][0].values()) != {0.5}
+
+
+def test_an_interrupt_while_calibrating_keeps_the_run(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["modlab.train"], "calibrate", interrupted)
+    model = make(mod=modlab.MoDConfig())
+    scatter_gates(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("router.bias")}
+    with pytest.warns(UserWarning, match="thresholds stay as trained: KeyboardInterrupt"):
+        train(model, rows, TrainConfig(out=tmp_path / "run", **settings(steps=1, lr=1e-9, calibrate=True)))
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    after = dict(model.named_parameters())
+    assert all(torch.allclose(after[n], bias, atol=1e-5) for n, bias in before.items())
+
+
 def test_gates_that_enter_the_output_are_not_moved(make: Callable[..., Any], rows: torch.Tensor) -> None:
     model = make(mod=modlab.MoDConfig(gate="fused"))
     scatter_gates(model)
@@ -548,6 +622,7 @@ def test_full_disk_during_a_checkpoint(
         ({"keep_ratio": 0.0}, "keep_ratio=0.0"),
         ({"keep_ratio": 1.5}, "keep_ratio=1.5"),
         ({"what_if": 1.5}, "what_if=1.5"),
+        ({"objective": "budget", "keep_range": (0.3,)}, "two shares"),
         ({"hold": 0.9, "ramp": 0.2}, "more than the whole run"),
         ({"objective": "budget", "keep_range": (0.3, 0.5), "keep_ratio": 0.6}, "keep_ratio=0.6"),
         ({"keep_range": (0.3, 0.5), "keep_ratio": 0.4}, "needs objective='budget'"),

@@ -30,10 +30,11 @@ def rows_of(runs: Iterable[Row]) -> list[Row]:
     zero: dict[tuple[int, int | None], Row] = {}
     for tokens in sorted({run["tokens"] for run in runs}):
         dense = [run for run in runs if run["arm"] == "dense" and run["tokens"] == tokens]
-        for run in dense:
-            zero[tokens, run["seed"]] = _zero([run])
         if dense:
             zero[tokens, None] = _zero(dense)
+        for run in dense:
+            own = _zero([run])
+            zero[tokens, run["seed"]] = own | {"recall": own["recall"] or zero[tokens, None]["recall"]}
     rows = []
     for run in runs:
         base = zero.get((run["tokens"], run["seed"])) or zero.get((run["tokens"], None))
@@ -115,7 +116,8 @@ def result(runs: list[Row]) -> Row:
     return {
         "schema": SCHEMA_VERSION,
         "what": "quality",
-        "command": "python -m benchmarks.quality all --deep",
+        "command": " && ".join(sorted({run["command"] for run in runs})),
+        "devices": sorted({run["device_name"] for run in runs}),
         **{name: latest[name] for name in kept},
         "commits": sorted({str(run["commit"]) for run in runs}),
         "rows": rows_of(runs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from benchmarks.quality.mechanisms import MECHANISMS
 from benchmarks.quality.scale import Scale
 from benchmarks.quality.score import score
 from modlab.bench.results import circumstances, source_commit
+from modlab.layer import compiled_forward
 
 KEPT_LOG = ("step", "tokens", "loss", "keep_ratio", "target", "objective", "kl", "tokens_per_s")
 
@@ -55,7 +57,7 @@ def run_arm(
             **{
                 "out": work / "runs" / name,
                 "resume": "auto",
-                "save_every": 500,
+                "save_every": 100,
                 "keep_last": 1,
                 "tokens": tokens,
                 "batch_size": scale.batch_size,
@@ -70,6 +72,8 @@ def run_arm(
             }
         )
         result = train(model, corpus.train, settings, teacher=base if arm.teacher else None)
+        if result.stopped != "finished":
+            raise KeyboardInterrupt(f"{name} was {result.stopped}; the same command goes on with it")
         trained = time.perf_counter()
         points = score(model, arm, corpus, scale, base, deep, device)
     record = {
@@ -81,7 +85,7 @@ def run_arm(
         "mod": None if config is None else config.to_dict(),
         "train": {k: v for k, v in settings.to_dict().items() if k not in ("out", "resume")},
         "mechanism": arm.mechanism,
-        "asked_kv_saving": arm.kv_saving,
+        "asked_kv_saving": None if arm.keep_ratio else arm.kv_saving,
         "asked_keep_ratio": fields.get("keep_ratio"),
         "points": points,
         "history": [
@@ -141,22 +145,39 @@ def run_arms(
             raise SystemExit(f"workers ended with {failed}.")
         return
     started, longest = time.perf_counter(), 0.0
+    missed: list[str] = []
     for seed in seeds:
         for arm in names:
             name = run_name(arm, tokens, seed)
             left = float("inf") if minutes is None else 60 * minutes - (time.perf_counter() - started)
-            if (results / f"{name}.json").exists() or left < longest:
+            if _is_done(results / f"{name}.json", deep) or left < longest:
                 continue
             if "QUALITY_WORKER" in os.environ and not _claim(claims / name):
                 continue
             begun = time.perf_counter()
             try:
                 run_arm(scale, ARMS[arm], tokens, seed, work, results, deep, commit)
-            except Exception as error:  # one arm that fails does not cost the others
+            except Exception as error:  # one arm that fails does not cost the others, two may be the machine
                 print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                missed.append(name)
+                if len(missed) > 1:
+                    raise SystemExit(f"failed: {', '.join(missed)}.") from error
             longest = max(longest, time.perf_counter() - begun)
+            compiled_forward.cache_clear()  # else the fourth arm meets torch.compile's limit of variants
+            torch._dynamo.reset()
+            gc.collect()  # a converted model is full of cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+    if missed:
+        raise SystemExit(f"failed: {', '.join(missed)}.")
+
+
+def _is_done(path: Path, deep: bool) -> bool:
+    """Whether the run's record is there, with all measures that are asked for."""
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    return not deep or record["mechanism"] == "shared-kv" or "recall" in record["points"][0]
 
 
 def _claim(path: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,25 +44,25 @@ def score(
     Args:
         model: dense or converted, its mechanism active.
         arm: what it is.
-        corpus: held-out rows; calibration uses training rows.
-        scale: how much of them.
+        corpus: held-out rows; a part of them is for calibration alone.
+        scale: sizes.
         judge: the dense base, rates generated text.
         deep: also recall, retrieval and generation at the trained point and at 1.8x.
         device: "cuda" or "cpu".
     """
+    calibration, corpus = _split(corpus)
     points = [_point(model, arm, corpus, scale, device) | {"point": "trained"}]
     if deep:
         points[0] |= _deep(model, corpus, scale, judge, device)
     if not is_converted(model) or arm.mechanism in UNMOVED or arm.mod is None or arm.mod.get("skip") == "mlp":
         return points
-    rows = list(corpus.train[: 4 * EVAL_BATCH].long().split(EVAL_BATCH))
     for saving in SAVINGS:
         keep = keep_for(saving, len(model.mod.layers), scale.layers)
         if not 0.02 < keep < 0.98:
             continue
         try:
             with autocast(device), warnings.catch_warnings():
-                calibrate(model, rows, keep_ratio=keep, tolerance=0.003)
+                calibrate(model, calibration, keep_ratio=keep, tolerance=0.003, max_passes=15)
         except ModlabError as error:  # gates that are alike: the point does not exist
             points.append({"point": f"{saving}x", "unreachable": str(error).splitlines()[0]})
             continue
@@ -69,6 +70,17 @@ def score(
         if deep and saving == 1.8:
             points[-1] |= _deep(model, corpus, scale, judge, device)
     return points
+
+
+def _split(corpus: Corpus) -> tuple[list[Tensor], Corpus]:
+    """Batches for calibration, and the corpus without them. They hold the sources in the shares in which they
+    are scored, so that the saving asked for is the saving got; one number is fitted to them."""
+    batches, rest = [], {}
+    for name, rows in corpus.heldout.items():
+        count = min(2 * EVAL_BATCH, max(1, len(rows) // 4))
+        batches += list(rows[:count].long().split(EVAL_BATCH))
+        rest[name] = rows[count:]
+    return batches, replace(corpus, heldout=rest)
 
 
 def _point(model: Any, arm: Arm, corpus: Corpus, scale: Scale, device: str) -> Point:

@@ -38,8 +38,8 @@ def add(command: Command) -> None:
         help="held-out tokens to evaluate on; 0: none",
     )
     sub.add_argument(
-        "--recipe", choices=list(RECIPES), default="default",
-        help="how a dense MODEL is converted and trained; flags given beside it win: "
+        "--recipe", choices=list(RECIPES),
+        help="how a dense MODEL is converted and trained (default: default); flags given beside it win: "
         + "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items()),
     )  # fmt: skip
     sub.add_argument(
@@ -73,15 +73,17 @@ def run(options: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(options, options.model)
     if not modlab.is_converted(model) and not options.dense:
-        mod_config, config = modlab.recipe(options.recipe, model, kv_saving=options.kv_saving, **given)
+        name = options.recipe or "default"
+        mod_config, config = modlab.recipe(name, model, kv_saving=options.kv_saving, **given)
         modlab.convert(model, mod_config)
         print(
-            f"{options.model} is dense: converted by the recipe {options.recipe}, routed layers "
+            f"{options.model} is dense: converted by the recipe {name}, routed layers "
             f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
         )
-    elif options.kv_saving is not None:
+    elif options.recipe or options.kv_saving is not None:
         raise ModlabError(
-            "--kv-saving is of a recipe, for a dense MODEL that is converted: use --keep-ratio."
+            "--recipe and --kv-saving are for a dense MODEL that is converted; this one is not: say "
+            "--objective, --keep-ratio and so on."
         )
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
 
