@@ -84,7 +84,14 @@ def test_same_steps_as_modlab_train(make_llama, tmp_path) -> None:
     scatter_gates(ours), scatter_gates(theirs)
     settings = {"keep_ratio": 0.25, "ramp": 0.0, "what_if": 1.0}
     config = modlab.TrainConfig(
-        steps=1, lr=1e-3, warmup=0, min_lr_ratio=1.0, weight_decay=0.0, max_grad_norm=1e9, **settings
+        calibrate=False,
+        steps=1,
+        lr=1e-3,
+        warmup=0,
+        min_lr_ratio=1.0,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+        **settings,
     )
     modlab.train(ours, [{"input_ids": rows}], config)
     args = arguments(tmp_path, max_steps=1, adam_beta2=0.95)
