@@ -75,7 +75,7 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
     """
     if not kv_saving > 1:
         raise ModlabError(f"kv_saving={kv_saving} has to be above 1: 1.8 leaves 1/1.8 of the K/V bytes.")
-    ratio = (num_layers / kv_saving - (num_layers - routed)) / routed
+    ratio = unbounded_keep_ratio(kv_saving, routed, num_layers)
     if ratio <= 0:
         most = num_layers / (num_layers - routed) if routed < num_layers else float("inf")
         raise ModlabError(
@@ -83,6 +83,11 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
             f"kv_saving={kv_saving} needs more routed layers (MoDConfig(layers='inner') or 'all')."
         )
     return ratio
+
+
+def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int) -> float:
+    """`keep_ratio_for_saving` without its refusals: not above 0 where skipping everything saves less."""
+    return (num_layers / kv_saving - (num_layers - routed)) / routed
 
 
 @torch.no_grad()

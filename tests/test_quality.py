@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import modlab
-from benchmarks.quality.arms import ARMS, Arm, keep_for
+from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.mechanisms import MECHANISMS
 from benchmarks.quality.report import rows_of
+from modlab.kv_budget import unbounded_keep_ratio
 from modlab.routing import routing_override
 from modlab.train import TrainConfig, train
 
@@ -38,11 +39,11 @@ def make(make_llama: Any, arm: Arm) -> Any:
 
 
 def test_keep_ratio_for_a_saving() -> None:
-    assert keep_for(1.8, 8, 16) == pytest.approx(1 / 9)
+    assert unbounded_keep_ratio(1.8, 8, 16) == pytest.approx(1 / 9)
     for saving in (1.3, 1.5, 1.9):
-        keep = keep_for(saving, 13, 16)
+        keep = unbounded_keep_ratio(saving, 13, 16)
         assert 16 / (3 + 13 * keep) == pytest.approx(saving)
-    assert keep_for(2.5, 8, 16) < 0
+    assert unbounded_keep_ratio(2.5, 8, 16) < 0
 
 
 def test_executed_operations_of_a_layer_by_hand(make_llama: Any) -> None:

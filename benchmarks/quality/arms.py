@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modlab import MoDConfig
+from modlab.kv_budget import unbounded_keep_ratio
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,7 @@ class Arm:
         assert self.mod is not None, self.name
         layers = named_layers(self.mod.get("layers", "alternate"), num_layers)
         routed = len(MoDConfig(layers=layers).resolve_layers(num_layers))
-        return max(keep_for(kv_saving, routed, num_layers), 0.01)
-
-
-def keep_for(kv_saving: float, routed: int, num_layers: int) -> float:
-    """Keep ratio of `routed` of `num_layers` layers at which K and V take 1/kv_saving of the dense bytes; not
-    above 0 where even skipping everything saves less."""
-    return (num_layers / kv_saving - (num_layers - routed)) / routed
+        return max(unbounded_keep_ratio(kv_saving, routed, num_layers), 0.01)
 
 
 def named_layers(layers: Any, num_layers: int) -> Any:

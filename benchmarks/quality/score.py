@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.arms import Arm, keep_for
+from benchmarks.quality.arms import Arm
 from benchmarks.quality.corpus import Corpus
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.scale import Scale
 from modlab.errors import ModlabError
+from modlab.kv_budget import unbounded_keep_ratio
 from modlab.measure import calibrate
 from modlab.probes import generation_health, recall, retrieval
 from modlab.routing import is_converted
@@ -57,7 +58,7 @@ def score(
     if not is_converted(model) or arm.mechanism in UNMOVED or arm.mod is None or arm.mod.get("skip") == "mlp":
         return points
     for saving in SAVINGS:
-        keep = keep_for(saving, len(model.mod.layers), scale.layers)
+        keep = unbounded_keep_ratio(saving, len(model.mod.layers), scale.layers)
         if not 0.02 < keep < 0.98:
             continue
         try:
