@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="as in 0,1,2")
     parser.add_argument("--deep", action="store_true", help="recall, retrieval and generation too")
     parser.add_argument("--minutes", type=float, help="begin no arm that would end later")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="the layers, on a GPU"
+    )
     parser.add_argument("--commit", help="of this code, where git cannot say")
     options = parser.parse_args()
     scale = SCALES[options.scale]
@@ -53,7 +56,10 @@ def main() -> None:
         names = list(ARMS) if options.arms == "all" else options.arms.split(",")
         tokens = int(options.tokens * 1e6) if options.tokens else scale.screen_tokens
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        run_arms(scale, names, tokens, seeds, work, results, options.deep, options.minutes, options.commit)
+        run_arms(
+            scale, names, tokens, seeds, work, results,
+            deep=options.deep, minutes=options.minutes, compile=options.compile, commit=options.commit,
+        )  # fmt: skip
     if options.stage in ("report", "all") and "QUALITY_WORKER" not in os.environ:
         print(write_result(read_runs(results), results.parent))
 

@@ -33,7 +33,7 @@ def run_name(arm: str, tokens: int, seed: int) -> str:
 
 
 def run_arm(
-    scale: Scale, arm: Arm, tokens: int, seed: int, work: Path, results: Path, deep: bool, commit: str | None
+    scale: Scale, arm: Arm, tokens: int, seed: int, work: Path, results: Path, deep: bool, compile: bool, commit: str | None
 ) -> None:
     """Converts the base as the arm says, trains it, scores it, writes `results`/<name>.json."""
     import modlab
@@ -57,7 +57,7 @@ def run_arm(
             **{
                 "out": work / "runs" / name,
                 "resume": "auto",
-                "save_every": 100,
+                "save_every": 300,
                 "keep_last": 1,
                 "tokens": tokens,
                 "batch_size": scale.batch_size,
@@ -67,7 +67,7 @@ def run_arm(
                 "seed": seed,
                 "kl": arm.teacher,
                 "log_every": 20,
-                "compile": device == "cuda" and arm.mechanism is None,
+                "compile": compile and device == "cuda" and arm.mechanism is None,
                 **fields,
             }
         )
@@ -118,6 +118,7 @@ def run_arms(
     results: Path,
     deep: bool,
     minutes: float | None,
+    compile: bool,
     commit: str | None,
 ) -> None:
     """Runs every arm that has no result yet; with several GPUs, one process each, which take arms in turn.
@@ -156,11 +157,11 @@ def run_arms(
                 continue
             begun = time.perf_counter()
             try:
-                run_arm(scale, ARMS[arm], tokens, seed, work, results, deep, commit)
-            except Exception as error:  # one arm that fails does not cost the others, two may be the machine
+                run_arm(scale, ARMS[arm], tokens, seed, work, results, deep, compile, commit)
+            except Exception as error:  # one arm that fails does not cost the others, four may be the machine
                 print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 missed.append(name)
-                if len(missed) > 1:
+                if len(missed) > 3:
                     raise SystemExit(f"failed: {', '.join(missed)}.") from error
             longest = max(longest, time.perf_counter() - begun)
             compiled_forward.cache_clear()  # else the fourth arm meets torch.compile's limit of variants

@@ -97,7 +97,7 @@ def run_packed(
         group = Group(list(range(arguments.batch)), times.expand(arguments.batch, -1))
         changes = _cache_changes(arguments, site, cache, layer, group)[0]
         with scaled_branches(module, site.branch_ends, site.decision.gate if site.form == "scaled" else None):
-            with attention_kernels(layer, x_BTD):
+            with attention_kernels(x_BTD) if layer is not None else contextlib.nullcontext():
                 y, rest = arguments.run(dense, changes)
         skipped = x_BTD if site.residual else 0.0
         out = gated_output(site.form, y, skipped, site.decision.gate, module.training)
@@ -138,7 +138,7 @@ def _run_groups(
             changes[mask_name] = _group_mask(site, group, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype)
         gate_RS = gate[rows_R1, group.index_RS]
         with scaled_branches(module, site.branch_ends, gate_RS if site.form == "scaled" else None):
-            with attention_kernels(layer, x_BTD):
+            with attention_kernels(x_BTD):
                 y_RSD, rest = arguments.run(dense, changes)
         skipped = changes[arguments.hidden_name] if site.residual else 0.0
         y_RSD = gated_output(site.form, y_RSD, skipped, gate_RS, module.training)
@@ -150,14 +150,14 @@ def _run_groups(
     return out, tuple(None for _ in rest)
 
 
-def attention_kernels(layer: RaggedLayer | None, x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Keeps torch's sdpa off cuDNN while a ragged cache is read on a GPU.
+def attention_kernels(x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Keeps torch's sdpa off cuDNN while it runs on kept tokens, or on a ragged cache, on a GPU.
 
-    cuDNN plans anew for every shape it has not met, and ragged keys have a new shape almost every step:
+    cuDNN plans anew for every shape it has not met, and these have a new shape almost every step:
     measured on an H200, 3.6 ms a kept layer and token at 8k, where the layer itself takes 0.8 ms
     (docs/log.md).
     """
-    if layer is None or not x_BTD.is_cuda:
+    if not x_BTD.is_cuda:
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
