@@ -13,6 +13,8 @@ import pytest
 import modlab
 from modlab import lab
 
+from .notebook_promises import PROMISES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,37 +28,6 @@ def maker() -> ModuleType:
 
 MAKER = maker()
 NAMES = list(MAKER.sources())
-
-# What the outputs have to say, beyond that no cell fails. The cells compute it.
-PROMISES = {
-    "quickstart": [
-        r"12 layers, routed: \[1, 3, 5, 7, 9, 11\]",
-        r"--- Mixture-of-Depths",
-        r"routing\.html written",
-    ],
-    "1_convert": [
-        r"weights untouched: True",
-        r"24 generated tokens are the same: True",
-        r"one text +[\d.]+ +0\.0+ +True",
-        r"same names: True, same weights: True",
-        r"same logits: True",
-    ],
-    "2_train": [r"Paused after step \d+", r"all \d+ weights are equal: True", r"modlab_router\.safetensors"],
-    "3_where_tokens_go": [r"tokens of 5 texts; routed layers keep \d", r"other decisions changed"],
-    "4_thresholds": [r"budget +0\.\d+ +0\.\d+ +1\.\d+", r"one p, 35% in the mean"],
-    "5_what_it_buys": [
-        r"Mixture-of-Depths: [\d.]+ MiB for \d+ tokens, saving 1\.\d+x",
-        r"NVIDIA H200, torch",
-        r"dense_continuation",
-    ],
-    "6_many_gpus": [
-        r"2 reports, from cpu",
-        r"largest difference of a step's loss: +\d\.\de-0[3-9]|difference of a step's loss: +0\.0e\+00",
-        r"all 2 processes end with the same weights: True",
-    ],
-    "7_your_own_experiment": [r"chance: loss \d", r"my rule"],
-}
-
 
 def saved(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
@@ -136,6 +107,7 @@ def test_dead_widgets_are_dropped_and_pictures_stay() -> None:
 # ---- what runs ----
 
 
+@pytest.mark.long  # tests/browser runs each in a real JupyterLab, against the same promises
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_keeps_its_promises(name: str, tmp_path: Path) -> None:
     bare = tmp_path / f"{name}.ipynb"

@@ -1,11 +1,13 @@
 """The guided notebooks in a real JupyterLab: opened, run, dragged and clicked, in both themes."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
+from ..notebook_promises import PROMISES
 from .conftest import ROOT
 from .notebook_browser import JupyterLab, Notebook
 
@@ -24,6 +26,9 @@ def guide(lab: JupyterLab, tmp_path: Path, shots: Path) -> Open:
         with lab.open(ROOT / "notebooks" / f"{name}.ipynb", timeout=300, cwd=tmp_path) as nb:
             nb.run_all()
             nb.screenshot(shots / name)
+            said = nb.text().replace("\t", " ")  # between the cells of a table
+            for promise in PROMISES[name]:
+                assert re.search(promise, said), f"{promise} in\n{said}"
             yield nb
             nb.check()
             try:  # the theme is the server's: the next notebook would open in it

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ..notebook_promises import PROMISES
 from .conftest import ROOT
 from .notebook_browser import BROKEN_WIDGET_TEXT, JupyterLab, Notebook
 from .test_explorer import BRIGHT_LABELS, kernel, read, wait_measured
@@ -30,6 +31,7 @@ def test_it_runs_in_under_a_minute(nb: Notebook, shots: Path) -> None:
         nb.expect(css)
     nb.expect("svg.modlab-curve", count=2)
     assert not nb.page.locator(".modlab-error").is_visible() and "kept_tokens" in nb.text()
+    assert all(re.search(promise, nb.text()) for promise in PROMISES["quickstart"])
     assert nb.timings["run all"] < 60
 
 
