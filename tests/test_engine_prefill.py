@@ -116,6 +116,7 @@ def test_on_a_gpu_a_dense_prefill_never_waits(make_llama: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the step is compiled too")
 def test_norms_of_long_prompts_are_compiled_once(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all layers, routed or not, and all lengths; short lines run as they are."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -131,6 +132,7 @@ def test_norms_of_long_prompts_are_compiled_once(make_llama: Any, monkeypatch: p
     assert counter.frame_count == 1 and report["last"]["fast"] and not report["uncompiled"]
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the step is compiled too")
 def test_norms_that_do_not_compile_run_as_they_are(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here")

@@ -115,7 +115,8 @@ def enable_fast_generation(
     try:
         engine = Engine(model, compile)
         if check:
-            with on_device(engine.device):
+            # without a caller's autocast, under which the engine does not run either
+            with on_device(engine.device), torch.autocast(engine.device.type, enabled=False):
                 _probe(model, engine)
     except (CannotCapture, TypeError, AttributeError, RuntimeError) as error:
         raise ModlabError(

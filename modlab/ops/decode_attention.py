@@ -210,7 +210,7 @@ def decode_attention(
         q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse,
         q_BNH.stride(0), q_BNH.stride(1), k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1),
         scale, G=G, M=N // G, HK=HK, HV=HV,
-        BLOCK_HK=triton.next_power_of_2(HK), BLOCK_HV=triton.next_power_of_2(HV),
+        BLOCK_HK=max(16, triton.next_power_of_2(HK)), BLOCK_HV=max(16, triton.next_power_of_2(HV)),
         BLOCK_M=max(16, triton.next_power_of_2(N // G)),
         BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, PARTS=P, IEEE=not half,
         num_warps=4, num_stages=3,
