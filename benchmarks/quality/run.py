@@ -33,7 +33,15 @@ def run_name(arm: str, tokens: int, seed: int) -> str:
 
 
 def run_arm(
-    scale: Scale, arm: Arm, tokens: int, seed: int, work: Path, results: Path, deep: bool, compile: bool, commit: str | None
+    scale: Scale,
+    arm: Arm,
+    tokens: int,
+    seed: int,
+    work: Path,
+    results: Path,
+    deep: bool,
+    compile: bool,
+    commit: str | None,
 ) -> None:
     """Converts the base as the arm says, trains it, scores it, writes `results`/<name>.json."""
     import modlab
