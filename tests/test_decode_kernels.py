@@ -19,9 +19,6 @@ from modlab.router import Router
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-if not torch.cuda.is_available():  # the interpreter takes its time for each program
-    attention.TARGET_PROGRAMS = 8
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot misreads bfloat16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -70,8 +67,9 @@ def address_table(layer: RaggedLayer) -> Tensor:
             48,
             24,
         ),  # no powers of two, keys wider than values
+        ([40 + 9 * i for i in range(11)], [i % 3 != 1 for i in range(11)], 1, 2, 16, 16),
     ],
-    ids=["first", "second", "skipped", "blocks", "ragged", "odd-heads"],
+    ids=["first", "second", "skipped", "blocks", "ragged", "odd-heads", "many-rows"],
 )
 def test_attention_equals_its_reference(
     lengths: list[int], keep: list[bool], G: int, M: int, HK: int, HV: int, dtype: torch.dtype
@@ -101,6 +99,16 @@ def test_attention_equals_its_reference(
         torch.testing.assert_close(
             getattr(got_layer, name), getattr(want_layer, name), rtol=0, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8, 32])
+def test_parts_fill_the_multiprocessors(kv_heads: int) -> None:
+    """However many rows keep, the last wave of programs is nearly full."""
+    for live in range(1, 65):
+        parts = attention.parts_of(live, kv_heads, multiprocessors=132)
+        waves = live * kv_heads * parts / 132
+        assert waves / -(-waves // 1) >= 0.84 or parts == attention.MAX_PARTS, (live, parts)
+        assert attention.MIN_PARTS <= parts <= attention.MAX_PARTS
 
 
 def test_attention_follows_a_buffer_that_moves() -> None:

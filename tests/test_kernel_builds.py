@@ -34,17 +34,18 @@ STRIDES = {f"stride_{name}": "i32" for name in ("qb", "qn", "kb", "kg", "vb", "v
 for t in ("*bf16", "*fp32"):
     state = {"lengths_ptr": "*i32", "keep_ptr": "*i1"}
     parts = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32"}
+    layout = {"G": 8, "B": 16, "BLOCK_B": 16, "SLOTS": 16, "PROCESSORS": 132, "LEAST": 6, "MOST": 64}
     build(
         decode_attention._attend_part,
         {"q_ptr": t, "k_ptr": t, "v_ptr": t, "table_ptr": "*i64", **state, "column_ptr": "*i32", **parts,
          **STRIDES, "scale": "fp32"},
-        {"G": 8, "M": 4, "HK": 128, "HV": 128, "BLOCK_HK": 128, "BLOCK_HV": 128, "BLOCK_M": 16,
-         "BLOCK_K": 128 if t == "*bf16" else 32, "PARTS": 16, "IEEE": t == "*fp32"},
+        {**layout, "M": 4, "HK": 128, "HV": 128, "BLOCK_HK": 128, "BLOCK_HV": 128, "BLOCK_M": 16,
+         "BLOCK_K": 128 if t == "*bf16" else 32, "IEEE": t == "*fp32"},
         num_warps=4, num_stages=3,
     )
     build(
         decode_attention._join_parts, {**parts, "out_ptr": t, **state},
-        {"N": 32, "HV": 128, "BLOCK_HV": 128, "PARTS": 16}, num_warps=2,
+        {**layout, "N": 32, "HV": 128, "BLOCK_HV": 128}, num_warps=2,
     )
     build(
         decode_router._route,

@@ -29,6 +29,7 @@ def maker() -> ModuleType:
 MAKER = maker()
 NAMES = list(MAKER.sources())
 
+
 def saved(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
 

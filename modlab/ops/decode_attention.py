@@ -14,6 +14,8 @@ P parts that a row's keys are split into.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,7 @@ KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
 """Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
 
 ADDRESS_SLOTS = 4
-TARGET_PROGRAMS = 128
-"""About one for each multiprocessor of an H100 or H200; more gained nothing (docs/log.md)."""
-
+MIN_PARTS = 6
 MAX_PARTS = 64
 
 
@@ -77,13 +77,31 @@ def reference_decode_attention(
     return out
 
 
-def parts_of(rows: int, kv_heads: int) -> int:
-    """How many parts a row's keys are split into, so that the GPU is full; a power of two."""
-    wanted = max(4, -(-TARGET_PROGRAMS // (rows * kv_heads)))
-    return min(MAX_PARTS, 1 << (wanted - 1).bit_length())
+def parts_of(live_rows: int, kv_heads: int, multiprocessors: int) -> int:
+    """How many parts each row's keys are split into: as many as fill the last wave of programs.
+
+    One program runs on a multiprocessor at a time. 9 live rows of 8 heads in 4 parts are 288 programs: three
+    waves of 132, the third one nearly empty.
+    """
+    programs = max(live_rows, 1) * kv_heads
+    waves = -(-MIN_PARTS * programs // multiprocessors)
+    return min(MAX_PARTS, waves * multiprocessors // programs)
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Of a GPU; few for Triton's interpreter, which takes its time for each program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 if triton is not None:
+
+    @triton.jit
+    def _live_parts(live, G: tl.constexpr, PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
+        """`parts_of`, on the device: only there is it known how many rows keep."""
+        programs = tl.maximum(live, 1) * G
+        waves = tl.cdiv(LEAST * programs, PROCESSORS)
+        return tl.minimum(MOST, waves * PROCESSORS // programs)
 
     @triton.jit
     def _attend_part(
@@ -91,14 +109,23 @@ if triton is not None:
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        PARTS: tl.constexpr, IEEE: tl.constexpr,
+        B: tl.constexpr, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, IEEE: tl.constexpr,
     ):  # fmt: skip
-        """One part of one row's keys, for the M query heads of one kv head: softmax sums and its log-sum."""
-        row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        if tl.load(keep_ptr + row) == 0:
+        """One part of one live row's keys, for the M query heads of one kv head: softmax sums and their
+        log-sum.
+        """
+        rows = tl.arange(0, BLOCK_B)
+        kept = (tl.load(keep_ptr + rows, mask=rows < B, other=0) != 0).to(tl.int32)
+        live = tl.sum(kept, 0)
+        parts = _live_parts(live, G, PROCESSORS, LEAST, MOST)
+        rank = tl.program_id(0) // (parts * G)  # of the row among those that keep
+        if rank >= live:
             return
+        row = tl.sum(tl.where((kept == 1) & (tl.cumsum(kept, 0) == rank + 1), rows, 0), 0)
+        head, part = tl.program_id(0) // parts % G, tl.program_id(0) % parts
         length = tl.load(lengths_ptr + row)  # before this token
-        per_part = tl.cdiv(tl.cdiv(length + 1, PARTS), BLOCK_K) * BLOCK_K
+        per_part = tl.cdiv(tl.cdiv(length + 1, parts), BLOCK_K) * BLOCK_K
         first = part * per_part
         end = tl.minimum(first + per_part, length + 1)
         element = q_ptr.dtype
@@ -154,14 +181,16 @@ if triton is not None:
             top = new_top
         acc = acc / tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-30)), -1e30)
-        slot = (row * (G * M) + head * M + m_ids) * PARTS + part
+        slot = (row * (G * M) + head * M + m_ids) * SLOTS + part
         tl.store(part_ptr + slot[:, None] * HV + hv[None, :], acc, mask=in_m[:, None] & in_hv[None, :])
         tl.store(part_lse_ptr + slot, lse, mask=in_m)
 
     @triton.jit
     def _join_parts(
         part_ptr, part_lse_ptr, out_ptr, lengths_ptr, keep_ptr,
-        N: tl.constexpr, HV: tl.constexpr, BLOCK_HV: tl.constexpr, PARTS: tl.constexpr,
+        N: tl.constexpr, G: tl.constexpr, HV: tl.constexpr, BLOCK_HV: tl.constexpr,
+        B: tl.constexpr, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
@@ -171,12 +200,16 @@ if triton is not None:
         if tl.load(keep_ptr + row) == 0:
             tl.store(out, tl.zeros([BLOCK_HV], tl.float32).to(out_ptr.dtype.element_ty), mask=in_hv)
             return
-        parts = tl.arange(0, PARTS)
-        slot = (row * N + head) * PARTS + parts
-        lse = tl.load(part_lse_ptr + slot)
+        rows, parts = tl.arange(0, BLOCK_B), tl.arange(0, SLOTS)
+        live = tl.sum((tl.load(keep_ptr + rows, mask=rows < B, other=0) != 0).to(tl.int32), 0)
+        written = parts < _live_parts(live, G, PROCESSORS, LEAST, MOST)
+        slot = (row * N + head) * SLOTS + parts
+        lse = tl.load(part_lse_ptr + slot, mask=written, other=-float("inf"))
         weights = tl.exp(lse - tl.max(lse, 0))
         weights = weights / tl.sum(weights, 0)
-        acc = tl.load(part_ptr + slot[:, None] * HV + hv[None, :], mask=in_hv[None, :], other=0.0)
+        acc = tl.load(
+            part_ptr + slot[:, None] * HV + hv[None, :], mask=written[:, None] & in_hv[None, :], other=0.0
+        )
         tl.store(out, tl.sum(acc * weights[:, None], 0).to(out_ptr.dtype.element_ty), mask=in_hv)
         if head == 0:
             tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
@@ -202,22 +235,29 @@ def decode_attention(
     """
     B, N, HK = q_BNH.shape
     G, HV = v_BGH.shape[1:]
-    P, half = parts_of(B, G), q_BNH.element_size() == 2
-    part = torch.empty(B * N * P, HV, dtype=torch.float32, device=q_BNH.device)
-    part_lse = torch.empty(B * N * P, dtype=torch.float32, device=q_BNH.device)
-    out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=q_BNH.device)
-    _attend_part[(B, G, P)](
+    device, half = q_BNH.device, q_BNH.element_size() == 2
+    processors = multiprocessors_of(device)
+    parts = [parts_of(live, G, processors) for live in range(1, B + 1)]
+    P = triton.next_power_of_2(max(parts))
+    layout: dict[str, int] = {
+        "G": G, "B": B, "BLOCK_B": triton.next_power_of_2(B), "SLOTS": P,
+        "PROCESSORS": processors, "LEAST": MIN_PARTS, "MOST": MAX_PARTS,
+    }  # fmt: skip
+    part = torch.empty(B * N * P, HV, dtype=torch.float32, device=device)
+    part_lse = torch.empty(B * N * P, dtype=torch.float32, device=device)
+    out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=device)
+    _attend_part[(max((i + 1) * G * n for i, n in enumerate(parts)),)](
         q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse,
         q_BNH.stride(0), q_BNH.stride(1), k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1),
-        scale, G=G, M=N // G, HK=HK, HV=HV,
+        scale, M=N // G, HK=HK, HV=HV,
         BLOCK_HK=max(16, triton.next_power_of_2(HK)), BLOCK_HV=max(16, triton.next_power_of_2(HV)),
         BLOCK_M=max(16, triton.next_power_of_2(N // G)),
-        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, PARTS=P, IEEE=not half,
+        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, IEEE=not half, **layout,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _join_parts[(B, N)](
         part, part_lse, out, lengths_B, keep_B,
-        N=N, HV=HV, BLOCK_HV=triton.next_power_of_2(HV), PARTS=P, num_warps=2,
+        N=N, HV=HV, BLOCK_HV=triton.next_power_of_2(HV), **layout, num_warps=2,
     )  # fmt: skip
     return out
 
