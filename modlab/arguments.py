@@ -137,6 +137,8 @@ class LayerArguments:
         # a single index, which a GPU would gather row by row
         one_row = value.dim() > 0 and value.shape[0] == len(index_RS) == 1
         if batched and value.shape[1] == self.time:
+            if value.requires_grad and value.shape[0] == self.batch:
+                return take_tokens(value, rows_R1, index_RS)
             if one_row:
                 return value[:, index_RS[0]]
             return value[rows_R1 if value.shape[0] > 1 else torch.zeros_like(rows_R1), index_RS]
@@ -200,6 +202,16 @@ class LayerArguments:
     def cache(self) -> Any:
         """The cache that this call carries, or None."""
         return next((value for _, value in self._items() if isinstance(value, Cache)), None)
+
+
+def take_tokens(value_BT: Tensor, rows_R1: Tensor, index_RS: Tensor) -> Tensor:
+    """`value_BT[rows_R1, index_RS]`, by one index into all tokens.
+
+    The gradient of two indices is gathered by sorting them, that of one is added where it belongs.
+    """
+    flat_RS = rows_R1 * value_BT.shape[1] + index_RS
+    picked = value_BT.flatten(0, 1).index_select(0, flat_RS.flatten())
+    return picked.unflatten(0, flat_RS.shape)
 
 
 def _gather_bias(

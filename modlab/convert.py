@@ -68,7 +68,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     # From here on nothing can fail: a refused conversion has changed nothing.
     _end_fast_generation(model)
     decoder = anatomy.decoder_of(model)
-    routing = Routing(config, indices, len(layers), windows, decoder.config)
+    supports_flex = bool(getattr(decoder, "_supports_flex_attn", False))
+    routing = Routing(config, indices, len(layers), windows, decoder.config, supports_flex)
     for index in indices:
         layer = layers[index]
         anchor = next(layer.parameters())

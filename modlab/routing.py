@@ -113,6 +113,8 @@ class Routing:
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
             skipped tokens too tell the router what they would have gained. False: only kept tokens run
             (packed).
+        supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
+            the model's class says that it can. Set to False to keep them on sdpa.
     """
 
     def __init__(
@@ -122,8 +124,10 @@ class Routing:
         num_layers: int,
         windows: dict[int, int | None],
         model_config: PreTrainedConfig,
+        supports_flex: bool = False,
     ) -> None:
         self.config = config
+        self.supports_flex = supports_flex
         self.model_config = model_config
         self.layers = layers
         self.num_layers = num_layers

@@ -172,8 +172,9 @@ def run_arms(
                 if len(missed) > 3:
                     raise SystemExit(f"failed: {', '.join(missed)}.") from error
             longest = max(longest, time.perf_counter() - begun)
-            compiled_forward.cache_clear()  # else the fourth arm meets torch.compile's limit of variants
-            torch._dynamo.reset()
+            if compile:  # else the fourth arm meets torch.compile's limit of variants
+                compiled_forward.cache_clear()
+                torch._dynamo.reset()
             gc.collect()  # a converted model is full of cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -7,7 +7,8 @@ run together). In training all rows run together, right-padded to the longest, w
 
 The number of kept tokens shapes the tensors, so each routed layer costs one host sync a forward.
 
-Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, D model dim.
+Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, D model dim,
+N kept tokens of all rows.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modlab.arguments import LayerArguments
+from modlab.arguments import LayerArguments, take_tokens
 from modlab.cache import PackedView, RaggedCache, RaggedLayer
 from modlab.errors import ModlabError
 from modlab.masks import MaskValues, as_attention_mask, packed_mask
-from modlab.ops.combine import gated_output, scaled_branches
+from modlab.ops.combine import gated_output, over, scaled_branches
 
 if TYPE_CHECKING:
     from modlab.layer import Site
@@ -136,16 +137,15 @@ def _run_groups(
         mask_name = arguments.mask_name()
         if mask_name is not None:
             changes[mask_name] = _group_mask(site, group, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype)
-        gate_RS = gate[rows_R1, group.index_RS]
+        gate_RS = take_tokens(gate, rows_R1, group.index_RS)
         with scaled_branches(module, site.branch_ends, gate_RS if site.form == "scaled" else None):
             with attention_kernels(x_BTD):
                 y_RSD, rest = arguments.run(dense, changes)
         skipped = changes[arguments.hidden_name] if site.residual else 0.0
         y_RSD = gated_output(site.form, y_RSD, skipped, gate_RS, module.training)
         where = (rows_R1.expand_as(group.index_RS), group.index_RS)
-        if group.padded:
-            valid_RS = keep[where]
-            where, y_RSD = (where[0][valid_RS], where[1][valid_RS]), y_RSD[valid_RS]
+        if group.padded:  # every slot is a token of its own, so that none has to be counted out on the host
+            y_RSD = torch.where(over(keep[where], y_RSD), y_RSD, skipped)
         out.index_put_(where, y_RSD.to(out.dtype))
     return out, tuple(None for _ in rest)
 
@@ -205,9 +205,12 @@ def run_packed_mlp(
 ) -> tuple[Tensor, Any]:
     """Runs an MLP on the kept tokens of all rows at once: no token of it looks at another."""
     x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
-    out = torch.zeros_like(x_BTD)
-    if not bool(keep.any()):
-        return out, site.empty_rest
-    y, rest = arguments.run(dense, {arguments.hidden_name: x_BTD[keep][None]})
-    y = gated_output(site.form, y, 0.0, gate[keep][None], module.training)
-    return out.index_put((keep,), y[0].to(out.dtype)), tuple(None for _ in rest)
+    kept_N = keep.flatten().nonzero()[:, 0]
+    if not len(kept_N):
+        return torch.zeros_like(x_BTD), site.empty_rest
+    picked_1ND = x_BTD.flatten(0, 1).index_select(0, kept_N)[None]
+    y_1ND, rest = arguments.run(dense, {arguments.hidden_name: picked_1ND})
+    gate_1N = gate.flatten().index_select(0, kept_N)[None]
+    y_1ND = gated_output(site.form, y_1ND, 0.0, gate_1N, module.training)
+    out = torch.zeros_like(x_BTD).flatten(0, 1).index_copy(0, kept_N, y_1ND[0].to(x_BTD.dtype))
+    return out.view_as(x_BTD), tuple(None for _ in rest)

@@ -20,6 +20,7 @@ from modlab.arguments import LayerArguments
 from modlab.errors import ModlabError
 from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask
 from modlab.ops.combine import gated_output, over, scaled_branches, straight_through
+from modlab.ops.flex_mask import flex_attention, takes_flex, what_if_block_mask
 from modlab.routing import routing_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def run_masked(
     keep, gate = site.decision.keep, site.decision.gate
     what_if = module.training and site.call.what_if
     changes: dict[str, Any] = {}
+    attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     mask_name = arguments.mask_name()
     if mask_name is not None:
         if "flash" in site.attention:
@@ -67,17 +69,21 @@ def run_masked(
                 "what-if passes and the masked reference need a mask, which flash attention does not take: "
                 "use model.set_attn_implementation('sdpa'), or model.mod.what_if = False."
             )
-        allowed = masked_reference_mask(keep, site.call.real, site.window)
         rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
         columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
         given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
-        changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
+        if what_if and takes_flex(site, given, keep.device):
+            changes[mask_name] = what_if_block_mask(keep, site.call.real)
+            attention = flex_attention(site.routing.model_config)
+        else:
+            allowed = masked_reference_mask(keep, site.call.real, site.window)
+            changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
 
     weight = None
     if site.form == "scaled":
         skipped_weight = straight_through(gate) if what_if else torch.zeros_like(gate)
         weight = torch.where(keep, gate, skipped_weight)
-    with scaled_branches(module, site.branch_ends, weight):
+    with attention, scaled_branches(module, site.branch_ends, weight):
         y, rest = arguments.run(dense, changes)
 
     skipped = arguments.hidden if site.residual else torch.zeros_like(y)

@@ -1,0 +1,82 @@
+"""The mask of a what-if pass as a rule that flex attention evaluates inside its kernel: training on a GPU.
+
+As a tensor [B, 1, T, T] the mask keeps sdpa off its flash kernel and has to be read: at 4,096 tokens a
+what-if pass then takes about three packed ones (H200, docs/log.md). `masked_reference_mask` stays the
+specification.
+
+Shape letters: B batch rows, T tokens, L blocks of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+if TYPE_CHECKING:
+    from modlab.layer import Site
+    from modlab.masks import MaskValues
+
+BLOCK = 128
+"""Tokens a block of flex attention's block masks; its own default."""
+
+
+def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
+    """Whether a what-if pass of this module may run through transformers' flex attention.
+
+    It may where the model says that it can, nothing but the mask decides who sees whom, and the device is a
+    GPU (flex attention has no backward pass on a CPU).
+    """
+    routing = site.routing
+    return (
+        device.type == "cuda"
+        and routing.supports_flex
+        and site.attention == "sdpa"
+        and site.window is None
+        and not site.needs_mask
+        and not given.additive
+        and not getattr(routing.model_config, "attention_dropout", 0.0)
+    )
+
+
+@contextlib.contextmanager
+def flex_attention(model_config: Any) -> Iterator[None]:
+    """Inside this block the layers of the model find flex attention as their attention implementation."""
+    before = model_config._attn_implementation
+    model_config._attn_implementation = "flex_attention"
+    try:
+        yield
+    finally:
+        model_config._attn_implementation = before
+
+
+def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor) -> BlockMask:
+    """`masked_reference_mask` without a window, as a block mask: kept tokens not after the query, and
+    itself.
+    """
+    visible_BT = keep_BT & real_BT
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ((query >= key) & visible_BT[row, key]) | (query == key)
+
+    T = keep_BT.shape[1]
+    counts_L, blocks_LL = _causal_blocks(T, keep_BT.device)
+    return BlockMask.from_kv_blocks(
+        counts_L, blocks_LL, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(T, T)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _causal_blocks(T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each block of queries how many blocks of keys it may see [1, 1, L], and which [1, 1, L, L].
+
+    The rule is asked in all of them: which blocks hold no kept token is not worth finding out.
+    """
+    L = -(-T // BLOCK)
+    order_L = torch.arange(L, dtype=torch.int32, device=device)
+    return (order_L + 1)[None, None], order_L.expand(1, 1, L, L).contiguous()

@@ -1,0 +1,87 @@
+"""What-if passes through flex attention against the masked reference with its mask as a tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+import modlab
+from modlab.masks import masked_reference_mask
+from modlab.ops import flex_mask, reference
+
+from .test_routing import spread_gates
+
+IDS = torch.randint(3, 250, (3, 200), generator=torch.Generator().manual_seed(0))
+PADDED = torch.ones_like(IDS)
+PADDED[1, :37] = 0
+
+
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 300])
+def test_the_rule_says_what_the_mask_says(T: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    keep, real = torch.rand(3, T, generator=generator) < 0.3, torch.rand(3, T, generator=generator) < 0.9
+    keep[1], keep[2] = False, True
+    mask = flex_mask.what_if_block_mask(keep, real)
+    want = masked_reference_mask(keep, real)
+    assert torch.equal(create_mask(mask.mask_mod, 3, 1, T, T, device="cpu"), want)
+    blocks = mask.to_dense()[0, 0].bool()  # a block that is left out holds nothing that may be seen
+    for q in range(blocks.shape[0]):
+        for k in range(blocks.shape[1]):
+            inside = want[:, 0, q * 128 : (q + 1) * 128, k * 128 : (k + 1) * 128]
+            assert blocks[q, k] or not inside.any()
+    assert mask.full_kv_num_blocks is None, "a block that the rule is not asked for"
+
+
+@pytest.mark.parametrize("skip", ["layer", "attention"])
+def test_same_logits_as_through_sdpa(make_llama, monkeypatch: pytest.MonkeyPatch, skip: str) -> None:
+    """On a CPU without gradients, the only form in which flex attention runs there; uncompiled, for speed."""
+    model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig(skip=skip))).train()
+    with torch.no_grad():
+        want = model(IDS, attention_mask=PADDED).logits
+        used = []
+        monkeypatch.setattr(reference, "takes_flex", lambda *_: used.append(True) or True)
+        with torch.compiler.set_stance("force_eager"):
+            got = model(IDS, attention_mask=PADDED).logits
+    assert used and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(got[PADDED.bool()], want[PADDED.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_only_where_nothing_but_the_mask_decides(make_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(site, given, device):  # what it would say of a GPU; the pass itself stays on this device
+        asked.append(flex_mask.takes_flex(site, given, torch.device("cuda")))
+        return False
+
+    monkeypatch.setattr(reference, "takes_flex", ask)
+
+    def answers(**changes) -> set[bool]:
+        asked.clear()
+        model = modlab.convert(make_llama(**changes)).train()
+        model(IDS[:, :20])
+        return set(asked)
+
+    assert answers() == {True}
+    assert answers(attention_dropout=0.1) == {False}
+    assert answers(attn_implementation="eager") == {False}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("skip", ["layer", "attention"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_same_gradients_as_through_sdpa(make_llama, skip: str, compiled: bool) -> None:
+    model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig(skip=skip))).cuda().train()
+    model.mod.compile_layers = compiled
+    gradients, losses = [], []
+    for flex in (False, True):
+        model.mod.supports_flex = flex
+        model.zero_grad()
+        loss = model(IDS.cuda(), attention_mask=PADDED.cuda(), labels=IDS.cuda()).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    for name, want in gradients[0].items():
+        atol = 1e-3 * float(want.abs().max()) + 1e-7
+        torch.testing.assert_close(gradients[1][name], want, rtol=1e-2, atol=atol)
