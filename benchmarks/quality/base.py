@@ -51,7 +51,7 @@ def train_base(scale: Scale, corpus: Corpus, folder: Path, minutes: float | None
         grad_accum=2,  # steps of twice an arm's rows: the base's learning rate is five times theirs
         lr=scale.base_lr,
         log_every=50,
-        save_every=500,
+        save_every=200,
         resume="auto",
         compile=torch.cuda.is_available(),
     )
