@@ -194,7 +194,7 @@ def test_sweep_restores_thresholds_after_an_error(model, batches, monkeypatch):
         calls.append(dict(model.mod.thresholds))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(measure, "time_generate", failing)
+    monkeypatch.setattr("modlab.measure.sweeps.time_generate", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         modlab.sweep(model, None, batches, [0.6, 0.7], progress=False)
     assert set(calls[0].values()) == {0.6}

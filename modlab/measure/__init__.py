@@ -1,0 +1,34 @@
+"""What a threshold costs and buys: loss, keep ratio, allocated KV bytes and time, and thresholds for a wanted
+keep ratio.
+
+    evaluate(model, batches)                     one pass: loss, keep ratio, KV bytes (dense models too)
+    sweep(model, tokenizer, texts, thresholds)   one row a threshold
+    calibrate(model, batches, keep_ratio=0.25)   finds and sets the thresholds that keep this share of tokens
+
+Keep ratios count real tokens in routed layers: kept / (tokens x routed layers), the first tokens that are
+always kept included. Times are taken around `model.generate`, as a user calls it, and wait for the device.
+"""
+
+from modlab.measure.calibration import Calibration, calibrate
+from modlab.measure.device import synchronize
+from modlab.measure.evaluation import LOSS_CHUNK, Evaluation, evaluate, loss
+from modlab.measure.latency import time_generate
+from modlab.measure.pieces import TEXT_PIECE, as_batches, context_length, piece_length
+from modlab.measure.sweeps import DEFAULT_THRESHOLDS, sweep
+
+__all__ = [
+    "DEFAULT_THRESHOLDS",
+    "LOSS_CHUNK",
+    "TEXT_PIECE",
+    "Calibration",
+    "Evaluation",
+    "as_batches",
+    "calibrate",
+    "context_length",
+    "evaluate",
+    "loss",
+    "piece_length",
+    "sweep",
+    "synchronize",
+    "time_generate",
+]

@@ -1,0 +1,209 @@
+"""Thresholds for a wanted keep ratio, found by real forwards."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modlab.errors import ModlabError
+from modlab.measure.device import device_of, eval_mode
+from modlab.measure.pieces import Batch, as_batches, piece_length
+from modlab.routing import record_routing, routing_of, set_threshold
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Calibration(dict[int, float]):
+    """Thresholds by layer that `calibrate` found and set, with the keep ratios it then measured.
+
+    Attributes:
+        keep_ratio: mean over routed layers, on the batches given.
+        keep_ratio_by_layer: each routed layer's.
+    """
+
+    keep_ratio: float
+    keep_ratio_by_layer: dict[int, float]
+
+    def __repr__(self) -> str:
+        return f"Calibration({dict(self)}, keep_ratio={self.keep_ratio:.4f})"
+
+
+@dataclass
+class _Gates:
+    """Gates of one pass over the batches: what could be kept or not by moving p.
+
+    Attributes:
+        free: by layer, sorted descending, fp32: gates of real tokens that are not always kept.
+        real: real tokens.
+        forced: real tokens that are kept whatever p is (the first ones of each row).
+        kept: by layer, tokens kept.
+    """
+
+    free: dict[int, torch.Tensor]
+    real: int
+    forced: int
+    kept: dict[int, int]
+
+    @property
+    def by_layer(self) -> dict[int, float]:
+        return {layer: n / self.real for layer, n in self.kept.items()}
+
+    @property
+    def ratio(self) -> float:
+        return statistics.fmean(self.by_layer.values())
+
+
+def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
+    routing = routing_of(model)
+    decoder, device = model.get_decoder(), device_of(model)  # the head's logits are not needed
+    free: dict[int, list[torch.Tensor]] = {layer: [] for layer in routing.layers}
+    kept = dict.fromkeys(routing.layers, 0)
+    real = forced = 0
+    for batch in batches:
+        with eval_mode(model), record_routing(model) as recording:
+            decoder(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
+        for step in recording.steps:
+            always = step.real & (step.position_ids < routing.config.keep_first)
+            real += int(step.real.sum())
+            forced += int(always.sum())
+            for layer in routing.layers:
+                kept[layer] += int(step.keep[layer].sum())
+                free[layer].append(step.gate[layer][step.real & ~always])
+    return _Gates(
+        {layer: torch.cat(gates).sort(descending=True).values for layer, gates in free.items()},
+        real,
+        forced,
+        kept,
+    )
+
+
+def _threshold_keeping(gates: torch.Tensor, count: int) -> float:
+    """A p that keeps the `count` highest of `gates` (descending; ties are kept or skipped together)."""
+    count = min(max(count, 0), gates.numel())
+    above = 1.0 if count == 0 else float(gates[count - 1])
+    below = 0.0 if count == gates.numel() else float(gates[count])
+    return min(max((above + below) / 2, 1e-6), 1 - 1e-6)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Any,
+    *,
+    keep_ratio: float,
+    per_layer: bool = False,
+    tolerance: float = 0.01,
+    tokenizer: Any = None,
+    max_passes: int = 40,
+) -> Calibration:
+    """Finds the thresholds that keep a wanted share of tokens on `batches`, sets them, and returns them.
+
+    Every candidate is checked by real forwards, because what one layer skips changes the gates of the layers
+    after it.
+
+    Args:
+        model: a converted model.
+        batches: token batches (or texts with `tokenizer`), as `as_batches` takes them: text like that of
+        later use.
+        keep_ratio: wanted share in (0, 1): mean over routed layers of kept / real tokens, first tokens
+        included.
+        per_layer: False: one p for all layers, layers may differ in what they keep. True: each layer keeps
+            this share, set from the first routed layer to the last.
+        tolerance: how far the share may be off, mean (one p) or of each layer (`per_layer`).
+        tokenizer: for texts.
+        max_passes: passes over the batches before giving up (one p only).
+
+    Returns:
+        `{layer: p}` for all routed layers; attributes `keep_ratio` and `keep_ratio_by_layer` are as measured.
+
+    Raises:
+        ModlabError: `keep_ratio` outside (0, 1), or not reachable on these batches; the thresholds are then
+            as before.
+    """
+    routing = routing_of(model)
+    if not 0.0 < keep_ratio < 1.0:
+        raise ModlabError(
+            f"keep_ratio={keep_ratio} is not in (0, 1); for example 0.25 keeps a quarter of the tokens."
+        )
+    pieces = as_batches(batches, tokenizer, piece_length(model, tokenizer, None))
+    before = dict(routing.thresholds)
+    try:
+        search = _calibrate_layers if per_layer else _calibrate_global
+        gates = search(model, pieces, keep_ratio, tolerance, max_passes)
+    except BaseException:
+        set_threshold(model, before)
+        raise
+    result = Calibration(routing.thresholds)
+    result.keep_ratio, result.keep_ratio_by_layer = gates.ratio, gates.by_layer
+    return result
+
+
+_ALIKE = (
+    "Gates that are all alike, as right after conversion, cannot be split: train the routers first "
+    "(modlab.train), use more tokens, or allow a larger tolerance."
+)
+
+
+def _check_reachable(gates: _Gates, keep_ratio: float, tolerance: float, keep_first: int) -> None:
+    least = gates.forced / gates.real
+    if keep_ratio + tolerance < least:
+        raise ModlabError(
+            f"keep ratio {keep_ratio} is not reachable on these batches: the first {keep_first} tokens of a "
+            f"row are always kept, which is {least:.3f} of all tokens.\nUse longer rows, a higher "
+            "keep_ratio, or convert with a smaller keep_first."
+        )
+
+
+def _calibrate_global(
+    model: Any, batches: Sequence[Batch], keep_ratio: float, tolerance: float, max_passes: int
+) -> _Gates:
+    """One p for all layers: bisection on p, each step aimed by the gates of the pass before."""
+    gates = _read_gates(model, batches)
+    _check_reachable(gates, keep_ratio, tolerance, routing_of(model).config.keep_first)
+    low, high = (0.0, 1.0), (1.0, gates.forced / gates.real)  # (p, ratio there): keeps too much, too little
+    for turn in range(max_passes):
+        pooled = torch.cat(list(gates.free.values())).sort(descending=True).values
+        count = round((keep_ratio * gates.real - gates.forced) * len(gates.free))
+        p = _threshold_keeping(pooled, count)
+        if turn % 3 == 2 or not low[0] < p < high[0]:  # an aimed step may creep; halving the bracket cannot
+            p = (low[0] + high[0]) / 2
+        if not low[0] < p < high[0]:
+            break
+        set_threshold(model, p)
+        gates = _read_gates(model, batches)
+        if abs(gates.ratio - keep_ratio) <= tolerance:
+            return gates
+        if gates.ratio > keep_ratio:
+            low = (p, gates.ratio)
+        else:
+            high = (p, gates.ratio)
+    raise ModlabError(
+        f"keep ratio {keep_ratio} is not reachable within {tolerance} on these batches with one threshold: "
+        f"p={low[0]:.6g} keeps {low[1]:.3f} and p={high[0]:.6g} keeps {high[1]:.3f}.\n" + _ALIKE
+    )
+
+
+def _calibrate_layers(
+    model: Any, batches: Sequence[Batch], keep_ratio: float, tolerance: float, max_passes: int
+) -> _Gates:
+    """Each layer its own p: the quantile of its gates, given the thresholds already set before it."""
+    routing = routing_of(model)
+    gates = _read_gates(model, batches)
+    _check_reachable(gates, keep_ratio, tolerance, routing.config.keep_first)
+    for index, layer in enumerate(routing.layers):
+        if index:
+            gates = _read_gates(model, batches)
+        count = round(keep_ratio * gates.real) - gates.forced
+        set_threshold(model, _threshold_keeping(gates.free[layer], count), layers=[layer])
+    gates = _read_gates(model, batches)
+    for layer, got in gates.by_layer.items():
+        if abs(got - keep_ratio) > tolerance:
+            raise ModlabError(
+                f"keep ratio {keep_ratio} is not reachable within {tolerance} in layer {layer}: its best "
+                f"threshold p={routing.thresholds[layer]:.6g} keeps {got:.3f}.\n" + _ALIKE
+            )
+    return gates
