@@ -11,7 +11,7 @@ from ..notebook_promises import PROMISES
 from .conftest import ROOT
 from .notebook_browser import JupyterLab, Notebook
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.browser  # the long ones: .ci/versions notebooks
 
 Open = Callable[[str], AbstractContextManager[Notebook]]
 
@@ -68,6 +68,7 @@ def test_convert(guide: Open) -> None:
         assert "nats" in (label.text_content() or "")
 
 
+@pytest.mark.long
 def test_train(guide: Open) -> None:
     with guide("2_train") as nb:
         nb.expect(f"{view('training')} svg.modlab-curve", count=2)
@@ -86,6 +87,7 @@ def test_train(guide: Open) -> None:
         assert 0 < int(nb.python("print(panel.result.steps)")) < int(steps)
 
 
+@pytest.mark.long
 def test_where_tokens_go(guide: Open) -> None:
     with guide("3_where_tokens_go") as nb:
         for name in ("explorer", "classes", "flip"):
@@ -119,6 +121,7 @@ def test_where_tokens_go(guide: Open) -> None:
         assert nb.python("print(flip.flips, flip.group == explorer.group)").strip() == "[] True"
 
 
+@pytest.mark.long
 def test_thresholds(guide: Open) -> None:
     with guide("4_thresholds") as nb:
         nb.expect(view("thresholds"))
@@ -141,6 +144,7 @@ def test_thresholds(guide: Open) -> None:
         assert kept == pytest.approx(0.40, abs=0.011)
 
 
+@pytest.mark.long
 def test_what_it_buys(guide: Open, shots: Path) -> None:
     with guide("5_what_it_buys") as nb:
         nb.expect(".js-plotly-plot", count=2)
@@ -174,6 +178,7 @@ def test_what_it_buys(guide: Open, shots: Path) -> None:
         nb.page.locator(view("frontier")).screenshot(path=shots / "frontier-h200.png")
 
 
+@pytest.mark.long
 def test_many_gpus(guide: Open) -> None:
     with guide("6_many_gpus") as nb:
         assert "all 2 processes end with the same weights: True" in nb.text()
