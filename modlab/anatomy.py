@@ -101,17 +101,23 @@ def mlp_name(layer: nn.Module) -> str | None:
     return _child(layer, MLP, other=ATTENTION)  # Qwen2MoeAttention is called after its model
 
 
+def is_mlp(module: nn.Module) -> bool:
+    """Whether the module's class is called after an MLP or a mixture of experts."""
+    return _fits(module, MLP, other=ATTENTION)
+
+
 def _child(layer: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str] = NORM) -> str | None:
     """Name of the first child of a fitting class that is no norm, nor fits `other`; else of a child's child
     (DBRX).
     """
     children = list(layer.named_children())
     deeper = [(f"{name}.{n}", c) for name, child in children for n, c in child.named_children()]
-    for name, module in children + deeper:
-        class_name = type(module).__name__
-        if pattern.search(class_name) and not NORM.search(class_name) and not other.search(class_name):
-            return name
-    return None
+    return next((name for name, module in children + deeper if _fits(module, pattern, other)), None)
+
+
+def _fits(module: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str]) -> bool:
+    class_name = type(module).__name__
+    return bool(pattern.search(class_name) and not NORM.search(class_name) and not other.search(class_name))
 
 
 def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int | None | str]:

@@ -174,6 +174,9 @@ class LayerArguments:
         output = self.call(forward, changes)
         self.in_tuple = isinstance(output, (tuple, list))
         y, rest = (output[0], tuple(output[1:])) if self.in_tuple else (output, ())
+        given = changes.get(self.hidden_name, self.hidden)
+        if y.dim() == 2 and given.dim() == 3:  # Llama 4's experts return their tokens in one row
+            y = y.view(given.shape)
         return (y.movedim(0, 2) if self.streams_first else y), rest
 
     def as_given(self, hidden: Tensor) -> Tensor:

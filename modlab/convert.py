@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modlab import anatomy
+from modlab.branches import BranchForm, branch_forms
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.generate import RoutedModel
@@ -39,7 +40,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         the same object, with `model.mod` (a `Routing`) added.
 
     Raises:
-        ModlabError: not a causal LM, no routable layers, an index out of range, or already converted.
+        ModlabError: not a causal LM, no routable layers, an index out of range, a branch that cannot be
+            skipped on its own, or already converted.
     """
     config = MoDConfig() if config is None else config
     if is_converted(model):
@@ -64,6 +66,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     layers = anatomy.decoder_layers(model)
     indices, windows = routable(model, layers, config)
     ends = {i: anatomy.branch_ends(model, layers[i]) for i in indices} if _needs_branch_ends(config) else {}
+    forms = _skippable(model, layers, indices, config)
 
     # From here on nothing can fail: a refused conversion has changed nothing.
     _end_fast_generation(model)
@@ -75,10 +78,10 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         anchor = next(layer.parameters())
         layer.add_module(ROUTER, Router(decoder.config.hidden_size, config.init_gate, device=anchor.device))
         _attach(layer, RoutedLayer, routing, index, ends.get(index, []))
-        if config.skip == "attention":
-            _attach(layer.get_submodule(_require(layer, "attention")), RoutedBranch, routing, index, [])
-        elif config.skip == "mlp":
-            _attach(layer.get_submodule(_require(layer, "mlp")), RoutedMLP, routing, index, [])
+        if config.skip != "layer":
+            branch = layer.get_submodule(_require(layer, config.skip))
+            mixin = RoutedBranch if config.skip == "attention" else RoutedMLP
+            _attach(branch, mixin, routing, index, [], forms[index])
     routing.hooks = [
         decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
         decoder.register_forward_hook(routing.leave, always_call=True),
@@ -138,11 +141,16 @@ def _end_fast_generation(model: PreTrainedModel) -> None:
 
 
 def _attach(
-    module: nn.Module, mixin: type[RoutedModule], routing: Routing, index: int, ends: list[str]
+    module: nn.Module,
+    mixin: type[RoutedModule],
+    routing: Routing,
+    index: int,
+    ends: list[str],
+    form: BranchForm | None = None,
 ) -> None:
     module.mod_routing, module.mod_index, module.mod_branch_ends = routing, index, ends  # type: ignore[assignment]
-    module.mod_extra_outputs = 1 if mixin is RoutedBranch else 0  # type: ignore[assignment]
-    module.mod_in_tuple = mixin is RoutedBranch  # type: ignore[assignment]
+    form = form or BranchForm()
+    module.mod_extra_outputs, module.mod_in_tuple = form.extra_outputs, form.in_tuple  # type: ignore[assignment]
     name = anatomy.attention_name(module) if mixin is RoutedLayer else ""
     module.mod_needs_mask = name is not None and anatomy.makes_masks(module.get_submodule(name))  # type: ignore[assignment]
     extend(module, mixin)
@@ -150,6 +158,23 @@ def _attach(
 
 def _needs_branch_ends(config: MoDConfig) -> bool:
     return config.gate == "paper" and config.skip == "layer"
+
+
+def _skippable(
+    model: PreTrainedModel, layers: nn.ModuleList, indices: list[int], config: MoDConfig
+) -> dict[int, BranchForm]:
+    """The forms of the branch that `config` skips, by layer; one that cannot be skipped alone is refused."""
+    if config.skip == "layer":
+        return {}
+    forms = branch_forms(model, layers, indices, config.skip)
+    refused = {index: form.cannot_skip for index, form in forms.items() if form.cannot_skip}
+    for index, reason in refused.items():
+        others = "" if len(refused) == len(forms) else f", or leave out of layers {sorted(refused)}"
+        raise ModlabError(
+            f"skip={config.skip!r}: the {config.skip} of layer {index} ({type(layers[index]).__name__}) "
+            f"cannot be skipped on its own: {reason}. Use skip='layer' (the default){others}."
+        )
+    return forms
 
 
 def _require(layer: nn.Module, branch: str) -> str:
