@@ -66,7 +66,7 @@ def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
     if call is None:
         return BranchForm("the layer does not run where the input is text alone")
     module = layer.get_submodule(name)
-    first = next(iter(forward_signature(type(module)).parameters))
+    first = _first_parameter(module)
     seen: list[tuple[Any, Any, Any]] = []
 
     def watch(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -207,7 +207,7 @@ def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList, indices: set[int
 
     def noting(index: int) -> Callable[..., None]:
         def hook(layer: Any, args: Any, kwargs: Any) -> None:
-            calls[index] = _Call(args, kwargs, next(iter(forward_signature(type(layer)).parameters)))
+            calls[index] = _Call(args, kwargs, _first_parameter(layer))
             if len(calls) == len(indices):
                 raise _LastLayerReached
 
@@ -224,3 +224,9 @@ def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList, indices: set[int
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def _first_parameter(module: nn.Module) -> str:
+    """Name under which a module takes its hidden states."""
+    module_class: Any = type(module)
+    return next(iter(forward_signature(module_class).parameters))

@@ -104,7 +104,7 @@ def test_a_branch_is_skipped_or_refused(model_type: str, skip: str) -> None:
         by_hand = model(IDS, use_cache=False).logits
         for hook in hooks:
             hook.remove()
-        assert (by_hand - dense).abs().max() > 1e-3 * scale, "skipping changes nothing: no proof"
+        assert (by_hand - dense).abs().max() > 1e-4 * scale, "skipping changes nothing: no proof"
         assert (packed - by_hand).abs().max() <= 1e-5 * scale
 
         modlab.convert(model, modlab.MoDConfig(skip=skip, layers="all"))
