@@ -493,8 +493,9 @@ class _Run:
                 routing.thresholds.update(before)
 
     def _calibration_batches(self) -> list[Batch]:
-        """Training batches, the same on every process and whether or not the run was resumed: the first ones,
-        or the last step's where the data can be had only once (none for several processes)."""
+        """Training batches, the same on every process, however many there are, and whether or not the run was
+        resumed: the first ones, or the last step's where the data can be had only once (none for several
+        processes)."""
         if self.source.kind == "stream":
             gathered = self.latest if self.world == 1 else []
         else:
@@ -503,7 +504,8 @@ class _Run:
                 rows = min(self.config.batch_size, len(self.source.data))
             tokens = CALIBRATION_TOKENS if self.device.type == "cuda" else CALIBRATION_TOKENS // 16
             stream = self.source.iterate(rows, seed=self.config.seed, epochs=1)
-            gathered = list(itertools.islice(stream, min(8, max(1, tokens // (rows * length)))))
+            most = 8 * self.world if self.source.kind == "rows" else 8  # as many rows as one process reads
+            gathered = list(itertools.islice(stream, min(most, max(1, tokens // (rows * length)))))
         return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
 
     def _summed(self, counts: Tensor) -> Tensor:

@@ -756,7 +756,11 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     (alone,) = launch(tmp_path / "one", 1, 4)
     pair = launch(tmp_path / "two", 2, 2)
     assert len(pair) == 2
-    assert pair[0]["weights"] == pair[1]["weights"], "both processes hold the same model"
+    for moment in ("weights", "calibrated"):
+        assert pair[0][moment] == pair[1][moment], "both processes hold the same model"
+    # Calibrated on the same rows, all of them: what is kept of them is what was asked for.
+    assert alone["keep_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert pair[0]["keep_ratio"] == pytest.approx(0.5, abs=0.01)
     for name, total in alone["weights"].items():
         assert pair[0]["weights"][name] == pytest.approx(total, rel=1e-4, abs=1e-4), name
     for part, columns in (

@@ -30,16 +30,25 @@ def main(out: Path, batch_size: int) -> None:
     settings = {"batch_size": batch_size, "log_every": 1, "lr": 1e-3, "grad_accum": 2, "save_every": 2}
     dense = train(model, rows, TrainConfig(out=out / "dense", steps=4, **settings), eval_data=rows[:7])
     modlab.convert(model, modlab.MoDConfig(init_gate=0.55))
-    first = train(model, rows, TrainConfig(out=out / "mod", steps=2, keep_ratio=0.5, what_if=0.5, **settings))
-    again = TrainConfig(out=out / "mod", steps=4, keep_ratio=0.5, what_if=0.5, resume="auto", **settings)
-    second = train(model, rows, again)
+    settings |= {"keep_ratio": 0.5, "what_if": 0.5, "calibrate": False}
+    first = train(model, rows, TrainConfig(out=out / "mod", steps=2, **settings))
+    second = train(model, rows, TrainConfig(out=out / "mod", steps=4, resume="auto", **settings))
+    weights = sums_of(model)  # before the calibration, which turns a rounding into another threshold
+    settings |= {"calibrate": True, "save_every": 0}
+    third = train(model, rows, TrainConfig(steps=1, **settings), eval_data=rows)
     report = {
         "dense": dense.history.to_dict("list"),
         "mod": second.history.to_dict("list"),
         "tokens": [dense.tokens, first.tokens, second.tokens],
-        "weights": {name: p.double().sum().item() for name, p in model.named_parameters()},
+        "weights": weights,
+        "calibrated": sums_of(model),
+        "keep_ratio": third.history["eval_keep_ratio"].iloc[-1],
     }
     (out / f"rank_{rank()}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def sums_of(model: torch.nn.Module) -> dict[str, float]:
+    return {name: p.double().sum().item() for name, p in model.named_parameters()}
 
 
 def rank() -> int:
