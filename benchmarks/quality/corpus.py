@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.byte_level_bpe import train_byte_level_bpe
 from benchmarks.quality.scale import Scale
 from modlab.data import MIN_PYTHON_CHARS, digest, held_out, python_files
 
@@ -133,8 +134,6 @@ def _tokens(tokenizer: Any, documents: Iterator[str], limit: int | None = None) 
 
 
 def _train_tokenizer(scale: Scale, novels: Path | None) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
     def sample() -> Iterator[str]:
         limit = min(SAMPLE_CHARS, 20 * scale.base_tokens)
         sources = [_python(False, scale.stdlib_only)]
@@ -148,18 +147,7 @@ def _train_tokenizer(scale: Scale, novels: Path | None) -> Any:
                     break
                 yield text
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=scale.vocabulary, special_tokens=["<s>", "<pad>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    bpe.train_from_iterator(sample(), trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return bpe
+    return train_byte_level_bpe(sample(), scale.vocabulary)
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -69,27 +69,13 @@ def main() -> None:
 
 
 def train_tokenizer(docs: Any, vocab_size: int, sample_chars: float) -> Any:
-    """Byte-level BPE; `<s>` stands in front of every document and so also ends the one before: it is bos and
-    eos."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """Byte-level BPE; `<s>` is bos and eos."""
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "<pad>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator(_sample(docs, sample_chars), trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
-    )
+    from benchmarks.byte_level_bpe import train_byte_level_bpe
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=train_byte_level_bpe(_sample(docs, sample_chars), vocab_size),
         bos_token="<s>",
         eos_token="<s>",
         pad_token="<pad>",
