@@ -25,10 +25,10 @@ BENCH = ["-m", "modlab", "bench"]
 ON_8B = ["--device", "cuda", "--shape", "llama-3-8b", "--repeats", "3"]
 STUDY = ["-m", "benchmarks.quality"]
 STEPS = {
-    "tests": ["-m", "pytest", "-q", "--tb=short", "tests/test_flex_mask.py", "tests/test_decode_kernels.py",
-              "tests/test_engine.py", "tests/test_engine_prefill.py", "tests/test_engine_step.py",
-              "tests/test_engine_sublayers.py"],
-    "flex": ["-m", "pytest", "-q", "--tb=short", "tests/test_flex_mask.py"],
+    "tests": ["-m", "pytest", "-q", "--tb=short", "tests/test_what_if_attention.py",
+              "tests/test_decode_kernels.py", "tests/test_engine.py", "tests/test_engine_prefill.py",
+              "tests/test_engine_step.py", "tests/test_engine_sublayers.py"],
+    "flex": ["-m", "pytest", "-q", "--tb=short", "tests/test_what_if_attention.py"],
     "speed": [*BENCH, "speed", *ON_8B],
     "overhead": [*BENCH, "overhead", *ON_8B],
     "growth": [*BENCH, "growth", *ON_8B],

@@ -20,7 +20,7 @@ from modlab.arguments import LayerArguments
 from modlab.errors import ModlabError
 from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask
 from modlab.ops.combine import gated_output, over, scaled_branches, straight_through
-from modlab.ops.flex_mask import flex_attention, takes_flex, what_if_block_mask
+from modlab.ops.what_if_attention import flex_attention, takes_flex, what_if_block_mask
 from modlab.routing import routing_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import modlab
 from modlab.masks import masked_reference_mask
-from modlab.ops import flex_mask, reference
+from modlab.ops import reference, what_if_attention
 
 from .test_routing import spread_gates
 
@@ -22,7 +22,7 @@ def test_the_rule_says_what_the_mask_says(T: int) -> None:
     generator = torch.Generator().manual_seed(T)
     keep, real = torch.rand(3, T, generator=generator) < 0.3, torch.rand(3, T, generator=generator) < 0.9
     keep[1], keep[2] = False, True
-    mask = flex_mask.what_if_block_mask(keep, real)
+    mask = what_if_attention.what_if_block_mask(keep, real)
     want = masked_reference_mask(keep, real)
     assert torch.equal(create_mask(mask.mask_mod, 3, 1, T, T, device="cpu"), want)
     blocks = mask.to_dense()[0, 0].bool()  # a block that is left out holds nothing that may be seen
@@ -33,25 +33,29 @@ def test_the_rule_says_what_the_mask_says(T: int) -> None:
     assert mask.full_kv_num_blocks is None, "a block that the rule is not asked for"
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("skip", ["layer", "attention"])
-def test_same_logits_as_through_sdpa(make_llama, monkeypatch: pytest.MonkeyPatch, skip: str) -> None:
+def test_same_logits_as_through_sdpa(
+    make_llama, monkeypatch: pytest.MonkeyPatch, skip: str, autocast: bool
+) -> None:
     """On a CPU without gradients, the only form in which flex attention runs there; uncompiled, for speed."""
     model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig(skip=skip))).train()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         want = model(IDS, attention_mask=PADDED).logits
         used = []
         monkeypatch.setattr(reference, "takes_flex", lambda *_: used.append(True) or True)
         with torch.compiler.set_stance("force_eager"):
             got = model(IDS, attention_mask=PADDED).logits
     assert used and model.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(got[PADDED.bool()], want[PADDED.bool()], rtol=1e-4, atol=1e-5)
+    rtol, atol = (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
+    torch.testing.assert_close(got[PADDED.bool()], want[PADDED.bool()], rtol=rtol, atol=atol)
 
 
 def test_only_where_nothing_but_the_mask_decides(make_llama, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def ask(site, given, device):  # what it would say of a GPU; the pass itself stays on this device
-        asked.append(flex_mask.takes_flex(site, given, torch.device("cuda")))
+        asked.append(what_if_attention.takes_flex(site, given, torch.device("cuda")))
         return False
 
     monkeypatch.setattr(reference, "takes_flex", ask)

@@ -1,4 +1,5 @@
-"""The mask of a what-if pass as a rule that flex attention evaluates inside its kernel: training on a GPU.
+"""Attention of a what-if pass when training on a GPU: flex attention, which evaluates the mask's rule in its
+kernel.
 
 As a tensor [B, 1, T, T] the mask keeps sdpa off its flash kernel and has to be read: at 4,096 tokens a
 what-if pass then takes about three packed ones (H200, docs/log.md). `masked_reference_mask` stays the
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
 
 if TYPE_CHECKING:
     from modlab.layer import Site
     from modlab.masks import MaskValues
+
+NAME = "modlab_what_if"
+"""Under which transformers knows `what_if_attention`."""
 
 BLOCK = 128
 """Tokens a block of flex attention's block masks; its own default."""
@@ -46,13 +51,30 @@ def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def flex_attention(model_config: Any) -> Iterator[None]:
-    """Inside this block the layers of the model find flex attention as their attention implementation."""
+    """Inside this block the layers of the model find `what_if_attention` as attention implementation."""
+    AttentionInterface.register(NAME, what_if_attention)
     before = model_config._attn_implementation
-    model_config._attn_implementation = "flex_attention"
+    model_config._attn_implementation = NAME
     try:
         yield
     finally:
         model_config._attn_implementation = before
+
+
+def what_if_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' flex attention, told of autocast: rotary tables in fp32 leave queries and keys in fp32,
+    which sdpa would cast on its own.
+
+    Arguments and result as of transformers' attention functions; `attention_mask` is a `BlockMask`.
+    """
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor) -> BlockMask:
