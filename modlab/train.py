@@ -11,16 +11,13 @@ averaged.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
-import math
 import os
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from modlab import objectives
-from modlab.anatomy import decoder_layers
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
-from modlab.measure import calibrate
-from modlab.router import Router
 from modlab.routing import is_converted
 from modlab.threshold_control import ThresholdControl
+from modlab.train_calibration import calibrate_trained, calibration_batches
 from modlab.train_checks import check_fit, check_length, check_processes, check_teacher, choose_objective
 from modlab.train_compile import LayerCompilation
 from modlab.train_config import TrainConfig, is_what_if, keep_target, lr_factor
@@ -52,8 +47,6 @@ from modlab.train_step import (
     recording_of,
     routing_objective,
 )
-
-CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "train"]
 
@@ -451,62 +444,12 @@ class _Run:
             self.model.mod.thresholds.update({i: float(p) for i, p in found.items()})
 
     def _calibrate(self) -> None:
-        """Makes the model keep `keep_ratio`; leaves it as trained where that cannot be had or is interrupted.
-
-        Where the gate only decides, its bias is shifted and the thresholds stay, which comes to the same: a
-        user finds the model at the threshold it was trained with, not at 0.9998. Where the gate enters the
-        output (paper, fused), or an adapter holds a copy of the router, the thresholds move.
-        """
-        batches = self._calibration_batches()
+        batches = calibration_batches(self.source, self.config, self.latest, self.world, self.device)
         if not batches or self.config.keep_ratio == 1:
             return
-        routing, layers = self.model.mod, decoder_layers(self.model)
-        routers: dict[int, Any] = {i: layers[i].mod_router for i in self.layers}
-        before = dict(routing.thresholds)
-        shifted = routing.config.gate == "straight-through" and all(
-            isinstance(router, Router) for router in routers.values()
-        )
         if self.compilation is not None:
             self.compilation.off()  # no compilation for eval mode
-        try:
-            if shifted:  # from here on the gates count from each layer's own threshold
-                _shift(routers, {i: -_logit(p) for i, p in before.items()})
-                routing.thresholds.update(dict.fromkeys(before, 0.5))
-            with self._autocast():
-                found = calibrate(
-                    self.model,
-                    batches,
-                    keep_ratio=self.config.keep_ratio,
-                    per_layer=self.config.per_layer,
-                    tolerance=0.02 if self.config.per_layer else 0.004,
-                    max_passes=15,
-                )
-            if shifted:
-                _shift(routers, {i: -_logit(p) for i, p in found.items()})
-        except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
-            routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
-            why = str(error) or type(error).__name__
-            warnings.warn(f"The thresholds stay as trained: {why}", stacklevel=2)
-        finally:
-            if shifted:
-                _shift(routers, {i: _logit(p) for i, p in before.items()})
-                routing.thresholds.update(before)
-
-    def _calibration_batches(self) -> list[Batch]:
-        """Training batches, the same on every process, however many there are, and whether or not the run was
-        resumed: the first ones, or the last step's where the data can be had only once (none for several
-        processes)."""
-        if self.source.kind == "stream":
-            gathered = self.latest if self.world == 1 else []
-        else:
-            rows, length = self.source.first["input_ids"].shape
-            if self.source.kind == "rows":
-                rows = min(self.config.batch_size, len(self.source.data))
-            tokens = CALIBRATION_TOKENS if self.device.type == "cuda" else CALIBRATION_TOKENS // 16
-            stream = self.source.iterate(rows, seed=self.config.seed, epochs=1)
-            most = 8 * self.world if self.source.kind == "rows" else 8  # as many rows as one process reads
-            gathered = list(itertools.islice(stream, min(most, max(1, tokens // (rows * length)))))
-        return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
+        calibrate_trained(self.model, batches, self.config, self._autocast)
 
     def _summed(self, counts: Tensor) -> Tensor:
         """Sum over processes."""
@@ -674,17 +617,6 @@ class _Run:
             unit="step",
             disable=not self.accelerator.is_main_process or self.monitor is not None,
         )
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
-@torch.no_grad()
-def _shift(routers: dict[int, Any], by: dict[int, float]) -> None:
-    """Adds to the routers' biases, in place."""
-    for i, amount in by.items():
-        routers[i].bias.add_(amount)
 
 
 def _cast(dtypes: dict[nn.Parameter, torch.dtype]) -> None:

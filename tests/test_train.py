@@ -421,7 +421,7 @@ def test_an_interrupt_while_calibrating_keeps_the_run(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["modlab.train"], "calibrate", interrupted)
+    monkeypatch.setattr("modlab.train_calibration.calibrate", interrupted)
     model = make(mod=modlab.MoDConfig())
     scatter_gates(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("router.bias")}
