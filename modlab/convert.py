@@ -169,7 +169,7 @@ def _skippable(
     forms = branch_forms(model, layers, indices, config.skip)
     refused = {index: form.cannot_skip for index, form in forms.items() if form.cannot_skip}
     for index, reason in refused.items():
-        others = "" if len(refused) == len(forms) else f", or leave out of layers {sorted(refused)}"
+        others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
         raise ModlabError(
             f"skip={config.skip!r}: the {config.skip} of layer {index} ({type(layers[index]).__name__}) "
             f"cannot be skipped on its own: {reason}. Use skip='layer' (the default){others}."

@@ -160,3 +160,19 @@ def test_refused_conversion_changes_nothing(make_llama) -> None:
     with pytest.raises(ModlabError, match="which is not routed"):
         modlab.convert(model, modlab.MoDConfig(p={2: 0.4}))
     assert list(model.state_dict()) == names and not modlab.is_converted(model)
+
+
+def test_a_branch_that_cannot_be_skipped_is_refused_and_nothing_changes() -> None:
+    from modlab.tiny_models import tiny_model
+
+    model = tiny_model("gpt_neox_japanese").train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(
+        ModlabError, match=r"layer 3 .*Use skip='layer' \(the default\), or leave layers \[3\] out"
+    ):
+        modlab.convert(model, modlab.MoDConfig(layers="all", skip="attention"))
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert not modlab.is_converted(model) and all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    modlab.convert(model, modlab.MoDConfig(layers=[0, 1, 2], skip="attention"))
