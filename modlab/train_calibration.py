@@ -68,9 +68,9 @@ def calibrate_trained(
 def calibration_batches(
     source: Batches, config: TrainConfig, latest: list[Batch], world: int, device: torch.device
 ) -> list[Batch]:
-    """Training batches, the same on every process, however many there are, and whether or not the run was
-    resumed: the first ones, or the last step's where the data can be had only once (none for several
-    processes).
+    """Training batches, the same tokens however many processes share a batch and whether or not the run was
+    resumed: the first eight batches' rows, or the last step's where the data can be had only once (none for
+    several processes).
 
     Args:
         source: the run's data.
@@ -79,16 +79,21 @@ def calibration_batches(
         world: number of processes.
         device: the model's.
     """
+    tokens = CALIBRATION_TOKENS if device.type == "cuda" else CALIBRATION_TOKENS // 16
+    rows, length = source.first["input_ids"].shape
     if source.kind == "stream":
         gathered = latest if world == 1 else []
+    elif source.kind == "rows":
+        left = min(8 * config.batch_size * world, max(1, tokens // length))
+        gathered = []
+        for batch in source.iterate(config.batch_size, seed=config.seed, epochs=1, drop_last=False):
+            gathered.append({name: value[:left] for name, value in batch.items()})
+            left -= len(batch["input_ids"])
+            if left <= 0:
+                break
     else:
-        rows, length = source.first["input_ids"].shape
-        if source.kind == "rows":
-            rows = min(config.batch_size, len(source.data))
-        tokens = CALIBRATION_TOKENS if device.type == "cuda" else CALIBRATION_TOKENS // 16
-        stream = source.iterate(rows, seed=config.seed, epochs=1)
-        most = 8 * world if source.kind == "rows" else 8  # as many rows as one process reads
-        gathered = list(itertools.islice(stream, min(most, max(1, tokens // (rows * length)))))
+        most = min(8 * world, max(1, tokens // (rows * length)))
+        gathered = list(itertools.islice(source.iterate(epochs=1), most))
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
 
 

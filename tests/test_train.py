@@ -758,7 +758,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert len(pair) == 2
     for moment in ("weights", "calibrated"):
         assert pair[0][moment] == pair[1][moment], "both processes hold the same model"
-    # Calibrated on the same rows, all of them: what is kept of them is what was asked for.
+    assert len(alone["calibrated_on"]) == 1
+    assert pair[0]["calibrated_on"] == pair[1]["calibrated_on"] == alone["calibrated_on"]
     assert alone["keep_ratio"] == pytest.approx(0.5, abs=0.01)
     assert pair[0]["keep_ratio"] == pytest.approx(0.5, abs=0.01)
     for name, total in alone["weights"].items():

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
+from modlab import train_calibration
 from modlab.train import TrainConfig, train
 
 
@@ -35,6 +37,7 @@ def main(out: Path, batch_size: int) -> None:
     second = train(model, rows, TrainConfig(out=out / "mod", steps=4, resume="auto", **settings))
     weights = sums_of(model)  # before the calibration, which turns a rounding into another threshold
     settings |= {"calibrate": True, "save_every": 0}
+    read = rows_calibrated_on()
     third = train(model, rows, TrainConfig(steps=1, **settings), eval_data=rows)
     report = {
         "dense": dense.history.to_dict("list"),
@@ -42,9 +45,22 @@ def main(out: Path, batch_size: int) -> None:
         "tokens": [dense.tokens, first.tokens, second.tokens],
         "weights": weights,
         "calibrated": sums_of(model),
+        "calibrated_on": read,
         "keep_ratio": third.history["eval_keep_ratio"].iloc[-1],
     }
     (out / f"rank_{rank()}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def rows_calibrated_on() -> list[list[list[int]]]:
+    """From now on, the rows that each run's final calibration is given."""
+    real, seen = train_calibration.calibrate, []
+
+    def noting(model: Any, batches: Any, **settings: Any) -> Any:
+        seen.append(torch.cat([batch["input_ids"] for batch in batches]).tolist())
+        return real(model, batches, **settings)
+
+    train_calibration.calibrate = noting
+    return seen
 
 
 def sums_of(model: torch.nn.Module) -> dict[str, float]:
