@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="the layers, on a GPU"
     )
+    parser.add_argument("--per-gpu", type=int, default=1, help="processes that share a GPU")
     parser.add_argument("--commit", help="of this code, where git cannot say")
     options = parser.parse_args()
     scale = SCALES[options.scale]
@@ -59,6 +60,7 @@ def main() -> None:
         run_arms(
             scale, names, tokens, seeds, work, results,
             deep=options.deep, minutes=options.minutes, compile=options.compile, commit=options.commit,
+            per_gpu=options.per_gpu,
         )  # fmt: skip
     if options.stage in ("report", "all") and "QUALITY_WORKER" not in os.environ:
         print(write_result(read_runs(results), results.parent))

@@ -123,6 +123,12 @@ def _arms() -> Iterator[Arm]:
     yield Arm("attn-mid-lam10", "a stiffer target", attn, {"lam": 10.0})
     yield Arm("attn-mid-rlr", "routers learn ten times faster", attn, {"router_lr": 3e-3})
 
+    # ---- together
+    both = {"objective": "budget"}
+    yield Arm("attn-mid-budget-kl", "thresholds and KL", attn, both, teacher=1.0)
+    yield Arm("attn-wide-budget-kl", "in more layers", {**attn, "layers": "wide"}, both, teacher=1.0)
+    yield Arm("layer-mid-budget", "whole layers", {"layers": "inner"}, both)
+
     # ---- what else teaches, what is protected, what decides, what is left behind
     yield Arm("attn-mid-kl", "KL to the dense base", attn, teacher=1.0)
     yield Arm("layer-mid-kl", "the same with whole layers", {"layers": "inner"}, teacher=1.0)

@@ -65,7 +65,7 @@ def run_arm(
             **{
                 "out": work / "runs" / name,
                 "resume": "auto",
-                "save_every": 300,
+                "save_every": 1000,
                 "keep_last": 1,
                 "tokens": tokens,
                 "batch_size": scale.batch_size,
@@ -128,26 +128,29 @@ def run_arms(
     minutes: float | None,
     compile: bool,
     commit: str | None,
+    per_gpu: int = 1,
 ) -> None:
-    """Runs every arm that has no result yet; with several GPUs, one process each, which take arms in turn.
+    """Runs every arm that has no result yet; with several GPUs, or several processes on one, they take arms
+    in turn.
 
     Args:
         minutes: no arm is begun that would, by the time of the one before, end later than this.
+        per_gpu: processes that share a GPU; one computes while another compiles, loads or waits.
     """
     unknown = [name for name in names if name not in ARMS]
     if unknown:
         raise SystemExit(f"no arm {unknown[0]!r}: there are {', '.join(ARMS)}.")
     claims = work / "claims"
-    gpus = torch.cuda.device_count()
-    if gpus > 1 and "QUALITY_WORKER" not in os.environ:
+    gpus = _visible_gpus() * per_gpu
+    if len(gpus) > 1 and "QUALITY_WORKER" not in os.environ:
         for claim in claims.glob("*"):
             claim.unlink()
         workers = [
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:]],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": str(i), "QUALITY_WORKER": str(i)},
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "QUALITY_WORKER": str(i)},
             )
-            for i in range(gpus)
+            for i, gpu in enumerate(gpus)
         ]
         failed = [worker.wait() for worker in workers]
         if any(failed):
@@ -180,6 +183,12 @@ def run_arms(
                 torch.cuda.empty_cache()
     if missed:
         raise SystemExit(f"failed: {', '.join(missed)}.")
+
+
+def _visible_gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES has or would have."""
+    every = [str(i) for i in range(torch.cuda.device_count())]
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(every)).split(",") if every else []
 
 
 def _is_done(path: Path, deep: bool) -> bool:
