@@ -378,6 +378,27 @@ def set_threshold(
 
 
 @contextlib.contextmanager
+def thresholds_restored(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever happens inside, the thresholds are as before afterwards."""
+    before = dict(routing_of(model).thresholds)
+    try:
+        yield
+    finally:
+        set_threshold(model, before)
+
+
+@contextlib.contextmanager
+def thresholds_restored_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """A block that fails or is stopped leaves the thresholds as they were."""
+    before = dict(routing_of(model).thresholds)
+    try:
+        yield
+    except BaseException:
+        set_threshold(model, before)
+        raise
+
+
+@contextlib.contextmanager
 def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
     """Inside this block `fn` decides which tokens are kept, instead of the thresholds.
 

@@ -12,7 +12,7 @@ import torch
 from modlab.errors import ModlabError
 from modlab.measure.device import device_of, eval_mode
 from modlab.measure.pieces import Batch, as_batches, piece_length
-from modlab.routing import record_routing, routing_of, set_threshold
+from modlab.routing import record_routing, routing_of, set_threshold, thresholds_restored_on_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,13 +130,9 @@ def calibrate(
             f"keep_ratio={keep_ratio} is not in (0, 1); for example 0.25 keeps a quarter of the tokens."
         )
     pieces = as_batches(batches, tokenizer, piece_length(model, tokenizer, None))
-    before = dict(routing.thresholds)
-    try:
-        search = _calibrate_layers if per_layer else _calibrate_global
+    search = _calibrate_layers if per_layer else _calibrate_global
+    with thresholds_restored_on_error(model):
         gates = search(model, pieces, keep_ratio, tolerance, max_passes)
-    except BaseException:
-        set_threshold(model, before)
-        raise
     result = Calibration(routing.thresholds)
     result.keep_ratio, result.keep_ratio_by_layer = gates.ratio, gates.by_layer
     return result

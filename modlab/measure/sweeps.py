@@ -16,23 +16,13 @@ from modlab.measure.device import eval_mode
 from modlab.measure.evaluation import evaluate_batches
 from modlab.measure.latency import time_generate
 from modlab.measure.pieces import Batch, as_batches, context_length, piece_length
-from modlab.routing import routing_of, routing_override, set_threshold
+from modlab.routing import routing_of, routing_override, set_threshold, thresholds_restored
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
 DEFAULT_THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@contextlib.contextmanager
-def restored_thresholds(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever happens inside, the thresholds are as before afterwards."""
-    before = dict(routing_of(model).thresholds)
-    try:
-        yield
-    finally:
-        set_threshold(model, before)
 
 
 def _all_open(layer_idx: int, gate: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -111,7 +101,7 @@ def sweep(
     rows: list[dict[str, float]] = []
     rounds = repeats + 1 if repeats else 0
     with (
-        restored_thresholds(model),
+        thresholds_restored(model),
         tqdm(total=len(wanted) * (len(batches) + rounds), desc="sweep", disable=not progress) as bar,
     ):
 

@@ -11,7 +11,7 @@ import traitlets as t
 from modlab.cache_argument import given_cache
 from modlab.trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
-from modlab.widgets.model_access import thresholds_restored, using
+from modlab.widgets.model_access import using
 from modlab.widgets.page import curve, script
 from modlab.widgets.steered import SteeredView
 from modlab.widgets.still import heatmap_png
@@ -64,6 +64,8 @@ class RoutingExplorer(SteeredView):
 
     def _measure_curve(self, job: Job | None) -> None:
         """Measure what is missing of the curve: a newer request may have stopped it half-way."""
+        from modlab.routing import thresholds_restored
+
         count = len(self._wanted)
         for index, p in enumerate(self._wanted):
             if p in self._found:

@@ -60,28 +60,3 @@ def using(model: Any, job: Job | None = None, text: str = "", by_layer: bool = T
         for hook in hooks:
             hook.remove()
         lock.release()
-
-
-@contextmanager
-def thresholds_restored(model: Any) -> Iterator[None]:
-    """Whatever happens inside, the thresholds are as before afterwards."""
-    from modlab.routing import routing_of, set_threshold
-
-    before = dict(routing_of(model).thresholds)
-    try:
-        yield
-    finally:
-        set_threshold(model, before)
-
-
-@contextmanager
-def thresholds_restored_on_error(model: Any) -> Iterator[None]:
-    """A run that fails or is stopped leaves the thresholds as they were."""
-    from modlab.routing import routing_of, set_threshold
-
-    before = dict(routing_of(model).thresholds)
-    try:
-        yield
-    except BaseException:
-        set_threshold(model, before)
-        raise

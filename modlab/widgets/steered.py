@@ -14,7 +14,7 @@ from modlab.kv_budget import INDEX_BYTES, MIB, keep_ratio_for
 from modlab.trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
-from modlab.widgets.model_access import thresholds_restored_on_error, using
+from modlab.widgets.model_access import using
 
 
 class SteeredView(MeasuredView):
@@ -82,6 +82,7 @@ class SteeredView(MeasuredView):
         job: Job | None,
     ) -> dict[int, float]:
         from modlab.measure import calibrate
+        from modlab.routing import thresholds_restored_on_error
 
         if (keep_ratio is None) == (kv_mib is None):
             raise ModlabError(f"Give keep_ratio or kv_mib, one of them; got {keep_ratio} and {kv_mib}.")
