@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from modlab.anatomy import decoder_layers
+from modlab.attention_name import attention_named
 from modlab.cache_argument import cache_argument
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
@@ -71,16 +72,12 @@ class Engine:
     @contextlib.contextmanager
     def forward_as(self, attention: str) -> Iterator[None]:
         """Inside this block the model attends by the engine's function and its routing hooks stand aside."""
-        before = [config._attn_implementation_internal for config in self.configs]
         try:
-            for config in self.configs:
-                config._attn_implementation_internal = attention
-            if self.routing is not None:
-                self.routing.bypass = True
-            yield
+            with attention_named(self.configs, attention):
+                if self.routing is not None:
+                    self.routing.bypass = True
+                yield
         finally:
-            for config, name in zip(self.configs, before, strict=True):
-                config._attn_implementation_internal = name
             if self.routing is not None:
                 self.routing.bypass = False
 

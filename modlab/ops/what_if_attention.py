@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
+
+from modlab.attention_name import attention_named
 
 if TYPE_CHECKING:
     from modlab.layer import Site
@@ -49,16 +50,13 @@ def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
     )
 
 
-@contextlib.contextmanager
-def flex_attention(model_config: Any) -> Iterator[None]:
-    """Inside this block the layers of the model find `what_if_attention` as attention implementation."""
-    AttentionInterface.register(NAME, what_if_attention)
-    before = model_config._attn_implementation
-    model_config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        model_config._attn_implementation = before
+def flex_attention(model_config: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside this block the layers of the model find `what_if_attention` as attention implementation.
+
+    Args:
+        model_config: the decoder's, which its layers share.
+    """
+    return attention_named([model_config], NAME)
 
 
 def what_if_attention(
@@ -75,6 +73,9 @@ def what_if_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, what_if_attention)  # an addition under a new name, once for all passes
 
 
 def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor) -> BlockMask:
