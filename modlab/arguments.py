@@ -36,6 +36,11 @@ def forward_signature(module_class: Any) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+def hidden_name(module_class: Any) -> str:
+    """Name under which a module takes its hidden states: its forward's first argument."""
+    return next(iter(forward_signature(module_class).parameters))
+
+
 class LayerArguments:
     """One call of a layer's forward, bound to its signature.
 
@@ -60,7 +65,7 @@ class LayerArguments:
     ) -> None:
         self.signature = forward_signature(module_class)
         self.bound = self.signature.bind(*args, **kwargs)
-        self.hidden_name = next(iter(self.signature.parameters))
+        self.hidden_name = hidden_name(module_class)
         self.hidden: Tensor = self.bound.arguments[self.hidden_name]
         shape = self.hidden.shape
         self.streams_first = len(shape) == 4 and shape[1:3] == batch_time and shape[:2] != batch_time

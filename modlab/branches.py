@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modlab import anatomy
-from modlab.arguments import forward_signature
+from modlab.arguments import hidden_name
 
 Branch = Literal["attention", "mlp"]
 TOKENS = 3
@@ -66,7 +66,7 @@ def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
     if call is None:
         return BranchForm("the layer does not run where the input is text alone")
     module = layer.get_submodule(name)
-    first = _first_parameter(module)
+    first = hidden_name(type(module))
     seen: list[tuple[Any, Any, Any]] = []
 
     def watch(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -207,7 +207,7 @@ def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList, indices: set[int
 
     def noting(index: int) -> Callable[..., None]:
         def hook(layer: Any, args: Any, kwargs: Any) -> None:
-            calls[index] = _Call(args, kwargs, _first_parameter(layer))
+            calls[index] = _Call(args, kwargs, hidden_name(type(layer)))
             if len(calls) == len(indices):
                 raise _LastLayerReached
 
@@ -224,9 +224,3 @@ def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList, indices: set[int
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def _first_parameter(module: nn.Module) -> str:
-    """Name under which a module takes its hidden states."""
-    module_class: Any = type(module)
-    return next(iter(forward_signature(module_class).parameters))
