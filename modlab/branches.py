@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from modlab import anatomy
 from modlab.arguments import hidden_name
 
-Branch = Literal["attention", "mlp"]
+Branch = Literal["attention", "mlp", "kv"]
+"""What a token may skip alone: a branch, or the attention's storing of its keys and values."""
 TOKENS = 3
 
 
@@ -48,7 +49,8 @@ def branch_forms(
         model: the dense model.
         layers: its decoder layers.
         indices: the layers to look at; each has a module for the branch.
-        branch: ``"attention"`` or ``"mlp"``.
+        branch: ``"attention"``, ``"mlp"``, or ``"kv"``: then the attention runs for every token, and need not
+            give zero.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -61,7 +63,7 @@ def branch_forms(
 
 
 def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
-    name = anatomy.attention_name(layer) if branch == "attention" else anatomy.mlp_name(layer)
+    name = anatomy.mlp_name(layer) if branch == "mlp" else anatomy.attention_name(layer)
     assert name is not None, "convert asks for layers that have the branch"
     if call is None:
         return BranchForm("the layer does not run where the input is text alone")
@@ -89,7 +91,7 @@ def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
     if in_tuple and not _same_without_extras(call, layer, y, module, form):
         needs = "beside the hidden states" if form.extra_outputs else f"as a {type(output).__name__}"
         return replace(form, cannot_skip=f"the layer needs what {name} returns {needs}")
-    if not _gives_zero(module, args, kwargs):
+    if branch != "kv" and not _gives_zero(module, args, kwargs):
         return replace(form, cannot_skip=f"{name} adds the residual itself, not the layer")
     return form
 

@@ -44,6 +44,7 @@ class RaggedLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    buffers: tuple[str, ...] = ("keys", "values", "columns", "indexer_keys")
 
     def __init__(self, sliding_window: int | None = None) -> None:
         super().__init__()
@@ -86,8 +87,9 @@ class RaggedLayer(CacheLayerMixin):
         # Counted after the rebuild: what that may drop is what the first of the new tokens no longer sees.
         self.cumulative_length += num_columns
 
-    def stage(self, rows: list[int], columns_RS: Tensor) -> Tensor:
-        """Claims the next slots of `rows` for tokens at `columns_RS`.
+    def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
+        """Claims the next slots of `rows` for tokens at `columns_RS`. (`kept_RS` is for `RecentLayer`: all
+        tokens that this layer stores are kept ones.)
 
         Returns:
             columns of all keys that `write` will return, int32 [R, K]; `NO_KEY` beyond a row's length.
@@ -176,28 +178,34 @@ class RaggedLayer(CacheLayerMixin):
         K = max(self.lengths[row] for row in rows)
         return starts_R1 + torch.minimum(torch.arange(K, device=device), last_R1)
 
-    def _rebuild(self, rows: list[int], capacities: list[int] | None, device: torch.device) -> None:
-        """Lays the buffer out anew with the old `rows` as its rows (repeats allowed), window leavings
-        dropped.
+    def _rebuild(
+        self, rows: list[int], capacities: list[int] | None, device: torch.device, room: bool = True
+    ) -> None:
+        """Lays the buffer out anew with the old `rows` as its rows (repeats allowed), what no later token can
+        attend to dropped. Without `capacities`: what is stored, with `room` for a few tokens more.
         """
-        spans = [(self.starts[r] + self._stale(r), self.starts[r] + self.lengths[r]) for r in rows]
-        lengths = [end - start for start, end in spans]
+        survivors = [self._survivors(row) for row in rows]
+        lengths = [s.stop - s.start if isinstance(s, slice) else len(s) for s in survivors]
         if capacities is None:
-            capacities = [n + self.slack(n) for n in lengths]
+            capacities = [n + self.slack(n) if room else n for n in lengths]
         starts = [sum(capacities[:i]) for i in range(len(rows))]
-        old = (self.keys, self.values, self.columns, self.indexer_keys)
-        self.columns = torch.empty(sum(capacities), dtype=torch.int32, device=device)
+        old = {name: getattr(self, name) for name in self.buffers}
+        self._new_index(sum(capacities), device)
         if self.is_initialized:
-            self._allocate(old[0], old[1])  # type: ignore[arg-type]
-        if old[3] is not None:
-            self.indexer_keys = old[3].new_empty(sum(capacities), old[3].shape[-1])
-        for name, source in zip(("keys", "values", "columns", "indexer_keys"), old, strict=True):
+            self._allocate(old["keys"], old["values"])
+        if old["indexer_keys"] is not None:
+            self.indexer_keys = old["indexer_keys"].new_empty(sum(capacities), old["indexer_keys"].shape[-1])
+        for name, source in old.items():
             if source is None:
                 continue
             target = getattr(self, name)
             along = target.dim() - 2 if target.dim() > 1 else 0
-            for at, (start, end) in zip(starts, spans, strict=True):
-                target.narrow(along, at, end - start).copy_(source.narrow(along, start, end - start))
+            for at, n, chosen in zip(starts, lengths, survivors, strict=True):
+                into = target.narrow(along, at, n)
+                if isinstance(chosen, slice):
+                    into.copy_(source.narrow(along, chosen.start, n))
+                else:
+                    into.copy_(source.index_select(along, chosen))
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
 
     def reserve(self, capacities: list[int], keys: Tensor, values: Tensor) -> None:
@@ -224,6 +232,14 @@ class RaggedLayer(CacheLayerMixin):
             torch.cat([getattr(part, name) for part in parts], dim=1, out=target)
         whole.cumulative_length = parts[0].cumulative_length
         return whole
+
+    def _new_index(self, capacity: int, device: torch.device) -> None:
+        """An empty index of so many slots."""
+        self.columns = torch.empty(capacity, dtype=torch.int32, device=device)
+
+    def _survivors(self, row: int) -> slice | Tensor:
+        """Flat positions of the row's tokens that a later token may attend to, in order."""
+        return slice(self.starts[row] + self._stale(row), self.starts[row] + self.lengths[row])
 
     def _stale(self, row: int) -> int:
         """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding
@@ -331,6 +347,108 @@ class RaggedLayer(CacheLayerMixin):
         return f"RaggedLayer(seen={self.cumulative_length}, kept={self.lengths})"
 
 
+class RecentLayer(RaggedLayer):
+    """K/V of one layer whose router decides about the cache alone (`skip="kv"`): kept tokens, and of the
+    others those that are among the latest `keep_recent`.
+
+    Tokens that are not kept are swept out now and then, not one by one: after a prefill, and in decoding
+    every 16 tokens or more. Until then the mask hides them.
+
+    Args:
+        keep_recent: how many of the latest tokens a token may attend to, kept or not; itself counted.
+        sliding_window: attention span of the layer in tokens, or None.
+    """
+
+    buffers = (*RaggedLayer.buffers, "kept")
+
+    def __init__(self, keep_recent: int, sliding_window: int | None = None) -> None:
+        super().__init__(sliding_window)
+        self.keep_recent = keep_recent
+
+    def _empty(self) -> None:
+        super()._empty()
+        self.kept: Tensor | None = None
+        self.has_skipped = False  # whether a token was ever stored that is not kept
+        self.swept = 0  # columns seen at the last sweep
+        self.forgotten = -1  # what is not kept is gone up to this column
+
+    def _new_index(self, capacity: int, device: torch.device) -> None:
+        super()._new_index(capacity, device)
+        self.kept = torch.empty(capacity, dtype=torch.bool, device=device)
+
+    def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
+        """As in a `RaggedLayer`, with `kept_RS`, bool, True for tokens that stay; None: all of them."""
+        keys_RK = super().stage(rows, columns_RS)
+        assert self.kept is not None
+        slots_RS = self._slots(rows, columns_RS.shape[1], staged=True)
+        self.kept[slots_RS] = True if kept_RS is None else kept_RS
+        self.has_skipped |= kept_RS is not None
+        return keys_RK
+
+    def key_kept(self, rows: list[int]) -> Tensor:
+        """Whether the keys stored for `rows` are kept ones, bool [R, K]; means nothing beyond a row's
+        length.
+        """
+        assert self.kept is not None
+        return self.kept[self._key_slots(rows)]
+
+    def finish(self) -> None:
+        """Sweeps, once that is worth it."""
+        super().finish()
+        if not self.record_past:
+            self._sweep()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in a `RaggedLayer`.
+
+        Raises:
+            ModlabError: the next token could attend to tokens that have been swept out.
+        """
+        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
+        if 0 < target < self.cumulative_length and target - self.keep_recent < self.forgotten:
+            raise ModlabError(
+                f"the cache cannot be cropped to {target} of {self.cumulative_length} tokens: of what the "
+                f"routers do not keep, only the latest {self.keep_recent} are still there. Copy the cache "
+                "before it goes on (copy.deepcopy), or give the prompt anew."
+            )
+        super().crop(tokens_to_remove)
+        self.swept = min(self.swept, self.cumulative_length)
+        recording, self.record_past = self.record_past, False
+        self._sweep()
+        self.record_past = recording
+
+    def _sweep(self) -> None:
+        """Drops what is neither kept nor recent, unless that can only be a few tokens."""
+        due = self.cumulative_length - self.swept >= self.slack(self.keep_recent)
+        if not (due and self.has_skipped and self.is_initialized):
+            return
+        first = not self.swept
+        self._rebuild(list(range(len(self.lengths))), None, self.columns.device, room=not first)  # type: ignore[union-attr]
+
+    def _rebuild(
+        self, rows: list[int], capacities: list[int] | None, device: torch.device, room: bool = True
+    ) -> None:
+        super()._rebuild(rows, capacities, device, room)
+        if self.has_skipped and not self.record_past:
+            self.swept = self.cumulative_length
+            self.forgotten = self.cumulative_length - self.keep_recent
+
+    def _survivors(self, row: int) -> slice | Tensor:
+        n = self.lengths[row]
+        if self.record_past or not self.has_skipped or not n:
+            return super()._survivors(row)
+        assert self.columns is not None and self.kept is not None
+        here = slice(self.starts[row], self.starts[row] + n)
+        columns = self.columns[here]
+        alive = self.kept[here] | (columns > self.cumulative_length - self.keep_recent)
+        if self.sliding_window is not None:
+            alive = alive & (columns > self.cumulative_length - self.sliding_window)
+        return alive.nonzero()[:, 0] + self.starts[row]
+
+    def __repr__(self) -> str:
+        return f"RecentLayer(seen={self.cumulative_length}, stored={self.lengths}, recent={self.keep_recent})"
+
+
 class RaggedCache(Cache):
     """The KV cache of a converted model: what `model.generate` and `model(..., use_cache=True)` use without
     asking.
@@ -359,7 +477,12 @@ class RaggedCache(Cache):
             for index in (i for i in routing.layers if i < len(layers)):
                 # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
                 sliding = getattr(layers[index], "is_sliding", False)
-                layers[index] = RaggedLayer(routing.windows[index] if sliding else None)
+                window = routing.windows[index] if sliding else None
+                layers[index] = (
+                    RecentLayer(routing.config.keep_recent, window)
+                    if routing.config.skip == "kv"
+                    else RaggedLayer(window)
+                )
         super().__init__(layers=layers)
 
     def reset(self) -> None:

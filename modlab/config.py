@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from modlab.errors import ModlabError
 
 Operator = Literal["threshold", "topk"]
-Skip = Literal["layer", "attention", "mlp"]
+Skip = Literal["layer", "attention", "mlp", "kv"]
 Gate = Literal["straight-through", "paper", "fused"]
 
 
@@ -31,13 +31,16 @@ class MoDConfig:
             meaningful).
         p: threshold in (0, 1), one value or ``{layer: value}``. Live: `modlab.set_threshold` changes it at
             any time.
-        skip: what a skipped token leaves out: the whole ``"layer"``, its ``"attention"`` or its ``"mlp"``.
+        skip: what a skipped token leaves out: the whole ``"layer"``, its ``"attention"``, its ``"mlp"``, or
+            ``"kv"``, its place in the cache: it passes the layer in full, but its keys and values are dropped
+            once `keep_recent` tokens have come, itself counted.
         gate: how the gate g enters the output of a kept token.
             ``"straight-through"``: not at all in value, g only receives the gradient (lossless on
                 conversion);
             ``"paper"``: u = x + g·Attn(Norm(x)), x' = u + g·MLP(Norm(u));
             ``"fused"``: x' = x + g·(Layer(x) - x), which needs no separable branches.
         capacity: share of tokens that the top-k operator keeps in training, in (0, 1].
+        keep_recent: with ``skip="kv"``, how many of the latest tokens every token may attend to, kept or not.
         keep_first: that many first real tokens of every row are always kept (attention sinks).
         init_gate: gate value of every token right after conversion, in (0, 1).
     """
@@ -48,6 +51,7 @@ class MoDConfig:
     skip: Skip = "layer"
     gate: Gate = "straight-through"
     capacity: float = 0.25
+    keep_recent: int = 128
     keep_first: int = 4
     init_gate: float = 0.88
     format_version: int = field(default=1, repr=False)
@@ -79,6 +83,20 @@ class MoDConfig:
             )
         if self.keep_first < 0:
             raise ModlabError(f"MoDConfig(keep_first={self.keep_first}): must be 0 or more tokens.")
+        if self.keep_recent < 1:
+            raise ModlabError(
+                f"MoDConfig(keep_recent={self.keep_recent}): must be 1 or more tokens, each attends to itself."
+            )
+        if self.skip == "kv" and self.operator != "threshold":
+            raise ModlabError(
+                "MoDConfig(skip='kv', operator='topk'): keys and values are chosen by threshold "
+                "only. Use operator='threshold' (the default)."
+            )
+        if self.skip == "kv" and self.gate != "straight-through":
+            raise ModlabError(
+                f"MoDConfig(skip='kv', gate={self.gate!r}): a token that is not kept passes the layer in full, "
+                "there is no output for a gate to scale. Use gate='straight-through' (the default)."
+            )
         if not 0 < self.init_gate < 1:
             raise ModlabError(
                 f"MoDConfig(init_gate={self.init_gate}): a sigmoid gate lies strictly inside (0, 1)."

@@ -14,7 +14,15 @@ from modlab.branches import BranchForm, branch_forms
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.generate import RoutedModel
-from modlab.layer import RoutedBranch, RoutedLayer, RoutedMLP, RoutedModule, extend, restore
+from modlab.layer import (
+    RoutedBranch,
+    RoutedKeys,
+    RoutedLayer,
+    RoutedMLP,
+    RoutedModule,
+    extend,
+    restore,
+)
 from modlab.router import Router
 from modlab.routing import Routing, is_converted, routing_of
 
@@ -80,8 +88,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         _attach(layer, RoutedLayer, routing, index, ends.get(index, []))
         if config.skip != "layer":
             branch = layer.get_submodule(_require(layer, config.skip))
-            mixin = RoutedBranch if config.skip == "attention" else RoutedMLP
-            _attach(branch, mixin, routing, index, [], forms[index])
+            mixins = {"attention": RoutedBranch, "mlp": RoutedMLP, "kv": RoutedKeys}
+            _attach(branch, mixins[config.skip], routing, index, [], forms[index])
     routing.hooks = [
         decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
         decoder.register_forward_hook(routing.leave, always_call=True),
@@ -178,9 +186,10 @@ def _skippable(
 
 
 def _require(layer: nn.Module, branch: str) -> str:
-    name = anatomy.attention_name(layer) if branch == "attention" else anatomy.mlp_name(layer)
+    name = anatomy.mlp_name(layer) if branch == "mlp" else anatomy.attention_name(layer)
     if name is None:
-        raise ModlabError(f"skip={branch!r}: {type(layer).__name__} has no {branch} module of its own.")
+        module = "MLP" if branch == "mlp" else "attention"
+        raise ModlabError(f"skip={branch!r}: {type(layer).__name__} has no {module} module of its own.")
     return name
 
 

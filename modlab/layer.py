@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modlab.arguments import LayerArguments
 from modlab.errors import ModlabError
+from modlab.ops.masked_keys import run_masked_keys
 from modlab.ops.packed import run_packed, run_packed_mlp
 from modlab.ops.reference import run_masked
 from modlab.router import Router
@@ -37,8 +38,11 @@ class Site:
         attention: name of the attention implementation.
         window: sliding window that matters at this length, or None.
         needs_mask: whether a kernel's own causal flag will not do.
-        form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` (the paper's, by hooks on the branch ends).
+        form: ``"straight-through"``, ``"fused"``, ``"scaled"`` (the paper's, by hooks on the branch ends), or
+            ``"stored"`` (the gate changes no output).
         residual: True if a skipped token passes through (a layer), False if it adds nothing (a branch).
+        recent: None where a skipped token does not run; else it runs, and the number of latest tokens that
+            every token may attend to, kept or not.
         branch_ends: submodules whose output the paper's gate multiplies.
         empty_rest: what stands in for the rest of the output tuple when no token ran.
     """
@@ -52,8 +56,14 @@ class Site:
     needs_mask: bool
     form: str
     residual: bool
+    recent: int | None
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
+
+    @property
+    def runs(self) -> Tensor:
+        """The tokens that the module runs for, bool [B, T]."""
+        return self.decision.keep if self.recent is None else self.call.real
 
 
 class RoutedModule(nn.Module):
@@ -76,6 +86,8 @@ class RoutedModule(nn.Module):
         window = routing.windows[self.mod_index]
         scaled = routing.config.gate == "paper" and residual
         form = "scaled" if scaled else "fused" if routing.config.gate == "paper" else routing.config.gate
+        recent = routing.config.keep_recent if routing.config.skip == "kv" else None
+        form = form if recent is None else "stored"
         return Site(
             routing=routing,
             layer_idx=self.mod_index,
@@ -86,6 +98,7 @@ class RoutedModule(nn.Module):
             needs_mask=self.mod_needs_mask,
             form=form,
             residual=residual,
+            recent=recent,
             branch_ends=self.mod_branch_ends,
             empty_rest=(None,) * self.mod_extra_outputs,
         )
@@ -167,6 +180,18 @@ class RoutedBranch(RoutedModule):
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
         run = run_masked if self.runs_masked() else run_packed
+        return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
+
+
+class RoutedKeys(RoutedModule):
+    """An attention module that runs for every token; its layer's router decides whose keys and values stay.
+    """
+
+    @eager
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = LayerArguments(self.dense_class, args, kwargs)
+        site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
+        run = run_masked_keys if self.runs_masked() else run_packed
         return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
 
 

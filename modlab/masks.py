@@ -32,8 +32,16 @@ def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | 
     return allowed
 
 
-def masked_reference_mask(keep_BT: Tensor, real_BT: Tensor, window: int | None = None) -> Tensor:
-    """True where a token may attend in the masked reference: to kept tokens not after it, and to itself.
+def recent_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, recent: int) -> Tensor:
+    """True where a key is among the latest `recent` tokens of a query, itself counted: bool [R, 1, S, K]."""
+    return key_columns_RK[:, None, None, :] > query_columns_RS[:, None, :, None] - recent
+
+
+def masked_reference_mask(
+    keep_BT: Tensor, real_BT: Tensor, window: int | None = None, recent: int = 1
+) -> Tensor:
+    """True where a token may attend in the masked reference: to kept tokens not after it, to the latest
+    `recent` tokens, and to itself.
 
     A skipped token attends to itself too: what it would have seen had it been kept. Padding attends to itself
     only, so that no softmax runs over nothing.
@@ -45,7 +53,8 @@ def masked_reference_mask(keep_BT: Tensor, real_BT: Tensor, window: int | None =
     columns = torch.arange(T, device=keep_BT.device)[None]
     itself = torch.eye(T, dtype=torch.bool, device=keep_BT.device)
     causal = packed_mask(columns, columns, window)
-    return (causal & (keep_BT & real_BT)[:, None, None, :]) | itself
+    stored = keep_BT[:, None, None, :] | recent_mask(columns, columns, recent)
+    return (causal & stored & real_BT[:, None, None, :]) | itself
 
 
 def as_attention_mask(

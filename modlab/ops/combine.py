@@ -17,14 +17,14 @@ def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, tr
     """Output of kept tokens.
 
     Args:
-        form: ``"straight-through"``, ``"fused"``, or ``"scaled"`` where the branches inside y carry the gate
-            already.
+        form: ``"straight-through"``, ``"fused"``, ``"scaled"`` where the branches inside y carry the gate
+            already, or ``"stored"`` where the gate decides about the cache alone.
         y: what the module computed, [B, T, D].
         skipped: what the token would be if skipped: the module's input [B, T, D], or 0.0 for a branch.
         gate: fp32 [B, T].
         training: whether the router needs a gradient.
     """
-    if form == "scaled":
+    if form in ("scaled", "stored"):
         return y
     g = over(gate.to(y.dtype), y)
     if form == "fused":

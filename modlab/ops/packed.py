@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modlab.arguments import LayerArguments, take_tokens
-from modlab.cache import PackedView, RaggedCache, RaggedLayer
+from modlab.cache import PackedView, RaggedCache, RaggedLayer, RecentLayer
 from modlab.errors import ModlabError
-from modlab.masks import MaskValues, as_attention_mask, packed_mask
+from modlab.masks import MaskValues, as_attention_mask, packed_mask, recent_mask
 from modlab.ops.combine import gated_output, over, scaled_branches
 
 if TYPE_CHECKING:
@@ -37,12 +37,14 @@ class Group:
     """Rows that run in one call: `index_RS` holds the time positions of their kept tokens.
 
     With `padded`, the slots of a row beyond its kept tokens hold skipped ones; causality keeps them from
-    being seen, and their outputs are dropped.
+    being seen, and their outputs are dropped. `keeps_all` is False where some of the tokens run and are not
+    kept.
     """
 
     rows: list[int]
     index_RS: Tensor
     padded: bool = False
+    keeps_all: bool = True
 
 
 def exact_groups(keep_BT: Tensor, counts: list[int], one_row_each: bool = False) -> list[Group]:
@@ -75,23 +77,23 @@ def kept_first(keep_BT: Tensor) -> Tensor:
 def run_packed(
     module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
 ) -> tuple[Tensor, Any]:
-    """Runs `module` on the kept tokens only. Arguments and result as in `reference.run_masked`; a cache is
-    allowed.
+    """Runs `module` on the kept tokens only; where routing decides about the cache alone (`site.recent`), on
+    all tokens but padding. Arguments and result as in `reference.run_masked`; a cache is allowed.
     """
-    x_BTD, keep = arguments.hidden, site.decision.keep
+    x_BTD = arguments.hidden
     cache = arguments.cache()
-    counts: list[int] = keep.sum(1).tolist()  # the one host sync
+    counts, kept = _counts(site)
     layer = cache.layers[site.layer_idx] if cache is not None else None
     was_ragged = False
     if isinstance(layer, RaggedLayer):
-        was_ragged = any(n != layer.cumulative_length for n in layer.lengths)
+        was_ragged = any(n != layer.cumulative_length for n in layer.lengths) or hides_keys(layer)
         layer.begin(counts, arguments.time, x_BTD.device)
     elif layer is not None:
         raise ModlabError(
             f"cache layer {site.layer_idx} is not ragged: use modlab.RaggedCache of this very model."
         )
 
-    everything = all(count == arguments.time for count in counts)
+    everything = all(count == arguments.time for count in kept)
     if everything and not was_ragged and (layer is None or site.window is None):
         # Nothing to skip and nothing ever skipped: the dense call itself, mask and all, bit for bit.
         times = torch.arange(arguments.time, device=x_BTD.device)
@@ -103,7 +105,7 @@ def run_packed(
         skipped = x_BTD if site.residual else 0.0
         out = gated_output(site.form, y, skipped, site.decision.gate, module.training)
     else:
-        out, rest = _run_groups(module, dense, arguments, site, cache, layer, counts)
+        out, rest = _run_groups(module, dense, arguments, site, cache, layer, counts, kept)
     if isinstance(layer, RaggedLayer):
         layer.finish()
     return out, rest
@@ -117,15 +119,18 @@ def _run_groups(
     cache: RaggedCache | None,
     layer: RaggedLayer | None,
     counts: list[int],
+    kept: list[int],
 ) -> tuple[Tensor, Any]:
-    x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
+    x_BTD, runs, gate = arguments.hidden, site.runs, site.decision.gate
     if module.training and cache is None and not arguments.one_row_each:
-        groups = padded_group(keep, counts)
+        groups = padded_group(runs, counts)
     else:
         # An attention module with a window of its own counts back from the newest key: rows must not differ.
         own_window = site.window is not None and layer is not None and layer.sliding_window is None
         single = "flash" in site.attention or arguments.one_row_each or own_window
-        groups = exact_groups(keep, counts, one_row_each=single)
+        groups = exact_groups(runs, counts, one_row_each=single)
+    for group in groups:
+        group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
     rest: Any = site.empty_rest
     if not groups and site.residual:
         return x_BTD, rest
@@ -136,7 +141,9 @@ def _run_groups(
         changes |= arguments.select(rows_R1, group.index_RS, keys_RK, site.call.num_columns)
         mask_name = arguments.mask_name()
         if mask_name is not None:
-            changes[mask_name] = _group_mask(site, group, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype)
+            changes[mask_name] = _group_mask(
+                site, group, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype, layer
+            )
         gate_RS = take_tokens(gate, rows_R1, group.index_RS)
         with scaled_branches(module, site.branch_ends, gate_RS if site.form == "scaled" else None):
             with attention_kernels(x_BTD):
@@ -145,7 +152,7 @@ def _run_groups(
         y_RSD = gated_output(site.form, y_RSD, skipped, gate_RS, module.training)
         where = (rows_R1.expand_as(group.index_RS), group.index_RS)
         if group.padded:  # every slot is a token of its own, so that none has to be counted out on the host
-            y_RSD = torch.where(over(keep[where], y_RSD), y_RSD, skipped)
+            y_RSD = torch.where(over(runs[where], y_RSD), y_RSD, skipped)
         out.index_put_(where, y_RSD.to(out.dtype))
     return out, tuple(None for _ in rest)
 
@@ -171,33 +178,66 @@ def _cache_changes(
     name = arguments.cache_name()
     if cache is None or layer is None or name is None:
         return {}, None
-    keys_RK = layer.stage(group.rows, site.call.columns[group.index_RS])
+    kept_RS = None if group.keeps_all else _kept(site, group)
+    keys_RK = layer.stage(group.rows, site.call.columns[group.index_RS], kept_RS)
     return {name: PackedView(cache, layer, group.rows)}, keys_RK
 
 
 def _group_mask(
-    site: Site, group: Group, rows_R1: Tensor, keys_RK: Tensor | None, given: Any, dtype: torch.dtype
+    site: Site,
+    group: Group,
+    rows_R1: Tensor,
+    keys_RK: Tensor | None,
+    given: Any,
+    dtype: torch.dtype,
+    layer: RaggedLayer | None,
 ) -> Tensor | None:
     """Mask for one group, or None where the attention's own causal flag says the same."""
     S = group.index_RS.shape[1]
     flash = "flash" in site.attention
-    if flash and site.window is not None:
-        raise ModlabError(
-            "a routed sliding-window layer needs a mask: use model.set_attn_implementation('sdpa')."
-        )
+    hides = not group.keeps_all or hides_keys(layer)
+    if flash and (site.window is not None or hides):
+        what = "a sliding window of a routed layer" if site.window is not None else "skip='kv'"
+        raise ModlabError(f"{what} needs a mask: use model.set_attn_implementation('sdpa').")
     queries_RS = site.call.columns[group.index_RS]
     columns_RK = queries_RS if keys_RK is None else keys_RK
     values = MaskValues(given, rows_R1, group.index_RS, columns_RK, site.call.num_columns)
     fresh = keys_RK is None or keys_RK.shape[1] == S  # no cached key before the new ones
-    plain = (len(group.rows) == 1 or fresh) and not values.additive and not site.needs_mask
+    plain = (len(group.rows) == 1 or fresh) and not (values.additive or site.needs_mask or hides)
     if site.window is None and plain and (flash or (site.attention == "sdpa" and (fresh or S == 1))):
         return None
     allowed = packed_mask(queries_RS, columns_RK, site.window)
+    if hides:
+        assert site.recent is not None
+        kept_RK = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)
+        allowed = allowed & (kept_RK[:, None, None] | recent_mask(queries_RS, columns_RK, site.recent))
     if group.padded:
         # A right-padding slot stands before its row's later kept tokens in time, though after them in the
         # pack.
         allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
     return as_attention_mask(allowed, site.attention, dtype, values)
+
+
+def _counts(site: Site) -> tuple[list[int], list[int]]:
+    """How many tokens of each row run, and how many are kept: one host sync."""
+    keep, runs = site.decision.keep, site.runs
+    if runs is keep:
+        counts: list[int] = keep.sum(1).tolist()
+        return counts, counts
+    both: list[list[int]] = torch.stack([runs.sum(1), keep.sum(1)]).tolist()
+    return both[0], both[1]
+
+
+def _kept(site: Site, group: Group) -> Tensor:
+    """Which tokens of a group are kept, bool [R, S]."""
+    keep = site.decision.keep
+    rows_R1 = torch.tensor(group.rows, device=keep.device)[:, None]
+    return keep[rows_R1, group.index_RS]
+
+
+def hides_keys(layer: RaggedLayer | None) -> bool:
+    """Whether the cache holds tokens that not every later token may attend to, for the router's sake."""
+    return isinstance(layer, RecentLayer) and layer.has_skipped
 
 
 def run_packed_mlp(

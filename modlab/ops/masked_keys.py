@@ -1,0 +1,84 @@
+"""Masked execution where routing decides about the cache alone (`skip="kv"`): its specification, and what
+trains it.
+
+Every token passes the layer in full. Who is hidden from whom is one mask: a token attends to kept tokens not
+after it and to its latest `keep_recent` tokens, kept or not. Packed execution (`packed.py`) must agree with it
+within rounding.
+
+In a what-if pass a token is not hidden or seen but weighed, so that the loss tells the router what its keys
+and values are worth to later tokens. The weight is a sigmoid of the router's logit with logistic noise at a
+low temperature, a relaxed coin with the gate as its odds (Maddison et al., arXiv 1611.00712); DMS (arXiv
+2506.05345) trains evictions from a cache that way. Beyond the recent tokens its logarithm is added to the
+attention scores.
+
+Shape letters: B batch rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modlab.arguments import LayerArguments
+from modlab.errors import ModlabError
+from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask, recent_mask
+
+if TYPE_CHECKING:
+    from modlab.layer import Site
+
+TEMPERATURE = 0.3
+"""Of the relaxed coin: towards 0 it falls on its faces, and hands less gradient to the router."""
+
+LEAST_LOG_WEIGHT = -20.0
+"""At most this much is taken off a score: a weight of 2e-9, and a gradient that stays finite."""
+
+
+def run_masked_keys(
+    module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
+) -> tuple[Tensor, Any]:
+    """Runs an attention module on all tokens, with the keys of those that are not kept hidden (or, in a
+    what-if pass, weighed). Arguments and result as in `reference.run_masked`.
+    """
+    if arguments.cache_name() is not None:
+        raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
+    mask_name = arguments.mask_name()
+    if mask_name is None:
+        raise ModlabError(f"skip='kv': {type(module).__name__} takes no mask that could hide keys.")
+    if "flash" in site.attention:
+        raise ModlabError(
+            "skip='kv' hides keys by a mask, which flash attention does not take: use "
+            "model.set_attn_implementation('sdpa')."
+        )
+    assert site.recent is not None
+    keep, real = site.decision.keep, site.call.real
+    rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
+    columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
+    given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
+    dtype = arguments.hidden.dtype
+    if module.training and site.call.what_if and site.call.override is None:
+        visible = masked_reference_mask(real, real, site.window)
+        mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
+        mask = mask + hidden_share(site).to(mask.dtype)
+    else:
+        allowed = masked_reference_mask(keep, real, site.window, site.recent)
+        mask = as_attention_mask(allowed, site.attention, dtype, given)
+    return arguments.run(dense, {mask_name: mask})
+
+
+def hidden_share(site: Site) -> Tensor:
+    """What a what-if pass adds to the attention scores: the logarithm of each key's weight, 0 for recent and
+    for protected ones; fp32 [B, 1, T, T], with gradient."""
+    assert site.recent is not None
+    logit = site.decision.logit
+    uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+    noise = torch.log(uniform) - torch.log1p(-uniform)
+    log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)
+    protected = site.call.position_ids < site.routing.config.keep_first
+    log_weight = log_weight.masked_fill(protected, 0.0)
+    columns = site.call.columns[None]
+    recent = recent_mask(columns, columns, site.recent)
+    return torch.where(recent, 0.0, log_weight[:, None, None, :])
