@@ -85,7 +85,7 @@ class MoDConfig:
             raise ModlabError(f"MoDConfig(keep_first={self.keep_first}): must be 0 or more tokens.")
         if self.keep_recent < 1:
             raise ModlabError(
-                f"MoDConfig(keep_recent={self.keep_recent}): must be 1 or more tokens, each attends to itself."
+                f"MoDConfig(keep_recent={self.keep_recent}): at least 1, each token attends to itself."
             )
         if self.skip == "kv" and self.operator != "threshold":
             raise ModlabError(
@@ -94,8 +94,8 @@ class MoDConfig:
             )
         if self.skip == "kv" and self.gate != "straight-through":
             raise ModlabError(
-                f"MoDConfig(skip='kv', gate={self.gate!r}): a token that is not kept passes the layer in full, "
-                "there is no output for a gate to scale. Use gate='straight-through' (the default)."
+                f"MoDConfig(skip='kv', gate={self.gate!r}): a token that is not kept passes the layer in "
+                "full, there is no output for a gate to scale. Use gate='straight-through' (the default)."
             )
         if not 0 < self.init_gate < 1:
             raise ModlabError(

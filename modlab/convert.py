@@ -179,8 +179,9 @@ def _skippable(
     for index, reason in refused.items():
         others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
         raise ModlabError(
-            f"skip={config.skip!r}: the {config.skip} of layer {index} ({type(layers[index]).__name__}) "
-            f"cannot be skipped on its own: {reason}. Use skip='layer' (the default){others}."
+            f"skip={config.skip!r}: the {'MLP' if config.skip == 'mlp' else 'attention'} of layer {index} "
+            f"({type(layers[index]).__name__}) cannot be {'routed' if config.skip == 'kv' else 'skipped'} on "
+            f"its own: {reason}. Use skip='layer' (the default){others}."
         )
     return forms
 

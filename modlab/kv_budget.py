@@ -8,6 +8,7 @@ import torch
 
 from modlab import kv_bytes
 from modlab.cache_argument import given_cache
+from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.routing import routing_of
 
@@ -46,7 +47,8 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     tokens, routed = context * batch, len(routing.layers)
     dense = tokens * each * (routing.num_layers - routed)
     ragged = tokens * (each + INDEX_BYTES) * routed
-    ratio = (kv_mib * MIB - dense) / ragged
+    recent = recent_share(routing.config, context)
+    ratio = keep_beside_recent((kv_mib * MIB - dense) / ragged, recent)
     if ratio >= 1:
         raise ModlabError(
             f"{kv_mib:g} MiB hold the whole cache of {tokens:,} tokens, which takes "
@@ -56,14 +58,16 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     if ratio <= 0:
         raise ModlabError(
             f"{kv_mib:g} MiB are too little for {tokens:,} tokens: the {routing.num_layers - routed} layers "
-            f"that are not routed take {dense / MIB:.4g} MiB alone. Give more, shorten the context, or route "
+            f"that are not routed{' and the latest tokens' if recent else ''} take "
+            f"{(dense + recent * ragged) / MIB:.4g} MiB alone. Give more, shorten the context, or route "
             "more layers (MoDConfig(layers='all'))."
         )
     return ratio
 
 
 def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> float:
-    """The mean keep ratio of the routed layers at which keys and values take 1/kv_saving of the dense bytes.
+    """The mean keep ratio of the routed layers at which keys and values take 1/kv_saving of the dense bytes,
+    where the context is long against the recent tokens that skip="kv" keeps anyway.
 
     Args:
         kv_saving: above 1.
@@ -88,6 +92,22 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
 def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int) -> float:
     """`keep_ratio_for_saving` without its refusals: not above 0 where skipping everything saves less."""
     return (num_layers / kv_saving - (num_layers - routed)) / routed
+
+
+def recent_share(config: MoDConfig, context: float) -> float:
+    """Share of a context that is in the cache whether kept or not: its latest tokens, with skip="kv"."""
+    return min(1.0, config.keep_recent / context) if config.skip == "kv" else 0.0
+
+
+def stored_share(keep_ratio: float, recent: float) -> float:
+    """Share of the tokens in a routed layer's cache: kept ones, and of the others the recent ones."""
+    return keep_ratio + (1 - keep_ratio) * recent
+
+
+def keep_beside_recent(stored: float, recent: float) -> float:
+    """The keep ratio at which a share `stored` is in the cache: `stored_share` solved for it. Not above 0
+    where the recent tokens alone are more than that."""
+    return (stored - recent) / (1 - recent) if recent < 1 else stored - 1.0
 
 
 @torch.no_grad()

@@ -85,9 +85,9 @@ class RoutedModule(nn.Module):
         routing, call = self.mod_routing, self.mod_routing.require_call()
         window = routing.windows[self.mod_index]
         scaled = routing.config.gate == "paper" and residual
-        form = "scaled" if scaled else "fused" if routing.config.gate == "paper" else routing.config.gate
-        recent = routing.config.keep_recent if routing.config.skip == "kv" else None
-        form = form if recent is None else "stored"
+        fused = "fused" if routing.config.gate == "paper" else routing.config.gate
+        stores = routing.config.skip == "kv"
+        recent = routing.config.keep_recent if stores else None
         return Site(
             routing=routing,
             layer_idx=self.mod_index,
@@ -96,7 +96,7 @@ class RoutedModule(nn.Module):
             attention=routing.attention,
             window=window if window is not None and window < call.num_columns else None,
             needs_mask=self.mod_needs_mask,
-            form=form,
+            form="stored" if stores else "scaled" if scaled else fused,
             residual=residual,
             recent=recent,
             branch_ends=self.mod_branch_ends,
@@ -184,7 +184,8 @@ class RoutedBranch(RoutedModule):
 
 
 class RoutedKeys(RoutedModule):
-    """An attention module that runs for every token; its layer's router decides whose keys and values stay.
+    """An attention module that runs for every token; its layer's router decides whose keys and values
+    stay.
     """
 
     @eager

@@ -30,7 +30,7 @@ _ARRAYS = {
     "thresholds": np.float32,
     "loss": np.float32,
 }
-_META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip")
+_META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,9 @@ class RoutingTrace:
         loss: float32[T], nats for predicting token t from those before it; NaN at 0.
         kv_bytes_per_token: bytes of K and V together of one token in one layer.
         model: a name to show.
-        skip: what a skipped token skips: "layer", "attention" or "mlp" (then K/V stay, and nothing is saved).
+        skip: what a skipped token skips: "layer", "attention", "mlp" (then K/V stay, and nothing is saved),
+            or "kv", its place in the cache alone.
+        keep_recent: with "kv", how many of the latest tokens are in the cache, kept or not; else 0.
     """
 
     tokens: list[str]
@@ -64,6 +66,7 @@ class RoutingTrace:
     kv_bytes_per_token: int
     model: str = ""
     skip: str = "layer"
+    keep_recent: int = 0
 
     def __post_init__(self) -> None:
         for name, dtype in _ARRAYS.items():
@@ -97,7 +100,7 @@ class RoutingTrace:
 
     @property
     def kv_saving(self) -> float:
-        """Dense over stored K/V, >= 1: 1 / mean keep ratio over all L layers, dense ones counting 1."""
+        """Dense over stored K/V, >= 1: 1 / mean share stored over all L layers, dense ones counting 1."""
         return self._saving(self.keep)
 
     @property
@@ -129,7 +132,11 @@ class RoutingTrace:
         if self.skip == "mlp":
             return 1.0
         dense = self.num_layers - len(self.layers)
-        return float(self.num_layers / (dense + keep.mean(axis=1).sum()))
+        stored = keep
+        if self.keep_recent:
+            stored = keep.copy()
+            stored[:, -self.keep_recent :] = True
+        return float(self.num_layers / (dense + stored.mean(axis=1).sum()))
 
     def part(self, start: int, stop: int) -> RoutingTrace:
         """The tokens from `start` up to, not with, `stop`, for views of a text too long to draw whole.
@@ -179,7 +186,7 @@ class RoutingTrace:
         """Read what `save` wrote. ModlabError if the file is missing, damaged or something else."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                meta = json.loads(file["meta"].tobytes())
+                meta = {"keep_recent": 0} | json.loads(file["meta"].tobytes())  # older files have none
                 return cls(**{name: meta[name] for name in _META}, **{name: file[name] for name in _ARRAYS})
         except FileNotFoundError:
             raise ModlabError(f"There is no file {path}. RoutingTrace.save(path) makes one.") from None
@@ -267,6 +274,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
         kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
         model=model_name(model),
         skip=routing.config.skip,
+        keep_recent=routing.config.keep_recent if routing.config.skip == "kv" else 0,
     ), output
 
 

@@ -14,7 +14,7 @@ IDS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("skip", ["layer", "attention", "mlp"])
+@pytest.mark.parametrize("skip", ["layer", "attention", "mlp", "kv"])
 @pytest.mark.parametrize("layers", ["alternate", "all", [0, -1]])
 def test_default_gates_change_no_logit(make_llama, skip, layers) -> None:
     model = make_llama()

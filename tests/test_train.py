@@ -294,13 +294,13 @@ def test_compiled_run_equals_the_plain_one(
     assert model._compiled_call_impl is None
 
 
-@pytest.mark.parametrize("skip", ["layer", "attention", "mlp"])
+@pytest.mark.parametrize("skip", ["layer", "attention", "mlp", "kv"])
 def test_compiled_layers_of_a_converted_model_equal_the_plain_ones(
     make: Callable[..., Any], rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch, skip: Any
 ) -> None:
     """As above: what-if steps and packed ones, dense layers and routed ones, and all as before afterwards."""
     config = settings(steps=6, keep_ratio=0.5, ramp=0.0, what_if=0.5, eval_every=3, log_every=3)
-    plain, model = (make(mod=modlab.MoDConfig(skip=skip)) for _ in range(2))
+    plain, model = (make(mod=modlab.MoDConfig(skip=skip, keep_recent=4)) for _ in range(2))
     scatter_gates(plain)
     scatter_gates(model)
     a = train(plain, rows, TrainConfig(**config), eval_data=rows[:8])

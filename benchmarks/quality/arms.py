@@ -6,12 +6,13 @@ first two and the last, `wide` all but the first. Keep ratios follow from the KV
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from modlab import MoDConfig
-from modlab.kv_budget import unbounded_keep_ratio
+from modlab.kv_budget import keep_beside_recent, recent_share, unbounded_keep_ratio
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,29 @@ class Arm:
             fields["capacity"] = self.keep(num_layers)
         return MoDConfig(**fields)
 
-    def keep(self, num_layers: int) -> float:
-        """The keep ratio in the routed layers that gives the KV saving."""
+    def keep(self, num_layers: int, length: float = math.inf) -> float:
+        """The keep ratio in the routed layers that gives the KV saving, for rows of `length` tokens."""
         if self.keep_ratio is not None:
             return self.keep_ratio
         assert self.kv_saving is not None, self.name
-        return self._keep_at(self.kv_saving, num_layers)
+        return self._keep_at(self.kv_saving, num_layers, length)
 
-    def training(self, num_layers: int) -> dict[str, Any]:
+    def training(self, num_layers: int, length: float = math.inf) -> dict[str, Any]:
         """Fields of `TrainConfig`, the keep ratio included."""
         fields = dict(self.train)
         if self.mod is not None and (self.kv_saving or self.keep_ratio):
-            fields["keep_ratio"] = self.keep(num_layers)
+            fields["keep_ratio"] = self.keep(num_layers, length)
         if self.saving_range is not None:
-            low, high = self.saving_range
-            fields["keep_range"] = (self._keep_at(high, num_layers), self._keep_at(low, num_layers))
+            low, high = (self._keep_at(saving, num_layers, length) for saving in self.saving_range)
+            fields["keep_range"] = (high, low)
         return fields
 
-    def _keep_at(self, kv_saving: float, num_layers: int) -> float:
+    def _keep_at(self, kv_saving: float, num_layers: int, length: float) -> float:
         assert self.mod is not None, self.name
         layers = named_layers(self.mod.get("layers", "alternate"), num_layers)
-        routed = len(MoDConfig(layers=layers).resolve_layers(num_layers))
-        return max(unbounded_keep_ratio(kv_saving, routed, num_layers), 0.01)
+        config = MoDConfig(**{**self.mod, "layers": layers})
+        stored = unbounded_keep_ratio(kv_saving, len(config.resolve_layers(num_layers)), num_layers)
+        return max(keep_beside_recent(stored, recent_share(config, length)), 0.01)
 
 
 def named_layers(layers: Any, num_layers: int) -> Any:
@@ -110,6 +112,20 @@ def _arms() -> Iterator[Arm]:
     yield Arm("mlp-mid", "attention runs, MLPs are left out", {**attn, "skip": "mlp"}, keep_ratio=0.45)
     yield Arm("attn-mid-mlp", "a router each for attention and MLP", attn, mechanism="separate-mlp")
     yield Arm("attn-mid-perlayer", "each layer meets the target itself", attn, {"per_layer": True})
+
+    # ---- every token passes every layer, routers decide about the cache alone
+    kv = {"skip": "kv", "layers": "inner"}
+    yield Arm("kv-mid", "keys and values of the inner layers", kv)
+    yield Arm("kv-all", "of all layers", {**kv, "layers": "all"})
+    yield Arm("kv-alt", "of alternate layers", {**kv, "layers": "alternate"})
+    yield Arm("kv-random-mid", "kept by chance", kv, fixed, mechanism="random")
+    yield Arm("kv-mid-recent32", "a shorter recent past", {**kv, "keep_recent": 32})
+    yield Arm("kv-mid-recent512", "a longer one", {**kv, "keep_recent": 512})
+    yield Arm("kv-mid-half", "weighed in half of the steps, hidden in the others", kv, {"what_if": 0.5})
+    yield Arm("kv-mid-budget", "thresholds follow the gates", kv, {"objective": "budget", "what_if": 0.5})
+    yield Arm("kv-mid-rlr", "routers learn ten times faster", kv, {"router_lr": 3e-3})
+    yield Arm("kv-mid-kl", "KL to the dense base", kv, teacher=1.0)
+    yield Arm("kv-mid-normed", "router reads the normalised stream", kv, mechanism="normed")
 
     # ---- how the target is met
     yield Arm("attn-mid-budget", "thresholds follow the gates", attn, {"objective": "budget"})

@@ -56,7 +56,7 @@ def run_arm(
     config = arm.config(scale.layers)
     name = run_name(arm.name, tokens, seed)
     with contextlib.ExitStack() as stack:
-        fields = arm.training(scale.layers)
+        fields = arm.training(scale.layers, scale.seq_len)
         if config is not None:
             modlab.convert(model, config)
         if arm.mechanism is not None:
@@ -71,7 +71,8 @@ def run_arm(
                 "batch_size": scale.batch_size,
                 "lr": scale.lr,
                 "warmup": 0.02,
-                "what_if": 0.25,  # they cost thrice a packed step at this length
+                # They cost thrice a packed step at this length; where all tokens run anyway, little more.
+                "what_if": 1.0 if config is not None and config.skip == "kv" else 0.25,
                 "seed": seed,
                 "kl": arm.teacher,
                 "log_every": 20,

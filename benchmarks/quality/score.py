@@ -19,7 +19,7 @@ from benchmarks.quality.corpus import Corpus
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.scale import Scale
 from modlab.errors import ModlabError
-from modlab.kv_budget import unbounded_keep_ratio
+from modlab.kv_budget import keep_beside_recent, recent_share, stored_share, unbounded_keep_ratio
 from modlab.measure import calibrate
 from modlab.probes import generation_health, recall, retrieval
 from modlab.routing import is_converted
@@ -58,7 +58,8 @@ def score(
     if not is_converted(model) or arm.mechanism in UNMOVED or arm.mod is None or arm.mod.get("skip") == "mlp":
         return points
     for saving in SAVINGS:
-        keep = unbounded_keep_ratio(saving, len(model.mod.layers), scale.layers)
+        stored = unbounded_keep_ratio(saving, len(model.mod.layers), scale.layers)
+        keep = keep_beside_recent(stored, recent_share(model.mod.config, scale.seq_len))
         if not 0.02 < keep < 0.98:
             continue
         try:
@@ -97,7 +98,10 @@ def _point(model: Any, arm: Arm, corpus: Corpus, scale: Scale, device: str) -> P
             kept[layer] = kept.get(layer, 0.0) + share * found[f"keep_{layer}"]
     total = sum(tokens.values())
     skip = model.mod.config.skip if kept else None
-    stored = dict(kept) if skip in ("layer", "attention") else {}
+    stored = {}
+    if skip != "mlp":
+        recent = recent_share(model.mod.config, scale.seq_len) if kept else 0.0
+        stored = {layer: stored_share(share, recent) for layer, share in kept.items()}
     mlp_kept = {i: float(share) for i, share in getattr(model, "mod_mlp_kept", {}).items()}
     keep_ratio = sum(kept.values()) / len(kept) if kept else 1.0
     return {

@@ -16,6 +16,7 @@ from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexe
 from modlab.cache_argument import CACHE_ARGUMENTS
 from modlab.engine.hooks import is_watched
 from modlab.engine.prefill import LINE_TOKENS
+from modlab.routing import is_converted
 from modlab.routing_table import RoutingTable
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def model_refusal(model: PreTrainedModel) -> str | None:
         return "its weights are spread over several devices"
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
+    if is_converted(model) and model.mod.config.skip == "kv":  # type: ignore[union-attr]
+        return "with skip='kv' its cache drops tokens between steps, which no captured step does"
     windows = attention_windows(model, len(decoder_layers(model)))
     for index, window in windows.items():
         if window is not None:

@@ -2,8 +2,8 @@
 trains it.
 
 Every token passes the layer in full. Who is hidden from whom is one mask: a token attends to kept tokens not
-after it and to its latest `keep_recent` tokens, kept or not. Packed execution (`packed.py`) must agree with it
-within rounding.
+after it and to its latest `keep_recent` tokens, kept or not. Packed execution (`packed.py`) must agree with
+it within rounding.
 
 In a what-if pass a token is not hidden or seen but weighed, so that the loss tells the router what its keys
 and values are worth to later tokens. The weight is a sigmoid of the router's logit with logistic noise at a
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from modlab.arguments import LayerArguments
 from modlab.errors import ModlabError
 from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask, recent_mask
+from modlab.ops.combine import over
 
 if TYPE_CHECKING:
     from modlab.layer import Site
@@ -41,7 +42,7 @@ def run_masked_keys(
     module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
 ) -> tuple[Tensor, Any]:
     """Runs an attention module on all tokens, with the keys of those that are not kept hidden (or, in a
-    what-if pass, weighed). Arguments and result as in `reference.run_masked`.
+    what-if pass, weighed). Arguments and result as in `reference.run_masked`; padding comes out as zero.
     """
     if arguments.cache_name() is not None:
         raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
@@ -61,12 +62,15 @@ def run_masked_keys(
     dtype = arguments.hidden.dtype
     if module.training and site.call.what_if and site.call.override is None:
         visible = masked_reference_mask(real, real, site.window)
+        if torch.is_autocast_enabled(keep.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
+            dtype = torch.get_autocast_dtype(keep.device.type)
         mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
         mask = mask + hidden_share(site).to(mask.dtype)
     else:
         allowed = masked_reference_mask(keep, real, site.window, site.recent)
         mask = as_attention_mask(allowed, site.attention, dtype, given)
-    return arguments.run(dense, {mask_name: mask})
+    y, rest = arguments.run(dense, {mask_name: mask})
+    return torch.where(over(real, y), y, torch.zeros_like(y)), rest
 
 
 def hidden_share(site: Site) -> Tensor:

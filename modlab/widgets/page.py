@@ -112,6 +112,8 @@ def summary(
         "kv_bytes": round(dense / trace.kv_saving) if kv_bytes is None else int(kv_bytes),
         "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
         "token_bytes": 0 if trace.skip == "mlp" else trace.kv_bytes_per_token,
+        "recent": trace.keep_recent,
+        "skip": trace.skip,
         "loss": None if np.isnan(trace.mean_loss) else trace.mean_loss,
         "model": trace.model,
     }

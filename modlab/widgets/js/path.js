@@ -44,6 +44,9 @@ class TokenPath {
   sentence(t) {
     const { store } = this, ran = store.numLayers - store.R + store.count[t], bytes = store.summary.token_bytes;
     const loss = t > 0 && Number.isFinite(store.losses[t]) ? ` Its loss was ${store.losses[t].toFixed(2)} nats.` : "";
+    if (store.summary.skip === "kv")
+      return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran}, ` +
+        `${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}.${loss}` + (store.preview ? " (preview)" : "");
     const left = bytes ? `left keys and values in ${ran} of them, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}`
       : "left keys and values in all of them";
     return `${store.name(t)}, token ${t.toLocaleString("en")}, ran ${ran} of ${store.numLayers} layers and ${left}.${loss}` +
@@ -81,7 +84,7 @@ class TokenPath {
       }
       const ink = dense ? theme.faint : theme.accent;
       node(group, "rect", { x: x(i) - box / 2, y: way - box / 2, width: box, height: box, rx: 3,
-        ...(kept ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
+        ...(kept || store.summary.skip === "kv" ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
       const stays = kept || !store.summary.token_bytes;
       node(group, "rect", { x: x(i) - box / 2, y: cache - 6, width: box, height: 12, rx: 1, ...(stays ? { fill: theme.ink } : { class: "mod-hollow" }) });
       if (i === chosen) node(group, "rect", { x: x(i) - each / 2, y: 2, width: each, height: height - 18, class: "mod-chosen" });

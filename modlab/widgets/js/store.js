@@ -138,7 +138,8 @@ class Store extends Scene {
     const s = this.summary;
     if (!this.preview) return s.kv_bytes;
     if (!s.token_bytes) return s.dense_bytes;
-    return s.token_bytes * this.T * (this.numLayers - this.R + this.keepRatio * this.R);
+    const recent = Math.min(1, (s.recent || 0) / this.T), stored = this.keepRatio + (1 - this.keepRatio) * recent;
+    return s.token_bytes * this.T * (this.numLayers - this.R + stored * this.R);
   }
 
   point(token, layer = -1) { this.selection.set({ token, layer }); }
