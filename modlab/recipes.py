@@ -3,7 +3,7 @@
     mod_config, train_config = modlab.recipe("memory", model, tokens=100_000_000)
     modlab.train(modlab.convert(model, mod_config), rows, train_config)
 
-What each choice rests on is in docs/log.md; the study that is to decide is benchmarks/quality.
+What each choice rests on is in docs/log.md and docs/quality.md; benchmarks/quality is the study that decides.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Recipe:
 RECIPES = {
     "default": Recipe("whole layers, a quarter of the tokens in every other one: 1.6x less K/V, and time"),
     "memory": Recipe(
-        "attention alone, in all layers but the first two and the last: least loss for the K/V saved",
-        {"skip": "attention", "layers": "inner"},
+        "every token passes every layer; in all but the first two and the last, routers decide whose keys and "
+        "values stay in the cache: least loss for the K/V saved, no operations saved",
+        {"skip": "kv", "layers": "inner"},
         kv_saving=1.8,
     ),
     "speed": Recipe(
@@ -61,7 +62,8 @@ def recipe(
     Args:
         name: "default", "memory", "speed" or "paper".
         model: dense, to be converted; its number of layers sets the keep ratio.
-        kv_saving: how many times smaller the K/V cache shall be; the recipe's own by default.
+        kv_saving: how many times smaller the K/V cache shall be; the recipe's own by default. With "memory"
+            in contexts much longer than `MoDConfig.keep_recent`, whose tokens are in the cache anyway.
         **train: further fields of `TrainConfig`, such as `tokens`; they win over the recipe's.
 
     Returns:

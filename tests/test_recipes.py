@@ -35,7 +35,7 @@ def test_what_is_given_wins(make_llama: Any) -> None:
     model = make_llama(num_hidden_layers=8)
     _, config = modlab.recipe("memory", model, steps=7, keep_ratio=0.6, ramp=0.5)
     assert (config.steps, config.keep_ratio, config.ramp) == (7, 0.6, 0.5)
-    assert modlab.recipe("memory", model, steps=7)[0].skip == "attention"
+    assert modlab.recipe("memory", model, steps=7)[0].skip == "kv"
 
 
 def test_refusals_say_what_to_do(make_llama: Any) -> None:
