@@ -192,7 +192,7 @@ class RoutedKeys(RoutedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
-        run = run_masked_keys if self.runs_masked() else run_packed
+        run = run_masked_keys if self.training or self.runs_masked() else run_packed
         return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
 
 

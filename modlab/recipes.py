@@ -36,8 +36,8 @@ class Recipe:
 RECIPES = {
     "default": Recipe("whole layers, a quarter of the tokens in every other one: 1.6x less K/V, and time"),
     "memory": Recipe(
-        "every token passes every layer; in all but the first two and the last, routers decide whose keys and "
-        "values stay in the cache: least loss for the K/V saved, no operations saved",
+        "every token passes every layer; in all but the first two and the last, routers decide whose keys "
+        "and values stay in the cache: least loss for the K/V saved, no operations saved",
         {"skip": "kv", "layers": "inner"},
         kv_saving=1.8,
     ),

@@ -20,6 +20,7 @@ from modlab.cache import RecentLayer
 from modlab.errors import ModlabError
 from modlab.kv_budget import keep_beside_recent, keep_ratio_for, recent_share, stored_share, token_bytes
 from modlab.layer import RoutedKeys
+from modlab.ops import masked_keys
 from modlab.ops.reference import masked_execution
 from modlab.routing import record_routing
 from modlab.train import TrainConfig, train
@@ -206,6 +207,25 @@ def test_a_what_if_pass_tells_routers_what_keys_are_worth(make_llama) -> None:
             router.weight[at] -= sign * step
     # the coins take a sigmoid of fp32 logits: differences are good to a few digits
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(slope[at]), rel=0.02)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_hidden_keys_through_flex_attention(make_llama, monkeypatch, autocast) -> None:
+    """A step of training without weighing; on a CPU without gradients, where flex attention has none."""
+    model = routed(make_llama)
+    scatter_gates(model, 3.0)
+    ids, mask = inputs(model, "left")
+    model.train()
+    model.mod.what_if = False
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = model(ids, attention_mask=mask).logits
+        used = []
+        monkeypatch.setattr(masked_keys, "takes_flex", lambda *_: used.append(True) or True)
+        with torch.compiler.set_stance("force_eager"):
+            got = model(ids, attention_mask=mask).logits
+    assert used
+    rtol, atol = (3e-2, 3e-2) if autocast else (1e-4, 1e-5)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=rtol, atol=atol)
 
 
 def test_tokens_that_can_be_seen_anyway_have_no_say(make_llama) -> None:

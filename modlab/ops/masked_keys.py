@@ -3,7 +3,7 @@ trains it.
 
 Every token passes the layer in full. Who is hidden from whom is one mask: a token attends to kept tokens not
 after it and to its latest `keep_recent` tokens, kept or not. Packed execution (`packed.py`) must agree with
-it within rounding.
+it within rounding. Training runs in this form: it has no cache, and no token to leave out.
 
 In a what-if pass a token is not hidden or seen but weighed, so that the loss tells the router what its keys
 and values are worth to later tokens. The weight is a sigmoid of the router's logit with logistic noise at a
@@ -16,6 +16,7 @@ Shape letters: B batch rows, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from modlab.arguments import LayerArguments
 from modlab.errors import ModlabError
 from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask, recent_mask
 from modlab.ops.combine import over
+from modlab.ops.what_if_attention import flex_attention, takes_flex, what_if_block_mask
 
 if TYPE_CHECKING:
     from modlab.layer import Site
@@ -46,6 +48,7 @@ def run_masked_keys(
     """
     if arguments.cache_name() is not None:
         raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
+    mask: Any
     mask_name = arguments.mask_name()
     if mask_name is None:
         raise ModlabError(f"skip='kv': {type(module).__name__} takes no mask that could hide keys.")
@@ -60,16 +63,21 @@ def run_masked_keys(
     columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
     given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
     dtype = arguments.hidden.dtype
+    attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if module.training and site.call.what_if and site.call.override is None:
         visible = masked_reference_mask(real, real, site.window)
         if torch.is_autocast_enabled(keep.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
             dtype = torch.get_autocast_dtype(keep.device.type)
         mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
         mask = mask + hidden_share(site).to(mask.dtype)
+    elif module.training and takes_flex(site, given, keep.device):
+        mask = what_if_block_mask(keep, real, site.recent)
+        attention = flex_attention(site.routing.model_config)
     else:
         allowed = masked_reference_mask(keep, real, site.window, site.recent)
         mask = as_attention_mask(allowed, site.attention, dtype, given)
-    y, rest = arguments.run(dense, {mask_name: mask})
+    with attention:
+        y, rest = arguments.run(dense, {mask_name: mask})
     return torch.where(over(real, y), y, torch.zeros_like(y)), rest
 
 

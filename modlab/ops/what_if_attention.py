@@ -1,5 +1,5 @@
-"""Attention of a what-if pass when training on a GPU: flex attention, which evaluates the mask's rule in its
-kernel.
+"""Attention of passes in masked form when training on a GPU: flex attention, which evaluates the mask's rule
+in its kernel.
 
 As a tensor [B, 1, T, T] the mask keeps sdpa off its flash kernel and has to be read: at 4,096 tokens a
 what-if pass then takes about three packed ones (H200, docs/log.md). `masked_reference_mask` stays the
@@ -33,7 +33,7 @@ BLOCK = 128
 
 
 def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
-    """Whether a what-if pass of this module may run through transformers' flex attention.
+    """Whether a masked pass of this module may run through transformers' flex attention.
 
     It may where the model says that it can, nothing but the mask decides who sees whom, and the device is a
     GPU (flex attention has no backward pass on a CPU).
@@ -78,14 +78,15 @@ def what_if_attention(
 AttentionInterface.register(NAME, what_if_attention)  # an addition under a new name, once for all passes
 
 
-def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor) -> BlockMask:
-    """`masked_reference_mask` without a window, as a block mask: kept tokens not after the query, and
-    itself.
+def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor, recent: int = 1) -> BlockMask:
+    """`masked_reference_mask` without a window, as a block mask: kept tokens not after the query, its latest
+    `recent` tokens, and itself.
     """
-    visible_BT = keep_BT & real_BT
+    kept_BT = keep_BT & real_BT
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((query >= key) & visible_BT[row, key]) | (query == key)
+        stored = kept_BT[row, key] | ((query - key < recent) & real_BT[row, key])
+        return ((query >= key) & stored) | (query == key)
 
     T = keep_BT.shape[1]
     counts_L, blocks_LL = _causal_blocks(T, keep_BT.device)
