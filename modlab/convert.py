@@ -72,9 +72,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         )
 
     layers = anatomy.decoder_layers(model)
-    indices, windows = routable(model, layers, config)
+    indices, windows, forms = routable(model, layers, config)
     ends = {i: anatomy.branch_ends(model, layers[i]) for i in indices} if _needs_branch_ends(config) else {}
-    forms = _skippable(model, layers, indices, config)
 
     # From here on nothing can fail: a refused conversion has changed nothing.
     _end_fast_generation(model)
@@ -171,11 +170,16 @@ def _needs_branch_ends(config: MoDConfig) -> bool:
 def _skippable(
     model: PreTrainedModel, layers: nn.ModuleList, indices: list[int], config: MoDConfig
 ) -> dict[int, BranchForm]:
-    """The forms of the branch that `config` skips, by layer; one that cannot be skipped alone is refused."""
+    """The form of the branch that `config` skips in each layer where it can be skipped alone; an error if
+    that is none of them, or not one that was named."""
     if config.skip == "layer":
-        return {}
+        return dict.fromkeys(indices, BranchForm())
+    for index in indices:
+        _require(layers[index], config.skip)
     forms = branch_forms(model, layers, indices, config.skip)
     refused = {index: form.cannot_skip for index, form in forms.items() if form.cannot_skip}
+    if isinstance(config.layers, str) and len(refused) < len(forms):
+        return {index: form for index, form in forms.items() if index not in refused}
     for index, reason in refused.items():
         others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
         raise ModlabError(
@@ -196,9 +200,9 @@ def _require(layer: nn.Module, branch: str) -> str:
 
 def routable(
     model: PreTrainedModel, layers: nn.ModuleList, config: MoDConfig
-) -> tuple[list[int], dict[int, int | None]]:
-    """Indices to route and their sliding windows. Layers named one by one must be routable, 'all' means what
-    can be.
+) -> tuple[list[int], dict[int, int | None], dict[int, BranchForm]]:
+    """Indices to route, their sliding windows, and how they use the branch that is skipped. Layers named one
+    by one must be routable, 'all' means what can be.
     """
     windows = anatomy.attention_windows(model, len(layers))
     wanted = config.resolve_layers(len(layers))
@@ -226,7 +230,5 @@ def routable(
             anatomy.NO_ATTENTION
         ]
         raise ModlabError(f"{type(model).__name__} has no routable layers: {', '.join(why)}.")
-    if config.skip != "layer":
-        for index in indices:
-            _require(layers[index], config.skip)
-    return indices, {index: windows[index] for index in indices}  # type: ignore[misc]
+    forms = _skippable(model, layers, indices, config)
+    return list(forms), {index: windows[index] for index in forms}, forms  # type: ignore[misc]

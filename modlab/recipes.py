@@ -94,7 +94,7 @@ def recipe(
         )
     if saving is not None and "keep_ratio" not in fields:
         layers = decoder_layers(model)
-        routed, _ = routable(model, layers, config)
+        routed, _, _ = routable(model, layers, config)
         holding_keys = sum(attention_name(layer) is not None for layer in layers)  # all, but in hybrids
         fields["keep_ratio"] = keep_ratio_for_saving(saving, len(routed), holding_keys)
     train_config = TrainConfig(**fields)

@@ -170,9 +170,10 @@ def test_a_branch_that_cannot_be_skipped_is_refused_and_nothing_changes() -> Non
     with pytest.raises(
         ModlabError, match=r"layer 3 .*Use skip='layer' \(the default\), or leave layers \[3\] out"
     ):
-        modlab.convert(model, modlab.MoDConfig(layers="all", skip="attention"))
+        modlab.convert(model, modlab.MoDConfig(layers=[0, 1, 2, 3], skip="attention"))
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert not modlab.is_converted(model) and all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    modlab.convert(model, modlab.MoDConfig(layers=[0, 1, 2], skip="attention"))
+    modlab.convert(model, modlab.MoDConfig(layers="all", skip="attention"))
+    assert model.mod.layers == [0, 1, 2], "all means those that can be"

@@ -196,24 +196,19 @@ BRANCHES = {
 }
 """type: what it stands for."""
 
-NO_MODULE = "has no mlp module of its own"
+NO_MODULE = "has no MLP module of its own"
 NO_RESIDUAL = "adds the residual itself"
-TEXT_ALONE = "does not run where the input is text alone"
 BERT_LIKE = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie")
 BERT_LIKE += ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")
 BERT_LIKE += ("xlm-roberta", "xlm-roberta-xl", "xmod")
 BART_LIKE = ("bart", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp")
 BART_LIKE += ("opt", "pegasus", "plbart", "trocr", "whisper", "xglm")
 REFUSED_BRANCHES: dict[str, dict[str, str]] = {
-    "attention": dict.fromkeys((*BERT_LIKE, "bloom"), NO_RESIDUAL)
-    | {"gpt_neox_japanese": "layer 3 .* needs what attention returns beside", "mllama": TEXT_ALONE},
+    "attention": dict.fromkeys((*BERT_LIKE, "bloom"), NO_RESIDUAL),
     "mlp": dict.fromkeys((*BERT_LIKE, *BART_LIKE, "ctrl", "nemotron_h"), NO_MODULE)
     | dict.fromkeys(("bloom", "mpt"), NO_RESIDUAL)
-    | {"granitemoehybrid": "a second MLP beside", "mllama": TEXT_ALONE},
-    "kv": {
-        "gpt_neox_japanese": "layer 3 .* needs what attention returns beside",
-        "mllama": TEXT_ALONE,
-    },
+    | {"granitemoehybrid": "a second MLP beside"},
+    "kv": {},
 }
 """By what is skipped, type: a regular expression that its reason must match."""
 
