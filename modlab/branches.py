@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modlab import anatomy
-from modlab.arguments import hidden_name
+from modlab.arguments import LayerArguments, hidden_name
 
 Branch = Literal["attention", "mlp", "kv"]
 """What a token may skip alone: a branch, or the attention's storing of its keys and values."""
@@ -91,9 +91,36 @@ def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
     if in_tuple and not _same_without_extras(call, layer, y, module, form):
         needs = "beside the hidden states" if form.extra_outputs else f"as a {type(output).__name__}"
         return replace(form, cannot_skip=f"the layer needs what {name} returns {needs}")
-    if branch != "kv" and not _gives_zero(module, args, kwargs):
+    if branch == "kv":
+        if not _adds_its_mask(module, args, kwargs):
+            return replace(form, cannot_skip=f"{name} does not add its mask to its scores, to weigh keys by")
+    elif not _gives_zero(module, args, kwargs):
         return replace(form, cannot_skip=f"{name} adds the residual itself, not the layer")
     return form
+
+
+def _adds_its_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the attention has a gradient in the entries of an additive mask; training weighs keys by it."""
+    config = getattr(attention, "config", None)
+    if "flash" in str(getattr(config, "_attn_implementation", "")):
+        return True  # takes no mask at all, which a forward will say
+    arguments = LayerArguments(type(attention), args, kwargs)
+    name = arguments.mask_name()
+    if name is None:
+        return False
+    with torch.enable_grad():
+        hidden = arguments.hidden
+        causal = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=hidden.device).tril()
+        mask = torch.zeros_like(causal, dtype=hidden.dtype).masked_fill(
+            ~causal, torch.finfo(hidden.dtype).min
+        )
+        weights = torch.zeros_like(mask, requires_grad=True)
+        try:
+            out, _ = arguments.run(attention, {name: mask + weights - 0.5})
+            out.float().square().sum().backward()
+        except Exception:  # whatever it makes of such a mask
+            return False
+    return weights.grad is not None and bool(weights.grad[..., -1, :-1].any())
 
 
 def _other_mlps(layer: nn.Module, name: str) -> list[str]:

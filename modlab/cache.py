@@ -352,7 +352,7 @@ class RecentLayer(RaggedLayer):
     others those that are among the latest `keep_recent`.
 
     Tokens that are not kept are swept out now and then, not one by one: after a prefill, and in decoding
-    every 16 tokens or more. Until then the mask hides them.
+    every 16 tokens or 1/32 of what is stored, the larger. Until then the mask hides them.
 
     Args:
         keep_recent: how many of the latest tokens a token may attend to, kept or not; itself counted.
@@ -380,8 +380,12 @@ class RecentLayer(RaggedLayer):
         """As in a `RaggedLayer`, with `kept_RS`, bool, True for tokens that stay; None: all of them."""
         keys_RK = super().stage(rows, columns_RS)
         assert self.kept is not None
-        slots_RS = self._slots(rows, columns_RS.shape[1], staged=True)
-        self.kept[slots_RS] = True if kept_RS is None else kept_RS
+        S = columns_RS.shape[1]
+        if len(rows) == 1:
+            end = self.starts[rows[0]] + self.lengths[rows[0]]
+            self.kept[end - S : end] = True if kept_RS is None else kept_RS[0]
+        else:
+            self.kept[self._slots(rows, S, staged=True)] = True if kept_RS is None else kept_RS
         self.has_skipped |= kept_RS is not None
         return keys_RK
 
@@ -390,6 +394,9 @@ class RecentLayer(RaggedLayer):
         length.
         """
         assert self.kept is not None
+        if len(rows) == 1:
+            start = self.starts[rows[0]]
+            return self.kept[None, start : start + self.lengths[rows[0]]]
         return self.kept[self._key_slots(rows)]
 
     def finish(self) -> None:
@@ -402,24 +409,39 @@ class RecentLayer(RaggedLayer):
         """As in a `RaggedLayer`.
 
         Raises:
-            ModlabError: the next token could attend to tokens that have been swept out.
+            ModlabError: see `check_crop`.
         """
-        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
-        if 0 < target < self.cumulative_length and target - self.keep_recent < self.forgotten:
-            raise ModlabError(
-                f"the cache cannot be cropped to {target} of {self.cumulative_length} tokens: of what the "
-                f"routers do not keep, only the latest {self.keep_recent} are still there. Copy the cache "
-                "before it goes on (copy.deepcopy), or give the prompt anew."
-            )
+        self.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+        if not self.cumulative_length:
+            self._empty()
+            return
         self.swept = min(self.swept, self.cumulative_length)
         recording, self.record_past = self.record_past, False
         self._sweep()
         self.record_past = recording
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuses a crop after which the next token could attend to tokens that have been swept out.
+
+        Raises:
+            ModlabError: says how far back the cache can go.
+        """
+        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
+        if 0 < target < self.cumulative_length and max(target - self.keep_recent, -1) < self.forgotten:
+            raise ModlabError(
+                f"the cache cannot be cropped to {target} of {self.cumulative_length} tokens: of what the "
+                f"routers do not keep, only the latest {self.keep_recent} are still there. Copy the cache "
+                "before it goes on (copy.deepcopy), or give the prompt anew."
+            )
+
     def _sweep(self) -> None:
-        """Drops what is neither kept nor recent, unless that can only be a few tokens."""
-        due = self.cumulative_length - self.swept >= self.slack(self.keep_recent)
+        """Drops what is neither kept nor recent, unless that can only be a few tokens: few against the recent
+        ones, and against all that would have to be moved."""
+        few = max(self.slack(self.keep_recent), self.slack(max(self.lengths, default=0)))
+        due = self.cumulative_length - max(self.swept, self.keep_recent) >= few or (
+            not self.swept and self.cumulative_length > self.keep_recent
+        )
         if not (due and self.has_skipped and self.is_initialized):
             return
         first = not self.swept
@@ -493,6 +515,17 @@ class RaggedCache(Cache):
             if isinstance(layer, DynamicLayer):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` columns of all layers, or of none.
+
+        Raises:
+            ModlabError: a layer could not go on from there (`RecentLayer.check_crop`).
+        """
+        for layer in self.layers:
+            if isinstance(layer, RecentLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def check_batch(self, rows: int) -> None:
         """An error unless the cache is empty or holds that many rows."""

@@ -55,8 +55,7 @@ def model_card(model: Any, name: str, evaluation: Evaluation | None = None) -> s
         f"# {name}",
         OURS,
         f"A Mixture-of-Depths version{base}: in {len(routing.layers)} of its {routing.num_layers} layers a "
-        f"router decides for each token whether it runs through the layer or skips it. A skipped token "
-        f"leaves no keys and values there ([MoDification]({PAPER})).",
+        f"router decides for each token {_decides(config)} ([MoDification]({PAPER})).",
         "| | |\n|---|---|\n"
         f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
         f"| routing | {config.operator}, skips {config.skip}, gate {config.gate} |\n"
@@ -69,6 +68,18 @@ def model_card(model: Any, name: str, evaluation: Evaluation | None = None) -> s
         "(`pip install modlab`) plain transformers loads the dense model from the same files.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"))
+
+
+def _decides(config: MoDConfig) -> str:
+    """What a router decides, in half a sentence."""
+    if config.skip == "kv":
+        return (
+            f"whether its keys and values stay in the cache beyond the latest {config.keep_recent} tokens. "
+            "All tokens pass all layers"
+        )
+    what = {"layer": "the layer", "attention": "the layer's attention", "mlp": "the layer's MLP"}[config.skip]
+    left = "" if config.skip == "mlp" else ". A skipped token leaves no keys and values there"
+    return f"whether it runs through {what} or skips it{left}"
 
 
 def _figures(evaluation: Evaluation | None) -> str:

@@ -42,7 +42,10 @@ class RoutedModel(RoutedModule):
                 "modlab.revert(model) first."
             )
         model: Any = self
-        model_kwargs[cache_argument(model)] = RaggedCache(model)
+        cache = RaggedCache(model)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()  # as transformers does: what it drafts in vain is cropped away
+        model_kwargs[cache_argument(model)] = cache
         return None
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,8 @@ from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.routing import routing_of
 
-INDEX_BYTES = 4  # a ragged cache notes the position of every key it keeps
+INDEX_BYTES = 4  # a ragged cache notes the position of every key it stores
+KEPT_BYTES = 1  # and with skip="kv" whether it is kept
 MIB = 2**20
 
 
@@ -20,7 +21,8 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     """The mean keep ratio of the routed layers at which the cache of `context` tokens takes `kv_mib` MiB.
 
     Layers with a sliding window are counted as if they kept everything: they take less. Free places that a
-    growing cache keeps for coming tokens are not counted.
+    growing cache keeps for coming tokens are not counted, nor with skip="kv" the few that wait to be swept
+    out.
 
     Args:
         model: a converted model.
@@ -46,7 +48,7 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     each = token_bytes(model)
     tokens, routed = context * batch, len(routing.layers)
     dense = tokens * each * (routing.num_layers - routed)
-    ragged = tokens * (each + INDEX_BYTES) * routed
+    ragged = tokens * (each + index_bytes(routing.config.skip)) * routed
     recent = recent_share(routing.config, context)
     ratio = keep_beside_recent((kv_mib * MIB - dense) / ragged, recent)
     if ratio >= 1:
@@ -95,8 +97,14 @@ def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int) -> floa
 
 
 def recent_share(config: MoDConfig, context: float) -> float:
-    """Share of a context that is in the cache whether kept or not: its latest tokens, with skip="kv"."""
-    return min(1.0, config.keep_recent / context) if config.skip == "kv" else 0.0
+    """Share of a context that is in the cache whether kept or not: with skip="kv" what the next token, one of
+    its own latest `keep_recent`, may attend to."""
+    return min(1.0, (config.keep_recent - 1) / context) if config.skip == "kv" else 0.0
+
+
+def index_bytes(skip: str) -> int:
+    """Bytes beside K and V that a routed layer's cache holds for a token."""
+    return INDEX_BYTES + KEPT_BYTES * (skip == "kv")
 
 
 def stored_share(keep_ratio: float, recent: float) -> float:

@@ -53,7 +53,7 @@ class RoutingStep:
     Attributes:
         gate: sigmoid of the router logit, fp32.
         logit: router logit, fp32.
-        keep: True where the layer ran for the token.
+        keep: True where the layer ran for the token (with skip="kv", where its keys and values stay).
         real: True where the token is not padding.
         position_ids: index of the token among the real tokens of its row, -1 for leading padding.
     """

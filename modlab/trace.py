@@ -51,7 +51,8 @@ class RoutingTrace:
         model: a name to show.
         skip: what a skipped token skips: "layer", "attention", "mlp" (then K/V stay, and nothing is saved),
             or "kv", its place in the cache alone.
-        keep_recent: with "kv", how many of the latest tokens are in the cache, kept or not; else 0.
+        keep_recent: with "kv", how many of the latest tokens are in the cache at the end of the text, kept or
+            not; else 0.
     """
 
     tokens: list[str]
@@ -95,7 +96,7 @@ class RoutingTrace:
 
     @property
     def keep_ratio(self) -> NDArray[np.float64]:
-        """float64[R]: share of the tokens that each routed layer ran."""
+        """float64[R]: share of the tokens that each routed layer kept."""
         return self.keep.mean(axis=1)
 
     @property
@@ -156,6 +157,7 @@ class RoutingTrace:
             gate=self.gate[:, chosen],
             keep=self.keep[:, chosen],
             keep_first=max(0, self.keep_first - chosen.start),
+            keep_recent=max(0, self.keep_recent - (len(self.tokens) - chosen.stop)),
             loss=self.loss[chosen],
         )
 
@@ -274,7 +276,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
         kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
         model=model_name(model),
         skip=routing.config.skip,
-        keep_recent=routing.config.keep_recent if routing.config.skip == "kv" else 0,
+        keep_recent=routing.config.keep_recent - 1 if routing.config.skip == "kv" else 0,
     ), output
 
 

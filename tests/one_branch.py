@@ -66,6 +66,7 @@ def prove_one_branch(model_type: str, skip: Any) -> None:
     if skip == "kv":  # what that is by hand, tests/test_kept_keys.py tells of the attention alone
         if batch.difference(masked_BTV[: len(dense_BTV)], dense_BTV) < 10 * TOLERANCE:
             raise Unproven("hiding keys does not change the logits")
+        learns(batch, branch)
         return
     for layer in branch.mod.layers:
         keep_BT = some_tokens(layer, torch.empty(0), batch.positions_BT)
@@ -78,6 +79,17 @@ def prove_one_branch(model_type: str, skip: Any) -> None:
         batch.agree(
             f"layer {layer} differs from a computation by hand", got_BTD[rows], by_hand_BTD[rows], TOLERANCE
         )
+
+
+@torch.enable_grad()
+def learns(batch: Batch, model: Any) -> None:
+    """A what-if pass gives every router a gradient."""
+    batch.model = model.train()
+    batch.logits().square().sum().backward()
+    for index in model.mod.layers:
+        gradient = decoder_layers(model)[index].mod_router.weight.grad
+        if gradient is None or not gradient.any() or not gradient.isfinite().all():
+            raise Unproven(f"the router of layer {index} gets no gradient, or none that is finite")
 
 
 def no_token(layer_idx: int, gate_BT: Tensor, position_ids_BT: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ REFUSED_BRANCHES: dict[str, dict[str, str]] = {
     "mlp": dict.fromkeys((*BERT_LIKE, *BART_LIKE, "ctrl", "nemotron_h"), NO_MODULE)
     | dict.fromkeys(("bloom", "mpt"), NO_RESIDUAL)
     | {"granitemoehybrid": "a second MLP beside"},
-    "kv": {},
+    "kv": dict.fromkeys(("mpt", "doge"), "does not add its mask"),
 }
 """By what is skipped, type: a regular expression that its reason must match."""
 

@@ -7,6 +7,7 @@ Shape letters: B rows, T tokens, L layers.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from modlab.cache import RecentLayer
 from modlab.errors import ModlabError
 from modlab.kv_budget import keep_beside_recent, keep_ratio_for, recent_share, stored_share, token_bytes
 from modlab.layer import RoutedKeys
-from modlab.ops import masked_keys
+from modlab.ops import masked_keys, packed
 from modlab.ops.reference import masked_execution
 from modlab.routing import record_routing
+from modlab.tiny_models import tiny_model
 from modlab.train import TrainConfig, train
 from modlab.train_step import evaluate
 
@@ -124,8 +126,10 @@ def test_nothing_of_a_forgotten_token_is_read(make_llama) -> None:
     model = routed(make_llama)
     ids, mask = inputs(model, "left")
     with modlab.routing_override(model, random_routing(0.3)):
-        out = model(ids[:, :24], attention_mask=mask[:, :24], use_cache=True)
+        out = model(ids[:, :18], attention_mask=mask[:, :18], use_cache=True)
         cache = out.past_key_values
+        for t in range(18, 24):  # too few for a sweep
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
         expected = model(
             ids[:, 24:25], attention_mask=mask[:, :25], past_key_values=copy.deepcopy(cache)
         ).logits
@@ -134,6 +138,7 @@ def test_nothing_of_a_forgotten_token_is_read(make_llama) -> None:
             used = torch.zeros_like(hidden)
             for start, n in zip(layer.starts, layer.lengths, strict=True):
                 used[start : start + n] = True
+            assert (hidden & used).any() and (~used).any()
             layer.keys[:, hidden & used], layer.values[:, hidden & used] = 1e4, -1e4
             layer.keys[:, ~used], layer.values[:, ~used] = torch.nan, torch.nan
         got = model(ids[:, 24:25], attention_mask=mask[:, :25], past_key_values=cache).logits
@@ -154,32 +159,70 @@ def test_generation_with_the_cache_is_generation_without(make_llama, settings) -
     assert torch.equal(generated(model, **settings), generated(model, use_cache=False, **settings))
 
 
-def test_assisted_decoding_crops_the_cache(make_llama) -> None:
-    model, draft = routed(make_llama), make_llama(num_hidden_layers=1)
+@pytest.mark.parametrize("recent", [RECENT, 128])
+@pytest.mark.parametrize("length", [3, 33])
+@pytest.mark.parametrize("drafts", ["dense", "routed", "prompt"])
+def test_assisted_decoding_crops_the_cache(make_llama, drafts, length, recent) -> None:
+    model = routed(make_llama, keep_recent=recent)
     scatter_gates(model, 3.0)
-    ids, _ = inputs(model, "one row")
+    draft = make_llama(num_hidden_layers=1, seed=1)
+    if drafts == "routed":
+        modlab.convert(draft, modlab.MoDConfig(skip="kv", layers="all", keep_recent=recent, keep_first=0))
+        scatter_gates(draft, 3.0)
+    ids = inputs(model, "one row")[0][:, :length]
     settings = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, **settings)
-    assert torch.equal(model.generate(ids, assistant_model=draft, **settings), plain)
+    assistant = {"prompt_lookup_num_tokens": 3} if drafts == "prompt" else {"assistant_model": draft}
+    assert torch.equal(model.generate(ids, **assistant, **settings), plain)
 
 
 @torch.no_grad()
-def test_a_crop_that_needs_forgotten_tokens_is_refused(make_llama) -> None:
-    model = routed(make_llama)
+def test_a_crop_that_needs_forgotten_tokens_is_refused_by_all_layers(make_llama) -> None:
+    model = routed(make_llama, layers=[1, 4])
     ids = torch.arange(3, 3 + LONG)[None] % 90 + 3
     with modlab.routing_override(model, random_routing(0.3)):
         cache = model(ids[:, :60], use_cache=True).past_key_values
-        copied = copy.deepcopy(cache)
-        with pytest.raises(ModlabError, match=r"cannot be cropped to 50 of 60 .*latest 5"):
-            cache.crop(50)
-        # What the prefill has not swept out is still there: 60 - 5 columns are forgotten, at 60 it is whole.
-        copied.crop(60)
-        again = model(ids[:, 60:61], past_key_values=copied).logits
+        for wanted in (50, -10):
+            with pytest.raises(ModlabError, match=r"cannot be cropped to 50 of 60 .*latest 5"):
+                cache.crop(wanted)
+        for t in range(60, 66):
+            assert all(layer.get_seq_length() == t for layer in cache.layers)
+            model(ids[:, t : t + 1], past_key_values=cache)
+        cache.crop(-6)  # nothing was swept since: back to where the prefill ended
+        again = model(ids[:, 60:61], past_key_values=cache).logits
         whole = model(ids[:, :61], use_cache=False).logits[:, -1:]
-    torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-5)
-    layer = RecentLayer(RECENT)
-    layer.crop(0)
-    assert layer.get_seq_length() == 0
+        torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-5)
+        cache.crop(-61)
+        assert cache.get_seq_length() == 0
+        assert all(layer.keys is None for layer in cache.layers if isinstance(layer, RecentLayer))
+        again = model(ids[:, :20], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(again, model(ids[:, :20], use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_open_gates_can_be_cropped_anywhere(make_llama) -> None:
+    model = routed(make_llama, keep_recent=128)
+    ids = torch.arange(3, 3 + LONG)[None] % 90 + 3
+    cache = model(ids[:, :60], use_cache=True).past_key_values
+    cache.crop(-40)
+    assert cache.get_seq_length() == 20
+
+
+@torch.no_grad()
+def test_a_long_prompt_runs_in_chunks(make_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed(make_llama)
+    ids, mask = inputs(model, "left")
+    seen: list[int] = []
+    monkeypatch.setattr(packed, "CHUNK", 7)
+    hook = model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0].shape[1])
+    )
+    with modlab.routing_override(model, random_routing(0.3)):
+        got = model(ids, attention_mask=mask, use_cache=True)
+        hook.remove()
+        assert max(seen) == 7 and len(seen) > 5
+        whole = model(ids, attention_mask=mask, use_cache=False)
+    assert_same(got.logits, whole.logits, mask)
 
 
 def test_a_what_if_pass_tells_routers_what_keys_are_worth(make_llama) -> None:
@@ -226,6 +269,45 @@ def test_hidden_keys_through_flex_attention(make_llama, monkeypatch, autocast) -
     assert used
     rtol, atol = (3e-2, 3e-2) if autocast else (1e-4, 1e-5)
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=rtol, atol=atol)
+
+
+def test_coins_are_weighted_by_the_threshold(make_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the gate lies above the threshold, a key is more often seen than not."""
+    model = routed(make_llama, layers=[1])
+    ids, _ = inputs(model, "none")
+    model.train()
+    noted: list[Tensor] = []
+    real = masked_keys.log_weights
+
+    def note(*arguments: Any) -> Tensor:
+        noted.append(real(*arguments))
+        return noted[-1]
+
+    monkeypatch.setattr(masked_keys, "log_weights", note)
+    seen: dict[float, float] = {}
+    for p in (0.1, 0.88, 0.99):
+        modlab.set_threshold(model, p)
+        noted.clear()
+        model(ids, use_cache=False)
+        past = noted[0][:, 0, -1, :-RECENT]
+        seen[p] = float((past > math.log(0.5)).float().mean())
+    assert seen[0.1] > 0.9 and 0.2 < seen[0.88] < 0.8 and seen[0.99] < 0.3, seen
+
+
+def test_every_step_has_the_routers_in_its_graph(make_llama) -> None:
+    """DistributedDataParallel counts on it."""
+    model = routed(make_llama)
+    ids, _ = inputs(model, "none")
+    model.train()
+    model.mod.what_if = False
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(layer.mod_router.weight.grad is not None for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("name", ["mpt", "doge"])
+def test_attention_that_cannot_weigh_keys_is_refused(name: str) -> None:
+    with pytest.raises(ModlabError, match="does not add its mask to its scores"):
+        modlab.convert(tiny_model(name), modlab.MoDConfig(skip="kv"))
 
 
 def test_tokens_that_can_be_seen_anyway_have_no_say(make_llama) -> None:
@@ -285,7 +367,7 @@ def test_fast_generation_says_why_not(make_llama) -> None:
 
 def test_savings_count_the_recent_tokens(make_llama) -> None:
     config = modlab.MoDConfig(skip="kv", keep_recent=128)
-    assert recent_share(config, 1024) == 0.125 and recent_share(config, 64) == 1.0
+    assert recent_share(config, 1016) == 0.125 and recent_share(config, 64) == 1.0
     assert recent_share(modlab.MoDConfig(), 1024) == 0.0
     stored = stored_share(0.4, 0.125)
     assert stored == pytest.approx(0.4 + 0.6 * 0.125)
@@ -295,10 +377,13 @@ def test_savings_count_the_recent_tokens(make_llama) -> None:
     keep[:, :10] = True
     trace = make_trace(keep=keep, skip="kv", keep_recent=20)
     assert trace.kv_saving == pytest.approx(6 / (3 + 3 * 0.5))
+    assert trace.part(0, 20).kv_saving == pytest.approx(6 / (3 + 3 * 0.5)), (
+        "its latest tokens are not the text's"
+    )
 
     model = routed(make_llama, keep_recent=16)
-    each = token_bytes(model) + 4
+    each = token_bytes(model) + 5
     ratio = keep_ratio_for(model, kv_mib=model.mod.num_layers * 256 * each * 0.5 / 2**20, context=256)
-    assert stored_share(ratio, 16 / 256) == pytest.approx(0.5)
+    assert stored_share(ratio, 15 / 256) == pytest.approx(0.5)
     with pytest.raises(ModlabError, match="and the latest tokens"):
         keep_ratio_for(model, kv_mib=model.mod.num_layers * 256 * each * 0.05 / 2**20, context=256)

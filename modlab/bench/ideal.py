@@ -21,7 +21,8 @@ def layer_weights(config: Any) -> tuple[int, int]:
 
 
 def shares(share: float, skip: str) -> tuple[float, float]:
-    """Shares of the tokens that run (attention, MLP) when routers that keep `share` leave out `skip`."""
+    """Shares of the tokens that run (attention, MLP) when routers that keep `share` leave out `skip`: a
+    layer, an attention or an MLP."""
     return (1.0 if skip == "mlp" else share), (1.0 if skip == "attention" else share)
 
 

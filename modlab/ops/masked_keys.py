@@ -6,10 +6,10 @@ after it and to its latest `keep_recent` tokens, kept or not. Packed execution (
 it within rounding. Training runs in this form: it has no cache, and no token to leave out.
 
 In a what-if pass a token is not hidden or seen but weighed, so that the loss tells the router what its keys
-and values are worth to later tokens. The weight is a sigmoid of the router's logit with logistic noise at a
-low temperature, a relaxed coin with the gate as its odds (Maddison et al., arXiv 1611.00712); DMS (arXiv
-2506.05345) trains evictions from a cache that way. Beyond the recent tokens its logarithm is added to the
-attention scores.
+and values are worth to later tokens. The weight is a sigmoid of the router's logit above the threshold's,
+with logistic noise and at a low temperature: a relaxed coin whose odds are the gate, where p = 0.5 (Maddison
+et al., arXiv 1611.00712); DMS (arXiv 2506.05345) trains evictions from a cache that way. Beyond the recent
+tokens its logarithm is added to the attention scores.
 
 Shape letters: B batch rows, T tokens.
 """
@@ -17,6 +17,7 @@ Shape letters: B batch rows, T tokens.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 TEMPERATURE = 0.3
 """Of the relaxed coin: towards 0 it falls on its faces, and hands less gradient to the router."""
 
-LEAST_LOG_WEIGHT = -20.0
-"""At most this much is taken off a score: a weight of 2e-9, and a gradient that stays finite."""
+LEAST_LOG_WEIGHT = -1e4
+"""At most this much is taken off a score; fp16 holds it."""
 
 
 def run_masked_keys(
@@ -64,12 +65,13 @@ def run_masked_keys(
     given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
     dtype = arguments.hidden.dtype
     attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if module.training and site.call.what_if and site.call.override is None:
+    weighs = module.training and site.call.what_if and site.call.override is None
+    if weighs:
         visible = masked_reference_mask(real, real, site.window)
         if torch.is_autocast_enabled(keep.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
             dtype = torch.get_autocast_dtype(keep.device.type)
         mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
-        mask = mask + hidden_share(site).to(mask.dtype)
+        mask = mask + log_weights(site, mask.dtype)
     elif module.training and takes_flex(site, given, keep.device):
         mask = what_if_block_mask(keep, real, site.recent)
         attention = flex_attention(site.routing.model_config)
@@ -78,19 +80,24 @@ def run_masked_keys(
         mask = as_attention_mask(allowed, site.attention, dtype, given)
     with attention:
         y, rest = arguments.run(dense, {mask_name: mask})
-    return torch.where(over(real, y), y, torch.zeros_like(y)), rest
+    y = torch.where(over(real, y), y, torch.zeros_like(y))
+    if module.training and not weighs:
+        # DistributedDataParallel wants every parameter in the graph of every step.
+        y = y + (0.0 * site.decision.logit.sum()).to(y.dtype)
+    return y, rest
 
 
-def hidden_share(site: Site) -> Tensor:
+def log_weights(site: Site, dtype: torch.dtype) -> Tensor:
     """What a what-if pass adds to the attention scores: the logarithm of each key's weight, 0 for recent and
-    for protected ones; fp32 [B, 1, T, T], with gradient."""
+    for protected ones; [B, 1, T, T], with gradient."""
     assert site.recent is not None
-    logit = site.decision.logit
+    p = site.call.thresholds[site.layer_idx]
+    logit = site.decision.logit - math.log(p / (1 - p))
     uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)
     log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)
     protected = site.call.position_ids < site.routing.config.keep_first
-    log_weight = log_weight.masked_fill(protected, 0.0)
+    log_weight = log_weight.masked_fill(protected, 0.0).to(dtype)  # before it gets as large as the mask
     columns = site.call.columns[None]
     recent = recent_mask(columns, columns, site.recent)
-    return torch.where(recent, 0.0, log_weight[:, None, None, :])
+    return torch.where(recent, torch.zeros((), dtype=dtype, device=recent.device), log_weight[:, None, None])

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from modlab.layer import Site
 
 
+CHUNK = 1024
+"""Tokens of a prompt that run at once where a mask hides keys from them."""
+
+
 @dataclass
 class Group:
     """Rows that run in one call: `index_RS` holds the time positions of their kept tokens.
@@ -131,6 +135,8 @@ def _run_groups(
         groups = exact_groups(runs, counts, one_row_each=single)
     for group in groups:
         group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
+    if site.recent is not None and layer is not None:
+        groups = [part for group in groups for part in _in_chunks(group)]
     rest: Any = site.empty_rest
     if not groups and site.residual:
         return x_BTD, rest
@@ -216,6 +222,17 @@ def _group_mask(
         # pack.
         allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
     return as_attention_mask(allowed, site.attention, dtype, values)
+
+
+def _in_chunks(group: Group) -> list[Group]:
+    """A group whose keys are hidden by a mask, cut along its tokens: a mask of all of them would be as large
+    as the square of the prompt. Each chunk meets the keys of those before it in the cache."""
+    if group.keeps_all or group.index_RS.shape[1] <= CHUNK:
+        return [group]
+    return [
+        Group(group.rows, index_RS, group.padded, group.keeps_all)
+        for index_RS in group.index_RS.split(CHUNK, dim=1)
+    ]
 
 
 def _counts(site: Site) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ import traitlets as t
 
 from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
-from modlab.kv_budget import INDEX_BYTES, MIB, keep_ratio_for
+from modlab.kv_budget import MIB, index_bytes, keep_ratio_for
 from modlab.trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
@@ -40,12 +40,12 @@ class SteeredView(MeasuredView):
         routed = len(trace.layers)
         each = trace.kv_bytes_per_token
         dense = (trace.num_layers - routed) * each
-        quarter = dense + 0.25 * routed * (each + INDEX_BYTES)
+        quarter = dense + 0.25 * routed * (each + index_bytes(trace.skip))
         self.budget = {
             "mib": float(f"{quarter * context / MIB:.3g}"),
             "context": context,
             "token_bytes": 0 if trace.skip == "mlp" else each,
-            "index_bytes": INDEX_BYTES,
+            "index_bytes": index_bytes(trace.skip),
             "sample": self._texts is not None,
         }
 

@@ -76,7 +76,7 @@ class Picture:
 
 
 def heatmap_png(trace: RoutingTrace, points: list[dict[str, float]] | None = None, width: int = 960) -> bytes:
-    """Tokens by layers, a full cell where the layer ran the token and a thin line where it passed by.
+    """Tokens by layers, a full cell where the layer kept the token and a thin line where it did not.
 
     A long text goes on in further bands, at most as many as stay readable; the heading tells if it was cut.
     points: of `page.curve`, drawn below if there are two or more.

@@ -193,7 +193,7 @@ class TraceView(_Routed):
 
 
 class RoutingHeatmap(TraceView):
-    """Tokens by layers on a canvas: full cells ran, thin lines passed by, colour is the gate.
+    """Tokens by layers on a canvas: full cells were kept, thin lines were not, colour is the gate.
 
     Zoom with + and -, 0 for all tokens, or Ctrl and the wheel.
     """
