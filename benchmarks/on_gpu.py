@@ -1,7 +1,7 @@
 """Everything that is measured on GPUs, in one run with a time limit: steps in lanes, one lane a GPU.
 
     python -m benchmarks.on_gpu --out build/measured --seconds 590 --commit HASH 0:tests,speed 1:corpus,base
-    python -m benchmarks.on_gpu --out build/measured --seconds 590 --commit HASH all:arms
+    python -m benchmarks.on_gpu --out build/measured --seconds 590 --commit HASH all:base,arms
 
 The steps of a lane run one after the other, lanes side by side. What is not done by the limit is ended. The
 study's steps go on where they stopped when they are named again; all logs and results are packed into
@@ -46,9 +46,11 @@ class Lanes:
         self.deadline = time.monotonic() + seconds
         self.outcomes: dict[str, str] = {}
 
-    def command(self, step: str) -> list[str]:
-        """The command of a step, with what all commands of its kind are told."""
-        command = [sys.executable, *STEPS[step]]
+    def command(self, step: str, gpus: int = 1) -> list[str]:
+        """The command of a step, with what all commands of its kind are told. The base trains on several GPUs
+        in as many processes."""
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(gpus)]
+        command = [sys.executable, *(launch if step == "base" and gpus > 1 else []), *STEPS[step]]
         if STEPS[step][:2] == STUDY:
             command += self.study
             if step == "arms":
@@ -62,6 +64,7 @@ class Lanes:
     def run(self, gpu: str, steps: list[str]) -> None:
         """One lane, on GPU number `gpu`, or on "all"."""
         environment = dict(os.environ)
+        gpus = _gpu_count() if gpu == "all" else 1
         if gpu != "all":
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         for step in steps:
@@ -71,7 +74,7 @@ class Lanes:
             begun = time.monotonic()
             with open(self.out / f"{step}.log", "w") as log:
                 process = subprocess.Popen(
-                    self.command(step),
+                    self.command(step, gpus),
                     cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
                 try:
@@ -85,6 +88,12 @@ class Lanes:
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def parsed_lane(text: str) -> tuple[str, list[str]]:

@@ -44,6 +44,15 @@ def test_every_step_is_told_where_its_results_go(tmp_path: Path) -> None:
     assert arms[-6:-4] == ["--results", "elsewhere"] and arms[-2:] == ["--commit", "abc"]
     assert 9 < float(arms[arms.index("--minutes") + 1]) < 10
     assert "abc" not in lanes.command("base") + lanes.command("tests")
+    assert lanes.command("base", gpus=2)[1:6] == [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    assert lanes.command("base", gpus=2)[6:9] == ["-m", "benchmarks.quality", "base"]
+    assert "accelerate.commands.launch" not in lanes.command("arms", gpus=2)
 
 
 @pytest.mark.parametrize("lane", ["0:nothing", "speed", "x:speed", "0:"])
