@@ -229,7 +229,7 @@ def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tm
     assert log[-1]["step"] == 4 and log[-1]["eval_loss"] > 0
     model, tokenizer = modlab.load(tmp_path / "run" / "model")
     assert model.mod.layers == [2, 3, 4] and tokenizer is not None
-    assert model.mod.config.skip == "attention"
+    assert model.mod.config.skip == "kv"
 
     again = modlab_process(*words, cwd=tmp_path)
     assert again.returncode == 2 and "already holds a run" in again.stderr

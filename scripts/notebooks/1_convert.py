@@ -190,6 +190,10 @@ figure
 # The paper multiplies what a layer adds by the gate. With a gate of 0.5 that halves every routed layer at
 # the start, and training has to repair it first. modlab's default lets the gate decide, and passes a kept
 # token through at full strength. The table says what each form does to this text on the spot.
+#
+# `skip` says what a token leaves out: the layer, its attention, its MLP, or with `"kv"` only its place in
+# the cache. It then passes the layer in full, and its keys and values are dropped once `keep_recent` more
+# tokens have come: memory is saved, operations are not.
 
 # %%
 FORMS = {
@@ -197,6 +201,7 @@ FORMS = {
     'MoDConfig(layers="all")': modlab.MoDConfig(layers="all"),
     'MoDConfig(skip="attention")': modlab.MoDConfig(skip="attention"),
     'MoDConfig(skip="mlp")': modlab.MoDConfig(skip="mlp"),
+    'MoDConfig(skip="kv")': modlab.MoDConfig(skip="kv"),
     "MoDConfig.topk()": modlab.MoDConfig.topk(),
     "MoDConfig.paper()": modlab.MoDConfig.paper(),
 }
