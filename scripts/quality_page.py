@@ -34,19 +34,20 @@ FAMILIES = {  # colours told apart by colour-blind people; a shape for each, too
     "layer": ("#0072b2", "circle"),
     "attn": ("#009e73", "diamond"),
     "mlp": ("#e69f00", "triangle-up"),
+    "kv": ("#56b4e9", "hexagon"),
     "dense": ("#000000", "line-ew"),
 }
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of each arm, budget and point."""
+    """Mean, standard deviation and number of runs (seeds, bases) of each arm, budget and point."""
     keys = ["arm", "tokens", "point"]
     measures = ["gap", "kv_saving", "flops_share", "keep_ratio", "recall_gap", "asked_keep_ratio"]
     rows = rows.astype(dict.fromkeys(measures, float))
     groups = rows.groupby(keys, sort=False)
     out = groups[measures].mean()
     out["gap_sd"] = groups["gap"].std()
-    out["seeds"] = groups.size()
+    out["runs"] = groups.size()
     return out.reset_index()
 
 
@@ -86,14 +87,14 @@ def number(value: Any, form: str = ".3f") -> str:
 def trained_table(table: pd.DataFrame) -> list[str]:
     """Each arm where its training ended."""
     lines = [
-        "| arm | what it tells | seeds | KV saving | FLOPs | gap | recall gap | keep asked / got |",
+        "| arm | what it tells | runs | KV saving | FLOPs | gap | recall gap | keep asked / got |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table[table.point == "trained"].sort_values("gap").itertuples():
-        spread = f" ± {row.gap_sd:.3f}" if row.seeds > 1 else ""
+        spread = f" ± {row.gap_sd:.3f}" if row.runs > 1 else ""
         why = ARMS[row.arm].why if row.arm in ARMS else ""
         lines.append(
-            f"| {row.arm} | {why} | {row.seeds} | {row.kv_saving:.2f}x | {row.flops_share:.2f} | "
+            f"| {row.arm} | {why} | {row.runs} | {row.kv_saving:.2f}x | {row.flops_share:.2f} | "
             f"{number(row.gap)}{spread} | {number(row.recall_gap)} | "
             f"{number(row.asked_keep_ratio)} / {row.keep_ratio:.3f} |"
         )
@@ -117,12 +118,13 @@ def page(result: dict[str, Any], docs: Path) -> str:
         "# Quality: what conversion costs, by recipe",
         "",
         "Written by `python scripts/quality_page.py` from the committed result file; every run's own record",
-        "lies in `benchmarks/results/quality/`.",
+        "lies in `benchmarks/results/quality/`, in a folder for each base.",
         "",
         f"{result['device_name']}, {result['dtype']}, torch {result['versions']['torch']}, "
         f"{result['date'][:10]}. Made by `{result['command']}`.",
         "",
-        "Every arm starts from the same dense base and sees the same tokens in the same order. The gap is",
+        "Every arm starts from a dense base and sees the same tokens in the same order (bases of different",
+        "days are trained alike, and a run is compared with its own base's continuation). The gap is",
         "the loss on held-out text above that of the base trained on for as long (dense continuation), in",
         "nats a token, with hard routing by the packed code that users run. The recall gap is the same for",
         "the second copy of a passage, read 2,048 tokens after the first one (or as far as the context",

@@ -16,7 +16,7 @@ import modlab
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.mechanisms import MECHANISMS
-from benchmarks.quality.report import rows_of
+from benchmarks.quality.report import read_runs, rows_of
 from modlab.kv_budget import unbounded_keep_ratio
 from modlab.routing import routing_override
 from modlab.train import TrainConfig, train
@@ -178,6 +178,17 @@ def test_rows_compare_with_the_dense_run_of_the_same_seed() -> None:
     assert [rows["a", seed]["gap"] for seed in (0, 1, 2)] == [0.25, 0.5, 1.5]
     assert rows["a", 0]["recall_gap"] == pytest.approx(0.05)
     assert rows["dense", 0]["gap"] == 0.0 and rows["a", 1]["recall_gap"] is None
+
+
+def test_runs_compare_with_the_continuation_of_their_own_base(tmp_path: Path) -> None:
+    for base, loss in (("monday", 1.0), ("friday", 1.5)):
+        (tmp_path / base).mkdir()
+        for arm, gap in (("dense", 0.0), ("a", 0.25)):
+            (tmp_path / base / f"{arm}.json").write_text(json.dumps(run_of(arm, loss + gap)))
+    rows = rows_of(read_runs(tmp_path))
+    assert {(row["base"], row["arm"], row["gap"]) for row in rows} == {
+        (base, arm, gap) for base in ("monday", "friday") for arm, gap in (("dense", 0.0), ("a", 0.25))
+    }
 
 
 def test_the_page_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,22 @@ RECALL_AT = 2048  # tokens between the copies, for the one figure of a row
 
 
 def read_runs(folder: Path) -> list[Row]:
-    """Every run's record, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """Every run's record, in the order of their names. Runs of one base lie in one folder, here or below."""
+    return [
+        json.loads(path.read_text()) | {"base": path.parent.relative_to(folder).as_posix()}
+        for path in sorted(folder.rglob("*.json"))
+    ]
 
 
 def rows_of(runs: Iterable[Row]) -> list[Row]:
-    """One row an operating point. What is compared with is the dense continuation on the same tokens: of the
-    same seed where there is one, else the mean over its seeds."""
+    """One row an operating point. What is compared with is the dense continuation of the same base on the
+    same tokens: of the same seed where there is one, else the mean over its seeds."""
     runs = list(runs)
+    bases = dict.fromkeys(run.get("base", ".") for run in runs)
+    return [row for base in bases for row in _rows([r for r in runs if r.get("base", ".") == base])]
+
+
+def _rows(runs: list[Row]) -> list[Row]:
     zero: dict[tuple[int, int | None], Row] = {}
     for tokens in sorted({run["tokens"] for run in runs}):
         dense = [run for run in runs if run["arm"] == "dense" and run["tokens"] == tokens]
@@ -68,6 +76,7 @@ def _row(run: Row, point: Row, zero: Row) -> Row:
     row = {
         "arm": run["arm"],
         "seed": run["seed"],
+        "base": run.get("base", "."),
         "tokens": run["tokens"],
         "point": point["point"],
         "keep_ratio": round(point["keep_ratio"], 4),
