@@ -9,9 +9,10 @@ class Heatmap {
     this.store = store;
     this.box = el(parent, "section", "mod-heat");
     const head = el(this.box, "div", "mod-head");
-    el(head, "h3", "", "Which layer runs which token");
+    const stores = store.summary?.skip === "kv"; // every token runs, the cache alone is routed
+    el(head, "h3", "", stores ? "Which layer keeps which token's keys and values" : "Which layer runs which token");
     const key = el(head, "span", "mod-key");
-    for (const [name, text] of [["runs", "runs"], ["skips", "skips"], ["dense", "dense layer"]]) {
+    for (const [name, text] of [["runs", stores ? "kept" : "runs"], ["skips", stores ? "dropped" : "skips"], ["dense", "dense layer"]]) {
       const sample = el(key, "i", "mod-key-" + name);
       if (name === "runs") this.sample = sample;
       el(key, "span", "", text);
