@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from modlab import anatomy
 from modlab.arguments import LayerArguments, hidden_name
+from modlab.masks import as_attention_mask, packed_mask
 
 Branch = Literal["attention", "mlp", "kv"]
 """What a token may skip alone: a branch, or the attention's storing of its keys and values."""
@@ -101,26 +102,24 @@ def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
 
 def _adds_its_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the attention has a gradient in the entries of an additive mask; training weighs keys by it."""
-    config = getattr(attention, "config", None)
-    if "flash" in str(getattr(config, "_attn_implementation", "")):
-        return True  # takes no mask at all, which a forward will say
     arguments = LayerArguments(type(attention), args, kwargs)
     name = arguments.mask_name()
     if name is None:
         return False
+    if "flash" in str(getattr(getattr(attention, "config", None), "_attn_implementation", "")):
+        return True  # takes no mask at all, which a forward will say
     with torch.enable_grad():
         hidden = arguments.hidden
-        causal = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=hidden.device).tril()
-        mask = torch.zeros_like(causal, dtype=hidden.dtype).masked_fill(
-            ~causal, torch.finfo(hidden.dtype).min
-        )
+        columns = torch.arange(TOKENS, device=hidden.device)[None]
+        mask = as_attention_mask(packed_mask(columns, columns), "additive", hidden.dtype)
         weights = torch.zeros_like(mask, requires_grad=True)
         try:
             out, _ = arguments.run(attention, {name: mask + weights - 0.5})
-            out.float().square().sum().backward()
+            # of the weights alone: nothing is left behind in the model's parameters
+            (slope,) = torch.autograd.grad(out.float().square().sum(), weights)
         except Exception:  # whatever it makes of such a mask
             return False
-    return weights.grad is not None and bool(weights.grad[..., -1, :-1].any())
+    return bool(slope[..., -1, :-1].any())
 
 
 def _other_mlps(layer: nn.Module, name: str) -> list[str]:

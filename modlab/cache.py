@@ -15,6 +15,8 @@ C capacity of the flat buffer in tokens.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -301,16 +303,28 @@ class RaggedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` columns (a positive number is the length to crop to)."""
-        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
-        target = min(max(target, 0), self.cumulative_length)
+        target = self._cropped_length(tokens_to_remove)
         if self.columns is not None and target < self.cumulative_length:
             for row, (start, n) in enumerate(zip(self.starts, self.lengths, strict=True)):
                 self.lengths[row] = int((self.columns[start : start + n] < target).sum())
         self.cumulative_length = target
         roomy = any(c - n > 2 * self.slack(n) for n, c in zip(self.lengths, self.capacities, strict=True))
         if self.is_initialized and (roomy or self.sliding_window is not None):
-            recording, self.record_past = self.record_past, False
-            self._rebuild(list(range(len(self.lengths))), None, self.columns.device)  # type: ignore[union-attr]
+            with self._not_recording():
+                self._rebuild(list(range(len(self.lengths))), None, self.columns.device)  # type: ignore[union-attr]
+
+    def _cropped_length(self, tokens_to_remove: int) -> int:
+        """Columns that `crop` leaves."""
+        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
+        return min(max(target, 0), self.cumulative_length)
+
+    @contextlib.contextmanager
+    def _not_recording(self) -> Iterator[None]:
+        """Inside this block the past may be dropped."""
+        recording, self.record_past = self.record_past, False
+        try:
+            yield
+        finally:
             self.record_past = recording
 
     def reset(self) -> None:
@@ -417,9 +431,8 @@ class RecentLayer(RaggedLayer):
             self._empty()
             return
         self.swept = min(self.swept, self.cumulative_length)
-        recording, self.record_past = self.record_past, False
-        self._sweep()
-        self.record_past = recording
+        with self._not_recording():
+            self._sweep()
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Refuses a crop after which the next token could attend to tokens that have been swept out.
@@ -427,7 +440,7 @@ class RecentLayer(RaggedLayer):
         Raises:
             ModlabError: says how far back the cache can go.
         """
-        target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
+        target = self._cropped_length(tokens_to_remove)
         if 0 < target < self.cumulative_length and max(target - self.keep_recent, -1) < self.forgotten:
             raise ModlabError(
                 f"the cache cannot be cropped to {target} of {self.cumulative_length} tokens: of what the "

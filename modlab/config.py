@@ -117,6 +117,12 @@ class MoDConfig:
         """Top-k Mixture-of-Depths (Raposo et al. 2024), the baseline: expert-choice routing, fused gate."""
         return cls(**{"operator": "topk", "capacity": capacity, "gate": "fused", **changes})
 
+    @property
+    def recent_stored(self) -> int:
+        """How many of the latest tokens are in the cache between two forwards, kept or not: with skip="kv"
+        what the next token, one of its own latest `keep_recent`, may attend to."""
+        return self.keep_recent - 1 if self.skip == "kv" else 0
+
     def resolve_layers(self, num_layers: int) -> list[int]:
         """Ascending indices of the layers to route in a model of `num_layers` decoder layers."""
         if self.layers == "alternate":

@@ -91,15 +91,18 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
     return ratio
 
 
-def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int) -> float:
-    """`keep_ratio_for_saving` without its refusals: not above 0 where skipping everything saves less."""
-    return (num_layers / kv_saving - (num_layers - routed)) / routed
+def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int, recent: float = 0.0) -> float:
+    """`keep_ratio_for_saving` without its refusals: not above 0 where skipping everything saves less.
+
+    Args:
+        recent: share of the context that is in the cache anyway (`recent_share`).
+    """
+    return keep_beside_recent((num_layers / kv_saving - (num_layers - routed)) / routed, recent)
 
 
 def recent_share(config: MoDConfig, context: float) -> float:
-    """Share of a context that is in the cache whether kept or not: with skip="kv" what the next token, one of
-    its own latest `keep_recent`, may attend to."""
-    return min(1.0, (config.keep_recent - 1) / context) if config.skip == "kv" else 0.0
+    """Share of a context that is in the cache whether kept or not (`MoDConfig.recent_stored`)."""
+    return min(1.0, config.recent_stored / context)
 
 
 def index_bytes(skip: str) -> int:

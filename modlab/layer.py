@@ -175,36 +175,33 @@ class RoutedBranch(RoutedModule):
     others.
     """
 
+    mod_masked = staticmethod(run_masked)
+    mod_packed = staticmethod(run_packed)
+
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = LayerArguments(self.dense_class, args, kwargs)
         site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
-        run = run_masked if self.runs_masked() else run_packed
+        run = self.mod_masked if self.runs_masked() else self.mod_packed
         return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
 
 
-class RoutedKeys(RoutedModule):
+class RoutedKeys(RoutedBranch):
     """An attention module that runs for every token; its layer's router decides whose keys and values
     stay.
     """
 
-    @eager
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = LayerArguments(self.dense_class, args, kwargs)
-        site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
-        run = run_masked_keys if self.training or self.runs_masked() else run_packed
-        return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
+    mod_masked = staticmethod(run_masked_keys)
+
+    def runs_masked(self) -> bool:
+        """In training too: there is no token to leave out."""
+        return self.training or super().runs_masked()
 
 
-class RoutedMLP(RoutedModule):
+class RoutedMLP(RoutedBranch):
     """An MLP that runs for the tokens that its layer's router keeps, and adds nothing to the others."""
 
-    @eager
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = LayerArguments(self.dense_class, args, kwargs)
-        site = self.make_site(self.mod_routing.require_call().decisions[self.mod_index], residual=False)
-        run = run_masked if self.runs_masked() else run_packed_mlp
-        return self.joined(*run(self, self.dense_forward(), arguments, site), arguments.in_tuple)
+    mod_packed = staticmethod(run_packed_mlp)
 
 
 @functools.cache

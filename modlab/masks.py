@@ -28,7 +28,7 @@ def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | 
     query, key = query_columns_RS[:, None, :, None], key_columns_RK[:, None, None, :]
     allowed = key <= query
     if window is not None:
-        allowed = allowed & (key > query - window)
+        allowed = allowed & recent_mask(query_columns_RS, key_columns_RK, window)
     return allowed
 
 

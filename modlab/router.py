@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def logit_of(gate: float) -> float:
+    """The router logit of a gate, or of a threshold."""
+    return math.log(gate / (1 - gate))
+
+
 class Router(nn.Module):
     """Linear D -> 1 on the residual stream: logit = w·x + b, gate = sigmoid(logit) (MoDification eq. 1).
 
@@ -24,8 +29,7 @@ class Router(nn.Module):
         super().__init__()
         # Zero weights: right after conversion every token has the same, open gate, so nothing is skipped.
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32, device=device))
-        bias = math.log(init_gate / (1 - init_gate))
-        self.bias = nn.Parameter(torch.full((1,), bias, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.full((1,), logit_of(init_gate), dtype=torch.float32, device=device))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Router logits, fp32 [B, T]; their sigmoid is the gate."""

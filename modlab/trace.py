@@ -276,7 +276,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
         kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
         model=model_name(model),
         skip=routing.config.skip,
-        keep_recent=routing.config.keep_recent - 1 if routing.config.skip == "kv" else 0,
+        keep_recent=routing.config.recent_stored,
     ), output
 
 

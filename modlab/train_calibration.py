@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from modlab.anatomy import decoder_layers
 from modlab.errors import ModlabError
 from modlab.loader import Batch, Batches
 from modlab.measure import calibrate
-from modlab.router import Router
+from modlab.router import Router, logit_of
 from modlab.train_config import TrainConfig
 
 CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
@@ -42,7 +41,7 @@ def calibrate_trained(
     )
     try:
         if shifted:  # from here on the gates count from each layer's own threshold
-            _shift(routers, {i: -_logit(p) for i, p in before.items()})
+            _shift(routers, {i: -logit_of(p) for i, p in before.items()})
             routing.thresholds.update(dict.fromkeys(before, 0.5))
         with autocast():
             found = calibrate(
@@ -54,14 +53,14 @@ def calibrate_trained(
                 max_passes=15,
             )
         if shifted:
-            _shift(routers, {i: -_logit(p) for i, p in found.items()})
+            _shift(routers, {i: -logit_of(p) for i, p in found.items()})
     except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
         routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
         why = str(error) or type(error).__name__
         warnings.warn(f"The thresholds stay as trained: {why}", stacklevel=2)
     finally:
         if shifted:
-            _shift(routers, {i: _logit(p) for i, p in before.items()})
+            _shift(routers, {i: logit_of(p) for i, p in before.items()})
             routing.thresholds.update(before)
 
 
@@ -95,10 +94,6 @@ def calibration_batches(
         most = min(8 * world, max(1, tokens // (rows * length)))
         gathered = list(itertools.islice(source.iterate(epochs=1), most))
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))
 
 
 @torch.no_grad()

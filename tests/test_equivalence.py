@@ -39,6 +39,15 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | 
     torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=2e-5)
 
 
+def assert_packed_is_masked(model, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Holds packed execution, without a cache and with one, against the masked reference; its logits."""
+    with masked_execution(model):
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_same(model(ids, attention_mask=mask, use_cache=False).logits, expected, mask)
+    assert_same(model(ids, attention_mask=mask, use_cache=True).logits, expected, mask)
+    return expected
+
+
 # transformers itself refuses sdpa for Gemma 2, whose attention caps its logits.
 FAMILIES = [(f, a) for f in REQUIRED for a in ("eager", "sdpa") if (f, a) != ("gemma2", "sdpa")]
 
@@ -90,11 +99,7 @@ def test_forms(make_llama, skip, gate, padding, share) -> None:
     )
     ids, mask = inputs(model, padding)
     with modlab.routing_override(model, random_routing(share)):
-        with masked_execution(model):
-            expected = model(ids, attention_mask=mask, use_cache=False).logits
-        assert_same(model(ids, attention_mask=mask, use_cache=False).logits, expected, mask)
-        cached = model(ids, attention_mask=mask, use_cache=True)
-        assert_same(cached.logits, expected, mask)
+        expected = assert_packed_is_masked(model, ids, mask)
         if padding != "right":
             chunks = model(ids[:, :11], attention_mask=None if mask is None else mask[:, :11], use_cache=True)
             rest = model(ids[:, 11:], attention_mask=mask, past_key_values=chunks.past_key_values)

@@ -22,7 +22,6 @@ from modlab.errors import ModlabError
 from modlab.kv_budget import keep_beside_recent, keep_ratio_for, recent_share, stored_share, token_bytes
 from modlab.layer import RoutedKeys
 from modlab.ops import masked_keys, packed
-from modlab.ops.reference import masked_execution
 from modlab.routing import record_routing
 from modlab.tiny_models import tiny_model
 from modlab.train import TrainConfig, train
@@ -30,7 +29,8 @@ from modlab.train_step import evaluate
 
 from .synthetic import make_trace, scatter_gates
 from .test_cache import random_routing
-from .test_equivalence import assert_same, inputs
+from .test_equivalence import assert_packed_is_masked, assert_same, inputs
+from .test_what_if_attention import sdpa_and_flex
 
 RECENT = 5
 LONG = 90  # long enough for several sweeps in decoding
@@ -50,11 +50,7 @@ def test_packed_equals_masked(make_llama, attention, padding, share) -> None:
     model.set_attn_implementation(attention)
     ids, mask = inputs(model, padding)
     with modlab.routing_override(model, random_routing(share)):
-        with masked_execution(model):
-            expected = model(ids, attention_mask=mask, use_cache=False).logits
-        assert_same(model(ids, attention_mask=mask, use_cache=False).logits, expected, mask)
-        cached = model(ids, attention_mask=mask, use_cache=True)
-        assert_same(cached.logits, expected, mask)
+        expected = assert_packed_is_masked(model, ids, mask)
         if padding == "right":
             return
         logits, cache = [], modlab.RaggedCache(model)
@@ -92,6 +88,7 @@ def test_open_gates_change_nothing_and_revert_gives_the_model_back(make_llama) -
     classes = {name: type(module) for name, module in model.named_modules()}
     modlab.convert(model, modlab.MoDConfig(skip="kv"))
     assert torch.equal(model(ids[:1]).logits, dense)
+    assert all(p.grad is None for p in model.parameters()), "convert asks the attention for a gradient"
     assert [i for i in range(4) if isinstance(model.model.layers[i].self_attn, RoutedKeys)] == [1, 3]
     modlab.revert(model)
     assert torch.equal(model(ids[:1]).logits, dense)
@@ -260,13 +257,7 @@ def test_hidden_keys_through_flex_attention(make_llama, monkeypatch, autocast) -
     ids, mask = inputs(model, "left")
     model.train()
     model.mod.what_if = False
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        want = model(ids, attention_mask=mask).logits
-        used = []
-        monkeypatch.setattr(masked_keys, "takes_flex", lambda *_: used.append(True) or True)
-        with torch.compiler.set_stance("force_eager"):
-            got = model(ids, attention_mask=mask).logits
-    assert used
+    want, got = sdpa_and_flex(model, ids, mask, monkeypatch, autocast)
     rtol, atol = (3e-2, 3e-2) if autocast else (1e-4, 1e-5)
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=rtol, atol=atol)
 

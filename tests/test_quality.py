@@ -165,7 +165,7 @@ def run_of(arm: str, loss: float, seed: int = 0, recall: float | None = None) ->
         point["recall"] = [{"distance": 2048, "second_loss": recall}, {"distance": 256, "second_loss": 1.0}]
     return {
         "arm": arm, "seed": seed, "tokens": 1000, "points": [point], "asked_keep_ratio": None,
-        "device_name": "x", "date": "2026-01-01T00:00:00",
+        "device_name": "x", "date": "2026-01-01T00:00:00", "base": ".",
     }  # fmt: skip
 
 

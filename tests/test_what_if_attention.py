@@ -34,6 +34,20 @@ def test_the_rule_says_what_the_mask_says(T: int, recent: int) -> None:
     assert mask.full_kv_num_blocks is None, "a block that the rule is not asked for"
 
 
+def sdpa_and_flex(
+    model, ids: torch.Tensor, mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits through sdpa and through flex attention."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = model(ids, attention_mask=mask).logits
+        used = []
+        monkeypatch.setattr(reference, "takes_flex", lambda *_: used.append(True) or True)
+        with torch.compiler.set_stance("force_eager"):
+            got = model(ids, attention_mask=mask).logits
+    assert used and model.config._attn_implementation == "sdpa"
+    return want, got
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("skip", ["layer", "attention"])
 def test_same_logits_as_through_sdpa(
@@ -41,13 +55,7 @@ def test_same_logits_as_through_sdpa(
 ) -> None:
     """On a CPU without gradients, the only form in which flex attention runs there; uncompiled, for speed."""
     model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig(skip=skip))).train()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        want = model(IDS, attention_mask=PADDED).logits
-        used = []
-        monkeypatch.setattr(reference, "takes_flex", lambda *_: used.append(True) or True)
-        with torch.compiler.set_stance("force_eager"):
-            got = model(IDS, attention_mask=PADDED).logits
-    assert used and model.config._attn_implementation == "sdpa"
+    want, got = sdpa_and_flex(model, IDS, PADDED, monkeypatch, autocast)
     rtol, atol = (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
     torch.testing.assert_close(got[PADDED.bool()], want[PADDED.bool()], rtol=rtol, atol=atol)
 

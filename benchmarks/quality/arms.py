@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modlab import MoDConfig
-from modlab.kv_budget import keep_beside_recent, recent_share, unbounded_keep_ratio
+from modlab.kv_budget import recent_share, unbounded_keep_ratio
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Arm:
         assert self.mod is not None, self.name
         layers = named_layers(self.mod.get("layers", "alternate"), num_layers)
         config = MoDConfig(**{**self.mod, "layers": layers})
-        stored = unbounded_keep_ratio(kv_saving, len(config.resolve_layers(num_layers)), num_layers)
-        return max(keep_beside_recent(stored, recent_share(config, length)), 0.01)
+        routed = len(config.resolve_layers(num_layers))
+        return max(unbounded_keep_ratio(kv_saving, routed, num_layers, recent_share(config, length)), 0.01)
 
 
 def named_layers(layers: Any, num_layers: int) -> Any:

@@ -30,8 +30,8 @@ def rows_of(runs: Iterable[Row]) -> list[Row]:
     """One row an operating point. What is compared with is the dense continuation of the same base on the
     same tokens: of the same seed where there is one, else the mean over its seeds."""
     runs = list(runs)
-    bases = dict.fromkeys(run.get("base", ".") for run in runs)
-    return [row for base in bases for row in _rows([r for r in runs if r.get("base", ".") == base])]
+    bases = dict.fromkeys(run["base"] for run in runs)
+    return [row for base in bases for row in _rows([run for run in runs if run["base"] == base])]
 
 
 def _rows(runs: list[Row]) -> list[Row]:
@@ -76,7 +76,7 @@ def _row(run: Row, point: Row, zero: Row) -> Row:
     row = {
         "arm": run["arm"],
         "seed": run["seed"],
-        "base": run.get("base", "."),
+        "base": run["base"],
         "tokens": run["tokens"],
         "point": point["point"],
         "keep_ratio": round(point["keep_ratio"], 4),

@@ -19,7 +19,7 @@ from benchmarks.quality.corpus import Corpus
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.scale import Scale
 from modlab.errors import ModlabError
-from modlab.kv_budget import keep_beside_recent, recent_share, stored_share, unbounded_keep_ratio
+from modlab.kv_budget import recent_share, stored_share, unbounded_keep_ratio
 from modlab.measure import calibrate
 from modlab.probes import generation_health, recall, retrieval
 from modlab.routing import is_converted
@@ -57,9 +57,9 @@ def score(
         points[0] |= _deep(model, corpus, scale, judge, device)
     if not is_converted(model) or arm.mechanism in UNMOVED or arm.mod is None or arm.mod.get("skip") == "mlp":
         return points
+    recent = recent_share(model.mod.config, scale.seq_len)
     for saving in SAVINGS:
-        stored = unbounded_keep_ratio(saving, len(model.mod.layers), scale.layers)
-        keep = keep_beside_recent(stored, recent_share(model.mod.config, scale.seq_len))
+        keep = unbounded_keep_ratio(saving, len(model.mod.layers), scale.layers, recent)
         if not 0.02 < keep < 0.98:
             continue
         try:

@@ -17,7 +17,6 @@ Shape letters: B batch rows, T tokens.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modlab.arguments import LayerArguments
-from modlab.errors import ModlabError
-from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask, recent_mask
+from modlab.masks import as_attention_mask, masked_reference_mask, recent_mask
 from modlab.ops.combine import over
-from modlab.ops.what_if_attention import flex_attention, takes_flex, what_if_block_mask
+from modlab.ops.reference import given_mask, hiding_mask, refuse_cache
+from modlab.router import logit_of
 
 if TYPE_CHECKING:
     from modlab.layer import Site
@@ -47,37 +46,20 @@ def run_masked_keys(
     """Runs an attention module on all tokens, with the keys of those that are not kept hidden (or, in a
     what-if pass, weighed). Arguments and result as in `reference.run_masked`; padding comes out as zero.
     """
-    if arguments.cache_name() is not None:
-        raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
-    mask: Any
+    refuse_cache(arguments)
     mask_name = arguments.mask_name()
-    if mask_name is None:
-        raise ModlabError(f"skip='kv': {type(module).__name__} takes no mask that could hide keys.")
-    if "flash" in site.attention:
-        raise ModlabError(
-            "skip='kv' hides keys by a mask, which flash attention does not take: use "
-            "model.set_attn_implementation('sdpa')."
-        )
-    assert site.recent is not None
-    keep, real = site.decision.keep, site.call.real
-    rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
-    columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
-    given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
-    dtype = arguments.hidden.dtype
+    assert mask_name is not None, "convert refuses an attention without a mask"
+    real, given = site.call.real, given_mask(arguments, site)
     attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     weighs = module.training and site.call.what_if and site.call.override is None
     if weighs:
-        visible = masked_reference_mask(real, real, site.window)
-        if torch.is_autocast_enabled(keep.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
-            dtype = torch.get_autocast_dtype(keep.device.type)
+        visible, dtype = masked_reference_mask(real, real, site.window), arguments.hidden.dtype
+        if torch.is_autocast_enabled(real.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
+            dtype = torch.get_autocast_dtype(real.device.type)
         mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
         mask = mask + log_weights(site, mask.dtype)
-    elif module.training and takes_flex(site, given, keep.device):
-        mask = what_if_block_mask(keep, real, site.recent)
-        attention = flex_attention(site.routing.model_config)
     else:
-        allowed = masked_reference_mask(keep, real, site.window, site.recent)
-        mask = as_attention_mask(allowed, site.attention, dtype, given)
+        mask, attention = hiding_mask(arguments, site, given, may_flex=module.training)
     with attention:
         y, rest = arguments.run(dense, {mask_name: mask})
     y = torch.where(over(real, y), y, torch.zeros_like(y))
@@ -91,8 +73,7 @@ def log_weights(site: Site, dtype: torch.dtype) -> Tensor:
     """What a what-if pass adds to the attention scores: the logarithm of each key's weight, 0 for recent and
     for protected ones; [B, 1, T, T], with gradient."""
     assert site.recent is not None
-    p = site.call.thresholds[site.layer_idx]
-    logit = site.decision.logit - math.log(p / (1 - p))
+    logit = site.decision.logit - logit_of(site.call.thresholds[site.layer_idx])
     uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)
     log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)

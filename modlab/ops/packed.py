@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +136,7 @@ def _run_groups(
     for group in groups:
         group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
     if site.recent is not None and layer is not None:
-        groups = [part for group in groups for part in _in_chunks(group)]
+        groups = [part for g in groups for part in (_in_chunks(g) if hides(g, layer) else [g])]
     rest: Any = site.empty_rest
     if not groups and site.residual:
         return x_BTD, rest
@@ -201,19 +201,19 @@ def _group_mask(
     """Mask for one group, or None where the attention's own causal flag says the same."""
     S = group.index_RS.shape[1]
     flash = "flash" in site.attention
-    hides = not group.keeps_all or hides_keys(layer)
-    if flash and (site.window is not None or hides):
+    hidden = hides(group, layer)
+    if flash and (site.window is not None or hidden):
         what = "a sliding window of a routed layer" if site.window is not None else "skip='kv'"
         raise ModlabError(f"{what} needs a mask: use model.set_attn_implementation('sdpa').")
     queries_RS = site.call.columns[group.index_RS]
     columns_RK = queries_RS if keys_RK is None else keys_RK
     values = MaskValues(given, rows_R1, group.index_RS, columns_RK, site.call.num_columns)
     fresh = keys_RK is None or keys_RK.shape[1] == S  # no cached key before the new ones
-    plain = (len(group.rows) == 1 or fresh) and not (values.additive or site.needs_mask or hides)
+    plain = (len(group.rows) == 1 or fresh) and not (values.additive or site.needs_mask or hidden)
     if site.window is None and plain and (flash or (site.attention == "sdpa" and (fresh or S == 1))):
         return None
     allowed = packed_mask(queries_RS, columns_RK, site.window)
-    if hides:
+    if hidden:
         assert site.recent is not None
         kept_RK = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)
         allowed = allowed & (kept_RK[:, None, None] | recent_mask(queries_RS, columns_RK, site.recent))
@@ -227,12 +227,7 @@ def _group_mask(
 def _in_chunks(group: Group) -> list[Group]:
     """A group whose keys are hidden by a mask, cut along its tokens: a mask of all of them would be as large
     as the square of the prompt. Each chunk meets the keys of those before it in the cache."""
-    if group.keeps_all or group.index_RS.shape[1] <= CHUNK:
-        return [group]
-    return [
-        Group(group.rows, index_RS, group.padded, group.keeps_all)
-        for index_RS in group.index_RS.split(CHUNK, dim=1)
-    ]
+    return [replace(group, index_RS=index_RS) for index_RS in group.index_RS.split(CHUNK, dim=1)]
 
 
 def _counts(site: Site) -> tuple[list[int], list[int]]:
@@ -255,6 +250,11 @@ def _kept(site: Site, group: Group) -> Tensor:
 def hides_keys(layer: RaggedLayer | None) -> bool:
     """Whether the cache holds tokens that not every later token may attend to, for the router's sake."""
     return isinstance(layer, RecentLayer) and layer.has_skipped
+
+
+def hides(group: Group, layer: RaggedLayer | None) -> bool:
+    """Whether a mask has to hide keys from a group's tokens: their own, or some in the cache."""
+    return not group.keeps_all or hides_keys(layer)
 
 
 def run_packed_mlp(

@@ -56,28 +56,15 @@ def run_masked(
     Returns:
         output [B, T, D] and the rest of the module's output tuple (() if it returned a tensor).
     """
-    if arguments.cache_name() is not None:
-        raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
+    refuse_cache(arguments)
     keep, gate = site.decision.keep, site.decision.gate
     what_if = module.training and site.call.what_if
     changes: dict[str, Any] = {}
     attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     mask_name = arguments.mask_name()
     if mask_name is not None:
-        if "flash" in site.attention:
-            raise ModlabError(
-                "what-if passes and the masked reference need a mask, which flash attention does not take: "
-                "use model.set_attn_implementation('sdpa'), or model.mod.what_if = False."
-            )
-        rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
-        columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
-        given = MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
-        if what_if and takes_flex(site, given, keep.device):
-            changes[mask_name] = what_if_block_mask(keep, site.call.real)
-            attention = flex_attention(site.routing.model_config)
-        else:
-            allowed = masked_reference_mask(keep, site.call.real, site.window)
-            changes[mask_name] = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
+        given = given_mask(arguments, site)
+        changes[mask_name], attention = hiding_mask(arguments, site, given, may_flex=what_if)
 
     weight = None
     if site.form == "scaled":
@@ -94,3 +81,36 @@ def run_masked(
         skipped + straight_through(over(gate.to(y.dtype), y)) * (y - skipped) if what_if else skipped
     )
     return torch.where(over(keep, y), kept_out, skipped_out), rest
+
+
+def refuse_cache(arguments: LayerArguments) -> None:
+    """An error where a module in masked form is called with a cache."""
+    if arguments.cache_name() is not None:
+        raise ModlabError("the masked reference runs without a cache: call the model with use_cache=False.")
+
+
+def given_mask(arguments: LayerArguments, site: Site) -> MaskValues:
+    """The mask that the model made for all tokens of a call without a cache; an error for flash attention."""
+    if "flash" in site.attention:
+        packs = ", or model.mod.what_if = False" if site.recent is None else ""
+        raise ModlabError(
+            "what-if passes and the masked reference need a mask, which flash attention does not take: "
+            f"use model.set_attn_implementation('sdpa'){packs}."
+        )
+    keep = site.decision.keep
+    rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
+    columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
+    return MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
+
+
+def hiding_mask(
+    arguments: LayerArguments, site: Site, given: MaskValues, may_flex: bool
+) -> tuple[Any, contextlib.AbstractContextManager[None]]:
+    """`masked_reference_mask` in the form that the attention takes, and the block in which it takes it: as a
+    rule for flex attention where that is allowed and possible."""
+    keep, real, recent = site.decision.keep, site.call.real, site.recent or 1
+    if may_flex and takes_flex(site, given, keep.device):
+        return what_if_block_mask(keep, real, recent), flex_attention(site.routing.model_config)
+    allowed = masked_reference_mask(keep, real, site.window, recent)
+    mask = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
+    return mask, contextlib.nullcontext()

@@ -138,8 +138,13 @@ class Store extends Scene {
     const s = this.summary;
     if (!this.preview) return s.kv_bytes;
     if (!s.token_bytes) return s.dense_bytes;
-    const recent = Math.min(1, (s.recent || 0) / this.T), stored = this.keepRatio + (1 - this.keepRatio) * recent;
-    return s.token_bytes * this.T * (this.numLayers - this.R + stored * this.R);
+    return s.token_bytes * this.T * (this.numLayers - this.R + this.stored(this.T) * this.R);
+  }
+
+  // Share of a text of `tokens` that a routed layer's cache holds: kept tokens, and the latest whether kept or not.
+  stored(tokens, keepRatio = this.keepRatio) {
+    const recent = tokens ? Math.min(1, (this.summary.recent || 0) / tokens) : 0;
+    return keepRatio + (1 - keepRatio) * recent;
   }
 
   point(token, layer = -1) { this.selection.set({ token, layer }); }
