@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import modlab
 from modlab.masks import masked_reference_mask
-from modlab.ops import reference, what_if_attention
+from modlab.ops import masked_keys, reference, weighed_attention, what_if_attention
 
 from .test_routing import spread_gates
 
@@ -34,14 +34,35 @@ def test_the_rule_says_what_the_mask_says(T: int, recent: int) -> None:
     assert mask.full_kv_num_blocks is None, "a block that the rule is not asked for"
 
 
+@pytest.mark.parametrize("recent", [1, 40, 128, 200])
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 300])
+def test_recent_and_earlier_keys_are_all_that_is_seen_and_never_both(T: int, recent: int) -> None:
+    real = torch.rand(2, T, generator=torch.Generator().manual_seed(T)) < 0.9
+    weighed = weighed_attention.weighed_keys(torch.zeros(2, T), real, recent)
+    seen = torch.zeros(2, 1, T, T, dtype=torch.int)
+    for part in (weighed.recent, weighed.earlier):
+        if part is None:
+            assert recent >= T
+            continue
+        mask = create_mask(part.mask_mod, 2, 1, T, T, device="cpu")
+        blocks = part.to_dense()[0, 0].bool()
+        outside = ~blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)[:T, :T]
+        assert not (mask & outside).any(), "a block that holds a seen key is left out"
+        seen += mask
+    assert torch.equal(seen, masked_reference_mask(real, real).int())
+
+
 def sdpa_and_flex(
     model, ids: torch.Tensor, mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch, autocast: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits through sdpa and through flex attention."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.manual_seed(1)  # a what-if pass for kept keys draws noise
         want = model(ids, attention_mask=mask).logits
         used = []
-        monkeypatch.setattr(reference, "takes_flex", lambda *_: used.append(True) or True)
+        for taking in (reference, masked_keys):
+            monkeypatch.setattr(taking, "takes_flex", lambda *_: used.append(True) or True)
+        torch.manual_seed(1)
         with torch.compiler.set_stance("force_eager"):
             got = model(ids, attention_mask=mask).logits
     assert used and model.config._attn_implementation == "sdpa"
@@ -49,12 +70,13 @@ def sdpa_and_flex(
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("skip", ["layer", "attention"])
+@pytest.mark.parametrize("skip", ["layer", "attention", "kv"])
 def test_same_logits_as_through_sdpa(
     make_llama, monkeypatch: pytest.MonkeyPatch, skip: str, autocast: bool
 ) -> None:
     """On a CPU without gradients, the only form in which flex attention runs there; uncompiled, for speed."""
-    model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig(skip=skip))).train()
+    config = modlab.MoDConfig(skip=skip, keep_recent=40)
+    model = spread_gates(modlab.convert(make_llama(), config)).train()
     want, got = sdpa_and_flex(model, IDS, PADDED, monkeypatch, autocast)
     rtol, atol = (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
     torch.testing.assert_close(got[PADDED.bool()], want[PADDED.bool()], rtol=rtol, atol=atol)
@@ -81,17 +103,20 @@ def test_only_where_nothing_but_the_mask_decides(make_llama, monkeypatch: pytest
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("skip", ["layer", "attention", "kv"])
+@pytest.mark.parametrize(
+    ("skip", "what_if"), [("layer", True), ("attention", True), ("kv", True), ("kv", False)]
+)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_same_gradients_as_through_sdpa(make_llama, skip: str, compiled: bool) -> None:
+def test_same_gradients_as_through_sdpa(make_llama, skip: str, what_if: bool, compiled: bool) -> None:
     config = modlab.MoDConfig(skip=skip, keep_recent=40)
     model = spread_gates(modlab.convert(make_llama(), config)).cuda().train()
     model.mod.compile_layers = compiled
-    model.mod.what_if = skip != "kv"  # there it is the other passes that have a rule for a mask
+    model.mod.what_if = what_if
     gradients, losses = [], []
     for flex in (False, True):
         model.mod.supports_flex = flex
         model.zero_grad()
+        torch.manual_seed(1)
         loss = model(IDS.cuda(), attention_mask=PADDED.cuda(), labels=IDS.cuda()).loss
         loss.backward()
         losses.append(loss.detach())

@@ -125,6 +125,11 @@ def _arms() -> Iterator[Arm]:
     yield Arm("kv-mid-budget", "thresholds follow the gates", kv, {"objective": "budget", "what_if": 0.5})
     yield Arm("kv-mid-rlr", "routers learn ten times faster", kv, {"router_lr": 3e-3})
     yield Arm("kv-mid-kl", "KL to the dense base", kv, teacher=1.0)
+    for saving in (1.3, 1.5, 2.2, 2.5):
+        yield Arm(f"kv-mid-at{saving}", f"trained for {saving}x", kv, kv_saving=saving)
+    yield Arm(
+        "kv-mid-range", "another budget each step", kv, {"objective": "budget"}, saving_range=(1.2, 2.5)
+    )
     yield Arm("kv-mid-normed", "router reads the normalised stream", kv, mechanism="normed")
 
     # ---- how the target is met

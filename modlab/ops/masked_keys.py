@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modlab.arguments import LayerArguments
-from modlab.masks import as_attention_mask, masked_reference_mask, recent_mask
+from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask, recent_mask
 from modlab.ops.combine import over
 from modlab.ops.reference import given_mask, hiding_mask, refuse_cache
+from modlab.ops.weighed_attention import weighed_keys, weighing_attention
+from modlab.ops.what_if_attention import takes_flex
 from modlab.router import logit_of
 
 if TYPE_CHECKING:
@@ -53,11 +55,7 @@ def run_masked_keys(
     attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     weighs = module.training and site.call.what_if and site.call.override is None
     if weighs:
-        visible, dtype = masked_reference_mask(real, real, site.window), arguments.hidden.dtype
-        if torch.is_autocast_enabled(real.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
-            dtype = torch.get_autocast_dtype(real.device.type)
-        mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
-        mask = mask + log_weights(site, mask.dtype)
+        mask, attention = weighing_mask(arguments, site, given)
     else:
         mask, attention = hiding_mask(arguments, site, given, may_flex=module.training)
     with attention:
@@ -69,16 +67,39 @@ def run_masked_keys(
     return y, rest
 
 
-def log_weights(site: Site, dtype: torch.dtype) -> Tensor:
-    """What a what-if pass adds to the attention scores: the logarithm of each key's weight, 0 for recent and
-    for protected ones; [B, 1, T, T], with gradient."""
+def weighing_mask(
+    arguments: LayerArguments, site: Site, given: MaskValues
+) -> tuple[Any, contextlib.AbstractContextManager[None]]:
+    """The log-weights of keys with who may see whom, in the form that the attention takes, and the block in
+    which it takes it: joined inside flex attention where that is possible."""
+    real, log_weight = site.call.real, key_log_weight(site)
     assert site.recent is not None
+    if takes_flex(site, given, real.device):
+        return weighed_keys(log_weight, real, site.recent), weighing_attention(site.routing.model_config)
+    visible, dtype = masked_reference_mask(real, real, site.window), arguments.hidden.dtype
+    if torch.is_autocast_enabled(real.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
+        dtype = torch.get_autocast_dtype(real.device.type)
+    mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
+    return mask + log_weights(log_weight.to(mask.dtype), site), contextlib.nullcontext()
+
+
+def key_log_weight(site: Site) -> Tensor:
+    """Logarithm of the weight that each token's key has in a what-if pass, at most 0, for protected tokens 0;
+    [B, T], fp32, with gradient. Drawn anew in each call."""
     logit = site.decision.logit - logit_of(site.call.thresholds[site.layer_idx])
     uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)
     log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)
     protected = site.call.position_ids < site.routing.config.keep_first
-    log_weight = log_weight.masked_fill(protected, 0.0).to(dtype)  # before it gets as large as the mask
+    return log_weight.masked_fill(protected, 0.0)
+
+
+def log_weights(log_weight_BT: Tensor, site: Site) -> Tensor:
+    """What a what-if pass adds to the attention scores: each key's log-weight, 0 for recent keys;
+    [B, 1, T, T]."""
+    assert site.recent is not None
     columns = site.call.columns[None]
     recent = recent_mask(columns, columns, site.recent)
-    return torch.where(recent, torch.zeros((), dtype=dtype, device=recent.device), log_weight[:, None, None])
+    return torch.where(
+        recent, torch.zeros_like(log_weight_BT[:1, :1, None, None]), log_weight_BT[:, None, None]
+    )

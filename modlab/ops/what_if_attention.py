@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,10 +70,16 @@ def what_if_attention(
     """
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = as_autocast(query, key, value)
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type that autocast asks for, where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 AttentionInterface.register(NAME, what_if_attention)  # an addition under a new name, once for all passes
@@ -89,18 +96,31 @@ def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor, recent: int = 1) -> Blo
         return ((query >= key) & stored) | (query == key)
 
     T = keep_BT.shape[1]
-    counts_L, blocks_LL = _causal_blocks(T, keep_BT.device)
+    return band_block_mask(allowed, T, 0, T, keep_BT.device)
+
+
+def band_block_mask(
+    allowed: Callable[..., Tensor], T: int, nearest: int, past: int, device: torch.device
+) -> BlockMask:
+    """The rule `allowed` (a `mask_mod` of flex attention), asked in the blocks that hold keys from `nearest`
+    tokens before the query up to, not including, `past` before it.
+
+    It is asked in all of them: which blocks hold no kept token is not worth finding out.
+    """
+    counts_L, blocks_LL = _band_blocks(T, nearest, past, device)
     return BlockMask.from_kv_blocks(
         counts_L, blocks_LL, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(T, T)
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _causal_blocks(T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each block of queries how many blocks of keys it may see [1, 1, L], and which [1, 1, L, L].
-
-    The rule is asked in all of them: which blocks hold no kept token is not worth finding out.
-    """
+@functools.lru_cache(maxsize=16)
+def _band_blocks(T: int, nearest: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each block of queries in how many blocks of keys the band lies [1, 1, L], and in which
+    [1, 1, L, L]."""
     L = -(-T // BLOCK)
-    order_L = torch.arange(L, dtype=torch.int32, device=device)
-    return (order_L + 1)[None, None], order_L.expand(1, 1, L, L).contiguous()
+    queries = torch.arange(L, device=device) * BLOCK
+    first = ((queries - past + 1).clamp(min=0)) // BLOCK  # of the block's first query
+    last = (queries + BLOCK - 1 - nearest) // BLOCK  # of its last query; negative: none
+    counts = (last - first + 1).clamp(min=0)
+    blocks = (first[:, None] + torch.arange(L, device=device)).clamp(max=L - 1)
+    return counts.int()[None, None], blocks.int()[None, None].contiguous()
