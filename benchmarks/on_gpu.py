@@ -27,7 +27,8 @@ STUDY = ["-m", "benchmarks.quality"]
 STEPS = {
     "tests": ["-m", "pytest", "-q", "--tb=short", "tests/test_what_if_attention.py",
               "tests/test_decode_kernels.py", "tests/test_engine.py", "tests/test_engine_prefill.py",
-              "tests/test_engine_step.py", "tests/test_engine_sublayers.py"],
+              "tests/test_engine_step.py", "tests/test_engine_sublayers.py",
+              "tests/test_engine_kept_keys.py"],
     "flex": ["-m", "pytest", "-q", "--tb=short", "tests/test_what_if_attention.py"],
     "speed": [*BENCH, "speed", *ON_8B],
     "overhead": [*BENCH, "overhead", *ON_8B],

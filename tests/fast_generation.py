@@ -15,10 +15,15 @@ NEW = 40
 
 
 def routed_llama(
-    make: Callable[..., LlamaForCausalLM], gate: Any = "straight-through", skip: Any = "layer", **changes: Any
+    make: Callable[..., LlamaForCausalLM],
+    gate: Any = "straight-through",
+    skip: Any = "layer",
+    keep_recent: int = 4,
+    **changes: Any,
 ) -> Any:
     """A tiny converted Llama whose routers keep some tokens and skip others."""
-    model: Any = modlab.convert(make(**changes), modlab.MoDConfig(gate=gate, skip=skip)).to(DEVICE)
+    config = modlab.MoDConfig(gate=gate, skip=skip, keep_recent=keep_recent)
+    model: Any = modlab.convert(make(**changes), config).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     for index in model.mod.layers:
         router = model.model.layers[index].mod_router

@@ -159,17 +159,38 @@ def test_ideals_count_what_is_left_out(keep):
     assert whole - rest == weights_and_keys
 
 
-@pytest.mark.parametrize("skip", ["attention", "mlp"])
+def test_ideals_of_a_cache_that_is_decided_about_alone():
+    """All operations but those with keys that are gone; all bytes but theirs."""
+    config, n = models.SHAPES["tiny"].config(1024), 1000
+    recent, older = ideal.RECENT, n - ideal.RECENT
+    assert ideal.stored_tokens(n, 0.25, "kv") == recent + 0.25 * older
+    assert ideal.stored_tokens(50, 0.25, "kv") == 50
+    for share in (0.0, 0.25, 1.0):
+        gone = (1 - share) * older
+        saved = ideal.decode_bytes(config, [n], 1.0, 4) - ideal.decode_bytes(config, [n], share, 4, "kv")
+        assert saved == pytest.approx(gone * ideal.kv_token_bytes(config, 4))
+        pairs = sum(max(i - recent, 0) for i in range(n)) * (1 - share)
+        width = config.num_attention_heads * ideal.head_size(config)
+        saved = ideal.prefill_flops(config, [n], 1.0) - ideal.prefill_flops(config, [n], share, "kv")
+        assert saved == pytest.approx(4 * width * pairs, rel=0.01)
+
+
+@pytest.mark.parametrize("skip", ["attention", "mlp", "kv"])
 def test_rows_of_models_that_skip_a_part(skip):
     settings = registry.Settings(
-        shape="tiny", repeats=1, contexts=(40,), ratios=(0.25,), decode_tokens=9, skip=skip
+        shape="tiny",
+        repeats=1,
+        contexts=(400 if skip == "kv" else 40,),
+        ratios=(0.25,),
+        decode_tokens=9,
+        skip=skip,
     )
     for name in ("generate", "prefill", "decode"):
         rows = list(registry.CASES[name](settings))
         check_rows(rows)
         for row in rows:
             assert row["skip"] == skip and row["keep_ratio"] == pytest.approx(0.25, abs=0.02)
-            assert (row["kv_saving"] > 1.1) == (skip == "attention")
+            assert (row["kv_saving"] > 1.1) == (skip != "mlp")
             assert 1.0 < row["ideal"] < 2.0
 
 

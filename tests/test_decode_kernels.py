@@ -14,7 +14,7 @@ from modlab.cache import RaggedLayer
 from modlab.ops import decode_attention as attention
 from modlab.ops import decode_linear as linear
 from modlab.ops import decode_router as router
-from modlab.ops import router_logits
+from modlab.ops import kept_attention, router_logits
 from modlab.router import Router
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -135,6 +135,103 @@ def test_attention_follows_a_buffer_that_moves() -> None:
         )
         got = attention.decode_attention(q, k, v, table, lengths, keep, column, H**-0.5)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
+@pytest.mark.parametrize(
+    ("W", "positions", "G", "M", "HK", "HV"),
+    [
+        (1, [0, 4], 1, 1, 16, 16),  # no recent token but itself
+        (4, [0, 3, 4, 11], 2, 2, 16, 16),
+        (5, [40], 1, 8, 48, 24),
+        (130, [126, 300], 2, 3, 32, 32),  # more than a block of keys
+    ],
+    ids=["alone", "filling", "odd-heads", "blocks"],
+)
+def test_ring_attention_equals_its_reference(
+    W: int, positions: list[int], G: int, M: int, HK: int, HV: int, dtype: torch.dtype
+) -> None:
+    """Steps enough to turn every ring once; what is stored, and what of it is kept, stay the same too."""
+    B, N = len(positions), G * M
+    generator = torch.Generator().manual_seed(7)
+    ring_kept = torch.rand(B, W, generator=generator) < 0.5
+    lengths = [min(p, W) + (p - W) // 2 * (p > W) for p in positions]
+    layers = [filled_layer(lengths, G, HK, HV, dtype, seed=3) for _ in range(2)]
+    rings = [ring_kept.to(DEVICE).clone() for _ in range(2)]
+    counted = [torch.tensor(lengths, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    table, scale = address_table(layers[1]), HK**-0.5
+    for step in range(min(W + 2, 12)):
+        q, k, v = (
+            torch.randn(B, heads, size, generator=generator).to(DEVICE, dtype)
+            for heads, size in ((N, HK), (G, HK), (G, HV))
+        )
+        keep = (torch.rand(B, generator=generator) < 0.5).to(DEVICE)
+        position = torch.tensor(positions, device=DEVICE) + step
+        buffers = (layers[0].keys, layers[0].values)
+        want = attention.reference_decode_ring_attention(
+            q, k, v, buffers, layers[0].starts, counted[0], keep, rings[0], position, scale
+        )
+        got = attention.decode_ring_attention(q, k, v, table, counted[1], keep, rings[1], position, scale)
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        assert torch.equal(*counted) and torch.equal(*rings)
+    for name in ("keys", "values"):
+        torch.testing.assert_close(
+            getattr(layers[1], name), getattr(layers[0], name), rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_a_ring_sees_recent_and_kept_tokens_and_no_others() -> None:
+    """The reference against a softmax over the tokens that the rule names, told apart by their values."""
+    W, T, H = 3, 20, 16
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, T, H, generator=generator)
+    keep = torch.rand(T, generator=generator) < 0.4
+    layer = filled_layer([0], 1, H, H, torch.float32, seed=1)
+    layer._rebuild([0], [T], DEVICE)
+    ring, lengths = torch.zeros(1, W, dtype=torch.bool), torch.zeros(1, dtype=torch.int32)
+    buffers = (layer.keys.cpu(), layer.values.cpu())
+    for t in range(T):
+        q = torch.randn(1, 1, H, generator=generator)
+        new = (keys[t][None, None], values[t][None, None])
+        got = attention.reference_decode_ring_attention(
+            q, *new, buffers, [0], lengths, keep[t : t + 1], ring, torch.tensor([t]), 1.0
+        )
+        seen = [s for s in range(t + 1) if keep[s] or t - s < W]
+        weights = (keys[seen] @ q[0, 0]).softmax(0)
+        torch.testing.assert_close(got[0, 0], weights @ values[seen], atol=1e-5, rtol=1e-5)
+        assert int(lengths[0]) == len(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("counts", "W", "G", "M", "HK", "HV"),
+    [
+        ([1], 1, 1, 1, 16, 16),
+        ([37, 1, 33], 4, 2, 2, 32, 32),
+        ([150], 140, 1, 3, 16, 16),
+        ([70, 140], 9, 1, 2, 48, 24),
+    ],
+    ids=["one", "rows", "wide-ring", "odd-heads"],
+)
+def test_prefill_with_kept_keys_equals_its_reference(
+    counts: list[int], W: int, G: int, M: int, HK: int, HV: int, share: float, dtype: torch.dtype
+) -> None:
+    generator, S = torch.Generator().manual_seed(sum(counts)), sum(counts)
+    q, k, v = (
+        torch.randn(1, S, heads, size, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+        for heads, size in ((G * M, HK), (G, HK), (G, HV))
+    )
+    keep = (torch.rand(S, generator=generator) < share).to(DEVICE)
+    bounds = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
+    kept = kept_attention.gather_kept(k, v, keep, bounds, W)
+    rows = keep.split(counts)
+    assert kept.per_row == [int(row.sum()) for row in rows]
+    assert kept.older == [int(row[: max(len(row) - W, 0)].sum()) for row in rows]
+    got = kept_attention.kept_attention(q, k, v, kept, counts, bounds, W, None)
+    want = kept_attention.reference_kept_attention(q, k, v, keep, counts, W, None)
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def router_call(B: int, D: int, forced: bool, bias: float = 0.1) -> router.RouterCall:

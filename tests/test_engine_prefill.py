@@ -59,8 +59,16 @@ def test_the_counter_sees_what_waits() -> None:
     assert sum(waits.calls.values()) == 7
 
 
-@pytest.mark.parametrize("gate", ["straight-through", "paper"])
-@pytest.mark.parametrize("skip", ["layer", "attention"])
+@pytest.mark.parametrize(
+    ("gate", "skip"),
+    [
+        ("straight-through", "layer"),
+        ("straight-through", "attention"),
+        ("straight-through", "kv"),
+        ("paper", "layer"),
+        ("paper", "attention"),
+    ],
+)
 @pytest.mark.parametrize("lengths", [(30,), (30, 3, 12)], ids=str)
 def test_prefill_waits_once_a_routed_layer(
     make_llama: Any, gate: str, skip: str, lengths: tuple[int, ...]
@@ -71,7 +79,7 @@ def test_prefill_waits_once_a_routed_layer(
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with Waits() as waits:
         _, caches, counts = prefill(engine, ids, mask)
-        tables = Tables(6, model.mod.layers, len(lengths), DEVICE)
+        tables = Tables(6, model.mod.layers, len(lengths), DEVICE, recent=engine.keep_recent)
         before = waits.calls.copy()
         tables.attach(caches, ids.shape[1], counts)
     assert any(n < sum(lengths) for n in map(sum, (cache.lengths for cache in caches))), "nothing was skipped"

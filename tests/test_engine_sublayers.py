@@ -100,8 +100,8 @@ def test_attention_called_after_a_mixture_of_experts_is_no_mlp(model_type: str, 
     assert (attention_name(layer), mlp_name(layer)) == ("self_attn", name)
 
 
-@pytest.mark.parametrize("name", ["default", "speed"])
-def test_recipes_that_leave_work_out_have_fast_generation(make_llama: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["default", "speed", "memory"])
+def test_recipes_have_fast_generation(make_llama: Any, name: str) -> None:
     dense = make_llama().to(DEVICE)
     config, _ = modlab.recipe(name, dense, tokens=1000)
     both_ways(modlab.convert(dense, config), prompts(13, 5))

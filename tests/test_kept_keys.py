@@ -350,12 +350,6 @@ def test_flash_attention_is_refused_where_it_would_need_a_mask(make_llama) -> No
         model(ids)
 
 
-def test_fast_generation_says_why_not(make_llama) -> None:
-    model = routed(make_llama)
-    with pytest.raises(ModlabError, match="drops tokens between steps"):
-        modlab.enable_fast_generation(model)
-
-
 def test_savings_count_the_recent_tokens(make_llama) -> None:
     config = modlab.MoDConfig(skip="kv", keep_recent=128)
     assert recent_share(config, 1016) == 0.125 and recent_share(config, 64) == 1.0

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip",
         default="layer",
-        choices=("layer", "attention", "mlp"),
+        choices=("layer", "attention", "mlp", "kv"),
         help="what a skipped token leaves out (layer)",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.25, 0.50, 1.00], metavar="R")

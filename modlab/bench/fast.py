@@ -189,7 +189,8 @@ class Workload:
             "routed_layers": len(layers),
             "num_layers": config.num_hidden_layers,
             "skip": settings.skip,
-            "keep_ratio": variant.ratio if settings.skip == "mlp" else stored,  # MLPs store nothing
+            # MLPs store nothing, and a cache that is decided about alone holds recent tokens besides.
+            "keep_ratio": variant.ratio if settings.skip in ("mlp", "kv") else stored,
             "ideal": ideal,
             "kv_bytes": last["kv_bytes"],
             "kept_kv_bytes": sum(map(sum, last["kept_tokens"])) * token,

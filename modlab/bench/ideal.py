@@ -12,6 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from modlab.config import MoDConfig
+
+RECENT = MoDConfig().keep_recent
+"""Latest tokens that stay whatever a router says, where it decides about the cache alone: the benchmarks'
+models are converted with the default."""
+
 
 def layer_weights(config: Any) -> tuple[int, int]:
     """Weights of one decoder layer's linear maps: (attention, gated MLP)."""
@@ -22,8 +28,15 @@ def layer_weights(config: Any) -> tuple[int, int]:
 
 def shares(share: float, skip: str) -> tuple[float, float]:
     """Shares of the tokens that run (attention, MLP) when routers that keep `share` leave out `skip`: a
-    layer, an attention or an MLP."""
-    return (1.0 if skip == "mlp" else share), (1.0 if skip == "attention" else share)
+    layer, an attention or an MLP; or nothing but keys and values ("kv")."""
+    return (1.0 if skip in ("mlp", "kv") else share), (1.0 if skip in ("attention", "kv") else share)
+
+
+def stored_tokens(length: float, share: float, skip: str) -> float:
+    """Tokens of `length` whose keys and values are stored where routers keep `share`."""
+    if skip == "kv":
+        return min(length, RECENT) + share * max(length - RECENT, 0)
+    return length if skip == "mlp" else share * length
 
 
 def head_size(config: Any) -> int:
@@ -44,7 +57,15 @@ def prefill_flops(config: Any, lengths: Sequence[int], share: float, skip: str =
     attention, mlp = layer_weights(config)
     attended, mapped = shares(share, skip)
     linear = 2 * sum(lengths) * (attended * attention + mapped * mlp)
-    return linear + sum(2 * (attended * n) ** 2 * width for n in lengths)  # causal: half of QK^T, half of AV
+    return linear + sum(4 * _pairs(n, share, skip) * width for n in lengths)  # QK^T and AV
+
+
+def _pairs(length: float, share: float, skip: str) -> float:
+    """Pairs of a query and a key that it sees, in a row of `length` tokens."""
+    if skip != "kv":
+        return (shares(share, skip)[0] * length) ** 2 / 2
+    older = max(length - RECENT, 0) ** 2 / 2
+    return length**2 / 2 - (1 - share) * older
 
 
 def ideal_prefill(config: Any, lengths: Sequence[int], kept: dict[int, float], skip: str = "layer") -> float:
@@ -62,12 +83,13 @@ def decode_bytes(
     """Bytes that one layer reads for one token of each row at these lengths, each kept with chance `share`.
 
     The weights of what is skipped are read when any row keeps its token (rows taken as independent); a row
-    that keeps reads the keys and values of its kept tokens.
+    that runs reads the keys and values that it has stored.
     """
     parts = zip(layer_weights(config), shares(share, skip), strict=True)
     weights = sum(part * (1 - (1 - chance) ** len(lengths)) for part, chance in parts) * bytes_each
     attended, _ = shares(share, skip)
-    return weights + sum(attended * attended * n for n in lengths) * kv_token_bytes(config, bytes_each)
+    read = sum(attended * stored_tokens(n, share, skip) for n in lengths)
+    return weights + read * kv_token_bytes(config, bytes_each)
 
 
 def step_bytes(

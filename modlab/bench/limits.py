@@ -14,7 +14,7 @@ import torch
 
 from modlab.bench.clock import Times
 from modlab.bench.fast import WARM_UP_TOKENS, Variant, Workload, fast_models, timed_generate
-from modlab.bench.ideal import kv_token_bytes, shares, step_bytes
+from modlab.bench.ideal import kv_token_bytes, step_bytes, stored_tokens
 from modlab.bench.models import random_routing
 from modlab.bench.registry import Row, Settings, Skipped, case
 from modlab.bench.rows import make_row
@@ -22,6 +22,7 @@ from modlab.cache import RaggedLayer
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
 from modlab.engine.engine import Engine
 from modlab.engine.prefill import scratch_caches
+from modlab.engine.ring import RingLayer
 from modlab.kv_bytes import allocated_bytes
 from modlab.routing import routing_override
 
@@ -75,13 +76,16 @@ def synthetic_caches(engine: Engine, lengths_LB: list[list[int]]) -> list[Ragged
     caches = []
     for like, lengths in zip(known, lengths_LB, strict=True):
         assert like.keys is not None and like.values is not None
-        cache = RaggedLayer()
+        cache = type(like)()
         cache.reserve([n + cache.slack(n) for n in lengths], like.keys[None], like.values[None])
         assert cache.keys is not None and cache.values is not None and cache.columns is not None
         cache.keys.normal_()
         cache.values.normal_()
         cache.columns.zero_()
         cache.lengths = list(lengths)
+        if isinstance(like, RingLayer):
+            assert isinstance(cache, RingLayer)
+            cache.ring_kept = like.ring_kept.expand(len(lengths), -1).clone()
         caches.append(cache)
     return caches
 
@@ -93,8 +97,9 @@ def step_times(
 
     The prompt is left out: `synthetic_caches` stands in for it.
     """
-    stored = ratio if engine.routing is None else shares(ratio, engine.routing.config.skip)[0]
-    lengths = [round(stored * context) if i in routed else context for i in range(len(engine.layers))]
+    skip = "mlp" if engine.routing is None else engine.routing.config.skip
+    stored = round(stored_tokens(context, ratio, skip))
+    lengths = [stored if i in routed else context for i in range(len(engine.layers))]
     step = engine.step(batch)
     caches = synthetic_caches(engine, [[n] * batch for n in lengths])
     tables = step.tables
@@ -131,7 +136,9 @@ def throughput_rows(
         engine: Engine = model.__dict__["mod_engine"]
         engine.steps.clear()
         torch.cuda.empty_cache()
-        kept = config.num_hidden_layers - len(routed) * (1 - shares(ratio, settings.skip)[0])
+        kept = config.num_hidden_layers - len(routed) * (
+            1 - stored_tokens(context, ratio, settings.skip) / context
+        )
         layer_bytes = (context + max(16, context // 32)) * kv_token_bytes(config, size)
         # one layer more: a prefill in several lines holds one layer twice while it joins them
         batch = int((torch.cuda.mem_get_info()[0] - SPARE) // ((kept + 1) * layer_bytes))

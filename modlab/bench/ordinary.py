@@ -46,7 +46,7 @@ def _row(
 ) -> Row:
     """The row of one keep ratio; `facts` holds allocated bytes and measured keep ratio by ratio."""
     kv_bytes, kept = facts[ratio]
-    if settings.skip == "mlp":  # the cache holds all tokens
+    if settings.skip in ("mlp", "kv"):  # the cache holds all tokens, or recent ones besides
         kept = ratio
     return make_row(
         times["dense"],

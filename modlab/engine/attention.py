@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from modlab.cache import RaggedLayer
+from modlab.engine.ring import RingLayer
 from modlab.engine.tables import DecodeSlot
 from modlab.errors import ModlabError
-from modlab.ops.decode_attention import decode_attention, reference_decode_attention
+from modlab.ops.decode_attention import (
+    decode_attention,
+    decode_ring_attention,
+    reference_decode_attention,
+    reference_decode_ring_attention,
+)
+from modlab.ops.kept_attention import gather_kept, kept_attention, reference_kept_attention
 from modlab.ops.varlen_attention import varlen_attention
 
 PREFILL, DECODE = "modlab_prefill", "modlab_decode"
@@ -41,6 +48,9 @@ class PrefillSlot:
         columns: columns of those tokens, one row after another, int32 [S].
         bounds: where in that line each row begins, and the end of the last, int32 [B + 1].
         varying: True if the layer runs other numbers of tokens than its neighbours.
+        recent: None, or where routing decides about the cache alone the number of latest tokens that each
+            token may attend to, kept or not; then the layer runs all tokens, and `keep`, bool [S], says which
+            of them are kept.
     """
 
     cache: RaggedLayer
@@ -48,6 +58,8 @@ class PrefillSlot:
     columns: Tensor
     bounds: Tensor
     varying: bool
+    recent: int | None = None
+    keep: Tensor | None = None
 
 
 def prefill_attention(
@@ -66,6 +78,8 @@ def prefill_attention(
     """
     check_supported(kwargs)
     slot: PrefillSlot = module.mod_prefill  # type: ignore[assignment]
+    if slot.recent is not None:
+        return _keep_keys(slot, slot.recent, query, key, value, scaling), None
     store(slot, key[0], value[0])
     return varlen_attention(query, key, value, slot.counts, slot.bounds, scaling, slot.varying), None
 
@@ -88,7 +102,17 @@ def decode_attention_function(
     slot: DecodeSlot = module.mod_decode  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_BNH, k_BGH, v_BGH = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    if query.is_cuda:
+    if slot.ring is not None:
+        ring = (slot.keep, slot.ring, slot.position[:, 0], scale)
+        if query.is_cuda:
+            out_BNH = decode_ring_attention(q_BNH, k_BGH, v_BGH, slot.table, slot.lengths, *ring)
+        else:
+            stored: RaggedLayer = module.mod_cache  # type: ignore[assignment]
+            assert stored.keys is not None and stored.values is not None
+            out_BNH = reference_decode_ring_attention(
+                q_BNH, k_BGH, v_BGH, (stored.keys, stored.values), stored.starts, slot.lengths, *ring
+            )
+    elif query.is_cuda:
         out_BNH = decode_attention(
             q_BNH, k_BGH, v_BGH, slot.table, slot.lengths, slot.keep, slot.column, scale
         )
@@ -100,6 +124,19 @@ def decode_attention_function(
             q_BNH, k_BGH, v_BGH, buffers, cache.starts, slot.lengths, slot.keep, slot.column, scale
         )
     return out_BNH[:, None], None
+
+
+def _keep_keys(
+    slot: PrefillSlot, recent: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
+    keep_S, bounds = slot.keep, slot.bounds
+    assert keep_S is not None and isinstance(slot.cache, RingLayer)
+    kept = gather_kept(key, value, keep_S, bounds, recent)
+    slot.cache.fill(key[0], value[0], slot.counts, keep_S, kept, recent)
+    if query.is_cuda:
+        return kept_attention(query, key, value, kept, slot.counts, bounds, recent, scaling)
+    return reference_kept_attention(query, key, value, keep_S, slot.counts, recent, scaling)
 
 
 def check_supported(kwargs: dict[str, Any]) -> None:

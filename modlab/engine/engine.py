@@ -21,6 +21,7 @@ from modlab.engine.compiled import Compiler
 from modlab.engine.layers import attention_modules
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
+from modlab.layer import RoutedKeys
 from modlab.routing import Routing, is_converted
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Engine:
         self.compile: bool | str = compile if self.device.type == "cuda" else False
         self.uncompiled: dict[str, str] = {}
         self.line_compiler = Compiler(enabled=True)  # for prefills, whatever their batch size
+        self.kept_keys = [m for m in model.modules() if isinstance(m, RoutedKeys)]
         self.attention = [attention_modules(layer) for layer in self.layers]
         self.configs: list[Any] = list(
             {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
@@ -66,6 +68,13 @@ class Engine:
         self.lock = threading.RLock()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.last: dict[str, Any] = {}
+
+    @property
+    def keep_recent(self) -> int | None:
+        """Latest tokens that each token sees, kept or not, where routing decides about the cache alone."""
+        if self.routing is None or self.routing.config.skip != "kv":
+            return None
+        return self.routing.config.keep_recent
 
     # ---- the two kinds of forward ----
 

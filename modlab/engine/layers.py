@@ -68,8 +68,10 @@ def gate_form(routing: Routing) -> str:
 
 
 def routed_sublayer(layer: RoutedLayer, routing: Routing) -> RoutedModule | None:
-    """The attention or MLP that the layer's router decides for, or None where it is the layer."""
-    if routing.config.skip == "layer":
+    """The attention or MLP that the layer's router decides for, or None where it is the layer, or the cache
+    alone.
+    """
+    if routing.config.skip in ("layer", "kv"):
         return None
     name = attention_name(layer) if routing.config.skip == "attention" else mlp_name(layer)
     sublayer: Any = layer.get_submodule(name or "")
@@ -126,6 +128,8 @@ def _prefill_routed(
     logits = partial(router_logits, layer.mod_router)
     decision = routing.decide(index, logits, arguments.residual_BTD, training=False)
     forward = partial(layer.dense_class.forward, layer)
+    if routing.config.skip == "kv":
+        slot.keep = decision.keep[0]
     if routing.config.skip != "layer":
         return forward(*args, **kwargs)
     form = gate_form(routing)
@@ -240,6 +244,10 @@ def decode_forwards(
             continue
         assert routing is not None
         form, sublayer = gate_form(routing), routed_sublayer(layer, routing)
+        if routing.config.skip == "kv":
+            keeping = partial(run_dense, forward)
+            forwards[layer] = partial(_decode_keeping, layer, keeping, routing, tables, branch, index)
+            continue
         if sublayer is not None:
             if forward not in around:
                 around[forward] = compiled(forward)
@@ -307,6 +315,23 @@ def _decode_routed(
     decided = branch.decide(graph, _router_call(layer, arguments, routing, tables, index))
     branch.run_decided(graph, decided, body)
     return layer.joined(x_B1D, (None,) * layer.mod_extra_outputs)
+
+
+def _decode_keeping(
+    layer: RoutedLayer,
+    run: Forward,
+    routing: Routing,
+    tables: Tables,
+    branch: Branch,
+    index: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Runs the whole layer; its attention finds in its slot whose new token is kept."""
+    kwargs.pop(CALL, None)
+    arguments = LayerArguments(layer.dense_class, args, kwargs)
+    branch.decide(None, _router_call(layer, arguments, routing, tables, index))  # no IF node follows
+    return run(layer, *args, **kwargs)
 
 
 def _decode_deciding(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from modlab.layer import RoutedBranch, RoutedMLP, RoutedModule, extended_class
+from modlab.layer import RoutedBranch, RoutedMLP, RoutedModule, extended_class, restore
 from modlab.routing import eager
 
 LENT = "mod_lent"
@@ -51,3 +51,17 @@ def lent(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             module.__class__ = routed_class
         for module, forward in own.items():
             module.__dict__["forward"] = forward
+
+
+@contextlib.contextmanager
+def unrouted(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside this block each of these routed modules is of its own class, without a router to follow: where
+    routing decides about the cache alone, the engine's attention function does what it decides."""
+    routed: list[tuple[Any, Any]] = [(module, type(module)) for module in modules]
+    try:
+        for module, _ in routed:
+            restore(module)
+        yield
+    finally:
+        for module, routed_class in routed:
+            module.__class__ = routed_class

@@ -18,7 +18,8 @@ from modlab.cache import RaggedLayer
 from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
 from modlab.engine.compiled import norm_forwards
 from modlab.engine.layers import prefill_forwards, slots
-from modlab.engine.lending import lent
+from modlab.engine.lending import lent, unrouted
+from modlab.engine.ring import RingLayer
 from modlab.routing import ForwardCall, Routing
 from modlab.routing_table import RoutingTable
 
@@ -53,7 +54,7 @@ def prefill(
     if len(parts) == 1:
         return logits[0], parts[0], counts
     # Layer by layer, each part let go at once: at most one layer is held twice.
-    caches = [RaggedLayer.joined([part.pop(0) for part in parts]) for _ in engine.layers]
+    caches = [type(parts[0][0]).joined([part.pop(0) for part in parts]) for _ in engine.layers]
     return torch.cat(logits), caches, counts
 
 
@@ -77,8 +78,11 @@ def _prefill_line(
     columns_S, rows_S = (at_S % T).to(torch.int32), at_S // T + first_row
     position_1S = (real_BT.long().cumsum(1) - 1).flatten()[at_S][None]
     bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
-    caches = [RaggedLayer() for _ in engine.layers]
+    ringed = engine.routing.layers if engine.routing is not None and engine.keep_recent else []
+    caches = [RingLayer() if i in ringed else RaggedLayer() for i in range(len(engine.layers))]
     states = [PrefillSlot(cache, counts, columns_S, bounds.int(), varying=False) for cache in caches]
+    for layer in ringed:
+        states[layer].recent = engine.keep_recent
     forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:] - 1)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
@@ -86,6 +90,7 @@ def _prefill_line(
         _flat_call(engine.routing, position_1S, rows_S, T),
         engine.forward_as(PREFILL),
         slots(engine.attention, "mod_prefill", states),
+        unrouted(engine.kept_keys),
         lent(forwards),
     ):
         ids_1S = ids_BT.flatten()[at_S][None]

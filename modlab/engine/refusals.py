@@ -16,7 +16,6 @@ from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexe
 from modlab.cache_argument import CACHE_ARGUMENTS
 from modlab.engine.hooks import is_watched
 from modlab.engine.prefill import LINE_TOKENS
-from modlab.routing import is_converted
 from modlab.routing_table import RoutingTable
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ def model_refusal(model: PreTrainedModel) -> str | None:
         return "its weights are spread over several devices"
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if is_converted(model) and model.mod.config.skip == "kv":  # type: ignore[union-attr]
-        return "with skip='kv' its cache drops tokens between steps, which no captured step does"
     windows = attention_windows(model, len(decoder_layers(model)))
     for index, window in windows.items():
         if window is not None:
@@ -81,6 +78,8 @@ def call_refusal(
         return "attention_mask is not two-dimensional"
     if mask is not None and not bool(mask[:, -1].all()):
         return "a row ends in padding (or is empty)"
+    if mask is not None and engine.keep_recent and bool((mask[:, 1:] < mask[:, :-1]).any()):
+        return "padding stands between the tokens of a row, which skip='kv' counts as recent ones"
     position_BT = model_kwargs.get("position_ids")
     if position_BT is not None:
         real_BT = torch.ones_like(ids_BT) if mask is None else mask

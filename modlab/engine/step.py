@@ -17,7 +17,7 @@ from modlab.engine.branch import Body, Branch, HostBranch
 from modlab.engine.choice import end_step
 from modlab.engine.compiled import Compiler, beside_layers, reason_of
 from modlab.engine.layers import decode_forwards, slots
-from modlab.engine.lending import lent
+from modlab.engine.lending import lent, unrouted
 from modlab.engine.linears import one_token_linears
 from modlab.engine.prefill import scratch_caches
 from modlab.engine.tables import Tables
@@ -42,7 +42,7 @@ class Step:
         routing = engine.routing
         routed = routing.layers if routing is not None else []
         skips_keys = routing is not None and routing.config.skip != "mlp"
-        self.tables = Tables(len(engine.layers), routed, batch, engine.device, skips_keys)
+        self.tables = Tables(len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent)
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor
@@ -86,6 +86,7 @@ class Step:
             slots(engine.attention, "mod_decode", list(tables.slots)),
             slots(engine.attention, "mod_cache", list(tables.caches)),
             one_token_linears(engine.model, tables.batch),
+            unrouted(engine.kept_keys),
             lent(forwards),
         ):
             logits_B1V = engine.run_model(tables.choice.token, tables.position)

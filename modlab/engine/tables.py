@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modlab.cache import RaggedLayer
 from modlab.engine.choice import Choice
+from modlab.engine.ring import RingLayer
 from modlab.ops.decode_attention import ADDRESS_SLOTS
 
 
@@ -28,12 +29,17 @@ class DecodeSlot:
         lengths: int32 [B], tokens stored; the kernels count it up.
         keep: bool [B], rows that run this attention in this step.
         column: int32 [B], column of the new token, shared by all layers.
+        ring: where routing decides about the cache alone, which tokens of each row's ring are kept, bool
+            [B, W]; then all rows run, and `keep` says whose new token outlives the ring.
+        position: long [B, 1], index of the new token among the real ones of its row, shared by all layers.
     """
 
     table: Tensor
     lengths: Tensor
     keep: Tensor
     column: Tensor
+    ring: Tensor | None
+    position: Tensor
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Tables:
         device: of the model.
         skips_keys: whether a row that skips leaves out attention, and with it the new key and value; False
             where routers decide for MLPs alone.
+        recent: W, where routers decide about the cache alone.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class Tables:
         batch: int,
         device: torch.device,
         skips_keys: bool = True,
+        recent: int | None = None,
     ) -> None:
         def full(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -93,6 +101,8 @@ class Tables:
                 lengths=full(0, batch, dtype=torch.int32),
                 keep=self.routers[layer].keep if skips_keys and layer in self.routers else everyone,
                 column=self.column,
+                ring=full(0, batch, recent, dtype=torch.bool) if recent and layer in self.routers else None,
+                position=self.position,
             )
             for layer in range(num_layers)
         ]
@@ -119,6 +129,9 @@ class Tables:
         entries = [(self.position, positions), *self.choice.rules(list(ends), pad)]
         for slot, cache in zip(self.slots, caches, strict=True):
             entries += [(slot.lengths, cache.lengths), (slot.table, _addresses(cache))]
+            if slot.ring is not None:
+                assert isinstance(cache, RingLayer)
+                slot.ring.copy_(cache.ring_kept)
         self._enter(entries)
         self.bounds = [_room(cache) for cache in caches]
 

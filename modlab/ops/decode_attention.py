@@ -8,8 +8,13 @@ Rows that skip the layer (`keep` False) append nothing and cost nothing. The Tri
 through a table of device addresses, so that a buffer may move (it grows) under a CUDA graph that was captured
 before.
 
+Where routing decides about the cache alone (`skip="kv"`), every row attends, and a row's segment is a ring of
+its latest W tokens, the token at position p in slot p modulo W, and behind it the older tokens that are kept.
+A new token takes the slot of the one that has just become too old, which moves behind the ring if it is kept
+and is forgotten if not: nothing is ever swept, and no key is read that may not be seen.
+
 Shape letters: B rows, N query heads, G kv heads, H head dim, C capacity of the flat buffer, K keys of a row,
-P parts that a row's keys are split into.
+P parts that a row's keys are split into, W tokens of a ring.
 """
 
 from __future__ import annotations
@@ -69,12 +74,60 @@ def reference_decode_attention(
         keys[:, end - 1], values[:, end - 1] = k_BGH[row], v_BGH[row]
         columns[end - 1] = column_B[row]
         lengths_B[row] += 1
-        repeat = N // keys.shape[0]
-        k_NKH = keys[:, start:end].repeat_interleave(repeat, 0)
-        v_NKH = values[:, start:end].repeat_interleave(repeat, 0)
-        scores_N1K = torch.einsum("nh,nkh->nk", q_BNH[row].float(), k_NKH.float())[:, None] * scale
-        out[row] = (scores_N1K.softmax(-1) @ v_NKH.float())[:, 0].to(out.dtype)
+        out[row] = _softmax_row(q_BNH[row], keys[:, start:end], values[:, start:end], scale)
     return out
+
+
+def reference_decode_ring_attention(
+    q_BNH: Tensor,
+    k_BGH: Tensor,
+    v_BGH: Tensor,
+    buffers: tuple[Tensor, Tensor],
+    starts: list[int],
+    lengths_B: Tensor,
+    keep_B: Tensor,
+    ring_kept_BW: Tensor,
+    position_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """Plain torch: what the kernels below compute where routing decides about the cache alone.
+
+    Args:
+        buffers: the layer's keys [G, C, H] and values [G, C, H]; written in place.
+        lengths_B: tokens stored in each row, int32: those of its ring, then older ones that are kept. One
+            more afterwards, unless the token that leaves a full ring is not kept.
+        keep_B: bool, whether the new token's key and value outlive the ring.
+        ring_kept_BW: the same of the tokens in the ring, bool; written in place.
+        position_B: index of the new token among the real tokens of its row, long.
+
+    The rest as in `reference_decode_attention`; returns attention output [B, N, H].
+    """
+    keys, values = buffers
+    B, N, _ = q_BNH.shape
+    W = ring_kept_BW.shape[1]
+    out = q_BNH.new_zeros(B, N, v_BGH.shape[2])
+    for row, start in enumerate(starts):
+        position, end = int(position_B[row]), start + int(lengths_B[row])
+        slot = start + position % W
+        if position < W:  # the ring fills: slot == end
+            lengths_B[row] += 1
+            end += 1
+        elif ring_kept_BW[row, position % W]:
+            keys[:, end], values[:, end] = keys[:, slot], values[:, slot]
+            lengths_B[row] += 1
+            end += 1
+        keys[:, slot], values[:, slot] = k_BGH[row], v_BGH[row]
+        ring_kept_BW[row, position % W] = keep_B[row]
+        out[row] = _softmax_row(q_BNH[row], keys[:, start:end], values[:, start:end], scale)
+    return out
+
+
+def _softmax_row(q_NH: Tensor, k_GKH: Tensor, v_GKH: Tensor, scale: float) -> Tensor:
+    """Attention of one query to all given keys, computed in fp32; [N, H]."""
+    repeat = len(q_NH) // len(k_GKH)
+    k_NKH, v_NKH = (t.repeat_interleave(repeat, 0).float() for t in (k_GKH, v_GKH))
+    scores_N1K = torch.einsum("nh,nkh->nk", q_NH.float(), k_NKH)[:, None] * scale
+    return (scores_N1K.softmax(-1) @ v_NKH)[:, 0].to(q_NH.dtype)
 
 
 def parts_of(live_rows: int, kv_heads: int, multiprocessors: int) -> int:
@@ -104,25 +157,36 @@ if triton is not None:
         return tl.minimum(MOST, waves * PROCESSORS // programs)
 
     @triton.jit
+    def _running(keep_ptr, rows, B: tl.constexpr, RING: tl.constexpr):
+        """1 for rows that attend: those that keep their token; all, where only the cache is decided about."""
+        if RING:
+            running = (rows < B).to(tl.int32)
+        else:
+            running = (tl.load(keep_ptr + rows, mask=rows < B, other=0) != 0).to(tl.int32)
+        return running
+
+    @triton.jit
     def _attend_part(
         q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
+        ring_ptr, position_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, IEEE: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, RING: tl.constexpr,
+        IEEE: tl.constexpr,
     ):  # fmt: skip
         """One part of one live row's keys, for the M query heads of one kv head: softmax sums and their
         log-sum.
         """
         rows = tl.arange(0, BLOCK_B)
-        kept = (tl.load(keep_ptr + rows, mask=rows < B, other=0) != 0).to(tl.int32)
-        live = tl.sum(kept, 0)
+        running = _running(keep_ptr, rows, B, RING)
+        live = tl.sum(running, 0)
         parts = _live_parts(live, G, PROCESSORS, LEAST, MOST)
         rank = tl.program_id(0) // (parts * G)  # of the row among those that keep
         if rank >= live:
             return
-        row = tl.sum(tl.where((kept == 1) & (tl.cumsum(kept, 0) == rank + 1), rows, 0), 0)
+        row = tl.sum(tl.where((running == 1) & (tl.cumsum(running, 0) == rank + 1), rows, 0), 0)
         head, part = tl.program_id(0) // parts % G, tl.program_id(0) % parts
         length = tl.load(lengths_ptr + row)  # before this token
         per_part = tl.cdiv(tl.cdiv(length + 1, parts), BLOCK_K) * BLOCK_K
@@ -146,9 +210,16 @@ if triton is not None:
         acc = tl.zeros([BLOCK_M, BLOCK_HV], tl.float32)
         precision: tl.constexpr = "ieee" if IEEE else "tf32"
         stored = tl.minimum(end, length)
+        hidden = -1  # slot of a token that may not be seen
+        if RING:
+            position = tl.load(position_ptr + row)
+            slot_new, full = position % RING, position >= RING
+            stays = tl.load(ring_ptr + row * RING + slot_new).to(tl.int32)  # the one that was there
+            if full & (stays == 0):
+                hidden = slot_new.to(tl.int32)
         for at in range(first, stored, BLOCK_K):
             ids = (at + tl.arange(0, BLOCK_K)).to(tl.int64)
-            inside = ids < stored
+            inside = (ids < stored) & (ids != hidden)
             k = tl.load(
                 keys + ids[None, :] * HK + hk[:, None], mask=inside[None, :] & in_hk[:, None], other=0.0
             )
@@ -167,11 +238,19 @@ if triton is not None:
             k_new = tl.load(k_ptr + row * stride_kb + head * stride_kg + hk, mask=in_hk, other=0.0)
             v_new = tl.load(v_ptr + row * stride_vb + head * stride_vg + hv, mask=in_hv, other=0.0)
             at_new = length.to(tl.int64)
-            tl.store(keys + at_new * HK + hk, k_new, mask=in_hk)
-            tl.store(values + at_new * HV + hv, v_new, mask=in_hv)
-            if head == 0:
-                columns = tl.load(table_ptr + 2).to(tl.pointer_type(tl.int32))
-                tl.store(columns + start + at_new, tl.load(column_ptr + row))
+            if RING:  # behind the ring; the ring's own slot is written once all parts have read it
+                moves = full & (stays != 0)
+                written = tl.where(moves | (position < RING), 1, 0)
+                k_old = tl.load(keys + slot_new * HK + hk, mask=hk < HK * moves.to(tl.int32), other=0.0)
+                v_old = tl.load(values + slot_new * HV + hv, mask=hv < HV * moves.to(tl.int32), other=0.0)
+                tl.store(keys + at_new * HK + hk, tl.where(full, k_old, k_new), mask=hk < HK * written)
+                tl.store(values + at_new * HV + hv, tl.where(full, v_old, v_new), mask=hv < HV * written)
+            else:
+                tl.store(keys + at_new * HK + hk, k_new, mask=in_hk)
+                tl.store(values + at_new * HV + hv, v_new, mask=in_hv)
+                if head == 0:
+                    columns = tl.load(table_ptr + 2).to(tl.pointer_type(tl.int32))
+                    tl.store(columns + start + at_new, tl.load(column_ptr + row))
             scores_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
             new_top = tl.maximum(top, scores_new)
             weights_new = tl.exp(scores_new - new_top)
@@ -187,21 +266,23 @@ if triton is not None:
 
     @triton.jit
     def _join_parts(
-        part_ptr, part_lse_ptr, out_ptr, lengths_ptr, keep_ptr,
-        N: tl.constexpr, G: tl.constexpr, HV: tl.constexpr, BLOCK_HV: tl.constexpr,
+        part_ptr, part_lse_ptr, out_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr,
+        ring_ptr, position_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
+        N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, RING: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
         hv = tl.arange(0, BLOCK_HV)
         in_hv = hv < HV
         out = out_ptr + (row * N + head) * HV + hv
-        if tl.load(keep_ptr + row) == 0:
+        if _running(keep_ptr, row, B, RING) == 0:
             tl.store(out, tl.zeros([BLOCK_HV], tl.float32).to(out_ptr.dtype.element_ty), mask=in_hv)
             return
         rows, parts = tl.arange(0, BLOCK_B), tl.arange(0, SLOTS)
-        live = tl.sum((tl.load(keep_ptr + rows, mask=rows < B, other=0) != 0).to(tl.int32), 0)
+        live = tl.sum(_running(keep_ptr, rows, B, RING), 0)
         written = parts < _live_parts(live, G, PROCESSORS, LEAST, MOST)
         slot = (row * N + head) * SLOTS + parts
         lse = tl.load(part_lse_ptr + slot, mask=written, other=-float("inf"))
@@ -211,7 +292,23 @@ if triton is not None:
             part_ptr + slot[:, None] * HV + hv[None, :], mask=written[:, None] & in_hv[None, :], other=0.0
         )
         tl.store(out, tl.sum(acc * weights[:, None], 0).to(out_ptr.dtype.element_ty), mask=in_hv)
-        if head == 0:
+        if RING:
+            position = tl.load(position_ptr + row)
+            slot_new, full = position % RING, position >= RING
+            if full & (head % (N // G) == 0):
+                kv_head, hk = head // (N // G), tl.arange(0, BLOCK_HK)
+                in_hk = hk < HK
+                at = kv_head * tl.load(table_ptr + 3) + tl.load(table_ptr + 4 + row) + slot_new
+                k_new = tl.load(k_ptr + row * stride_kb + kv_head * stride_kg + hk, mask=in_hk, other=0.0)
+                v_new = tl.load(v_ptr + row * stride_vb + kv_head * stride_vg + hv, mask=in_hv, other=0.0)
+                tl.store(tl.load(table_ptr).to(k_ptr.dtype) + at * HK + hk, k_new, mask=in_hk)
+                tl.store(tl.load(table_ptr + 1).to(v_ptr.dtype) + at * HV + hv, v_new, mask=in_hv)
+            if head == 0:
+                flag = ring_ptr + row * RING + slot_new
+                stays = tl.load(flag).to(tl.int32)
+                tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + tl.where(full, stays, 1))
+                tl.store(flag, tl.load(keep_ptr + row))
+        elif head == 0:
             tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
 
 
@@ -233,35 +330,75 @@ def decode_attention(
 
     The rest, and the result, as there; the innermost dimension of q, k and v must be contiguous.
     """
+    return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale, None)
+
+
+@torch.library.custom_op("modlab::decode_ring_attention", mutates_args=("lengths_B", "ring_kept_BW"))
+def decode_ring_attention(
+    q_BNH: Tensor,
+    k_BGH: Tensor,
+    v_BGH: Tensor,
+    table: Tensor,
+    lengths_B: Tensor,
+    keep_B: Tensor,
+    ring_kept_BW: Tensor,
+    position_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """`reference_decode_ring_attention` by the same kernels; arguments as there and in `decode_attention`."""
+    ring = (ring_kept_BW, position_B)
+    return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, lengths_B, scale, ring)
+
+
+def _attend(
+    q_BNH: Tensor,
+    k_BGH: Tensor,
+    v_BGH: Tensor,
+    table: Tensor,
+    lengths_B: Tensor,
+    keep_B: Tensor,
+    column_B: Tensor,
+    scale: float,
+    ring: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Both kernels; `ring` holds flags [B, W] and positions [B], where there is one."""
     B, N, HK = q_BNH.shape
     G, HV = v_BGH.shape[1:]
     device, half = q_BNH.device, q_BNH.element_size() == 2
     processors = multiprocessors_of(device)
     parts = [parts_of(live, G, processors) for live in range(1, B + 1)]
     P = triton.next_power_of_2(max(parts))
+    ring_kept, position = (lengths_B, lengths_B) if ring is None else ring  # not read without a ring
     layout: dict[str, int] = {
-        "G": G, "B": B, "BLOCK_B": triton.next_power_of_2(B), "SLOTS": P,
+        "G": G, "HK": HK, "HV": HV, "BLOCK_HK": max(16, triton.next_power_of_2(HK)),
+        "B": B, "BLOCK_B": triton.next_power_of_2(B), "SLOTS": P,
         "PROCESSORS": processors, "LEAST": MIN_PARTS, "MOST": MAX_PARTS,
+        "RING": 0 if ring is None else ring_kept.shape[1],
     }  # fmt: skip
     part = torch.empty(B * N * P, HV, dtype=torch.float32, device=device)
     part_lse = torch.empty(B * N * P, dtype=torch.float32, device=device)
     out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=device)
+    strides = (k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1))
     _attend_part[(max((i + 1) * G * n for i, n in enumerate(parts)),)](
-        q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse,
-        q_BNH.stride(0), q_BNH.stride(1), k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1),
-        scale, M=N // G, HK=HK, HV=HV,
-        BLOCK_HK=max(16, triton.next_power_of_2(HK)), BLOCK_HV=max(16, triton.next_power_of_2(HV)),
+        q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse, ring_kept, position,
+        q_BNH.stride(0), q_BNH.stride(1), *strides, scale,
+        M=N // G, BLOCK_HV=max(16, triton.next_power_of_2(HV)),
         BLOCK_M=max(16, triton.next_power_of_2(N // G)),
         BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, IEEE=not half, **layout,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _join_parts[(B, N)](
-        part, part_lse, out, lengths_B, keep_B,
-        N=N, HV=HV, BLOCK_HV=triton.next_power_of_2(HV), **layout, num_warps=2,
+        part, part_lse, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, *strides,
+        N=N, BLOCK_HV=triton.next_power_of_2(HV), **layout, num_warps=2,
     )  # fmt: skip
     return out
 
 
 @decode_attention.register_fake
 def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale):  # type: ignore[no-untyped-def]
+    return q_BNH.new_empty(q_BNH.shape[0], q_BNH.shape[1], v_BGH.shape[2])
+
+
+@decode_ring_attention.register_fake
+def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept_BW, position_B, scale):  # type: ignore[no-untyped-def]
     return q_BNH.new_empty(q_BNH.shape[0], q_BNH.shape[1], v_BGH.shape[2])
