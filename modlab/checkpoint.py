@@ -159,6 +159,23 @@ def describe_routing(model: PreTrainedModel, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
+def save_routers(model: PreTrainedModel, folder: Path, routers: dict[str, Tensor] | None = None) -> None:
+    """Writes routers and what is routed, a few KB: with the base model's weights, which training with
+    `freeze_base` leaves as they are, all that `restore_routers` needs.
+
+    Args:
+        model: converted.
+        folder: exists.
+        routers: their weights, where the model does not hold them itself (sharded ones).
+    """
+    save_file(_routers_in(model.state_dict()) if routers is None else routers, folder / ROUTER_FILE)
+    describe_routing(model, folder)
+
+
+def _routers_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in state.items() if f".{ROUTER}." in name}
+
+
 def load_routers(model: PreTrainedModel, file: Path) -> None:
     """Gives a converted model the routers of a file that `save_pretrained` wrote.
 
@@ -220,12 +237,11 @@ def save_converted(
     if not is_main_process:
         return
     state = dict(model.state_dict() if state_dict is None else state_dict)
-    routers = {name: t.detach().cpu().contiguous() for name, t in state.items() if f".{ROUTER}." in name}
+    routers = _routers_in(state)
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
         with _left_out(model, routers):
             save_dense(folder, state_dict=state, **kwargs)
-        save_file(routers, folder / ROUTER_FILE)
-        describe_routing(model, folder)
+        save_routers(model, folder, routers)
         mark_converted(folder / "config.json")
         write_card(model, folder, Path(save_directory), evaluation)
 

@@ -123,6 +123,10 @@ def _arms() -> Iterator[Arm]:
     yield Arm("kv-mid-recent512", "a longer one", {**kv, "keep_recent": 512})
     yield Arm("kv-mid-half", "weighed in half of the steps, hidden in the others", kv, {"what_if": 0.5})
     yield Arm("kv-mid-budget", "thresholds follow the gates", kv, {"objective": "budget", "what_if": 0.5})
+    frozen = {"freeze_base": True, "router_lr": 3e-3}
+    yield Arm("kv-mid-frozen", "routers alone are trained", kv, frozen)
+    yield Arm("kv-all-frozen", "of all layers", {**kv, "layers": "all"}, frozen)
+    yield Arm("kv-mid-frozen-kl", "towards the dense model's predictions", kv, frozen, teacher=1.0)
     yield Arm("kv-mid-rlr", "routers learn ten times faster", kv, {"router_lr": 3e-3})
     yield Arm("kv-mid-kl", "KL to the dense base", kv, teacher=1.0)
     for saving in (1.3, 1.5, 2.2, 2.5):

@@ -19,6 +19,11 @@ def train_base(scale: Scale, corpus: Corpus, folder: Path, minutes: float | None
     """
     if (folder / "model" / "config.json").exists():
         return
+    if scale.shipped is not None:
+        import modlab
+
+        modlab.load(scale.shipped, dtype="float32")[0].save_pretrained(folder / "model")
+        return
     from accelerate import PartialState
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 

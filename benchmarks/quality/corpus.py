@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.byte_level_bpe import train_byte_level_bpe
 from benchmarks.quality.scale import Scale
+from modlab.checkpoint import DEMO_FOLDER, DEMOS
 from modlab.data import MIN_PYTHON_CHARS, digest, held_out, python_files
 
 SAMPLE_CHARS = 40_000_000  # that the tokenizer is trained on
@@ -49,6 +50,8 @@ def prepare(scale: Scale, folder: Path, novels: Path | None, tokenizer_file: Pat
     if (folder / "corpus.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer_file is None and scale.shipped is not None:
+        tokenizer_file = DEMO_FOLDER / DEMOS[scale.shipped] / "tokenizer.json"
     tokenizer = _load_tokenizer(tokenizer_file) if tokenizer_file else _train_tokenizer(scale, novels)
     tokenizer.save(str(folder / "tokenizer.json"))
     facts: dict[str, Any] = {"vocabulary": tokenizer.get_vocab_size()}

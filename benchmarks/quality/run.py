@@ -22,6 +22,7 @@ from benchmarks.quality.mechanisms import MECHANISMS
 from benchmarks.quality.scale import Scale
 from benchmarks.quality.score import score
 from modlab.bench.results import circumstances, source_commit
+from modlab.checkpoint import save_routers
 from modlab.layer import compiled_forward
 
 KEPT_LOG = ("step", "tokens", "loss", "keep_ratio", "target", "objective", "kl", "tokens_per_s")
@@ -83,6 +84,9 @@ def run_arm(
         result = train(model, corpus.train, settings, teacher=base if arm.teacher else None)
         if result.stopped != "finished":
             raise KeyboardInterrupt(f"{name} was {result.stopped}; the same command goes on with it")
+        if settings.freeze_base:  # a few KB, on which all else of the model follows from the base
+            (work / "routers" / name).mkdir(parents=True, exist_ok=True)
+            save_routers(model, work / "routers" / name)
         trained = time.perf_counter()
         points = score(model, arm, corpus, scale, base, deep, device)
     record = {

@@ -1,4 +1,6 @@
-"""Sizes and budgets: the whole study, and a small copy of it that shows that everything runs."""
+"""Sizes and budgets: the whole study, the same on the model in the wheel (no base to train, minutes on a GPU),
+and a small copy that shows that everything runs.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ class Scale:
     distances: tokens between the two copies of a passage, and between a value and the question for it.
     recall_rows: rows for each distance.
     generated: prompts continued, and tokens each, for the health of generated text.
+    shipped: name of a model in the wheel that is the base, with its tokenizer; sizes are then its own.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Scale:
     distances: tuple[int, ...]
     recall_rows: int
     generated: tuple[int, int]
+    shipped: str | None = None
 
 
 FULL = Scale(
@@ -85,4 +89,27 @@ SMOKE = Scale(
     generated=(2, 16),
 )
 
-SCALES = {scale.name: scale for scale in (FULL, SMOKE)}
+DEMO = Scale(
+    name="demo",
+    hidden=256,
+    layers=12,
+    heads=8,
+    kv_heads=4,
+    inner=640,
+    vocabulary=4096,
+    seq_len=2048,
+    batch_size=16,
+    stdlib_only=False,
+    base_tokens=0,
+    screen_tokens=10_000_000,
+    decide_tokens=30_000_000,
+    base_lr=0.0,
+    lr=3e-4,
+    heldout_tokens=262_144,
+    distances=(256, 512, 1024, 1800),
+    recall_rows=64,
+    generated=(16, 256),
+    shipped="demo-dense",
+)
+
+SCALES = {scale.name: scale for scale in (FULL, DEMO, SMOKE)}
