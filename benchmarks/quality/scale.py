@@ -1,4 +1,4 @@
-"""Sizes and budgets: the whole study, the same on the model in the wheel (no base to train, minutes on a GPU),
+"""Sizes and budgets: the whole study; the same on the model in the wheel, whose base need not be trained;
 and a small copy that shows that everything runs.
 """
 
