@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from modlab import families, probes, widgets
     from modlab.aggregate import RoutingAggregate, aggregate_routing
     from modlab.cache import RaggedCache
-    from modlab.checkpoint import load
+    from modlab.checkpoint import load, save_routers
     from modlab.config import MoDConfig
     from modlab.convert import convert, revert
     from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
@@ -37,6 +37,7 @@ _HOME: dict[str, str | None] = {
     "ModlabError": "errors",
     "RaggedCache": "cache",
     "load": "checkpoint",
+    "save_routers": "checkpoint",
     "convert": "convert",
     "revert": "convert",
     "is_converted": "routing",
@@ -96,6 +97,7 @@ __all__ = [
     "retrieval",
     "revert",
     "routing_override",
+    "save_routers",
     "set_threshold",
     "sweep",
     "trace",

@@ -19,7 +19,9 @@ OURS = "<!-- written by modlab -->"
 PAPER = "https://arxiv.org/abs/2410.14268"
 
 
-def write_card(model: Any, folder: Path, target: Path, evaluation: Evaluation | None = None) -> None:
+def write_card(
+    model: Any, folder: Path, target: Path, evaluation: Evaluation | None = None, routers_alone: bool = False
+) -> None:
     """Writes README.md into `folder`, unless `target`, the folder it is meant for, has somebody else's.
 
     Args:
@@ -27,14 +29,19 @@ def write_card(model: Any, folder: Path, target: Path, evaluation: Evaluation | 
         folder: where to write.
         target: where the files will lie; its name heads the card.
         evaluation: measured figures; without them the card says how to get them.
+        routers_alone: whether the folder holds no other weights.
     """
     old = target / "README.md"
     if old.is_file() and OURS not in old.read_text(encoding="utf-8"):
         return
-    (folder / "README.md").write_text(model_card(model, target.name, evaluation), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(model, target.name, evaluation, routers_alone), encoding="utf-8"
+    )
 
 
-def model_card(model: Any, name: str, evaluation: Evaluation | None = None) -> str:
+def model_card(
+    model: Any, name: str, evaluation: Evaluation | None = None, routers_alone: bool = False
+) -> str:
     """The card as Markdown with the hub's metadata block."""
     routing = routing_of(model)
     data = ModelCardData(
@@ -64,7 +71,10 @@ def model_card(model: Any, name: str, evaluation: Evaluation | None = None) -> s
         "## How to load",
         "```python\nimport modlab\n\n"
         f'model, tokenizer = modlab.load("{name}")  # a folder, or the hub id of this repository\n```',
-        "`import modlab` also teaches `AutoModelForCausalLM.from_pretrained` to load it. Without modlab "
+        f"These are the routers alone, for the unchanged weights of {model.mod_base_model}, which is loaded "
+        "first."
+        if routers_alone
+        else "`import modlab` also teaches `AutoModelForCausalLM.from_pretrained` to load it. Without modlab "
         "(`pip install modlab`) plain transformers loads the dense model from the same files.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"))

@@ -9,6 +9,8 @@ A folder holds what plain transformers reads (config.json, model.safetensors, ..
 
 and a marker in config.json by which `AutoModelForCausalLM` finds the routers once modlab is imported. Without
 modlab the same folder is the dense model.
+
+A folder of routers alone (`save_routers`) has the last three files only, and names the base model.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from transformers.utils import cached_file
 
 from modlab.card import write_card
 from modlab.config import MoDConfig
-from modlab.convert import ROUTER, convert
+from modlab.convert import HUB_ID, ROUTER, convert
 from modlab.errors import ModlabError
 from modlab.integrations.auto_model import MARKER
 from modlab.routing import is_converted, routing_of, set_threshold
@@ -48,7 +50,8 @@ ROUTER_FILE = "modlab_router.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 DEMO_FOLDER = Path(__file__).parent / "demo"
-DEMOS = {"demo": "mod", "demo-dense": "dense"}
+DEMOS = {"demo": "mod", "demo-dense": "dense", "demo-kv": "kv"}
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 def load(
@@ -58,7 +61,9 @@ def load(
 
     Args:
         name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
-            twin), a local folder, or a hub id. A folder of PEFT adapters gives a `PeftModel` on its base.
+            twin), ``"demo-kv"`` (that twin with routers for its cache), a local folder, or a hub id. A folder
+            of PEFT adapters gives a `PeftModel` on its base; routers alone (`save_routers`) are put into the
+            base that they name.
         kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...). The demos load
             in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
 
@@ -73,7 +78,7 @@ def load(
     if name in DEMOS:
         source = str(DEMO_FOLDER / DEMOS[name])
         kwargs.setdefault("dtype", torch.float32)
-        if not Path(source, "config.json").is_file():
+        if not Path(source).is_dir():
             raise ModlabError(
                 f"this installation lacks the demo model ({source}): reinstall modlab from its wheel, or "
                 "make the demo with scripts/demo/run.py."
@@ -82,6 +87,15 @@ def load(
         from modlab.integrations.peft import load_adapter  # it loads the base by this function
 
         return load_adapter(source, **kwargs)
+    base = _base_of_routers(source, kwargs)
+    if base is not None:
+        own = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        model, tokenizer = load(base, **own)
+        if is_converted(model):
+            raise ModlabError(
+                f"the base of {name!r}, {base!r}, is converted itself: routers need a dense one."
+            )
+        return restore_routers(model, source, **_hub_arguments(kwargs)).eval(), tokenizer
     _check_folder(source)
     try:
         model = _from_pretrained(source, kwargs)
@@ -159,17 +173,68 @@ def describe_routing(model: PreTrainedModel, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def save_routers(model: PreTrainedModel, folder: Path, routers: dict[str, Tensor] | None = None) -> None:
-    """Writes routers and what is routed, a few KB: with the base model's weights, which training with
-    `freeze_base` leaves as they are, all that `restore_routers` needs.
+def save_routers(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    base_model: str | None = None,
+    evaluation: Evaluation | None = None,
+) -> None:
+    """Writes the routers alone, a few KB: for a model whose other weights are still those of its base, as
+    training with `TrainConfig(freeze_base=True)` leaves them. `modlab.load` puts them into the base again.
 
     Args:
         model: converted.
-        folder: exists.
-        routers: their weights, where the model does not hold them itself (sharded ones).
+        save_directory: folder.
+        base_model: what `modlab.load` shall load first: a hub id, or a folder. By default the hub id that the
+            model came from.
+        evaluation: figures for the model card, as `modlab.measure.evaluate` gives them.
+
+    Raises:
+        ModlabError: the model did not come from the hub, and `base_model` is not given.
     """
-    save_file(_routers_in(model.state_dict()) if routers is None else routers, folder / ROUTER_FILE)
-    describe_routing(model, folder)
+    routing_of(model)
+    if base_model is None and model.mod_base_model is None:
+        raise ModlabError(
+            "routers alone need to name the model that they are for, and this one did not come from the hub: "
+            "give save_routers its base_model."
+        )
+    before = model.mod_base_model
+    try:
+        model.mod_base_model = base_model or before  # type: ignore[assignment]
+        with atomic_directory(save_directory) as folder:
+            save_file(_routers_in(model.state_dict()), folder / ROUTER_FILE)
+            describe_routing(model, folder)
+            write_card(model, folder, Path(save_directory), evaluation, routers_alone=True)
+    finally:
+        model.mod_base_model = before
+
+
+def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
+    """The base model that a source of routers alone names; None for any other source.
+
+    Raises:
+        ModlabError: the routers do not name it.
+    """
+    if Path(source).is_dir():
+        described = str(Path(source, CONFIG_FILE))
+        holds_model = any(next(Path(source).glob(name), None) for name in ("config.json", *WEIGHT_PATTERNS))
+        if holds_model or not Path(described).is_file():
+            return None
+    elif Path(source).exists() or not HUB_ID.fullmatch(source):
+        return None
+    else:
+        _check_hub(source)
+        found = None if _file(source, "config.json", kwargs) else _file(source, CONFIG_FILE, kwargs)
+        if found is None:
+            return None
+        described = found
+    base = read_description(Path(described), source)[2]
+    if base is None:
+        raise ModlabError(
+            f"{source!r} holds routers alone and does not name their base model: load that, and then "
+            f"modlab.checkpoint.restore_routers(model, {source!r})."
+        )
+    return base
 
 
 def _routers_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,6 +280,13 @@ def _fill_routers(model: PreTrainedModel, routers: dict[str, Tensor], name: str)
             f"{ROUTER_FILE} in {name!r} holds routers for other layers than this model has "
             f"({sorted(set(routers) ^ expected)[0]}): the folder mixes two models, save it again."
         )
+    own = model.state_dict()
+    other = next((key for key, router in routers.items() if router.shape != own[key].shape), None)
+    if other is not None:
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} holds routers for another model: {other} is "
+            f"{list(routers[other].shape)} there and {list(own[other].shape)} here."
+        )
     model.load_state_dict(routers, strict=False)
 
 
@@ -241,7 +313,8 @@ def save_converted(
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
         with _left_out(model, routers):
             save_dense(folder, state_dict=state, **kwargs)
-        save_routers(model, folder, routers)
+        save_file(routers, folder / ROUTER_FILE)
+        describe_routing(model, folder)
         mark_converted(folder / "config.json")
         write_card(model, folder, Path(save_directory), evaluation)
 
@@ -352,8 +425,7 @@ def _explain(name: str, error: Exception) -> str:
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-    return {name: kwargs[name] for name in names if name in kwargs}
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def _file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:

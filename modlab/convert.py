@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 ROUTER = "mod_router"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """Name of the router inside each routed layer; the only parameters that conversion adds."""
 
 
@@ -136,7 +137,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 def hub_id_of(model: PreTrainedModel) -> str | None:
     """Where the model came from, if that was the hub and not a folder of this machine."""
     name = str(getattr(model, "name_or_path", "") or "")
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _end_fast_generation(model: PreTrainedModel) -> None:

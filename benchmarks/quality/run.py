@@ -85,8 +85,7 @@ def run_arm(
         if result.stopped != "finished":
             raise KeyboardInterrupt(f"{name} was {result.stopped}; the same command goes on with it")
         if settings.freeze_base:  # a few KB, on which all else of the model follows from the base
-            (work / "routers" / name).mkdir(parents=True, exist_ok=True)
-            save_routers(model, work / "routers" / name)
+            save_routers(model, work / "routers" / name, scale.shipped or "the study's base")
         trained = time.perf_counter()
         points = score(model, arm, corpus, scale, base, deep, device)
     record = {
