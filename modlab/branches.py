@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from modlab import anatomy
 from modlab.arguments import LayerArguments, hidden_name
 from modlab.masks import as_attention_mask, packed_mask
-from modlab.ops.sdpa_kernels import attention_kernels
 
 Branch = Literal["attention", "mlp", "kv"]
 """What a token may skip alone: a branch, or the attention's storing of its keys and values."""
@@ -115,8 +114,7 @@ def _adds_its_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         mask = as_attention_mask(packed_mask(columns, columns), "additive", hidden.dtype)
         weights = torch.zeros_like(mask, requires_grad=True)
         try:
-            with attention_kernels(hidden):
-                out, _ = arguments.run(attention, {name: mask + weights - 0.5})
+            out, _ = arguments.run(attention, {name: mask + weights - 0.5})
             # of the weights alone: nothing is left behind in the model's parameters
             (slope,) = torch.autograd.grad(out.float().square().sum(), weights)
         except Exception:  # whatever it makes of such a mask

@@ -28,7 +28,6 @@ from modlab.arguments import LayerArguments
 from modlab.masks import MaskValues, as_attention_mask, masked_reference_mask, recent_mask
 from modlab.ops.combine import over
 from modlab.ops.reference import given_mask, hiding_mask, refuse_cache
-from modlab.ops.sdpa_kernels import attention_kernels
 from modlab.ops.weighed_attention import weighed_keys, weighing_attention
 from modlab.ops.what_if_attention import takes_flex
 from modlab.router import logit_of
@@ -81,7 +80,7 @@ def weighing_mask(
     if torch.is_autocast_enabled(real.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
         dtype = torch.get_autocast_dtype(real.device.type)
     mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)
-    return mask + log_weights(log_weight.to(mask.dtype), site), attention_kernels(arguments.hidden)
+    return mask + log_weights(log_weight.to(mask.dtype), site), contextlib.nullcontext()
 
 
 def key_log_weight(site: Site) -> Tensor:
