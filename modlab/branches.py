@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from modlab import anatomy
 from modlab.arguments import LayerArguments, hidden_name
 from modlab.masks import as_attention_mask, packed_mask
+from modlab.ops.masked_keys import with_gradient
 
 Branch = Literal["attention", "mlp", "kv"]
 """What a token may skip alone: a branch, or the attention's storing of its keys and values."""
@@ -109,12 +110,13 @@ def _adds_its_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if "flash" in str(getattr(getattr(attention, "config", None), "_attn_implementation", "")):
         return True  # takes no mask at all, which a forward will say
     with torch.enable_grad():
-        hidden = arguments.hidden
+        hidden = with_gradient(arguments.hidden)
         columns = torch.arange(TOKENS, device=hidden.device)[None]
         mask = as_attention_mask(packed_mask(columns, columns), "additive", hidden.dtype)
         weights = torch.zeros_like(mask, requires_grad=True)
         try:
-            out, _ = arguments.run(attention, {name: mask + weights - 0.5})
+            changes = {arguments.hidden_name: hidden, name: mask + weights - 0.5}
+            out, _ = arguments.run(attention, changes)
             # of the weights alone: nothing is left behind in the model's parameters
             (slope,) = torch.autograd.grad(out.float().square().sum(), weights)
         except Exception:  # whatever it makes of such a mask

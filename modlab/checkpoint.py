@@ -89,8 +89,8 @@ def load(
         return load_adapter(source, **kwargs)
     base = _base_of_routers(source, kwargs)
     if base is not None:
-        own = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
-        model, tokenizer = load(base, **own)
+        elsewhere = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        model, tokenizer = load(base, **elsewhere)
         if is_converted(model):
             raise ModlabError(
                 f"the base of {name!r}, {base!r}, is converted itself: routers need a dense one."

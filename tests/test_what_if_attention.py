@@ -125,3 +125,16 @@ def test_same_gradients_as_through_sdpa(make_llama, skip: str, what_if: bool, co
     for name, want in gradients[0].items():
         atol = 1e-3 * float(want.abs().max()) + 1e-7
         torch.testing.assert_close(gradients[1][name], want, rtol=1e-2, atol=atol)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flex", [False, True], ids=["mask", "flex"])
+def test_routers_of_a_frozen_base_learn(make_llama, flex: bool) -> None:
+    """In half precision, where nothing before the first router has a gradient."""
+    model = make_llama().cuda().bfloat16().requires_grad_(False)
+    model = spread_gates(modlab.convert(model, modlab.MoDConfig(skip="kv", keep_recent=40))).train()
+    model.mod.supports_flex = flex
+    model(IDS.cuda(), labels=IDS.cuda()).loss.backward()
+    for layer in model.mod.layers:
+        slope = model.model.layers[layer].mod_router.weight.grad
+        assert bool(slope.isfinite().all()) and bool(slope.any())

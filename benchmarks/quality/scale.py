@@ -64,7 +64,7 @@ FULL = Scale(
     heldout_tokens=262_144,
     distances=(256, 512, 1024, 2048, 4000),
     recall_rows=64,
-    generated=(16, 256),
+    generated=(8, 128),
 )
 
 SMOKE = Scale(
@@ -108,7 +108,7 @@ DEMO = Scale(
     heldout_tokens=262_144,
     distances=(256, 512, 1024, 1800),
     recall_rows=64,
-    generated=(16, 256),
+    generated=(8, 128),
     shipped="demo-dense",
 )
 

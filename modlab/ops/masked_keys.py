@@ -58,13 +58,24 @@ def run_masked_keys(
         mask, attention = weighing_mask(arguments, site, given)
     else:
         mask, attention = hiding_mask(arguments, site, given, may_flex=module.training)
+    changes = {mask_name: mask}
+    if weighs and torch.is_grad_enabled():
+        changes[arguments.hidden_name] = with_gradient(arguments.hidden)
     with attention:
-        y, rest = arguments.run(dense, {mask_name: mask})
+        y, rest = arguments.run(dense, changes)
     y = torch.where(over(real, y), y, torch.zeros_like(y))
     if module.training and not weighs:
         # DistributedDataParallel wants every parameter in the graph of every step.
         y = y + (0.0 * site.decision.logit.sum()).to(y.dtype)
     return y, rest
+
+
+def with_gradient(hidden: Tensor) -> Tensor:
+    """Hidden states that take part in the backward pass, as they do not below the first router of a frozen
+    base: on a GPU torch's sdpa gives a mask no gradient where queries, keys and values need none (torch 2.11:
+    "LSE is not correctly aligned").
+    """
+    return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
 
 
 def weighing_mask(
