@@ -96,7 +96,7 @@ def load(
                 f"the base of {name!r}, {base!r}, is converted itself: routers need a dense one."
             )
         return restore_routers(model, source, **_hub_arguments(kwargs)).eval(), tokenizer
-    _check_folder(source)
+    _check_folder(source, kwargs)
     try:
         model = _from_pretrained(source, kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(kwargs))
@@ -223,7 +223,7 @@ def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
     elif Path(source).exists() or not HUB_ID.fullmatch(source):
         return None
     else:
-        _check_hub(source)
+        _check_hub(source, kwargs)
         found = None if _file(source, "config.json", kwargs) else _file(source, CONFIG_FILE, kwargs)
         if found is None:
             return None
@@ -381,12 +381,12 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_folder(source: str) -> None:
+def _check_folder(source: str, kwargs: dict[str, Any]) -> None:
     """Refuses a local path without a model in it, before transformers takes it for a hub id."""
     folder = Path(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
     if not looks_local:
-        _check_hub(source)
+        _check_hub(source, kwargs)
         return
     if not folder.is_dir():
         raise ModlabError(
@@ -400,12 +400,16 @@ def _check_folder(source: str) -> None:
         raise ModlabError(f"{source!r} holds no weights (model*.safetensors): copy or download them into it.")
 
 
-def _check_hub(name: str) -> None:
+def _check_hub(name: str, kwargs: dict[str, Any]) -> None:
     """Refuses at once where the hub cannot be reached: transformers would retry, loudly, for most of a
     minute.
     """
+    where = {key: kwargs[key] for key in ("cache_dir", "revision") if key in kwargs}
+    cached = any(
+        isinstance(try_to_load_from_cache(name, f, **where), str) for f in ("config.json", CONFIG_FILE)
+    )
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not is_offline_mode():
+        if not (cached or kwargs.get("local_files_only") or is_offline_mode()):
             HfApi().model_info(name, timeout=10)
     except HfHubHTTPError:
         return  # the hub answered: from_pretrained explains a missing or gated model better
