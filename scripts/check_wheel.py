@@ -27,6 +27,8 @@ REQUIRED = (
     "modlab/demo/mod/model.safetensors",
     "modlab/demo/mod/modlab_config.json",
     "modlab/demo/mod/modlab_router.safetensors",
+    "modlab/demo/kv/modlab_config.json",
+    "modlab/demo/kv/modlab_router.safetensors",
 )
 
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEMO_CARD = "modlab/demo/README.md"
+KV_CARD = "modlab/demo/kv/README.md"
 TABLES = ("speed", "generate", "prefill", "decode", "demo")  # growth is drawn: scripts/speed_plot.py
 DEMO_NAMES = {
     "dense": "dense",
@@ -43,6 +44,29 @@ def demo_table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"Made by `{record['command']}` on {record['date'][:10]}; all of it is in [the card]({DEMO_CARD}).",
+    ]
+    return "\n".join(lines)
+
+
+def kv_table(record: dict[str, Any]) -> str:
+    """What routing the cache alone costs in loss and saves in memory, recall at a distance included."""
+    lines = [
+        "`demo-kv`: the dense model's own weights with routers for its cache (every token passes every "
+        "layer), on held-out Python files of another machine "
+        f"({record['results']['demo-kv']['tokens']:,} predicted tokens):",
+        "",
+        "| model | held-out loss | the same, second copy of a passage 1,024 tokens after the first "
+        "| keys and values kept in routed layers | KV cache |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in record["results"].items():
+        kept = f"{result['keep_ratio']:.0%}" if "keep_ratio" in result else "all"
+        saving = f"{result['kv_saving']:.2f}x smaller" if "kv_saving" in result else "1x"
+        recall = next(r["second_loss"] for r in result["recall"] if r["distance"] == 1024)
+        lines.append(f"| `{name}` | {result['loss']:.3f} | {recall:.3f} | {kept} | {saving} |")
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date'][:10]}; all of it is in [the card]({KV_CARD}).",
     ]
     return "\n".join(lines)
 
@@ -143,6 +167,9 @@ def section(root: Path = ROOT) -> str:
     demo = root / "modlab" / "demo" / "results.json"
     if demo.is_file():
         parts.append(demo_table(json.loads(demo.read_text(encoding="utf-8"))))
+    kept_keys = root / "modlab" / "demo" / "kv" / "results.json"
+    if kept_keys.is_file():
+        parts.append(kv_table(json.loads(kept_keys.read_text(encoding="utf-8"))))
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
     every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
     results = [result for result in every if result["what"] in TABLES]
