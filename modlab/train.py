@@ -185,9 +185,11 @@ class _Run:
                     parameter.requires_grad_(False)
                     self.restore.append(lambda p=parameter: p.requires_grad_(True))
         dtypes = {
-            p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32
+            p: p.dtype
+            for p in model.parameters()
+            if p.requires_grad and p.is_floating_point() and p.dtype != torch.float32
         }
-        if dtypes:  # AdamW steps are too small for bf16 weights
+        if dtypes:  # AdamW steps are too small for bf16 weights; frozen ones take none
             for parameter in dtypes:
                 parameter.data = parameter.data.float()
             self.restore.append(lambda: _cast(dtypes))

@@ -56,7 +56,8 @@ class TrainConfig:
         what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
             tokens give the router a gradient too (`model.mod.what_if`). The rest run packed.
         kl: weight of KL(teacher || model); needs `teacher=`.
-        freeze_base: train routers only.
+        freeze_base: train routers only. The other weights keep their type, so that a bf16 model takes no more
+            memory than its size and its activations.
         seed: of the data order and all random number generators.
         log_every: steps between two log lines (the only place where the device is waited for).
         eval_every: steps between two evaluations on `eval_data`; 0 evaluates at the end only.

@@ -102,7 +102,7 @@ def test_attention_called_after_a_mixture_of_experts_is_no_mlp(model_type: str, 
 
 @pytest.mark.parametrize("name", ["default", "speed", "memory"])
 def test_recipes_have_fast_generation(make_llama: Any, name: str) -> None:
-    dense = make_llama().to(DEVICE)
+    dense = make_llama(num_hidden_layers=8).to(DEVICE)
     config, _ = modlab.recipe(name, dense, tokens=1000)
     both_ways(modlab.convert(dense, config), prompts(13, 5))
 

@@ -820,3 +820,17 @@ def test_a_monitor_is_told_and_may_end_the_run(make_llama: Any) -> None:
     result = modlab.train(make_llama(), rows, TrainConfig(steps=10, log_every=2), monitor=watch)
     assert watch.steps == [1, 2, 3, 4] and [row["step"] for row in watch.rows] == [2, 4]
     assert result.interrupted and result.steps == 4
+
+
+def test_a_frozen_base_keeps_its_type_while_routers_learn(make, rows) -> None:
+    model = make(mod=modlab.MoDConfig(skip="kv", keep_recent=2)).to(torch.bfloat16)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    seen: set[torch.dtype] = set()
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda m, _: seen.add(m.weight.dtype))
+    train(model, rows, TrainConfig(steps=2, batch_size=2, lr=1e-2, freeze_base=True, calibrate=False))
+    hook.remove()
+    assert seen == {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("router" not in name), name
+        assert parameter.requires_grad

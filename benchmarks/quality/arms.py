@@ -124,7 +124,7 @@ def _arms() -> Iterator[Arm]:
     yield Arm("kv-mid-half", "weighed in half of the steps, hidden in the others", kv, {"what_if": 0.5})
     yield Arm("kv-mid-budget", "thresholds follow the gates", kv, {"objective": "budget", "what_if": 0.5})
     frozen = {"freeze_base": True, "router_lr": 3e-3}
-    yield Arm("kv-mid-frozen", "routers alone are trained", kv, frozen)
+    yield Arm("kv-mid-frozen", "routers alone are trained; the base has seen no more tokens", kv, frozen)
     yield Arm("kv-all-frozen", "of all layers", {**kv, "layers": "all"}, frozen)
     yield Arm("kv-mid-frozen-kl", "towards the dense model's predictions", kv, frozen, teacher=1.0)
     yield Arm("kv-mid-rlr", "routers learn ten times faster", kv, {"router_lr": 3e-3})
