@@ -20,7 +20,7 @@ class Arm:
     """Attributes:
     name: of the arm, and of its result files.
     why: what it is there to tell.
-    mod: fields of `MoDConfig`; None leaves the model dense. `layers` may be "wide" or "static" too.
+    mod: fields of `MoDConfig`; None leaves the model dense. `layers` may be "wide", "static" or "low" too.
     train: fields of `TrainConfig`.
     kv_saving: aimed at; sets keep ratio (or capacity). None: whatever comes out.
     keep_ratio: instead, where no K/V is saved.
@@ -80,6 +80,8 @@ def named_layers(layers: Any, num_layers: int) -> Any:
         return list(range(1, num_layers))
     if layers == "static":  # as many as come closest to 1.8x when left out
         return list(range(1, num_layers, 2))[: round(num_layers * (1 - 1 / 1.8))]
+    if layers == "low":  # the first ones of "inner", as many of them
+        return list(range(2, 2 + round(num_layers * (1 - 1 / 1.8))))
     return layers
 
 
@@ -119,6 +121,15 @@ def _arms() -> Iterator[Arm]:
     yield Arm("kv-all", "of all layers", {**kv, "layers": "all"})
     yield Arm("kv-alt", "of alternate layers", {**kv, "layers": "alternate"})
     yield Arm("kv-random-mid", "kept by chance", kv, fixed, mechanism="random")
+    by_hand: dict[str, Any] = {"kv_saving": None, "mechanism": "static"}
+    yield Arm(
+        "kv-static-low",
+        "no router: low layers see recent tokens alone",
+        {**kv, "layers": "low"},
+        fixed,
+        **by_hand,
+    )
+    yield Arm("kv-static-alt", "no router: every other layer", {**kv, "layers": "static"}, fixed, **by_hand)
     yield Arm("kv-mid-recent32", "a shorter recent past", {**kv, "keep_recent": 32})
     yield Arm("kv-mid-recent512", "a longer one", {**kv, "keep_recent": 512})
     yield Arm("kv-mid-half", "weighed in half of the steps, hidden in the others", kv, {"what_if": 0.5})

@@ -31,8 +31,10 @@ def layers_of(model: Any) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def static_drop(model: Any, keep_ratio: float) -> Iterator[None]:
-    """No token passes the routed layers: they are left out."""
-    with routing_override(model, lambda layer, gate, position: torch.zeros_like(gate, dtype=torch.bool)):
+    """No token but the protected first ones passes the routed layers: they are left out, or (`skip="kv"`) see
+    recent tokens alone."""
+    first = model.mod.config.keep_first
+    with routing_override(model, lambda layer, gate, position: position < first):
         yield
 
 

@@ -93,6 +93,8 @@ def _row(run: Row, point: Row, zero: Row) -> Row:
         "device_name": run["device_name"],
         "date": run["date"][:10],
     }
+    if run.get("base_loss") is not None:  # frozen: routing alone is what was added to it
+        row["gap_to_base"] = round(point["loss"] - run["base_loss"], 5)
     if "retrieval" in point:
         row["retrieval"] = _mean_by([point], "retrieval", "accuracy")
     if "generation" in point:

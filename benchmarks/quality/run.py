@@ -20,7 +20,7 @@ from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.base import load_base
 from benchmarks.quality.mechanisms import MECHANISMS
 from benchmarks.quality.scale import Scale
-from benchmarks.quality.score import score
+from benchmarks.quality.score import loss_of, score
 from modlab.bench.results import circumstances, source_commit
 from modlab.checkpoint import save_routers
 from modlab.layer import compiled_forward
@@ -88,6 +88,7 @@ def run_arm(
             save_routers(model, work / "routers" / name, scale.shipped or "the study's base")
         trained = time.perf_counter()
         points = score(model, arm, corpus, scale, base, deep, device)
+        base_loss = loss_of(base, corpus, scale, device) if settings.freeze_base else None
     record = {
         "arm": arm.name,
         "why": arm.why,
@@ -100,6 +101,7 @@ def run_arm(
         "asked_kv_saving": None if arm.keep_ratio else arm.kv_saving,
         "asked_keep_ratio": fields.get("keep_ratio"),
         "points": points,
+        "base_loss": base_loss,
         "history": [
             {k: row[k] for k in KEPT_LOG if row.get(k) == row.get(k) and k in row}
             for row in result.history.to_dict("records")

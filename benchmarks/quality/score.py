@@ -117,6 +117,14 @@ def _point(model: Any, arm: Arm, corpus: Corpus, scale: Scale, device: str) -> P
     }
 
 
+def loss_of(model: Any, corpus: Corpus, scale: Scale, device: str) -> float:
+    """Held-out loss of a dense model, over the rows that operating points are measured on."""
+    loss: float = _point(model, Arm("base", "", None, kv_saving=None), _split(corpus)[1], scale, device)[
+        "loss"
+    ]
+    return loss
+
+
 def _deep(model: Any, corpus: Corpus, scale: Scale, judge: Any, device: str) -> Point:
     """Recall over distances, retrieval of values, and health of generated text."""
     if is_converted(model) and model.mod.masked:
