@@ -52,7 +52,7 @@ def main() -> None:
     if options.stage in ("corpus", "all"):
         corpus.prepare(scale, work / "corpus", options.novels, options.tokenizer)
     if options.stage in ("base", "all"):
-        train_base(scale, corpus.load(scale, work / "corpus"), work / "base", options.minutes)
+        train_base(scale, work / "corpus", work / "base", options.minutes)
     if options.stage in ("arms", "all"):
         names = list(ARMS) if options.arms == "all" else options.arms.split(",")
         tokens = int(options.tokens * 1e6) if options.tokens else scale.screen_tokens

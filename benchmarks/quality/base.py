@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.corpus import Corpus
+from benchmarks.quality.corpus import load
 from benchmarks.quality.scale import Scale
 
 
-def train_base(scale: Scale, corpus: Corpus, folder: Path, minutes: float | None = None) -> None:
+def train_base(scale: Scale, texts: Path, folder: Path, minutes: float | None = None) -> None:
     """Trains the base into `folder`/model, unless it is there; takes up a run that was cut short.
+
+    `texts` is the folder that `corpus.prepare` filled.
 
     In several processes (`accelerate launch`) the rows of a step are shared out between them.
     """
@@ -29,6 +31,7 @@ def train_base(scale: Scale, corpus: Corpus, folder: Path, minutes: float | None
 
     from modlab.train import TrainConfig, train
 
+    corpus = load(scale, texts)
     set_seed(0)
     torch.set_float32_matmul_precision("high")
     model = LlamaForCausalLM(
