@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modlab.config import MoDConfig
+from modlab.convert import HUB_ID
 from modlab.routing import routing_of
 
 if TYPE_CHECKING:
@@ -43,17 +44,18 @@ def model_card(
     model: Any, name: str, evaluation: Evaluation | None = None, routers_alone: bool = False
 ) -> str:
     """The card as Markdown with the hub's metadata block."""
-    routing = routing_of(model)
+    routing, known = routing_of(model), model.mod_base_model
+    hub_base = known if known and HUB_ID.fullmatch(known) and not Path(known).exists() else None
     data = ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mixture-of-depths", "modlab"],
-        base_model=model.mod_base_model,
+        base_model=hub_base,
         eval_results=_results(evaluation) if evaluation is not None else None,
     )
-    base = f" of [{model.mod_base_model}](https://huggingface.co/{model.mod_base_model})" * bool(
-        model.mod_base_model
+    base = (
+        f" of [{hub_base}](https://huggingface.co/{hub_base})" if hub_base else f" of {known}" * bool(known)
     )
     config: MoDConfig = routing.config
     values = sorted({round(p, 4) for p in routing.thresholds.values()})
@@ -71,8 +73,7 @@ def model_card(
         "## How to load",
         "```python\nimport modlab\n\n"
         f'model, tokenizer = modlab.load("{name}")  # a folder, or the hub id of this repository\n```',
-        f"These are the routers alone, for the unchanged weights of {model.mod_base_model}, which is loaded "
-        "first."
+        f"These are the routers alone, for the unchanged weights of {known}, which is loaded first."
         if routers_alone
         else "`import modlab` also teaches `AutoModelForCausalLM.from_pretrained` to load it. Without modlab "
         "(`pip install modlab`) plain transformers loads the dense model from the same files.",

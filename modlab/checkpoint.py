@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
@@ -34,9 +34,10 @@ from transformers.utils import cached_file
 
 from modlab.card import write_card
 from modlab.config import MoDConfig
-from modlab.convert import HUB_ID, ROUTER, convert
+from modlab.convert import HUB_ID, convert
 from modlab.errors import ModlabError
 from modlab.integrations.auto_model import MARKER
+from modlab.router import ROUTER
 from modlab.routing import is_converted, routing_of, set_threshold
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def load(
         from modlab.integrations.peft import load_adapter  # it loads the base by this function
 
         return load_adapter(source, **kwargs)
-    base = _base_of_routers(source, kwargs)
+    try:
+        base = _base_of_routers(source, kwargs)
+    except OSError as error:  # of the hub: no such repository or revision, no access
+        raise ModlabError(_explain(name, error)) from error
     if base is not None:
         elsewhere = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         model, tokenizer = load(base, **elsewhere)
@@ -143,7 +147,7 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     if described is None:
         return model
     weights = _file(source, ROUTER_FILE, hub_arguments)
-    config, thresholds, base_model = read_description(Path(described), source)
+    config, thresholds, base_model, base_trained = read_description(Path(described), source)
     if weights is None:
         raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
     routers = _read_routers(Path(weights), source)
@@ -151,15 +155,21 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     _fill_routers(model, routers, source)
     set_threshold(model, thresholds)
     model.mod_base_model = base_model  # type: ignore[assignment]
+    routing_of(model).base_trained = base_trained
     return model
 
 
 def convert_as_described(model: PreTrainedModel, folder: Path) -> None:
     """Converts a dense model as modlab_config.json in `folder` says; the routers are new."""
-    config, thresholds, base_model = read_description(folder / CONFIG_FILE, str(folder))
+    config, thresholds, base_model, base_trained = read_description(folder / CONFIG_FILE, str(folder))
     convert(model, config)
     set_threshold(model, thresholds)
     model.mod_base_model = base_model  # type: ignore[assignment]
+    routing_of(model).base_trained = base_trained
+
+
+def _holds_model(folder: Path) -> bool:
+    return any(next(folder.glob(name), None) for name in ("config.json", *WEIGHT_PATTERNS))
 
 
 def describe_routing(model: PreTrainedModel, folder: Path) -> None:
@@ -169,6 +179,7 @@ def describe_routing(model: PreTrainedModel, folder: Path) -> None:
         "config": routing.config.to_dict(),
         "thresholds": routing.thresholds,
         "base_model": model.mod_base_model,
+        "base_trained": routing.base_trained,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
@@ -185,14 +196,26 @@ def save_routers(
     Args:
         model: converted.
         save_directory: folder.
-        base_model: what `modlab.load` shall load first: a hub id, or a folder. By default the hub id that the
-            model came from.
+        base_model: what `modlab.load` shall load first: a hub id, a demo's name, or a folder. By default the
+            hub id that the model came from. Whoever gives it says that the weights there are this model's.
         evaluation: figures for the model card, as `modlab.measure.evaluate` gives them.
 
     Raises:
-        ModlabError: the model did not come from the hub, and `base_model` is not given.
+        ModlabError: the model did not come from the hub, or other weights than the routers were trained, and
+            `base_model` is not given; or the folder holds a model.
     """
-    routing_of(model)
+    if base_model is None and routing_of(model).base_trained:
+        raise ModlabError(
+            "other weights than the routers of this model have been trained, or may have been: save all with "
+            "save_pretrained, or give save_routers a base_model that has these very weights."
+        )
+    target = Path(save_directory)
+    if _holds_model(target):
+        raise ModlabError(
+            f"{str(target)!r} holds a model, which routers alone would not go with: give another folder."
+        )
+    if base_model is not None and Path(base_model).is_dir():
+        base_model = str(Path(base_model).resolve())
     if base_model is None and model.mod_base_model is None:
         raise ModlabError(
             "routers alone need to name the model that they are for, and this one did not come from the hub: "
@@ -204,7 +227,7 @@ def save_routers(
         with atomic_directory(save_directory) as folder:
             save_file(_routers_in(model.state_dict()), folder / ROUTER_FILE)
             describe_routing(model, folder)
-            write_card(model, folder, Path(save_directory), evaluation, routers_alone=True)
+            write_card(model, folder, target, evaluation, routers_alone=True)
     finally:
         model.mod_base_model = before
 
@@ -217,8 +240,7 @@ def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
     """
     if Path(source).is_dir():
         described = str(Path(source, CONFIG_FILE))
-        holds_model = any(next(Path(source).glob(name), None) for name in ("config.json", *WEIGHT_PATTERNS))
-        if holds_model or not Path(described).is_file():
+        if _holds_model(Path(source)) or not Path(described).is_file():
             return None
     elif Path(source).exists() or not HUB_ID.fullmatch(source):
         return None
@@ -228,7 +250,9 @@ def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
         if found is None:
             return None
         described = found
-    base = read_description(Path(described), source)[2]
+    base = read_description(Path(described), source).base_model
+    if base is not None and Path(base).exists() and Path(base).resolve() == Path(source).resolve():
+        raise ModlabError(f"{source!r} names itself as the base model of its routers.")
     if base is None:
         raise ModlabError(
             f"{source!r} holds routers alone and does not name their base model: load that, and then "
@@ -252,12 +276,22 @@ def load_routers(model: PreTrainedModel, file: Path) -> None:
     _fill_routers(model, _read_routers(file, str(file.parent)), str(file.parent))
 
 
-def read_description(file: Path, name: str) -> tuple[MoDConfig, dict[int, float], str | None]:
-    """Config, thresholds and base model in a modlab_config.json; `name` is said in errors."""
+class Description(NamedTuple):
+    """What a modlab_config.json says."""
+
+    config: MoDConfig
+    thresholds: dict[int, float]
+    base_model: str | None
+    base_trained: bool
+
+
+def read_description(file: Path, name: str) -> Description:
+    """Reads a modlab_config.json; `name` is said in errors."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         thresholds = {int(layer): p for layer, p in saved["thresholds"].items()}
-        return MoDConfig.from_dict(saved["config"]), thresholds, saved.get("base_model")
+        trained = saved.get("base_trained", True)  # earlier versions did not say
+        return Description(MoDConfig.from_dict(saved["config"]), thresholds, saved.get("base_model"), trained)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ModlabError(
             f"{CONFIG_FILE} in {name!r} cannot be read ({error!r}): save the model again."
@@ -390,7 +424,7 @@ def _check_folder(source: str, kwargs: dict[str, Any]) -> None:
         return
     if not folder.is_dir():
         raise ModlabError(
-            f"{source!r} is not a folder: give a model folder, a hub id, 'demo' or 'demo-dense'."
+            f"{source!r} is not a folder: give a model folder, a hub id, 'demo', 'demo-dense' or 'demo-kv'."
         )
     if not (folder / "config.json").is_file():
         raise ModlabError(
@@ -424,7 +458,7 @@ def _explain(name: str, error: Exception) -> str:
         return f"the model in {name!r} cannot be loaded: {first}"
     return (
         f"{name!r} is neither a local folder nor a model that the hub gave: {first} "
-        "Check the name and the network, or give a local folder, 'demo' or 'demo-dense'."
+        "Check the name and the network, or give a local folder, 'demo', 'demo-dense' or 'demo-kv'."
     )
 
 

@@ -23,15 +23,13 @@ from modlab.layer import (
     extend,
     restore,
 )
-from modlab.router import Router
+from modlab.router import ROUTER, Router
 from modlab.routing import Routing, is_converted, routing_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-ROUTER = "mod_router"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""Name of the router inside each routed layer; the only parameters that conversion adds."""
 
 
 def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:

@@ -45,7 +45,7 @@ RECIPES = {
         kv_saving=1.8,
     ),
     "memory": Recipe(
-        "the same for 2.5x less K/V",
+        "the same, trained for 2.5x less K/V",
         {"skip": "kv", "layers": "inner"},
         kv_saving=2.5,  # 0.004, by the thresholds of the model that was trained for 1.8x
     ),

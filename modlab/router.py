@@ -12,6 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROUTER = "mod_router"
+"""Name of the router inside each routed layer; the only parameters that conversion adds."""
+
+
+def is_router(name: str) -> bool:
+    """Whether the parameter of this name is of one of modlab's routers; mixtures of experts have their own."""
+    return ".mod_" in name and "router." in name
+
 
 def logit_of(gate: float) -> float:
     """The router logit of a gate, or of a threshold."""

@@ -115,6 +115,8 @@ class Routing:
             (packed).
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
+        base_trained: whether other weights than the routers have been trained by modlab since the model was
+            dense, or may have been: then routers alone are not the whole of it (`save_routers`).
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Routing:
                     f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}."
                 )
             self.thresholds.update(config.p)
+        self.base_trained = False
         self.what_if = True
         self.masked = False  # run everything through the masked reference, see ops/reference.py
         self.compile_layers = False  # set while training asks for it, see train_compile.py

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from modlab import objectives
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
+from modlab.router import is_router
 from modlab.routing import is_converted
 from modlab.threshold_control import ThresholdControl
 from modlab.train_calibration import calibrate_trained, calibration_batches
@@ -181,15 +182,19 @@ class _Run:
         set_seed(config.seed)
         if config.freeze_base:
             for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "router" not in name:
+                if parameter.requires_grad and not is_router(name):
                     parameter.requires_grad_(False)
                     self.restore.append(lambda p=parameter: p.requires_grad_(True))
+        elif self.converted:
+            model.mod.base_trained = True
         dtypes = {
             p: p.dtype
             for p in model.parameters()
-            if p.requires_grad and p.is_floating_point() and p.dtype != torch.float32
+            if p.is_floating_point()
+            and p.dtype != torch.float32
+            and (p.requires_grad or not config.freeze_base)
         }
-        if dtypes:  # AdamW steps are too small for bf16 weights; frozen ones take none
+        if dtypes:  # AdamW steps are too small for bf16 weights; those of a frozen base take none
             for parameter in dtypes:
                 parameter.data = parameter.data.float()
             self.restore.append(lambda: _cast(dtypes))

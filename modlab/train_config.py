@@ -35,7 +35,8 @@ class TrainConfig:
         betas: of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         mixed_precision: "bf16" autocast, "no", or "auto": bf16 on CUDA, none elsewhere. Weights and optimiser
-            are fp32 during training in either case; the model gets its own dtypes back afterwards.
+            are fp32 during training in either case (but for a frozen base); the model gets its own dtypes
+            back afterwards.
         objective: "target" (a two-sided penalty pulls the gates until the thresholds keep keep_ratio),
             "budget" (the thresholds follow the gates, so that keep_ratio is kept at every step), "load" (the
             paper's), "bce" (top-k), "none", or "auto": target for threshold routing, bce for top-k, none for

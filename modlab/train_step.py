@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modlab import objectives
 from modlab.errors import ModlabError
 from modlab.loader import Batch, open_batches
+from modlab.router import is_router
 from modlab.routing import RoutingStep, is_converted, record_routing
 from modlab.train_config import Objective, TrainConfig
 
@@ -87,7 +88,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "router": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "router" if "router" in name else "matrix" if parameter.dim() > 1 else "vector"
+            kind = "router" if is_router(name) else "matrix" if parameter.dim() > 1 else "vector"
             groups[kind].append(parameter)
     if not any(groups.values()):
         raise ModlabError("No parameter of the model requires a gradient: there is nothing to train.")

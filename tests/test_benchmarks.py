@@ -292,7 +292,7 @@ def test_the_baseline_is_transformers_own_static_cache(tiny_pair):
 
 def test_synthetic_caches_are_as_long_as_asked(tiny_pair):
     _, dense, _ = tiny_pair
-    caches = limits.synthetic_caches(dense.__dict__["mod_engine"], [[5, 60]] * 4)
+    caches = limits.synthetic_caches(dense.__dict__["mod_engine"], [[5, 60]] * 4, 0.5)
     for cache in caches:
         assert cache.lengths == [5, 60] and cache.capacities == [21, 76]
         assert torch.isfinite(cache.keys).all() and cache.keys.std() > 0.5

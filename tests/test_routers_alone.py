@@ -10,6 +10,7 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.tiny_models import tiny_model
 from modlab.train import TrainConfig, train
 
 from .synthetic import scatter_gates
@@ -80,6 +81,35 @@ def test_a_base_has_to_be_named(model, base, tmp_path) -> None:
     description.write_text(json.dumps(values))
     with pytest.raises(ModlabError, match="does not name their base"):
         modlab.load(tmp_path / "routers")
+
+
+def test_trained_base_weights_do_not_get_lost(base, model, tmp_path) -> None:
+    """Routers alone would be put into the base as it was."""
+    model.mod_base_model = "somebody/base"
+    modlab.save_routers(model, tmp_path / "frozen")
+    train(model, IDS, TrainConfig(steps=1, batch_size=2, calibrate=False))
+    with pytest.raises(ModlabError, match="have been trained, or may have been"):
+        modlab.save_routers(model, tmp_path / "routers")
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copy(base / "tokenizer.json", tmp_path / "whole")
+    loaded, _ = modlab.load(tmp_path / "whole")
+    with pytest.raises(ModlabError, match="have been trained, or may have been"):
+        modlab.save_routers(loaded, tmp_path / "routers")
+    with pytest.raises(ModlabError, match="holds a model"):
+        modlab.save_routers(model, tmp_path / "whole", base_model=str(base))
+
+
+def test_an_expert_router_is_part_of_the_base(tmp_path) -> None:
+    """It is frozen with the rest, or saving routers alone would lose it."""
+    model = tiny_model("granitemoe")
+    modlab.convert(model, modlab.MoDConfig(skip="kv", keep_recent=4))
+    experts = {n: p.clone() for n, p in model.named_parameters() if "router" in n and "mod_router" not in n}
+    assert experts, "this type should have routers of its own"
+    ids = torch.randint(3, 60, (2, 16))
+    train(model, ids, TrainConfig(steps=2, batch_size=2, lr=1e-2, freeze_base=True, calibrate=False))
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[n], before) for n, before in experts.items())
+    assert not model.mod.base_trained
 
 
 def test_a_base_that_is_converted_or_another_model_is_refused(model, base, tmp_path, make_llama) -> None:

@@ -70,8 +70,10 @@ def _peak(workload: Workload, variant: Variant | None) -> tuple[int, float]:
     return torch.cuda.max_memory_allocated() - before, first
 
 
-def synthetic_caches(engine: Engine, lengths_LB: list[list[int]]) -> list[RaggedLayer]:
-    """Caches of random keys and values, as long as a prefill leaves them: decoding reads the same bytes."""
+def synthetic_caches(engine: Engine, lengths_LB: list[list[int]], ratio: float) -> list[RaggedLayer]:
+    """Caches of random keys and values, as long as a prefill leaves them: decoding reads the same bytes. Of
+    the tokens in a ring the share `ratio` is kept.
+    """
     known = scratch_caches(engine, 1)
     caches = []
     for like, lengths in zip(known, lengths_LB, strict=True):
@@ -85,7 +87,8 @@ def synthetic_caches(engine: Engine, lengths_LB: list[list[int]]) -> list[Ragged
         cache.lengths = list(lengths)
         if isinstance(like, RingLayer):
             assert isinstance(cache, RingLayer)
-            cache.ring_kept = like.ring_kept.expand(len(lengths), -1).clone()
+            shape = (len(lengths), like.ring_kept.shape[1])
+            cache.ring_kept = torch.rand(shape, device=like.ring_kept.device) < ratio
         caches.append(cache)
     return caches
 
@@ -101,7 +104,7 @@ def step_times(
     stored = round(stored_tokens(context, ratio, skip))
     lengths = [stored if i in routed else context for i in range(len(engine.layers))]
     step = engine.step(batch)
-    caches = synthetic_caches(engine, [[n] * batch for n in lengths])
+    caches = synthetic_caches(engine, [[n] * batch for n in lengths], ratio)
     tables = step.tables
     tables.attach(caches, context, [context] * batch)
     if routed:

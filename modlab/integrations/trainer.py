@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from modlab import objectives
 from modlab.checkpoint import ADAPTER_CONFIG, ROUTER_FILE, describe_routing, load_routers
 from modlab.errors import ModlabError
+from modlab.router import is_router
 from modlab.routing import Recording, is_converted, record_routing
 from modlab.train_checks import choose_objective
 from modlab.train_config import Objective, TrainConfig, is_what_if, ramped_target
@@ -95,7 +96,9 @@ class MoDCallback(TrainerCallback):
         self.model = converted_model(model)
         self.routing: Routing = self.model.mod  # type: ignore[assignment]
         self.objective = choose_objective(self.config, self.model)
-        learning = any(p.requires_grad for name, p in self.model.named_parameters() if "router" in name)
+        learns = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        learning = any(is_router(name) for name in learns)
+        self.routing.base_trained |= not all(is_router(name) or "lora_" in name for name in learns)
         if self.objective != "none" and not learning:
             raise ModlabError(
                 "the routers are frozen: set requires_grad, or with PEFT take the LoraConfig from "

@@ -138,7 +138,7 @@ if triton is not None:
         """
         block = blocks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3  # the longest first
         first, row_first, row_end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-        head = tl.program_id(1)
+        head = tl.program_id(1).to(tl.int64)  # a head may lie more than 2^31 elements from the first
         kv_head = head // M
         hk, hv, k_ids = tl.arange(0, BLOCK_HK), tl.arange(0, BLOCK_HV), tl.arange(0, BLOCK_K)
         in_hk, in_hv = hk < HK, hv < HV
@@ -151,8 +151,8 @@ if triton is not None:
         total = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, BLOCK_HV], tl.float32)
 
-        kept_keys = kept_k_ptr + (kv_head * kept).to(tl.int64) * HK
-        kept_values = kept_v_ptr + (kv_head * kept).to(tl.int64) * HV
+        kept_keys = kept_k_ptr + kv_head * kept * HK
+        kept_values = kept_v_ptr + kv_head * kept * HV
         begin = tl.load(before_ptr + row_first)
         for_all = tl.load(before_ptr + tl.maximum(first - W + 1, row_first))
         for_some = tl.load(before_ptr + tl.maximum(tl.minimum(first + BLOCK_Q, row_end) - W, row_first))

@@ -64,7 +64,7 @@ def run_masked_keys(
     with attention:
         y, rest = arguments.run(dense, changes)
     y = torch.where(over(real, y), y, torch.zeros_like(y))
-    if module.training and not weighs:
+    if module.training:
         # DistributedDataParallel wants every parameter in the graph of every step.
         y = y + (0.0 * site.decision.logit.sum()).to(y.dtype)
     return y, rest

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from transformers import AttentionInterface
 
 from modlab.attention_name import attention_named
+from modlab.errors import ModlabError
 from modlab.ops.what_if_attention import as_autocast, band_block_mask
 
 NAME = "modlab_weighed"
@@ -90,6 +91,11 @@ def weighed_attention(
 
     Arguments and result as of transformers' attention functions; `attention_mask` is a `WeighedKeys`.
     """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ModlabError(
+                f"weighed keys do not know the attention's {name}: set model.mod.supports_flex = False."
+            )
     query_BHTE, key_BKTE, value_BKTE = as_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weighed: WeighedKeys = attention_mask

@@ -117,7 +117,11 @@ def band_block_mask(
 def _band_blocks(T: int, nearest: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each block of queries in how many blocks of keys the band lies [1, 1, L], and in which
     [1, 1, L, L]."""
-    L = -(-T // BLOCK)
+    with torch.inference_mode(False):  # kept for steps of training
+        return _band(-(-T // BLOCK), nearest, past, device)
+
+
+def _band(L: int, nearest: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
     queries = torch.arange(L, device=device) * BLOCK
     first = ((queries - past + 1).clamp(min=0)) // BLOCK  # of the block's first query
     last = (queries + BLOCK - 1 - nearest) // BLOCK  # of its last query; negative: none
