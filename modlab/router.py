@@ -17,7 +17,7 @@ ROUTER = "mod_router"
 
 
 def is_router(name: str) -> bool:
-    """Whether the parameter of this name is of one of modlab's routers; mixtures of experts have their own."""
+    """Whether this names a parameter of one of modlab's routers; mixtures of experts have their own."""
     return ".mod_" in name and "router." in name
 
 
