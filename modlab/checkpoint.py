@@ -147,25 +147,25 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     if described is None:
         return model
     weights = _file(source, ROUTER_FILE, hub_arguments)
-    config, thresholds, base_model, base_trained = read_description(Path(described), source)
+    description = read_description(Path(described), source)
     if weights is None:
         raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
     routers = _read_routers(Path(weights), source)
-    convert(model, config)
+    _convert_as(model, description)
     _fill_routers(model, routers, source)
-    set_threshold(model, thresholds)
-    model.mod_base_model = base_model  # type: ignore[assignment]
-    routing_of(model).base_trained = base_trained
     return model
 
 
 def convert_as_described(model: PreTrainedModel, folder: Path) -> None:
     """Converts a dense model as modlab_config.json in `folder` says; the routers are new."""
-    config, thresholds, base_model, base_trained = read_description(folder / CONFIG_FILE, str(folder))
-    convert(model, config)
-    set_threshold(model, thresholds)
-    model.mod_base_model = base_model  # type: ignore[assignment]
-    routing_of(model).base_trained = base_trained
+    _convert_as(model, read_description(folder / CONFIG_FILE, str(folder)))
+
+
+def _convert_as(model: PreTrainedModel, description: Description) -> None:
+    convert(model, description.config)
+    set_threshold(model, description.thresholds)
+    model.mod_base_model = description.base_model  # type: ignore[assignment]
+    routing_of(model).base_trained = description.base_trained
 
 
 def _holds_model(folder: Path) -> bool:

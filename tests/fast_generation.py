@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import modlab
+from modlab.engine.compiled import Compiler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW = 40
@@ -58,3 +59,31 @@ def both_ways(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> dic
     assert last["fast"], last["why"]
     assert got == want
     return last
+
+
+def masks_of_two_rows(model: Any, kept: str, length: int) -> dict[int, torch.Tensor]:
+    """Forced routing by layer, bool [2, length]: "all", "none", "some" tokens kept, or one of the "rows"."""
+    generator = torch.Generator().manual_seed(2)
+    share = {"all": 1.0, "none": 0.0, "some": 0.5, "rows": 0.0}[kept]
+    masks = {i: torch.rand(2, length, generator=generator) < share for i in model.mod.layers}
+    if kept == "rows":  # one row keeps everything, the other nothing
+        for mask in masks.values():
+            mask[1] = True
+    return masks
+
+
+def stored_at_thresholds(model: Any, inputs: dict[str, torch.Tensor], thresholds: Any) -> list[int]:
+    """Tokens stored in all layers after a generation at each threshold, fast generation on."""
+    totals = []
+    for p in thresholds:
+        modlab.set_threshold(model, p)
+        generated(model, inputs, eos_token_id=None)
+        totals.append(sum(map(sum, modlab.fast_generation_report(model)["last"]["kept_tokens"])))
+    return totals
+
+
+class LayersOnly(Compiler):
+    """Leaves what stands beside the layers as it is."""
+
+    def whole(self, name: str, function: Any) -> Any:
+        return function

@@ -24,7 +24,15 @@ from modlab.engine import step as step_module
 from modlab.engine.choice import best_token
 from modlab.errors import ModlabError
 from modlab.tiny_models import tiny_model
-from tests.fast_generation import DEVICE, NEW, both_ways, generated, prompts, routed_llama
+from tests.fast_generation import (
+    DEVICE,
+    NEW,
+    both_ways,
+    generated,
+    prompts,
+    routed_llama,
+    stored_at_thresholds,
+)
 
 
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
@@ -145,11 +153,7 @@ def test_a_decoding_step_that_every_row_skips_runs_nothing(make_llama: Any) -> N
 def test_thresholds_are_live(make_llama: Any) -> None:
     model, inputs = routed_llama(make_llama), prompts(25)
     modlab.enable_fast_generation(model, compile=False)
-    totals = []
-    for p in (0.2, 0.5, 0.8, 0.2):
-        modlab.set_threshold(model, p)
-        generated(model, inputs, eos_token_id=None)
-        totals.append(sum(map(sum, modlab.fast_generation_report(model)["last"]["kept_tokens"])))
+    totals = stored_at_thresholds(model, inputs, (0.2, 0.5, 0.8, 0.2))
     assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
 
 

@@ -16,12 +16,21 @@ import modlab
 from modlab.engine import prefill as prefill_module
 from modlab.engine import step as step_module
 from modlab.engine.attention import DECODE, decode_attention_function
-from modlab.engine.compiled import Compiler
 from modlab.engine.prefill import prefill
 from modlab.engine.ring import RingLayer
 from modlab.layer import RoutedKeys
 from modlab.tiny_models import tiny_model
-from tests.fast_generation import DEVICE, NEW, both_ways, generated, prompts, routed_llama
+from tests.fast_generation import (
+    DEVICE,
+    NEW,
+    LayersOnly,
+    both_ways,
+    generated,
+    masks_of_two_rows,
+    prompts,
+    routed_llama,
+    stored_at_thresholds,
+)
 
 kept_keys = functools.partial(routed_llama, skip="kv")
 
@@ -53,12 +62,7 @@ def test_same_tokens_under_settings_of_generate(make_llama: Any, settings: dict[
 def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any, kept: str) -> None:
     """And what is stored in the end are the latest tokens and older kept ones, no others."""
     model, inputs = kept_keys(make_llama), prompts(14, 6)
-    generator = torch.Generator().manual_seed(2)
-    share = {"all": 1.0, "none": 0.0, "some": 0.5, "rows": 0.0}[kept]
-    masks = {i: torch.rand(2, 14 + NEW, generator=generator) < share for i in model.mod.layers}
-    if kept == "rows":  # one row keeps everything, the other nothing
-        for mask in masks.values():
-            mask[1] = True
+    masks = masks_of_two_rows(model, kept, 14 + NEW)
     with modlab.routing_override(model, modlab.RoutingTable(masks)):
         last = both_ways(model, inputs, eos_token_id=None)
     seen = [14 + NEW - 1, 6 + NEW - 1]
@@ -136,11 +140,7 @@ def test_a_prompt_is_laid_out_as_a_ring_and_older_kept_tokens(make_llama: Any) -
 def test_thresholds_are_live(make_llama: Any) -> None:
     model, inputs = kept_keys(make_llama), prompts(25)
     modlab.enable_fast_generation(model, compile=False)
-    totals = []
-    for p in (0.2, 0.5, 0.8, 0.2):
-        modlab.set_threshold(model, p)
-        generated(model, inputs, eos_token_id=None)
-        totals.append(sum(map(sum, modlab.fast_generation_report(model)["last"]["kept_tokens"])))
+    totals = stored_at_thresholds(model, inputs, (0.2, 0.5, 0.8, 0.2))
     assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
 
 
@@ -169,13 +169,6 @@ def test_padding_between_tokens_goes_the_ordinary_way(make_llama: Any) -> None:
     modlab.enable_fast_generation(model, compile=False)
     assert generated(model, inputs) == want
     assert "between the tokens" in modlab.fast_generation_report(model)["last"]["why"]
-
-
-class LayersOnly(Compiler):
-    """Leaves what stands beside the layers as it is."""
-
-    def whole(self, name: str, function: Any) -> Any:
-        return function
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="runs compiled steps from the host")

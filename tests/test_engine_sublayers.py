@@ -19,12 +19,21 @@ from modlab.anatomy import attention_name, decoder_layers, mlp_name
 from modlab.cache_argument import cache_argument
 from modlab.engine import step as step_module
 from modlab.engine.attention import DECODE, decode_attention_function
-from modlab.engine.compiled import Compiler
 from modlab.engine.prefill import prefill
 from modlab.errors import ModlabError
 from modlab.layer import RoutedBranch, RoutedModule
 from modlab.tiny_models import tiny_model
-from tests.fast_generation import DEVICE, NEW, both_ways, generated, prompts, routed_llama
+from tests.fast_generation import (
+    DEVICE,
+    NEW,
+    LayersOnly,
+    both_ways,
+    generated,
+    masks_of_two_rows,
+    prompts,
+    routed_llama,
+    stored_at_thresholds,
+)
 
 SUBLAYERS = {"attention": "self_attn", "mlp": "mlp"}
 """What `MoDConfig.skip` names, and what Llama calls it."""
@@ -58,12 +67,7 @@ def test_same_tokens_under_settings_of_generate(make_llama: Any, skip: str, sett
 @pytest.mark.parametrize("kept", ["all", "none", "some", "rows"])
 def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any, skip: str, kept: str) -> None:
     model, inputs = routed_llama(make_llama, skip=skip), prompts(14, 6)
-    generator = torch.Generator().manual_seed(2)
-    share = {"all": 1.0, "none": 0.0, "some": 0.5, "rows": 0.0}[kept]
-    masks = {i: torch.rand(2, 14 + NEW, generator=generator) < share for i in model.mod.layers}
-    if kept == "rows":  # one row keeps everything, the other nothing
-        for mask in masks.values():
-            mask[1] = True
+    masks = masks_of_two_rows(model, kept, 14 + NEW)
     with modlab.routing_override(model, modlab.RoutingTable(masks)):
         last = both_ways(model, inputs, eos_token_id=None)
     seen = [14 + NEW - 1, 6 + NEW - 1]
@@ -201,11 +205,7 @@ def test_a_layer_that_runs_its_mlp_twice_is_refused(make_llama: Any, monkeypatch
 def test_thresholds_are_live(make_llama: Any) -> None:
     model, inputs = routed_llama(make_llama, skip="attention"), prompts(25)
     modlab.enable_fast_generation(model, compile=False)
-    totals = []
-    for p in (0.2, 0.5, 0.8, 0.2):
-        modlab.set_threshold(model, p)
-        generated(model, inputs, eos_token_id=None)
-        totals.append(sum(map(sum, modlab.fast_generation_report(model)["last"]["kept_tokens"])))
+    totals = stored_at_thresholds(model, inputs, (0.2, 0.5, 0.8, 0.2))
     assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
 
 
@@ -272,13 +272,6 @@ def test_on_a_gpu_steps_are_graphs_with_if_nodes(
     report = modlab.fast_generation_report(model)
     assert report["branch"] in ("torch", "cuda-python") and report["compiled"] == compile
     assert report["batch_sizes"] == [rows]
-
-
-class LayersOnly(Compiler):
-    """Leaves what stands beside the layers as it is."""
-
-    def whole(self, name: str, function: Any) -> Any:
-        return function
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="runs compiled steps from the host")
