@@ -22,6 +22,7 @@ from benchmarks.quality.arms import ARMS  # noqa: E402
 
 WIDTH, HEIGHT = 1000, 560
 POINTS = ("1.3x", "1.5x", "1.8x", "2.2x", "2.5x")
+DEFAULT = "kv-mid"  # the arm that is the recipe "default"
 MOST = 0.5  # nats at the top of the pictures; the tables have what lies beyond
 AXES = {
     "kv_saving": "K/V bytes, dense over routed",
@@ -40,11 +41,27 @@ FAMILIES = {  # colours told apart by colour-blind people; a shape for each, too
 }
 
 
+def newest_result() -> Path:
+    """The study's committed result."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("quality_*.json"))
+    if not files:
+        raise SystemExit("no quality result is committed: python -m benchmarks.quality report")
+    return files[-1]
+
+
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean, standard deviation and number of runs (seeds, bases) of each arm, budget and point."""
     keys = ["arm", "tokens", "point"]
-    measures = ["gap", "kv_saving", "flops_share", "keep_ratio", "recall_gap", "asked_keep_ratio"]
-    rows = rows.astype(dict.fromkeys(measures, float))
+    measures = [
+        "gap",
+        "kv_saving",
+        "flops_share",
+        "keep_ratio",
+        "recall_gap",
+        "asked_keep_ratio",
+        "gap_to_base",
+    ]
+    rows = rows.reindex(columns=[*keys, *measures]).astype(dict.fromkeys(measures, float))
     groups = rows.groupby(keys, sort=False)
     out = groups[measures].mean()
     out["gap_sd"] = groups["gap"].std()
@@ -83,7 +100,7 @@ def figure(table: pd.DataFrame, axis: str) -> go.Figure:
     return drawing
 
 
-def number(value: Any, form: str = ".3f") -> str:
+def number(value: Any, form: str = ".4f") -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None or value != value else format(value, form)
 
@@ -95,22 +112,52 @@ def trained_table(table: pd.DataFrame) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table[table.point == "trained"].sort_values("gap").itertuples():
-        spread = f" ± {row.gap_sd:.3f}" if row.runs > 1 else ""
+        spread = f" ± {row.gap_sd:.4f}" if row.runs > 1 else ""
         why = ARMS[row.arm].why if row.arm in ARMS else ""
         lines.append(
             f"| {row.arm} | {why} | {row.runs} | {row.kv_saving:.2f}x | {row.flops_share:.2f} | "
             f"{number(row.gap)}{spread} | {number(row.recall_gap)} | "
-            f"{number(row.asked_keep_ratio)} / {row.keep_ratio:.3f} |"
+            f"{number(row.asked_keep_ratio, '.3f')} / {row.keep_ratio:.3f} |"
         )
     return lines
 
 
-def moved_table(table: pd.DataFrame) -> list[str]:
+def moved_table(table: pd.DataFrame, value: str = "gap") -> list[str]:
     """Each arm's gap with its thresholds moved to the same savings."""
     lines = ["| arm | " + " | ".join(POINTS) + " |", "|---" * (len(POINTS) + 1) + "|"]
-    wide = table[table.point.isin(POINTS)].pivot(index="arm", columns="point", values="gap")
+    wide = table[table.point.isin(POINTS)].pivot(index="arm", columns="point", values=value)
     for arm, gaps in wide.sort_values("1.8x" if "1.8x" in wide else wide.columns[0]).iterrows():
         lines.append(f"| {arm} | " + " | ".join(number(gaps.get(point)) for point in POINTS) + " |")
+    return lines
+
+
+def asked_table(rows: pd.DataFrame) -> list[str]:
+    """What the default recipe was asked for, and what came out: means of `rows`, all of one budget."""
+    table = summary(rows)
+    gap = table.set_index(["arm", "point"]).gap
+    mine = table[table.arm == DEFAULT].set_index("point")
+    runs = rows[rows.arm == DEFAULT]
+    off = (runs.keep_ratio - runs.asked_keep_ratio).abs().max()
+    other = gap[f"{DEFAULT}-at2.2", "trained"]
+    lines = [
+        ("gap at 1.8x, of top-k's", "≤ 1/3", f"{mine.gap['1.8x'] / gap['topk-alt', '1.8x']:.4f}"),
+        ("gap at 1.8x, of the paper's", "≤ 1/2", f"{mine.gap['1.8x'] / gap['paper-0.03', '1.8x']:.4f}"),
+        ("gap at 1.8x", "≤ 0.06", f"{mine.gap['1.8x']:.4f}"),
+        ("recall gap at 1.8x, 2,048 tokens", "≤ 0.1", f"{mine.recall_gap['1.8x']:.4f}"),
+        ("gap at 1.5x", "≤ 0.03", f"{mine.gap['1.5x']:.4f}"),
+        ("moved to 2.2x, above a model trained for 2.2x", "≤ 0.03", f"{mine.gap['2.2x'] - other:.4f}"),
+        ("keep ratio asked and got, furthest apart", "≤ 0.02", f"{off:.4f}"),
+    ]
+    return ["| | asked for | found |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)]
+
+
+def budget_table(table: pd.DataFrame) -> list[str]:
+    """The gap at 1.8x of the arms that were trained at more than one budget."""
+    part = table[table.point == "1.8x"].pivot(index="arm", columns="tokens", values="gap").dropna()
+    lines = ["| arm | " + " | ".join(f"{tokens / 1e6:.3g}M" for tokens in part) + " |"]
+    lines.append("|---" * (part.shape[1] + 1) + "|")
+    for arm, gaps in part.iterrows():
+        lines.append(f"| {arm} | " + " | ".join(map(number, gaps)) + " |")
     return lines
 
 
@@ -132,8 +179,22 @@ def page(result: dict[str, Any], docs: Path) -> str:
         "the loss on held-out text above that of the base trained on for as long (dense continuation), in",
         "nats a token, with hard routing by the packed code that users run. The recall gap is the same for",
         "the second copy of a passage, read 2,048 tokens after the first one (or as far as the context",
-        "goes). FLOPs is the share of a dense model's operations that is executed.",
+        "goes). FLOPs is the share of a dense model's operations that is executed. ± is the standard",
+        "deviation over runs (seeds and bases).",
     ]
+    if DEFAULT in set(table.arm):
+        lines += ["", f"## What the default recipe (`{DEFAULT}`) had to reach", ""]
+        lines += asked_table(rows[rows.tokens == rows.tokens.min()])
+    if len(budgets := budget_table(table)) > 2:
+        lines += ["", "Gap at 1.8x after more tokens:", "", *budgets]
+    if table.gap_to_base.notna().any():
+        lines += [
+            "",
+            "Routers alone, the base frozen: loss above that of the very weights that are routed (the tables",
+            "below compare with a base that was trained on).",
+            "",
+            *moved_table(table[table.gap_to_base.notna()], "gap_to_base"),
+        ]
     for tokens in sorted(table.tokens.unique()):
         part = table[table.tokens == tokens]
         name = f"{tokens / 1e6:.3g}M"
@@ -158,11 +219,7 @@ def main() -> int:
     parser.add_argument("result", nargs="?", type=Path)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    files = sorted((ROOT / "benchmarks" / "results").glob("quality_*.json"))
-    if options.result is None and not files:
-        print("no quality result is committed", file=sys.stderr)
-        return 1
-    result = json.loads((options.result or files[-1]).read_text(encoding="utf-8"))
+    result = json.loads((options.result or newest_result()).read_text(encoding="utf-8"))
     options.docs.mkdir(parents=True, exist_ok=True)
     (options.docs / "quality.md").write_text(page(result, options.docs), encoding="utf-8")
     print(f"wrote {options.docs / 'quality.md'}")

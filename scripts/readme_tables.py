@@ -19,7 +19,14 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEMO_CARD = "modlab/demo/README.md"
 KV_CARD = "modlab/demo/kv/README.md"
-TABLES = ("speed", "generate", "prefill", "decode", "demo")  # growth is drawn: scripts/speed_plot.py
+TABLES = (
+    "speed",
+    "generate",
+    "throughput",
+    "prefill",
+    "decode",
+    "demo",
+)  # growth is drawn: scripts/speed_plot.py
 DEMO_NAMES = {
     "dense": "dense",
     "dense_continuation": "dense, trained on for as long",
@@ -115,8 +122,10 @@ def said_beside(result: dict[str, Any]) -> list[str]:
 
 def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Time and memory against the dense model, one row a measurement, under its command."""
+    kv = routes_keys(result)
+    what = {True: 'Keys and values routed (`skip="kv"`, the default)', False: "Whole layers skipped"}[kv]
     lines = [
-        f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
+        f"{what}: `{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
         f"{result['versions']['torch']}, {result['date'][:10]}:",
         "",
         "| | model | batch x tokens | routed layers | kept | dense | MoD | speed-up | ideal | KV saving "
@@ -137,6 +146,11 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def routes_keys(result: dict[str, Any]) -> bool:
+    """Whether routing decided about the cache alone."""
+    return result.get("settings", {}).get("skip") == "kv"
+
+
 def duration(ms: float) -> str:
     """Milliseconds with as many digits as mean something."""
     return f"{ms:,.1f} ms" if ms >= 100 else f"{ms:.2f} ms"
@@ -148,15 +162,17 @@ def is_headline(row: dict[str, Any]) -> bool:
 
 
 def bench_section(results: list[dict[str, Any]]) -> list[str]:
-    """The GPU suite's headline, what is said beside it, and every table in a fold."""
+    """What the default routing (of keys and values) and the GPU suite show at length, what is said beside it,
+    and all else in a fold."""
     parts, folded = [], []
     for result in results:
         rows = [row for row in result["rows"] if row["case"] != "baseline"]
-        if result["what"] == "speed":
+        if result["what"] == "speed" or routes_keys(result):
             parts.append(bench_table(result, [row for row in rows if is_headline(row)]))
             parts.append("\n".join(said_beside(result)).strip())
             rows = [row for row in rows if not is_headline(row)]
-        folded.append(bench_table(result, rows))
+        if rows:
+            folded.append(bench_table(result, rows))
     fold = ["<details><summary>Short prompts, a 70B shape, two CPU cores</summary>", *folded, "</details>"]
     return [part for part in (*parts, *fold) if part]
 
@@ -173,6 +189,7 @@ def section(root: Path = ROOT) -> str:
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
     every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
     results = [result for result in every if result["what"] in TABLES]
+    results.sort(key=routes_keys, reverse=True)  # the default first
     if results:
         parts += bench_section(results)
     return "\n\n".join(parts) or "No result files are in the repository yet."

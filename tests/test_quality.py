@@ -65,6 +65,8 @@ def test_every_arm_trains(make_llama: Any, rows: torch.Tensor, name: str) -> Non
     """Its settings fit each other, its gradient is finite, and what it is there for happens."""
     arm = ARMS[name]
     model = make(make_llama, arm)
+    if arm.mod is not None:
+        model.mod.config.keep_recent = 8  # of rows that are far shorter than the study's
     fields = arm.training(LAYERS)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     keep = fields.get("keep_ratio", 1.0)
@@ -110,7 +112,7 @@ def test_a_skipped_token_passes_the_adapter(make_llama: Any, rows: torch.Tensor)
 def test_shared_keys_are_the_layer_belows(make_llama: Any, rows: torch.Tensor) -> None:
     """All kept: the dense model. One skipped token: later tokens still see it, through the layer below."""
     dense = make_llama(num_hidden_layers=LAYERS)
-    model = modlab.convert(make_llama(num_hidden_layers=LAYERS), modlab.MoDConfig(layers=[4]))
+    model = modlab.convert(make_llama(num_hidden_layers=LAYERS), modlab.MoDConfig(skip="layer", layers=[4]))
     with torch.no_grad():
         expected = dense(rows[:2], use_cache=False).logits
         with MECHANISMS["shared-kv"](model, 0.5):
@@ -191,6 +193,30 @@ def test_runs_compare_with_the_continuation_of_their_own_base(tmp_path: Path) ->
     }
 
 
+def test_the_page_says_what_the_default_had_to_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    quality_page = pytest.importorskip("quality_page")
+    runs = [run_of("dense", 1.0, 0, 0.5), run_of("kv-mid", 1.02, 0), run_of("kv-mid-at2.2", 1.03)]
+    runs += [run_of("topk-alt", 1.4), run_of("paper-0.03", 1.2), run_of("kv-mid", 1.02, 1)]
+    for run in runs[1:]:
+        moved = {**run["points"][0], "point": "1.8x"}
+        if run["arm"] == "kv-mid":
+            moved |= {"loss": 1.02 if run["seed"] == 0 else 1.06, "asked": 0.49, "keep_ratio": 0.5}
+            moved["recall"] = [{"distance": 2048, "second_loss": 0.53}]
+            run["points"] += [{**moved, "point": p, "loss": x} for p, x in (("1.5x", 1.01), ("2.2x", 1.05))]
+        run["points"].append(moved)
+    said = quality_page.asked_table(quality_page.pd.DataFrame(rows_of(runs)))
+    assert [line.split(" | ")[-1] for line in said[2:]] == [
+        "0.1000 |",  # the mean of two seeds, 0.04, of 0.4
+        "0.2000 |",
+        "0.0400 |",
+        "0.0300 |",
+        "0.0100 |",
+        "0.0200 |",  # 0.05 by moved thresholds, 0.03 trained for it
+        "0.0100 |",
+    ]
+
+
 def test_the_page_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     quality_page = pytest.importorskip("quality_page")
@@ -202,10 +228,10 @@ def test_the_page_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = {"device_name": "a GPU", "dtype": "bf16", "versions": {"torch": "2"}, "date": "2026-01-01"}
     text = quality_page.page(result | {"command": "c", "rows": rows_of(runs)}, tmp_path)
     assert (
-        "| attn-mid | every MLP runs, attention is left out | 2 | 1.80x | 0.70 | 0.300 ± 0.071 | 0.050 |"
+        "| attn-mid | every MLP runs, attention is left out | 2 | 1.80x | 0.70 | 0.3000 ± 0.0707 | 0.0500 |"
         in text
     )
-    assert "| attn-mid | - | 0.125 | - | - | - |" in text
+    assert "| attn-mid | - | 0.1250 | - | - | - |" in text
     assert [path.name for _, path in drawn] == [
         "quality_0.001M_kv_saving.png",
         "quality_0.001M_flops_share.png",

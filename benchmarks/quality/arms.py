@@ -86,17 +86,20 @@ def named_layers(layers: Any, num_layers: int) -> Any:
 
 
 def _arms() -> Iterator[Arm]:
+    alternate = {"skip": "layer", "layers": "alternate"}
+    inner, wide = {**alternate, "layers": "inner"}, {**alternate, "layers": "wide"}
+
     # ---- zero line and controls
     yield Arm("dense", "the zero line: the base, trained on", None, kv_saving=None)
-    static = {"layers": "static", "keep_first": 0}
+    static = {**alternate, "layers": "static", "keep_first": 0}
     fixed = {"objective": "none", "what_if": 0.0}
     yield Arm("static", "layers left out", static, fixed, mechanism="static")
-    yield Arm("random-alt", "tokens left out by chance", {}, fixed, mechanism="random")
-    topk = {"operator": "topk", "gate": "fused", "init_gate": 0.5}
+    yield Arm("random-alt", "tokens left out by chance", alternate, fixed, mechanism="random")
+    topk = {**alternate, "operator": "topk", "gate": "fused", "init_gate": 0.5}
     published = {"what_if": 0.0}  # a skipped token tells the router nothing
     yield Arm("topk-alt", "top-k MoD, evaluated causally", topk, published)
     yield Arm("topk-mid", "top-k MoD on the layers of ours", {**topk, "layers": "inner"}, published)
-    paper = {"gate": "paper", "init_gate": 0.5, "keep_first": 1}
+    paper = MoDConfig.paper().to_dict()
     for alpha in (0.01, 0.03, 0.1, 0.3):
         load = {"objective": "load", "alpha": alpha, **published}
         yield Arm(f"paper-{alpha}", "the paper's recipe", paper, load, kv_saving=None)
@@ -104,9 +107,9 @@ def _arms() -> Iterator[Arm]:
     yield Arm("paper-0.1-open", "the same, gates open at first", opened, {**load, "alpha": 0.1}, None)
 
     # ---- straight-through, what-if, two-sided target
-    yield Arm("layer-alt", "ours as it was: whole layers, alternate", {})
-    yield Arm("layer-mid", "fewer tokens left out in more layers", {"layers": "inner"})
-    yield Arm("layer-wide", "still more layers", {"layers": "wide"})
+    yield Arm("layer-alt", "ours as it was: whole layers, alternate", alternate)
+    yield Arm("layer-mid", "fewer tokens left out in more layers", inner)
+    yield Arm("layer-wide", "still more layers", wide)
     attn = {"skip": "attention", "layers": "inner"}
     yield Arm("attn-mid", "every MLP runs, attention is left out", attn)
     yield Arm("attn-alt", "the same in alternate layers", {**attn, "layers": "alternate"})
@@ -151,7 +154,7 @@ def _arms() -> Iterator[Arm]:
     yield Arm("attn-mid-budget", "thresholds follow the gates", attn, {"objective": "budget"})
     budget, spread = {"objective": "budget"}, (1.2, 2.5)
     yield Arm("attn-mid-range", "another budget each step", attn, budget, saving_range=spread)
-    yield Arm("layer-mid-range", "of whole layers", {"layers": "inner"}, budget, saving_range=spread)
+    yield Arm("layer-mid-range", "of whole layers", inner, budget, saving_range=spread)
     yield Arm("attn-mid-ramp", "the target falls for longer", attn, {"ramp": 0.6})
     yield Arm("attn-mid-late", "and late", attn, {"hold": 0.3, "ramp": 0.4})
     yield Arm("attn-mid-whatif0", "no what-if passes", attn, {"what_if": 0.0})
@@ -163,19 +166,17 @@ def _arms() -> Iterator[Arm]:
     both = {"objective": "budget"}
     yield Arm("attn-mid-budget-kl", "thresholds and KL", attn, both, teacher=1.0)
     yield Arm("attn-wide-budget-kl", "in more layers", {**attn, "layers": "wide"}, both, teacher=1.0)
-    yield Arm("layer-mid-budget", "whole layers", {"layers": "inner"}, both)
+    yield Arm("layer-mid-budget", "whole layers", inner, both)
 
     # ---- what else teaches, what is protected, what decides, what is left behind
     yield Arm("attn-mid-kl", "KL to the dense base", attn, teacher=1.0)
-    yield Arm("layer-mid-kl", "the same with whole layers", {"layers": "inner"}, teacher=1.0)
+    yield Arm("layer-mid-kl", "the same with whole layers", inner, teacher=1.0)
     yield Arm("attn-mid-first0", "no protected tokens", {**attn, "keep_first": 0})
     yield Arm("attn-mid-first32", "many protected tokens", {**attn, "keep_first": 32})
     yield Arm("attn-mid-normed", "router reads the normalised stream", attn, mechanism="normed")
     yield Arm("attn-mid-2layer", "router with a hidden layer", attn, mechanism="two-layer")
-    yield Arm(
-        "layer-mid-adapter", "low-rank map for skipped tokens", {"layers": "inner"}, mechanism="adapter"
-    )
-    yield Arm("layer-mid-shared", "K/V of the layer below", {"layers": "inner"}, mechanism="shared-kv")
+    yield Arm("layer-mid-adapter", "low-rank map for skipped tokens", inner, mechanism="adapter")
+    yield Arm("layer-mid-shared", "K/V of the layer below", inner, mechanism="shared-kv")
 
 
 ARMS = {arm.name: arm for arm in _arms()}
