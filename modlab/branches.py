@@ -7,6 +7,7 @@ token with it. No list says which those are; the layer is run on random numbers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -109,16 +110,24 @@ def _adds_its_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return False
     if "flash" in str(getattr(getattr(attention, "config", None), "_attn_implementation", "")):
         return True  # takes no mask at all, which a forward will say
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bitsandbytes: "not registered to the Autograd key"
         hidden = with_gradient(arguments.hidden)
         columns = torch.arange(TOKENS, device=hidden.device)[None]
         mask = as_attention_mask(packed_mask(columns, columns), "additive", hidden.dtype)
         weights = torch.zeros_like(mask, requires_grad=True)
+
+        def weighed(weights: Tensor) -> Tensor:
+            out, _ = arguments.run(attention, {arguments.hidden_name: hidden, name: mask + weights - 0.5})
+            return out.float()
+
         try:
-            changes = {arguments.hidden_name: hidden, name: mask + weights - 0.5}
-            out, _ = arguments.run(attention, changes)
+            out = weighed(weights)
             # of the weights alone: nothing is left behind in the model's parameters
-            (slope,) = torch.autograd.grad(out.float().square().sum(), weights)
+            (slope,) = torch.autograd.grad(out.square().sum(), weights, allow_unused=True)
+            if slope is None:
+                # Weights that bitsandbytes has packed for a CPU have no backward pass: the values must tell.
+                return not torch.equal(out[:, -1], weighed(-columns.to(mask.dtype))[:, -1])
         except Exception:  # whatever it makes of such a mask
             return False
     return bool(slope[..., -1, :-1].any())

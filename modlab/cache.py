@@ -1,4 +1,5 @@
-"""A KV cache that stores, per layer and row, only the tokens that the layer kept.
+"""A KV cache that stores, per layer and row, only the tokens that the layer kept (with
+skip="kv" the latest ones too).
 
 A `RaggedLayer` keeps all rows of a batch in one flat buffer, each row in a segment of its own length:
 

@@ -18,6 +18,12 @@ OURS = "<!-- written by modlab -->"
 """Marks a card as generated: it may be written anew. Take the line out to keep what you changed."""
 
 PAPER = "https://arxiv.org/abs/2410.14268"
+ROUTED = {
+    "kv": "keys and values",
+    "layer": "whole layers",
+    "attention": "attention alone",
+    "mlp": "MLPs alone",
+}
 
 
 def write_card(
@@ -67,7 +73,7 @@ def model_card(
         f"router decides for each token {_decides(config)} ([MoDification]({PAPER})).",
         "| | |\n|---|---|\n"
         f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
-        f"| routing | {config.operator}, skips {config.skip}, gate {config.gate} |\n"
+        f"| routing | {config.operator}, {ROUTED[config.skip]}, gate {config.gate} |\n"
         f"| threshold p | {thresholds} |" + _figures(evaluation),
         _measured(evaluation, name),
         "## How to load",

@@ -17,13 +17,14 @@ Gate = Literal["straight-through", "paper", "fused"]
 class MoDConfig:
     """Settings of a Mixture-of-Depths conversion.
 
-    The default changes no logit: every gate starts open and a kept token passes its layer at full strength.
+    The default changes no logit: every gate starts open. What it routes is the cache, which cost the least
+    loss for the memory saved; docs/defaults.md gives a figure for each field.
 
     Attributes:
-        layers: which decoder layers get a router: ``"alternate"`` (every other layer, from layer 1;
-            MoDification section 3; in hybrids where none of those has softmax attention, every layer
-            that has), ``"inner"`` (all but the first two and the last), ``"all"``, or explicit indices
-            (negative ones count from the end).
+        layers: which decoder layers get a router: ``"inner"`` (all but the first two and the last; all of
+            fewer than six), ``"alternate"`` (every other layer, from layer 1; MoDification section 3),
+            ``"all"``, or explicit indices (negative ones count from the end). In hybrids where none of the
+            layers so named has softmax attention, every layer that has.
         operator: ``"threshold"`` keeps a token where its gate is at least `p`: per token, causal, independent
             of the batch. ``"topk"`` is the Mixture-of-Depths baseline (Raposo et al. 2024): in training each
             row keeps its `capacity` share of highest gates; in evaluation, where ranking would look into the
@@ -31,9 +32,9 @@ class MoDConfig:
             meaningful).
         p: threshold in (0, 1), one value or ``{layer: value}``. Live: `modlab.set_threshold` changes it at
             any time.
-        skip: what a skipped token leaves out: the whole ``"layer"``, its ``"attention"``, its ``"mlp"``, or
-            ``"kv"``, its place in the cache: it passes the layer in full, but its keys and values are dropped
-            once `keep_recent` tokens have come, itself counted.
+        skip: what a skipped token leaves out: ``"kv"``, its place in the cache (it passes the layer in full,
+            but its keys and values are dropped once `keep_recent` tokens have come, itself counted), the
+            whole ``"layer"``, its ``"attention"``, or its ``"mlp"``. Only the last three save operations.
         gate: how the gate g enters the output of a kept token.
             ``"straight-through"``: not at all in value, g only receives the gradient (lossless on
                 conversion);
@@ -41,14 +42,15 @@ class MoDConfig:
             ``"fused"``: x' = x + g·(Layer(x) - x), which needs no separable branches.
         capacity: share of tokens that the top-k operator keeps in training, in (0, 1].
         keep_recent: with ``skip="kv"``, how many of the latest tokens every token may attend to, kept or not.
+            Texts that are not longer save nothing; layers whose sliding window is not longer are not routed.
         keep_first: that many first real tokens of every row are always kept (attention sinks).
         init_gate: gate value of every token right after conversion, in (0, 1).
     """
 
-    layers: str | Sequence[int] = "alternate"
+    layers: str | Sequence[int] = "inner"
     operator: Operator = "threshold"
     p: float | dict[int, float] = 0.5
-    skip: Skip = "layer"
+    skip: Skip = "kv"
     gate: Gate = "straight-through"
     capacity: float = 0.25
     keep_recent: int = 128
@@ -66,13 +68,13 @@ class MoDConfig:
         if isinstance(self.layers, str):
             if self.layers not in ("alternate", "inner", "all"):
                 raise ModlabError(
-                    f"MoDConfig(layers={self.layers!r}): use 'alternate', 'inner', 'all' or a list of layer "
+                    f"MoDConfig(layers={self.layers!r}): use 'inner', 'alternate', 'all' or a list of layer "
                     "indices."
                 )
         else:
             self.layers = [int(i) for i in self.layers]
             if not self.layers:
-                raise ModlabError("MoDConfig(layers=[]): name at least one layer, or use 'alternate'.")
+                raise ModlabError("MoDConfig(layers=[]): name at least one layer, or use 'inner'.")
         if isinstance(self.p, dict):
             self.p = {int(layer): check_threshold(p) for layer, p in self.p.items()}
         else:
@@ -89,13 +91,15 @@ class MoDConfig:
             )
         if self.skip == "kv" and self.operator != "threshold":
             raise ModlabError(
-                "MoDConfig(skip='kv', operator='topk'): keys and values are chosen by threshold "
-                "only. Use operator='threshold' (the default)."
+                "MoDConfig(skip='kv', operator='topk'): keys and values are chosen by threshold only. Use "
+                "operator='threshold' (the default), or say what else is skipped: skip='layer', as in "
+                "MoDConfig.topk() (--preset topk)."
             )
         if self.skip == "kv" and self.gate != "straight-through":
             raise ModlabError(
                 f"MoDConfig(skip='kv', gate={self.gate!r}): a token that is not kept passes the layer in "
-                "full, there is no output for a gate to scale. Use gate='straight-through' (the default)."
+                "full, there is no output for a gate to scale. Use gate='straight-through' (the default), or "
+                "say what else is skipped: skip='layer', as in MoDConfig.paper() (--preset paper)."
             )
         if not 0 < self.init_gate < 1:
             raise ModlabError(
@@ -104,18 +108,21 @@ class MoDConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> MoDConfig:
-        """MoDification as published (arXiv 2410.14268): alternate layers, p = 0.5, gate on both branches.
+        """MoDification as published (arXiv 2410.14268): alternate layers as a whole, gate on both branches.
 
         The paper does not state the router's initialisation; zero weights (gate 0.5) are assumed. Unlike the
         default this form is not lossless: a gate of 0.5 halves what each routed layer adds, until training
         corrects it.
         """
-        return cls(**{"gate": "paper", "init_gate": 0.5, "keep_first": 1, **changes})
+        published = {"gate": "paper", "init_gate": 0.5, "keep_first": 1}
+        return cls(**{"skip": "layer", "layers": "alternate", **published, **changes})
 
     @classmethod
     def topk(cls, capacity: float = 0.25, **changes: Any) -> MoDConfig:
-        """Top-k Mixture-of-Depths (Raposo et al. 2024), the baseline: expert-choice routing, fused gate."""
-        return cls(**{"operator": "topk", "capacity": capacity, "gate": "fused", **changes})
+        """Top-k Mixture-of-Depths (Raposo et al. 2024), the baseline: expert-choice routing of alternate
+        layers as a whole, fused gate."""
+        published = {"operator": "topk", "capacity": capacity, "gate": "fused"}
+        return cls(**{"skip": "layer", "layers": "alternate", **published, **changes})
 
     @property
     def recent_stored(self) -> int:
@@ -128,7 +135,7 @@ class MoDConfig:
         if self.layers == "alternate":
             indices = list(range(1, num_layers, 2))
         elif self.layers == "inner":
-            indices = list(range(2, num_layers - 1))
+            indices = list(range(2, num_layers - 1) if num_layers > 5 else range(num_layers))
         elif self.layers == "all":
             indices = list(range(num_layers))
         else:

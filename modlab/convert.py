@@ -36,8 +36,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     """Turns a causal LM of transformers into a Mixture-of-Depths model, in place.
 
     No weight changes and no layer body is copied: routed layers gain a router (`mod_router`) and a forward
-    that skips. With the default config the logits stay the dense model's, exactly; training then teaches the
-    routers what to skip.
+    that asks it. With the default config the logits stay the dense model's, exactly; training then teaches
+    the routers what to leave out.
 
     Args:
         model: any decoder-only model with softmax attention, on any device, in any dtype.
@@ -184,7 +184,7 @@ def _skippable(
         raise ModlabError(
             f"skip={config.skip!r}: the {'MLP' if config.skip == 'mlp' else 'attention'} of layer {index} "
             f"({type(layers[index]).__name__}) cannot be {'routed' if config.skip == 'kv' else 'skipped'} on "
-            f"its own: {reason}. Use skip='layer' (the default){others}."
+            f"its own: {reason}. Use MoDConfig(skip='layer') (--skip layer, --recipe speed){others}."
         )
     return forms
 
@@ -201,27 +201,29 @@ def routable(
     model: PreTrainedModel, layers: nn.ModuleList, config: MoDConfig
 ) -> tuple[list[int], dict[int, int | None], dict[int, BranchForm]]:
     """Indices to route, their sliding windows, and how they use the branch that is skipped. Layers named one
-    by one must be routable, 'all' means what can be.
+    by one must be routable, names such as 'inner' mean what can be.
     """
     windows = anatomy.attention_windows(model, len(layers))
     wanted = config.resolve_layers(len(layers))
     reasons = {}
     for index in range(len(layers)):
-        name = anatomy.attention_name(layers[index])
+        name, window = anatomy.attention_name(layers[index]), windows[index]
         if name is None:
             reasons[index] = anatomy.NO_ATTENTION
         elif anatomy.shares_keys(layers[index].get_submodule(name)):
             reasons[index] = "it shares its keys and values with other layers"
         elif not anatomy.attends(layers[index]):
             reasons[index] = anatomy.NO_KEYS
-        elif isinstance(windows[index], str):
-            reasons[index] = str(windows[index])
+        elif isinstance(window, str):
+            reasons[index] = window
+        elif config.skip == "kv" and window is not None and window <= config.keep_recent:
+            reasons[index] = f"all of its sliding window of {window} tokens is recent (keep_recent)"
     if not isinstance(config.layers, str):
         for index in (i for i in wanted if i in reasons):
             raise ModlabError(f"layer {index} of {type(model).__name__} cannot be routed: {reasons[index]}.")
     indices = [index for index in wanted if index not in reasons]
     if not indices:
-        # In a hybrid the alternate layers may all be recurrent ones: those with attention are routed then.
+        # In a hybrid the layers asked for may all be recurrent ones: those with attention are routed then.
         indices = [index for index in range(len(layers)) if index not in reasons]
     if not indices:
         # What the layers with attention lack says more than that others have none.

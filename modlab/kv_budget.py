@@ -86,7 +86,7 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
         most = num_layers / (num_layers - routed) if routed < num_layers else float("inf")
         raise ModlabError(
             f"{routed} of {num_layers} layers are routed, which saves less than {most:.2f}x: "
-            f"kv_saving={kv_saving} needs more routed layers (MoDConfig(layers='inner') or 'all')."
+            f"kv_saving={kv_saving} needs more routed layers: MoDConfig(layers='all'), or ask for less."
         )
     return ratio
 

@@ -1,8 +1,9 @@
 """What a model type has to show before it counts as supported, on a tiny random model of it.
 
 `families.report()` and `tests/test_every_family.py` both come through `prove`, so that the README's table is
-what the tests hold. Every claim of `prove` is about the converted model with *all* routable layers routed and
-a batch of rows padded on the left, under each attention implementation that the type has.
+what the tests hold. Every claim of `prove` is about the converted model with *all* routable layers
+routed as a whole (skip="layer") and a batch of rows padded on the left, under each attention implementation
+that the type has.
 
 Run as a program this module is the fresh process that reloads saved models: one folder a line on stdin, the
 reason why it fails ("" if it does not), as JSON, on stdout.
@@ -79,7 +80,7 @@ def prove(model_type: str, folder: Path, fresh: FreshProcess, **changes: Any) ->
         names = attention_implementations(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         batch = Batch(model)
-        modlab.convert(model, modlab.MoDConfig(layers="all"))
+        modlab.convert(model, modlab.MoDConfig(skip="layer", layers="all"))
         batch.one_row()  # what is refused, is refused here
         modlab.revert(model)
         if not any(name in inspect.signature(type(model).forward).parameters for name in CACHE_ARGUMENTS):
@@ -96,7 +97,7 @@ def prove(model_type: str, folder: Path, fresh: FreshProcess, **changes: Any) ->
         # Not before the first forward: BigBird swaps a module of its own in it.
         classes = {name: type(module) for name, module in model.named_modules()}
 
-        modlab.convert(model, modlab.MoDConfig(layers="all"))
+        modlab.convert(model, modlab.MoDConfig(skip="layer", layers="all"))
         for name in names:
             model.set_attn_implementation(name)
             with _claims_of(name):

@@ -112,7 +112,7 @@ class Routing:
         thresholds: current p by routed layer; write through `modlab.set_threshold`.
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
             skipped tokens too tell the router what they would have gained. False: only kept tokens run
-            (packed).
+            (packed). With skip="kv" all run either way: True weighs keys, False hides those that are dropped.
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
         base_trained: whether other weights than the routers have been trained by modlab since the model was

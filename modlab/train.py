@@ -34,7 +34,14 @@ from modlab.router import is_router
 from modlab.routing import is_converted
 from modlab.threshold_control import ThresholdControl
 from modlab.train_calibration import calibrate_trained, calibration_batches
-from modlab.train_checks import check_fit, check_length, check_processes, check_teacher, choose_objective
+from modlab.train_checks import (
+    check_fit,
+    check_length,
+    check_processes,
+    check_rows_teach,
+    check_teacher,
+    choose_objective,
+)
 from modlab.train_compile import LayerCompilation
 from modlab.train_config import TrainConfig, is_what_if, keep_target, lr_factor
 from modlab.train_files import checkpoints, find_checkpoint, log_until, write_json, write_lines
@@ -131,6 +138,7 @@ class _Run:
             eval_data = list(eval_data)
         self.eval_source = None if eval_data is None else open_batches(eval_data, "eval_data")
         check_fit(model, self.source, "batches")
+        check_rows_teach(model, self.source, self.objective)
         if self.eval_source is not None:
             check_fit(model, self.eval_source, "eval_data")
         check_teacher(config, model, teacher)

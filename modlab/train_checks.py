@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from modlab.errors import ModlabError
@@ -74,6 +75,34 @@ def check_fit(model: Any, source: Batches, what: str) -> None:
             f"{what} holds token ids from {low} to {high}, but the model has {vocabulary} tokens: "
             "was it made with another tokenizer?"
         )
+
+
+def nothing_to_learn(model: Any, length: int) -> str:
+    """Why rows of at most `length` tokens teach the routers nothing; "" if they do."""
+    if not is_converted(model) or model.mod.config.skip != "kv":
+        return ""
+    # The first token that may be dropped follows the protected ones; a recent past later one may miss it, and
+    # that one still has to predict another.
+    needed = model.mod.config.keep_first + model.mod.config.keep_recent + 2
+    if length >= needed:
+        return ""
+    return (
+        f"rows of at most {length} tokens, but with skip='kv' a token attends to its latest "
+        f"{model.mod.config.keep_recent} (keep_recent) whatever the routers say: none of them would learn. "
+        f"Rows of {needed} tokens are the least, several times as many are better; or convert with a smaller "
+        "keep_recent (modlab convert --keep-recent N)."
+    )
+
+
+def check_rows_teach(model: Any, source: Batches, objective: Objective) -> None:
+    """Rows are long enough for routers to matter; a remark where only the first batch is known."""
+    if objective == "none":
+        return
+    ids = source.data if source.preloaded else source.first["input_ids"]
+    if reason := nothing_to_learn(model, ids.shape[1]):
+        if source.preloaded:
+            raise ModlabError(f"The data has {reason}")
+        warnings.warn(f"The first batch has {reason}", stacklevel=2)
 
 
 def check_length(model: Any, length: int, what: str) -> None:

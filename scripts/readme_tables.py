@@ -60,7 +60,8 @@ def kv_table(record: dict[str, Any]) -> str:
     lines = [
         "`demo-kv`: the dense model's own weights with routers for its cache (every token passes every "
         "layer), on held-out Python files of another machine "
-        f"({record['results']['demo-kv']['tokens']:,} predicted tokens):",
+        f"({record['results']['demo-kv']['tokens']:,} predicted tokens). Below, the same weights with other "
+        "keys and values, which no router chose:",
         "",
         "| model | held-out loss | the same, second copy of a passage 1,024 tokens after the first "
         "| keys and values kept in routed layers | KV cache |",
@@ -70,7 +71,8 @@ def kv_table(record: dict[str, Any]) -> str:
         kept = f"{result['keep_ratio']:.0%}" if "keep_ratio" in result else "all"
         saving = f"{result['kv_saving']:.2f}x smaller" if "kv_saving" in result else "1x"
         recall = next(r["second_loss"] for r in result["recall"] if r["distance"] == 1024)
-        lines.append(f"| `{name}` | {result['loss']:.3f} | {recall:.3f} | {kept} | {saving} |")
+        title = f"{name}: {result['why']}" if "why" in result else f"`{name}`"
+        lines.append(f"| {title} | {result['loss']:.3f} | {recall:.3f} | {kept} | {saving} |")
     lines += [
         "",
         f"Made by `{record['command']}` on {record['date'][:10]}; all of it is in [the card]({KV_CARD}).",
@@ -123,7 +125,10 @@ def said_beside(result: dict[str, Any]) -> list[str]:
 def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Time and memory against the dense model, one row a measurement, under its command."""
     kv = routes_keys(result)
-    what = {True: 'Keys and values routed (`skip="kv"`, the default)', False: "Whole layers skipped"}[kv]
+    what = {
+        True: 'Keys and values routed (`skip="kv"`, the default; here in all layers but two at each end)',
+        False: "Whole layers skipped",
+    }[kv]
     lines = [
         f"{what}: `{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
         f"{result['versions']['torch']}, {result['date'][:10]}:",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,11 @@ def tiny_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
+def alternate_layers(**fields: Any) -> modlab.MoDConfig:
+    """Every other layer, skipped whole unless `fields` say what else."""
+    return modlab.MoDConfig(**{"skip": "layer", "layers": "alternate", **fields})
+
+
 @pytest.fixture
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """Makes a tiny dense Llama with random weights; keyword arguments change its config."""
@@ -75,13 +81,13 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture
 def tiny_llama(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     """A tiny converted Llama: 6 layers, 1, 3 and 5 routed, all gates open."""
-    return modlab.convert(make_llama(), modlab.MoDConfig())
+    return modlab.convert(make_llama(), alternate_layers())
 
 
 def routed_llama() -> LlamaForCausalLM:
     """The tiny converted Llama with random routers: its gates differ from token to token."""
     torch.manual_seed(0)
-    model = modlab.convert(LlamaForCausalLM(tiny_config()).eval(), modlab.MoDConfig())
+    model = modlab.convert(LlamaForCausalLM(tiny_config()).eval(), alternate_layers())
     scatter_gates(model)
     return model
 

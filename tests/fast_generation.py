@@ -11,6 +11,8 @@ from transformers import LlamaForCausalLM
 import modlab
 from modlab.engine.compiled import Compiler
 
+from .conftest import alternate_layers
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW = 40
 
@@ -23,7 +25,7 @@ def routed_llama(
     **changes: Any,
 ) -> Any:
     """A tiny converted Llama whose routers keep some tokens and skip others."""
-    config = modlab.MoDConfig(gate=gate, skip=skip, keep_recent=keep_recent)
+    config = alternate_layers(gate=gate, skip=skip, keep_recent=keep_recent)
     model: Any = modlab.convert(make(**changes), config).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     for index in model.mod.layers:

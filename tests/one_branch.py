@@ -45,7 +45,7 @@ def prove_one_branch(model_type: str, skip: Any) -> None:
     batch.choose_cuts(dense_BTV)
     config = modlab.MoDConfig(layers="all", skip=skip, keep_recent=RECENT)
     branch = modlab.convert(copy.deepcopy(dense), config)
-    whole = modlab.convert(copy.deepcopy(dense), modlab.MoDConfig(layers="all"))
+    whole = modlab.convert(copy.deepcopy(dense), modlab.MoDConfig(skip="layer", layers="all"))
 
     batch.model = branch
     with modlab.routing_override(

@@ -143,7 +143,7 @@ def test_reset_frees_everything(routed) -> None:
 
 def test_first_layer_routed_and_nothing_kept(make_llama) -> None:
     """Layer 0 counts seen tokens though it stores none: the next forward's positions are right."""
-    model = modlab.convert(make_llama(), modlab.MoDConfig(layers=[0]))
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip="layer", layers=[0]))
     with (
         torch.no_grad(),
         modlab.routing_override(model, lambda i, g, p: torch.zeros_like(g, dtype=torch.bool)),
@@ -163,7 +163,7 @@ def test_sliding_window_layers_forget_what_they_cannot_see() -> None:
     config = tiny_config(MistralConfig)
     config.sliding_window = 12
     torch.manual_seed(0)
-    model = modlab.convert(MistralForCausalLM(config).eval(), modlab.MoDConfig(layers="all"))
+    model = modlab.convert(MistralForCausalLM(config).eval(), modlab.MoDConfig(skip="layer", layers="all"))
     ids = torch.randint(3, config.vocab_size, (2, 120), generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), modlab.routing_override(model, random_routing(0.6)):
         expected = model(ids, use_cache=False).logits

@@ -219,17 +219,17 @@ def test_sweep_writes_table_and_page(converted: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tmp_path: Path) -> None:
     words = ["train", source, "--data", corpus, "--out", "run", "--batch-size", "2", "--log-every", "1"]
-    words += ["--heldout-tokens", "512", "--recipe", "memory", "--kv-saving", "1.5", "--steps", "4"]
+    words += ["--heldout-tokens", "512", "--recipe", "speed", "--kv-saving", "1.5", "--steps", "4"]
     words += ["--save-every", "2", "--no-calibrate"]
     done = modlab_process(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "by the recipe memory, routed layers [2, 3, 4], keep ratio 0.333" in done.stdout
+    assert "by the recipe speed, routed layers [2, 3, 4], keep ratio 0.333" in done.stdout
     assert "finished after 4 steps" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4 and log[-1]["eval_loss"] > 0
     model, tokenizer = modlab.load(tmp_path / "run" / "model")
     assert model.mod.layers == [2, 3, 4] and tokenizer is not None
-    assert model.mod.config.skip == "kv"
+    assert model.mod.config.skip == "layer"
 
     again = modlab_process(*words, cwd=tmp_path)
     assert again.returncode == 2 and "already holds a run" in again.stderr

@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 import modlab
 from modlab.errors import ModlabError
 
+from .conftest import alternate_layers
+
 IDS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -70,14 +72,14 @@ def test_converts_again_after_revert(make_llama) -> None:
     model = modlab.convert(make_llama())
     with pytest.raises(ModlabError, match="converted already"):
         modlab.convert(model)
-    modlab.convert(modlab.revert(model), modlab.MoDConfig(layers="all"))
+    modlab.convert(modlab.revert(model), modlab.MoDConfig(skip="layer", layers="all"))
     assert model.mod.layers == [0, 1, 2, 3, 4, 5]
 
 
 @torch.no_grad()
 def test_bf16_model_keeps_fp32_routers(make_llama) -> None:
     model = modlab.convert(make_llama().to(torch.bfloat16))
-    assert model.model.layers[1].mod_router.weight.dtype == torch.float32
+    assert model.model.layers[2].mod_router.weight.dtype == torch.float32
     assert model(IDS).logits.dtype == torch.bfloat16
 
 
@@ -90,7 +92,7 @@ def test_paper_gate_multiplies_both_branches(family) -> None:
     model = tiny_model(family)
     expected = copy.deepcopy(model)
     g = 0.75
-    modlab.convert(model, modlab.MoDConfig(gate="paper", init_gate=g, layers=[1]))
+    modlab.convert(model, modlab.MoDConfig(skip="layer", gate="paper", init_gate=g, layers=[1]))
     layer = _layers(expected)[1]
     for name in _last_of_branch(family):
         module = layer.get_submodule(name)
@@ -125,7 +127,7 @@ def test_fused_gate(make_llama) -> None:
     """x' = x + g·(Layer(x) - x), seen on the hidden states around one routed layer."""
     model = make_llama()
     dense = model(IDS, output_hidden_states=True).hidden_states
-    modlab.convert(model, modlab.MoDConfig(gate="fused", init_gate=0.6, layers=[0]))
+    modlab.convert(model, modlab.MoDConfig(skip="layer", gate="fused", init_gate=0.6, layers=[0]))
     fused = model(IDS, output_hidden_states=True).hidden_states
     torch.testing.assert_close(fused[1], dense[0] + 0.6 * (dense[1] - dense[0]))
 
@@ -156,9 +158,9 @@ def test_refused_conversion_changes_nothing(make_llama) -> None:
     model = make_llama()
     names = list(model.state_dict())
     with pytest.raises(ModlabError, match="names layer 6"):
-        modlab.convert(model, modlab.MoDConfig(layers=[1, 6]))
+        modlab.convert(model, modlab.MoDConfig(skip="layer", layers=[1, 6]))
     with pytest.raises(ModlabError, match="which is not routed"):
-        modlab.convert(model, modlab.MoDConfig(p={2: 0.4}))
+        modlab.convert(model, alternate_layers(p={2: 0.4}))
     assert list(model.state_dict()) == names and not modlab.is_converted(model)
 
 
@@ -168,7 +170,7 @@ def test_a_branch_that_cannot_be_skipped_is_refused_and_nothing_changes() -> Non
     model = tiny_model("gpt_neox_japanese").train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(
-        ModlabError, match=r"layer 3 .*Use skip='layer' \(the default\), or leave layers \[3\] out"
+        ModlabError, match=r"layer 3 .*Use MoDConfig\(skip='layer'\) .*, or leave layers \[3\] out"
     ):
         modlab.convert(model, modlab.MoDConfig(layers=[0, 1, 2, 3], skip="attention"))
     after = model.state_dict()

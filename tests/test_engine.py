@@ -34,6 +34,8 @@ from tests.fast_generation import (
     stored_at_thresholds,
 )
 
+from .conftest import alternate_layers
+
 
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
 @pytest.mark.parametrize("lengths", [(1,), (17,), (30, 3, 12)], ids=str)
@@ -259,7 +261,7 @@ def test_other_families_generate_the_same_tokens(model_type: str) -> None:
     if getattr(model.config, "sliding_window", None):
         model.config.sliding_window = None  # Mistral's own later checkpoints have none either
         model = type(model)(model.config).eval()
-    modlab.convert(model, modlab.MoDConfig())
+    modlab.convert(model, alternate_layers())
     model = model.to(DEVICE)
     generator = torch.Generator().manual_seed(4)
     mask = torch.rand(1, 80, generator=generator) < 0.5
@@ -488,7 +490,7 @@ def test_conversion_and_its_undoing_end_fast_generation(make_llama: Any) -> None
     inputs = prompts(9)
     want = generated(dense, inputs)
     modlab.enable_fast_generation(dense, compile=False)
-    modlab.convert(dense, modlab.MoDConfig())
+    modlab.convert(dense, alternate_layers())
     assert not modlab.fast_generation_report(dense)["enabled"]
     assert generated(dense, inputs) == want
     modlab.enable_fast_generation(dense, compile=False)

@@ -32,6 +32,8 @@ from tests.fast_generation import (
     stored_at_thresholds,
 )
 
+from .conftest import alternate_layers
+
 kept_keys = functools.partial(routed_llama, skip="kv")
 
 
@@ -96,7 +98,7 @@ def test_other_families_generate_the_same_tokens(model_type: str) -> None:
     if getattr(model.config, "sliding_window", None):
         model.config.sliding_window = None
         model = type(model)(model.config).eval()
-    modlab.convert(model, modlab.MoDConfig(skip="kv", keep_recent=5))
+    modlab.convert(model, alternate_layers(skip="kv", keep_recent=5))
     model = model.to(DEVICE)
     mask = torch.rand(1, 80, generator=torch.Generator().manual_seed(4)) < 0.5
     with modlab.routing_override(model, modlab.RoutingTable(dict.fromkeys(model.mod.layers, mask))):

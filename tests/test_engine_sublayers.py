@@ -35,6 +35,8 @@ from tests.fast_generation import (
     stored_at_thresholds,
 )
 
+from .conftest import alternate_layers
+
 SUBLAYERS = {"attention": "self_attn", "mlp": "mlp"}
 """What `MoDConfig.skip` names, and what Llama calls it."""
 
@@ -86,7 +88,7 @@ def test_other_families_generate_the_same_tokens(model_type: str, skip: Any) -> 
     if getattr(model.config, "sliding_window", None):
         model.config.sliding_window = None
         model = type(model)(model.config).eval()
-    modlab.convert(model, modlab.MoDConfig(skip=skip))
+    modlab.convert(model, alternate_layers(skip=skip))
     model = model.to(DEVICE)
     generator = torch.Generator().manual_seed(4)
     mask = torch.rand(1, 80, generator=generator) < 0.5

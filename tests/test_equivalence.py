@@ -10,6 +10,7 @@ from modlab.families import REQUIRED
 from modlab.ops.reference import masked_execution
 from modlab.tiny_models import tiny_model
 
+from .conftest import alternate_layers
 from .synthetic import scatter_gates
 from .test_cache import random_routing
 
@@ -61,7 +62,7 @@ def test_families(family, attention) -> None:
     extra = positions(model, mask)
     dense = model(ids, attention_mask=mask, use_cache=False, **extra).logits
     one_row = model(ids[:1], use_cache=False).logits
-    modlab.convert(model)
+    modlab.convert(model, alternate_layers())
     assert torch.equal(model(ids[:1], use_cache=False).logits, one_row)
     assert_same(model(ids, attention_mask=mask, use_cache=False, **extra).logits, dense, mask)
     with modlab.routing_override(model, random_routing()):
@@ -109,7 +110,7 @@ def test_forms(make_llama, skip, gate, padding, share) -> None:
 
 def test_a_number_that_a_trainer_passes_along_reaches_the_layers(make_llama) -> None:
     """transformers' Trainer hands `num_items_in_batch`, a tensor without an axis, down to every layer."""
-    model = modlab.convert(make_llama(), modlab.MoDConfig())
+    model = modlab.convert(make_llama(), alternate_layers())
     scatter_gates(model)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

@@ -10,6 +10,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.probes.generation import _SeededSampling
 
+from .conftest import alternate_layers
 from .handmade import HandMade, bigram, following_llama
 from .synthetic import scatter_gates
 
@@ -34,7 +35,7 @@ def routed(make_llama):
 def make_routed(make_llama, **config):
     """Converted, layers 1 and 3 of 4, with gates that differ from token to token."""
     settings = {"eos_token_id": None, "num_hidden_layers": 4, **config}
-    model = modlab.convert(make_llama(**settings), modlab.MoDConfig())
+    model = modlab.convert(make_llama(**settings), alternate_layers())
     scatter_gates(model)
     return model
 

@@ -8,6 +8,7 @@ import torch
 import modlab
 from modlab import objectives
 
+from .conftest import alternate_layers
 from .synthetic import scatter_gates
 
 LONG = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -43,7 +44,7 @@ def gradients(model, checkpointing: bool, between=lambda: None) -> dict[str, tor
 @pytest.mark.parametrize("what_if", [True, False])
 @pytest.mark.parametrize("skip", ["layer", "attention", "mlp", "kv"])
 def test_two_forwards_before_one_backward(make_llama, skip: str, what_if: bool) -> None:
-    model = modlab.convert(make_llama(), modlab.MoDConfig(skip=skip, keep_first=1, keep_recent=4)).train()
+    model = modlab.convert(make_llama(), alternate_layers(skip=skip, keep_first=1, keep_recent=4)).train()
     scatter_gates(model)
     model.mod.what_if = what_if
     plain, recomputed = gradients(model, False), gradients(model, True)
@@ -54,7 +55,7 @@ def test_two_forwards_before_one_backward(make_llama, skip: str, what_if: bool) 
 
 def test_what_changes_between_the_forwards_does_not_reach_back(make_llama) -> None:
     """Thresholds and what-if belong to the forward that ran with them, also in its recompute."""
-    model = modlab.convert(make_llama(), modlab.MoDConfig(keep_first=1)).train()
+    model = modlab.convert(make_llama(), alternate_layers(keep_first=1)).train()
     scatter_gates(model)
 
     def change() -> None:

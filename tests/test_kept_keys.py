@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 import modlab
 from modlab import kv_bytes
@@ -25,8 +25,10 @@ from modlab.ops import masked_keys, packed
 from modlab.routing import record_routing
 from modlab.tiny_models import tiny_model
 from modlab.train import TrainConfig, train
+from modlab.train_checks import nothing_to_learn
 from modlab.train_step import evaluate
 
+from .conftest import alternate_layers, tiny_config
 from .synthetic import make_trace, scatter_gates
 from .test_cache import random_routing
 from .test_equivalence import assert_packed_is_masked, assert_same, inputs
@@ -86,7 +88,7 @@ def test_open_gates_change_nothing_and_revert_gives_the_model_back(make_llama) -
     ids, mask = inputs(model, "left")
     dense = model(ids[:1]).logits
     classes = {name: type(module) for name, module in model.named_modules()}
-    modlab.convert(model, modlab.MoDConfig(skip="kv"))
+    modlab.convert(model, alternate_layers(skip="kv"))
     assert torch.equal(model(ids[:1]).logits, dense)
     assert all(p.grad is None for p in model.parameters()), "convert asks the attention for a gradient"
     assert [i for i in range(4) if isinstance(model.model.layers[i].self_attn, RoutedKeys)] == [1, 3]
@@ -298,7 +300,7 @@ def test_every_step_has_the_routers_in_its_graph(make_llama) -> None:
 @pytest.mark.parametrize("name", ["mpt", "doge"])
 def test_attention_that_cannot_weigh_keys_is_refused(name: str) -> None:
     with pytest.raises(ModlabError, match="does not add its mask to its scores"):
-        modlab.convert(tiny_model(name), modlab.MoDConfig(skip="kv"))
+        modlab.convert(tiny_model(name), alternate_layers(skip="kv"))
 
 
 def test_tokens_that_can_be_seen_anyway_have_no_say(make_llama) -> None:
@@ -308,6 +310,30 @@ def test_tokens_that_can_be_seen_anyway_have_no_say(make_llama) -> None:
     model.train()
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert float(model.model.layers[1].mod_router.weight.grad.abs().max()) == 0
+
+
+def test_rows_that_can_teach_are_told_from_those_that_cannot(make_llama) -> None:
+    """By their length, to the token."""
+    model = routed(make_llama, layers=[1], keep_recent=9, keep_first=3).train()
+    scatter_gates(model)
+    for length in (13, 14):
+        model.zero_grad()
+        ids = torch.randint(3, 90, (1, length), generator=torch.Generator().manual_seed(0))
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        learns = bool(model.model.layers[1].mod_router.weight.grad.any())
+        assert learns == (nothing_to_learn(model, length) == "") == (length == 14)
+    assert nothing_to_learn(modlab.convert(make_llama(), alternate_layers()), 2) == ""
+
+
+def test_layers_with_a_window_of_recent_tokens_stay_dense() -> None:
+    def convert(keep_recent: int, **config: object):
+        model = MistralForCausalLM(MistralConfig(**{**tiny_config().to_dict(), "sliding_window": 16}))
+        return modlab.convert(model, modlab.MoDConfig(keep_recent=keep_recent, **config))
+
+    assert convert(15).mod.layers == [2, 3, 4]
+    with pytest.raises(ModlabError, match="no routable layers: all of its sliding window of 16 tokens"):
+        convert(16)
+    assert convert(16, skip="layer").mod.layers == [2, 3, 4]
 
 
 def test_training_reaches_the_keep_ratio(make_llama) -> None:
@@ -351,9 +377,9 @@ def test_flash_attention_is_refused_where_it_would_need_a_mask(make_llama) -> No
 
 
 def test_savings_count_the_recent_tokens(make_llama) -> None:
-    config = modlab.MoDConfig(skip="kv", keep_recent=128)
+    config = alternate_layers(skip="kv", keep_recent=128)
     assert recent_share(config, 1016) == 0.125 and recent_share(config, 64) == 1.0
-    assert recent_share(modlab.MoDConfig(), 1024) == 0.0
+    assert recent_share(alternate_layers(), 1024) == 0.0
     stored = stored_share(0.4, 0.125)
     assert stored == pytest.approx(0.4 + 0.6 * 0.125)
     assert keep_beside_recent(stored, 0.125) == pytest.approx(0.4)

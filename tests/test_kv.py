@@ -288,7 +288,7 @@ def forced(keep_token):
 
 
 def test_mod_bytes_are_kept_tokens_times_bytes_per_token():
-    model = modlab.convert(llama(), modlab.MoDConfig(layers=[1]))
+    model = modlab.convert(llama(), modlab.MoDConfig(skip="layer", layers=[1]))
     with (
         modlab.routing_override(model, forced(lambda layer, position: position % 3 == 0)),
         torch.no_grad(),
@@ -306,7 +306,7 @@ def test_mod_bytes_are_kept_tokens_times_bytes_per_token():
 
 
 def test_mod_generate_follows_the_ragged_cache():
-    model = modlab.convert(llama(), modlab.MoDConfig(layers=[1]))
+    model = modlab.convert(llama(), modlab.MoDConfig(skip="layer", layers=[1]))
     prompt = ids(rows=2, length=6)
     prompt[0, :3] = 0
     with (
@@ -331,7 +331,7 @@ def test_mod_generate_follows_the_ragged_cache():
 
 
 def test_a_layer_that_keeps_nothing_still_saves_what_a_dense_one_would_store():
-    model = modlab.convert(llama(), modlab.MoDConfig(layers=[1]))
+    model = modlab.convert(llama(), modlab.MoDConfig(skip="layer", layers=[1]))
     with (
         modlab.routing_override(model, forced(lambda layer, position: False)),
         torch.no_grad(),

@@ -10,6 +10,8 @@ from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
 from modlab.kv_budget import MIB, keep_ratio_for, token_bytes
 
+from .conftest import alternate_layers
+
 CONTEXT = 200
 
 
@@ -32,6 +34,6 @@ def test_budgets_that_make_no_sense(tiny_llama: Any, make_llama: Any) -> None:
         keep_ratio_for(tiny_llama, kv_mib=3 * dense, context=CONTEXT)
     with pytest.raises(ModlabError, match="above 0"):
         keep_ratio_for(tiny_llama, kv_mib=0, context=CONTEXT)
-    mlp = modlab.convert(make_llama(), modlab.MoDConfig(skip="mlp"))
+    mlp = modlab.convert(make_llama(), alternate_layers(skip="mlp"))
     with pytest.raises(ModlabError, match="MLPs only"):
         keep_ratio_for(mlp, kv_mib=1, context=CONTEXT)

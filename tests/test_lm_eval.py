@@ -16,6 +16,7 @@ from modlab.cli import main
 from modlab.errors import ModlabError
 from modlab.integrations.lm_eval import evaluate_tasks
 
+from .conftest import alternate_layers
 from .synthetic import scatter_gates
 
 pytest.importorskip("lm_eval")
@@ -131,7 +132,7 @@ def test_generation_tasks_use_the_ragged_cache(demo, tmp_path) -> None:
 
 def test_command_line(tmp_path, documents, make_llama, demo, capsys) -> None:
     choice_task(tmp_path, "local_choice", documents)
-    model = modlab.convert(make_llama(vocab_size=4096))
+    model = modlab.convert(make_llama(vocab_size=4096), alternate_layers())
     scatter_gates(model)
     model.save_pretrained(tmp_path / "model")
     demo[1].save_pretrained(tmp_path / "model")

@@ -11,6 +11,8 @@ import modlab
 from modlab import measure
 from modlab.errors import ModlabError
 
+from .conftest import alternate_layers
+
 VOCAB = 96
 
 
@@ -40,7 +42,7 @@ def spread_gates(model, seed=1, scale=1.0):
 
 @pytest.fixture
 def model():
-    return spread_gates(modlab.convert(dense_model(), modlab.MoDConfig()))
+    return spread_gates(modlab.convert(dense_model(), alternate_layers()))
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +244,7 @@ def test_calibrate_counts_padding_out(model, batches):
 
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_calibrate_says_when_gates_cannot_be_split(batches, per_layer):
-    fresh = modlab.convert(dense_model(), modlab.MoDConfig())
+    fresh = modlab.convert(dense_model(), alternate_layers())
     before = dict(fresh.mod.thresholds)
     with pytest.raises(ModlabError, match="not reachable.*\n.*train the routers"):
         modlab.calibrate(fresh, batches, keep_ratio=0.5, per_layer=per_layer)
@@ -271,7 +273,7 @@ def test_a_real_model_and_its_tokenizer(data_dir):
     model, tokenizer = modlab.load(str(data_dir / "models" / "stories260K"))
     texts = ["Once upon a time there was a little dog who wanted to see the moon. " * 6, "The day came."]
     dense = measure.loss(model, tokenizer, texts)
-    spread_gates(modlab.convert(model, modlab.MoDConfig()), scale=0.3)
+    spread_gates(modlab.convert(model, alternate_layers()), scale=0.3)
     frame = modlab.sweep(model, tokenizer, texts, [0.0, 0.5], repeats=1, decode_tokens=2, progress=False)
     assert frame.loss[0] == pytest.approx(dense, rel=1e-5)
     assert frame.keep_ratio[1] < 1.0 and frame.loss[1] > dense

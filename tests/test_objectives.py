@@ -14,6 +14,8 @@ from torch import Tensor
 import modlab
 from modlab import objectives
 
+from .conftest import alternate_layers
+
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
@@ -145,7 +147,7 @@ def test_kl_chunks_keep_no_logits_alive() -> None:
 
 
 def test_objectives_reach_the_routers_of_a_real_model(make_llama: Callable[..., Any]) -> None:
-    model = modlab.convert(make_llama(), modlab.MoDConfig(keep_first=1)).train()
+    model = modlab.convert(make_llama(), alternate_layers(keep_first=1)).train()
     ids = torch.randint(3, 512, (2, 12))
     with modlab.record_routing(model, detach=False) as recording:
         model(input_ids=ids, use_cache=False)

@@ -30,7 +30,8 @@ def base(make_llama, tmp_path):
 
 
 def converted(base):
-    return modlab.convert(AutoModelForCausalLM.from_pretrained(base), modlab.MoDConfig(layers=[1, 2]))
+    config = modlab.MoDConfig(skip="layer", layers=[1, 2])
+    return modlab.convert(AutoModelForCausalLM.from_pretrained(base), config)
 
 
 def adapted(base):

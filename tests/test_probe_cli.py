@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 import modlab
 from modlab import cli
 
-from .conftest import tiny_config
+from .conftest import alternate_layers, tiny_config
 from .synthetic import make_tokenizer, scatter_gates
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
         tiny_config(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=256)
     )
     model.eval().save_pretrained(folder / "dense")
-    scatter_gates(modlab.convert(model, modlab.MoDConfig()))
+    scatter_gates(modlab.convert(model, alternate_layers()))
     model.save_pretrained(folder / "mod")
     for name in ("dense", "mod"):
         tokenizer.save_pretrained(folder / name)

@@ -55,7 +55,7 @@ def build(which: int):
         model = LlamaForCausalLM(LlamaConfig(**sizes))
     else:
         model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=WINDOW))
-    model = modlab.convert(model.eval(), modlab.MoDConfig(layers=list(layers), keep_first=1))
+    model = modlab.convert(model.eval(), modlab.MoDConfig(skip="layer", layers=list(layers), keep_first=1))
     with torch.no_grad():
         for layer in layers:
             router = model.model.layers[layer].mod_router

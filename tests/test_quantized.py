@@ -14,6 +14,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.ops.reference import masked_execution
 
+from .conftest import alternate_layers
 from .synthetic import make_tokenizer, scatter_gates
 from .test_cache import IDS, MASK, random_routing
 
@@ -64,17 +65,15 @@ def logits(model) -> torch.Tensor:
         return model(IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "saves"),
-    [(torchao_int8, True), (bitsandbytes_int8, True), (bitsandbytes_4bit, True), (quanto_int8, False)],
-)
-def test_converts_routes_generates_and_saves(folder, tmp_path, quantization, saves) -> None:
+@pytest.mark.parametrize("config", [alternate_layers(), modlab.MoDConfig(keep_recent=3)], ids=["layer", "kv"])
+@pytest.mark.parametrize("quantization", [torchao_int8, bitsandbytes_int8, bitsandbytes_4bit, quanto_int8])
+def test_converts_routes_and_generates(folder, quantization, config) -> None:
     model, _ = modlab.load(folder, quantization_config=quantization(), dtype=torch.float32)
     weight = model.model.layers[1].mlp.up_proj.weight
     assert type(weight) is not torch.nn.Parameter or weight.dtype == torch.uint8
     with torch.no_grad():
         dense = model(IDS, use_cache=False).logits
-        modlab.convert(model)
+        modlab.convert(model, config)
         assert torch.equal(model(IDS, use_cache=False).logits, dense)
 
     with modlab.routing_override(model, random_routing()):
@@ -86,7 +85,16 @@ def test_converts_routes_generates_and_saves(folder, tmp_path, quantization, sav
             assert torch.equal(cached, model.generate(IDS, attention_mask=MASK, use_cache=False, **NEW))
     assert not torch.allclose(packed, logits(model), atol=1e-2)
 
+
+@pytest.mark.parametrize(
+    ("quantization", "saves"),
+    [(torchao_int8, True), (bitsandbytes_int8, True), (bitsandbytes_4bit, True), (quanto_int8, False)],
+)
+def test_saves_and_loads(folder, tmp_path, quantization, saves) -> None:
+    model, _ = modlab.load(folder, quantization_config=quantization(), dtype=torch.float32)
+    modlab.convert(model, alternate_layers())
     scatter_gates(model)
+    logits(model)  # bitsandbytes packs 4-bit weights for a CPU when they are first used
     target = tmp_path / "saved"
     if not saves:
         with pytest.raises(ValueError, match="not serializable"):
@@ -110,7 +118,7 @@ def test_reverting_gives_the_quantised_dense_model(folder) -> None:
 
 def test_a_converted_folder_can_be_quantised_as_it_loads(folder, tmp_path) -> None:
     model, tokenizer = modlab.load(folder)
-    modlab.convert(model)
+    modlab.convert(model, alternate_layers())
     scatter_gates(model)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "mod")

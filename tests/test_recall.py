@@ -9,6 +9,7 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 
+from .conftest import alternate_layers
 from .handmade import HandMade, bigram, copier
 from .synthetic import make_tokenizer, scatter_gates
 
@@ -24,7 +25,7 @@ def stream():
 @pytest.fixture
 def routed(make_llama):
     """A tiny converted Llama whose gates differ from token to token."""
-    model = modlab.convert(make_llama(vocab_size=128, max_position_embeddings=256), modlab.MoDConfig())
+    model = modlab.convert(make_llama(vocab_size=128, max_position_embeddings=256), alternate_layers())
     scatter_gates(model)
     return model
 

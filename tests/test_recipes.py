@@ -19,7 +19,7 @@ def test_every_recipe_converts_and_trains(make_llama: Any, name: str) -> None:
     model = make_llama(num_hidden_layers=8)
     mod_config, train_config = modlab.recipe(name, model, steps=2, batch_size=2, calibrate=False)
     modlab.convert(model, mod_config)
-    rows = torch.randint(3, 512, (8, 32), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(3, 512, (8, 160), generator=torch.Generator().manual_seed(0))
     assert modlab.train(model, rows, train_config).steps == 2
 
 

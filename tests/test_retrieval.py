@@ -9,6 +9,7 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 
+from .conftest import alternate_layers
 from .handmade import HandMade, copier, induction, make_joining_tokenizer, make_tokenizers
 from .synthetic import scatter_gates
 
@@ -103,7 +104,7 @@ def tokenizer(request):
 @pytest.fixture
 def routed(make_llama, tokenizer):
     model = modlab.convert(
-        make_llama(vocab_size=len(tokenizer), max_position_embeddings=400), modlab.MoDConfig()
+        make_llama(vocab_size=len(tokenizer), max_position_embeddings=400), alternate_layers()
     )
     scatter_gates(model)
     return model
@@ -126,7 +127,7 @@ def test_means_are_over_tokens(routed, tokenizer):
 
 
 def test_the_keep_ratio_is_of_the_asked_assignment(make_llama):
-    model = modlab.convert(make_llama(vocab_size=len(BYTES)), modlab.MoDConfig())
+    model = modlab.convert(make_llama(vocab_size=len(BYTES)), alternate_layers())
     size = len("\nname_17 = 4823")
     for until, share in ((10, 0), (11, 1 / size), (10 + size - 1, (size - 1) / size), (10 + size, 1)):
         with modlab.routing_override(model, lambda layer, gate, position, until=until: position < until):

@@ -64,7 +64,9 @@ def test_config_round_trip() -> None:
 
 
 def test_named_layers() -> None:
-    assert modlab.MoDConfig().resolve_layers(6) == [1, 3, 5]
+    assert modlab.MoDConfig().resolve_layers(6) == [2, 3, 4]
+    assert modlab.MoDConfig().resolve_layers(5) == [0, 1, 2, 3, 4]
+    assert modlab.MoDConfig(layers="alternate").resolve_layers(6) == [1, 3, 5]
     assert modlab.MoDConfig(layers="all").resolve_layers(3) == [0, 1, 2]
     assert modlab.MoDConfig(layers=[-1, 0]).resolve_layers(4) == [0, 3]
     with pytest.raises(ModlabError, match="names layer 9, but the model has 4"):

@@ -13,6 +13,7 @@ from modlab.errors import ModlabError
 from modlab.tiny_models import tiny_model
 from modlab.train import TrainConfig, train
 
+from .conftest import alternate_layers
 from .synthetic import scatter_gates
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -30,7 +31,7 @@ def base(make_llama, tmp_path):
 @pytest.fixture
 def model(base):
     """That model, routed, its routers trained and nothing else."""
-    model = modlab.convert(modlab.load(base)[0], modlab.MoDConfig(skip="kv", keep_recent=4))
+    model = modlab.convert(modlab.load(base)[0], alternate_layers(skip="kv", keep_recent=4))
     before = {name: p.clone() for name, p in model.named_parameters()}
     scatter_gates(model)
     train(model, IDS, TrainConfig(steps=2, batch_size=2, freeze_base=True, calibrate=False))
@@ -102,7 +103,7 @@ def test_trained_base_weights_do_not_get_lost(base, model, tmp_path) -> None:
 def test_an_expert_router_is_part_of_the_base(tmp_path) -> None:
     """It is frozen with the rest, or saving routers alone would lose it."""
     model = tiny_model("granitemoe")
-    modlab.convert(model, modlab.MoDConfig(skip="kv", keep_recent=4))
+    modlab.convert(model, alternate_layers(skip="kv", keep_recent=4))
     experts = {n: p.clone() for n, p in model.named_parameters() if "router" in n and "mod_router" not in n}
     assert experts, "this type should have routers of its own"
     ids = torch.randint(3, 60, (2, 16))

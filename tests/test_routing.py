@@ -6,6 +6,8 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 
+from .conftest import alternate_layers
+
 GEN = torch.Generator().manual_seed(3)
 IDS = torch.randint(3, 512, (2, 32), generator=GEN)
 
@@ -129,7 +131,7 @@ def test_skipping_every_routed_layer_equals_a_model_without_them(make_llama) -> 
     model, shallow = make_llama(), make_llama()
     shallow.model.layers = torch.nn.ModuleList([shallow.model.layers[i] for i in (0, 2, 4)])
     shallow.config.num_hidden_layers = 3
-    modlab.convert(model)
+    modlab.convert(model, alternate_layers())
     with modlab.routing_override(model, lambda i, g, p: torch.zeros_like(g, dtype=torch.bool)):
         assert torch.equal(model(IDS, use_cache=False).logits, shallow(IDS, use_cache=False).logits)
 
@@ -183,7 +185,7 @@ def test_gradients_reach_router_and_layer(make_llama) -> None:
     """Straight-through: what-if passes give the router a gradient from skipped tokens, packed ones from kept
     only.
     """
-    model = spread_gates(modlab.convert(make_llama()))
+    model = spread_gates(modlab.convert(make_llama(), alternate_layers()))
     model.train()
     gradients = {}
     for what_if in (True, False):
@@ -198,7 +200,7 @@ def test_gradients_reach_router_and_layer(make_llama) -> None:
 
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
 def test_training_packed_equals_training_masked_in_value(make_llama, gate) -> None:
-    model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig(gate=gate)))
+    model = spread_gates(modlab.convert(make_llama(), alternate_layers(gate=gate)))
     model.train()
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
@@ -220,12 +222,14 @@ def test_straight_through_gradient_is_that_of_the_fused_form(make_llama) -> None
         logits = model(IDS).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
 
-    model = modlab.convert(make_llama(), modlab.MoDConfig(layers=[5], gate="straight-through")).double()
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip="layer", layers=[5])).double()
     model.train()
     model.mod.what_if = False
     loss(model).backward()
     by_router = model.model.layers[5].mod_router.bias.grad.item()
-    fused = modlab.convert(make_llama(), modlab.MoDConfig(layers=[5], gate="fused", p=0.01)).double()
+    fused = modlab.convert(
+        make_llama(), modlab.MoDConfig(skip="layer", layers=[5], gate="fused", p=0.01)
+    ).double()
     losses = []
     for gate in (0.998, 0.9999):
         fused.model.layers[5].mod_router.bias.data.fill_(torch.logit(torch.tensor(gate)).item())

@@ -24,6 +24,7 @@ from modlab.layer import compiled_forward
 from modlab.train import TrainConfig, evaluate, train
 from modlab.train_config import is_what_if, keep_target, lr_factor, ramped_target
 
+from .conftest import alternate_layers
 from .synthetic import scatter_gates
 from .test_data import character_tokenizer
 
@@ -106,7 +107,7 @@ def test_resume_is_exact(make: Callable[..., Any], rows: torch.Tensor, tmp_path:
         "mod": {"keep_ratio": 0.4, "what_if": 0.5, "router_lr": 1e-2, "ramp": 0.5},
         "accumulated": {"grad_accum": 2, "batch_size": 4},
     }[kind]
-    mod = modlab.MoDConfig(init_gate=0.6) if kind == "mod" else None
+    mod = alternate_layers(init_gate=0.6) if kind == "mod" else None
     config = settings(save_every=5, log_every=2, **more)
     whole = train(make(mod=mod, attention_dropout=0.2), rows, TrainConfig(out=tmp_path / "whole", **config))
 
@@ -171,7 +172,7 @@ def test_keep_ratio_reaches_its_target(make: Callable[..., Any], rows: torch.Ten
     model = make()
     train(model, rows, TrainConfig(**settings(steps=60)))
     before = evaluate(model, rows)["loss"]
-    modlab.convert(model, modlab.MoDConfig(keep_first=1))
+    modlab.convert(model, alternate_layers(keep_first=1))
     config = TrainConfig(out=tmp_path / "run", **settings(steps=150, keep_ratio=0.5, lam=8.0, router_lr=1e-2))
     result = train(model, rows, config, eval_data=rows)
     history = result.history
@@ -195,7 +196,7 @@ def test_what_if_steps_are_spread_and_counted(make: Callable[..., Any], rows: to
         assert chosen[:1] == [0][: len(chosen)]
     gaps = [s for s in range(100) if is_what_if(0.25, s)]
     assert {b - a for a, b in zip(gaps, gaps[1:], strict=False)} == {4}
-    model = make(mod=modlab.MoDConfig())
+    model = make(mod=alternate_layers())
     seen = []
     model.model.register_forward_pre_hook(lambda *_: seen.append(model.mod.what_if))
     model.mod.what_if = False
@@ -209,8 +210,8 @@ def test_what_if_steps_are_spread_and_counted(make: Callable[..., Any], rows: to
     [
         (modlab.MoDConfig.topk(0.5), {}, "objective"),
         (modlab.MoDConfig.paper(), {"objective": "load", "alpha": 0.1}, "objective"),
-        (modlab.MoDConfig(), {"objective": "none"}, None),
-        (modlab.MoDConfig(), {"per_layer": True, "ramp": 0.0}, "objective"),
+        (alternate_layers(), {"objective": "none"}, None),
+        (alternate_layers(), {"per_layer": True, "ramp": 0.0}, "objective"),
     ],
     ids=["topk", "load", "none", "per layer"],
 )
@@ -231,7 +232,7 @@ def test_every_objective_trains_its_routers(
 
 
 def test_freeze_base_trains_routers_alone(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    model = make(mod=modlab.MoDConfig())
+    model = make(mod=alternate_layers())
     before = {n: p.clone() for n, p in model.named_parameters()}
     train(model, rows, TrainConfig(**settings(steps=2, freeze_base=True)))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -259,7 +260,7 @@ def test_accumulation_equals_a_larger_batch(make: Callable[..., Any], rows: torc
 
 
 def test_bf16_model_trains_in_fp32_and_comes_back(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    model = make(mod=modlab.MoDConfig()).to(torch.bfloat16)
+    model = make(mod=alternate_layers()).to(torch.bfloat16)
     routers = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert routers and all("router" in n for n in routers)
     seen = []
@@ -300,7 +301,7 @@ def test_compiled_layers_of_a_converted_model_equal_the_plain_ones(
 ) -> None:
     """As above: what-if steps and packed ones, dense layers and routed ones, and all as before afterwards."""
     config = settings(steps=6, keep_ratio=0.5, ramp=0.0, what_if=0.5, eval_every=3, log_every=3)
-    plain, model = (make(mod=modlab.MoDConfig(skip=skip, keep_recent=4)) for _ in range(2))
+    plain, model = (make(mod=alternate_layers(skip=skip, keep_recent=4)) for _ in range(2))
     scatter_gates(plain)
     scatter_gates(model)
     a = train(plain, rows, TrainConfig(**config), eval_data=rows[:8])
@@ -323,7 +324,7 @@ def test_compiled_layers_of_a_converted_model_equal_the_plain_ones(
 
 
 def test_budget_keeps_what_is_asked_at_every_step(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+    model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2]))
     scatter_gates(model)
     config = settings(steps=40, objective="budget", keep_ratio=0.4, hold=0.25, ramp=0.0, log_every=1)
     history = train(model, rows, TrainConfig(**config), eval_data=rows[:32]).history
@@ -334,7 +335,7 @@ def test_budget_keeps_what_is_asked_at_every_step(make: Callable[..., Any], rows
 
 
 def test_budget_over_a_range_ends_at_the_keep_ratio(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+    model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2]))
     scatter_gates(model)
     config = settings(
         steps=40, objective="budget", keep_ratio=0.5, keep_range=(0.3, 0.9), ramp=0.0, calibrate=True
@@ -348,7 +349,7 @@ def test_a_run_ends_calibrated(make: Callable[..., Any], rows: torch.Tensor) -> 
     """The penalty alone has not got there in so few steps; the thresholds are moved."""
     ends = []
     for calibrated in (False, True):
-        model = make(mod=modlab.MoDConfig())
+        model = make(mod=alternate_layers())
         scatter_gates(model)
         config = settings(steps=6, keep_ratio=0.3, calibrate=calibrated)
         ends.append(
@@ -361,7 +362,7 @@ def test_a_run_ends_calibrated(make: Callable[..., Any], rows: torch.Tensor) -> 
 def test_each_layer_is_calibrated_where_each_has_to_keep_the_share(
     make: Callable[..., Any], rows: torch.Tensor
 ) -> None:
-    model = make(mod=modlab.MoDConfig(layers=[1, 2, 3]))
+    model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2, 3]))
     scatter_gates(model)
     config = settings(steps=6, lr=1e-6, keep_ratio=0.4, per_layer=True, calibrate=True)
     train(model, rows, TrainConfig(**config))
@@ -372,7 +373,7 @@ def test_each_layer_is_calibrated_where_each_has_to_keep_the_share(
 def test_thresholds_of_their_own_keep_their_distance(make: Callable[..., Any], rows: torch.Tensor) -> None:
     """Calibrated, all layers move by one amount: what one keeps beside the others was trained."""
     thresholds = {1: 0.4, 2: 0.6}
-    model = make(mod=modlab.MoDConfig(layers=[1, 2], p=thresholds))
+    model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2], p=thresholds))
     scatter_gates(model)
     biases = [model.model.layers[i].mod_router.bias.item() for i in (1, 2)]
     train(model, rows, TrainConfig(**settings(steps=1, lr=1e-9, keep_ratio=0.3, calibrate=True)))
@@ -393,7 +394,7 @@ def test_a_stopped_budget_run_leaves_plain_thresholds(
         def log(self, row: dict[str, Any]) -> None:
             pass
 
-    model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+    model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2]))
     scatter_gates(model)
     config = settings(steps=20, objective="budget", keep_ratio=0.4, ramp=0.0, log_every=10)
     assert train(model, rows, TrainConfig(**config), monitor=Stop()).interrupted
@@ -406,7 +407,7 @@ def test_a_finished_budget_run_resumes_to_itself(
     config = settings(steps=13, objective="budget", keep_ratio=0.4, ramp=0.0, log_every=10, save_every=13)
     found = []
     for _ in range(2):
-        model = make(mod=modlab.MoDConfig(layers=[1, 2]))
+        model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2]))
         scatter_gates(model)
         train(model, rows, TrainConfig(out=tmp_path / "run", resume="auto", **config))
         saved = json.loads((tmp_path / "run" / "model" / "modlab_config.json").read_text())
@@ -422,7 +423,7 @@ def test_an_interrupt_while_calibrating_keeps_the_run(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("modlab.train_calibration.calibrate", interrupted)
-    model = make(mod=modlab.MoDConfig())
+    model = make(mod=alternate_layers())
     scatter_gates(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("router.bias")}
     with pytest.warns(UserWarning, match="thresholds stay as trained: KeyboardInterrupt"):
@@ -433,7 +434,7 @@ def test_an_interrupt_while_calibrating_keeps_the_run(
 
 
 def test_gates_that_enter_the_output_are_not_moved(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    model = make(mod=modlab.MoDConfig(gate="fused"))
+    model = make(mod=alternate_layers(gate="fused"))
     scatter_gates(model)
     config = settings(steps=6, lr=1e-6, keep_ratio=0.3, calibrate=True)
     biases = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("router.bias")}
@@ -452,7 +453,7 @@ def test_a_calibrated_run_resumes_to_itself_and_goes_on_from_what_was_trained(
         return train(model, rows, TrainConfig(**config)).model
 
     def fresh() -> Any:
-        model = make(mod=modlab.MoDConfig())
+        model = make(mod=alternate_layers())
         scatter_gates(model)
         return model
 
@@ -462,7 +463,7 @@ def test_a_calibrated_run_resumes_to_itself_and_goes_on_from_what_was_trained(
 
 
 def test_gates_that_cannot_be_split_stay(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    model = make(mod=modlab.MoDConfig())
+    model = make(mod=alternate_layers())
     with pytest.warns(UserWarning, match="(?s)thresholds stay as trained.*all alike"):
         train(model, rows, TrainConfig(**settings(steps=1, lr=1e-9, keep_ratio=0.3, calibrate=True)))
     assert set(model.mod.thresholds.values()) == {0.5}
@@ -652,7 +653,7 @@ def test_refuses_bad_settings(
 @pytest.mark.parametrize(
     ("mod", "config", "message"),
     [
-        (modlab.MoDConfig(), {"objective": "bce"}, "does not fit threshold"),
+        (alternate_layers(), {"objective": "bce"}, "does not fit threshold"),
         (modlab.MoDConfig.topk(), {"objective": "target"}, "does not fit topk"),
     ],
 )
@@ -678,12 +679,20 @@ def test_refuses_data_that_does_not_fit(make: Callable[..., Any], rows: torch.Te
         train(model, rows, config, eval_data=rows + 1)
 
 
+def test_refuses_rows_in_which_every_key_is_recent(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make(mod=modlab.MoDConfig(keep_recent=rows.shape[1]))
+    with pytest.raises(ModlabError, match=f"rows of at most {rows.shape[1]} tokens.*keep_recent"):
+        train(model, rows, TrainConfig(**settings(steps=1)))
+    model.mod.config.keep_recent -= model.mod.config.keep_first + 2
+    train(model, rows, TrainConfig(**settings(steps=1)))
+
+
 def test_refuses_unsuitable_teachers(make: Callable[..., Any], rows: torch.Tensor) -> None:
     model = make()
     for teacher, kl, message in (
         (make(), 0.0, "kl=0"),
         (model, 1.0, "the model itself"),
-        (make(mod=modlab.MoDConfig()), 1.0, "teacher is converted"),
+        (make(mod=alternate_layers()), 1.0, "teacher is converted"),
         (make(vocab_size=80), 1.0, "80 tokens"),
     ):
         with pytest.raises(ModlabError, match=message):
@@ -709,7 +718,7 @@ def test_refuses_a_folder_that_is_taken(make: Callable[..., Any], rows: torch.Te
 
 
 def test_result_shows_itself(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    result = train(make(mod=modlab.MoDConfig()), rows, TrainConfig(**settings(steps=3)), eval_data=rows[:8])
+    result = train(make(mod=alternate_layers()), rows, TrainConfig(**settings(steps=3)), eval_data=rows[:8])
     figure = result.plot()
     assert {t.name for t in figure.data} == {"loss", "eval_loss", "keep_ratio", "keep_1", "keep_3", "target"}
     assert len(figure.data[0].x) == 3
@@ -791,7 +800,7 @@ def test_real_weights_reach_a_keep_ratio(data_dir: Path, tmp_path: Path) -> None
         for split, limit in (("train", 100_000), ("heldout", 20_000))
     )
     dense = evaluate(model, heldout)["loss"]
-    modlab.convert(model, modlab.MoDConfig(keep_first=2))
+    modlab.convert(model, alternate_layers(keep_first=2))
     assert evaluate(model, heldout)["loss"] == pytest.approx(dense, abs=1e-6)
     settings = {"steps": 80, "batch_size": 8, "lr": 3e-4, "router_lr": 1e-2, "keep_ratio": 0.5, "lam": 8.0}
     train(model, data, TrainConfig(**settings))
@@ -823,7 +832,7 @@ def test_a_monitor_is_told_and_may_end_the_run(make_llama: Any) -> None:
 
 
 def test_a_frozen_base_keeps_its_type_while_routers_learn(make, rows) -> None:
-    model = make(mod=modlab.MoDConfig(skip="kv", keep_recent=2)).to(torch.bfloat16)
+    model = make(mod=alternate_layers(skip="kv", keep_recent=2)).to(torch.bfloat16)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     seen: set[torch.dtype] = set()
     embedding = model.get_input_embeddings()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +18,7 @@ from modlab.integrations.trainer import MoDCallback
 from modlab.routing import record_routing
 from modlab.train_step import evaluate
 
+from .conftest import alternate_layers
 from .synthetic import make_tokenizer, scatter_gates
 
 ROWS = torch.randint(3, 60, (32, 24), generator=torch.Generator().manual_seed(0))
@@ -24,7 +27,7 @@ DATA = Dataset.from_dict({"input_ids": ROWS.tolist(), "labels": ROWS.tolist()})
 
 @pytest.fixture
 def small(make_llama):
-    return modlab.convert(make_llama(num_hidden_layers=4))
+    return modlab.convert(make_llama(num_hidden_layers=4), alternate_layers())
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -80,7 +83,7 @@ def test_loss_is_the_models_plus_the_objective_and_only_while_training(small, tm
 def test_same_steps_as_modlab_train(make_llama, tmp_path) -> None:
     """One optimiser step of each, same rows, same settings: same weights."""
     rows = ROWS[:8]
-    ours, theirs = (modlab.convert(make_llama(num_hidden_layers=4)) for _ in range(2))
+    ours, theirs = (modlab.convert(make_llama(num_hidden_layers=4), alternate_layers()) for _ in range(2))
     scatter_gates(ours), scatter_gates(theirs)
     settings = {"keep_ratio": 0.25, "ramp": 0.0, "what_if": 1.0}
     config = modlab.TrainConfig(
@@ -106,7 +109,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(make_llama, tmp_path
     """The objective is weighted as the loss is; the load term is nearly linear in the micro-batches."""
     moved = []
     for batch, accumulate in ((8, 1), (2, 4)):
-        model = modlab.convert(make_llama(num_hidden_layers=4))
+        model = modlab.convert(make_llama(num_hidden_layers=4), alternate_layers())
         trainer = Trainer(
             model,
             arguments(
@@ -150,14 +153,14 @@ def test_keep_ratio_reaches_its_target(small, tmp_path, checkpointing) -> None:
 
 def test_a_resumed_run_is_the_uninterrupted_one_with_its_routers(make_llama, tmp_path) -> None:
     def run(folder, **more):
-        model = modlab.convert(make_llama(num_hidden_layers=4))
+        model = modlab.convert(make_llama(num_hidden_layers=4), alternate_layers())
         args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
         trainer = Trainer(model, args, train_dataset=DATA, callbacks=[MoDCallback(keep_ratio=0.3)])
         trainer.train(**more)
         return model
 
     whole = run(tmp_path)
-    middle = modlab.convert(make_llama(num_hidden_layers=4))
+    middle = modlab.convert(make_llama(num_hidden_layers=4), alternate_layers())
     load_routers(middle, tmp_path / "checkpoint-3" / "modlab_router.safetensors")
     assert any(not torch.equal(p, whole.get_parameter(n)) for n, p in routers(middle).items())
     resumed = run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -213,9 +216,25 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused(small, tmp_path) -> None:
         Own(small, arguments(tmp_path), train_dataset=DATA, callbacks=[MoDCallback()]).train()
 
 
+def test_rows_in_which_every_key_is_recent_are_remarked_on(make_llama, tmp_path) -> None:
+    for recent in (ROWS.shape[1], 4):
+        model = modlab.convert(make_llama(num_hidden_layers=4), modlab.MoDConfig(keep_recent=recent))
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=2),
+            train_dataset=DATA,
+            callbacks=[MoDCallback(keep_ratio=0.5)],
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        said = [str(w.message) for w in caught if "keep_recent" in str(w.message)]
+        assert len(said) == (recent > 4), said
+
+
 def test_sft_trainer_of_trl(make_llama, tmp_path) -> None:
     trl = pytest.importorskip("trl")
-    model = modlab.convert(make_llama(num_hidden_layers=4))
+    model = modlab.convert(make_llama(num_hidden_layers=4), modlab.MoDConfig(keep_recent=4))
     texts = Dataset.from_dict({"text": ["the router decides which token runs and which token skips"] * 32})
     config = trl.SFTConfig(
         output_dir=str(tmp_path),

@@ -10,6 +10,7 @@ import modlab
 from modlab.masks import masked_reference_mask
 from modlab.ops import masked_keys, reference, weighed_attention, what_if_attention
 
+from .conftest import alternate_layers
 from .test_routing import spread_gates
 
 IDS = torch.randint(3, 250, (3, 200), generator=torch.Generator().manual_seed(0))
@@ -75,7 +76,7 @@ def test_same_logits_as_through_sdpa(
     make_llama, monkeypatch: pytest.MonkeyPatch, skip: str, autocast: bool
 ) -> None:
     """On a CPU without gradients, the only form in which flex attention runs there; uncompiled, for speed."""
-    config = modlab.MoDConfig(skip=skip, keep_recent=40)
+    config = alternate_layers(skip=skip, keep_recent=40)
     model = spread_gates(modlab.convert(make_llama(), config)).train()
     want, got = sdpa_and_flex(model, IDS, PADDED, monkeypatch, autocast)
     rtol, atol = (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
@@ -93,7 +94,7 @@ def test_only_where_nothing_but_the_mask_decides(make_llama, monkeypatch: pytest
 
     def answers(**changes) -> set[bool]:
         asked.clear()
-        model = modlab.convert(make_llama(**changes)).train()
+        model = modlab.convert(make_llama(**changes), alternate_layers()).train()
         model(IDS[:, :20])
         return set(asked)
 
@@ -108,7 +109,7 @@ def test_only_where_nothing_but_the_mask_decides(make_llama, monkeypatch: pytest
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_same_gradients_as_through_sdpa(make_llama, skip: str, what_if: bool, compiled: bool) -> None:
-    config = modlab.MoDConfig(skip=skip, keep_recent=40)
+    config = alternate_layers(skip=skip, keep_recent=40)
     model = spread_gates(modlab.convert(make_llama(), config)).cuda().train()
     model.mod.compile_layers = compiled
     model.mod.what_if = what_if
@@ -131,8 +132,8 @@ def test_same_gradients_as_through_sdpa(make_llama, skip: str, what_if: bool, co
 @pytest.mark.parametrize("flex", [False, True], ids=["mask", "flex"])
 def test_routers_of_a_frozen_base_learn(make_llama, flex: bool) -> None:
     """In half precision, where nothing before the first router has a gradient."""
-    model = make_llama().cuda().bfloat16().requires_grad_(False)
-    model = spread_gates(modlab.convert(model, modlab.MoDConfig(skip="kv", keep_recent=40))).train()
+    model = make_llama().bfloat16().requires_grad_(False)
+    model = spread_gates(modlab.convert(model, alternate_layers(skip="kv", keep_recent=40))).cuda().train()
     model.mod.supports_flex = flex
     model(IDS.cuda(), labels=IDS.cuda()).loss.backward()
     for layer in model.mod.layers:

@@ -31,7 +31,7 @@ def main(out: Path, batch_size: int) -> None:
     rows = torch.randint(0, 32, (24, 16))
     settings = {"batch_size": batch_size, "log_every": 1, "lr": 1e-3, "grad_accum": 2, "save_every": 2}
     dense = train(model, rows, TrainConfig(out=out / "dense", steps=4, **settings), eval_data=rows[:7])
-    modlab.convert(model, modlab.MoDConfig(init_gate=0.55))
+    modlab.convert(model, modlab.MoDConfig(skip="layer", layers="alternate", init_gate=0.55))
     settings |= {"keep_ratio": 0.5, "what_if": 0.5, "calibrate": False}
     first = train(model, rows, TrainConfig(out=out / "mod", steps=2, **settings))
     second = train(model, rows, TrainConfig(out=out / "mod", steps=4, resume="auto", **settings))

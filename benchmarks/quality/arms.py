@@ -44,7 +44,7 @@ class Arm:
         if self.mod is None:
             return None
         fields = dict(self.mod)
-        fields["layers"] = named_layers(fields.get("layers", "alternate"), num_layers)
+        fields["layers"] = named_layers(fields["layers"], num_layers)
         if fields.get("operator") == "topk":
             fields["capacity"] = self.keep(num_layers)
         return MoDConfig(**fields)
@@ -68,7 +68,7 @@ class Arm:
 
     def _keep_at(self, kv_saving: float, num_layers: int, length: float) -> float:
         assert self.mod is not None, self.name
-        layers = named_layers(self.mod.get("layers", "alternate"), num_layers)
+        layers = named_layers(self.mod["layers"], num_layers)
         config = MoDConfig(**{**self.mod, "layers": layers})
         routed = len(config.resolve_layers(num_layers))
         return max(unbounded_keep_ratio(kv_saving, routed, num_layers, recent_share(config, length)), 0.01)

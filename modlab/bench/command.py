@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         "--skip",
         default="layer",
         choices=("layer", "attention", "mlp", "kv"),
-        help="what a skipped token leaves out (layer)",
+        help="what a skipped token leaves out (layer; of the default conversion it is kv, nearest to "
+        "which comes --skip kv --routed most)",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.25, 0.50, 1.00], metavar="R")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (7)")

@@ -16,7 +16,7 @@ from modlab.config import MoDConfig
 
 RECENT = MoDConfig().keep_recent
 """Latest tokens that stay whatever a router says, where it decides about the cache alone: the benchmarks'
-models are converted with the default."""
+models are converted with the default `keep_recent`."""
 
 
 def layer_weights(config: Any) -> tuple[int, int]:

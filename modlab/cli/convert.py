@@ -20,7 +20,8 @@ def add(command: Command) -> None:
         run,
         "give a model routers and save it as a Mixture-of-Depths model",
         "Right after conversion with the default settings the model computes what it did before: the routers "
-        "are open and have to be trained (`modlab train`) before anything is skipped.",
+        "are open and have to be trained (`modlab train`) before anything is left out. By default routers "
+        "decide whose keys and values stay in the cache; with --skip layer, which tokens skip a layer.",
     )
     sub.add_argument("source", metavar="SRC", help="model to convert: a hub id or a folder")
     sub.add_argument(
@@ -28,7 +29,10 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--overwrite", action="store_true", help="replace what lies in DST")
     sub.add_argument(
-        "--preset", choices=("default", "paper", "topk"), default="default", help="what the flags change"
+        "--preset",
+        choices=("default", "paper", "topk"),
+        default="default",
+        help="what the flags change; paper and topk skip alternate layers as a whole",
     )
     add_model_flags(sub)
     flags = sub.add_argument_group("MoDConfig", "given flags change the preset")

@@ -2,7 +2,7 @@
 
     from modlab.integrations.trainer import MoDCallback
 
-    Trainer(model, args, train_dataset=data, callbacks=[MoDCallback(keep_ratio=0.25)]).train()
+    Trainer(model, args, train_dataset=data, callbacks=[MoDCallback(keep_ratio=0.45)]).train()
 
 While such a trainer trains, the model adds the routing objective to the loss it returns, as
 mixture-of-experts models add theirs. The objectives, the ramp and the what-if passes are those of
@@ -12,6 +12,7 @@ mixture-of-experts models add theirs. The objectives, the ramp and the what-if p
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from modlab.checkpoint import ADAPTER_CONFIG, ROUTER_FILE, describe_routing, loa
 from modlab.errors import ModlabError
 from modlab.router import is_router
 from modlab.routing import Recording, is_converted, record_routing
-from modlab.train_checks import choose_objective
+from modlab.train_checks import choose_objective, nothing_to_learn
 from modlab.train_config import Objective, TrainConfig, is_what_if, ramped_target
 from modlab.train_step import routing_objective
 
@@ -109,6 +110,7 @@ class MoDCallback(TrainerCallback):
         self.recording: Recording | None = None
         self.target = 1.0
         self.logged: list[tuple[Tensor, Tensor]] = []
+        self.longest: int | None = 0  # tokens a row, before the first log line
         self.added = False
         if state.global_step and self.model is model:
             named = Path(args.resume_from_checkpoint or "", ROUTER_FILE)
@@ -149,6 +151,7 @@ class MoDCallback(TrainerCallback):
     ) -> None:
         if not self.logged or logs is None or "loss" not in logs:
             return
+        self._remark_on_short_rows()
         terms, kept = (torch.stack(column).mean().item() for column in zip(*self.logged, strict=True))
         figures = {"keep_ratio": kept, "routing_objective": terms}
         self.logged = []
@@ -166,11 +169,19 @@ class MoDCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._remark_on_short_rows()
         self._remove_hooks()
         self.routing.what_if = self.what_if_before
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and self.model is kwargs["model"]:
             load_routers(self.model, Path(best, ROUTER_FILE))
+
+    def _remark_on_short_rows(self) -> None:
+        """Once, of the rows before the first log line or the end."""
+        reason = nothing_to_learn(self.model, self.longest) if self.longest else ""
+        if reason and self.objective != "none":
+            warnings.warn(f"so far the trainer has {reason}", stacklevel=3)
+        self.longest = None
 
     # ---- hooks on the model
 
@@ -182,6 +193,8 @@ class MoDCallback(TrainerCallback):
         if self.recording is None or getattr(output, "loss", None) is None:
             return output
         step = self.recording.steps[-1]
+        if self.longest is not None:
+            self.longest = max(self.longest, next(iter(step.gate.values())).shape[1])
         term = routing_objective(self.objective, step, self.target, self.config)
         if self.objective != "none" and not term.requires_grad:
             raise ModlabError(

@@ -53,7 +53,8 @@ def sweep(
     per_layer: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """One row a threshold: what it costs in loss, and what it buys in memory and time.
+    """One row a threshold: what it costs in loss, and what it buys in memory and time. (With skip="kv"
+    nothing, in texts that are not longer than `MoDConfig.keep_recent`.)
 
     The timed calls of all thresholds alternate, round after round, so that a machine that slows down slows
     all of them; the model's own thresholds are back in place afterwards, also after an error.

@@ -100,7 +100,7 @@ def heatmap_png(trace: RoutingTrace, points: list[dict[str, float]] | None = Non
         heading += [f"LOSS {trace.mean_loss:.3f}"]
     heading += [f"{tokens} TOKENS" + (f", FIRST {shown} SHOWN" if shown < tokens else "")]
     picture.text(left, 14, "   ".join(heading))
-    _legend(picture, left, 34)
+    _legend(picture, left, 34, trace.skip == "kv")
 
     for index in range(bands):
         start, y = index * columns, top + index * band
@@ -150,11 +150,12 @@ def _band(
     picture.text(left - 20, bottom + 6, "LAYER", FAINT, 1)
 
 
-def _legend(picture: Picture, x: int, y: int) -> None:
+def _legend(picture: Picture, x: int, y: int, stores: bool) -> None:
+    """`stores`: every token runs, the cache alone is routed."""
     picture.rect(x, y, 20, 11, colour_of(0.8))
-    picture.text(x + 28, y, "TOKEN RUNS, DARKER = HIGHER GATE", FAINT)
+    picture.text(x + 28, y, f"TOKEN {'KEPT' if stores else 'RUNS'}, DARKER = HIGHER GATE", FAINT)
     picture.rect(x + 310, y + 5, 20, 1.6, LINE)
-    picture.text(x + 338, y, "TOKEN SKIPS THE LAYER", FAINT)
+    picture.text(x + 338, y, "DROPPED FROM CACHE" if stores else "TOKEN SKIPS THE LAYER", FAINT)
     picture.rect(x + 530, y, 20, 11, DENSE)
     picture.text(x + 558, y, "DENSE LAYER", FAINT)
 

@@ -32,7 +32,7 @@ def main() -> None:
     base = args.out / "runs" / "02_dense" / "model"
     model, _ = modlab.load(base)
     teacher = modlab.load(base)[0] if args.kl else None
-    modlab.convert(model, modlab.MoDConfig())
+    modlab.convert(model, modlab.MoDConfig(skip="layer", layers="alternate"))
     routing = routing_of(model)
     config = TrainConfig(
         **common.training_settings(args, "03_twin"),

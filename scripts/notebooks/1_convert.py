@@ -3,11 +3,13 @@
 #
 # What conversion adds to a model, the proof that it changes no output, and where a model has room to skip.
 #
-# A **Mixture-of-Depths** model lets a token pass a layer by. `modlab.convert` prepares any Hugging Face
+# A **Mixture-of-Depths** model does not treat all tokens alike. `modlab.convert` prepares any Hugging Face
 # causal language model for that: some of its layers get a *router*, a vector as long as the model is wide,
-# that gives every token a gate between 0 and 1. A token whose gate is below the threshold **p** skips the
-# layer. Right after conversion all gates are open, so nothing is skipped and nothing is saved. That is the
-# point: you start from exactly the model you had, and [training](2_train.ipynb) decides what to give up.
+# that gives every token a gate between 0 and 1. A token whose gate is below the threshold **p** leaves
+# something out: by default its place in the layer's cache, once it is no longer recent; in other forms the
+# whole layer, its attention or its MLP. Right after conversion all gates are open, so nothing is left out
+# and nothing is saved. That is the point: you start from exactly the model you had, and
+# [training](2_train.ipynb) decides what to give up.
 
 # %% [markdown]
 # ## Use your own model
@@ -56,7 +58,8 @@ with torch.no_grad():
 generate = {"max_new_tokens": 24, "do_sample": False}
 dense_tokens = model.generate(**inputs, **generate)
 
-modlab.convert(model)  # alternate layers; modlab.MoDConfig says what else there is
+# The default, but for a short text: 16 recent tokens always stay in the cache, not 128.
+modlab.convert(model, modlab.MoDConfig(keep_recent=16))
 
 after = model.state_dict()
 added = {name: tuple(tensor.shape) for name, tensor in after.items() if name not in before}
@@ -107,7 +110,8 @@ proof
 #
 # Every gate has the same value, above p, so every token is kept and the cache is as large as before. And
 # the routers know nothing: raise p above that value and *all* tokens (but the first four, which are always
-# kept) skip all routed layers. On an untrained model a threshold is a switch, not a dial.
+# kept, and the recent ones) leave the cache of all routed layers. On an untrained model a threshold is a
+# switch, not a dial.
 
 # %%
 rows = {}
@@ -136,7 +140,7 @@ pd.DataFrame(rows).T.rename_axis("p").round(3)
 
 # %%
 modlab.revert(model)
-modlab.convert(model, modlab.MoDConfig(layers="all"))
+modlab.convert(model, modlab.MoDConfig(skip="layer", layers="all"))
 whole = modlab.trace(model, tokenizer, TEXT)
 
 
@@ -188,20 +192,21 @@ figure
 # ## The forms of conversion, and which are lossless
 #
 # The paper multiplies what a layer adds by the gate. With a gate of 0.5 that halves every routed layer at
-# the start, and training has to repair it first. modlab's default lets the gate decide, and passes a kept
-# token through at full strength. The table says what each form does to this text on the spot.
+# the start, and training has to repair it first. modlab's default lets the gate decide, and scales
+# nothing. The table says what each form does to this text on the spot.
 #
-# `skip` says what a token leaves out: the layer, its attention, its MLP, or with `"kv"` only its place in
-# the cache. It then passes the layer in full, and its keys and values are dropped once `keep_recent` more
-# tokens have come: memory is saved, operations are not.
+# `skip` says what a token leaves out. With `"kv"`, the default, it is only its place in the cache: the token
+# passes the layer in full, and its keys and values are dropped once it is not among the latest `keep_recent`.
+# Memory is saved, operations are not. `"layer"`, `"attention"` and `"mlp"` leave that part out, and save
+# operations too.
 
 # %%
 FORMS = {
     "MoDConfig()": modlab.MoDConfig(),
     'MoDConfig(layers="all")': modlab.MoDConfig(layers="all"),
+    'MoDConfig(skip="layer")': modlab.MoDConfig(skip="layer"),
     'MoDConfig(skip="attention")': modlab.MoDConfig(skip="attention"),
     'MoDConfig(skip="mlp")': modlab.MoDConfig(skip="mlp"),
-    'MoDConfig(skip="kv")': modlab.MoDConfig(skip="kv"),
     "MoDConfig.topk()": modlab.MoDConfig.topk(),
     "MoDConfig.paper()": modlab.MoDConfig.paper(),
 }

@@ -71,7 +71,7 @@ def main(name, out, steps, global_batch, length):
     rank, world = accelerator.process_index, accelerator.num_processes
     model, tokenizer = modlab.load(name)
     if not modlab.is_converted(model):
-        modlab.convert(model)
+        modlab.convert(model, modlab.MoDConfig(keep_recent=length // 8))  # these rows are short
     rows = rows_of(argparse, tokenizer, length, steps * global_batch)
     heldout = rows_of(statistics, tokenizer, length, 12)
 

@@ -3,9 +3,11 @@
 #
 # Which layers each token of your text runs through, what a threshold costs in loss, and what it saves.
 #
-# In a **Mixture-of-Depths** model a token may skip layers. Each routed layer has a small router that gives
-# every token a gate between 0 and 1; tokens with a gate below the threshold **p** pass the layer by. They
-# cost no computation there and leave nothing in its KV cache.
+# In a **Mixture-of-Depths** model each routed layer has a small router that gives every token a gate between
+# 0 and 1. In this demo tokens with a gate below the threshold **p** pass the layer by: they cost no
+# computation there and leave nothing in its KV cache. (By default `modlab.convert` routes the cache alone:
+# every token runs, and below p its keys and values go once it is not recent. `"demo-kv"` is such a model;
+# it costs far less loss, and shows less.)
 #
 # This is lossy: a higher p saves more and predicts worse. This notebook shows how much, on your text. Run
 # all cells (*Run > Run All Cells*); it takes less than a minute on a laptop, without GPU or network.
@@ -38,7 +40,7 @@ from modlab import measure
 
 model, tokenizer = modlab.load(NAME)
 if not modlab.is_converted(model):
-    modlab.convert(model)  # adds open routers: the output stays the same until they are trained
+    modlab.convert(model)  # adds open routers for the cache: the output stays the same until they are trained
 
 print(f"{model.mod.num_layers} layers, routed: {model.mod.layers}")
 print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
@@ -114,8 +116,8 @@ sweep[["threshold", "keep_ratio", "kv_bytes", "kv_saving", "loss", "perplexity"]
 # - **Release** it: the model takes the new threshold and runs the text; the figures are then *measured*.
 # - **Find** the threshold for a memory budget: so many MiB of KV cache for so many tokens. The loss beside it
 #   says what that costs.
-# - Point at a cell or a token to see which layers it skips; a click locks it, Escape frees it. Arrow keys
-#   work too, and a click on a layer's number colours the text by that layer.
+# - Point at a cell or a token to see what each layer does with it; a click locks it, Escape frees it. Arrow
+#   keys work too, and a click on a layer's number colours the text by that layer.
 
 # %%
 explorer = modlab.widgets.explore(model, tokenizer, TEXT, sweep)

@@ -90,7 +90,7 @@ class FlipList {
     this.box.replaceChildren();
     el(this.box, "h3", "", flips.length ? `Flipped cells: ${flips.length}` : "No cell is flipped");
     for (const [layer, t, keep] of flips) {
-      const text = `layer ${layer}, ${store.name(t)} (${t}): ${keep ? "kept" : "skipped"} ✕`;
+      const text = `layer ${layer}, ${store.name(t)} (${t}): ${keep ? "kept" : store.left} ✕`;
       button(this.box, text, `undo: layer ${layer}, token ${t}`, () => store.flip(layer, t));
     }
     if (flips.length > 1) button(this.box, "Undo all", "Undo all", () => store.setFlips([]));

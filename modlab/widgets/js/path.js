@@ -45,7 +45,7 @@ class TokenPath {
     const { store } = this, ran = store.numLayers - store.R + store.count[t], bytes = store.summary.token_bytes;
     const loss = t > 0 && Number.isFinite(store.losses[t]) ? ` Its loss was ${store.losses[t].toFixed(2)} nats.` : "";
     if (store.summary.skip === "kv")
-      return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran}, ` +
+      return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran} when it is not recent, ` +
         `${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}.${loss}` + (store.preview ? " (preview)" : "");
     const left = bytes ? `left keys and values in ${ran} of them, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}`
       : "left keys and values in all of them";

@@ -181,16 +181,19 @@ class Store extends Scene {
     return t ? "(rest of a character)" : "(start of the text)";
   }
 
+  // What a token is in a layer that does not keep it: with skip="kv" it runs there all the same.
+  get left() { return this.summary?.skip === "kv" ? "dropped" : "skipped"; }
+
   // One sentence a line on a token, and on its cell in `layer` if that is >= 0.
   describe(t, layer) {
     const lines = [this.name(t), `token ${t.toLocaleString("en")} of ${this.T.toLocaleString("en")}`];
     const row = layer >= 0 ? this.rowOf[layer] : -1;
-    if (layer >= 0 && row < 0) lines.push(`layer ${layer}: dense, every token runs`);
+    if (layer >= 0 && row < 0) lines.push(`layer ${layer}: not routed, every token is kept`);
     else if (row >= 0) {
       const gate = this.gate(row, t), kept = this.kept(row, t), p = this.p(row), forced = this.forced.get(row * this.T + t);
       const always = forced === undefined && t < this.keepFirst && gate < p;
       const versus = always || forced !== undefined ? "" : ` ${gate >= p ? "≥" : "<"} p ${number(p)}`;
-      lines.push(`layer ${layer}: gate ${gate.toFixed(3)}${versus}, ${kept ? "kept" : "skipped"}${forced === undefined ? "" : " by you"}`);
+      lines.push(`layer ${layer}: gate ${gate.toFixed(3)}${versus}, ${kept ? "kept" : this.left}${forced === undefined ? "" : " by you"}`);
       if (always) lines.push(`the first ${this.keepFirst} tokens are always kept`);
     }
     lines.push(`kept by ${this.count[t]} of ${this.R} routed layers`);

@@ -62,7 +62,7 @@ class TokenText {
     }
     this.choice.replaceChildren();
     this.option(-1, "number of routed layers that keep it");
-    for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or skipped`);
+    for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or ${store.left}`);
   }
 
   option(value, text) { el(this.choice, "option", "", text).value = value; }
@@ -117,7 +117,7 @@ class TokenText {
 
   drawLegend() {
     const { store } = this, single = store.textLayer >= 0 || store.R < 2;
-    const steps = single ? [[0, "skipped"], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${store.R} of ${store.R}`]];
+    const steps = single ? [[0, store.left], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${store.R} of ${store.R}`]];
     this.legend.replaceChildren();
     for (const [share, text] of steps) {
       const sample = el(this.legend, "span", "mod-token mod-swatch", "a");
