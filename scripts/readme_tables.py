@@ -37,8 +37,8 @@ DEMO_NAMES = {
 def demo_table(record: dict[str, Any]) -> str:
     """What the demo's conversion costs in loss and saves in memory."""
     lines = [
-        f"The demo models ({record['parameters'] / 1e6:.1f} M parameters), on held-out Python files "
-        f"({record['results']['mod']['tokens']:,} predicted tokens, {record['dtype']}):",
+        f"`demo`, which skips whole layers ({record['parameters'] / 1e6:.1f} M parameters), on other "
+        f"held-out files ({record['results']['mod']['tokens']:,} predicted tokens, {record['dtype']}):",
         "",
         "| model | held-out loss (nats a token) | tokens kept in routed layers | KV cache |",
         "|---|---|---|---|",
@@ -59,7 +59,7 @@ def kv_table(record: dict[str, Any]) -> str:
     """What routing the cache alone costs in loss and saves in memory, recall at a distance included."""
     lines = [
         "`demo-kv`: the dense model's own weights with routers for its cache (every token passes every "
-        "layer), on held-out Python files of another machine "
+        "layer), on held-out Python files "
         f"({record['results']['demo-kv']['tokens']:,} predicted tokens). Below, the same weights with other "
         "keys and values, which no router chose:",
         "",
@@ -185,12 +185,12 @@ def bench_section(results: list[dict[str, Any]]) -> list[str]:
 def section(root: Path = ROOT) -> str:
     """All tables, from the result files below `root`."""
     parts = []
-    demo = root / "modlab" / "demo" / "results.json"
-    if demo.is_file():
-        parts.append(demo_table(json.loads(demo.read_text(encoding="utf-8"))))
     kept_keys = root / "modlab" / "demo" / "kv" / "results.json"
     if kept_keys.is_file():
         parts.append(kv_table(json.loads(kept_keys.read_text(encoding="utf-8"))))
+    demo = root / "modlab" / "demo" / "results.json"
+    if demo.is_file():
+        parts.append(demo_table(json.loads(demo.read_text(encoding="utf-8"))))
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
     every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
     results = [result for result in every if result["what"] in TABLES]

@@ -137,6 +137,15 @@ def test_readme_tables_are_those_of_the_result_files() -> None:
     assert between == tables.section().strip(), "run python scripts/readme_tables.py"
 
 
+def test_defaults_page_is_that_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    defaults = load_script("defaults_page")
+    demo = json.loads((ROOT / "modlab" / "demo" / "kv" / "results.json").read_text(encoding="utf-8"))
+    study = json.loads(defaults.newest_result().read_text(encoding="utf-8"))
+    committed = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
+    assert committed == defaults.page(study, demo), "run python scripts/defaults_page.py"
+
+
 def test_readme_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
     tables = load_script("readme_tables")
     assert "No result files" in tables.section(tmp_path)
