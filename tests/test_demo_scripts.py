@@ -46,8 +46,8 @@ def test_all_stages(tmp_path: Path) -> None:
     driver += [f"05_card:--package {package} --rows 3"]
     run(*driver)
 
-    logs = {stage: json.loads((out / "logs" / f"{stage}.json").read_text()) for stage in STAGES}
-    assert set(logs) == {"01_tokenizer", "02_dense", "03_twin", "04_dense_continuation", "05_card"}
+    pair = ("01_tokenizer", "02_dense", "03_twin", "04_dense_continuation", "05_card")
+    logs = {stage: json.loads((out / "logs" / f"{stage}.json").read_text()) for stage in pair}
     assert logs["03_twin"]["tokens"] == logs["04_dense_continuation"]["tokens"] == 3 * 2 * 2048
     assert all(log["command"].startswith("python scripts/demo/") and log["torch"] for log in logs.values())
     assert logs["01_tokenizer"]["documents"]["train"] + logs["01_tokenizer"]["documents"]["heldout"] <= 60
@@ -68,6 +68,21 @@ def test_all_stages(tmp_path: Path) -> None:
 
     again = run(*driver)
     assert again.stdout.count("done before") == 5, "a second run finds everything done"
+
+
+@pytest.mark.long
+def test_routers_of_the_cache_are_held_against_controls(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    words = ["--out", tmp_path / "out", "--card", tmp_path / "card", "--source", corpus, "--rows", 2]
+    run(SCRIPTS / "06_kept_keys.py", *words)
+    record = json.loads((tmp_path / "card" / "results.json").read_text())
+    found = record["results"]
+    assert found["by chance"]["keep_ratio"] == pytest.approx(found["demo-kv"]["keep_ratio"], abs=0.03)
+    assert found["by hand, low"]["loss"] != found["by hand, high"]["loss"] != found["demo-dense"]["loss"]
+    savings = [record["settings"][f"keep_recent={n}"]["kv_saving"] for n in (16, 32, 64, 256, 512)]
+    assert savings == sorted(savings, reverse=True)
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert all(f"{result['loss']:.4f}" in card for result in (*found.values(), *record["settings"].values()))
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "run"])

@@ -74,6 +74,7 @@ def changed(config: Any, field: str, value: Any) -> Iterator[None]:
 
 def main() -> None:
     parser = common.parser(__doc__ or "")
+    parser.add_argument("--card", type=Path, default=PACKAGE / "kv", help="folder for card and results")
     parser.add_argument("--source", default="python", help="what modlab.data.packed takes")
     parser.add_argument("--rows", type=int, default=64, help="held-out rows that are evaluated")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -127,8 +128,9 @@ def main() -> None:
         settings=settings,
         training=json.loads(TRAINING.read_text(encoding="utf-8")),
     )
-    (PACKAGE / "kv" / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (PACKAGE / "kv" / "README.md").write_text(card(record), encoding="utf-8")
+    args.card.mkdir(parents=True, exist_ok=True)
+    (args.card / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (args.card / "README.md").write_text(card(record), encoding="utf-8")
 
 
 def lines_of(results: dict[str, dict[str, Any]]) -> str:
