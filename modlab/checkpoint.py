@@ -392,8 +392,10 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
     if target.exists() and not target.is_dir():
         raise ModlabError(f"{str(path)!r} is a file: give the name of a folder to save to.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    outer = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = outer / target.name  # model cards are headed by their folder's name
     try:
+        temporary.mkdir(exist_ok=True)
         yield temporary
         temporary.chmod(0o755)
         new = sorted(p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file())
@@ -412,7 +414,7 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
             "another."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
 
 
 def _check_folder(source: str, kwargs: dict[str, Any]) -> None:

@@ -230,6 +230,7 @@ def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tm
     model, tokenizer = modlab.load(tmp_path / "run" / "model")
     assert model.mod.layers == [2, 3, 4] and tokenizer is not None
     assert model.mod.config.skip == "layer"
+    assert "\n# model\n" in (tmp_path / "run" / "model" / "README.md").read_text()
 
     again = modlab_process(*words, cwd=tmp_path)
     assert again.returncode == 2 and "already holds a run" in again.stderr
