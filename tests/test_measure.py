@@ -1,6 +1,7 @@
 """Loss, sweep and calibration, on a tiny model whose routers were given spread-out gates."""
 
 import math
+import warnings
 
 import pandas as pd
 import pytest
@@ -184,6 +185,18 @@ def test_sweep_bytes_are_the_caches(model, batches):
             expected += model(batch, use_cache=True).past_key_values.nbytes
     frame = modlab.sweep(model, None, batches, [0.5], repeats=0, progress=False)
     assert frame.kv_bytes[0] == expected
+
+
+def test_sweep_says_where_texts_are_too_short_to_save_anything(batches):
+    model = spread_gates(modlab.convert(dense_model(), modlab.MoDConfig(keep_recent=batches[0].shape[1])))
+    with pytest.warns(UserWarning, match="at most 100 tokens"):
+        short = modlab.sweep(model, None, batches, thresholds=[0.1, 0.9], repeats=0, progress=False)
+    assert short.kv_bytes.nunique() == 1
+    model.mod.config.keep_recent = 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        long = modlab.sweep(model, None, batches, thresholds=[0.1, 0.9], repeats=0, progress=False)
+    assert long.kv_bytes.nunique() == 2
 
 
 def test_sweep_restores_thresholds_after_an_error(model, batches, monkeypatch):

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,10 @@ def sweep(
     per_layer: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """One row a threshold: what it costs in loss, and what it buys in memory and time. (With skip="kv"
-    nothing, in texts that are not longer than `MoDConfig.keep_recent`.)
+    """One row a threshold: what it costs in loss, and what it buys in memory and time.
+
+    With skip="kv" that is nothing in texts that are not longer than `MoDConfig.keep_recent`: a warning says
+    so where all of them are that short.
 
     The timed calls of all thresholds alternate, round after round, so that a machine that slows down slows
     all of them; the model's own thresholds are back in place afterwards, also after an error.
@@ -82,7 +85,7 @@ def sweep(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    routing_of(model)
+    routing = routing_of(model)
     wanted = [float(p) for p in thresholds]
     for p in wanted:
         if not 0.0 <= p < 1.0:
@@ -98,6 +101,14 @@ def sweep(
     if prompt_mask is not None:
         prompt = prompt[prompt_mask[:1].bool()][None]
     prompt = prompt[:, : max(1, min(prompt_tokens, context - decode_tokens - 1))]
+
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    if routing.config.skip == "kv" and longest <= (recent := routing.config.keep_recent):
+        warnings.warn(
+            f"texts of at most {longest} tokens are not longer than keep_recent={recent}: all of their keys "
+            "and values stay, whatever the threshold is. Give longer texts.",
+            stacklevel=2,
+        )
 
     rows: list[dict[str, float]] = []
     rounds = repeats + 1 if repeats else 0
