@@ -251,6 +251,17 @@ def test_single_views_have_pages(show: Callable[..., Any]) -> None:
     assert "token 49" in page.locator(".modlab-path-says").inner_text()
 
 
+def test_where_the_cache_alone_is_routed_every_token_runs(show: Callable[..., Any]) -> None:
+    """No way around a layer, and no word of skipping."""
+    for skip, word in (("layer", "skips"), ("kv", "dropped")):
+        page = show(make_trace(50, skip=skip))
+        page.locator(".mod-token").nth(30).click()
+        settle(page)
+        way = page.locator(".modlab-path .mod-way").get_attribute("d")
+        assert way and ("Q" in way) == (skip == "layer")
+        assert word in page.locator("body").inner_text()
+
+
 def test_a_view_that_cannot_be_drawn_says_so(show: Callable[..., Any]) -> None:
     html = make_trace().to_html().replace('"view": "explorer"', '"view": "nonsense"')
     page = show(html, may_fail=True)

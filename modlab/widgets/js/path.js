@@ -72,7 +72,8 @@ class TokenPath {
       const row = store.rowOf[i], dense = row < 0, kept = t >= 0 && (dense || store.kept(row, t));
       if (i % everyLabel === 0 || i === chosen)
         node(svg, "text", { x: x(i), y: height - 4, "text-anchor": "middle", class: i === chosen ? "mod-plot-title" : "mod-tick" }, String(i));
-      if (t < 0 || kept) path += ` L ${x(i)} ${way}`;
+      const runs = kept || store.summary.skip === "kv"; // every token does, the cache alone is routed
+      if (t < 0 || runs) path += ` L ${x(i)} ${way}`;
       else path += ` L ${x(i) - each / 2} ${way} Q ${x(i)} ${way - 26} ${x(i) + each / 2} ${way}`; // passes by
       if (t < 0) continue;
       const group = node(svg, "g", { class: "mod-station" });
@@ -84,7 +85,7 @@ class TokenPath {
       }
       const ink = dense ? theme.faint : theme.accent;
       node(group, "rect", { x: x(i) - box / 2, y: way - box / 2, width: box, height: box, rx: 3,
-        ...(kept || store.summary.skip === "kv" ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
+        ...(runs ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
       const stays = kept || !store.summary.token_bytes;
       node(group, "rect", { x: x(i) - box / 2, y: cache - 6, width: box, height: 12, rx: 1, ...(stays ? { fill: theme.ink } : { class: "mod-hollow" }) });
       if (i === chosen) node(group, "rect", { x: x(i) - each / 2, y: 2, width: each, height: height - 18, class: "mod-chosen" });
