@@ -9,7 +9,7 @@ study that decides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modlab.config import MoDConfig
@@ -86,7 +86,7 @@ def recipe(
     if name not in RECIPES:
         raise ModlabError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
     chosen = RECIPES[name]
-    config = MoDConfig.from_dict(chosen.mod.to_dict())  # the caller's own
+    config = replace(chosen.mod)  # the caller's own
     fields = {**chosen.train, **train}
     saving = chosen.kv_saving if kv_saving is None else kv_saving
     if kv_saving is not None and "keep_ratio" in fields:

@@ -98,8 +98,7 @@ def check_rows_teach(model: Any, source: Batches, objective: Objective) -> None:
     """Rows are long enough for routers to matter; a remark where only the first batch is known."""
     if objective == "none":
         return
-    ids = source.data if source.preloaded else source.first["input_ids"]
-    if reason := nothing_to_learn(model, ids.shape[1]):
+    if reason := nothing_to_learn(model, source.first["input_ids"].shape[1]):
         if source.preloaded:
             raise ModlabError(f"The data has {reason}")
         warnings.warn(f"The first batch has {reason}", stacklevel=2)

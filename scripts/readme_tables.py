@@ -19,14 +19,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEMO_CARD = "modlab/demo/README.md"
 KV_CARD = "modlab/demo/kv/README.md"
-TABLES = (
-    "speed",
-    "generate",
-    "throughput",
-    "prefill",
-    "decode",
-    "demo",
-)  # growth is drawn: scripts/speed_plot.py
+# growth is drawn: scripts/speed_plot.py
+TABLES = ("speed", "generate", "throughput", "prefill", "decode", "demo")
 DEMO_NAMES = {
     "dense": "dense",
     "dense_continuation": "dense, trained on for as long",
@@ -124,13 +118,9 @@ def said_beside(result: dict[str, Any]) -> list[str]:
 
 def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Time and memory against the dense model, one row a measurement, under its command."""
-    kv = routes_keys(result)
-    what = {
-        True: 'Keys and values routed (`skip="kv"`, the default; here in all layers but two at each end)',
-        False: "Whole layers skipped",
-    }[kv]
     lines = [
-        f"{what}: `{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
+        f'With `skip="{skipped(result)}"`: '
+        f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
         f"{result['versions']['torch']}, {result['date'][:10]}:",
         "",
         "| | model | batch x tokens | routed layers | kept | dense | MoD | speed-up | ideal | KV saving "
@@ -151,9 +141,9 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def routes_keys(result: dict[str, Any]) -> bool:
-    """Whether routing decided about the cache alone."""
-    return result.get("settings", {}).get("skip") == "kv"
+def skipped(result: dict[str, Any]) -> str:
+    """What a token that is not kept leaves out in the models of a result; the earliest files name nothing."""
+    return str(result.get("settings", {}).get("skip", "layer"))
 
 
 def duration(ms: float) -> str:
@@ -172,7 +162,7 @@ def bench_section(results: list[dict[str, Any]]) -> list[str]:
     parts, folded = [], []
     for result in results:
         rows = [row for row in result["rows"] if row["case"] != "baseline"]
-        if result["what"] == "speed" or routes_keys(result):
+        if result["what"] == "speed" or skipped(result) == "kv":
             parts.append(bench_table(result, [row for row in rows if is_headline(row)]))
             parts.append("\n".join(said_beside(result)).strip())
             rows = [row for row in rows if not is_headline(row)]
@@ -194,7 +184,7 @@ def section(root: Path = ROOT) -> str:
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
     every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
     results = [result for result in every if result["what"] in TABLES]
-    results.sort(key=routes_keys, reverse=True)  # the default first
+    results.sort(key=lambda result: skipped(result) != "kv")  # the default first
     if results:
         parts += bench_section(results)
     return "\n\n".join(parts) or "No result files are in the repository yet."

@@ -9,7 +9,7 @@ class Heatmap {
     this.store = store;
     this.box = el(parent, "section", "mod-heat");
     const head = el(this.box, "div", "mod-head");
-    const stores = store.summary?.skip === "kv"; // every token runs, the cache alone is routed
+    const stores = store.cacheAlone;
     el(head, "h3", "", stores ? "Which layer keeps which token's keys and values" : "Which layer runs which token");
     const key = el(head, "span", "mod-key");
     for (const [name, text] of [["runs", stores ? "kept" : "runs"], ["skips", stores ? "dropped" : "skips"], ["dense", "dense layer"]]) {

@@ -44,7 +44,7 @@ class TokenPath {
   sentence(t) {
     const { store } = this, ran = store.numLayers - store.R + store.count[t], bytes = store.summary.token_bytes;
     const loss = t > 0 && Number.isFinite(store.losses[t]) ? ` Its loss was ${store.losses[t].toFixed(2)} nats.` : "";
-    if (store.summary.skip === "kv")
+    if (store.cacheAlone)
       return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran} when it is not recent, ` +
         `${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}.${loss}` + (store.preview ? " (preview)" : "");
     const left = bytes ? `left keys and values in ${ran} of them, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}`
@@ -72,7 +72,7 @@ class TokenPath {
       const row = store.rowOf[i], dense = row < 0, kept = t >= 0 && (dense || store.kept(row, t));
       if (i % everyLabel === 0 || i === chosen)
         node(svg, "text", { x: x(i), y: height - 4, "text-anchor": "middle", class: i === chosen ? "mod-plot-title" : "mod-tick" }, String(i));
-      const runs = kept || store.summary.skip === "kv"; // every token does, the cache alone is routed
+      const runs = kept || store.cacheAlone;
       if (t < 0 || runs) path += ` L ${x(i)} ${way}`;
       else path += ` L ${x(i) - each / 2} ${way} Q ${x(i)} ${way - 26} ${x(i) + each / 2} ${way}`; // passes by
       if (t < 0) continue;

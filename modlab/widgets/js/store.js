@@ -181,8 +181,11 @@ class Store extends Scene {
     return t ? "(rest of a character)" : "(start of the text)";
   }
 
-  // What a token is in a layer that does not keep it: with skip="kv" it runs there all the same.
-  get left() { return this.summary?.skip === "kv" ? "dropped" : "skipped"; }
+  // Whether every token runs and the cache alone is routed.
+  get cacheAlone() { return this.summary?.skip === "kv"; }
+
+  // What a token is in a layer that does not keep it.
+  get left() { return this.cacheAlone ? "dropped" : "skipped"; }
 
   // One sentence a line on a token, and on its cell in `layer` if that is >= 0.
   describe(t, layer) {
