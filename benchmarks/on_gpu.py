@@ -25,11 +25,11 @@ BENCH = ["-m", "modlab", "bench"]
 ON_8B = ["--device", "cuda", "--shape", "llama-3-8b", "--repeats", "3"]
 STUDY = ["-m", "benchmarks.quality"]
 STEPS = {
-    "tests": ["-m", "pytest", "-q", "--tb=short", "tests/test_what_if_attention.py",
-              "tests/test_decode_kernels.py", "tests/test_engine.py", "tests/test_engine_prefill.py",
-              "tests/test_engine_step.py", "tests/test_engine_sublayers.py",
-              "tests/test_engine_kept_keys.py"],
-    "flex": ["-m", "pytest", "-q", "--tb=short", "tests/test_what_if_attention.py"],
+    "tests": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py",
+              "tests/kernels/test_decode_kernels.py", "tests/engine/test_engine.py",
+              "tests/engine/test_prefill.py", "tests/engine/test_step.py", "tests/engine/test_sublayers.py",
+              "tests/engine/test_kept_keys.py"],
+    "flex": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py"],
     "speed": [*BENCH, "speed", *ON_8B],
     "overhead": [*BENCH, "overhead", *ON_8B],
     "growth": [*BENCH, "growth", *ON_8B],

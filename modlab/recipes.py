@@ -14,7 +14,7 @@ from typing import Any
 
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
-from modlab.train_config import TrainConfig
+from modlab.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def recipe(
         ModlabError: no such recipe, a saving that its layers cannot give, or settings that do not fit.
     """
     # The command line reads RECIPES for its help, and must not wait for torch.
-    from modlab.anatomy import attention_name, decoder_layers
-    from modlab.convert import routable
-    from modlab.kv_budget import keep_ratio_for_saving
+    from modlab.cache.stored import keep_ratio_for_saving
+    from modlab.conversion.convert import routable
+    from modlab.hf.anatomy import attention_name, decoder_layers
 
     if name not in RECIPES:
         raise ModlabError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 
 def section(report: pandas.DataFrame, transformers_version: str) -> str:
     """The section in Markdown: promised types as a table, other working ones, the rest with reasons."""
-    from modlab.families import REQUIRED
+    from modlab.families.support import REQUIRED
 
     works = report[report.supported]
     fails = report[~report.supported]
@@ -48,7 +48,7 @@ def section(report: pandas.DataFrame, transformers_version: str) -> str:
 def main(arguments: list[str]) -> int:
     import transformers
 
-    from modlab import families
+    from modlab.families import support as families
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -16,9 +16,8 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modlab
-from modlab.proof import FreshProcess
-
-from .synthetic import make_tokenizer, scatter_gates
+from modlab.families.proof import FreshProcess
+from tests.helpers.synthetic import make_tokenizer, scatter_gates
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers, each with as many threads as cores, wait for each other more than they compute.

@@ -12,8 +12,7 @@ import pytest
 
 import modlab
 from modlab import lab
-
-from .notebook_promises import PROMISES
+from tests.helpers.notebook_promises import PROMISES
 
 ROOT = Path(__file__).resolve().parents[1]
 

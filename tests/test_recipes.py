@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import modlab
+from modlab.cache.stored import keep_ratio_for_saving
 from modlab.errors import ModlabError
-from modlab.kv_budget import keep_ratio_for_saving
 from modlab.recipes import RECIPES
 
 

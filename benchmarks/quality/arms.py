@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modlab import MoDConfig
-from modlab.kv_budget import recent_share, unbounded_keep_ratio
+from modlab.cache.stored import recent_share, unbounded_keep_ratio
 
 
 @dataclass(frozen=True)

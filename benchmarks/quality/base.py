@@ -29,7 +29,7 @@ def train_base(scale: Scale, texts: Path, folder: Path, minutes: float | None = 
     from accelerate import PartialState
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from modlab.train import TrainConfig, train
+    from modlab.training.loop import TrainConfig, train
 
     corpus = load(scale, texts)
     set_seed(0)

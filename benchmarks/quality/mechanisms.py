@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modlab.router import Router
-from modlab.routing import routing_override
+from modlab.routing.router import Router
+from modlab.routing.state import routing_override
 
 Mechanism = Callable[[Any, float], contextlib.AbstractContextManager[None]]
 """``mechanism(model, keep_ratio)``: active inside the context."""

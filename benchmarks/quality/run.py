@@ -22,8 +22,8 @@ from benchmarks.quality.mechanisms import MECHANISMS
 from benchmarks.quality.scale import Scale
 from benchmarks.quality.score import loss_of, score
 from modlab.bench.results import circumstances, source_commit
-from modlab.checkpoint import save_routers
-from modlab.layer import compiled_forward
+from modlab.execution.routed import compiled_forward
+from modlab.saving.checkpoint import save_routers
 
 KEPT_LOG = ("step", "tokens", "loss", "keep_ratio", "target", "objective", "kl", "tokens_per_s")
 
@@ -46,7 +46,7 @@ def run_arm(
 ) -> None:
     """Converts the base as the arm says, trains it, scores it, writes `results`/<name>.json."""
     import modlab
-    from modlab.train import TrainConfig, train
+    from modlab.training.loop import TrainConfig, train
 
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"

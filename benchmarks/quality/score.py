@@ -18,12 +18,12 @@ from benchmarks.quality.arms import Arm
 from benchmarks.quality.corpus import Corpus
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.scale import Scale
+from modlab.cache.stored import recent_share, stored_share, unbounded_keep_ratio
 from modlab.errors import ModlabError
-from modlab.kv_budget import recent_share, stored_share, unbounded_keep_ratio
 from modlab.measure import calibrate
 from modlab.probes import generation_health, recall, retrieval
-from modlab.routing import is_converted
-from modlab.train_step import evaluate
+from modlab.routing.state import is_converted
+from modlab.training.step import evaluate
 
 SAVINGS = (1.3, 1.5, 1.8, 2.2, 2.5)
 UNMOVED = ("static", "random")  # their routing does not look at thresholds

@@ -25,8 +25,8 @@ from modlab.engine import disable_fast_generation, enable_fast_generation, fast_
 from modlab.engine.compiled import LONG_LINE
 from modlab.errors import ModlabError
 from modlab.measure import synchronize
-from modlab.routing import routing_override
-from modlab.routing_table import RoutingTable
+from modlab.routing.state import routing_override
+from modlab.routing.table import RoutingTable
 
 WARM_UP_TOKENS = LONG_LINE  # enough to compile what a long prompt compiles
 

@@ -18,13 +18,13 @@ from modlab.bench.ideal import kv_token_bytes, step_bytes, stored_tokens
 from modlab.bench.models import random_routing
 from modlab.bench.registry import Row, Settings, Skipped, case
 from modlab.bench.rows import make_row
-from modlab.cache import RaggedLayer
+from modlab.cache.bytes import allocated_bytes
+from modlab.cache.ragged import RaggedLayer
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
 from modlab.engine.engine import Engine
 from modlab.engine.prefill import scratch_caches
 from modlab.engine.ring import RingLayer
-from modlab.kv_bytes import allocated_bytes
-from modlab.routing import routing_override
+from modlab.routing.state import routing_override
 
 SPARE = 4 * 2**30
 """Bytes left free when the largest batch is worked out: activations, logits, the graph's own memory."""

@@ -14,7 +14,7 @@ import transformers
 from modlab.bench.registry import Settings
 from modlab.config import MoDConfig, Skip
 from modlab.errors import ModlabError
-from modlab.routing_table import RoutingTable
+from modlab.routing.table import RoutingTable
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def converted_twin(dense: Any, routed: list[int], skip: Skip = "layer") -> Any:
     """The dense model with routers in the layers `routed`, for the layer or its part `skip`, on the same
     weight tensors.
     """
-    from modlab.convert import convert
+    from modlab.conversion.convert import convert
 
     twin = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     return convert(twin, MoDConfig(layers=routed, skip=skip)).eval()

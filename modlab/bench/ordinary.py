@@ -17,8 +17,8 @@ from modlab.bench.ideal import ideal_decode, ideal_prefill
 from modlab.bench.models import converted_twin, dense_model, depth, random_routing, routed_layers
 from modlab.bench.registry import Row, Settings, Skipped, case
 from modlab.bench.rows import cache_facts, make_row
-from modlab.cache_argument import cache_argument, given_cache
 from modlab.errors import ModlabError
+from modlab.hf.cache_argument import cache_argument, given_cache
 from modlab.measure import as_batches, context_length, evaluate, time_generate
 
 DEMO_WINDOWS = 16  # of one context each, over which the demo case takes the loss
@@ -26,7 +26,7 @@ DEMO_WINDOWS = 16  # of one context each, over which the demo case takes the los
 
 @contextlib.contextmanager
 def _no_grad_override(model: Any, fn: Any | None) -> Iterator[None]:
-    from modlab.routing import routing_override
+    from modlab.routing.state import routing_override
 
     with torch.no_grad(), contextlib.nullcontext() if fn is None else routing_override(model, fn):
         yield

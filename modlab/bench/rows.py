@@ -8,7 +8,7 @@ from typing import Any
 
 from modlab.bench.clock import Times
 from modlab.bench.registry import ROW_KEYS, Row
-from modlab.kv_bytes import snapshot
+from modlab.cache.bytes import snapshot
 
 
 def make_row(dense: Times, mod: Times, **fields: Any) -> Row:

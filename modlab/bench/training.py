@@ -13,7 +13,7 @@ from modlab.bench.ideal import ideal_prefill
 from modlab.bench.models import converted_twin, dense_model, depth, random_routing, routed_layers
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
-from modlab.routing import routing_override
+from modlab.routing.state import routing_override
 
 
 def train_rows(settings: Settings, context: int, batch: int, ratio: float) -> Iterator[Row]:

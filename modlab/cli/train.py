@@ -15,7 +15,7 @@ from modlab.errors import ModlabError
 def add(command: Command) -> None:
     """The parser of this command."""
     from modlab.recipes import RECIPES
-    from modlab.train_config import TrainConfig
+    from modlab.training.config import TrainConfig
 
     sub = command(
         "train",
@@ -60,7 +60,7 @@ def add(command: Command) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from modlab.train_config import TrainConfig
+    from modlab.training.config import TrainConfig
 
     given = given_flags(options, TrainConfig)
     config = TrainConfig(**given)

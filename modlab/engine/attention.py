@@ -17,18 +17,22 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from modlab.cache import RaggedLayer
+from modlab.cache.ragged import RaggedLayer
 from modlab.engine.ring import RingLayer
 from modlab.engine.tables import DecodeSlot
 from modlab.errors import ModlabError
-from modlab.ops.decode_attention import (
+from modlab.kernels.decode_attention import (
     decode_attention,
     decode_ring_attention,
     reference_decode_attention,
     reference_decode_ring_attention,
 )
-from modlab.ops.kept_attention import gather_kept, kept_attention, reference_kept_attention
-from modlab.ops.varlen_attention import varlen_attention
+from modlab.kernels.kept_attention import (
+    gather_kept,
+    kept_attention,
+    reference_kept_attention,
+)
+from modlab.kernels.varlen_attention import varlen_attention
 
 PREFILL, DECODE = "modlab_prefill", "modlab_decode"
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "alibi")

@@ -20,9 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modlab.ops.decode_router import RouterCall, decode_router, reference_decode_router
+from modlab.kernels.decode_router import (
+    RouterCall,
+    decode_router,
+    reference_decode_router,
+)
 
-SOURCE = Path(__file__).parent.parent / "ops" / "decode_router.cu"
+SOURCE = Path(__file__).parent.parent / "kernels" / "decode_router.cu"
 BLOCK = 1024  # threads of its kernel `route`
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modlab.anatomy import NORM
+from modlab.hf.anatomy import NORM
 
 Function = Callable[..., Any]
 

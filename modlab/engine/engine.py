@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from modlab.anatomy import decoder_layers
-from modlab.attention_name import attention_named
-from modlab.cache_argument import cache_argument
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
 from modlab.engine.compiled import Compiler
 from modlab.engine.layers import attention_modules
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
-from modlab.layer import RoutedKeys
-from modlab.routing import Routing, is_converted
+from modlab.execution.routed import RoutedKeys
+from modlab.hf.anatomy import decoder_layers
+from modlab.hf.attention_name import attention_named
+from modlab.hf.cache_argument import cache_argument
+from modlab.routing.state import Routing, is_converted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

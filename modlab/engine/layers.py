@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modlab.anatomy import attention_name, mlp_name
-from modlab.arguments import LayerArguments
 from modlab.engine.attention import CannotCapture, PrefillSlot
 from modlab.engine.branch import Branch
 from modlab.engine.tables import RouterSlot, Tables
-from modlab.layer import CALL, RoutedLayer, RoutedModule
-from modlab.ops.combine import gated_output, scaled_branches
-from modlab.ops.decode_router import RouterCall
-from modlab.ops.router_logits import router_logits
-from modlab.routing import Decision, Routing
+from modlab.execution.gate import gated_output, scaled_branches
+from modlab.execution.routed import CALL, RoutedLayer, RoutedModule
+from modlab.hf.anatomy import attention_name, mlp_name
+from modlab.hf.arguments import LayerArguments
+from modlab.kernels.decode_router import RouterCall
+from modlab.kernels.router_logits import router_logits
+from modlab.routing.state import Decision, Routing
 
 Forward = Callable[..., Any]
 

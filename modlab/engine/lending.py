@@ -8,8 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from modlab.layer import RoutedBranch, RoutedMLP, RoutedModule, extended_class, restore
-from modlab.routing import eager
+from modlab.execution.routed import (
+    RoutedBranch,
+    RoutedMLP,
+    RoutedModule,
+    extended_class,
+    restore,
+)
+from modlab.routing.state import eager
 
 LENT = "mod_lent"
 """Name under which a routed sublayer holds the function that it runs."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from modlab.ops.decode_linear import decode_linear
+from modlab.kernels.decode_linear import decode_linear
 
 
 class OneTokenLinear(nn.Linear):

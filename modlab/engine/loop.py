@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from modlab.cache.bytes import allocated_bytes
 from modlab.engine.choice import MAX_ENDS, choose
 from modlab.engine.prefill import prefill
 from modlab.engine.tables import Tables
-from modlab.kv_bytes import allocated_bytes
-from modlab.routing_table import RoutingTable
+from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList

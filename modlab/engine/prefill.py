@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modlab.anatomy import decoder_of
-from modlab.cache import RaggedLayer
+from modlab.cache.ragged import RaggedLayer
 from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
 from modlab.engine.compiled import norm_forwards
 from modlab.engine.layers import prefill_forwards, slots
 from modlab.engine.lending import lent, unrouted
 from modlab.engine.ring import RingLayer
-from modlab.routing import ForwardCall, Routing
-from modlab.routing_table import RoutingTable
+from modlab.hf.anatomy import decoder_of
+from modlab.routing.state import ForwardCall, Routing
+from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from modlab.anatomy import attention_windows, decoder_layers, decoder_of, indexed
-from modlab.cache_argument import CACHE_ARGUMENTS
 from modlab.engine.hooks import is_watched
 from modlab.engine.prefill import LINE_TOKENS
-from modlab.routing_table import RoutingTable
+from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
+from modlab.hf.cache_argument import CACHE_ARGUMENTS
+from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modlab.cache import RaggedLayer
-from modlab.ops.kept_attention import KeptKeys
+from modlab.cache.ragged import RaggedLayer
+from modlab.kernels.kept_attention import KeptKeys
 
 
 class RingLayer(RaggedLayer):

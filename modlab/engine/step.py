@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modlab.anatomy import decoder_of
 from modlab.engine.attention import DECODE
 from modlab.engine.branch import Body, Branch, HostBranch
 from modlab.engine.choice import end_step
@@ -21,6 +20,7 @@ from modlab.engine.lending import lent, unrouted
 from modlab.engine.linears import one_token_linears
 from modlab.engine.prefill import scratch_caches
 from modlab.engine.tables import Tables
+from modlab.hf.anatomy import decoder_of
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modlab.cache_argument import given_cache
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
 from modlab.engine.engine import Engine
@@ -22,8 +21,9 @@ from modlab.engine.prefill import prefill
 from modlab.engine.refusals import call_refusal, model_refusal
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
-from modlab.layer import RoutedModule, extend, restore
-from modlab.routing_table import RoutingTable
+from modlab.execution.routed import RoutedModule, extend, restore
+from modlab.hf.cache_argument import given_cache
+from modlab.routing.table import RoutingTable
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3

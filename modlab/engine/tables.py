@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modlab.cache import RaggedLayer
+from modlab.cache.ragged import RaggedLayer
 from modlab.engine.choice import Choice
 from modlab.engine.ring import RingLayer
-from modlab.ops.decode_attention import ADDRESS_SLOTS
+from modlab.kernels.decode_attention import ADDRESS_SLOTS
 
 
 @dataclass

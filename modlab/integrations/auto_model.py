@@ -41,12 +41,12 @@ class RouterLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from modlab.checkpoint import restore_routers  # it imports the models of transformers
+        from modlab.saving.checkpoint import restore_routers  # it imports the models of transformers
 
         return restore_routers(model, model.name_or_path, **_where(self.folder))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """A converted model saves itself, see `modlab.generate.RoutedModel`."""
+        """A converted model saves itself, see `modlab.conversion.routed_model.RoutedModel`."""
         return True
 
     @property

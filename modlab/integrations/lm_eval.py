@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modlab import kv_bytes
-from modlab.cache_argument import given_cache
+from modlab.cache import bytes as kv_bytes
 from modlab.errors import ModlabError
-from modlab.routing import Recording, is_converted, record_routing
+from modlab.hf.cache_argument import given_cache
+from modlab.routing.state import Recording, is_converted, record_routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from modlab.checkpoint import (
+from modlab.conversion.convert import ROUTER
+from modlab.errors import ModlabError
+from modlab.integrations.trainer import converted_model
+from modlab.routing.state import is_converted, set_threshold
+from modlab.saving.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
     atomic_directory,
@@ -28,10 +32,6 @@ from modlab.checkpoint import (
     load,
     read_description,
 )
-from modlab.convert import ROUTER
-from modlab.errors import ModlabError
-from modlab.integrations.trainer import converted_model
-from modlab.routing import is_converted, set_threshold
 
 
 def lora_config(model: torch.nn.Module, **settings: Any) -> Any:

@@ -20,20 +20,25 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from modlab import objectives
-from modlab.checkpoint import ADAPTER_CONFIG, ROUTER_FILE, describe_routing, load_routers
 from modlab.errors import ModlabError
-from modlab.router import is_router
-from modlab.routing import Recording, is_converted, record_routing
-from modlab.train_checks import choose_objective, nothing_to_learn
-from modlab.train_config import Objective, TrainConfig, is_what_if, ramped_target
-from modlab.train_step import routing_objective
+from modlab.routing.router import is_router
+from modlab.routing.state import Recording, is_converted, record_routing
+from modlab.saving.checkpoint import (
+    ADAPTER_CONFIG,
+    ROUTER_FILE,
+    describe_routing,
+    load_routers,
+)
+from modlab.training import objectives
+from modlab.training.checks import choose_objective, nothing_to_learn
+from modlab.training.config import Objective, TrainConfig, is_what_if, ramped_target
+from modlab.training.step import routing_objective
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-    from modlab.routing import Routing
+    from modlab.routing.state import Routing
 
 IGNORE = objectives.IGNORE
 

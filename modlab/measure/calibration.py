@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import ModlabError
-from modlab.measure.device import device_of, eval_mode
+from modlab.hf.device import device_of, eval_mode
 from modlab.measure.pieces import Batch, as_batches, piece_length
-from modlab.routing import record_routing, routing_of, set_threshold, thresholds_restored_on_error
+from modlab.routing.state import (
+    record_routing,
+    routing_of,
+    set_threshold,
+    thresholds_restored_on_error,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from modlab.cache.tracker import KVTracker
 from modlab.errors import ModlabError
-from modlab.kv import KVTracker
-from modlab.measure.device import device_of, eval_mode
+from modlab.hf.device import device_of, eval_mode
 from modlab.measure.pieces import Batch, as_batches, piece_length
-from modlab.routing import is_converted, record_routing
+from modlab.routing.state import is_converted, record_routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from modlab.measure.device import device_of, synchronize
+from modlab.hf.device import device_of, synchronize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import ModlabError
-from modlab.measure.device import eval_mode
+from modlab.hf.device import eval_mode
 from modlab.measure.evaluation import evaluate_batches
 from modlab.measure.latency import time_generate
 from modlab.measure.pieces import Batch, as_batches, context_length, piece_length
-from modlab.routing import routing_of, routing_override, set_threshold, thresholds_restored
+from modlab.routing.state import (
+    routing_of,
+    routing_override,
+    set_threshold,
+    thresholds_restored,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,7 +20,7 @@ from modlab.measure import context_length
 from modlab.probes import repetition
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
-from modlab.trace import eval_mode
+from modlab.traces.routing_trace import eval_mode
 
 if TYPE_CHECKING:
     import pandas as pd

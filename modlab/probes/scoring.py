@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from modlab.arguments import forward_signature
 from modlab.errors import ModlabError
+from modlab.hf.arguments import forward_signature
 from modlab.measure import LOSS_CHUNK
-from modlab.routing import is_converted, record_routing
-from modlab.trace import eval_mode
+from modlab.routing.state import is_converted, record_routing
+from modlab.traces.routing_trace import eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets as t
 
-from modlab.token_classes import CLASSES
-from modlab.widgets.page import script
-from modlab.widgets.still_panels import classes_png
+from modlab.traces.token_classes import CLASSES
+from modlab.widgets.pictures.page import script
+from modlab.widgets.pictures.panels import classes_png
 from modlab.widgets.views import View
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from modlab.aggregate import RoutingAggregate
+    from modlab.traces.aggregate import RoutingAggregate
 
 
 class ClassHeatmap(View):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import traitlets as t
 
-from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
-from modlab.trace import check_length, encode, eval_mode, model_name
+from modlab.hf.cache_argument import given_cache
+from modlab.traces.routing_trace import check_length, encode, eval_mode, model_name
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
-from modlab.widgets.page import script
-from modlab.widgets.still_panels import compare_png
+from modlab.widgets.pictures.page import script
+from modlab.widgets.pictures.panels import compare_png
 from modlab.widgets.views import ModelView
 
 
@@ -51,7 +51,7 @@ class Compare(ModelView):
         p: tuple[float, float] = (0.3, 0.7),
         max_new_tokens: int = 80,
     ) -> None:
-        from modlab.routing import routing_of
+        from modlab.routing.state import routing_of
 
         routing_of(model)
         self._model, self._tokenizer = model, tokenizer
@@ -100,7 +100,7 @@ class Compare(ModelView):
     def _one(
         self, side: _Side, ids_bt: torch.Tensor, count: int, job: Job | None, sides: list[_Side], index: int
     ) -> None:
-        from modlab.routing import set_threshold
+        from modlab.routing.state import set_threshold
 
         model, told = self._model, time.monotonic()
         pad = getattr(model.generation_config, "pad_token_id", None)

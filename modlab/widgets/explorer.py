@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets as t
 
-from modlab.cache_argument import given_cache
-from modlab.trace import RoutingTrace, run_traced
+from modlab.hf.cache_argument import given_cache
+from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
-from modlab.widgets.page import curve, script
+from modlab.widgets.pictures.page import curve, script
+from modlab.widgets.pictures.png import heatmap_png
 from modlab.widgets.steered import SteeredView
-from modlab.widgets.still import heatmap_png
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ class RoutingExplorer(SteeredView):
 
     def _measure_curve(self, job: Job | None) -> None:
         """Measure what is missing of the curve: a newer request may have stopped it half-way."""
-        from modlab.routing import thresholds_restored
+        from modlab.routing.state import thresholds_restored
 
         count = len(self._wanted)
         for index, p in enumerate(self._wanted):
@@ -81,7 +81,7 @@ class RoutingExplorer(SteeredView):
 
     def _at(self, p: float) -> Any:
         """(trace, output) of the text at p."""
-        from modlab.routing import set_threshold
+        from modlab.routing.state import set_threshold
 
         if p == 0:
             return self._at_rest()

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import traitlets as t
 
-from modlab.cache_argument import given_cache
 from modlab.errors import ModlabError
-from modlab.trace import RoutingTrace, run_traced
+from modlab.hf.cache_argument import given_cache
+from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using
-from modlab.widgets.page import script
+from modlab.widgets.pictures.page import script
 
 NEXT = 8  # likeliest next tokens shown, of before and after together
 
@@ -135,7 +135,7 @@ class CellFlip(MeasuredView):
         self._tell({}, trace, cache, at, self._before_next[at])
 
     def _forced_run(self, flips: Flips) -> tuple[RoutingTrace, Any]:
-        from modlab.routing import routing_override
+        from modlab.routing.state import routing_override
 
         routing = self._model.mod
 

@@ -10,8 +10,8 @@ import traitlets as t
 
 from modlab.errors import ModlabError
 from modlab.widgets.model_access import using
-from modlab.widgets.page import script
-from modlab.widgets.still_panels import frontier_png
+from modlab.widgets.pictures.page import script
+from modlab.widgets.pictures.panels import frontier_png
 from modlab.widgets.views import ModelView
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Frontier(ModelView):
         p: float | None = None,
         elsewhere: Mapping[str, pd.DataFrame] | None = None,
     ) -> None:
-        from modlab.trace import model_name
+        from modlab.traces.routing_trace import model_name
 
         points = _points(sweep)
         others = [
@@ -96,7 +96,7 @@ class Frontier(ModelView):
             self._set(float(p))
 
     def _set(self, p: float) -> None:
-        from modlab.routing import set_threshold
+        from modlab.routing.state import set_threshold
 
         with using(self._model):
             set_threshold(self._model, p)

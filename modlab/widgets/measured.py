@@ -6,11 +6,11 @@ from typing import Any
 
 import traitlets as t
 
-from modlab.cache_argument import given_cache
-from modlab.trace import RoutingTrace, encode, run_traced
+from modlab.hf.cache_argument import given_cache
+from modlab.traces.routing_trace import RoutingTrace, encode, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
-from modlab.widgets.page import MAX_TOKENS, group_of, payload, summary
+from modlab.widgets.pictures.page import MAX_TOKENS, group_of, payload, summary
 from modlab.widgets.views import ModelView, TraceView
 
 
@@ -61,7 +61,7 @@ class MeasuredView(TraceView, ModelView):
 
     def _measure(self, p: float | dict[int, float], job: Job | None) -> None:
         """Set the thresholds, run the text, show what was measured."""
-        from modlab.routing import set_threshold, thresholds_restored_on_error
+        from modlab.routing.state import set_threshold, thresholds_restored_on_error
 
         with using(self._model, job, "Running the text"), thresholds_restored_on_error(self._model):
             set_threshold(self._model, p)

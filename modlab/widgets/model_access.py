@@ -34,7 +34,7 @@ def using(model: Any, job: Job | None = None, text: str = "", by_layer: bool = T
     Raises:
         Cancelled: the job was stopped.
     """
-    from modlab.anatomy import decoder_layers
+    from modlab.hf.anatomy import decoder_layers
 
     lock = lock_of(model)
     if job is None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import traitlets as t
 
-from modlab.cache_argument import given_cache
+from modlab.cache.stored import MIB, index_bytes, keep_ratio_for
 from modlab.errors import ModlabError
-from modlab.kv_budget import MIB, index_bytes, keep_ratio_for
-from modlab.trace import RoutingTrace, run_traced
+from modlab.hf.cache_argument import given_cache
+from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using
@@ -82,7 +82,7 @@ class SteeredView(MeasuredView):
         job: Job | None,
     ) -> dict[int, float]:
         from modlab.measure import calibrate
-        from modlab.routing import thresholds_restored_on_error
+        from modlab.routing.state import thresholds_restored_on_error
 
         if (keep_ratio is None) == (kv_mib is None):
             raise ModlabError(f"Give keep_ratio or kv_mib, one of them; got {keep_ratio} and {kv_mib}.")
@@ -122,7 +122,7 @@ class SteeredView(MeasuredView):
 
     def _at_rest(self) -> Any:
         """(trace, output) of the text with every gate open."""
-        from modlab.routing import routing_override
+        from modlab.routing.state import routing_override
 
         with routing_override(self._model, _keep_all):
             return run_traced(self._model, self._tokenizer, self.text)

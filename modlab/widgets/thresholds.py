@@ -7,8 +7,8 @@ from typing import Any
 
 import traitlets as t
 
-from modlab.trace import RoutingTrace
-from modlab.widgets.page import script
+from modlab.traces.routing_trace import RoutingTrace
+from modlab.widgets.pictures.page import script
 from modlab.widgets.steered import SteeredView
 
 

@@ -14,17 +14,17 @@ import numpy as np
 import traitlets as t
 
 from modlab.errors import ModlabError
-from modlab.trace import model_name
-from modlab.train_config import TrainConfig
+from modlab.traces.routing_trace import model_name
+from modlab.training.config import TrainConfig
 from modlab.widgets.model_access import lock_of
-from modlab.widgets.page import script
-from modlab.widgets.still_panels import training_png
+from modlab.widgets.pictures.page import script
+from modlab.widgets.pictures.panels import training_png
 from modlab.widgets.views import View
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from modlab.train_result import TrainResult
+    from modlab.training.result import TrainResult
 
 ROWS = 400  # log lines sent to the browser; of a longer history, means of neighbours
 TELL_EVERY = 0.25  # seconds between two messages to the browser
@@ -172,7 +172,7 @@ class TrainingPanel(View):
     # -- the run's thread -----------------------------------------------------------------------------------
 
     def _train(self, config: TrainConfig, over: threading.Event) -> None:
-        from modlab.train import train
+        from modlab.training.loop import train
 
         try:
             with lock_of(self._model):

@@ -10,14 +10,14 @@ import traitlets as t
 
 from modlab.errors import ModlabError
 from modlab.widgets.jobs import Jobs, state
-from modlab.widgets.page import curve, html_page, payload, script, styles
+from modlab.widgets.pictures.page import curve, html_page, payload, script, styles
+from modlab.widgets.pictures.png import curve_png, heatmap_png
 from modlab.widgets.routes import answer_anywhere
-from modlab.widgets.still import curve_png, heatmap_png
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from modlab.trace import RoutingTrace
+    from modlab.traces.routing_trace import RoutingTrace
 
 _OF_JUPYTER = frozenset(anywidget.AnyWidget.class_trait_names())
 

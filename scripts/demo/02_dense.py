@@ -19,7 +19,7 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from modlab.train import TrainConfig, train
+    from modlab.training.loop import TrainConfig, train
 
     common.fast_matmul()
     tokenizer, rows, heldout = common.load_data(args.out)

@@ -24,8 +24,8 @@ def main() -> None:
     started = time.perf_counter()
 
     import modlab
-    from modlab.routing import routing_of
-    from modlab.train import TrainConfig, train
+    from modlab.routing.state import routing_of
+    from modlab.training.loop import TrainConfig, train
 
     common.fast_matmul()
     tokenizer, rows, heldout = common.load_data(args.out)

@@ -19,7 +19,7 @@ def main() -> None:
     import torch
 
     import modlab
-    from modlab.train import TrainConfig, train
+    from modlab.training.loop import TrainConfig, train
 
     common.fast_matmul()
     twin = common.read_log(args.out, "03_twin")

@@ -31,7 +31,7 @@ def main() -> None:
     started = time.perf_counter()
 
     import modlab
-    from modlab.train import evaluate
+    from modlab.training.loop import evaluate
 
     _, rows, heldout = common.load_data(args.out)
     if args.rows:
@@ -79,8 +79,8 @@ def stored_bytes(model: Any, rows: Any, batch_size: int) -> dict[str, float]:
     import torch
 
     from modlab import RaggedCache
-    from modlab.cache_argument import cache_argument
-    from modlab.loader import open_batches
+    from modlab.hf.cache_argument import cache_argument
+    from modlab.training.loader import open_batches
 
     stored = dense = 0
     with torch.no_grad():

@@ -22,7 +22,7 @@ from typing import Any
 import common
 import torch
 
-from modlab.routing import OverrideFn
+from modlab.routing.state import OverrideFn
 
 PACKAGE = common.REPO / "modlab" / "demo"
 TRAINING = Path(__file__).with_name("logs") / "06_kept_keys.json"
@@ -84,7 +84,7 @@ def main() -> None:
 
     import modlab
     from modlab import data
-    from modlab.train import evaluate
+    from modlab.training.loop import evaluate
 
     stored_bytes = importlib.import_module("05_card").stored_bytes
     models = {name: modlab.load(name) for name in ("demo-dense", "demo-kv")}

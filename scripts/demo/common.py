@@ -85,7 +85,7 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
     """Weights as bf16 safetensors in small shards (routers stay fp32), with the tokenizer."""
     import torch
 
-    from modlab.checkpoint import WEIGHT_PATTERNS, atomic_directory
+    from modlab.saving.checkpoint import WEIGHT_PATTERNS, atomic_directory
 
     model.to("cpu").to(torch.bfloat16)
     with atomic_directory(folder, replaces=WEIGHT_PATTERNS) as temporary:

@@ -34,7 +34,7 @@ import torch
 
 import modlab
 from modlab import data, figures
-from modlab.train import evaluate
+from modlab.training.loop import evaluate
 
 datasets.disable_progress_bars()
 model, tokenizer = modlab.load(MODEL)

@@ -43,7 +43,8 @@ import textwrap
 import pandas as pd
 
 import modlab
-from modlab import kv_budget, measure
+from modlab import measure
+from modlab.cache import stored as kv_budget
 
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):

@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from .notebook_browser import HarnessError, JupyterLab, find_chromium
+from tests.browser.notebook_browser import HarnessError, JupyterLab, find_chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 

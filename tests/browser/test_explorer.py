@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from .notebook_browser import JupyterLab, Notebook
-from .test_page import CONTRASTS
+from tests.browser.notebook_browser import JupyterLab, Notebook
+from tests.browser.test_page import CONTRASTS
 
 pytestmark = pytest.mark.browser
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ..notebook_promises import PROMISES
-from .conftest import ROOT
-from .notebook_browser import JupyterLab, Notebook
+from tests.browser.conftest import ROOT
+from tests.browser.notebook_browser import JupyterLab, Notebook
+from tests.helpers.notebook_promises import PROMISES
 
 pytestmark = pytest.mark.browser  # the long ones: .ci/versions notebooks
 

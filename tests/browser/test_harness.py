@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .notebook_browser import JupyterLab, NotebookFailure
+from tests.browser.notebook_browser import JupyterLab, NotebookFailure
 
 pytestmark = pytest.mark.browser
 

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modlab.trace import RoutingTrace
+from modlab.traces.routing_trace import RoutingTrace
 from modlab.widgets import RoutingHeatmap, TokenPath, TokenText
-
-from ..synthetic import make_trace
-from .notebook_browser import JupyterLab
+from tests.browser.notebook_browser import JupyterLab
+from tests.helpers.synthetic import make_trace
 
 pytestmark = pytest.mark.browser
 HEATMAP = "canvas.modlab-heatmap"

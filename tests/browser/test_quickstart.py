@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ..notebook_promises import PROMISES
-from .conftest import ROOT
-from .notebook_browser import BROKEN_WIDGET_TEXT, JupyterLab, Notebook
-from .test_explorer import BRIGHT_LABELS, kernel, read, wait_measured
+from tests.browser.conftest import ROOT
+from tests.browser.notebook_browser import BROKEN_WIDGET_TEXT, JupyterLab, Notebook
+from tests.browser.test_explorer import BRIGHT_LABELS, kernel, read, wait_measured
+from tests.helpers.notebook_promises import PROMISES
 
 pytestmark = pytest.mark.browser
 QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"

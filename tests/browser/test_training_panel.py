@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .notebook_browser import JupyterLab, Notebook
+from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
 

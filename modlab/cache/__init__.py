@@ -1,0 +1,1 @@
+"""What is stored: the ragged KV cache, its bytes, and the arithmetic of stored tokens."""

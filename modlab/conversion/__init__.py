@@ -1,0 +1,1 @@
+"""Dense model in, Mixture-of-Depths model out, in place; and back."""

@@ -1,0 +1,94 @@
+"""What a converted model's own class gains: generation with the ragged cache, saving with its routers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modlab.cache.ragged import RaggedCache
+from modlab.errors import ModlabError
+from modlab.execution.routed import RoutedModule
+from modlab.hf.cache_argument import cache_argument, given_cache
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from modlab.measure import Evaluation
+
+RAGGED_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "hybrid")
+
+
+class RoutedModel(RoutedModule):
+    """Mixed into the class of a converted model (of that object only)."""
+
+    mod_base_model: str | None = None
+    """Hub id of the model that was converted, if it came from there."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate` asks this method of transformers for a cache; the converted model's is ragged."""
+        wants_cache = generation_config.use_cache is not False
+        if not wants_cache or given_cache(model_kwargs) is not None:
+            dense: Any = super()
+            return dense._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in RAGGED_IMPLEMENTATIONS:
+            raise ModlabError(
+                f"cache_implementation={generation_config.cache_implementation!r}: routed layers store only "
+                "the tokens they keep, so a converted model generates with modlab's ragged cache, which has "
+                "no static, offloaded or quantized form. Leave cache_implementation out, or "
+                "modlab.revert(model) first."
+            )
+        model: Any = self
+        cache = RaggedCache(model)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()  # as transformers does: what it drafts in vain is cropped away
+        model_kwargs[cache_argument(model)] = cache
+        return None
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching (`generate_batch`, too) keeps its own paged cache of every token: refused."""
+        raise ModlabError(
+            "continuous batching stores every token of every layer in a paged cache, which a routed layer "
+            "cannot use: call model.generate on padded batches, or modlab.revert(model) first."
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves dense weights as transformers does, the routers, their config and a model card beside them;
+        all or nothing.
+
+        The folder loads as the converted model with `modlab.load`, and with `AutoModelForCausalLM` once
+        modlab is imported; as the dense one without modlab.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: upload it, to `repo_id` or else to the folder's name in your namespace.
+            kwargs: as transformers', and `evaluation` (of `modlab.measure.evaluate`): figures for the card.
+        """
+        from modlab.saving.checkpoint import save_converted
+        from modlab.saving.hub import HUB_ARGUMENTS, upload
+
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        dense: Any = super()
+        save_converted(self, dense.save_pretrained, save_directory, **kwargs)
+        if push_to_hub:
+            upload(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def push_to_hub(self, repo_id: str, *, evaluation: Evaluation | None = None, **kwargs: Any) -> str:
+        """Saves to a temporary folder and uploads it; arguments as transformers', and `evaluation` as in
+        `save_pretrained`.
+
+        Returns:
+            the address of the commit.
+        """
+        from modlab.saving.hub import HUB_ARGUMENTS, upload
+
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, repo_id.split("/")[-1])  # the card is headed by the folder's name
+            self.save_pretrained(target, evaluation=evaluation, **kwargs)
+            return upload(target, repo_id, **hub)

@@ -1,0 +1,132 @@
+"""Attention of what-if passes where routing decides about the cache alone (`skip="kv"`), when training on a
+GPU: the keys' log-weights join the scores inside flex attention's kernel.
+
+As a tensor [B, 1, T, T] they keep sdpa off its flash kernel, and so does their gradient, which has the size
+of all scores. Here recent keys, which have no weight, and earlier ones, which have, are attended to
+separately, and the two results are joined by their log-sum-exps (as in ring attention, arXiv 2310.01889).
+The weight of an earlier key is one more entry of the key, read by a query's entry that is 1: its gradient
+comes out of the kernel's own product for the keys. `masked_keys.log_weights` stays the specification.
+
+Shape letters: B batch rows, T tokens, H heads, K heads of keys and values, E entries of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from transformers import AttentionInterface
+
+from modlab.errors import ModlabError
+from modlab.execution.what_if_attention import as_autocast, band_block_mask
+from modlab.hf.attention_name import attention_named
+
+NAME = "modlab_weighed"
+"""Under which transformers knows `weighed_attention`."""
+
+MORE_ENTRIES = 8
+"""A head gets so many more entries, all zero but one: 16 bytes in 16 bit, so that rows stay aligned."""
+
+
+@dataclass
+class WeighedKeys:
+    """What a layer hands on in place of a mask.
+
+    Attributes:
+        log_weight_BT: added to the scores of keys that are not recent, at most 0; with gradient.
+        recent: block mask of the keys that are; every token sees itself.
+        earlier: block mask of the others, None where no row is longer than the recent past.
+    """
+
+    log_weight_BT: Tensor
+    recent: BlockMask
+    earlier: BlockMask | None
+
+
+def weighed_keys(log_weight_BT: Tensor, real_BT: Tensor, recent: int) -> WeighedKeys:
+    """The two parts of what a token sees: its latest `recent` tokens, and all before them. Padding is
+    hidden."""
+    T = real_BT.shape[1]
+
+    def near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query == key) | ((query >= key) & (query - key < recent) & real_BT[row, key])
+
+    def far(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query - key >= recent) & real_BT[row, key]
+
+    device = real_BT.device
+    return WeighedKeys(
+        log_weight_BT,
+        band_block_mask(near, T, 0, recent, device),
+        band_block_mask(far, T, recent, T, device) if recent < T else None,
+    )
+
+
+def weighing_attention(model_config: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside this block the layers of the model find `weighed_attention` as attention implementation.
+
+    Args:
+        model_config: the decoder's, which its layers share.
+    """
+    return attention_named([model_config], NAME)
+
+
+def weighed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax over the recent keys' scores and the earlier keys' scores plus log-weights, times the values.
+
+    Arguments and result as of transformers' attention functions; `attention_mask` is a `WeighedKeys`.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ModlabError(
+                f"weighed keys do not know the attention's {name}: set model.mod.supports_flex = False."
+            )
+    query_BHTE, key_BKTE, value_BKTE = as_autocast(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weighed: WeighedKeys = attention_mask
+    attend = functools.partial(_flex(), scale=scale, return_aux=AuxRequest(lse=True), enable_gqa=True)
+    out_BHTE, near = attend(query_BHTE, key_BKTE, value_BKTE, block_mask=weighed.recent)
+    if weighed.earlier is not None:
+        longer_query, longer_key = _with_weights(query_BHTE, key_BKTE, weighed.log_weight_BT / scale)
+        far_BHTE, far = attend(longer_query, longer_key, value_BKTE, block_mask=weighed.earlier)
+        share_BHT1 = torch.sigmoid(far.lse - near.lse)[..., None]  # 0 where there is no earlier key
+        out_BHTE = out_BHTE + share_BHT1.to(out_BHTE.dtype) * (far_BHTE - out_BHTE)
+    return out_BHTE.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, weighed_attention)  # an addition under a new name, once for all passes
+
+
+def _with_weights(query: Tensor, key: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with more entries, so that their product is q·k + weight of the key."""
+    ones = F.pad(query.new_ones(*query.shape[:-1], 1), (0, MORE_ENTRIES - 1))
+    weights = weight_BT[:, None, :, None].expand(*key.shape[:-1], 1).to(key.dtype)
+    weights = F.pad(weights, (0, MORE_ENTRIES - 1))
+    return torch.cat([query, ones], -1), torch.cat([key, weights], -1)
+
+
+def _flex() -> Callable[..., Any]:
+    """Flex attention; compiled here unless a whole layer is just being compiled."""
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled_flex()
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)

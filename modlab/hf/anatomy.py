@@ -1,0 +1,239 @@
+"""Where things are in a model of any architecture: its decoder, layers, attention and MLP, and where branches
+end.
+
+Found by structure, not by a list of architectures, so that the next release of transformers is not a
+surprise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from modlab.errors import ModlabError
+from modlab.hf.arguments import MASK_NAMES, forward_signature
+from modlab.hf.cache_argument import CACHE_ARGUMENTS
+
+NO_ATTENTION = "it has no softmax attention"
+NO_KEYS = "its layers take neither an attention mask nor a cache of keys and values"
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+NORM = re.compile(r"norm(\d+d)?$", re.IGNORECASE)
+MLP = re.compile(r"mlp|feedforward|ffn|moe|expert", re.IGNORECASE)
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The stack of decoder layers with its embeddings: what turns token ids into hidden states."""
+    decoder = model.get_decoder()
+    base: Any = model.base_model
+    # ModernBERT's answer is its language model head.
+    return decoder if isinstance(decoder, PreTrainedModel) else base
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, found as the module list with `num_hidden_layers` entries.
+
+    Raises:
+        ModlabError: there is no such list with attention in it.
+    """
+    decoder = decoder_of(model)
+    count = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for module in decoder.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and any(attention_name(m) for m in module)
+        ):
+            return module
+    if not any(
+        re.search(ATTENTION.pattern + "|mla$", type(m).__name__, re.IGNORECASE) for m in decoder.modules()
+    ):
+        raise ModlabError(f"{type(model).__name__} has no routable layers: {NO_ATTENTION}.")
+    raise ModlabError(
+        f"{type(model).__name__} has no routable layers: no list of {count} decoder layers, each with one "
+        "softmax attention and a forward of its own, was found."
+    )
+
+
+def attention_name(layer: nn.Module) -> str | None:
+    """Name of the layer's self-attention submodule, or None."""
+    return _child(layer, ATTENTION)
+
+
+def attends(layer: nn.Module) -> bool:
+    """Whether the layer takes a mask or a cache of keys. RWKV's attention, by name alone, takes neither."""
+    layer_class: Any = type(layer)
+    parameters = forward_signature(layer_class).parameters.values()
+    return any(
+        p.name in (*MASK_NAMES, *CACHE_ARGUMENTS) or p.kind is inspect.Parameter.VAR_KEYWORD
+        for p in parameters
+    )
+
+
+def makes_masks(attention: nn.Module) -> bool:
+    """Whether the attention module puts a mask of its own together (Doge's; one with an indexer of keys), for
+    which it needs the causal one whether or not a kernel could do without."""
+    return hasattr(attention, "indexer") or any(
+        "mask" in name and callable(getattr(type(attention), name)) for name in dir(type(attention))
+    )
+
+
+def shares_keys(attention: nn.Module) -> bool:
+    """Whether the attention module reads another layer's keys and values, or others read its (Gemma 3n)."""
+    return bool(
+        getattr(attention, "is_kv_shared_layer", False) or getattr(attention, "store_full_length_kv", False)
+    )
+
+
+def mlp_name(layer: nn.Module) -> str | None:
+    """Name of the layer's MLP (or mixture-of-experts) submodule, or None."""
+    return _child(layer, MLP, other=ATTENTION)  # Qwen2MoeAttention is called after its model
+
+
+def is_mlp(module: nn.Module) -> bool:
+    """Whether the module's class is called after an MLP or a mixture of experts."""
+    return _fits(module, MLP, other=ATTENTION)
+
+
+def _child(layer: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str] = NORM) -> str | None:
+    """Name of the first child of a fitting class that is no norm, nor fits `other`; else of a child's child
+    (DBRX).
+    """
+    children = list(layer.named_children())
+    deeper = [(f"{name}.{n}", c) for name, child in children for n, c in child.named_children()]
+    return next((name for name, module in children + deeper if _fits(module, pattern, other)), None)
+
+
+def _fits(module: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str]) -> bool:
+    class_name = type(module).__name__
+    return bool(pattern.search(class_name) and not NORM.search(class_name) and not other.search(class_name))
+
+
+def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int | None | str]:
+    """By layer: its sliding window in tokens, None for full attention, or a string saying why it cannot be
+    routed.
+    """
+    config = decoder_of(model).config.get_text_config(decoder=True)
+    cache_layers = DynamicCache(config=config).layers
+    types = getattr(config, "layer_types", None) or [None] * num_layers
+    local = getattr(config, "attention_layers", None) or [None] * num_layers  # GPT-Neo's name for layer types
+    # Sparse attention: "full" layers pick their keys themselves, "shared" ones take the pick of the layer
+    # before.
+    picks = [*(getattr(config, "indexer_types", None) or [None] * num_layers), None]
+    windows: dict[int, int | None | str] = {}
+    for index in range(num_layers):
+        layer = cache_layers[index] if index < len(cache_layers) else None
+        if types[index] == "chunked_attention":
+            windows[index] = "its attention is chunked"
+        elif "shared" in picks[index : index + 2]:
+            windows[index] = "its sparse attention shares its pick of keys with a neighbour"
+        elif type(layer) is DynamicSlidingWindowLayer:
+            windows[index] = int(layer.sliding_window)
+        elif type(layer) is DynamicLayer or (
+            indexed(layer) and not hasattr(config, "indexer_compress_ratio")
+        ):
+            windows[index] = int(config.window_size) if local[index] == "local" else None
+        else:
+            windows[index] = _no_plain_cache(layer)
+    return windows
+
+
+def indexed(cache_layer: Any) -> bool:
+    """Whether a cache layer of transformers is that of a sparse attention whose indexer picks single keys."""
+    return hasattr(cache_layer, "update_indexer")
+
+
+def _no_plain_cache(layer: Any) -> str:
+    """Why a layer with this cache cannot be routed."""
+    name = type(layer).__name__
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        beside = isinstance(layer, DynamicLayer)
+        return "it keeps a recurrent state beside its keys and values" if beside else NO_ATTENTION
+    if indexed(layer) or hasattr(layer, "update_index"):
+        return "its attention is sparse: an indexer picks blocks of keys"
+    return f"its cache layer is a {name}, not plain keys and values"
+
+
+class _LayerReached(Exception):
+    pass
+
+
+@torch.no_grad()
+def branch_ends(model: PreTrainedModel, layer: nn.Module) -> list[str]:
+    """Names of the last modules of the layer's attention and MLP branch before their residual additions.
+
+    A branch goes on as long as the very tensor that one module returned is what the next one takes (a norm or
+    dropout after the attention); the residual addition makes a new tensor. Checked: with both ends silenced
+    the layer must be the identity.
+
+    Raises:
+        ModlabError: the layer is not of the form x + attention, + MLP.
+    """
+    device = next(layer.parameters()).device
+    calls: list[tuple[str, Any, Any]] = []
+    inside: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            calls.append((name, given, output[0] if isinstance(output, tuple) else output))
+
+        return hook
+
+    def silence(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    def compare(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        inside["io"] = (given, output[0] if isinstance(output, tuple) else output)
+        raise _LayerReached
+
+    def probe(hooks: list[Any]) -> None:
+        """Runs the model up to the end of the layer, with `hooks` in place."""
+        hooks.append(layer.register_forward_hook(compare, with_kwargs=True))
+        training = model.training
+        model.eval()
+        try:
+            model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
+        except _LayerReached:
+            pass
+        finally:
+            model.train(training)
+            for hook in hooks:
+                hook.remove()
+
+    probe([c.register_forward_hook(watch(n), with_kwargs=True) for n, c in layer.named_children()])
+
+    ends = []
+    for start in (attention_name(layer), mlp_name(layer)):
+        if start is None or start not in [name for name, _, _ in calls]:
+            raise ModlabError(_not_separable(layer))
+        end, tensor = start, next(out for name, _, out in calls if name == start)
+        for name, given, out in calls:
+            if given is tensor:
+                end, tensor = name, out
+        ends.append(end)
+
+    probe([layer.get_submodule(end).register_forward_hook(silence) for end in ends])
+    x, y = inside["io"]
+    if not torch.equal(x, y):
+        raise ModlabError(_not_separable(layer))
+    return ends
+
+
+def _not_separable(layer: nn.Module) -> str:
+    return (
+        f"gate='paper' needs layers of the form x + attention, then + MLP; {type(layer).__name__} is not: "
+        "use gate='straight-through' or 'fused', which work on any layer."
+    )

@@ -1,0 +1,351 @@
+"""What every routing picture draws from: one text, its tokens, the gates and decisions of each routed layer.
+
+Shapes here: T tokens of the one text, R routed layers, L decoder layers (R <= L).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    import torch
+
+_ARRAYS = {
+    "token_ids": np.int64,
+    "gate": np.float32,
+    "keep": np.bool_,
+    "thresholds": np.float32,
+    "loss": np.float32,
+}
+_META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent")
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The routing of one text. Plain NumPy: no model, no tokenizer, no torch needed to draw or to store it.
+
+    Attributes:
+        tokens: T pieces of the text, "".join(tokens) is the text; a token that ends no character is "".
+        token_ids: int64[T].
+        gate: float32[R, T], sigmoid of the router logit.
+        keep: bool[R, T], the decision that was executed.
+        layers: index of the decoder layer of each of the R rows, ascending.
+        num_layers: L, routed and dense layers together.
+        thresholds: float32[R], the p of each row at the time of the run.
+        keep_first: the first so many tokens are kept whatever their gate.
+        loss: float32[T], nats for predicting token t from those before it; NaN at 0.
+        kv_bytes_per_token: bytes of K and V together of one token in one layer.
+        model: a name to show.
+        skip: what a skipped token skips: "layer", "attention", "mlp" (then K/V stay, and nothing is saved),
+            or "kv", its place in the cache alone.
+        keep_recent: with "kv", how many of the latest tokens are in the cache at the end of the text, kept or
+            not; else 0.
+    """
+
+    tokens: list[str]
+    token_ids: NDArray[np.int64]
+    gate: NDArray[np.float32]
+    keep: NDArray[np.bool_]
+    layers: list[int]
+    num_layers: int
+    thresholds: NDArray[np.float32]
+    keep_first: int
+    loss: NDArray[np.float32]
+    kv_bytes_per_token: int
+    model: str = ""
+    skip: str = "layer"
+    keep_recent: int = 0
+
+    def __post_init__(self) -> None:
+        for name, dtype in _ARRAYS.items():
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
+        r, t = len(self.layers), len(self.tokens)
+        if not r or not t:
+            raise ModlabError(f"RoutingTrace needs a routed layer and a token; got {r} layers, {t} tokens.")
+        want = {"token_ids": (t,), "gate": (r, t), "keep": (r, t), "thresholds": (r,), "loss": (t,)}
+        for name, shape in want.items():
+            if getattr(self, name).shape != shape:
+                raise ModlabError(
+                    f"RoutingTrace.{name} has shape {getattr(self, name).shape}; {r} routed layers and "
+                    f"{t} tokens need {shape}."
+                )
+        if list(self.layers) != [i for i in range(self.num_layers) if i in self.layers]:
+            raise ModlabError(
+                f"RoutingTrace.layers must ascend in 0..{self.num_layers - 1}, not {self.layers}."
+            )
+
+    # -- figures --------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        """The text that was traced."""
+        return "".join(self.tokens)
+
+    @property
+    def keep_ratio(self) -> NDArray[np.float64]:
+        """float64[R]: share of the tokens that each routed layer kept."""
+        return self.keep.mean(axis=1)
+
+    @property
+    def kv_saving(self) -> float:
+        """Dense over stored K/V, >= 1: 1 / mean share stored over all L layers, dense ones counting 1."""
+        return self._saving(self.keep)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the predicted tokens, nats; NaN for a text of one token."""
+        predicted = self.loss[~np.isnan(self.loss)]
+        return float(predicted.mean()) if len(predicted) else float("nan")
+
+    def preview_keep(self, p: ArrayLike) -> NDArray[np.bool_]:
+        """What the recorded gates would decide at threshold p (one number, or one for each of the R rows).
+
+        bool[R, T]. A preview only: in a real run a token that skips one layer reaches the later routers
+        with another state, so their gates change with p as well.
+        """
+        p_r1 = np.asarray(p, dtype=np.float32).reshape(-1, 1)
+        if p_r1.shape[0] not in (1, len(self.layers)):
+            raise ModlabError(f"preview_keep needs one p or {len(self.layers)} of them, not {p_r1.shape[0]}.")
+        if not bool(((p_r1 > 0) & (p_r1 < 1)).all()):
+            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p!r}.")
+        keep = self.gate >= p_r1
+        keep[:, : self.keep_first] = True
+        return keep
+
+    def preview_saving(self, p: ArrayLike) -> float:
+        """`kv_saving` of `preview_keep(p)`."""
+        return self._saving(self.preview_keep(p))
+
+    def _saving(self, keep: NDArray[np.bool_]) -> float:
+        if self.skip == "mlp":
+            return 1.0
+        dense = self.num_layers - len(self.layers)
+        stored = keep
+        if self.keep_recent:
+            stored = keep.copy()
+            stored[:, -self.keep_recent :] = True
+        return float(self.num_layers / (dense + stored.mean(axis=1).sum()))
+
+    def part(self, start: int, stop: int) -> RoutingTrace:
+        """The tokens from `start` up to, not with, `stop`, for views of a text too long to draw whole.
+
+        Gates, decisions and losses are those of the run over the whole text.
+
+        Raises:
+            ModlabError: the part holds no token.
+        """
+        chosen = slice(*slice(start, stop).indices(len(self.tokens)))
+        if chosen.stop <= chosen.start:
+            raise ModlabError(f"part({start}, {stop}) holds none of the {len(self.tokens):,} tokens.")
+        return replace(
+            self,
+            tokens=self.tokens[chosen],
+            token_ids=self.token_ids[chosen],
+            gate=self.gate[:, chosen],
+            keep=self.keep[:, chosen],
+            keep_first=max(0, self.keep_first - chosen.start),
+            keep_recent=max(0, self.keep_recent - (len(self.tokens) - chosen.stop)),
+            loss=self.loss[chosen],
+        )
+
+    # -- files ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one compressed .npz, no pickle inside; an older file is replaced only when all is written."""
+        path = Path(path)
+        meta = json.dumps({name: getattr(self, name) for name in _META})
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                # JSON, not a NumPy string array: those drop trailing NUL characters.
+                np.savez_compressed(
+                    file,
+                    allow_pickle=False,
+                    meta=np.frombuffer(meta.encode("ascii"), dtype=np.uint8),
+                    **{name: getattr(self, name) for name in _ARRAYS},
+                )
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RoutingTrace:
+        """Read what `save` wrote. ModlabError if the file is missing, damaged or something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                meta = {"keep_recent": 0} | json.loads(file["meta"].tobytes())  # older files have none
+                return cls(**{name: meta[name] for name in _META}, **{name: file[name] for name in _ARRAYS})
+        except FileNotFoundError:
+            raise ModlabError(f"There is no file {path}. RoutingTrace.save(path) makes one.") from None
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            TypeError,
+            AttributeError,
+            zipfile.BadZipFile,
+        ) as error:
+            if isinstance(error, ModlabError):
+                raise
+            raise ModlabError(
+                f"{path} is not a routing trace, or it is damaged ({type(error).__name__}: {error}). "
+                "Make it again with modlab.trace(...).save(path)."
+            ) from error
+
+    # -- pictures -------------------------------------------------------------------------------------------
+
+    def to_html(self) -> str:
+        """One page with everything inside (data, styles, script): opens from a file, without network."""
+        from modlab.widgets.pictures.page import trace_page
+
+        return trace_page(self)
+
+    def to_png(self) -> bytes:
+        """A still picture of token by layer, for places that run no JavaScript."""
+        from modlab.widgets.pictures.png import heatmap_png
+
+        return heatmap_png(self)
+
+    def _repr_png_(self) -> bytes:
+        return self.to_png()
+
+    def __repr__(self) -> str:
+        return (
+            f"RoutingTrace({self.model or 'model'}: {len(self.tokens)} tokens, {len(self.layers)} of "
+            f"{self.num_layers} layers routed, kv_saving {self.kv_saving:.2f}x, loss {self.mean_loss:.3f})"
+        )
+
+
+def trace(model: Any, tokenizer: Any, text: str) -> RoutingTrace:
+    """Run `text` once through a converted model and record what each router decided.
+
+    One forward in eval mode without gradients; the model's training mode and thresholds stay as they were.
+
+    Raises:
+        ModlabError: the model is not converted; the text is empty or longer than the model's context.
+    """
+    return run_traced(model, tokenizer, text)[0]
+
+
+def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any]:
+    """`trace`, and the model's output: logits [1, T, V] and the cache that was filled (a RaggedCache)."""
+    import torch
+
+    from modlab.cache import bytes as kv_bytes
+    from modlab.hf.cache_argument import given_cache
+    from modlab.routing.state import is_converted, record_routing
+
+    if not is_converted(model):
+        raise ModlabError(
+            f"{type(model).__name__} is not a Mixture-of-Depths model, so there is no routing to trace. "
+            "Call modlab.convert(model) first."
+        )
+    ids, tokens = encode(tokenizer, text)
+    check_length(model, ids)
+    ids_bt = torch.tensor([ids], device=model.device)
+    with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
+        output = model(ids_bt, use_cache=True)
+    step, routing = recording.steps[-1], model.mod
+    layers, cache = list(routing.layers), given_cache(output)
+    return RoutingTrace(
+        tokens=tokens,
+        token_ids=np.asarray(ids),
+        gate=np.stack([step.gate[i][0].cpu().numpy() for i in layers]),
+        keep=np.stack([step.keep[i][0].cpu().numpy() for i in layers]),
+        layers=layers,
+        num_layers=routing.num_layers,
+        thresholds=np.asarray([routing.thresholds[i] for i in layers]),
+        keep_first=routing.config.keep_first,
+        loss=_token_loss(output.logits[0], ids_bt[0]),
+        kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
+        model=model_name(model),
+        skip=routing.config.skip,
+        keep_recent=routing.config.recent_stored,
+    ), output
+
+
+def check_length(model: Any, ids: list[int]) -> None:
+    """Raises ModlabError if the model cannot read so many tokens."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and len(ids) > limit:
+        raise ModlabError(
+            f"The text has {len(ids):,} tokens; this model reads at most {limit:,} "
+            "(config.max_position_embeddings). Shorten it, or trace it in parts."
+        )
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
+    """Token ids of the text, and the piece of the text that each stands for.
+
+    Pieces are cut at the ends that a fast tokenizer reports; what several tokens share (the bytes of one
+    emoji) goes to the first of them, and what none reports (trimmed blanks) to the next one, so that
+    joined together they are the text again.
+    """
+    if not text:
+        raise ModlabError("The text is empty: there is nothing to trace. Give at least one character.")
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
+        ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+    else:
+        ids, ends = list(tokenizer(text, truncation=False, verbose=False)["input_ids"]), None
+    if not ids:
+        raise ModlabError(f"The tokenizer turned {text[:60]!r} into no token at all. Give some other text.")
+    if ends is None:
+        return ids, [tokenizer.decode([i]) for i in ids]
+    pieces, done = [], 0
+    for end in ends:
+        pieces.append(text[done : max(done, end)])
+        done = max(done, end)
+    pieces[-1] += text[done:]
+    return ids, pieces
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode again after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def model_name(model: Any) -> str:
+    """A short name to show: the last part of the folder or hub id, or the class."""
+    from modlab.saving.checkpoint import DEMO_FOLDER, DEMOS
+
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    demos = {DEMO_FOLDER / folder: demo for demo, folder in DEMOS.items()}
+    return demos.get(Path(name)) or Path(name).name or type(model).__name__
+
+
+def _token_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, chunk: int = 512) -> NDArray[np.float32]:
+    """float32[T], nats, NaN at 0. In chunks: a float32 copy of all logits may be gigabytes."""
+    import torch
+
+    loss = torch.full((len(ids_t),), float("nan"))
+    for start in range(1, len(ids_t), chunk):
+        stop = min(start + chunk, len(ids_t))
+        piece = torch.nn.functional.cross_entropy(
+            logits_tv[start - 1 : stop - 1].float(), ids_t[start:stop].to(logits_tv.device), reduction="none"
+        )
+        loss[start:stop] = piece.cpu()
+    return loss.numpy()

@@ -1,0 +1,1 @@
+"""Training of routers and models on accelerate."""

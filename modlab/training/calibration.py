@@ -1,0 +1,103 @@
+"""How a run ends: the model keeps the share of tokens that was asked for, on the run's own data."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from modlab.errors import ModlabError
+from modlab.hf.anatomy import decoder_layers
+from modlab.measure import calibrate
+from modlab.routing.router import Router, logit_of
+from modlab.training.config import TrainConfig
+from modlab.training.loader import Batch, Batches
+
+CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
+
+
+def calibrate_trained(
+    model: Any,
+    batches: list[Batch],
+    config: TrainConfig,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> None:
+    """Makes the model keep `config.keep_ratio`; leaves it as trained, with a warning, where that cannot be
+    had or is interrupted.
+
+    Where the gate only decides, its bias is shifted and the thresholds stay, which comes to the same: a user
+    finds the model at the threshold it was trained with, not at 0.9998. Where the gate enters the output
+    (paper, fused), or an adapter holds a copy of the router, the thresholds move.
+    """
+    routing, layers = model.mod, decoder_layers(model)
+    routers: dict[int, Any] = {i: layers[i].mod_router for i in routing.layers}
+    before = dict(routing.thresholds)
+    shifted = routing.config.gate == "straight-through" and all(
+        isinstance(router, Router) for router in routers.values()
+    )
+    try:
+        if shifted:  # from here on the gates count from each layer's own threshold
+            _shift(routers, {i: -logit_of(p) for i, p in before.items()})
+            routing.thresholds.update(dict.fromkeys(before, 0.5))
+        with autocast():
+            found = calibrate(
+                model,
+                batches,
+                keep_ratio=config.keep_ratio,
+                per_layer=config.per_layer,
+                tolerance=0.02 if config.per_layer else 0.004,
+                max_passes=15,
+            )
+        if shifted:
+            _shift(routers, {i: -logit_of(p) for i, p in found.items()})
+    except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
+        routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
+        why = str(error) or type(error).__name__
+        warnings.warn(f"The thresholds stay as trained: {why}", stacklevel=2)
+    finally:
+        if shifted:
+            _shift(routers, {i: logit_of(p) for i, p in before.items()})
+            routing.thresholds.update(before)
+
+
+def calibration_batches(
+    source: Batches, config: TrainConfig, latest: list[Batch], world: int, device: torch.device
+) -> list[Batch]:
+    """Training batches, the same tokens however many processes share a batch and whether or not the run was
+    resumed: the first eight batches' rows, or the last step's where the data can be had only once (none for
+    several processes).
+
+    Args:
+        source: the run's data.
+        config: its settings.
+        latest: the last step's batches.
+        world: number of processes.
+        device: the model's.
+    """
+    tokens = CALIBRATION_TOKENS if device.type == "cuda" else CALIBRATION_TOKENS // 16
+    rows, length = source.first["input_ids"].shape
+    if source.kind == "stream":
+        gathered = latest if world == 1 else []
+    elif source.kind == "rows":
+        left = min(8 * config.batch_size * world, max(1, tokens // length))
+        gathered = []
+        for batch in source.iterate(config.batch_size, seed=config.seed, epochs=1, drop_last=False):
+            gathered.append({name: value[:left] for name, value in batch.items()})
+            left -= len(batch["input_ids"])
+            if left <= 0:
+                break
+    else:
+        most = min(8 * world, max(1, tokens // (rows * length)))
+        gathered = list(itertools.islice(source.iterate(epochs=1), most))
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in gathered]
+
+
+@torch.no_grad()
+def _shift(routers: dict[int, Any], by: dict[int, float]) -> None:
+    """Adds to the routers' biases, in place."""
+    for i, amount in by.items():
+        routers[i].bias.add_(amount)

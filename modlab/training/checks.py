@@ -1,0 +1,137 @@
+"""Refusals of `modlab.train` that need the model or the data; those of the settings alone are in
+`TrainConfig`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from modlab.errors import ModlabError
+from modlab.routing.state import is_converted
+from modlab.training.config import Objective, TrainConfig
+from modlab.training.loader import Batches
+
+
+def choose_objective(config: TrainConfig, model: Any) -> Objective:
+    """The objective that `config` means for this model.
+
+    Raises:
+        ModlabError: the settings do not fit a dense, a threshold or a top-k model.
+    """
+    wanted = config.objective
+    if not is_converted(model):
+        if wanted not in ("auto", "none"):
+            raise ModlabError(
+                f"objective={wanted!r} needs routers, but the model is dense: modlab.convert(model) first."
+            )
+        if config.freeze_base:
+            raise ModlabError(
+                "freeze_base=True trains routers only, but the model is dense: modlab.convert(model) first."
+            )
+        return "none"
+    operator = model.mod.config.operator
+    fitting: tuple[Objective, ...] = (
+        ("bce", "none") if operator == "topk" else ("target", "budget", "load", "none")
+    )
+    if wanted == "auto":
+        return fitting[0]
+    if wanted not in fitting:
+        raise ModlabError(
+            f"objective={wanted!r} does not fit {operator} routing; use one of {', '.join(fitting)}."
+        )
+    return wanted
+
+
+def check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
+    """A weight needs a teacher, a teacher a weight, and both models one vocabulary."""
+    if config.kl and teacher is None:
+        raise ModlabError(f"kl={config.kl} needs a teacher: train(..., teacher=dense_model), or set kl=0.")
+    if teacher is None:
+        return
+    if not config.kl:
+        raise ModlabError(
+            "A teacher is given but kl=0, so it would do nothing: set kl (1.0 is a good start) or drop it."
+        )
+    if teacher is model:
+        raise ModlabError("The teacher is the model itself. Load it a second time: its KL would always be 0.")
+    if is_converted(teacher):
+        raise ModlabError("The teacher is converted; a dense model is needed (modlab.revert gives it back).")
+    ours, theirs = _vocabulary(model), _vocabulary(teacher)
+    if ours != theirs:
+        raise ModlabError(
+            f"The teacher has {theirs} tokens in its vocabulary and the model {ours}: they have to agree."
+        )
+
+
+def check_fit(model: Any, source: Batches, what: str) -> None:
+    """The data's first batch (all of it, where it is in memory) fits the model's context and vocabulary."""
+    ids = source.data if source.preloaded else source.first["input_ids"]
+    check_length(model, ids.shape[1], what)
+    if ids.shape[1] < 2:
+        raise ModlabError(f"{what} has rows of one token; two are needed to predict one from another.")
+    vocabulary, low, high = _vocabulary(model), int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ModlabError(
+            f"{what} holds token ids from {low} to {high}, but the model has {vocabulary} tokens: "
+            "was it made with another tokenizer?"
+        )
+
+
+def nothing_to_learn(model: Any, length: int) -> str:
+    """Why rows of at most `length` tokens teach the routers nothing; "" if they do."""
+    if not is_converted(model) or model.mod.config.skip != "kv":
+        return ""
+    # The first token that may be dropped follows the protected ones; a recent past later one may miss it, and
+    # that one still has to predict another.
+    needed = model.mod.config.keep_first + model.mod.config.keep_recent + 2
+    if length >= needed:
+        return ""
+    return (
+        f"rows of at most {length} tokens, but with skip='kv' a token attends to its latest "
+        f"{model.mod.config.keep_recent} (keep_recent) whatever the routers say: none of them would learn. "
+        f"Rows of {needed} tokens are the least, several times as many are better; or convert with a smaller "
+        "keep_recent (modlab convert --keep-recent N)."
+    )
+
+
+def check_rows_teach(model: Any, source: Batches, objective: Objective) -> None:
+    """Rows are long enough for routers to matter; a remark where only the first batch is known."""
+    if objective == "none":
+        return
+    if reason := nothing_to_learn(model, source.first["input_ids"].shape[1]):
+        if source.preloaded:
+            raise ModlabError(f"The data has {reason}")
+        warnings.warn(f"The first batch has {reason}", stacklevel=2)
+
+
+def check_length(model: Any, length: int, what: str) -> None:
+    """No row is longer than the model's context."""
+    context = getattr(_text_config(model), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ModlabError(
+            f"{what} has rows of {length} tokens, but the model's context is {context}: pack shorter rows."
+        )
+
+
+def check_processes(config: TrainConfig, model: Any, source: Batches, world: int) -> None:
+    """There is enough data, and work for every process in every layer."""
+    if world > 1 and is_converted(model) and model.mod.config.keep_first < 1:
+        raise ModlabError(
+            "keep_first=0 can leave a layer without a token on one process, which then waits for its "
+            "gradient for ever: convert with keep_first of at least 1, or train in one process."
+        )
+    need = config.batch_size * world
+    if source.kind == "rows" and len(source.data) < need:
+        raise ModlabError(
+            f"The data has {len(source.data)} rows, fewer than a batch of {need} "
+            f"({config.batch_size} in each of {world} process(es)). Give more data or a smaller batch_size."
+        )
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _vocabulary(model: Any) -> int | None:
+    return getattr(_text_config(model), "vocab_size", None)

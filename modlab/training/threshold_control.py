@@ -1,0 +1,79 @@
+"""Thresholds that follow the gates during training, so that a wanted share of tokens is kept at every step.
+
+The other way round, a fixed threshold towards which a penalty pushes the gates, ends wherever the penalty and
+the loss balance: 0.22 asked, 0.249 got (docs/log.md).
+
+Shape letters: B rows, T tokens, R routed layers, Z bins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from modlab.routing.state import RoutingStep
+
+EDGE = 16.0  # router logits beyond this, on either side, count as this
+BINS = 4096  # 0.008 of a logit each
+DECAY = 0.7  # of a batch's weight, each further batch: gates move, and one batch holds thousands of them
+
+
+class ThresholdControl:
+    """A running histogram of router logits, and the thresholds that keep a share of them.
+
+    Args:
+        layers: routed layers, ascending.
+        per_layer: each layer keeps the share; otherwise all layers have one threshold, and each keeps what
+            that lets pass.
+        device: where the model is.
+    """
+
+    def __init__(self, layers: list[int], per_layer: bool, device: torch.device) -> None:
+        self.layers = layers
+        self.per_layer = per_layer
+        self.counts_RZ = torch.zeros(len(layers), BINS, device=device)
+
+    def update(self, step: RoutingStep, keep_first: int, reduce: Any = None) -> None:
+        """Takes in a recorded forward.
+
+        Args:
+            step: logits [B, T] by layer. Tokens that are always kept count as gates of 1.
+            keep_first: first real tokens of a row that are always kept.
+            reduce: sums a tensor over processes.
+        """
+        forced_BT = step.position_ids < keep_first
+        new_RZ = torch.stack([self._histogram(step.logit[i], step.real, forced_BT) for i in self.layers])
+        if reduce is not None:
+            new_RZ = reduce(new_RZ)
+        self.counts_RZ.mul_(DECAY).add_(new_RZ)
+
+    def thresholds(self, keep_ratio: float) -> dict[int, Tensor]:
+        """Scalar fp32 thresholds by layer, on the device (nothing is waited for): what keeps `keep_ratio` of
+        the tokens seen of late. Everything is kept while nothing has been seen."""
+        counts = self.counts_RZ if self.per_layer else self.counts_RZ.sum(0, keepdim=True)
+        below = counts.cumsum(1)
+        total = below[:, -1:]
+        wanted = (1 - keep_ratio) * total
+        # The lower edge of the bin in which `wanted` is reached: gates too alike to be told apart are all
+        # kept rather than all skipped.
+        bin_R1 = (below < wanted - 1e-6 * total).sum(1, keepdim=True).clamp(max=BINS - 1)
+        p = torch.sigmoid(bin_R1 * (2 * EDGE / BINS) - EDGE)[:, 0]
+        p = p.clamp(1e-6, 1 - 1e-6).expand(len(self.layers))
+        return dict(zip(self.layers, p.unbind(), strict=True))
+
+    @staticmethod
+    def _histogram(logit_BT: Tensor, real_BT: Tensor, forced_BT: Tensor) -> Tensor:
+        at = ((logit_BT.detach() + EDGE) * (BINS / (2 * EDGE))).long().clamp(0, BINS - 1)
+        at = torch.where(forced_BT, BINS - 1, at).flatten()
+        return torch.zeros(BINS, device=at.device).index_add_(0, at, real_BT.flatten().float())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"counts": self.counts_RZ.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.counts_RZ.copy_(state["counts"])

@@ -1,0 +1,196 @@
+"""What the browser gets: script, styles, the data of one trace, and the page that needs no Jupyter."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from modlab.traces.routing_trace import RoutingTrace
+
+GRID = 10_000  # gates reach the browser in steps of 1/GRID
+MAX_TOKENS = 65_536
+
+# Viridis at nine equal steps (matplotlib's values): luminance grows evenly, so it reads in grey and for the
+# colour-blind. Pictures on a light ground use it from the other end.
+RAMP = [
+    [68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141],
+    [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37],
+]  # fmt: skip
+
+_JS = Path(__file__).parents[1] / "js"
+_TRACE = ("selection", "store")  # what every view of a trace builds on
+_MAP = ("raster", "heatmap")
+_RUN = ("job", "own_text", "figures")  # what a view of a text and a model has
+_PARTS = {
+    "heatmap": (*_TRACE, *_MAP),
+    "text": (*_TRACE, "text"),
+    "path": (*_TRACE, "path"),
+    "curve": (*_TRACE, "curve"),
+    "explorer": (*_TRACE, *_MAP, "text", "path", "curve", *_RUN, "budget", "controls", "explorer"),
+    "flip": (*_TRACE, *_MAP, "text", *_RUN, "flip"),
+    "thresholds": (*_TRACE, *_MAP, *_RUN, "budget", "thresholds"),
+    "compare": ("job", "compare"),
+    "frontier": (*_TRACE, "curve", "job", "frontier"),
+    "training": ("figures", "training"),
+    "classes": ("classes",),
+}
+
+
+VIEWS = tuple(_PARTS)
+"""Names of the views, as `script` and the trait `view` know them."""
+
+
+def script(view: str) -> str:
+    """The ES module of one view: the files of js/ that it needs, no more, as each saved widget has a copy."""
+    head = f"const GRID = {GRID};\nconst RAMP = {json.dumps(RAMP)};\nconst VIEWS = {{}};\n"
+    names = ("helpers", "scene", *_PARTS[view], "render")
+    return head + "\n".join((_JS / f"{name}.js").read_text(encoding="utf-8") for name in names)
+
+
+def styles() -> str:
+    """The style sheet of all views."""
+    return (_JS / "style.css").read_text(encoding="utf-8")
+
+
+def gate_bytes(trace: RoutingTrace) -> bytes:
+    """Gates and decisions for the browser: two bytes a cell, row after row of uint16[R, T].
+
+    Bits 0..13: how many steps of 1/GRID lie at or under the gate. Comparing that with round(p * GRID)
+    decides exactly as `gate >= p` does in float32, for every p of at most four decimals.
+    Bit 15: the decision that was executed.
+    """
+    steps = (np.arange(1, GRID + 1) / GRID).astype(np.float32)
+    level = np.searchsorted(steps, trace.gate.ravel(), side="right").astype("<u2")
+    return (level | (trace.keep.ravel().astype("<u2") << 15)).astype("<u2").tobytes()
+
+
+def payload(trace: RoutingTrace) -> dict[str, Any]:
+    """The data traits of one trace, by the names that js/store.js reads.
+
+    Raises:
+        ModlabError: the trace has more than MAX_TOKENS tokens.
+    """
+    if len(trace.tokens) > MAX_TOKENS:
+        raise ModlabError(
+            f"The trace has {len(trace.tokens):,} tokens; the views draw at most {MAX_TOKENS:,}. "
+            f"Show a part, trace.part(0, {MAX_TOKENS}), or work with trace.gate and trace.keep directly."
+        )
+    p = representative_threshold(trace)
+    return {
+        "tokens": list(trace.tokens),
+        "gates": gate_bytes(trace),
+        "losses": trace.loss.astype("<f4").tobytes(),
+        "layers": [int(i) for i in trace.layers],
+        "num_layers": int(trace.num_layers),
+        "keep_first": int(trace.keep_first),
+        "threshold": p,
+        "summary": summary(trace),
+        "group": group_of(trace),
+    }
+
+
+def summary(
+    trace: RoutingTrace, kv_bytes: int | None = None, dense_bytes: int | None = None
+) -> dict[str, Any]:
+    """The figures of the traced run. K/V bytes: allocated ones if given, else the kept tokens' own."""
+    dense = trace.kv_bytes_per_token * trace.num_layers * len(trace.tokens)
+    return {
+        "p": representative_threshold(trace),
+        "ps": [float(x) for x in trace.thresholds],
+        "varies": bool(len(trace.thresholds)) and float(np.ptp(trace.thresholds)) > 0,
+        "kv_bytes": round(dense / trace.kv_saving) if kv_bytes is None else int(kv_bytes),
+        "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
+        "token_bytes": 0 if trace.skip == "mlp" else trace.kv_bytes_per_token,
+        "recent": trace.keep_recent,
+        "skip": trace.skip,
+        "loss": None if np.isnan(trace.mean_loss) else trace.mean_loss,
+        "model": trace.model,
+    }
+
+
+def group_of(trace: RoutingTrace) -> str:
+    """A name that all traces of the same tokens share: their views mark the same token."""
+    digest = hashlib.sha256(trace.token_ids.tobytes() + trace.text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def representative_threshold(trace: RoutingTrace) -> float:
+    """One p for the slider: that of the rows if they agree, else their mean; four decimals."""
+    return round(float(trace.thresholds.mean()), 4) if len(trace.thresholds) else 0.5
+
+
+def curve(sweep: pd.DataFrame | None) -> list[dict[str, float]]:
+    """Points of the curve view from a `modlab.sweep` frame, by ascending threshold.
+
+    Raises:
+        ModlabError: a column is missing.
+    """
+    if sweep is None:
+        return []
+    need = ["threshold", "kv_bytes", "loss"]
+    missing = [name for name in need if name not in sweep.columns]
+    if missing:
+        raise ModlabError(
+            f"The sweep has no column {', '.join(missing)}; it has {', '.join(map(str, sweep.columns))}. "
+            "Pass the frame that modlab.sweep(model, tokenizer, texts, thresholds=...) returns."
+        )
+    rows = sweep[need].dropna().astype(float).sort_values("threshold")
+    return [dict(zip(("p", "kv_bytes", "loss"), row, strict=True)) for row in rows.itertuples(index=False)]
+
+
+def trace_page(trace: RoutingTrace) -> str:
+    """The explorer of one trace, without a kernel."""
+    values = {**payload(trace), "can_run": False, "points": [], "runs": [], "job": {}}
+    values |= {"layer_thresholds": [], "cursor": -1, "locked": False, "layer": -1}
+    values |= {"budget": {}, "text_note": ""}
+    title = f"Routing of {len(trace.tokens):,} tokens, {trace.model or 'model'}"
+    return html_page("explorer", values, title)
+
+
+def html_page(view: str, values: dict[str, Any], title: str) -> str:
+    """A whole page for one view: its widget without a kernel, nothing loaded from outside.
+
+    Args:
+        view: its name in js/.
+        values: its traits; bytes travel as base64.
+        title: of the page.
+    """
+    binary = [name for name, value in values.items() if isinstance(value, bytes)]
+    data = {**values, "view": view, **{n: base64.b64encode(values[n]).decode("ascii") for n in binary}}
+    # "<" is escaped because a token may well be "</script>".
+    embedded = json.dumps(data).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(title)}</title>
+<style>
+{styles()}
+body {{ margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--mod-ground); }}
+</style>
+</head>
+<body class="modlab-page">
+<main id="modlab"></main>
+<noscript>This page draws with JavaScript, which is turned off.</noscript>
+<script type="application/json" id="modlab-data">{embedded}</script>
+<script type="module">
+{script(view)}
+const values = JSON.parse(document.getElementById("modlab-data").textContent);
+showPage(document.getElementById("modlab"), values, {json.dumps(binary)});
+</script>
+</body>
+</html>
+"""

@@ -1,0 +1,118 @@
+"""Packed execution equals the masked reference: over families, skipped parts, gate forms, batches and
+paddings.
+"""
+
+import pytest
+import torch
+
+import modlab
+from modlab.execution.reference import masked_execution
+from modlab.families.support import REQUIRED
+from modlab.families.tiny_models import tiny_model
+from tests.cache.test_ragged import random_routing
+from tests.conftest import alternate_layers
+from tests.helpers.synthetic import scatter_gates
+
+T = 33  # odd on purpose
+
+
+def inputs(model, padding: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    vocab = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(
+        3, vocab, (1 if padding == "one row" else 3, T), generator=torch.Generator().manual_seed(0)
+    )
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :8], mask[2, :20] = 0, 0
+    elif padding == "right":
+        mask[1, -8:], mask[2, -20:] = 0, 0
+    return ids, None if padding in ("one row", "none") else mask
+
+
+def positions(model, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What `generate` passes for a padded batch."""
+    return {} if mask is None else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> None:
+    real = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=2e-5)
+
+
+def assert_packed_is_masked(model, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Holds packed execution, without a cache and with one, against the masked reference; its logits."""
+    with masked_execution(model):
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_same(model(ids, attention_mask=mask, use_cache=False).logits, expected, mask)
+    assert_same(model(ids, attention_mask=mask, use_cache=True).logits, expected, mask)
+    return expected
+
+
+# transformers itself refuses sdpa for Gemma 2, whose attention caps its logits.
+FAMILIES = [(f, a) for f in REQUIRED for a in ("eager", "sdpa") if (f, a) != ("gemma2", "sdpa")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "attention"), FAMILIES)
+def test_families(family, attention) -> None:
+    model = tiny_model(family)
+    model.set_attn_implementation(attention)
+    ids, mask = inputs(model, "left")
+    extra = positions(model, mask)
+    dense = model(ids, attention_mask=mask, use_cache=False, **extra).logits
+    one_row = model(ids[:1], use_cache=False).logits
+    modlab.convert(model, alternate_layers())
+    assert torch.equal(model(ids[:1], use_cache=False).logits, one_row)
+    assert_same(model(ids, attention_mask=mask, use_cache=False, **extra).logits, dense, mask)
+    with modlab.routing_override(model, random_routing()):
+        with masked_execution(model):
+            expected = model(ids, attention_mask=mask, use_cache=False, **extra).logits
+        assert not torch.allclose(expected[mask.bool()], dense[mask.bool()], atol=1e-3)
+        assert_same(model(ids, attention_mask=mask, use_cache=False, **extra).logits, expected, mask)
+        out = model(
+            ids[:, :20],
+            attention_mask=mask[:, :20],
+            use_cache=True,
+            position_ids=extra["position_ids"][:, :20],
+        )
+        logits = [out.logits]
+        for t in range(20, T):
+            at = extra["position_ids"][:, t : t + 1]
+            out = model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                past_key_values=out.past_key_values,
+                position_ids=at,
+            )
+            logits.append(out.logits)
+        assert_same(torch.cat(logits, 1), expected, mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("padding", ["one row", "none", "left", "right"])
+@pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
+@pytest.mark.parametrize("skip", ["layer", "attention", "mlp"])
+def test_forms(make_llama, skip, gate, padding, share) -> None:
+    model = modlab.convert(
+        make_llama(), modlab.MoDConfig(skip=skip, gate=gate, layers=[0, 2, 3], init_gate=0.8)
+    )
+    ids, mask = inputs(model, padding)
+    with modlab.routing_override(model, random_routing(share)):
+        expected = assert_packed_is_masked(model, ids, mask)
+        if padding != "right":
+            chunks = model(ids[:, :11], attention_mask=None if mask is None else mask[:, :11], use_cache=True)
+            rest = model(ids[:, 11:], attention_mask=mask, past_key_values=chunks.past_key_values)
+            both = torch.cat([chunks.logits, rest.logits], 1)
+            assert_same(both, expected, mask)
+
+
+def test_a_number_that_a_trainer_passes_along_reaches_the_layers(make_llama) -> None:
+    """transformers' Trainer hands `num_items_in_batch`, a tensor without an axis, down to every layer."""
+    model = modlab.convert(make_llama(), alternate_layers())
+    scatter_gates(model)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        passed = model(ids, use_cache=False, num_items_in_batch=torch.tensor(36)).logits
+    assert torch.equal(plain, passed)

@@ -1,0 +1,244 @@
+"""Every causal LM type that the installed transformers registers: it passes the whole proof, or is refused
+for the reason written down here.
+
+By default the promised types and one type for each mechanism run; `--all-families` runs them all. What is
+claimed of a type, and how, is in modlab/proof.py.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.families import support as families
+from modlab.families.proof import FreshProcess, Unproven, prove
+from modlab.families.tiny_models import tiny_model
+from modlab.skips.probe import branch_forms
+from tests.families.one_branch import prove_one_branch
+
+NEWEST = Version("5.24")
+"""The transformers for which the tables below were written."""
+
+# One type for each way in which layers differ, beside the promised ones.
+MECHANISMS = {
+    "bloom": "ALiBi, one table for all rows and heads",
+    "mpt": "ALiBi without a batch axis, inverted boolean masks",
+    "opt": "positional arguments, learned positions",
+    "gptj": "attention and MLP in parallel",
+    "gpt_neo": "a window inside the attention module",
+    "mvp": "layers that return a tuple of one",
+    "bert": "an encoder type as a decoder",
+    "roformer": "rotary tables with an axis for heads",
+    "doge": "attention that adds a mask of its own",
+    "dbrx": "attention one module deeper",
+    "deepseek_v3": "latent attention, experts in groups",
+    "mixtral": "mixture of experts",
+    "gpt_oss": "attention sinks",
+    "gemma3": "a model of several parts, whose masks are made outside the decoder",
+    "gemma3n_text": "parallel residual streams, inputs by layer, shared keys and values",
+    "gemma4_text": "layers with different heads",
+    "llama4_text": "chunked layers beside full ones",
+    "qwen3_next": "linear attention beside softmax attention",
+    "jamba": "Mamba layers beside softmax attention",
+    "recurrent_gemma": "recurrent layers that padding leaks through",
+}
+"""type: what it stands for."""
+
+RECURRENT = "it has no softmax attention"
+NO_KEYS = "take neither an attention mask nor a cache"
+NO_LAYERS = r"no list of \S+ decoder layers, each with one softmax attention"
+STATE = "a recurrent state beside its keys and values"
+MORE_TOKENS = r"run on \[.*\] positions where the input has \[.*\] tokens"
+UPSTREAM = "transformers' own model gives other logits in cached steps"
+UNSUPPORTED = {
+    "blt": NO_LAYERS,  # bytes, merged into patches
+    "cpmant": MORE_TOKENS,  # a prompt of its own
+    "deepseek_v4": "cache layer is a DeepseekV4...Cache, not plain keys",  # compressed keys and values
+    "dory": "ran twice in one forward",
+    "falcon_h1": STATE,
+    "falcon_mamba": RECURRENT,
+    "gemma3n": "needs packages that are not installed: PIL, timm",
+    "gemma4_assistant": "a draft model",
+    "gemma4_unified_assistant": "a draft model",
+    "git": UPSTREAM,  # in a padded batch without an image
+    "hrm_text": NO_LAYERS,  # two stacks, looped
+    "inkling2_loop_text": STATE,
+    "inkling2_text": STATE,
+    "inkling_text": STATE,
+    "longcat_flash": NO_LAYERS,  # two attentions a layer
+    "mamba": RECURRENT,
+    "mamba2": RECURRENT,
+    "minimax": "MiniMax uses cache of its own",
+    "moshi": UPSTREAM,  # its sliding window is the cache's, not the mask's
+    "musicgen": "several audio codes a step",
+    "musicgen_melody": "several audio codes a step",
+    "openai-gpt": "no cache of keys and values",
+    "prophetnet": MORE_TOKENS,  # streams that predict further tokens
+    "qwen4_exp": "picks blocks of keys",
+    "qwen4_exp_text": "picks blocks of keys",
+    "reformer": "attention is hashed",
+    "rwkv": NO_KEYS,
+    "xlm": NO_LAYERS,  # lists of attentions and of MLPs
+    "xlnet": NO_KEYS,  # it caches hidden states
+    "xlstm": RECURRENT,
+    "zamba": STATE,
+    "zamba2": STATE,
+    "zaya": STATE,
+}
+"""type: a regular expression that its reason must match."""
+
+
+REFUSALS = ("mamba", "falcon_h1", "dory", "cpmant")
+"""Refused types that are tested by default."""
+
+
+NOT_CAUSAL = "transformers' own model sees later tokens"
+OLDER = {
+    "big_bird": NOT_CAUSAL,
+    "cohere_compass_text": "no tiny model of it works: RuntimeError: The expanded size",
+    "doge": "transformers' own sdpa attention differs from its eager one",
+    "megatron-bert": NOT_CAUSAL,
+    "moshi": NOT_CAUSAL,
+    "rembert": NOT_CAUSAL,
+    "roformer": NOT_CAUSAL,
+}
+"""What transformers 5.17, the oldest supported, has wrong itself; a version up to `NEWEST` put it right."""
+
+
+def fast(model_type: str) -> bool:
+    return model_type in (*families.REQUIRED, *MECHANISMS, *REFUSALS)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    everything = metafunc.config.getoption("--all-families")
+    if "model_type" in metafunc.fixturenames:
+        chosen = [name for name in families.causal_types() if everything or fast(name)]
+        metafunc.parametrize("model_type", chosen)
+    elif "supported_type" in metafunc.fixturenames:
+        names = [name for name in families.causal_types() if name not in {"gemma3n", *UNSUPPORTED}]
+        metafunc.parametrize("supported_type", [n for n in names if everything or n in BRANCHES])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_family(model_type: str, fresh: FreshProcess) -> None:
+    if model_type == "gemma3n" and find_spec("timm"):
+        pytest.skip("whether it converts is not known where timm is installed")
+    reason = families.why_not(model_type, fresh)
+    expected = UNSUPPORTED.get(model_type)
+    if reason and model_type in OLDER and Version(transformers.__version__) < NEWEST:
+        expected = OLDER[model_type]
+    if expected is None:
+        assert not reason, f"{model_type} was supported and is not any more: {reason}"
+    elif not reason:
+        pytest.fail(f"{model_type} is supported now: take it out of UNSUPPORTED ({expected!r}).")
+    else:
+        assert re.search(expected, reason), f"{model_type} is refused, but not because {expected!r}: {reason}"
+
+
+# What the same type can be by its config, beside its default.
+VARIANTS = [
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("falcon", {"alibi": True}),
+    ("falcon", {"alibi": True, "parallel_attn": False, "bias": True}),
+    ("falcon", {"new_decoder_architecture": True}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("mixtral", {"sliding_window": 8}),
+    ("mpt", {"attn_config": {"alibi": False}}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=[f"{n}-{'-'.join(c)}" for n, c in VARIANTS])
+def test_variant(name: str, changes: dict, fresh: FreshProcess, tmp_path: Path) -> None:
+    prove(name, tmp_path / "model", fresh, **changes)
+
+
+# ---- attention or MLP skipped alone ----
+
+# One type for each way in which layers use their branches.
+BRANCHES = {
+    "llama": "x + attention, + MLP",
+    "bloom": "both branches add the residual",
+    "mpt": "the MLP adds the residual",
+    "bert": "the attention adds the residual, before a norm; no MLP module",
+    "gpt_neox_japanese": "attention that returns its bias for the layer to add",
+    "gptj": "attention and MLP in parallel",
+    "gemma2": "norms after the branches",
+    "olmo2": "norms after the branches alone",
+    "dbrx": "attention one module deeper",
+    "opt": "no MLP module",
+    "llama4_text": "experts that return their tokens in one row, in some layers",
+    "granitemoehybrid": "two MLPs side by side",
+    "gemma3n_text": "parallel residual streams",
+    "jetmoe": "weights that no module is called for",
+}
+"""type: what it stands for."""
+
+NO_MODULE = "has no MLP module of its own"
+NO_RESIDUAL = "adds the residual itself"
+BERT_LIKE = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie")
+BERT_LIKE += ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")
+BERT_LIKE += ("xlm-roberta", "xlm-roberta-xl", "xmod")
+BART_LIKE = ("bart", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp")
+BART_LIKE += ("opt", "pegasus", "plbart", "trocr", "whisper", "xglm")
+REFUSED_BRANCHES: dict[str, dict[str, str]] = {
+    "attention": dict.fromkeys((*BERT_LIKE, "bloom"), NO_RESIDUAL),
+    "mlp": dict.fromkeys((*BERT_LIKE, *BART_LIKE, "ctrl", "nemotron_h"), NO_MODULE)
+    | dict.fromkeys(("bloom", "mpt"), NO_RESIDUAL)
+    | {"granitemoehybrid": "a second MLP beside"},
+    "kv": dict.fromkeys(("mpt", "doge"), "does not add its mask"),
+}
+"""By what is skipped, type: a regular expression that its reason must match."""
+
+
+@pytest.mark.parametrize("skip", REFUSED_BRANCHES)
+def test_one_branch_is_skipped_or_refused(supported_type: str, skip: str) -> None:
+    if supported_type in OLDER and Version(transformers.__version__) < NEWEST:
+        pytest.skip("this transformers has the type itself wrong")
+    expected = REFUSED_BRANCHES[skip].get(supported_type)
+    if expected is None:
+        prove_one_branch(supported_type, skip)
+    else:
+        with pytest.raises(ModlabError, match=expected):
+            modlab.convert(tiny_model(supported_type), modlab.MoDConfig(layers="all", skip=skip))
+
+
+@pytest.mark.parametrize("name", ["bloom", "bert"])
+def test_attention_that_loses_the_residual_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the refusal the computation by hand says no: it does not share the conversion's mistake."""
+    module = sys.modules[modlab.convert.__module__]
+    blind = lambda *args: {i: replace(f, cannot_skip="") for i, f in branch_forms(*args).items()}  # noqa: E731
+    monkeypatch.setattr(module, "branch_forms", blind)
+    with pytest.raises(Unproven, match="by hand"):
+        prove_one_branch(name, "attention")
+
+
+def test_the_table_of_unsupported_types_has_no_stray_names() -> None:
+    """Only types that some version registers: a typing error would hide behind an absent type."""
+    newest = Version(transformers.__version__) >= NEWEST
+    known = set(families.causal_types())
+    assert not newest or set(UNSUPPORTED) <= known, set(UNSUPPORTED) - known
+    assert set(families.REQUIRED) <= known
+    for table in (MECHANISMS, BRANCHES, *REFUSED_BRANCHES.values()):
+        assert not newest or set(table) <= known, set(table) - known

@@ -1,0 +1,90 @@
+"""Models, prompts and comparisons that the tests of fast generation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+import modlab
+from modlab.engine.compiled import Compiler
+from tests.conftest import alternate_layers
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEW = 40
+
+
+def routed_llama(
+    make: Callable[..., LlamaForCausalLM],
+    gate: Any = "straight-through",
+    skip: Any = "layer",
+    keep_recent: int = 4,
+    **changes: Any,
+) -> Any:
+    """A tiny converted Llama whose routers keep some tokens and skip others."""
+    config = alternate_layers(gate=gate, skip=skip, keep_recent=keep_recent)
+    model: Any = modlab.convert(make(**changes), config).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for index in model.mod.layers:
+        router = model.model.layers[index].mod_router
+        router.weight.data = torch.randn(router.weight.shape, generator=generator).to(DEVICE) * 0.3
+        router.bias.data.zero_()
+    return model
+
+
+def prompts(*lengths: int, seed: int = 0, vocabulary: int = 500) -> dict[str, torch.Tensor]:
+    """Random prompts, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate(lengths):
+        mask[row, : max(lengths) - n] = 0
+    ids[mask == 0] = 0
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def generated(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> list[list[int]]:
+    torch.manual_seed(3)
+    return model.generate(**inputs, **{"do_sample": False, "max_new_tokens": NEW, **kwargs}).tolist()
+
+
+def both_ways(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, Any]:
+    """Generates the ordinary and the fast way, checks that the tokens are the same; what the report says."""
+    want = generated(model, inputs, **kwargs)
+    modlab.enable_fast_generation(model, compile=False)
+    got = generated(model, inputs, **kwargs)
+    last = modlab.fast_generation_report(model)["last"]
+    modlab.disable_fast_generation(model)
+    assert last["fast"], last["why"]
+    assert got == want
+    return last
+
+
+def masks_of_two_rows(model: Any, kept: str, length: int) -> dict[int, torch.Tensor]:
+    """Forced routing by layer, bool [2, length]: "all", "none", "some" tokens kept, or one of the "rows"."""
+    generator = torch.Generator().manual_seed(2)
+    share = {"all": 1.0, "none": 0.0, "some": 0.5, "rows": 0.0}[kept]
+    masks = {i: torch.rand(2, length, generator=generator) < share for i in model.mod.layers}
+    if kept == "rows":  # one row keeps everything, the other nothing
+        for mask in masks.values():
+            mask[1] = True
+    return masks
+
+
+def stored_at_thresholds(model: Any, inputs: dict[str, torch.Tensor], thresholds: Any) -> list[int]:
+    """Tokens stored in all layers after a generation at each threshold, fast generation on."""
+    totals = []
+    for p in thresholds:
+        modlab.set_threshold(model, p)
+        generated(model, inputs, eos_token_id=None)
+        totals.append(sum(map(sum, modlab.fast_generation_report(model)["last"]["kept_tokens"])))
+    return totals
+
+
+class LayersOnly(Compiler):
+    """Leaves what stands beside the layers as it is."""
+
+    def whole(self, name: str, function: Any) -> Any:
+        return function

@@ -1,0 +1,166 @@
+"""LoRA of the real PEFT on a converted model: routers learn, travel and merge with the adapters."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.integrations.peft import load_adapter, lora_config, save_adapter
+from modlab.integrations.trainer import MoDCallback
+from tests.helpers.synthetic import make_tokenizer, scatter_gates
+
+peft = pytest.importorskip("peft")
+
+ROWS = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def base(make_llama, tmp_path):
+    """A dense model as users have it: a folder, with a tokenizer."""
+    make_llama(num_hidden_layers=4).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def converted(base):
+    config = modlab.MoDConfig(skip="layer", layers=[1, 2])
+    return modlab.convert(AutoModelForCausalLM.from_pretrained(base), config)
+
+
+def adapted(base):
+    model = converted(base)
+    return peft.get_peft_model(model, lora_config(model, r=4))
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def by_modlab(model, folder) -> None:
+    config = modlab.TrainConfig(steps=4, batch_size=8, lr=1e-2, keep_ratio=0.3, ramp=0.0)
+    modlab.train(model, ROWS, config)
+
+
+def by_trainer(model, folder) -> None:
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = Dataset.from_dict({"input_ids": ROWS.tolist(), "labels": ROWS.tolist()})
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[MoDCallback(keep_ratio=0.3, ramp=0.0)])
+    trainer.train()
+    assert trainer.state.log_history[0]["routing_objective"] > 0.1
+
+
+@pytest.mark.parametrize("how", [by_modlab, by_trainer])
+def test_adapters_and_routers_learn_and_come_back(base, tmp_path, how) -> None:
+    model = adapted(base)
+    names = set(trainable(model))
+    assert sum("mod_router" in n for n in names) == 4 and all(
+        "mod_router" in n or "lora_" in n for n in names
+    )
+    before, frozen = trainable(model), {n: p.clone() for n, p in model.named_parameters() if n not in names}
+    how(model, tmp_path / "run")
+    for name, parameter in trainable(model).items():
+        assert not torch.equal(parameter, before[name]), name
+    for name, parameter in frozen.items():
+        assert torch.equal(model.get_parameter(name), parameter), name
+
+    scatter_gates(model)  # routes that differ from token to token
+    thresholds = {1: 0.5, 2: 0.499}
+    modlab.set_threshold(model, thresholds)
+    logits = model.eval()(ROWS[:2]).logits
+    save_adapter(model, tmp_path / "adapter")
+    again, tokenizer = modlab.load(tmp_path / "adapter")
+    assert torch.equal(again(ROWS[:2]).logits, logits)
+    assert again.mod.thresholds == thresholds and tokenizer("the router")["input_ids"]
+    with modlab.record_routing(again) as recording:
+        again(ROWS[:2])
+    kept = torch.stack(list(recording.steps[0].keep.values())).float().mean()
+    assert 0.2 < kept < 0.8
+
+    fresh = peft.PeftModel.from_pretrained(converted(base), str(tmp_path / "adapter")).eval()
+    modlab.set_threshold(fresh, thresholds)
+    assert torch.equal(fresh(ROWS[:2]).logits, logits)
+
+
+def test_merged_model_is_converted_and_computes_the_same(base, tmp_path) -> None:
+    model = adapted(base)
+    by_modlab(model, tmp_path)
+    scatter_gates(model)
+    with torch.no_grad():
+        logits = model(ROWS[:2]).logits
+        generated = model.generate(input_ids=ROWS[:2, :9], max_new_tokens=6, pad_token_id=0)
+        merged = model.merge_and_unload()
+        assert modlab.is_converted(merged) and type(merged).__name__ == "LlamaForCausalLM"
+        torch.testing.assert_close(merged(ROWS[:2]).logits, logits, atol=1e-5, rtol=1e-4)
+        assert torch.equal(merged.generate(ROWS[:2, :9], max_new_tokens=6, pad_token_id=0), generated)
+        merged.save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.equal(again(ROWS[:2]).logits, merged(ROWS[:2]).logits)
+    assert not any("router" in name for name, _ in modlab.revert(merged).named_parameters())
+
+
+def test_a_checkpoint_of_the_trainer_loads(base, tmp_path) -> None:
+    model = adapted(base)
+    by_trainer(model, tmp_path)
+    again, _ = modlab.load(tmp_path / "checkpoint-4")
+    torch.testing.assert_close(again(ROWS[:2]).logits, model.eval()(ROWS[:2]).logits)
+
+
+def test_a_base_that_was_saved_converted_needs_no_description(base, tmp_path) -> None:
+    converted(base).save_pretrained(tmp_path / "mod")
+    make_tokenizer().save_pretrained(tmp_path / "mod")
+    base_model, _ = modlab.load(tmp_path / "mod")
+    model = peft.get_peft_model(base_model, lora_config(base_model, r=4, init_lora_weights=False))
+    scatter_gates(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = modlab.load(tmp_path / "adapter")
+    assert torch.equal(again(ROWS[:2]).logits, model.eval()(ROWS[:2]).logits)
+    moved = (tmp_path / "mod").rename(tmp_path / "moved")
+    with pytest.raises(ModlabError, match="neither a local folder|is not a folder|holds no"):
+        modlab.load(tmp_path / "adapter")
+    again, _ = load_adapter(tmp_path / "adapter", base=moved)
+    assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+
+
+def test_routers_without_a_word_on_routed_layers_are_refused(base, tmp_path) -> None:
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModlabError, match="save_adapter"):
+        modlab.load(tmp_path / "adapter")
+
+
+def test_without_peft_the_error_says_what_to_install(base, tmp_path, monkeypatch) -> None:
+    save_adapter(adapted(base), tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModlabError, match=r"pip install 'modlab\[peft\]'"):
+        modlab.load(tmp_path / "adapter")
+
+
+def test_order_of_convert_adapt_and_revert(base, make_llama) -> None:
+    with pytest.raises(ModlabError, match="dense"):
+        lora_config(make_llama())
+    dense = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ModlabError, match="before it gets adapters"):
+        modlab.convert(dense)
+    with pytest.raises(ModlabError, match="merge_and_unload"):
+        modlab.revert(adapted(base))
+
+
+def test_frozen_routers_are_refused_by_the_trainer(base, tmp_path) -> None:
+    model = peft.get_peft_model(converted(base), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ModlabError, match="lora_config"):
+        by_trainer(model, tmp_path)

@@ -1,0 +1,73 @@
+"""The router: fp32 whatever the model's dtype, open after conversion."""
+
+import pytest
+import torch
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.routing.router import Router
+
+
+def test_gate_starts_open_and_equal_for_every_token() -> None:
+    gate = torch.sigmoid(Router(16, init_gate=0.88)(torch.randn(2, 5, 16)))
+    torch.testing.assert_close(gate, torch.full((2, 5), 0.88))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_stay_fp32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    router = Router(16, init_gate=0.7)
+    torch.nn.init.normal_(router.weight)
+    before = router.weight.detach().clone()
+    router.to(dtype)
+    assert router.weight.dtype == router.bias.dtype == torch.float32
+    assert torch.equal(router.weight, before)  # not merely cast there and back
+
+
+def test_logit_is_fp32_under_autocast() -> None:
+    router = Router(64, init_gate=0.7)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(1, 7, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = router(x)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, router(x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"p": 0.0}, "strictly between 0 and 1"),
+        ({"p": 1.0}, "strictly between 0 and 1"),
+        ({"p": 1.5}, "strictly between 0 and 1"),
+        ({"p": {1: -0.2}}, "strictly between 0 and 1"),
+        ({"operator": "best"}, "threshold, topk"),
+        ({"skip": "head"}, "layer, attention, mlp"),
+        ({"gate": "none"}, "straight-through"),
+        ({"layers": "odd"}, "alternate"),
+        ({"layers": []}, "at least one layer"),
+        ({"capacity": 0.0}, "(0, 1]"),
+        ({"keep_first": -1}, "0 or more"),
+        ({"init_gate": 1.0}, "(0, 1)"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings: dict, says: str) -> None:
+    with pytest.raises(ModlabError, match=r".*") as caught:
+        modlab.MoDConfig(**settings)
+    assert says in str(caught.value)
+
+
+def test_config_round_trip() -> None:
+    config = modlab.MoDConfig(layers=[1, -1], p={1: 0.3}, skip="attention", gate="fused", keep_first=2)
+    assert modlab.MoDConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ModlabError, match="newer modlab"):
+        modlab.MoDConfig.from_dict({"layers": "all", "future": 1})
+
+
+def test_named_layers() -> None:
+    assert modlab.MoDConfig().resolve_layers(6) == [2, 3, 4]
+    assert modlab.MoDConfig().resolve_layers(5) == [0, 1, 2, 3, 4]
+    assert modlab.MoDConfig(layers="alternate").resolve_layers(6) == [1, 3, 5]
+    assert modlab.MoDConfig(layers="all").resolve_layers(3) == [0, 1, 2]
+    assert modlab.MoDConfig(layers=[-1, 0]).resolve_layers(4) == [0, 3]
+    with pytest.raises(ModlabError, match="names layer 9, but the model has 4"):
+        modlab.MoDConfig(layers=[9]).resolve_layers(4)

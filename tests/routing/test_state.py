@@ -1,0 +1,245 @@
+"""Thresholds are live, decisions are causal and private to a row, and everything can be seen and forced."""
+
+import pytest
+import torch
+
+import modlab
+from modlab.errors import ModlabError
+from tests.conftest import alternate_layers
+
+GEN = torch.Generator().manual_seed(3)
+IDS = torch.randint(3, 512, (2, 32), generator=GEN)
+
+
+def spread_gates(model: torch.nn.Module, scale: float = 3.0) -> torch.nn.Module:
+    """Gives the routers random weights, so that gates differ between tokens."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.mod.layers:
+        router = model.model.layers[layer].mod_router
+        router.weight.data.normal_(0, scale, generator=generator)
+        router.bias.data.zero_()
+    return model
+
+
+@torch.no_grad()
+def test_threshold_is_live_and_monotone(tiny_llama) -> None:
+    spread_gates(tiny_llama)
+    kept = []
+    for p in (0.1, 0.5, 0.9):
+        modlab.set_threshold(tiny_llama, p)
+        with modlab.record_routing(tiny_llama) as recording:
+            tiny_llama(IDS)
+        step = recording.steps[0]
+        first = tiny_llama.mod.layers[0]  # deeper layers see other inputs when p moves
+        position = step.position_ids
+        expected = (step.gate[first] >= p) | (position < tiny_llama.mod.config.keep_first)
+        assert torch.equal(step.keep[first], expected)
+        kept.append(int(step.keep[first].sum()))
+    assert kept[0] > kept[1] > kept[2] > 0
+
+
+@torch.no_grad()
+def test_threshold_of_one_layer(tiny_llama) -> None:
+    spread_gates(tiny_llama)
+    modlab.set_threshold(tiny_llama, 0.99, layers=[3])
+    assert tiny_llama.mod.thresholds == {1: 0.5, 3: 0.99, 5: 0.5}
+    modlab.set_threshold(tiny_llama, {1: 0.2, 5: 0.3})
+    assert tiny_llama.mod.thresholds == {1: 0.2, 3: 0.99, 5: 0.3}
+
+
+@pytest.mark.parametrize("p", [0, 1, -0.5, 2.0, "0.5", None, float("nan"), True])
+def test_bad_thresholds_are_refused(tiny_llama, p) -> None:
+    with pytest.raises(ModlabError, match="strictly between 0 and 1"):
+        modlab.set_threshold(tiny_llama, p)
+    assert set(tiny_llama.mod.thresholds.values()) == {0.5}
+
+
+def test_unrouted_layers_and_dense_models_are_refused(tiny_llama, make_llama) -> None:
+    with pytest.raises(ModlabError, match="layer 2 is not routed"):
+        modlab.set_threshold(tiny_llama, 0.4, layers=[1, 2])
+    assert set(tiny_llama.mod.thresholds.values()) == {0.5}
+    with pytest.raises(ModlabError, match=r"modlab.convert\(model\) first"):
+        modlab.set_threshold(make_llama(), 0.4)
+
+
+@torch.no_grad()
+def test_first_tokens_are_kept_and_padding_never(tiny_llama) -> None:
+    spread_gates(tiny_llama)
+    modlab.set_threshold(tiny_llama, 0.999)
+    mask = torch.ones_like(IDS)
+    mask[1, :10] = 0
+    with modlab.record_routing(tiny_llama) as recording:
+        tiny_llama(IDS, attention_mask=mask)
+    step = recording.steps[0]
+    for keep in step.keep.values():
+        assert keep[0, :4].all() and keep[1, 10:14].all()
+        assert not keep[1, :10].any()
+    assert step.position_ids[1, 9:13].tolist() == [-1, 0, 1, 2]
+
+
+@torch.no_grad()
+def test_decisions_are_causal(tiny_llama) -> None:
+    spread_gates(tiny_llama)
+    changed = IDS.clone()
+    changed[:, 20:] = 7
+    with modlab.record_routing(tiny_llama) as recording:
+        first, second = tiny_llama(IDS).logits, tiny_llama(changed).logits
+    torch.testing.assert_close(first[:, :20], second[:, :20])
+    for layer in tiny_llama.mod.layers:
+        assert torch.equal(recording.steps[0].keep[layer][:, :20], recording.steps[1].keep[layer][:, :20])
+
+
+@torch.no_grad()
+def test_changing_row_0_never_changes_row_1(tiny_llama) -> None:
+    spread_gates(tiny_llama)
+    changed = IDS.clone()
+    changed[0] = IDS[0].flip(0)
+    assert torch.equal(tiny_llama(IDS).logits[1], tiny_llama(changed).logits[1])
+    assert not torch.equal(tiny_llama(IDS).logits[0], tiny_llama(changed).logits[0])
+
+
+@torch.no_grad()
+def test_override_forces_the_routing_and_ends(tiny_llama) -> None:
+    plain = tiny_llama(IDS).logits
+    seen = []
+
+    def nobody(layer_idx, gate, position_ids):
+        seen.append((layer_idx, gate.shape, position_ids.shape))
+        return torch.zeros_like(gate, dtype=torch.bool)
+
+    with modlab.routing_override(tiny_llama, nobody), modlab.record_routing(tiny_llama) as recording:
+        skipped = tiny_llama(IDS).logits
+    assert seen == [(layer, IDS.shape, IDS.shape) for layer in (1, 3, 5)]
+    assert not any(keep.any() for keep in recording.steps[0].keep.values())
+    assert not torch.allclose(skipped, plain)
+    assert torch.equal(tiny_llama(IDS).logits, plain)
+
+
+def test_override_must_return_a_mask(tiny_llama) -> None:
+    with (
+        pytest.raises(ModlabError, match="must return a bool tensor"),
+        modlab.routing_override(tiny_llama, lambda i, g, p: g),
+    ):
+        tiny_llama(IDS)
+    assert tiny_llama.mod.override is None
+
+
+@torch.no_grad()
+def test_skipping_every_routed_layer_equals_a_model_without_them(make_llama) -> None:
+    """The strongest form of "skipped": the layers might as well not be there."""
+    model, shallow = make_llama(), make_llama()
+    shallow.model.layers = torch.nn.ModuleList([shallow.model.layers[i] for i in (0, 2, 4)])
+    shallow.config.num_hidden_layers = 3
+    modlab.convert(model, alternate_layers())
+    with modlab.routing_override(model, lambda i, g, p: torch.zeros_like(g, dtype=torch.bool)):
+        assert torch.equal(model(IDS, use_cache=False).logits, shallow(IDS, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", ["layer", "attention", "mlp"])
+def test_no_row_is_computed_for_a_skipped_token(make_llama, skip) -> None:
+    """Counts the rows that enter every projection of a routed layer, padding and unequal rows included."""
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip=skip, layers=[3]))
+    spread_gates(model)
+    modlab.set_threshold(model, 0.6)
+    mask = torch.ones_like(IDS)
+    mask[0, :11] = 0
+    rows: dict[str, int] = {}
+
+    def count(name):
+        def hook(module, args):
+            rows[name] = rows.get(name, 0) + args[0].shape[:-1].numel()
+
+        return hook
+
+    layer = model.model.layers[3]
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(count(name))
+    with modlab.record_routing(model) as recording:
+        cache = model(IDS, attention_mask=mask, use_cache=True).past_key_values
+        model(IDS[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=cache)
+    kept = sum(int(step.keep[3].sum()) for step in recording.steps)
+    everything = IDS.numel() + len(IDS)
+    assert 0 < kept < everything // 2
+    for name, n in rows.items():
+        routed = skip == "layer" or (skip == "attention") == name.startswith("self_attn")
+        assert n == (kept if routed else everything), name
+
+
+@torch.no_grad()
+def test_topk_keeps_its_capacity_in_training_and_is_causal_in_evaluation(make_llama) -> None:
+    model = spread_gates(modlab.convert(make_llama(), modlab.MoDConfig.topk(0.25, keep_first=0)))
+    with modlab.record_routing(model) as recording:
+        model.train()
+        model(IDS)
+        model.eval()
+        model(IDS)
+    for layer in model.mod.layers:
+        assert recording.steps[0].keep[layer].sum(1).tolist() == [8, 8]
+        assert torch.equal(recording.steps[1].keep[layer], recording.steps[1].gate[layer] >= 0.5)
+
+
+def test_gradients_reach_router_and_layer(make_llama) -> None:
+    """Straight-through: what-if passes give the router a gradient from skipped tokens, packed ones from kept
+    only.
+    """
+    model = spread_gates(modlab.convert(make_llama(), alternate_layers()))
+    model.train()
+    gradients = {}
+    for what_if in (True, False):
+        model.mod.what_if = what_if
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        gradients[what_if] = model.model.layers[3].mod_router.weight.grad.clone()
+        assert model.model.layers[3].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert gradients[True].abs().sum() > 0 and gradients[False].abs().sum() > 0
+    assert not torch.allclose(gradients[True], gradients[False])
+
+
+@pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
+def test_training_packed_equals_training_masked_in_value(make_llama, gate) -> None:
+    model = spread_gates(modlab.convert(make_llama(), alternate_layers(gate=gate)))
+    model.train()
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    values = []
+    for what_if in (True, False):
+        model.mod.what_if = what_if
+        values.append(model(IDS, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+    model.eval()
+    torch.testing.assert_close(
+        model(IDS, attention_mask=mask).logits[mask.bool()], values[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_straight_through_gradient_is_that_of_the_fused_form(make_llama) -> None:
+    """d loss / d gate of a kept token is <d loss / d out, Layer(x) - x>: checked by a finite difference."""
+
+    def loss(model):  # in fp64 throughout; the model's own loss is fp32, too coarse for a difference
+        logits = model(IDS).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip="layer", layers=[5])).double()
+    model.train()
+    model.mod.what_if = False
+    loss(model).backward()
+    by_router = model.model.layers[5].mod_router.bias.grad.item()
+    fused = modlab.convert(
+        make_llama(), modlab.MoDConfig(skip="layer", layers=[5], gate="fused", p=0.01)
+    ).double()
+    losses = []
+    for gate in (0.998, 0.9999):
+        fused.model.layers[5].mod_router.bias.data.fill_(torch.logit(torch.tensor(gate)).item())
+        losses.append(loss(fused).item())
+    slope = (losses[1] - losses[0]) / (0.9999 - 0.998)
+    assert by_router == pytest.approx(slope * 0.88 * 0.12, rel=0.02)
+
+
+def test_input_longer_than_the_context(make_llama) -> None:
+    model = modlab.convert(make_llama(max_position_embeddings=16))
+    with pytest.raises(ModlabError, match="32 tokens, the model's context is 16"):
+        model(IDS)
+    with pytest.raises(ModlabError, match="no token"):
+        model(IDS[:, :0])

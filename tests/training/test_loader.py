@@ -1,0 +1,161 @@
+"""Batches: kinds of input, order, ranks, skipping."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modlab.errors import ModlabError
+from modlab.training.loader import open_batches
+
+ROWS = torch.arange(40).reshape(10, 4)
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """Map-style, with labels."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": ROWS[i], "labels": ROWS[i] + 100}
+
+
+def take(data: Any, count: int, **arguments: Any) -> list[Tensor]:
+    return [b["input_ids"] for b in itertools.islice(open_batches(data).iterate(**arguments), count)]
+
+
+def sources() -> dict[str, Any]:
+    from datasets import Dataset
+
+    return {
+        "tensor": ROWS,
+        "list of rows": ROWS.tolist(),
+        "data set": RowDataset(),
+        "datasets": Dataset.from_dict({"input_ids": ROWS.tolist()}).with_format("torch"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list of rows", "data set", "datasets"])
+def test_each_epoch_shows_every_row_once(kind: str) -> None:
+    batches = take(sources()[kind], 10, batch_size=2)
+    for epoch in (batches[:5], batches[5:]):
+        assert sorted(torch.cat(epoch)[:, 0].tolist()) == ROWS[:, 0].tolist()
+    assert not torch.equal(torch.cat(batches[:5]), torch.cat(batches[5:]))
+    assert all(b.dtype == torch.int64 for b in batches)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "data set", "datasets"])
+def test_starting_late_is_skipping(kind: str) -> None:
+    everything = take(sources()[kind], 12, batch_size=3, seed=5)
+    for start in (1, 3, 7):
+        late = take(sources()[kind], 12 - start, batch_size=3, seed=5, start=start)
+        assert all(torch.equal(a, b) for a, b in zip(everything[start:], late, strict=True))
+
+
+def test_kinds_of_rows_share_one_order() -> None:
+    orders = [torch.cat(take(s, 8, batch_size=2, seed=9)) for s in sources().values()]
+    assert all(torch.equal(orders[0], other) for other in orders[1:])
+
+
+def test_ranks_divide_the_batch_of_one_process() -> None:
+    alone = take(ROWS, 6, batch_size=4, seed=2)
+    ranks = [take(ROWS, 6, batch_size=2, seed=2, rank=r, world=2) for r in (0, 1)]
+    for whole, first, second in zip(alone, *ranks, strict=True):
+        assert torch.equal(whole, torch.cat([first, second]))
+
+
+def test_last_rows_are_dropped_in_training_and_kept_for_evaluation() -> None:
+    assert [len(b) for b in take(ROWS, 99, batch_size=4, epochs=1)] == [4, 4]
+    kept = take(ROWS, 99, batch_size=4, seed=None, epochs=1, drop_last=False)
+    assert torch.equal(torch.cat(kept), ROWS)
+    per_rank = [
+        take(ROWS, 99, batch_size=4, seed=None, epochs=1, drop_last=False, rank=r, world=2) for r in (0, 1)
+    ]
+    assert sorted(torch.cat(per_rank[0] + per_rank[1])[:, 0].tolist()) == ROWS[:, 0].tolist()
+
+
+def test_ready_batches_keep_their_order_and_start_again() -> None:
+    blocks = [ROWS[:2], {"input_ids": ROWS[2:5]}, ROWS[5:]]
+    shapes = [len(b) for b in take(blocks, 5)]
+    assert shapes == [2, 3, 5, 2, 3]
+    assert [len(b) for b in take(blocks, 5, start=1)] == [3, 5, 2, 3, 5]
+    assert [len(b) for b in take(blocks, 5, epochs=1)] == [2, 3, 5]
+    assert [len(b) for b in take([*blocks, ROWS[:1]], 9, epochs=1, rank=1, world=2)] == [3, 1]
+
+
+def test_streams() -> None:
+    def once() -> Any:
+        yield from (ROWS[i : i + 2] for i in range(0, 10, 2))
+
+    assert len(take(once(), 99)) == 5, "the batch that was looked at is not lost, the end is an end"
+    assert torch.equal(take(once(), 99, start=3)[0], ROWS[6:8])
+    assert len(take(once(), 99, rank=1, world=2)) == 2, (
+        "an incomplete group of batches is left out on every rank"
+    )
+
+    class Again:
+        def __iter__(self) -> Any:
+            return once()
+
+    assert len(take(Again(), 12)) == 12
+
+
+def test_labels_and_masks_travel() -> None:
+    batch = next(open_batches(RowDataset()).iterate(batch_size=2))
+    assert torch.equal(batch["labels"], batch["input_ids"] + 100)
+    masked = {"input_ids": ROWS[:2], "attention_mask": torch.ones(2, 4), "name": "ignored"}
+    with pytest.raises(ModlabError, match="attention_mask holds torch.float32"):
+        open_batches([masked])
+    masked["attention_mask"] = torch.ones(2, 4, dtype=torch.bool)
+    assert set(next(open_batches([masked]).iterate())) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "empty"),
+        (iter([]), "empty"),
+        (torch.empty(0, 4, dtype=torch.long), "empty"),
+        ("some text", "is the text"),
+        (7, "is a int"),
+        ([{"ids": [1, 2]}], "no input_ids"),
+        ([torch.randn(2, 4)], "token ids are integers"),
+        ([{"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(2, 3).long()}], "one shape"),
+        (iter([torch.arange(4)]), "single rows"),
+    ],
+)
+def test_refusals(data: Any, message: str) -> None:
+    with pytest.raises(ModlabError, match=message):
+        open_batches(data)
+
+
+def test_refuses_ragged_rows() -> None:
+    from datasets import Dataset
+
+    ragged = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    with pytest.raises(ModlabError, match="differ in length"):
+        open_batches(Dataset.from_dict({"input_ids": ragged}))
+    with pytest.raises(ModlabError, match="differ in length"):
+        take(ragged, 1, batch_size=3)
+
+
+def test_packed_rows_come_fast() -> None:
+    """Preloaded rows have to keep up with a GPU that trains a small model at millions of tokens a second."""
+    from datasets import Dataset, Features, List, Value
+
+    rows = Dataset.from_dict(
+        {"input_ids": torch.randint(0, 4096, (256, 2048)).numpy()},
+        features=Features({"input_ids": List(Value("int32"), length=2048)}),
+    ).with_format("torch")
+    stream = open_batches(rows).iterate(batch_size=64)
+    next(stream)
+    started = time.perf_counter()
+    for _ in range(40):
+        next(stream)
+    assert 40 * 64 * 2048 / (time.perf_counter() - started) > 3e6

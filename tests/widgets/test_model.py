@@ -1,0 +1,311 @@
+"""The widgets that steer a model, without a browser: what they compute is what the model does."""
+
+import base64
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.widgets import CellFlip, ClassHeatmap, Compare, Frontier, Thresholds, TokenPath
+from modlab.widgets.model_access import lock_of
+from tests.helpers.synthetic import make_trace
+
+TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
+
+
+def send(widget: Any, **content: Any) -> None:
+    """A message as the browser sends it, and the end of what it asks for."""
+    widget._handle_custom_msg(content, [])
+    widget.wait(60)
+
+
+def sweep() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "threshold": [0.5, 0.2, 0.8],
+            "keep_ratio": [0.4, 0.8, 0.1],
+            "kv_bytes": [700, 900, 600],
+            "loss": [2.1, 2.0, 2.6],
+            "prefill_ms": [10.0, 12.0, 9.0],
+            "decode_ms": [float("nan"), 2.0, 2.0],
+        }
+    )
+
+
+# ---- CellFlip
+
+
+def test_a_flip_is_what_an_override_does(routed_model: Any, word_tokenizer: Any) -> None:
+    before = modlab.trace(routed_model, word_tokenizer, TEXT)
+    widget = CellFlip(routed_model, word_tokenizer, TEXT)
+    assert widget.effect["loss"] == pytest.approx(before.mean_loss) and widget.effect["others"] == 0
+    row, token = 0, 30
+    keep = not before.keep[row, token]
+    widget.flip(1, token)
+    assert widget.wait(60) and widget.forced == {(1, token): keep}
+
+    def decide(layer: int, gate: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        kept = (gate >= 0.5) | (position < 4)
+        return kept.masked_fill(position == token, keep) if layer == 1 else kept
+
+    with modlab.routing_override(routed_model, decide):
+        after = modlab.trace(routed_model, word_tokenizer, TEXT)
+    assert np.array_equal(widget.trace.keep, after.keep) and widget.trace.keep[row, token] == keep
+    assert widget.effect["loss"] == pytest.approx(after.mean_loss)
+    assert widget.effect["others"] == int((before.keep != after.keep).sum()) - 1
+    deltas = np.frombuffer(widget.deltas, "<f4")
+    assert deltas == pytest.approx(np.nan_to_num(after.loss - before.loss), abs=1e-6)
+    assert (deltas[: token + 1] == 0).all() and deltas.any()  # causal: only later tokens change
+    per_cell = before.kv_bytes_per_token + 4
+    change = int(after.keep.sum()) - int(before.keep.sum())
+    assert widget.effect["kv_bytes"] - widget.effect["kv_bytes_before"] == change * per_cell
+    widget.reset()
+    assert (
+        widget.wait(60)
+        and widget.effect["loss"] == pytest.approx(before.mean_loss)
+        and not any(np.frombuffer(widget.deltas, "<f4"))
+    )
+
+
+def test_next_tokens_are_the_models_probabilities(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = CellFlip(routed_model, word_tokenizer, TEXT)
+    send(widget, type="flips", flips=[[3, 20, True]], position=25, id=1)
+    ids = torch.tensor([word_tokenizer(TEXT)["input_ids"]])
+    with torch.no_grad():
+        want = routed_model(ids).logits[0, 25].softmax(-1)
+    assert widget.effect["at"] == 25 and len(widget.effect["next"]) == 8
+    best = word_tokenizer.decode([int(want.argmax())])
+    shown = {row["token"]: row for row in widget.effect["next"]}
+    assert shown[best]["before"] == pytest.approx(float(want.max()), rel=1e-5)
+
+
+def test_flips_follow_a_new_threshold(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = CellFlip(routed_model, word_tokenizer, TEXT)
+    modlab.set_threshold(routed_model, 0.6)
+    widget.flip(1, 30, True)
+    widget.wait(60)
+    assert widget.effect["loss_before"] == pytest.approx(
+        modlab.trace(routed_model, word_tokenizer, TEXT).mean_loss
+    )
+
+
+def test_cells_that_cannot_be_flipped(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = CellFlip(routed_model, word_tokenizer, TEXT)
+    with pytest.raises(ModlabError, match="layer 2 is not routed"):
+        widget.flip(2, 5)
+    with pytest.raises(ModlabError, match="no token 9999"):
+        widget.flip(1, 9999)
+    loss = widget.effect["loss"]
+    with pytest.raises(ModlabError):
+        send(widget, type="flips", flips=[[2, 5, True]], id=3)
+    assert "not routed" in widget.job["error"] and widget.effect["loss"] == loss
+
+
+# ---- Thresholds
+
+
+def test_thresholds_of_each_layer(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Thresholds(routed_model, word_tokenizer, TEXT)
+    send(widget, type="run", ps=[0.4, 0.5, 0.6], id=1)
+    assert widget.thresholds == routed_model.mod.thresholds == {1: 0.4, 3: 0.5, 5: 0.6}
+    want = modlab.trace(routed_model, word_tokenizer, TEXT)
+    assert np.array_equal(widget.trace.keep, want.keep)
+    assert widget.layer_thresholds == pytest.approx([0.4, 0.5, 0.6]) == widget.summary["ps"]
+
+
+def test_calibrate_to_a_keep_ratio_and_to_a_budget(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Thresholds(routed_model, word_tokenizer, TEXT)
+    widget.calibrate(keep_ratio=0.4)
+    assert widget.trace.keep.mean() == pytest.approx(0.4, abs=0.011)
+    length = len(widget.trace.tokens)
+    budget = 0.8 * widget.summary["dense_bytes"]
+    send(widget, type="calibrate", kv_mib=budget / 2**20, context=length, per_layer=True, id=2)
+    assert widget.summary["kv_bytes"] == pytest.approx(budget, rel=0.02)
+    assert widget.summary["varies"]
+
+
+def test_a_calibration_that_fails_changes_nothing(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Thresholds(routed_model, word_tokenizer, TEXT)
+    before = widget.thresholds
+    with pytest.raises(ModlabError, match="too little"):
+        send(widget, type="calibrate", kv_mib=1e-6, context=100, id=1)
+    assert "too little" in widget.job["error"] and widget.thresholds == before
+    with pytest.raises(ModlabError, match="one of them"):
+        widget.calibrate()
+
+
+def test_a_run_can_be_stopped(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Thresholds(routed_model, word_tokenizer, TEXT)
+    before, gates = widget.thresholds, widget.gates
+    hook = routed_model.get_decoder().layers[2].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    try:
+        widget._handle_custom_msg({"type": "calibrate", "keep_ratio": 0.3, "id": 1}, [])
+        time.sleep(0.2)
+        widget._handle_custom_msg({"type": "cancel"}, [])
+        assert widget.wait(10)
+    finally:
+        hook.remove()
+    assert widget.job["state"] == "cancelled" and widget.thresholds == before and widget.gates == gates
+    assert len(routed_model.get_decoder().layers[0]._forward_pre_hooks) == 0
+
+
+def test_a_model_in_use_is_waited_for(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Thresholds(routed_model, word_tokenizer, TEXT)
+    told: list[str] = []
+    widget.observe(lambda change: told.append(change.new["text"]), "job")
+    with lock_of(routed_model):
+        widget._handle_custom_msg({"type": "run", "ps": [0.6] * 3, "id": 1}, [])
+        time.sleep(0.4)
+        assert widget.thresholds[1] == 0.5 and any("Waiting for the model" in text for text in told)
+    assert widget.wait(30) and widget.thresholds[1] == 0.6
+
+
+# ---- Compare
+
+
+def test_compare_generates_as_the_model_does(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Compare(routed_model, word_tokenizer, "the router decides", p=(0.4, 0.6), max_new_tokens=12)
+    sides = widget.run()
+    assert routed_model.mod.thresholds[1] == 0.5  # as before
+    for side, p in zip(sides, (0.4, 0.6), strict=True):
+        modlab.set_threshold(routed_model, p)
+        ids = torch.tensor([word_tokenizer("the router decides")["input_ids"]])
+        out = routed_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        assert side["text"] == word_tokenizer.decode(out[0, ids.shape[1] :])
+        assert len(side["pieces"]) == len(side["same"]) == out.shape[1] - ids.shape[1]
+        assert side["kv_bytes"] > 0 and side["dense_bytes"] > 0 and side["seconds"] > 0
+
+
+def test_compare_marks_what_differs(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Compare(routed_model, word_tokenizer, "the router", p=(0.5, 0.5), max_new_tokens=8)
+    send(widget, type="generate", prompt="the token", ps=[0.5, 0.5], max_new_tokens=6, id=1)
+    assert [all(side["same"]) for side in widget.sides] == [True, True]
+    assert widget.sides[0]["prompt"] == "the token" and len(widget.sides[0]["pieces"]) == 6
+    widget.ps = [0.05, 0.95]
+    widget.max_new_tokens = 20
+    a, b = widget.run()
+    kept = [[piece for piece, same in zip(s["pieces"], s["same"], strict=True) if same] for s in (a, b)]
+    assert kept[0] == kept[1] and not all(a["same"])
+
+
+def test_compare_stops_and_fails_without_a_trace(routed_model: Any, word_tokenizer: Any) -> None:
+    widget = Compare(routed_model, word_tokenizer, "the router", max_new_tokens=4)
+    sides = widget.run() and widget.sides
+    with pytest.raises(ModlabError, match="between 0 and 1"):
+        send(widget, type="generate", prompt="the", ps=[0.5, 1.5], max_new_tokens=6, id=1)
+    with pytest.raises(ModlabError, match="empty"):
+        send(widget, type="generate", prompt="", ps=[0.5, 0.6], max_new_tokens=6, id=2)
+    widget._handle_custom_msg(
+        {"type": "generate", "prompt": "the", "ps": [0.2, 0.8], "max_new_tokens": 1500, "id": 3}, []
+    )
+    time.sleep(0.5)
+    widget.cancel()
+    assert widget.wait(20) and widget.job["state"] == "cancelled"
+    assert widget.sides == sides and routed_model.mod.thresholds[1] == 0.5
+    with pytest.raises(ModlabError):
+        Compare(routed_model, word_tokenizer, "the", p=(0.0, 0.5))
+
+
+# ---- Frontier
+
+
+def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
+    widget = Frontier(sweep(), routed_model, {"dense": {"kv_bytes": 1000, "loss": 1.9}})
+    assert [d["p"] for d in widget.points] == [0.2, 0.5, 0.8] and widget.threshold == 0.5
+    assert "prefill_ms" in widget.points[0] and "decode_ms" not in widget.points[0]  # a gap: not offered
+    send(widget, type="set", p=0.7, id=1)
+    assert routed_model.mod.thresholds[1] == 0.7 == widget.applied
+    widget.choose(0.3)
+    assert routed_model.mod.thresholds[1] == 0.3 == widget.threshold
+    with pytest.raises(ModlabError, match="between 0 and 1"):
+        widget.choose(0.0)
+    with pytest.raises(ModlabError, match="decode_ms.*not in the sweep"):
+        Frontier(sweep(), metric="decode_ms")
+    with pytest.raises(ModlabError, match="no column loss"):
+        Frontier(sweep().drop(columns="loss"))
+    with pytest.raises(ModlabError, match="two thresholds"):
+        Frontier(sweep()[:1])
+
+
+def test_frontier_against_times_of_another_machine() -> None:
+    frame = pd.DataFrame({"keep_ratio": [0.2, 1.0], "dense_ms": [6.0, 6.0], "mod_ms": [3.0, 7.0]})
+    frame.attrs["origin"] = "decode on a machine"
+    widget = Frontier(sweep(), references={"dense": {"loss": 1.9}}, elsewhere={"another": frame})
+    (axis,) = widget.elsewhere
+    assert axis["title"] == "another" and "decode on a machine" in axis["note"]
+    # keep ratios 0.8, 0.4, and 0.1, which is less than was measured there
+    assert [point[axis["metric"]] for point in widget.points] == pytest.approx([6.0, 4.0, 3.0])
+    assert widget.references[0][axis["metric"]] == 6.0
+    with pytest.raises(ModlabError, match="no column mod_ms"):
+        Frontier(sweep(), elsewhere={"another": frame.drop(columns="mod_ms")})
+
+
+# ---- pages and pictures of all of them
+
+
+def test_each_has_a_page_and_a_picture(routed_model: Any, word_tokenizer: Any) -> None:
+    compare = Compare(routed_model, word_tokenizer, "the router", max_new_tokens=4)
+    compare.run()
+    aggregate = modlab.aggregate_routing(routed_model, word_tokenizer, [TEXT], progress=False)
+    widgets = [
+        CellFlip(routed_model, word_tokenizer, TEXT),
+        Thresholds(routed_model, word_tokenizer, TEXT),
+        Compare(routed_model, word_tokenizer, "nothing yet"),
+        compare,
+        Frontier(sweep(), routed_model, {"dense": {"kv_bytes": 1000, "loss": 1.9}}),
+        ClassHeatmap(aggregate),
+        TokenPath(make_trace()),
+    ]
+    for widget in widgets:
+        data, _ = widget._repr_mimebundle_()
+        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG"), widget
+        html = widget.to_html()
+        assert html.startswith("<!doctype html>") and f'"view": "{widget.view}"' in html
+        assert '"can_run": false' in html and "http://www.w3.org" in html and "https://" not in html
+        assert len(html) < 200_000
+
+
+def test_classes_are_the_aggregates(routed_model: Any, word_tokenizer: Any) -> None:
+    aggregate = modlab.aggregate_routing(routed_model, word_tokenizer, [TEXT], progress=False)
+    widget = aggregate.widget()
+    frame = aggregate.by_class()
+    for row in widget.classes:
+        assert row["tokens"] == frame.tokens[row["name"]]
+        assert row["kept"] == pytest.approx(
+            frame.loc[row["name"], ["layer_1", "layer_3", "layer_5"]].tolist()
+        )
+    assert widget.summary["tokens"] == aggregate.tokens
+
+
+def test_two_widgets_of_one_model_do_not_mix(routed_model: Any, word_tokenizer: Any) -> None:
+    thresholds, compare = (
+        Thresholds(routed_model, word_tokenizer, TEXT),
+        Compare(routed_model, word_tokenizer, "the", max_new_tokens=8),
+    )
+    alone = {}
+    for p in (0.4, 0.7):
+        thresholds.apply(p)
+        alone[p] = thresholds.trace.keep
+    done = threading.Event()
+
+    def generate() -> None:
+        while not done.is_set():
+            compare.run()
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        for p in (0.4, 0.7, 0.4):
+            thresholds.apply(p)
+            assert np.array_equal(thresholds.trace.keep, alone[p])
+    finally:
+        done.set()
+        thread.join(60)

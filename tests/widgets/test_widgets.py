@@ -1,0 +1,211 @@
+"""The widgets without a browser: what they send, what they run, what they show when it fails."""
+
+import base64
+import contextlib
+import threading
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.widgets import (
+    RoutingExplorer,
+    RoutingHeatmap,
+    ThresholdCurve,
+    TokenText,
+    explore,
+    link,
+)
+from modlab.widgets.pictures import page
+from tests.helpers.synthetic import make_trace
+
+TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
+
+
+@pytest.fixture
+def explorer(routed_model: Any, word_tokenizer: Any) -> RoutingExplorer:
+    return explore(routed_model, word_tokenizer, TEXT)
+
+
+def shown(widget: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(level, keep) [R, T] as the browser will read them from the bytes."""
+    cells = np.frombuffer(widget.gates, dtype="<u2").reshape(len(widget.layers), -1)
+    return cells & 0x3FFF, (cells & 0x8000) > 0
+
+
+def ask(explorer: RoutingExplorer, p: Any, number: int = 1) -> None:
+    """The message that the slider sends on release, and the end of the run that it asks for."""
+    explorer._handle_custom_msg({"type": "run", "p": p, "id": number}, [])
+    with contextlib.suppress(Exception):
+        explorer.wait(60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(level=st.integers(1, page.GRID - 1), side=st.sampled_from([-1, 0, 1]), p=st.integers(1, page.GRID - 1))
+def test_bytes_decide_exactly_as_float32(level: int, side: int, p: int) -> None:
+    gate = np.float32(level / page.GRID)
+    for _ in range(abs(side)):
+        gate = np.nextafter(gate, np.float32(side * np.inf), dtype=np.float32)
+    for threshold in (level, p):
+        trace = make_trace(1, 2, gate=np.array([[gate]]), keep=np.ones((1, 1)), keep_first=0)
+        sent, _ = shown(RoutingHeatmapBytes(trace))
+        assert (sent[0, 0] >= threshold) == trace.preview_keep(threshold / page.GRID)[0, 0]
+
+
+class RoutingHeatmapBytes:
+    """Only what `shown` reads: a whole widget for every example would be slow."""
+
+    def __init__(self, trace: modlab.RoutingTrace) -> None:
+        self.gates, self.layers = page.gate_bytes(trace), trace.layers
+
+
+def test_views_send_the_trace() -> None:
+    trace = make_trace(80, 8)
+    for view in (RoutingHeatmap(trace), TokenText(trace)):
+        level, keep = shown(view)
+        assert np.array_equal(keep, trace.keep)
+        assert np.abs(level / page.GRID - trace.gate).max() < 1 / page.GRID
+        assert view.tokens == trace.tokens and view.layers == trace.layers and view.threshold == 0.5
+        assert len(view.gates) == 2 * trace.gate.size
+        sent = np.frombuffer(view.losses, dtype="<f4")
+        assert np.array_equal(sent, trace.loss, equal_nan=True)
+
+
+def test_a_still_picture_is_beside_the_live_view(explorer: RoutingExplorer) -> None:
+    sweep = pd.DataFrame({"threshold": [0.2, 0.5], "kv_bytes": [100, 80], "loss": [2.0, 2.1]})
+    for view in (explorer, RoutingHeatmap(make_trace()), ThresholdCurve(sweep)):
+        data, _ = view._repr_mimebundle_()
+        assert "application/vnd.jupyter.widget-view+json" in data
+        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+        assert len(data["image/png"]) < 100_000
+
+
+def test_explorer_measures(explorer: RoutingExplorer, routed_model: Any, word_tokenizer: Any) -> None:
+    first = explorer.trace
+    ask(explorer, 0.7)
+    assert routed_model.mod.thresholds == {1: 0.7, 3: 0.7, 5: 0.7}
+    want = modlab.trace(routed_model, word_tokenizer, TEXT)
+    assert np.array_equal(explorer.trace.keep, want.keep) and not np.array_equal(first.keep, want.keep)
+    assert np.array_equal(shown(explorer)[1], want.keep)
+    summary = explorer.summary
+    assert (summary["p"], explorer.threshold, summary["varies"]) == (0.7, 0.7, False)
+    assert summary["loss"] == pytest.approx(want.mean_loss)
+    kept = want.keep.sum() + 3 * len(want.tokens)
+    # Allocated bytes: the kept tokens' own, and an index of four bytes for each token of the ragged layers.
+    assert summary["kv_bytes"] == kept * want.kv_bytes_per_token + 4 * want.keep.sum()
+    assert summary["dense_bytes"] == 6 * len(want.tokens) * want.kv_bytes_per_token
+    assert explorer.job == {"state": "idle", "id": 1, "text": "", "fraction": 0.0, "error": ""}
+    assert [run["p"] for run in explorer.runs] == [0.5, 0.7]
+    ask(explorer, 0.5, 2)
+    assert [run["p"] for run in explorer.runs] == [0.7, 0.5] and np.array_equal(
+        explorer.trace.keep, first.keep
+    )
+
+
+def test_busy_is_told_before_the_run_and_ended_after(explorer: RoutingExplorer) -> None:
+    states: list[dict[str, Any]] = []
+    explorer.observe(lambda change: states.append(change.new), "job")
+    ask(explorer, 0.6, 5)
+    assert {s["id"] for s in states} == {5}
+    assert states[0]["state"] == "running" and states[-1]["state"] == "idle"
+
+
+@pytest.mark.parametrize("p", [0.0, 1.5, "half", None])
+def test_a_failed_run_is_shown_and_changes_nothing(
+    explorer: RoutingExplorer, routed_model: Any, p: Any
+) -> None:
+    before, thresholds = explorer.gates, dict(routed_model.mod.thresholds)
+    ask(explorer, p, 9)
+    assert explorer.job["state"] == "failed" and explorer.job["id"] == 9
+    assert "Error" in explorer.job["error"] and str(p) in explorer.job["error"]
+    assert explorer.gates == before and routed_model.mod.thresholds == thresholds
+    ask(explorer, 0.6, 10)
+    assert explorer.job["error"] == "" and explorer.summary["p"] == 0.6
+
+
+def test_a_model_that_breaks_later_is_shown(explorer: RoutingExplorer, routed_model: Any) -> None:
+    modlab.revert(routed_model)
+    ask(explorer, 0.6)
+    assert "Error" in explorer.job["error"] and explorer.job["state"] == "failed"
+
+
+def test_other_messages_are_ignored(explorer: RoutingExplorer, routed_model: Any) -> None:
+    explorer._handle_custom_msg({"type": "hello"}, [])
+    assert routed_model.mod.thresholds[1] == 0.5 and explorer.job["id"] == 0
+
+
+def test_runs_from_several_threads_do_not_mix(routed_model: Any, word_tokenizer: Any) -> None:
+    explorers = [explore(routed_model, word_tokenizer, TEXT) for _ in range(2)]
+    alone = {}
+    for p in (0.4, 0.5, 0.6, 0.7):
+        modlab.set_threshold(routed_model, p)
+        alone[p] = modlab.trace(routed_model, word_tokenizer, TEXT).keep
+    seen: list[tuple[float, np.ndarray]] = []
+
+    def work(explorer: RoutingExplorer, ps: tuple[float, ...]) -> None:
+        for number, p in enumerate(ps * 3):
+            ask(explorer, p, number + 1)
+            seen.append((p, explorer.trace.keep))
+
+    plans = ((0.4, 0.7), (0.6, 0.5))
+    threads = [
+        threading.Thread(target=work, args=(one, plan)) for one, plan in zip(explorers, plans, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(seen) == 12
+    for p, keep in seen:
+        assert np.array_equal(keep, alone[p])
+
+
+def test_thresholds_by_layer_are_told(routed_model: Any, word_tokenizer: Any) -> None:
+    modlab.set_threshold(routed_model, {1: 0.4, 3: 0.5, 5: 0.6})
+    explorer = explore(routed_model, word_tokenizer, TEXT)
+    assert explorer.summary["varies"] is True and explorer.threshold == pytest.approx(0.5)
+    assert explorer.runs == []  # not a point of a curve over one p
+
+
+def test_curve_takes_the_frame_of_sweep(routed_model: Any, word_tokenizer: Any) -> None:
+    sweep = modlab.sweep(
+        routed_model, word_tokenizer, [TEXT], thresholds=[0.6, 0.3], repeats=0, progress=False
+    )
+    explorer = explore(routed_model, word_tokenizer, TEXT, sweep)
+    assert [point["p"] for point in explorer.points] == [0.3, 0.6]
+    assert explorer.points[0]["loss"] == pytest.approx(sweep.set_index("threshold").loss[0.3])
+    assert ThresholdCurve(sweep, p=0.4).threshold == 0.4
+    with pytest.raises(ModlabError, match="no column loss"):
+        ThresholdCurve(sweep.drop(columns="loss"))
+    with pytest.raises(ModlabError, match="two thresholds"):
+        ThresholdCurve(sweep[:1])
+
+
+def test_views_of_one_text_share_a_group() -> None:
+    trace, other = make_trace(), make_trace(seed=1, tokens=[f"x{i}" for i in range(60)])
+    heatmap, text = RoutingHeatmap(trace), TokenText(make_trace(seed=2))  # other gates, the same text
+    assert heatmap.group == text.group != TokenText(other).group
+    assert RoutingHeatmap(trace, group="").group == ""
+
+
+def test_link_moves_thresholds_and_joins_groups() -> None:
+    a, b = RoutingHeatmap(make_trace()), TokenText(make_trace(tokens=[f"x{i}" for i in range(60)]))
+    (made,) = link(a, b)
+    assert made.source == (a, "threshold") and made.target == (b, "threshold")
+    assert a.group == b.group
+
+
+def test_errors(routed_model: Any, word_tokenizer: Any, make_llama: Any) -> None:
+    with pytest.raises(ModlabError, match=r"modlab\.convert"):
+        explore(make_llama(), word_tokenizer, TEXT)
+    with pytest.raises(ModlabError, match="empty"):
+        explore(routed_model, word_tokenizer, "")
+    with pytest.raises(ModlabError, match="between 0 and 1"):
+        RoutingHeatmap(make_trace(), threshold=1.0)
+    with pytest.raises(ModlabError, match=r"100,000 tokens.*at most 65,536.*trace\.part"):
+        RoutingHeatmap(make_trace(100_000, 2))
