@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError
+from modlab.routing.threshold import check_threshold
 
 Operator = Literal["threshold", "topk"]
 Skip = Literal["layer", "attention", "mlp", "kv"]
@@ -167,15 +168,3 @@ class MoDConfig:
                 "update it."
             )
         return cls(**values)
-
-
-def check_threshold(p: float) -> float:
-    """`p` as a float, or an error unless it lies strictly between 0 and 1 (a sigmoid never reaches either
-    end).
-    """
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1:
-        raise ModlabError(
-            f"threshold p={p!r}: it must lie strictly between 0 and 1 (0.5 is the paper's; lower keeps more "
-            "tokens)."
-        )
-    return float(p)

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.byte_level_bpe import train_byte_level_bpe
 from benchmarks.quality.scale import Scale
 from modlab.data import MIN_PYTHON_CHARS, digest, held_out, python_files
-from modlab.saving.checkpoint import DEMO_FOLDER, DEMOS
+from modlab.saving.demos import DEMO_FOLDER, DEMOS
 
 SAMPLE_CHARS = 40_000_000  # that the tokenizer is trained on
 BATCH = 64  # documents tokenised at once

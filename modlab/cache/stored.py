@@ -124,7 +124,7 @@ def keep_beside_recent(stored: float, recent: float) -> float:
 @torch.no_grad()
 def token_bytes(model: Any) -> int:
     """Bytes of the keys and values of one token in one layer, measured with a forward of one token."""
-    from modlab.traces.routing_trace import eval_mode
+    from modlab.hf.model import eval_mode
 
     with eval_mode(model):
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import ModlabError
-from modlab.hf.device import device_of, eval_mode
+from modlab.hf.model import device_of, eval_mode
 from modlab.measure.pieces import Batch, as_batches, piece_length
 from modlab.routing.state import (
     record_routing,
@@ -70,7 +70,7 @@ def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
     kept = dict.fromkeys(routing.layers, 0)
     real = forced = 0
     for batch in batches:
-        with eval_mode(model), record_routing(model) as recording:
+        with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
             decoder(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
         for step in recording.steps:
             always = step.real & (step.position_ids < routing.config.keep_first)

@@ -17,7 +17,7 @@ from torch import nn
 
 from modlab.cache.tracker import KVTracker
 from modlab.errors import ModlabError
-from modlab.hf.device import device_of, eval_mode
+from modlab.hf.model import device_of, eval_mode
 from modlab.measure.pieces import Batch, as_batches, piece_length
 from modlab.routing.state import is_converted, record_routing
 
@@ -86,6 +86,7 @@ def evaluate_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> Evalua
     for batch in batches:
         with contextlib.ExitStack() as stack:
             stack.enter_context(eval_mode(model))
+            stack.enter_context(torch.no_grad())
             recording = stack.enter_context(record_routing(model)) if converted else None
             kv = stack.enter_context(KVTracker(model))
             logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=True).logits

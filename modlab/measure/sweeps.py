@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import ModlabError
-from modlab.hf.device import eval_mode
+from modlab.hf.model import eval_mode
 from modlab.measure.evaluation import evaluate_batches
-from modlab.measure.latency import time_generate
 from modlab.measure.pieces import Batch, as_batches, context_length, piece_length
+from modlab.measure.timing import time_generate
 from modlab.routing.state import (
     routing_of,
     routing_override,
@@ -147,7 +147,7 @@ def sweep(
                 rows[-1] |= {f"keep_ratio_{layer}": r for layer, r in result.keep_ratio_by_layer.items()}
         times: list[list[tuple[float, float]]] = [[] for _ in wanted]
         for turn, (index, p) in itertools.product(range(rounds), enumerate(wanted)):
-            with eval_mode(model), _at_threshold(model, p):
+            with eval_mode(model), torch.no_grad(), _at_threshold(model, p):
                 timed = time_generate(model, prompt, decode_tokens)
             if turn:  # the first round warms up
                 times[index].append(timed)

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from modlab.errors import ModlabError
+from modlab.hf.model import eval_mode
 from modlab.measure import context_length
 from modlab.probes import repetition
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
-from modlab.traces.routing_trace import eval_mode
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
+from modlab.hf.model import eval_mode
 from modlab.measure import LOSS_CHUNK
 from modlab.routing.state import is_converted, record_routing
-from modlab.traces.routing_trace import eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from modlab.cache.ragged import RaggedCache
-from modlab.config import MoDConfig, check_threshold
+from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
+from modlab.routing.threshold import check_threshold
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

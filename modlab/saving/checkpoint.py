@@ -39,6 +39,7 @@ from modlab.integrations.auto_model import MARKER
 from modlab.routing.router import ROUTER
 from modlab.routing.state import is_converted, routing_of, set_threshold
 from modlab.saving.card import write_card
+from modlab.saving.demos import DEMO_FOLDER, DEMOS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +51,6 @@ CONFIG_FILE = "modlab_config.json"
 ROUTER_FILE = "modlab_router.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
-DEMO_FOLDER = Path(__file__).parents[1] / "demo"
-DEMOS = {"demo": "mod", "demo-dense": "dense", "demo-kv": "kv"}
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modlab.errors import ModlabError
-from modlab.traces.routing_trace import encode, eval_mode, model_name
+from modlab.hf.model import eval_mode, model_name
+from modlab.traces.routing_trace import encode
 from modlab.traces.token_classes import CLASSES, classify
 
 if TYPE_CHECKING:

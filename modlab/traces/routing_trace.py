@@ -9,8 +9,6 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,6 +247,7 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
 
     from modlab.cache import bytes as kv_bytes
     from modlab.hf.cache_argument import given_cache
+    from modlab.hf.model import eval_mode, model_name
     from modlab.routing.state import is_converted, record_routing
 
     if not is_converted(model):
@@ -282,7 +281,9 @@ def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any
 
 def check_length(model: Any, ids: list[int]) -> None:
     """Raises ModlabError if the model cannot read so many tokens."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from modlab.hf.model import context_length
+
+    limit = context_length(model)
     if limit and len(ids) > limit:
         raise ModlabError(
             f"The text has {len(ids):,} tokens; this model reads at most {limit:,} "
@@ -314,27 +315,6 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
         done = max(done, end)
     pieces[-1] += text[done:]
     return ids, pieces
-
-
-@contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode again after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def model_name(model: Any) -> str:
-    """A short name to show: the last part of the folder or hub id, or the class."""
-    from modlab.saving.checkpoint import DEMO_FOLDER, DEMOS
-
-    name = str(getattr(model.config, "_name_or_path", "") or "")
-    demos = {DEMO_FOLDER / folder: demo for demo, folder in DEMOS.items()}
-    return demos.get(Path(name)) or Path(name).name or type(model).__name__
 
 
 def _token_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, chunk: int = 512) -> NDArray[np.float32]:

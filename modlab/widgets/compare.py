@@ -11,7 +11,8 @@ import traitlets as t
 
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.traces.routing_trace import check_length, encode, eval_mode, model_name
+from modlab.hf.model import eval_mode, model_name
+from modlab.traces.routing_trace import check_length, encode
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.page import script

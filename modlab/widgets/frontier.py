@@ -57,7 +57,7 @@ class Frontier(ModelView):
         p: float | None = None,
         elsewhere: Mapping[str, pd.DataFrame] | None = None,
     ) -> None:
-        from modlab.traces.routing_trace import model_name
+        from modlab.hf.model import model_name
 
         points = _points(sweep)
         others = [

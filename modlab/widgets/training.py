@@ -14,7 +14,7 @@ import numpy as np
 import traitlets as t
 
 from modlab.errors import ModlabError
-from modlab.traces.routing_trace import model_name
+from modlab.hf.model import model_name
 from modlab.training.config import TrainConfig
 from modlab.widgets.model_access import lock_of
 from modlab.widgets.pictures.page import script

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from modlab.hf.device import device_of, synchronize
+from modlab.hf.model import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +31,14 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all queued work, so that a host clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def time_generate(
