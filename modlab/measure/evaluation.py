@@ -6,9 +6,10 @@ Shape letters: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ from torch import nn
 from modlab.cache.tracker import KVTracker
 from modlab.errors import ModlabError
 from modlab.hf.model import device_of, eval_mode
-from modlab.measure.pieces import Batch, as_batches, piece_length
-from modlab.routing.state import is_converted, record_routing
+from modlab.measure.pieces import Batch, iter_batches, piece_length
+from modlab.routing.state import is_converted, record_routing, routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ class Evaluation:
         predicted_tokens: how many tokens that mean is over.
         keep_ratio: share of real tokens kept, mean over routed layers (1.0 for a dense model).
         keep_ratio_by_layer: the same for each routed layer.
-        kv_bytes: bytes allocated by the caches of all batches, each measured after its forward.
+        kv_bytes: bytes allocated by the caches of all batches, each measured after its forward; 0 if they
+            were not to be filled.
         dense_kv_bytes: bytes of dense caches for the same tokens.
         source: what a published figure carries, filled in by who knows it: data, command, date, device ...
     """
@@ -60,66 +62,153 @@ class Evaluation:
         return self.dense_kv_bytes / self.kv_bytes
 
 
-def _summed_loss(logits_BTV: torch.Tensor, batch: Batch) -> tuple[float, int]:
-    """Sum of next-token losses in nats and how many there are; targets that are padding do not count."""
-    targets = batch["input_ids"][:, 1:].to(logits_BTV.device)
+def targets_of(batch: Batch) -> torch.Tensor:
+    """What each token but the last has to predict: long [B, T-1], -100 where nothing counts.
+
+    A prediction counts if its target is real, so is the token that it is made from, and the target's label
+    is not -100. The target is the label, or the next token where the batch has no labels.
+    """
+    targets = batch.get("labels", batch["input_ids"])[:, 1:]
     mask = batch.get("attention_mask")
-    if mask is not None:  # a target counts if it is real and so is the token it is predicted from
-        mask = mask.to(logits_BTV.device).bool()
-        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
-    total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
-    for logits, target in zip(
-        logits_BTV[:, :-1].split(LOSS_CHUNK, 1), targets.split(LOSS_CHUNK, 1), strict=True
-    ):
-        # cross_entropy ignores the target -100, which padding was set to above
-        total += nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
-    return float(total), int((targets != -100).sum())
+    if mask is None:
+        return targets
+    real = mask.bool()
+    return targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
 
 
-def evaluate_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
+def _summed_loss(logits_BTV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over the targets [B, T-1] that count of their losses in nats, scalar."""
+    step = max(1, LOSS_CHUNK // len(targets))
+    chunks = zip(logits_BTV[:, :-1].split(step, 1), targets.split(step, 1), strict=True)
+    return sum(
+        (
+            nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+            for logits, target in chunks
+        ),
+        start=torch.zeros((), dtype=_summing_dtype(targets.device), device=targets.device),
+    )
+
+
+def _summing_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _share(batches: Iterable[Batch], rank: int, world: int) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, each with whether it counts.
+
+    Batch i goes to rank i % world. Where the last round has too few, the ranks left over run one of them
+    again without counting it: sharded models forward on all ranks together.
+    """
+    source = iter(batches)
+    while group := list(itertools.islice(source, world)):
+        yield (group[rank], True) if rank < len(group) else (group[0], False)
+
+
+def evaluate_batches(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    max_batches: int = 0,
+    cache: bool = True,
+    accelerator: Any = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Evaluation:
     """As `evaluate`, over batches that are made already."""
-    result = Evaluation()
-    converted = is_converted(model)
-    summed, device = 0.0, device_of(model)
-    kept: dict[int, int] = {}
-    real = 0
-    for batch in batches:
+    layers: list[int] = list(routing_of(model).layers) if is_converted(model) else []
+    device = device_of(model)
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    # loss, predicted tokens, bytes, bytes of dense caches, real tokens, tokens kept by each routed layer
+    sums = torch.zeros(5 + len(layers), dtype=_summing_dtype(device), device=device)
+    for batch, counts in _share(itertools.islice(batches, max_batches or None), rank, world):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with contextlib.ExitStack() as stack:
             stack.enter_context(eval_mode(model))
             stack.enter_context(torch.no_grad())
-            recording = stack.enter_context(record_routing(model)) if converted else None
-            kv = stack.enter_context(KVTracker(model))
-            logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=True).logits
-            total, count = _summed_loss(logits, batch)
-        summed += total
-        result.predicted_tokens += count
-        result.kv_bytes += sum(row["kv_bytes"] for row in kv.rows)
-        result.dense_kv_bytes += sum(row["dense_kv_bytes"] for row in kv.rows)
+            stack.enter_context(autocast() if autocast else contextlib.nullcontext())
+            recording = stack.enter_context(record_routing(model)) if layers else None
+            kv = stack.enter_context(KVTracker(model)) if cache else None
+            logits = (forward or model)(**inputs, use_cache=cache).logits
+            if not counts:
+                continue
+            targets = targets_of(batch).to(logits.device)
+            sums[0] += _summed_loss(logits, targets).to(device)
+            sums[1] += (targets != -100).sum().to(device)
+        for row in kv.rows if kv else []:
+            sums[2] += row["kv_bytes"]
+            sums[3] += row["dense_kv_bytes"]
         for step in recording.steps if recording else []:
-            real += int(step.real.sum())
-            for layer, keep in step.keep.items():
-                kept[layer] = kept.get(layer, 0) + int(keep.sum())
-    if not result.predicted_tokens:
-        raise ModlabError("nothing to measure on: no batch has two real tokens in a row.")
-    result.loss = summed / result.predicted_tokens
-    if kept:
-        result.keep_ratio_by_layer = {layer: n / real for layer, n in sorted(kept.items())}
+            sums[4] += step.real.sum()
+            for i, layer in enumerate(layers, 5):
+                sums[i] += step.keep[layer].sum()
+    if world > 1:
+        sums = accelerator.reduce(sums, "sum")
+    return _evaluation(sums.tolist(), layers)
+
+
+def _evaluation(sums: list[float], layers: list[int]) -> Evaluation:
+    total, predicted, kv_bytes, dense_kv_bytes, real, *kept = sums
+    if not predicted:
+        raise ModlabError(
+            "nothing to measure on: no batch has two real tokens in a row, or every label is -100."
+        )
+    result = Evaluation(
+        loss=total / predicted,
+        predicted_tokens=int(predicted),
+        kv_bytes=int(kv_bytes),
+        dense_kv_bytes=int(dense_kv_bytes),
+    )
+    if layers:
+        result.keep_ratio_by_layer = {layer: n / real for layer, n in zip(layers, kept, strict=True)}
         result.keep_ratio = statistics.fmean(result.keep_ratio_by_layer.values())
     return result
 
 
 def evaluate(
-    model: PreTrainedModel, data: Any, tokenizer: Any = None, seq_len: int | None = None
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: Any = None,
+    seq_len: int | None = None,
+    *,
+    batch_size: int | None = None,
+    max_batches: int = 0,
+    cache: bool = True,
+    accelerator: Any = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+    forward: Callable[..., Any] | None = None,
 ) -> Evaluation:
     """Loss, keep ratio and cache bytes of a model, dense or converted, at its present thresholds.
 
+    The one held-out loss: of every prediction whose target is real, made from a real token, and whose label
+    (where the data has labels) is not -100.
+
     Args:
-        model: causal LM; evaluated in eval mode, its mode is restored.
+        model: causal LM; evaluated in eval mode, afterwards each of its modules is in its own mode again.
         data: texts or token batches, as `as_batches` takes them.
         tokenizer: for texts.
         seq_len: cut inputs into pieces of this many tokens; by default as `piece_length` says.
+        batch_size: rows a forward: single rows are joined, larger batches split; None takes them as they are.
+        max_batches: stop after so many batches, over all processes; 0 for all.
+        cache: also fill the caches, and measure them; without, the two counts of bytes are 0.
+        accelerator: an `accelerate.Accelerator`: its processes share the batches, and each gets the result of
+            all of them. All have to pass the same data.
+        autocast: gives the context that forwards run in.
+        forward: called in place of the model, with its keywords: a wrapped or uncompiled forward.
+
+    Raises:
+        ModlabError: nothing in `data` to predict, or data that `as_batches` refuses.
     """
-    return evaluate_batches(model, as_batches(data, tokenizer, piece_length(model, tokenizer, seq_len)))
+    batches = iter_batches(data, tokenizer, piece_length(model, tokenizer, seq_len), batch_size)
+    return evaluate_batches(
+        model,
+        batches,
+        max_batches=max_batches,
+        cache=cache,
+        accelerator=accelerator,
+        autocast=autocast,
+        forward=forward,
+    )
 
 
 def loss(model: PreTrainedModel, tokenizer: Any, texts: Any, seq_len: int | None = None) -> float:

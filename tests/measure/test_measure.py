@@ -6,38 +6,12 @@ import warnings
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
 from modlab import measure
 from modlab.errors import ModlabError
 from tests.conftest import alternate_layers
-
-VOCAB = 96
-
-
-def dense_model(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def spread_gates(model, seed=1, scale=1.0):
-    """Random routers: gates of a trained model differ from token to token, those of a fresh one do not."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "router" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
+from tests.measure.models import VOCAB, dense_model, spread_gates
 
 
 @pytest.fixture
