@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from modlab.traces.token_classes import CLASSES
-from modlab.widgets.pictures.page import script
 from modlab.widgets.pictures.panels import classes_png
 from modlab.widgets.views import View
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from modlab.traces.aggregate import RoutingAggregate
 
 
-class ClassHeatmap(View):
+class ClassHeatmap(View, view="classes"):
     """Keep ratio of each routed layer by class of token and by position, with counts.
 
     Args:
@@ -25,8 +24,6 @@ class ClassHeatmap(View):
         bins: at most so many ranges of positions.
     """
 
-    _esm = script("classes")
-    view = t.Unicode("classes").tag(sync=True)
     layers = t.List(t.Int()).tag(sync=True)
     classes = t.List(t.Dict()).tag(sync=True)
     positions = t.List(t.Dict()).tag(sync=True)

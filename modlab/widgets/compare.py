@@ -15,12 +15,11 @@ from modlab.hf.model import eval_mode, model_name
 from modlab.traces.routing_trace import check_length, encode
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.page import script
 from modlab.widgets.pictures.panels import compare_png
 from modlab.widgets.views import ModelView
 
 
-class Compare(ModelView):
+class Compare(ModelView, view="compare"):
     """A prompt continued greedily at two thresholds, side by side.
 
     The model's own thresholds are in place again afterwards.
@@ -37,8 +36,6 @@ class Compare(ModelView):
             the token, too, in the same order), kv_bytes and dense_bytes of the cache at the end, seconds.
     """
 
-    _esm = script("compare")
-    view = t.Unicode("compare").tag(sync=True)
     prompt = t.Unicode("").tag(sync=True, echo_update=False)
     ps = t.List(t.Float(), minlen=2, maxlen=2).tag(sync=True, echo_update=False)
     max_new_tokens = t.Int(80, min=1).tag(sync=True, echo_update=False)

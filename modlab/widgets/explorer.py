@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import traitlets as t
-
 from modlab.hf.cache_argument import given_cache
 from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.page import curve, script
+from modlab.widgets.pictures.page import curve
 from modlab.widgets.pictures.png import heatmap_png
 from modlab.widgets.steered import SteeredView
 
@@ -22,16 +20,13 @@ if TYPE_CHECKING:
 CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-class RoutingExplorer(SteeredView):
+class RoutingExplorer(SteeredView, view="explorer"):
     """Slider, figures, heatmap, text, path and curve of one text. Made by `explore`.
 
     Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
     model's threshold (it stays set: a later `generate` uses it) and runs the text: measured. Another text is
     pasted, or opened from a file, in the widget; a curve that was there is measured anew for it.
     """
-
-    _esm = script("explorer")
-    view = t.Unicode("explorer").tag(sync=True)
 
     def __init__(self, model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> None:
         points = curve(sweep)

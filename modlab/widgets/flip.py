@@ -13,7 +13,6 @@ from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.page import script
 
 NEXT = 8  # likeliest next tokens shown, of before and after together
 
@@ -27,7 +26,7 @@ class Bytes:
         self.nbytes, self.dense_nbytes = int(cache.nbytes), int(cache.dense_nbytes)
 
 
-class CellFlip(MeasuredView):
+class CellFlip(MeasuredView, view="flip"):
     """The heatmap of a text whose cells can be flipped, the loss and the next-token probabilities beside it.
 
     A click on a cell forces the token through the layer, or past it; a second click undoes that. Everything
@@ -41,8 +40,6 @@ class CellFlip(MeasuredView):
         deltas: float32[T], each token's loss minus its loss without flips.
     """
 
-    _esm = script("flip")
-    view = t.Unicode("flip").tag(sync=True)
     flips = t.List(t.List()).tag(sync=True, echo_update=False)
     effect = t.Dict().tag(sync=True)
     deltas = t.Bytes(b"").tag(sync=True)

@@ -10,7 +10,6 @@ import traitlets as t
 
 from modlab.errors import ModlabError
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.page import script
 from modlab.widgets.pictures.panels import frontier_png
 from modlab.widgets.views import ModelView
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 METRICS = ("kv_bytes", "prefill_ms", "decode_ms")
 
 
-class Frontier(ModelView):
+class Frontier(ModelView, view="frontier"):
     """What each threshold costs in loss and buys in bytes or milliseconds, as one curve with a chosen point.
 
     Args:
@@ -39,8 +38,6 @@ class Frontier(ModelView):
         applied: the p that was set in the model, -1 for none yet.
     """
 
-    _esm = script("frontier")
-    view = t.Unicode("frontier").tag(sync=True)
     points = t.List(t.Dict()).tag(sync=True)
     references = t.List(t.Dict()).tag(sync=True)
     elsewhere = t.List(t.Dict()).tag(sync=True)

@@ -15,6 +15,7 @@ from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using
+from modlab.widgets.pictures.words import words
 
 
 class SteeredView(MeasuredView):
@@ -44,7 +45,7 @@ class SteeredView(MeasuredView):
         self.budget = {
             "mib": float(f"{quarter * context / MIB:.3g}"),
             "context": context,
-            "token_bytes": 0 if trace.skip == "mlp" else each,
+            "token_bytes": words(trace.skip)["saves"] * each,
             "index_bytes": index_bytes(trace.skip),
             "sample": self._texts is not None,
         }

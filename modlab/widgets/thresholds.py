@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import traitlets as t
-
 from modlab.traces.routing_trace import RoutingTrace
-from modlab.widgets.pictures.page import script
 from modlab.widgets.steered import SteeredView
 
 
-class Thresholds(SteeredView):
+class Thresholds(SteeredView, view="thresholds"):
     """Sliders for the thresholds of a model, with the heatmap and the figures of one text.
 
     Dragging previews in the browser, from the gates recorded in the last run; releasing sets the model's
@@ -29,9 +26,6 @@ class Thresholds(SteeredView):
     Attributes:
         layer_thresholds: the p that each routed layer's slider shows.
     """
-
-    _esm = script("thresholds")
-    view = t.Unicode("thresholds").tag(sync=True)
 
     def __init__(self, model: Any, tokenizer: Any, text: str, texts: Sequence[str] | None = None) -> None:
         super().__init__(model, tokenizer, text, texts, layer_thresholds=[0.5])

@@ -17,7 +17,6 @@ from modlab.errors import ModlabError
 from modlab.hf.model import model_name
 from modlab.training.config import TrainConfig
 from modlab.widgets.model_access import lock_of
-from modlab.widgets.pictures.page import script
 from modlab.widgets.pictures.panels import training_png
 from modlab.widgets.views import View
 
@@ -31,7 +30,7 @@ TELL_EVERY = 0.25  # seconds between two messages to the browser
 YIELD = 0.0005  # seconds a step that other widgets get to take the model
 
 
-class TrainingPanel(View):
+class TrainingPanel(View, view="training"):
     """A training run with its curves, and buttons that start, pause, resume and stop it.
 
     The run has a thread of its own: other cells run and other widgets of the model answer meanwhile, between
@@ -46,8 +45,6 @@ class TrainingPanel(View):
         result: the TrainResult once the run is over, else None.
     """
 
-    _esm = script("training")
-    view = t.Unicode("training").tag(sync=True)
     progress = t.Dict().tag(sync=True)
     columns = t.List(t.Unicode()).tag(sync=True)
     series = t.Bytes(b"").tag(sync=True)  # float32[columns, rows]

@@ -1,4 +1,8 @@
-"""What all widgets have in common, and the views of one trace. `view` says which part of js/ draws them."""
+"""What all widgets have in common, and the views of one trace.
+
+A class names the file of js/ that draws it, `class TokenText(TraceView, view="text")`; that file says itself
+which others it uses.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ import anywidget
 import traitlets as t
 
 from modlab.errors import ModlabError
-from modlab.widgets.jobs import Jobs, state
-from modlab.widgets.pictures.page import curve, html_page, payload, script, styles
+from modlab.widgets.jobs import Jobs, answer_anywhere, state
+from modlab.widgets.pictures.page import curve, html_page, payload
 from modlab.widgets.pictures.png import curve_png, heatmap_png
-from modlab.widgets.routes import answer_anywhere
+from modlab.widgets.pictures.script import script, styles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,20 +25,35 @@ if TYPE_CHECKING:
 
 _OF_JUPYTER = frozenset(anywidget.AnyWidget.class_trait_names())
 
+VIEWS: dict[str, type[View]] = {}
+"""The class of each view, by the name of its file in js/: every one that was imported so far."""
+
 
 class View(anywidget.AnyWidget):
     """Base of all: a live view, a page that needs no kernel (`to_html`), a still picture for saved notebooks.
 
     Attributes:
+        view: the file of js/ that draws it.
         can_run: whether a model stands behind the view.
         summary: what heads the view; its change tells the browser of new data.
     """
 
     _css = styles()
+    view = ""
 
-    view = t.Unicode("").tag(sync=True)
     summary = t.Dict({"p": 0.5}).tag(sync=True)
     can_run = t.Bool(False).tag(sync=True)
+
+    def __init_subclass__(cls, view: str = "", **more: Any) -> None:
+        """Give the class its browser's half and its place in VIEWS.
+
+        Args:
+            view: the file of js/ that draws it. A base class has none; a subclass may keep its parent's.
+        """
+        if view:
+            cls.view, cls._esm = view, script(view)
+            VIEWS[view] = cls
+        super().__init_subclass__(**more)
 
     def open(self) -> None:
         """Make the browser's half, as every widget does at its beginning."""
@@ -192,35 +211,23 @@ class TraceView(_Routed):
         return f"Routing of {len(self._trace.tokens):,} tokens, {self._trace.model or 'model'}"
 
 
-class RoutingHeatmap(TraceView):
+class RoutingHeatmap(TraceView, view="heatmap"):
     """Tokens by layers on a canvas: full cells were kept, thin lines were not, colour is the gate.
 
     Zoom with + and -, 0 for all tokens, or Ctrl and the wheel.
     """
 
-    _esm = script("heatmap")
-    view = t.Unicode("heatmap").tag(sync=True)
 
-
-class TokenText(TraceView):
+class TokenText(TraceView, view="text"):
     """The text, each token coloured by how many routed layers keep it, or by the decision of one layer."""
 
-    _esm = script("text")
-    view = t.Unicode("text").tag(sync=True)
 
-
-class TokenPath(TraceView):
+class TokenPath(TraceView, view="path"):
     """One token through the depth: which layers it ran, its gate in each, what it left in the cache."""
 
-    _esm = script("path")
-    view = t.Unicode("path").tag(sync=True)
 
-
-class ThresholdCurve(_Routed):
+class ThresholdCurve(_Routed, view="curve"):
     """K/V bytes and loss against the threshold, from the frame of `modlab.sweep`, with a marker at p."""
-
-    _esm = script("curve")
-    view = t.Unicode("curve").tag(sync=True)
 
     def __init__(self, sweep: pd.DataFrame, p: float = 0.5, **traits: Any) -> None:
         points = curve(sweep)

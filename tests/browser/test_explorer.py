@@ -7,18 +7,14 @@ from typing import Any
 
 import pytest
 
+from tests.browser.helpers import BRIGHT_LABELS, CONTRASTS, MODEL, kernel, read, wait_measured
 from tests.browser.notebook_browser import JupyterLab, Notebook
-from tests.browser.test_page import CONTRASTS
 
 pytestmark = pytest.mark.browser
 
-SETUP = """\
-import modlab
-from tests.conftest import routed_llama
-from tests.synthetic import make_tokenizer, make_trace
-model = routed_llama()
-text = "the router decides which token runs and which token skips, 日本 🙂\\n" * 4
-explorer = modlab.widgets.explore(model, make_tokenizer(), text)
+SETUP = f"""\
+{MODEL}text = "the router decides which token runs and which token skips, 日本 🙂\\n" * 4
+explorer = modlab.widgets.explore(model, tokenizer, text)
 explorer"""
 SINGLE = """\
 from modlab.widgets import RoutingHeatmap, TokenText, link
@@ -31,13 +27,6 @@ import pandas as pd
 sweep = pd.DataFrame({"threshold": [0.2, 0.5, 0.8], "kv_bytes": [9e5, 7e5, 6e5], "loss": [2.0, 2.1, 2.6]})
 modlab.widgets.ThresholdCurve(sweep, p=0.6)"""
 
-# The numbers of the layers are drawn in a light colour.
-BRIGHT_LABELS = """() => {
-  const c = document.querySelector('canvas.modlab-heatmap'), g = c.getContext('2d');
-  const d = g.getImageData(0, 0, 50, c.height).data;
-  for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200 && d[i] + d[i + 1] + d[i + 2] > 500) return true;
-  return false; }"""
-
 
 @pytest.fixture(scope="module")
 def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
@@ -46,25 +35,6 @@ def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
         yield nb
         if not nb.ignore_console:  # else the last test has checked it, and taken the kernel away
             nb.check()  # nothing that the tests did may have left an error behind
-
-
-def read(nb: Notebook, what: str) -> str:
-    return nb.page.locator(f".modlab-{what}").first.inner_text()
-
-
-def kernel(nb: Notebook, expression: str) -> str:
-    return nb.python(f"print({expression})").strip()
-
-
-def wait_measured(nb: Notebook, p: float) -> None:
-    """Until the kernel has answered for p and the page shows it."""
-    nb.page.wait_for_function(
-        """p => { const c = document.querySelector('canvas.modlab-heatmap').dataset,
-                   b = document.querySelector('.modlab-badge').dataset;
-                 return c.state === 'measured' && b.state === 'measured' && Number(c.threshold) === p; }""",
-        arg=p,
-    )
-    nb.wait_idle()
 
 
 def test_everything_is_on_the_screen(nb: Notebook, shots: Path) -> None:

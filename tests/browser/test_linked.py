@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser.helpers import MODEL, kernel
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
 
 CELLS = (
-    "from tests.synthetic import make_trace\n"
-    "from modlab.widgets import RoutingHeatmap, TokenPath, TokenText\n"
+    f"{MODEL}from modlab.widgets import RoutingHeatmap, TokenPath, TokenText\n"
     "trace = make_trace(120)\n"
     "heatmap, words, path = RoutingHeatmap(trace), TokenText(make_trace(120, seed=3)), TokenPath(trace)\n"
     "heatmap",
@@ -31,10 +31,6 @@ def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
 
 def view(nb: Notebook, name: str, index: int = 0):
     return nb.page.locator(f".modlab[data-view={name}]").nth(index)
-
-
-def kernel(nb: Notebook, expression: str) -> str:
-    return nb.python(f"print({expression})").strip()
 
 
 def test_hover_marks_the_token_in_other_cells(nb: Notebook) -> None:

@@ -9,23 +9,12 @@ import pytest
 
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.widgets import RoutingHeatmap, TokenPath, TokenText
+from tests.browser.helpers import CONTRASTS, settle
 from tests.browser.notebook_browser import JupyterLab
 from tests.helpers.synthetic import make_trace
 
 pytestmark = pytest.mark.browser
 HEATMAP = "canvas.modlab-heatmap"
-# The contrast (WCAG) of every piece of text that lies on a ground of its own, or on the view's.
-CONTRASTS = """() => {
-  const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => (v /= 255) <= 0.04045
-    ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ground = getComputedStyle(document.querySelector('.modlab')).backgroundColor;
-  const all = '.modlab-how, .mod-name, .mod-value, .mod-tip div, .mod-token, .mod-note, .mod-field, '
-    + '.modlab-text-note, .mod-own-bar button, .modlab-own-area';
-  return [...document.querySelectorAll(all)].map(e => {
-    const s = getComputedStyle(e), own = s.backgroundColor;
-    const behind = own === 'rgba(0, 0, 0, 0)' ? ground : own;
-    const [a, b] = [lum(s.color), lum(behind)].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05); }); }"""
 
 
 @pytest.fixture
@@ -56,10 +45,6 @@ def show(lab: JupyterLab, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     for context in opened:
         context.close()
     assert not wrong
-
-
-def settle(page: Any) -> None:
-    page.evaluate("() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
 
 
 def set_threshold(page: Any, p: float) -> None:
@@ -263,6 +248,6 @@ def test_where_the_cache_alone_is_routed_every_token_runs(show: Callable[..., An
 
 
 def test_a_view_that_cannot_be_drawn_says_so(show: Callable[..., Any]) -> None:
-    html = make_trace().to_html().replace('"view": "explorer"', '"view": "nonsense"')
+    html = make_trace().to_html().replace('const VIEW = "explorer"', 'const VIEW = "nonsense"')
     page = show(html, may_fail=True)
     assert "could not be drawn" in page.locator("[role=alert]").inner_text()

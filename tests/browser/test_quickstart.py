@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.browser.conftest import ROOT
+from tests.browser.helpers import BRIGHT_LABELS, kernel, read, wait_measured
 from tests.browser.notebook_browser import BROKEN_WIDGET_TEXT, JupyterLab, Notebook
-from tests.browser.test_explorer import BRIGHT_LABELS, kernel, read, wait_measured
 from tests.helpers.notebook_promises import PROMISES
 
 pytestmark = pytest.mark.browser

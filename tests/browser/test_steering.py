@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.browser.helpers import MODEL, kernel
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
 
-SETUP = """\
-import modlab, pandas as pd
-from tests.conftest import routed_llama
-from tests.synthetic import make_tokenizer
-from modlab.widgets import CellFlip, Compare, Frontier, Thresholds
-model = routed_llama()
-tokenizer = make_tokenizer()
+SETUP = f"""\
+{MODEL}from modlab.widgets import CellFlip, Compare, Frontier, Thresholds
 text = "def run(x1):\\n    return the router decides which token runs and which token skips, 日本 🙂\\n" * 2
 flip = CellFlip(model, tokenizer, text)
 flip"""
@@ -45,10 +41,6 @@ def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
 
 def view(nb: Notebook, name: str) -> Any:
     return nb.page.locator(f".modlab[data-view={name}]")
-
-
-def kernel(nb: Notebook, expression: str) -> str:
-    return nb.python(f"print({expression})").strip()
 
 
 def settled(nb: Notebook, widget: str) -> None:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser.helpers import MODEL
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
 
-SETUP = """\
-import time, torch, modlab
-from tests.conftest import routed_llama
-model = routed_llama()
-batches = [{"input_ids": torch.randint(3, 500, (2, 32))} for _ in range(2000)]
+SETUP = f"""\
+{MODEL}import time, torch
+batches = [{{"input_ids": torch.randint(3, 500, (2, 32))}} for _ in range(2000)]
 panel = modlab.widgets.TrainingPanel(model, batches, modlab.TrainConfig(steps=2000, log_every=2))
 panel"""
 # JupyterLab answers widgets in a thread of their own, while a cell runs; other front ends do not.

@@ -17,7 +17,6 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.traces.routing_trace import RoutingTrace, encode, run_traced
-from modlab.widgets.pictures import page
 from tests.helpers.synthetic import make_tokenizer, make_trace, scatter_gates
 
 TEXT = "the router decides which token runs, 日本 🙂 and which one skips it\n  twice. "
@@ -250,13 +249,6 @@ def test_still_picture_of_a_long_text_stays_small() -> None:
     png = make_trace(20_000, 32).to_png()
     height, width, _ = read_png(png).shape
     assert height < 1200 and width == 960 and len(png) < 300_000
-
-
-@pytest.mark.parametrize("view", page.VIEWS)
-def test_script_is_one_module(view: str) -> None:
-    script = page.script(view)
-    assert script.count("export default") == 1 and "import " not in re.sub(r"//.*", "", script)
-    assert f"VIEWS.{view} = " in script and len(script) < 80_000
 
 
 def test_part_of_a_trace() -> None:

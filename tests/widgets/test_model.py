@@ -268,7 +268,7 @@ def test_each_has_a_page_and_a_picture(routed_model: Any, word_tokenizer: Any) -
         data, _ = widget._repr_mimebundle_()
         assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG"), widget
         html = widget.to_html()
-        assert html.startswith("<!doctype html>") and f'"view": "{widget.view}"' in html
+        assert html.startswith("<!doctype html>") and f'const VIEW = "{widget.view}"' in html
         assert '"can_run": false' in html and "http://www.w3.org" in html and "https://" not in html
         assert len(html) < 200_000
 

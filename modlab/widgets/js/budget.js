@@ -10,9 +10,11 @@ class Budget {
     el(box, "h3", "", "Find the threshold for");
     const mib = this.field(box, "a KV cache of", "modlab-want-mib", budget.mib, "any", "MiB");
     this.context = this.field(box, "for", "modlab-want-context", budget.context, 1, "tokens");
-    button(box, "Find", "find the threshold whose cache fits", () => this.ask({ kv_mib: Number(mib.value), context: Number(this.context.value) })).classList.add("modlab-calibrate-kv");
+    const fits = () => this.ask({ kv_mib: Number(mib.value), context: Number(this.context.value) });
+    button(box, "Find", "find the threshold whose cache fits", fits).classList.add("modlab-calibrate-kv");
     const ratio = this.field(box, "or for", "modlab-want-ratio", 25, 1, "% kept");
-    button(box, "Find", "find the threshold that keeps this share of the tokens", () => this.ask({ keep_ratio: Number(ratio.value) / 100 })).classList.add("modlab-calibrate-ratio");
+    const keeps = () => this.ask({ keep_ratio: Number(ratio.value) / 100 });
+    button(box, "Find", "find the threshold that keeps this share of the tokens", keeps).classList.add("modlab-calibrate-ratio");
     if (this.perLayer === undefined && store.model.get("layer_thresholds").length) {
       const label = el(box, "label", "mod-field");
       this.perLayer = el(label, "input", "modlab-each-layer");
@@ -30,7 +32,11 @@ class Budget {
     const label = el(box, "label", "mod-field", name), input = el(label, "input", cls);
     Object.assign(input, { type: "number", value, step, min: 0 });
     ownKeys(input);
-    input.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); box.querySelector(cls === "modlab-want-ratio" ? ".modlab-calibrate-ratio" : ".modlab-calibrate-kv").click(); } });
+    input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      box.querySelector(cls === "modlab-want-ratio" ? ".modlab-calibrate-ratio" : ".modlab-calibrate-kv").click();
+    });
     el(label, "span", "", unit);
     return input;
   }
@@ -39,7 +45,8 @@ class Budget {
 
   draw() {
     const { store } = this, { numLayers, R } = store, { token_bytes: each, index_bytes: index } = store.model.get("budget");
-    const tokens = Math.max(0, Math.floor(Number(this.context.value))), size = (layers) => `${number(Number(((layers * tokens) / MIB).toPrecision(3)))} MiB`;
+    const tokens = Math.max(0, Math.floor(Number(this.context.value)));
+    const size = (layers) => `${number(Number(((layers * tokens) / MIB).toPrecision(3)))} MiB`;
     const elsewhere = store.model.get("budget").sample ? " Find looks at the sample that was given in Python, not at this text." : "";
     const stored = (each + index) * R * store.stored(tokens), least = (each + index) * R * store.stored(tokens, 0);
     this.says.hidden = !tokens;

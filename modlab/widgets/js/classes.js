@@ -18,7 +18,9 @@ class Classes {
     this.bins.replaceChildren();
     this.tables.replaceChildren();
     const layers = model.get("layers"), summary = model.get("summary");
-    el(this.bins, "p", "", `${summary.tokens.toLocaleString("en")} tokens of ${summary.texts.toLocaleString("en")} texts; the routed layers keep ${percent(summary.keep_ratio)} of them on average. Numbers in the cells are per cent; few tokens make uncertain shares.`);
+    el(this.bins, "p", "", `${summary.tokens.toLocaleString("en")} tokens of ${summary.texts.toLocaleString("en")} texts; `
+      + `the routed layers keep ${percent(summary.keep_ratio)} of them on average. `
+      + "Numbers in the cells are per cent; few tokens make uncertain shares.");
     this.table("Kept, by class of token", "class", model.get("classes"), layers, summary.keep_ratio);
     this.table("Kept, by position in the text", "token", model.get("positions"), layers, summary.keep_ratio);
   }
@@ -47,7 +49,9 @@ class Classes {
         td.style.background = css(rgb);
         td.style.color = inkOn(rgb);
         const where = i < layers.length ? `layer ${layers[i]}` : "all routed layers";
-        const says = `${where} keeps ${percent(value)} of the ${row.tokens.toLocaleString("en")} ${first === "token" ? "tokens at " + row.name : "tokens of class " + row.name}${row.examples ? ", such as " + row.examples : ""}.`;
+        const which = first === "token" ? `tokens at ${row.name}` : `tokens of class ${row.name}`;
+        const such = row.examples ? `, such as ${row.examples}` : "";
+        const says = `${where} keeps ${percent(value)} of the ${row.tokens.toLocaleString("en")} ${which}${such}.`;
         td.title = says;
         td.addEventListener("pointerenter", () => { this.says.textContent = says; });
       });

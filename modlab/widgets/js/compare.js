@@ -1,4 +1,5 @@
 // The same prompt continued at two thresholds, side by side; what differs is marked.
+// uses: job
 
 class Compare {
   constructor(scene, parent) {
@@ -19,14 +20,17 @@ class Compare {
     this.length = el(length, "input", "modlab-new-tokens");
     Object.assign(this.length, { type: "number", min: 1, step: 1, value: model.get("max_new_tokens") });
     ownKeys(this.length);
-    this.length.addEventListener("change", () => { if (this.length.checkValidity() && this.length.value) model.set("max_new_tokens", Number(this.length.value)); });
+    this.length.addEventListener("change", () => {
+      if (this.length.checkValidity() && this.length.value) model.set("max_new_tokens", Number(this.length.value));
+    });
     this.job = new Job(scene, parent);
     this.sum = el(parent, "p", "modlab-compare-sum");
     this.sum.setAttribute("aria-live", "polite");
     const columns = el(parent, "section", "mod-columns");
     this.columns = [0, 1].map((i) => this.column(columns, i));
     for (const name of ["sides", "ps", "prompt", "max_new_tokens"]) scene.listen("change:" + name, () => scene.update());
-    for (const part of parent.querySelectorAll("textarea, .modlab-generate, .modlab-new-tokens, .modlab-side-p")) part.disabled = !model.get("can_run");
+    for (const part of parent.querySelectorAll("textarea, .modlab-generate, .modlab-new-tokens, .modlab-side-p"))
+      part.disabled = !model.get("can_run");
   }
 
   destroy() { this.job.destroy(); }
@@ -74,7 +78,8 @@ class Compare {
       const span = el(column.text, side.same[t] ? "span" : "mark", side.same[t] ? "" : "mod-differs", piece);
       if (!side.same[t] && piece.includes("\n")) span.classList.add("mod-newline");
     });
-    column.text.setAttribute("aria-label", `Continuation at p ${number(side.p)}, ${side.same.filter((s) => !s).length} of ${side.pieces.length} tokens differ`);
+    const differ = side.same.filter((s) => !s).length;
+    column.text.setAttribute("aria-label", `Continuation at p ${number(side.p)}, ${differ} of ${side.pieces.length} tokens differ`);
   }
 
   about(side) {

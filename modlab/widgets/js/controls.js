@@ -1,4 +1,5 @@
 // The explorer's slider and figures: dragging previews in the page, releasing asks for a real run.
+// uses: job figures
 
 class Controls {
   constructor(store, parent) {
@@ -18,7 +19,10 @@ class Controls {
     this.figures = new Figures(store, parent);
     this.slider.addEventListener("input", () => store.model.set("threshold", Number(this.slider.value)));
     // "change" comes on release of the mouse, but after every press of an arrow key: wait for the last one.
-    this.slider.addEventListener("change", () => { clearTimeout(this.timer); this.timer = setTimeout(() => this.job.ask({ type: "run", p: store.threshold }), 250); });
+    this.slider.addEventListener("change", () => {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.job.ask({ type: "run", p: store.threshold }), 250);
+    });
   }
 
   destroy() { clearTimeout(this.timer); this.job.destroy(); }

@@ -1,4 +1,5 @@
 // What a threshold costs and buys: K/V bytes and loss against p, with a marker at the current p.
+// uses: store
 
 class Curve {
   constructor(store, parent) {
@@ -61,7 +62,8 @@ class Curve {
     node(svg, "line", { x1: x(p), x2: x(p), y1: top - 6, y2: height - bottom, class: "mod-marker" });
     const at = interpolate(points, p, key);
     if (at !== null) node(svg, "circle", { cx: x(p), cy: y(at), r: 5, class: "mod-here" });
-    const says = at === null ? `p ${number(p)} lies outside the sweep` : `p ${number(p)}: ${points.some((d) => d.p === p) ? "" : "≈ "}${format(at)}`;
+    const about = points.some((d) => d.p === p) ? "" : "≈ ";
+    const says = at === null ? `p ${number(p)} lies outside the sweep` : `p ${number(p)}: ${about}${format(at)}`;
     node(svg, "text", { x: width - right, y: 14, "text-anchor": "end", class: "mod-here-text" }, says);
     svg.setAttribute("aria-label", `${title} against threshold. ${says}`);
   }

@@ -1,4 +1,5 @@
 // The explorer: every view of one text over one store.
+// uses: heatmap text path curve own_text controls budget
 
 VIEWS.explorer = {
   scene: Store, title: "Routing explorer", about,

@@ -14,11 +14,14 @@ class Figures {
     this.kept.value.textContent = percent(store.keepRatio);
     this.kept.more.textContent = `${store.R} of ${store.numLayers} layers are routed`;
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
-    this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller` + (preview ? "" : ", allocated");
+    this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller`
+      + (preview ? "" : ", allocated");
     const swept = preview && !store.model.get("layer_thresholds").length ? interpolate(store.model.get("points"), store.threshold, "loss") : null;
-    this.loss.value.textContent = summary.loss === null || (preview && swept === null) ? "–" : preview ? "≈ " + swept.toFixed(3) : summary.loss.toFixed(3);
+    this.loss.value.textContent = summary.loss === null || (preview && swept === null) ? "–"
+      : preview ? "≈ " + swept.toFixed(3) : summary.loss.toFixed(3);
     this.loss.more.textContent = summary.loss === null ? "one token predicts nothing"
-      : preview ? `${swept === null ? "" : "by the curve · "}${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}`
+      : preview ? (swept === null ? "" : "by the curve · ")
+        + `${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}`
       : "nats a token" + versus(summary);
     this.box.dataset.state = preview ? "preview" : "measured";
   }

@@ -1,4 +1,5 @@
 // Force a token through a layer, or past it, by a click, and see what that does to the loss and to the next token.
+// uses: heatmap text job own_text figures
 
 class FlipStore extends Store {
   constructor(model, root) {
@@ -62,15 +63,20 @@ class FlipEffect {
 
   draw() {
     const { store } = this, effect = store.model.get("effect"), flips = store.model.get("flips");
-    this.note.textContent = store.note || (store.model.get("can_run") ? "Click a cell (or press Enter on it) to force the token through the layer or past it; click it again to undo." : "Flipping cells needs a notebook with the model.");
+    this.note.textContent = store.note || (store.model.get("can_run")
+      ? "Click a cell (or press Enter on it) to force the token through the layer or past it; click it again to undo."
+      : "Flipping cells needs a notebook with the model.");
     this.note.hidden = this.job.running;
     this.job.draw();
     const change = (x, unit) => (x > 0 ? "+" : x < 0 ? "−" : "±") + unit(Math.abs(x));
     this.loss.value.textContent = effect.loss === null ? "–" : effect.loss.toFixed(4);
     this.loss.more.textContent = effect.loss === null ? "one token predicts nothing" : flips.length
-      ? `${change(effect.loss - effect.loss_before, (x) => x.toFixed(4))} nats a token, was ${effect.loss_before.toFixed(4)}` : "nats a token, nothing flipped";
+      ? `${change(effect.loss - effect.loss_before, (x) => x.toFixed(4))} nats a token, was ${effect.loss_before.toFixed(4)}`
+      : "nats a token, nothing flipped";
     this.kv.value.textContent = byteText(effect.kv_bytes);
-    this.kv.more.textContent = flips.length ? `${change(effect.kv_bytes - effect.kv_bytes_before, byteText)}, was ${byteText(effect.kv_bytes_before)}` : "allocated, nothing flipped";
+    this.kv.more.textContent = flips.length
+      ? `${change(effect.kv_bytes - effect.kv_bytes_before, byteText)}, was ${byteText(effect.kv_bytes_before)}`
+      : "allocated, nothing flipped";
     this.others.value.textContent = String(effect.others);
     this.others.more.textContent = "gates of later layers and tokens see another state";
     this.box.dataset.state = this.job.running ? "preview" : "measured";
@@ -90,7 +96,7 @@ class FlipList {
     this.box.replaceChildren();
     el(this.box, "h3", "", flips.length ? `Flipped cells: ${flips.length}` : "No cell is flipped");
     for (const [layer, t, keep] of flips) {
-      const text = `layer ${layer}, ${store.name(t)} (${t}): ${keep ? "kept" : store.left} ✕`;
+      const text = `layer ${layer}, ${store.name(t)} (${t}): ${keep ? "kept" : store.words.past} ✕`;
       button(this.box, text, `undo: layer ${layer}, token ${t}`, () => store.flip(layer, t));
     }
     if (flips.length > 1) button(this.box, "Undo all", "Undo all", () => store.setFlips([]));
@@ -143,7 +149,8 @@ class FlipDeltas {
     if (most) for (const [v, y] of [[most, 8], [-most, height - 8]]) g.fillText((v > 0 ? "+" : "−") + most.toFixed(2), left - 8, y);
     g.fillText("0", left - 8, mid);
     if (store.cursor >= 0) { g.strokeStyle = theme.accent; g.strokeRect(left + store.cursor * w - 0.5, 1, Math.max(w, 3), height - 2); }
-    this.most.textContent = where < 0 ? "nothing changed" : `largest: ${store.name(where)}, token ${where}, ${deltas[where] > 0 ? "+" : "−"}${most.toFixed(3)} nats`;
+    this.most.textContent = where < 0 ? "nothing changed"
+      : `largest: ${store.name(where)}, token ${where}, ${deltas[where] > 0 ? "+" : "−"}${most.toFixed(3)} nats`;
     this.canvas.setAttribute("aria-label", "Change of each token's loss. " + this.most.textContent);
   }
 }
@@ -184,4 +191,7 @@ class NextTokens {
   }
 }
 
-VIEWS.flip = { scene: FlipStore, title: "Flip a cell", about, parts: () => [OwnText, FlipEffect, Heatmap, FlipList, FlipDeltas, NextTokens, TokenText] };
+VIEWS.flip = {
+  scene: FlipStore, title: "Flip a cell", about,
+  parts: () => [OwnText, FlipEffect, Heatmap, FlipList, FlipDeltas, NextTokens, TokenText],
+};

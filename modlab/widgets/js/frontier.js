@@ -1,4 +1,5 @@
 // Loss against what it buys (bytes or milliseconds). The chosen point is dragged along the line; its p is the threshold.
+// uses: job
 
 const milliseconds = (v) => `${number(Number(v.toPrecision(3)))} ms`;
 const METRICS = {
@@ -16,7 +17,8 @@ class Frontier {
     ownKeys(this.choice);
     this.metrics = { ...METRICS };
     for (const other of model.get("elsewhere")) this.metrics[other.metric] = [other.title, milliseconds, other.note];
-    for (const [name, [title]] of Object.entries(this.metrics)) if (model.get("points").every((d) => Number.isFinite(d[name]))) el(this.choice, "option", "", title).value = name;
+    for (const [name, [title]] of Object.entries(this.metrics))
+      if (model.get("points").every((d) => Number.isFinite(d[name]))) el(this.choice, "option", "", title).value = name;
     this.choice.value = model.get("metric");
     this.choice.addEventListener("change", () => model.set("metric", this.choice.value));
     this.badge = el(head, "span", "modlab-badge");
@@ -27,7 +29,14 @@ class Frontier {
     this.plot = el(parent, "div", "mod-frontier");
     this.note = el(parent, "p", "mod-note modlab-frontier-note");
     for (const name of ["threshold", "applied", "metric", "points", "references"]) scene.listen("change:" + name, () => scene.update());
-    this.plot.addEventListener("pointerdown", (e) => { if (e.button === 0 && e.target.closest("svg")) { this.dragging = true; this.plot.setPointerCapture(e.pointerId); this.drag(e); e.preventDefault(); this.handle?.focus({ preventScroll: true }); } });
+    this.plot.addEventListener("pointerdown", (e) => {
+      if (e.button !== 0 || !e.target.closest("svg")) return;
+      this.dragging = true;
+      this.plot.setPointerCapture(e.pointerId);
+      this.drag(e);
+      e.preventDefault();
+      this.handle?.focus({ preventScroll: true });
+    });
     this.plot.addEventListener("pointermove", (e) => { if (this.dragging) this.drag(e); });
     this.plot.addEventListener("pointerup", () => { if (this.dragging) { this.dragging = false; this.release(); } });
     this.observer = new ResizeObserver(() => scene.update());
@@ -86,7 +95,8 @@ class Frontier {
     this.badge.textContent = !model.get("can_run") ? "chosen" : set === p ? "set in the model" : "not set yet";
     if (width < 160) return;
     const [title, format, note] = this.metrics[metric], at = this.place(p, metric), exact = points.some((d) => d.p === p);
-    this.says.textContent = `p ${number(p)}: ${exact ? "" : "≈ "}loss ${at.loss.toFixed(3)} nats a token, ${title} ${format(at[metric])}, keeps ${percent(at.keep_ratio)}` + this.versus(at, metric, references);
+    this.says.textContent = `p ${number(p)}: ${exact ? "" : "≈ "}loss ${at.loss.toFixed(3)} nats a token, ${title} ${format(at[metric])}, `
+      + `keeps ${percent(at.keep_ratio)}` + this.versus(at, metric, references);
     this.note.hidden = !note;
     this.note.textContent = note || "";
     const key = [width, p, metric, theme.key, points.length, JSON.stringify(references)].join();
@@ -95,18 +105,25 @@ class Frontier {
     this.drawnFor = key;
     this.plot.replaceChildren();
     const height = 330, left = 62, right = 26, top = 16, bottom = 46, all = [...points, ...references];
-    const range = (values) => { const a = Math.min(...values), b = Math.max(...values), m = (b - a || Math.abs(b) || 1) * 0.08; return [a - m, b + m]; };
+    const range = (values) => {
+      const low = Math.min(...values), high = Math.max(...values), margin = (high - low || Math.abs(high) || 1) * 0.08;
+      return [low - margin, high + margin];
+    };
     const [x0, x1] = range(all.map((d) => d[metric])), [y0, y1] = range(all.map((d) => d.loss));
-    const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right), y = (v) => height - bottom - ((v - y0) / (y1 - y0)) * (height - top - bottom);
+    const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right);
+    const y = (v) => height - bottom - ((v - y0) / (y1 - y0)) * (height - top - bottom);
     this.frame = { x, y, metric };
     const svg = node(this.plot, "svg", { width, height, class: "modlab-frontier" });
     for (const v of ticks(y0, y1, 5)) {
       node(svg, "line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "mod-grid" });
       node(svg, "text", { x: left - 8, y: y(v) + 4, "text-anchor": "end", class: "mod-tick" }, number(v));
     }
-    for (const v of (metric === "kv_bytes" ? byteTicks : ticks)(x0, x1, Math.max(3, Math.floor(width / 130)))) node(svg, "text", { x: x(v), y: height - bottom + 18, "text-anchor": "middle", class: "mod-tick" }, format(v));
-    node(svg, "text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "mod-plot-title" }, `${title}  (left is better)`);
-    const side = node(svg, "text", { transform: `translate(13 ${(height - bottom + top) / 2}) rotate(-90)`, "text-anchor": "middle", class: "mod-plot-title" }, "loss, nats a token  (lower is better)");
+    const middle = { "text-anchor": "middle" }, named = { ...middle, class: "mod-plot-title" };
+    for (const v of (metric === "kv_bytes" ? byteTicks : ticks)(x0, x1, Math.max(3, Math.floor(width / 130))))
+      node(svg, "text", { x: x(v), y: height - bottom + 18, ...middle, class: "mod-tick" }, format(v));
+    node(svg, "text", { x: (left + width - right) / 2, y: height - 6, ...named }, `${title}  (left is better)`);
+    const turned = { transform: `translate(13 ${(height - bottom + top) / 2}) rotate(-90)` };
+    const side = node(svg, "text", { ...turned, ...named }, "loss, nats a token  (lower is better)");
     side.setAttribute("aria-hidden", "true");
     node(svg, "polyline", { points: points.map((d) => `${x(d[metric])},${y(d.loss)}`).join(" "), class: "mod-line" });
     let labelled = [];
@@ -136,13 +153,14 @@ class Frontier {
     const base = references.find((d) => d.name.startsWith("dense"));
     if (!base) return ".";
     const loss = at.loss - base.loss;
-    return `; against ${base.name}: ${(base[metric] / at[metric]).toFixed(2)}x ${metric === "kv_bytes" ? "smaller" : "faster"}, loss ${loss < 0 ? "−" : "+"}${Math.abs(loss).toFixed(3)}.`;
+    return `; against ${base.name}: ${(base[metric] / at[metric]).toFixed(2)}x ${metric === "kv_bytes" ? "smaller" : "faster"}, `
+      + `loss ${loss < 0 ? "−" : "+"}${Math.abs(loss).toFixed(3)}.`;
   }
 
   // Every column at p: between its neighbours, straight.
   place(p, metric) {
-    const { points } = this, found = {};
-    for (const name of ["loss", "keep_ratio", metric]) found[name] = interpolate(points, p, name) ?? points[p < points[0].p ? 0 : points.length - 1][name];
+    const { points } = this, found = {}, end = points[p < points[0].p ? 0 : points.length - 1];
+    for (const name of ["loss", "keep_ratio", metric]) found[name] = interpolate(points, p, name) ?? end[name];
     return found;
   }
 }

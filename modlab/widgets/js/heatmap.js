@@ -1,6 +1,7 @@
 // Tokens from left to right, layers from top to bottom. A full cell is a token that the layer ran, a thin line
 // one that passed by; so the decision shows without colour, and colour shows the gate. Only what is in view is
 // drawn, as pixels (raster.js).
+// uses: store raster
 
 const WIDEST = 40; // CSS pixels of a token, zoomed in
 
@@ -9,17 +10,17 @@ class Heatmap {
     this.store = store;
     this.box = el(parent, "section", "mod-heat");
     const head = el(this.box, "div", "mod-head");
-    const stores = store.cacheAlone;
-    el(head, "h3", "", stores ? "Which layer keeps which token's keys and values" : "Which layer runs which token");
+    const { words } = store;
+    el(head, "h3", "", words.title);
     const key = el(head, "span", "mod-key");
-    for (const [name, text] of [["runs", stores ? "kept" : "runs"], ["skips", stores ? "dropped" : "skips"], ["dense", "dense layer"]]) {
+    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ["dense", "dense layer"]]) {
       const sample = el(key, "i", "mod-key-" + name);
       if (name === "runs") this.sample = sample;
       el(key, "span", "", text);
     }
     this.zooms = el(head, "span", "mod-zooms");
-    for (const [sign, text, act] of [["−", "zoom out", () => this.zoom(1 / 1.5)], ["+", "zoom in", () => this.zoom(1.5)], ["⇔", "show all tokens", () => this.zoom(0)]])
-      button(this.zooms, sign, text, act);
+    for (const [sign, text, factor] of [["−", "zoom out", 1 / 1.5], ["+", "zoom in", 1.5], ["⇔", "show all tokens", 0]])
+      button(this.zooms, sign, text, () => this.zoom(factor));
     this.legend = el(head, "canvas", "mod-legend");
     this.legend.setAttribute("role", "img");
     const frame = el(this.box, "div", "mod-frame");
@@ -148,7 +149,8 @@ class Heatmap {
     this.canvas.dataset.state = store.preview ? "preview" : "measured";
     this.canvas.setAttribute("aria-label",
       `Routing heatmap, ${T} tokens by ${store.numLayers} layers, ${store.R} of them routed. At threshold ${number(store.threshold)} ` +
-      `${percent(store.keepRatio)} of the tokens are kept in the routed layers. Arrow keys move over the cells, Enter locks, Escape clears, plus and minus zoom, 0 shows all.`);
+      `${percent(store.keepRatio)} of the tokens are kept in the routed layers. Arrow keys move over the cells, Enter locks, ` +
+      "Escape clears, plus and minus zoom, 0 shows all.");
   }
 
   drawAxis(g, m, first, last, shift) {

@@ -58,7 +58,8 @@ function readTheme(root) {
     key: read("--mod-surface") + read("--mod-ink") + read("--mod-accent"),
     dark: 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 128,
     ink: read("--mod-ink"), faint: read("--mod-faint"), line: read("--mod-line"), dense: read("--mod-dense"),
-    accent: read("--mod-accent"), better: read("--mod-better"), worse: read("--mod-worse"), font: style.fontFamily, groundRgb: rgb, accentRgb: parseColour(read("--mod-accent")),
+    accent: read("--mod-accent"), better: read("--mod-better"), worse: read("--mod-worse"),
+    font: style.fontFamily, groundRgb: rgb, accentRgb: parseColour(read("--mod-accent")),
   };
 }
 

@@ -61,8 +61,8 @@ class Job {
       this.text.textContent = this.gone ? "No kernel answers: run the cell again." : "Stopped. What shows is the state before.";
       return;
     }
-    const text = this.late && this.waiting ? "Asked the kernel, no answer yet. It may be busy, or not running." : state.text || "Waiting for the model";
-    this.text.textContent = text;
+    this.text.textContent = this.late && this.waiting ? "Asked the kernel, no answer yet. It may be busy, or not running."
+      : state.text || "Waiting for the model";
     if (state.fraction > 0 && !this.waiting) this.bar.value = state.fraction;
     else this.bar.removeAttribute("value");
   }

@@ -74,7 +74,8 @@ class OwnText {
     const text = this.area.value;
     if (!text) return this.say("There is no text yet: paste one, or open a file.");
     if (text.length > MOST_CHARACTERS)
-      return this.say(`The text has ${text.length.toLocaleString("en")} characters; at most ${MOST_CHARACTERS.toLocaleString("en")} can be sent. Paste a part of it.`);
+      return this.say(`The text has ${text.length.toLocaleString("en")} characters; `
+        + `at most ${MOST_CHARACTERS.toLocaleString("en")} can be sent. Paste a part of it.`);
     this.say("");
     this.before = this.store.tokens;
     this.asked = this.store.job.ask({ type: "text", text }) && this.store.job.sent;

@@ -1,4 +1,5 @@
 // One token through the depth: which layers it ran, the gate of each, what it left in the cache.
+// uses: store
 
 class TokenPath {
   constructor(store, parent) {
@@ -44,9 +45,10 @@ class TokenPath {
   sentence(t) {
     const { store } = this, ran = store.numLayers - store.R + store.count[t], bytes = store.summary.token_bytes;
     const loss = t > 0 && Number.isFinite(store.losses[t]) ? ` Its loss was ${store.losses[t].toFixed(2)} nats.` : "";
-    if (store.cacheAlone)
-      return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran} when it is not recent, ` +
-        `${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}.${loss}` + (store.preview ? " (preview)" : "");
+    if (store.words.runs)
+      return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran} `
+        + `when it is not recent, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}.${loss}`
+        + (store.preview ? " (preview)" : "");
     const left = bytes ? `left keys and values in ${ran} of them, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}`
       : "left keys and values in all of them";
     return `${store.name(t)}, token ${t.toLocaleString("en")}, ran ${ran} of ${store.numLayers} layers and ${left}.${loss}` +
@@ -72,7 +74,7 @@ class TokenPath {
       const row = store.rowOf[i], dense = row < 0, kept = t >= 0 && (dense || store.kept(row, t));
       if (i % everyLabel === 0 || i === chosen)
         node(svg, "text", { x: x(i), y: height - 4, "text-anchor": "middle", class: i === chosen ? "mod-plot-title" : "mod-tick" }, String(i));
-      const runs = kept || store.cacheAlone;
+      const runs = kept || store.words.runs;
       if (t < 0 || runs) path += ` L ${x(i)} ${way}`;
       else path += ` L ${x(i) - each / 2} ${way} Q ${x(i)} ${way - 26} ${x(i) + each / 2} ${way}`; // passes by
       if (t < 0) continue;
@@ -87,7 +89,8 @@ class TokenPath {
       node(group, "rect", { x: x(i) - box / 2, y: way - box / 2, width: box, height: box, rx: 3,
         ...(runs ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
       const stays = kept || !store.summary.token_bytes;
-      node(group, "rect", { x: x(i) - box / 2, y: cache - 6, width: box, height: 12, rx: 1, ...(stays ? { fill: theme.ink } : { class: "mod-hollow" }) });
+      const filled = stays ? { fill: theme.ink } : { class: "mod-hollow" };
+      node(group, "rect", { x: x(i) - box / 2, y: cache - 6, width: box, height: 12, rx: 1, ...filled });
       if (i === chosen) node(group, "rect", { x: x(i) - each / 2, y: 2, width: each, height: height - 18, class: "mod-chosen" });
       const text = dense ? `layer ${i}: dense, every token runs` : store.describe(t, i)[2];
       node(group, "title", {}, text);

@@ -1,10 +1,10 @@
-// The two ways in: `render` for anywidget, `showPage` for a page of its own. VIEWS (filled by views.js) says what each
-// view is made of.
+// The two ways in: `render` for anywidget, `showPage` for a page of its own. What VIEW is made of its file has put into
+// VIEWS (pictures/script.py puts the files together).
 
 function show(model, parent) {
-  const root = el(parent, "div", "modlab"), name = model.get("view"), view = VIEWS[name];
-  if (!view) throw new Error(`there is no view ${name}`);
-  root.dataset.view = name;
+  const root = el(parent, "div", "modlab"), view = VIEWS[VIEW];
+  if (!view) throw new Error(`there is no view ${VIEW}`);
+  root.dataset.view = VIEW;
   const store = new view.scene(model, root);
   if (view.title) {
     const title = el(root, "header", "mod-title");

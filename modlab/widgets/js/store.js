@@ -1,4 +1,5 @@
 // The state that all views of one trace share: the recorded gates, the thresholds, the decisions, the selection.
+// uses: selection
 
 const KEPT = 0x8000, LEVEL = 0x3fff;
 
@@ -181,11 +182,8 @@ class Store extends Scene {
     return t ? "(rest of a character)" : "(start of the text)";
   }
 
-  // Whether every token runs and the cache alone is routed.
-  get cacheAlone() { return this.summary?.skip === "kv"; }
-
-  // What a token is in a layer that does not keep it.
-  get left() { return this.cacheAlone ? "dropped" : "skipped"; }
+  // What is said and drawn of a token that a layer does not keep (pictures/words.py).
+  get words() { return this.summary.words; }
 
   // One sentence a line on a token, and on its cell in `layer` if that is >= 0.
   describe(t, layer) {
@@ -196,7 +194,7 @@ class Store extends Scene {
       const gate = this.gate(row, t), kept = this.kept(row, t), p = this.p(row), forced = this.forced.get(row * this.T + t);
       const always = forced === undefined && t < this.keepFirst && gate < p;
       const versus = always || forced !== undefined ? "" : ` ${gate >= p ? "≥" : "<"} p ${number(p)}`;
-      lines.push(`layer ${layer}: gate ${gate.toFixed(3)}${versus}, ${kept ? "kept" : this.left}${forced === undefined ? "" : " by you"}`);
+      lines.push(`layer ${layer}: gate ${gate.toFixed(3)}${versus}, ${kept ? "kept" : this.words.past}${forced === undefined ? "" : " by you"}`);
       if (always) lines.push(`the first ${this.keepFirst} tokens are always kept`);
     }
     lines.push(`kept by ${this.count[t]} of ${this.R} routed layers`);

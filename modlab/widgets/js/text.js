@@ -1,4 +1,5 @@
 // The text itself, coloured by how many routed layers keep each token, or by one layer's decision.
+// uses: store
 
 const CHUNK = 400; // tokens that are coloured together when they come into view
 
@@ -62,7 +63,7 @@ class TokenText {
     }
     this.choice.replaceChildren();
     this.option(-1, "number of routed layers that keep it");
-    for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or ${store.left}`);
+    for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or ${store.words.past}`);
   }
 
   option(value, text) { el(this.choice, "option", "", text).value = value; }
@@ -117,7 +118,7 @@ class TokenText {
 
   drawLegend() {
     const { store } = this, single = store.textLayer >= 0 || store.R < 2;
-    const steps = single ? [[0, store.left], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${store.R} of ${store.R}`]];
+    const steps = single ? [[0, store.words.past], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${store.R} of ${store.R}`]];
     this.legend.replaceChildren();
     for (const [share, text] of steps) {
       const sample = el(this.legend, "span", "mod-token mod-swatch", "a");

@@ -1,4 +1,5 @@
 // One threshold for all layers and one for each: dragging previews in the page, releasing measures.
+// uses: heatmap job own_text figures budget
 
 class ThresholdSliders {
   constructor(store, parent) {
@@ -18,7 +19,8 @@ class ThresholdSliders {
       el(line, "span", "mod-layer-name", `layer ${layer}`);
       const bins = el(line, "canvas", "mod-layer-bins");
       bins.setAttribute("aria-hidden", "true");
-      const slider = this.slider(line, "modlab-layer-threshold", `threshold of layer ${layer}`, (p) => this.set(this.ps.map((old, i) => (i === row ? p : old))));
+      const set = (p) => this.set(this.ps.map((old, i) => (i === row ? p : old)));
+      const slider = this.slider(line, "modlab-layer-threshold", `threshold of layer ${layer}`, set);
       return { slider, bins, value: el(line, "output", "mod-layer-p"), kept: el(line, "span", "mod-layer-kept") };
     });
     this.figures = new Figures(store, parent);
@@ -51,8 +53,9 @@ class ThresholdSliders {
     const state = running ? "running" : preview ? "preview" : "measured";
     this.badge.dataset.state = state;
     this.badge.textContent = { running: "working …", preview: "preview", measured: "measured" }[state];
-    this.how.textContent = preview ? "Preview from the gates of the last run; in a real run the gates of later layers change too. "
-      + (store.model.get("can_run") ? "Release the slider for one." : "That needs a notebook with the model.") : "Measured: the model ran this text with these thresholds.";
+    const how = store.model.get("can_run") ? "Release the slider for one." : "That needs a notebook with the model.";
+    this.how.textContent = preview ? `Preview from the gates of the last run; in a real run the gates of later layers change too. ${how}`
+      : "Measured: the model ran this text with these thresholds.";
     this.how.hidden = running;
     this.each.forEach(({ slider, value, kept, bins }, row) => {
       if (document.activeElement !== slider || Math.abs(Number(slider.value) - ps[row]) > 0.0026) slider.value = ps[row];

@@ -1,4 +1,5 @@
 // A training run while it goes: loss, keep ratio of every routed layer, and the buttons that start, pause and stop it.
+// uses: figures
 
 class Training {
   constructor(scene, parent) {
@@ -57,7 +58,7 @@ class Training {
     this.text.textContent = progress.text;
     this.error.hidden = !progress.error;
     this.error.textContent = progress.error || "";
-    const columns = model.get("columns"), data = this.read(columns), last = (name) => { const v = data[name]; return v?.length ? v[v.length - 1] : NaN; };
+    const columns = model.get("columns"), data = this.read(columns), last = (name) => data[name]?.at(-1) ?? NaN;
     const shown = (v, format) => (Number.isFinite(v) ? format(v) : "–");
     this.loss.value.textContent = shown(last("loss"), (v) => v.toFixed(3));
     const held = (data.eval_loss || []).filter(Number.isFinite).pop();
@@ -73,9 +74,10 @@ class Training {
     if (!data.step?.length) return el(this.plots, "p", "mod-note", "The curves begin with the first log line.");
     const each = width >= 640 ? (width - 24) / 2 : width, layers = columns.filter((name) => /^keep_\d+$/.test(name));
     this.plot(each, "loss, nats a token", data, [["loss", "", "mod-line"], ["eval_loss", "held out", "mod-line mod-held"]], null, (v) => number(v));
+    const shade = (i) => css(ramp(layers.length > 1 ? 0.25 + (0.75 * i) / (layers.length - 1) : 0.8, this.scene.theme.dark));
     if (layers.length)
       this.plot(each, "kept by each routed layer", data, [
-        ...layers.map((name, i) => [name, name.slice(5), "mod-thin", css(ramp(layers.length > 1 ? 0.25 + (0.75 * i) / (layers.length - 1) : 0.8, this.scene.theme.dark))]),
+        ...layers.map((name, i) => [name, name.slice(5), "mod-thin", shade(i)]),
         ["keep_ratio", "mean", "mod-line"], ["target", "target", "mod-aim"]], [0, 1], percent);
   }
 
@@ -91,14 +93,16 @@ class Training {
     let [low, high] = range || [Math.min(...values), Math.max(...values)];
     if (!range) { const m = (high - low || Math.abs(high) || 1) * 0.08; low -= m; high += m; }
     const from = Math.min(...steps), to = Math.max(...steps);
-    const x = (v) => left + ((v - from) / (to - from || 1)) * (width - left - right), y = (v) => height - bottom - ((v - low) / (high - low)) * (height - top - bottom);
+    const x = (v) => left + ((v - from) / (to - from || 1)) * (width - left - right);
+    const y = (v) => height - bottom - ((v - low) / (high - low)) * (height - top - bottom);
     const svg = node(this.plots, "svg", { width, height, role: "img", class: "modlab-curve" });
     node(svg, "text", { x: left, y: 14, class: "mod-plot-title" }, title);
     for (const v of ticks(low, high, 4)) {
       node(svg, "line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "mod-grid" });
       node(svg, "text", { x: left - 8, y: y(v) + 4, "text-anchor": "end", class: "mod-tick" }, format(v));
     }
-    for (const v of to > from ? ticks(from, to, 5) : [from]) node(svg, "text", { x: x(v), y: height - bottom + 16, "text-anchor": "middle", class: "mod-tick" }, v.toLocaleString("en"));
+    for (const v of to > from ? ticks(from, to, 5) : [from])
+      node(svg, "text", { x: x(v), y: height - bottom + 16, "text-anchor": "middle", class: "mod-tick" }, v.toLocaleString("en"));
     node(svg, "text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle", class: "mod-tick" }, "step");
     const ends = [];
     for (const [name, label, cls, stroke] of lines) {

@@ -1,4 +1,4 @@
-"""What the browser gets: script, styles, the data of one trace, and the page that needs no Jupyter."""
+"""What the browser gets: the data of one trace, and the page that needs no Jupyter."""
 
 from __future__ import annotations
 
@@ -6,61 +6,20 @@ import base64
 import hashlib
 import html
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modlab.errors import ModlabError
+from modlab.widgets.pictures.script import GRID, script, styles
+from modlab.widgets.pictures.words import words
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from modlab.traces.routing_trace import RoutingTrace
 
-GRID = 10_000  # gates reach the browser in steps of 1/GRID
 MAX_TOKENS = 65_536
-
-# Viridis at nine equal steps (matplotlib's values): luminance grows evenly, so it reads in grey and for the
-# colour-blind. Pictures on a light ground use it from the other end.
-RAMP = [
-    [68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141],
-    [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37],
-]  # fmt: skip
-
-_JS = Path(__file__).parents[1] / "js"
-_TRACE = ("selection", "store")  # what every view of a trace builds on
-_MAP = ("raster", "heatmap")
-_RUN = ("job", "own_text", "figures")  # what a view of a text and a model has
-_PARTS = {
-    "heatmap": (*_TRACE, *_MAP),
-    "text": (*_TRACE, "text"),
-    "path": (*_TRACE, "path"),
-    "curve": (*_TRACE, "curve"),
-    "explorer": (*_TRACE, *_MAP, "text", "path", "curve", *_RUN, "budget", "controls", "explorer"),
-    "flip": (*_TRACE, *_MAP, "text", *_RUN, "flip"),
-    "thresholds": (*_TRACE, *_MAP, *_RUN, "budget", "thresholds"),
-    "compare": ("job", "compare"),
-    "frontier": (*_TRACE, "curve", "job", "frontier"),
-    "training": ("figures", "training"),
-    "classes": ("classes",),
-}
-
-
-VIEWS = tuple(_PARTS)
-"""Names of the views, as `script` and the trait `view` know them."""
-
-
-def script(view: str) -> str:
-    """The ES module of one view: the files of js/ that it needs, no more, as each saved widget has a copy."""
-    head = f"const GRID = {GRID};\nconst RAMP = {json.dumps(RAMP)};\nconst VIEWS = {{}};\n"
-    names = ("helpers", "scene", *_PARTS[view], "render")
-    return head + "\n".join((_JS / f"{name}.js").read_text(encoding="utf-8") for name in names)
-
-
-def styles() -> str:
-    """The style sheet of all views."""
-    return (_JS / "style.css").read_text(encoding="utf-8")
 
 
 def gate_bytes(trace: RoutingTrace) -> bytes:
@@ -104,16 +63,16 @@ def summary(
     trace: RoutingTrace, kv_bytes: int | None = None, dense_bytes: int | None = None
 ) -> dict[str, Any]:
     """The figures of the traced run. K/V bytes: allocated ones if given, else the kept tokens' own."""
-    dense = trace.kv_bytes_per_token * trace.num_layers * len(trace.tokens)
+    dense, said = trace.kv_bytes_per_token * trace.num_layers * len(trace.tokens), words(trace.skip)
     return {
         "p": representative_threshold(trace),
         "ps": [float(x) for x in trace.thresholds],
         "varies": bool(len(trace.thresholds)) and float(np.ptp(trace.thresholds)) > 0,
         "kv_bytes": round(dense / trace.kv_saving) if kv_bytes is None else int(kv_bytes),
         "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
-        "token_bytes": 0 if trace.skip == "mlp" else trace.kv_bytes_per_token,
+        "token_bytes": said["saves"] * trace.kv_bytes_per_token,
         "recent": trace.keep_recent,
-        "skip": trace.skip,
+        "words": said,
         "loss": None if np.isnan(trace.mean_loss) else trace.mean_loss,
         "model": trace.model,
     }
@@ -162,12 +121,12 @@ def html_page(view: str, values: dict[str, Any], title: str) -> str:
     """A whole page for one view: its widget without a kernel, nothing loaded from outside.
 
     Args:
-        view: its name in js/.
+        view: its file in js/.
         values: its traits; bytes travel as base64.
         title: of the page.
     """
     binary = [name for name, value in values.items() if isinstance(value, bytes)]
-    data = {**values, "view": view, **{n: base64.b64encode(values[n]).decode("ascii") for n in binary}}
+    data = {**values, **{n: base64.b64encode(values[n]).decode("ascii") for n in binary}}
     # "<" is escaped because a token may well be "</script>".
     embedded = json.dumps(data).replace("<", "\\u003c")
     return f"""<!doctype html>

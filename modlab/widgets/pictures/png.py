@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modlab.widgets.pictures.page import RAMP
+from modlab.widgets.pictures.script import RAMP
+from modlab.widgets.pictures.words import words
 
 if TYPE_CHECKING:
     from modlab.traces.routing_trace import RoutingTrace
@@ -100,7 +101,7 @@ def heatmap_png(trace: RoutingTrace, points: list[dict[str, float]] | None = Non
         heading += [f"LOSS {trace.mean_loss:.3f}"]
     heading += [f"{tokens} TOKENS" + (f", FIRST {shown} SHOWN" if shown < tokens else "")]
     picture.text(left, 14, "   ".join(heading))
-    _legend(picture, left, 34, trace.skip == "kv")
+    _legend(picture, left, 34, words(trace.skip))
 
     for index in range(bands):
         start, y = index * columns, top + index * band
@@ -150,12 +151,11 @@ def _band(
     picture.text(left - 20, bottom + 6, "LAYER", FAINT, 1)
 
 
-def _legend(picture: Picture, x: int, y: int, stores: bool) -> None:
-    """`stores`: every token runs, the cache alone is routed."""
+def _legend(picture: Picture, x: int, y: int, said: dict[str, Any]) -> None:
     picture.rect(x, y, 20, 11, colour_of(0.8))
-    picture.text(x + 28, y, f"TOKEN {'KEPT' if stores else 'RUNS'}, DARKER = HIGHER GATE", FAINT)
+    picture.text(x + 28, y, f"{said['legend_kept']}, darker = higher gate", FAINT)
     picture.rect(x + 310, y + 5, 20, 1.6, LINE)
-    picture.text(x + 338, y, "DROPPED FROM CACHE" if stores else "TOKEN SKIPS THE LAYER", FAINT)
+    picture.text(x + 338, y, said["legend_left"], FAINT)
     picture.rect(x + 530, y, 20, 11, DENSE)
     picture.text(x + 558, y, "DENSE LAYER", FAINT)
 
