@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before modlab's kernels are defined: they run on the CPU
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modlab
 from modlab.families.proof import FreshProcess
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import alternate_layers, dense_llama, routed_llama
+from tests.helpers.tokenizers import make_tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers, each with as many threads as cores, wait for each other more than they compute.
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long",
         action="store_true",
-        help="run the tests marked long too: whole pipelines and compilations, half a minute and more each",
+        help="run the tests marked long too, half a minute and more each, and more examples of each property",
     )
 
 
@@ -45,50 +45,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="long: run with --long"))
 
 
-def tiny_config(**changes: object) -> LlamaConfig:
-    sizes: dict[str, object] = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return LlamaConfig(**{**sizes, **changes})
-
-
-def alternate_layers(**fields: Any) -> modlab.MoDConfig:
-    """Every other layer, skipped whole unless `fields` say what else."""
-    return modlab.MoDConfig(**{"skip": "layer", "layers": "alternate", **fields})
-
-
 @pytest.fixture
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """Makes a tiny dense Llama with random weights; keyword arguments change its config."""
-
-    def make(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(tiny_config(**changes)).eval()
-
-    return make
+    return dense_llama
 
 
 @pytest.fixture
-def tiny_llama(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+def tiny_llama() -> LlamaForCausalLM:
     """A tiny converted Llama: 6 layers, 1, 3 and 5 routed, all gates open."""
-    return modlab.convert(make_llama(), alternate_layers())
-
-
-def routed_llama() -> LlamaForCausalLM:
-    """The tiny converted Llama with random routers: its gates differ from token to token."""
-    torch.manual_seed(0)
-    model = modlab.convert(LlamaForCausalLM(tiny_config()).eval(), alternate_layers())
-    scatter_gates(model)
-    return model
+    return modlab.convert(dense_llama(), alternate_layers())
 
 
 @pytest.fixture

@@ -15,16 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modlab import data
 from modlab.errors import ModlabError
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789\n ._()=:"
-
-
-def character_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
-    """One token a character; `<s>` is 0, `</s>` is 1, unknown is 2."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *LETTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+from tests.helpers.tokenizers import character_tokenizer
 
 
 @pytest.fixture(scope="module")

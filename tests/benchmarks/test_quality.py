@@ -20,7 +20,7 @@ from benchmarks.quality.report import read_runs, rows_of
 from modlab.cache.stored import unbounded_keep_ratio
 from modlab.routing.state import routing_override
 from modlab.training.loop import TrainConfig, train
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import scatter_gates
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 8

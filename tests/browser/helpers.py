@@ -8,8 +8,9 @@ from tests.browser.notebook_browser import Notebook
 
 MODEL = """\
 import modlab
-from tests.conftest import routed_llama
-from tests.helpers.synthetic import make_tokenizer, make_trace
+from tests.helpers.models import routed_llama
+from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.traces import make_trace
 model, tokenizer = routed_llama(), make_tokenizer()
 """
 """First lines of a notebook on the tiny converted Llama."""

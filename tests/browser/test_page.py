@@ -11,7 +11,7 @@ from modlab.traces.routing_trace import RoutingTrace
 from modlab.widgets import RoutingHeatmap, TokenPath, TokenText
 from tests.browser.helpers import CONTRASTS, settle
 from tests.browser.notebook_browser import JupyterLab
-from tests.helpers.synthetic import make_trace
+from tests.helpers.traces import make_trace
 
 pytestmark = pytest.mark.browser
 HEATMAP = "canvas.modlab-heatmap"

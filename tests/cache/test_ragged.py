@@ -1,7 +1,6 @@
 """The ragged cache stores kept tokens and nothing else, and behaves as a cache of transformers."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,24 +9,9 @@ from transformers import DynamicCache
 import modlab
 from modlab.cache.ragged import NO_KEY, RaggedLayer
 from modlab.errors import ModlabError
+from tests.helpers.routing import IDS, MASK, expected_kept, random_routing
 
-IDS = torch.randint(3, 512, (3, 40), generator=torch.Generator().manual_seed(1))
-MASK = torch.ones_like(IDS)
-MASK[1, :9] = 0
-MASK[2, :21] = 0
 INDEX_BYTES = 4  # one int32 column a stored token
-
-
-def random_routing(share: float = 0.4) -> Callable:
-    """Keeps a token by its layer and its index in the row: the same tokens in any batch, padding and
-    chunking.
-    """
-
-    def decide(layer_idx, gate, position_ids):
-        table = torch.rand(4096, generator=torch.Generator().manual_seed(layer_idx)) < share
-        return table[position_ids.clamp(min=0)]
-
-    return decide
 
 
 def token_bytes(model) -> int:
@@ -44,17 +28,6 @@ def routed(tiny_llama):
 
 def run(model, ids, mask=None, cache=None):
     return model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-
-
-def expected_kept(model, mask) -> torch.Tensor:
-    rows = []
-    for layer in range(model.config.num_hidden_layers):
-        if layer in model.mod.layers:
-            keep = random_routing()(layer, None, mask.cumsum(1) - 1) & mask.bool()
-            rows.append(keep.sum(1))
-        else:
-            rows.append(torch.full((len(mask),), mask.shape[1]))
-    return torch.stack(rows)
 
 
 def test_stored_bytes_equal_kept_tokens_after_prefill(routed) -> None:

@@ -9,7 +9,7 @@ import modlab
 from modlab.cache.stored import MIB, keep_ratio_for, token_bytes
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from tests.conftest import alternate_layers
+from tests.helpers.models import alternate_layers
 
 CONTEXT = 200
 

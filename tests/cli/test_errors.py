@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTra
 
 from modlab import cli
 from modlab.errors import ModlabError
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

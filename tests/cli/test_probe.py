@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 import modlab
 from modlab import cli
-from tests.conftest import alternate_layers, tiny_config
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates, tiny_config
+from tests.helpers.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,6 @@ def test_mistakes_are_explained(folder, words, capsys, tmp_path):
     assert "not a list of whole numbers such as 256,1024" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_demo_pair():
     """Both models of the pair on text that neither has been trained on."""
     text = Path(modlab.__file__).with_name("data.py").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ import modlab
 from modlab import cli
 from modlab.cli import flags
 from modlab.training.config import TrainConfig
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("lab", "convert", "train", "eval", "probe", "sweep", "bench")
@@ -215,7 +215,6 @@ def test_sweep_writes_table_and_page(converted: Path, tmp_path: Path) -> None:
     assert not re.search(r'<script[^>]+src="http', page), "the page must not need a network"
 
 
-@pytest.mark.slow
 def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tmp_path: Path) -> None:
     words = ["train", source, "--data", corpus, "--out", "run", "--batch-size", "2", "--log-every", "1"]
     words += ["--heldout-tokens", "512", "--recipe", "speed", "--kv-saving", "1.5", "--steps", "4"]
@@ -313,7 +312,6 @@ def test_lab_lists_the_notebooks_and_finds_one_by_name_or_number(capsys: pytest.
         lab.find_guide("t")
 
 
-@pytest.mark.slow
 def test_lab_opens_the_quickstart_in_a_real_jupyterlab(tmp_path: Path) -> None:
     environment = {
         **os.environ,

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import modlab
 from modlab.errors import ModlabError
-from tests.conftest import alternate_layers
+from tests.helpers.models import alternate_layers
 
 IDS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(1))
 

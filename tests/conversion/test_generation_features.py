@@ -25,7 +25,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.execution.reference import masked_execution
 from modlab.hf.cache_argument import cache_argument
-from tests.cache.test_ragged import random_routing
+from tests.helpers.routing import random_routing
 
 PROMPT = "def read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write(path"
 OTHER = "import os\n\nfor name in os"

@@ -13,9 +13,9 @@ from transformers.quantizers import quantizer_quanto
 import modlab
 from modlab.errors import ModlabError
 from modlab.execution.reference import masked_execution
-from tests.cache.test_ragged import IDS, MASK, random_routing
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.routing import IDS, MASK, random_routing
+from tests.helpers.tokenizers import make_tokenizer
 
 NEW = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 

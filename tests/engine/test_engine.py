@@ -24,22 +24,22 @@ from modlab.engine.choice import best_token
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.cache_argument import cache_argument
-from tests.conftest import alternate_layers
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
     both_ways,
     generated,
+    llama_on_device,
     prompts,
-    routed_llama,
     stored_at_thresholds,
 )
+from tests.helpers.models import alternate_layers
 
 
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
 @pytest.mark.parametrize("lengths", [(1,), (17,), (30, 3, 12)], ids=str)
-def test_same_tokens_as_the_ordinary_path(make_llama: Any, gate: str, lengths: tuple[int, ...]) -> None:
-    last = both_ways(routed_llama(make_llama, gate), prompts(*lengths))
+def test_same_tokens_as_the_ordinary_path(gate: str, lengths: tuple[int, ...]) -> None:
+    last = both_ways(llama_on_device(gate=gate), prompts(*lengths))
     assert last["prompt_tokens"] == list(lengths)
     assert last["rows"] == len(lengths)
 
@@ -61,12 +61,12 @@ def test_a_dense_model_works_too(make_llama: Any) -> None:
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_same_tokens_under_every_setting_of_generate(make_llama: Any, settings: dict[str, Any]) -> None:
-    both_ways(routed_llama(make_llama), prompts(11, 6), **settings)
+def test_same_tokens_under_every_setting_of_generate(settings: dict[str, Any]) -> None:
+    both_ways(llama_on_device(), prompts(11, 6), **settings)
 
 
-def test_rows_stop_at_their_own_end_token(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(10, 5, 8)
+def test_rows_stop_at_their_own_end_token() -> None:
+    model, inputs = llama_on_device(), prompts(10, 5, 8)
     tokens = generated(model, inputs, eos_token_id=None)
     ends = [tokens[0][10 + 4], tokens[1][10 + 9]]
     want = generated(model, inputs, eos_token_id=ends)
@@ -74,7 +74,7 @@ def test_rows_stop_at_their_own_end_token(make_llama: Any) -> None:
     both_ways(model, inputs, eos_token_id=ends)
 
 
-def test_stopping_criteria_and_streamers_are_the_users_own(make_llama: Any) -> None:
+def test_stopping_criteria_and_streamers_are_the_users_own() -> None:
     class Collect(BaseStreamer):
         def __init__(self) -> None:
             self.pieces: list[list[int]] = []
@@ -89,7 +89,7 @@ def test_stopping_criteria_and_streamers_are_the_users_own(make_llama: Any) -> N
     def stop_at_20(ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.full((ids.shape[0],), ids.shape[1] >= 20, device=ids.device)
 
-    model, inputs = routed_llama(make_llama), prompts(7)
+    model, inputs = llama_on_device(), prompts(7)
     want = generated(model, inputs, stopping_criteria=[stop_at_20], eos_token_id=None)
     modlab.enable_fast_generation(model, compile=False)
     streamer = Collect()
@@ -99,9 +99,9 @@ def test_stopping_criteria_and_streamers_are_the_users_own(make_llama: Any) -> N
     assert [token for piece in streamer.pieces for token in piece] == got[0]
 
 
-def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any) -> None:
+def test_caches_hold_what_the_ordinary_ones_hold() -> None:
     """Kept tokens of every layer and row; bytes of the buffers, with growth beyond the first slack."""
-    model, inputs = routed_llama(make_llama), prompts(20, 9)
+    model, inputs = llama_on_device(), prompts(20, 9)
     cache = modlab.RaggedCache(model)
     want = generated(model, inputs, max_new_tokens=90, eos_token_id=None, **{cache_argument(model): cache})
     modlab.enable_fast_generation(model, compile=False)
@@ -117,10 +117,8 @@ def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any) -> None:
     assert kept_bytes <= last["kv_bytes"] <= kept_bytes + slack
 
 
-def test_no_row_is_computed_for_a_skipped_token_or_for_padding(
-    make_llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = routed_llama(make_llama), prompts(30, 3, 12)
+def test_no_row_is_computed_for_a_skipped_token_or_for_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama_on_device(), prompts(30, 3, 12)
     layer_of = {id(model.model.layers[layer].mlp): layer for layer in range(6)}
     mlp_class: Any = type(model.model.layers[0].mlp)
     run, dense = dict.fromkeys(range(6), 0), mlp_class.forward
@@ -139,8 +137,8 @@ def test_no_row_is_computed_for_a_skipped_token_or_for_padding(
         assert run == {i: sum(kept[i]) for i in range(6)}
 
 
-def test_a_decoding_step_that_every_row_skips_runs_nothing(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(5)
+def test_a_decoding_step_that_every_row_skips_runs_nothing() -> None:
+    model, inputs = llama_on_device(), prompts(5)
     modlab.set_threshold(model, 0.999)
     modlab.enable_fast_generation(model, compile=False)
     generated(model, inputs, eos_token_id=None)
@@ -151,15 +149,15 @@ def test_a_decoding_step_that_every_row_skips_runs_nothing(make_llama: Any) -> N
     assert all(kept[layer] == [5 + NEW - 1] for layer in (0, 2, 4))
 
 
-def test_thresholds_are_live(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(25)
+def test_thresholds_are_live() -> None:
+    model, inputs = llama_on_device(), prompts(25)
     modlab.enable_fast_generation(model, compile=False)
     totals = stored_at_thresholds(model, inputs, (0.2, 0.5, 0.8, 0.2))
     assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
 
 
-def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(14, 6)
+def test_a_routing_table_decides_prompt_and_new_tokens() -> None:
+    model, inputs = llama_on_device(), prompts(14, 6)
     generator = torch.Generator().manual_seed(2)
     table = modlab.RoutingTable(
         {layer: torch.rand(2, 14 + NEW, generator=generator) < 0.5 for layer in model.mod.layers}
@@ -172,8 +170,8 @@ def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any) -> None:
         ]  # fmt: skip
 
 
-def test_rows_beyond_one_line_run_in_further_lines(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = routed_llama(make_llama), prompts(30, 3, 12, 28, 1)
+def test_rows_beyond_one_line_run_in_further_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama_on_device(), prompts(30, 3, 12, 28, 1)
     modlab.enable_fast_generation(model, compile=False)
     one_line = generated(model, inputs)
     report = modlab.fast_generation_report(model)["last"]
@@ -193,10 +191,8 @@ def test_rows_beyond_one_line_run_in_further_lines(make_llama: Any, monkeypatch:
     ],
     ids=["beams", "no-cache", "scores", "assisted"],
 )
-def test_what_the_engine_does_not_do_goes_the_ordinary_way(
-    make_llama: Any, settings: dict[str, Any], why: str | None
-) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9)
+def test_what_the_engine_does_not_do_goes_the_ordinary_way(settings: dict[str, Any], why: str | None) -> None:
+    model, inputs = llama_on_device(), prompts(9)
 
     def sequences() -> list[list[int]]:
         torch.manual_seed(0)
@@ -211,8 +207,8 @@ def test_what_the_engine_does_not_do_goes_the_ordinary_way(
         assert not last["fast"] and why in last["why"]
 
 
-def test_a_cache_of_the_users_is_used_and_filled(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9)
+def test_a_cache_of_the_users_is_used_and_filled() -> None:
+    model, inputs = llama_on_device(), prompts(9)
     modlab.enable_fast_generation(model, compile=False)
     cache = modlab.RaggedCache(model)
     generated(model, inputs, eos_token_id=None, **{cache_argument(model): cache})
@@ -220,8 +216,8 @@ def test_a_cache_of_the_users_is_used_and_filled(make_llama: Any) -> None:
     assert "a cache was passed in" in modlab.fast_generation_report(model)["last"]["why"]
 
 
-def test_recordings_and_override_functions_see_every_step(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9)
+def test_recordings_and_override_functions_see_every_step() -> None:
+    model, inputs = llama_on_device(), prompts(9)
     modlab.enable_fast_generation(model, compile=False)
     with modlab.record_routing(model) as recording:
         generated(model, inputs, eos_token_id=None)
@@ -269,16 +265,16 @@ def test_other_families_generate_the_same_tokens(model_type: str) -> None:
         both_ways(model, prompts(13, 5, vocabulary=vocabulary), eos_token_id=None)
 
 
-def test_training_mode_goes_the_ordinary_way(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(5)
+def test_training_mode_goes_the_ordinary_way() -> None:
+    model, inputs = llama_on_device(), prompts(5)
     modlab.enable_fast_generation(model, compile=False)
     model.mod.what_if = False
     generated(model.train(), inputs)
     assert "training mode" in modlab.fast_generation_report(model)["last"]["why"]
 
 
-def test_switching_off_gives_the_model_back(make_llama: Any) -> None:
-    model = routed_llama(make_llama)
+def test_switching_off_gives_the_model_back() -> None:
+    model = llama_on_device()
     before, keys = type(model), set(model.__dict__)
     modlab.enable_fast_generation(model, compile=False)
     generated(model, prompts(5))
@@ -290,8 +286,8 @@ def test_switching_off_gives_the_model_back(make_llama: Any) -> None:
     copy.deepcopy(model)
 
 
-def test_weights_that_change_in_place_are_seen(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9)
+def test_weights_that_change_in_place_are_seen() -> None:
+    model, inputs = llama_on_device(), prompts(9)
     modlab.enable_fast_generation(model, compile=False)
     first = generated(model, inputs, eos_token_id=None)
     with torch.no_grad():
@@ -311,8 +307,8 @@ def test_best_token_is_the_first_of_the_largest(vocabulary: int) -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 3])
-def test_on_a_gpu_steps_are_graphs_with_if_nodes(make_llama: Any, rows: int) -> None:
-    model, inputs = routed_llama(make_llama), prompts(*[50] * rows)
+def test_on_a_gpu_steps_are_graphs_with_if_nodes(rows: int) -> None:
+    model, inputs = llama_on_device(), prompts(*[50] * rows)
     want = generated(model, inputs, eos_token_id=None)
     modlab.enable_fast_generation(model, compile=True)
     assert generated(model, inputs, eos_token_id=None) == want
@@ -323,11 +319,11 @@ def test_on_a_gpu_steps_are_graphs_with_if_nodes(make_llama: Any, rows: int) -> 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 64])
-def test_in_bfloat16_most_next_tokens_agree(make_llama: Any, rows: int) -> None:
+def test_in_bfloat16_most_next_tokens_agree(rows: int) -> None:
     """The token of a prefill and the one of a captured, compiled step, each after the same text; greedy paths
     part for good after one rounding that matters.
     """
-    model = routed_llama(make_llama, hidden_size=256, intermediate_size=512).to(torch.bfloat16)
+    model = llama_on_device(hidden_size=256, intermediate_size=512).to(torch.bfloat16)
     batches = [prompts(*range(20, 84))] if rows == 64 else [prompts(20 + n, seed=n) for n in range(64)]
     want = [row for batch in batches for row in generated(model, batch, max_new_tokens=2, eos_token_id=None)]
     modlab.enable_fast_generation(model, compile=True)
@@ -338,11 +334,9 @@ def test_in_bfloat16_most_next_tokens_agree(make_llama: Any, rows: int) -> None:
     assert sum(first) >= 0.9 * len(first) and sum(second) >= 0.9 * len(second)
 
 
-def test_a_model_that_cannot_be_captured_runs_from_the_host(
-    make_llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_captured_runs_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a mixture of experts that asks the host how many tokens each expert gets."""
-    model, inputs = routed_llama(make_llama), prompts(9, 4)
+    model, inputs = llama_on_device(), prompts(9, 4)
     want = generated(model, inputs)
     modlab.enable_fast_generation(model, compile=False)
     engine = model.__dict__["mod_engine"]
@@ -369,9 +363,9 @@ def test_a_model_that_cannot_be_captured_runs_from_the_host(
     ids=["empty-row", "right-padding", "positions"],
 )
 def test_inputs_out_of_the_ordinary_go_the_ordinary_way(
-    make_llama: Any, change: Callable[[dict[str, torch.Tensor]], Any], why: str
+    change: Callable[[dict[str, torch.Tensor]], Any], why: str
 ) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9, 6)
+    model, inputs = llama_on_device(), prompts(9, 6)
     change(inputs)
     want = generated(model, inputs, eos_token_id=None)
     modlab.enable_fast_generation(model, compile=False)
@@ -379,14 +373,14 @@ def test_inputs_out_of_the_ordinary_go_the_ordinary_way(
     assert why in modlab.fast_generation_report(model)["last"]["why"]
 
 
-def test_position_ids_that_say_nothing_new_are_fine(make_llama: Any) -> None:
+def test_position_ids_that_say_nothing_new_are_fine() -> None:
     inputs = prompts(9, 6)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    both_ways(routed_llama(make_llama), inputs, eos_token_id=None)
+    both_ways(llama_on_device(), inputs, eos_token_id=None)
 
 
-def test_a_prompt_beyond_the_context_is_the_ordinary_error(make_llama: Any) -> None:
-    model = routed_llama(make_llama, max_position_embeddings=16)
+def test_a_prompt_beyond_the_context_is_the_ordinary_error() -> None:
+    model = llama_on_device(max_position_embeddings=16)
     modlab.enable_fast_generation(model, compile=False)
     with pytest.raises(ModlabError, match="context is 16"):
         generated(model, prompts(17), max_new_tokens=1)
@@ -423,8 +417,8 @@ def test_a_text_that_crosses_into_other_rotary_frequencies(length: int, fast: bo
     assert last["fast"] == fast and ("rotary" in last["why"]) != fast
 
 
-def test_hooks_see_what_they_always_saw(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9, 6)
+def test_hooks_see_what_they_always_saw() -> None:
+    model, inputs = llama_on_device(), prompts(9, 6)
     modlab.enable_fast_generation(model, compile=False)
     shapes: list[tuple[int, ...]] = []
     hook = model.model.layers[0].mlp.register_forward_hook(
@@ -438,8 +432,8 @@ def test_hooks_see_what_they_always_saw(make_llama: Any) -> None:
     assert modlab.fast_generation_report(model)["last"]["fast"]
 
 
-def test_a_forward_of_the_objects_own_is_put_back(make_llama: Any) -> None:
-    model = routed_llama(make_llama)
+def test_a_forward_of_the_objects_own_is_put_back() -> None:
+    model = llama_on_device()
     mlp = model.model.layers[0].mlp
     mlp.forward = own = mlp.forward  # as accelerate does
     modlab.enable_fast_generation(model, compile=False)
@@ -450,8 +444,8 @@ def test_a_forward_of_the_objects_own_is_put_back(make_llama: Any) -> None:
 @pytest.mark.parametrize(
     "gate", ["straight-through", "paper"]
 )  # the paper's has hooks in the layers meanwhile
-def test_threads_take_turns(make_llama: Any, gate: str) -> None:
-    model = routed_llama(make_llama, gate)
+def test_threads_take_turns(gate: str) -> None:
+    model = llama_on_device(gate=gate)
     modlab.enable_fast_generation(model, compile=False)
     inputs = [prompts(9, 6, seed=seed) for seed in range(4)]
     want = [generated(model, batch) for batch in inputs]
@@ -471,11 +465,11 @@ def engine_says(model: Any) -> bool:
     return modlab.fast_generation_report(model)["last"]["fast"]
 
 
-def test_an_interrupted_generation_lets_its_cache_go(make_llama: Any) -> None:
+def test_an_interrupted_generation_lets_its_cache_go() -> None:
     def interrupt(_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    model, inputs = routed_llama(make_llama), prompts(9)
+    model, inputs = llama_on_device(), prompts(9)
     want = generated(model, inputs)
     modlab.enable_fast_generation(model, compile=False)
     with pytest.raises(KeyboardInterrupt):
@@ -498,8 +492,8 @@ def test_conversion_and_its_undoing_end_fast_generation(make_llama: Any) -> None
     assert generated(dense, inputs) == want
 
 
-def test_a_refused_second_switching_on_leaves_the_first(make_llama: Any) -> None:
-    model = routed_llama(make_llama)
+def test_a_refused_second_switching_on_leaves_the_first() -> None:
+    model = llama_on_device()
     modlab.enable_fast_generation(model, compile=False)
     model.hf_device_map = {"": 0, "model.norm": 1}
     with pytest.raises(ModlabError, match="several devices"):
@@ -514,8 +508,8 @@ def test_a_wrapped_model_is_refused_with_the_way_out(make_llama: Any) -> None:
         modlab.enable_fast_generation(wrapped)
 
 
-def test_a_table_for_other_rows_is_a_clear_error(make_llama: Any) -> None:
-    model = routed_llama(make_llama)
+def test_a_table_for_other_rows_is_a_clear_error() -> None:
+    model = llama_on_device()
     modlab.enable_fast_generation(model, compile=False)
     table = modlab.RoutingTable({i: torch.ones(3, 60, dtype=torch.bool) for i in model.mod.layers})
     with modlab.routing_override(model, table), pytest.raises(ModlabError, match="3 rows, the batch has 2"):

@@ -20,28 +20,26 @@ from modlab.engine.prefill import prefill
 from modlab.engine.ring import RingLayer
 from modlab.execution.routed import RoutedKeys
 from modlab.families.tiny_models import tiny_model
-from tests.conftest import alternate_layers
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
     LayersOnly,
     both_ways,
     generated,
+    llama_on_device,
     masks_of_two_rows,
     prompts,
-    routed_llama,
     stored_at_thresholds,
 )
+from tests.helpers.models import alternate_layers
 
-kept_keys = functools.partial(routed_llama, skip="kv")
+kept_keys = functools.partial(llama_on_device, skip="kv")
 
 
 @pytest.mark.parametrize("keep_recent", [1, 4, 16, 200])
 @pytest.mark.parametrize("lengths", [(1,), (17,), (30, 3, 12)], ids=str)
-def test_same_tokens_as_the_ordinary_path(
-    make_llama: Any, keep_recent: int, lengths: tuple[int, ...]
-) -> None:
-    model = kept_keys(make_llama, keep_recent=keep_recent)
+def test_same_tokens_as_the_ordinary_path(keep_recent: int, lengths: tuple[int, ...]) -> None:
+    model = kept_keys(keep_recent=keep_recent)
     last = both_ways(model, prompts(*lengths), eos_token_id=None)
     assert last["prompt_tokens"] == list(lengths)
 
@@ -55,14 +53,14 @@ def test_same_tokens_as_the_ordinary_path(
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_same_tokens_under_settings_of_generate(make_llama: Any, settings: dict[str, Any]) -> None:
-    both_ways(kept_keys(make_llama), prompts(11, 6), max_new_tokens=20, **settings)
+def test_same_tokens_under_settings_of_generate(settings: dict[str, Any]) -> None:
+    both_ways(kept_keys(), prompts(11, 6), max_new_tokens=20, **settings)
 
 
 @pytest.mark.parametrize("kept", ["all", "none", "some", "rows"])
-def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any, kept: str) -> None:
+def test_a_routing_table_decides_prompt_and_new_tokens(kept: str) -> None:
     """And what is stored in the end are the latest tokens and older kept ones, no others."""
-    model, inputs = kept_keys(make_llama), prompts(14, 6)
+    model, inputs = kept_keys(), prompts(14, 6)
     masks = masks_of_two_rows(model, kept, 14 + NEW)
     with modlab.routing_override(model, modlab.RoutingTable(masks)):
         last = both_ways(model, inputs, eos_token_id=None)
@@ -76,8 +74,8 @@ def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any, kept: st
         assert last["kept_tokens"][layer] == stored
 
 
-def test_bytes_are_those_of_what_is_stored_with_growth(make_llama: Any) -> None:
-    model, inputs = kept_keys(make_llama), prompts(60, 20)
+def test_bytes_are_those_of_what_is_stored_with_growth() -> None:
+    model, inputs = kept_keys(), prompts(60, 20)
     last = both_ways(model, inputs, max_new_tokens=90, eos_token_id=None)
     token = 2 * 2 * 16 * 4 + 4  # K and V of 2 heads of 16 in fp32, and the column
     rings = len(model.mod.layers) * 2 * 4  # a flag each
@@ -105,16 +103,16 @@ def test_other_families_generate_the_same_tokens(model_type: str) -> None:
         both_ways(model, prompts(13, 5, vocabulary=vocabulary), eos_token_id=None, max_new_tokens=12)
 
 
-def test_rows_beyond_one_line_run_in_further_lines(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = kept_keys(make_llama), prompts(12, 7, 9, 5)
+def test_rows_beyond_one_line_run_in_further_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = kept_keys(), prompts(12, 7, 9, 5)
     want = both_ways(model, inputs, eos_token_id=None)
     monkeypatch.setattr(prefill_module, "LINE_TOKENS", 20)
     got = both_ways(model, inputs, eos_token_id=None)
     assert got["kept_tokens"] == want["kept_tokens"]
 
 
-def test_a_prompt_is_laid_out_as_a_ring_and_older_kept_tokens(make_llama: Any) -> None:
-    model, inputs = kept_keys(make_llama), prompts(13, 3)
+def test_a_prompt_is_laid_out_as_a_ring_and_older_kept_tokens() -> None:
+    model, inputs = kept_keys(), prompts(13, 3)
     keep = torch.rand(2, 13, generator=torch.Generator().manual_seed(0)) < 0.5
     modlab.enable_fast_generation(model, compile=False, check=False)
     engine = model.__dict__["mod_engine"]
@@ -138,20 +136,20 @@ def test_a_prompt_is_laid_out_as_a_ring_and_older_kept_tokens(make_llama: Any) -
     assert not ring.ring_kept[1, 3], "a slot that is not in use"
 
 
-def test_thresholds_are_live(make_llama: Any) -> None:
-    model, inputs = kept_keys(make_llama), prompts(25)
+def test_thresholds_are_live() -> None:
+    model, inputs = kept_keys(), prompts(25)
     modlab.enable_fast_generation(model, compile=False)
     totals = stored_at_thresholds(model, inputs, (0.2, 0.5, 0.8, 0.2))
     assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
 
 
-def test_the_model_is_left_as_it_was(make_llama: Any) -> None:
+def test_the_model_is_left_as_it_was() -> None:
     """Classes, forwards and attributes, after a generation and after one that was interrupted."""
 
     def interrupt(_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    model, inputs = kept_keys(make_llama), prompts(9, 4)
+    model, inputs = kept_keys(), prompts(9, 4)
     before = [(type(module), set(module.__dict__)) for module in model.modules()]
     want = generated(model, inputs)
     modlab.enable_fast_generation(model, compile=False)
@@ -163,8 +161,8 @@ def test_the_model_is_left_as_it_was(make_llama: Any) -> None:
     assert [(type(module), set(module.__dict__)) for module in model.modules()] == before
 
 
-def test_padding_between_tokens_goes_the_ordinary_way(make_llama: Any) -> None:
-    model, inputs = kept_keys(make_llama), prompts(9)
+def test_padding_between_tokens_goes_the_ordinary_way() -> None:
+    model, inputs = kept_keys(), prompts(9)
     inputs["attention_mask"][0, 4] = 0
     want = generated(model, inputs)
     modlab.enable_fast_generation(model, compile=False)
@@ -184,8 +182,8 @@ def test_routed_layers_are_compiled_like_dense_ones_and_once_for_all(
     inputs, frames = prompts(9, 4), []
     for model in (
         make_llama().to(DEVICE),
-        kept_keys(make_llama, num_hidden_layers=3),
-        kept_keys(make_llama, num_hidden_layers=6),
+        kept_keys(num_hidden_layers=3),
+        kept_keys(num_hidden_layers=6),
     ):
         want = generated(model, inputs, max_new_tokens=4, eos_token_id=None)
         modlab.enable_fast_generation(model, compile=False, check=False)
@@ -203,8 +201,8 @@ def test_routed_layers_are_compiled_like_dense_ones_and_once_for_all(
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu_steps_are_graphs(make_llama: Any, rows: int, compile: bool) -> None:
-    model, inputs = kept_keys(make_llama), prompts(*[50] * rows)
+def test_on_a_gpu_steps_are_graphs(rows: int, compile: bool) -> None:
+    model, inputs = kept_keys(), prompts(*[50] * rows)
     want = generated(model, inputs, eos_token_id=None)
     modlab.enable_fast_generation(model, compile=compile)
     assert generated(model, inputs, eos_token_id=None) == want

@@ -19,7 +19,7 @@ from modlab.engine.prefill import prefill
 from modlab.engine.tables import Tables
 from modlab.families.tiny_models import tiny_model
 from modlab.kernels import varlen_attention as varlen
-from tests.helpers.fast_generation import DEVICE, generated, prompts, routed_llama
+from tests.helpers.fast_generation import DEVICE, generated, llama_on_device, prompts
 
 WAITING = {
     Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.nonzero, torch.nonzero, torch.masked_select,
@@ -70,10 +70,8 @@ def test_the_counter_sees_what_waits() -> None:
     ],
 )
 @pytest.mark.parametrize("lengths", [(30,), (30, 3, 12)], ids=str)
-def test_prefill_waits_once_a_routed_layer(
-    make_llama: Any, gate: str, skip: str, lengths: tuple[int, ...]
-) -> None:
-    model, inputs = routed_llama(make_llama, gate, skip), prompts(*lengths)
+def test_prefill_waits_once_a_routed_layer(gate: str, skip: str, lengths: tuple[int, ...]) -> None:
+    model, inputs = llama_on_device(gate=gate, skip=skip), prompts(*lengths)
     modlab.enable_fast_generation(model, compile=False)
     engine = model.__dict__["mod_engine"]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -125,12 +123,12 @@ def test_on_a_gpu_a_dense_prefill_never_waits(make_llama: Any) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the step is compiled too")
-def test_norms_of_long_prompts_are_compiled_once(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_of_long_prompts_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For all layers, routed or not, and all lengths; short lines run as they are."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     monkeypatch.setattr(compiled_module, "LONG_LINE", 16)
-    model = routed_llama(make_llama)
+    model = llama_on_device()
     batches = [prompts(60), prompts(41, 30), prompts(97), prompts(5)]
     want = [generated(model, batch, max_new_tokens=4) for batch in batches]
     modlab.enable_fast_generation(model, compile=False)
@@ -141,13 +139,13 @@ def test_norms_of_long_prompts_are_compiled_once(make_llama: Any, monkeypatch: p
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the step is compiled too")
-def test_norms_that_do_not_compile_run_as_they_are(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_that_do_not_compile_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=refuse))
     monkeypatch.setattr(compiled_module, "LONG_LINE", 16)
-    model, inputs = routed_llama(make_llama), prompts(40)
+    model, inputs = llama_on_device(), prompts(40)
     want = generated(model, inputs, max_new_tokens=4)
     modlab.enable_fast_generation(model, compile=False)
     model.__dict__["mod_engine"].compile = True

@@ -30,8 +30,8 @@ from tests.helpers.fast_generation import (
     NEW,
     both_ways,
     generated,
+    llama_on_device,
     prompts,
-    routed_llama,
 )
 
 
@@ -76,8 +76,8 @@ def test_choosing_follows_the_loop_of_transformers(rows: int) -> None:
 
 
 @pytest.mark.parametrize("pad", [0, 9], ids=["pad-0", "pad-9"])
-def test_rows_end_apart_by_several_end_tokens(make_llama: Any, pad: int) -> None:
-    model, inputs = routed_llama(make_llama), prompts(10, 5, 8)
+def test_rows_end_apart_by_several_end_tokens(pad: int) -> None:
+    model, inputs = llama_on_device(), prompts(10, 5, 8)
     tokens = generated(model, inputs, eos_token_id=None)
     ends = [tokens[0][10 + 4], tokens[1][10 + 9], tokens[2][10 + 15], 511]
     want = generated(model, inputs, eos_token_id=ends, pad_token_id=pad)
@@ -89,29 +89,29 @@ def test_rows_end_apart_by_several_end_tokens(make_llama: Any, pad: int) -> None
     assert last["new_tokens"] == len(want[0]) - 10 < NEW
 
 
-def test_an_end_token_that_is_the_padding(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(10, 5)
+def test_an_end_token_that_is_the_padding() -> None:
+    model, inputs = llama_on_device(), prompts(10, 5)
     end = generated(model, inputs, eos_token_id=None)[0][10 + 3]
     assert both_ways(model, inputs, eos_token_id=end, pad_token_id=end)["tokens_chosen"] == "in the step"
 
 
-def test_the_first_token_may_be_the_end(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(10)
+def test_the_first_token_may_be_the_end() -> None:
+    model, inputs = llama_on_device(), prompts(10)
     end = generated(model, inputs, eos_token_id=None)[0][10]
     assert both_ways(model, inputs, eos_token_id=end)["new_tokens"] == 1
 
 
 @pytest.mark.parametrize("new", [1, 2, 17])
-def test_the_length_is_the_limit(make_llama: Any, new: int) -> None:
-    model, inputs = routed_llama(make_llama), prompts(10, 4)
+def test_the_length_is_the_limit(new: int) -> None:
+    model, inputs = llama_on_device(), prompts(10, 4)
     last = both_ways(model, inputs, eos_token_id=None, max_new_tokens=new)
     assert last["new_tokens"] == new and last["tokens_chosen"] == "in the step"
     # K/V of the newest token is never needed: the steps run are one fewer than the tokens
     assert last["kept_tokens"][0] == [10 + new - 1, 4 + new - 1]
 
 
-def test_a_streamer_gets_every_token_once(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(7)
+def test_a_streamer_gets_every_token_once() -> None:
+    model, inputs = llama_on_device(), prompts(7)
     end = generated(model, inputs, eos_token_id=None)[0][7 + 12]
     modlab.enable_fast_generation(model, compile=False)
     streamer = Collect()
@@ -122,8 +122,8 @@ def test_a_streamer_gets_every_token_once(make_llama: Any) -> None:
     assert got[0][-1] == end and [len(piece) for piece in streamer.pieces[1:]] == [1] * (len(got[0]) - 7)
 
 
-def test_after_an_interrupt_the_next_generation_starts_afresh(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9, 6)
+def test_after_an_interrupt_the_next_generation_starts_afresh() -> None:
+    model, inputs = llama_on_device(), prompts(9, 6)
     ends = [generated(model, inputs, eos_token_id=None)[0][9 + 3]]
     want = generated(model, inputs, eos_token_id=None)
     modlab.enable_fast_generation(model, compile=False)
@@ -156,12 +156,12 @@ class OwnEnd(EosTokenCriteria):
     ],
     ids=["sampling", "processor", "time", "subclass", "many-ends"],
 )
-def test_what_a_step_cannot_choose_is_chosen_on_the_host(make_llama: Any, settings: dict[str, Any]) -> None:
-    assert both_ways(routed_llama(make_llama), prompts(8, 5), **settings)["tokens_chosen"] == "on the host"
+def test_what_a_step_cannot_choose_is_chosen_on_the_host(settings: dict[str, Any]) -> None:
+    assert both_ways(llama_on_device(), prompts(8, 5), **settings)["tokens_chosen"] == "on the host"
 
 
-def test_users_criteria_of_the_known_kinds_stay_in_the_step(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(8, 5)
+def test_users_criteria_of_the_known_kinds_stay_in_the_step() -> None:
+    model, inputs = llama_on_device(), prompts(8, 5)
     tokens = generated(model, inputs, eos_token_id=None)
     criteria = StoppingCriteriaList([EosTokenCriteria(tokens[0][8 + 6]), MaxLengthCriteria(8 + 20)])
     last = both_ways(model, inputs, stopping_criteria=criteria, pad_token_id=0)
@@ -228,8 +228,8 @@ def compiled_generation(model: Any, inputs: dict[str, torch.Tensor], monkeypatch
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_compiled_steps_give_the_same_tokens(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = routed_llama(make_llama, num_hidden_layers=2), prompts(10, 5)
+def test_compiled_steps_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama_on_device(num_hidden_layers=2), prompts(10, 5)
     ends = [generated(model, inputs, eos_token_id=None)[0][10 + 4]]
     want = generated(model, inputs, eos_token_id=ends, max_new_tokens=8)
     got, compiler = compiled_generation(model, inputs, monkeypatch, eos_token_id=ends, max_new_tokens=8)
@@ -238,7 +238,7 @@ def test_compiled_steps_give_the_same_tokens(make_llama: Any, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_a_part_that_does_not_compile_runs_as_it_is(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stubborn(nn.Module):
         """A norm that asks the host, which no whole graph can hold."""
 
@@ -249,7 +249,7 @@ def test_a_part_that_does_not_compile_runs_as_it_is(make_llama: Any, monkeypatch
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(x) if float(x.sum()) < 1e9 else x
 
-    model, inputs = routed_llama(make_llama, num_hidden_layers=2), prompts(10, 5)
+    model, inputs = llama_on_device(num_hidden_layers=2), prompts(10, 5)
     model.model.norm = Stubborn(model.model.norm)
     want = generated(model, inputs, max_new_tokens=5)
     got, compiler = compiled_generation(model, inputs, monkeypatch, max_new_tokens=5)
@@ -263,10 +263,8 @@ class Capturing(Branch):
     name = "capturing"
 
 
-def test_layers_that_do_not_compile_are_captured_as_they_are(
-    make_llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = routed_llama(make_llama)
+def test_layers_that_do_not_compile_are_captured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama_on_device()
     modlab.enable_fast_generation(model, compile=False)
     engine = model.__dict__["mod_engine"]
     engine.branch, engine.compile = Capturing(), True
@@ -286,8 +284,8 @@ def test_layers_that_do_not_compile_are_captured_as_they_are(
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_parts_beside_the_layers_can_be_left_out(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = routed_llama(make_llama, num_hidden_layers=2), prompts(10, 5)
+def test_parts_beside_the_layers_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama_on_device(num_hidden_layers=2), prompts(10, 5)
     modlab.enable_fast_generation(model, compile=False)
     model.__dict__["mod_engine"].compile = "layers"
     compiler = PartsOnly(enabled=True)
@@ -304,8 +302,8 @@ def test_what_compile_takes(make_llama: Any) -> None:
 # ---- what a step takes for granted ----
 
 
-def test_a_step_made_in_inference_mode_serves_outside_of_it(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9, 4)
+def test_a_step_made_in_inference_mode_serves_outside_of_it() -> None:
+    model, inputs = llama_on_device(), prompts(9, 4)
     want = generated(model, inputs)
     modlab.enable_fast_generation(model, compile=False)
     with torch.inference_mode():
@@ -316,8 +314,8 @@ def test_a_step_made_in_inference_mode_serves_outside_of_it(make_llama: Any) -> 
 
 
 @pytest.mark.parametrize("part", ["model", "model.norm", "model.embed_tokens", "lm_head", ""])
-def test_a_hook_anywhere_is_respected(make_llama: Any, part: str) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9, 6)
+def test_a_hook_anywhere_is_respected(part: str) -> None:
+    model, inputs = llama_on_device(), prompts(9, 6)
     modlab.enable_fast_generation(model, compile=False)
     shapes: list[int] = []
     hook = model.get_submodule(part).register_forward_hook(lambda _m, _a, _out: shapes.append(1))
@@ -328,9 +326,9 @@ def test_a_hook_anywhere_is_respected(make_llama: Any, part: str) -> None:
     assert modlab.fast_generation_report(model)["last"]["fast"]
 
 
-def test_hooks_that_transformers_leaves_behind_do_not_matter(make_llama: Any) -> None:
+def test_hooks_that_transformers_leaves_behind_do_not_matter() -> None:
     """Its recorders of hidden states stay in a model that was once asked for some."""
-    model, inputs = routed_llama(make_llama), prompts(9, 6)
+    model, inputs = llama_on_device(), prompts(9, 6)
     model(**inputs, output_hidden_states=True)
     model.enable_input_require_grads()
     modules = list(model.modules())
@@ -342,8 +340,8 @@ def test_hooks_that_transformers_leaves_behind_do_not_matter(make_llama: Any) ->
     assert len(states) == 7
 
 
-def test_a_tracker_of_kv_bytes_sees_the_cache(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama), prompts(9)
+def test_a_tracker_of_kv_bytes_sees_the_cache() -> None:
+    model, inputs = llama_on_device(), prompts(9)
     modlab.enable_fast_generation(model, compile=False)
     with modlab.KVTracker(model) as tracker:
         generated(model, inputs, max_new_tokens=4, eos_token_id=None)
@@ -360,9 +358,9 @@ def test_tables_that_are_replaced_make_a_step_stale(make_llama: Any) -> None:
     assert not step.is_current()
 
 
-def test_a_caller_under_autocast_goes_the_ordinary_way(make_llama: Any) -> None:
+def test_a_caller_under_autocast_goes_the_ordinary_way() -> None:
     """Its types would stay in a captured step, and the next caller's keys be read as what they are not."""
-    model, inputs = routed_llama(make_llama), prompts(9, 4)
+    model, inputs = llama_on_device(), prompts(9, 4)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         want = generated(model, inputs, max_new_tokens=3)
         modlab.enable_fast_generation(model, compile=False)

@@ -23,18 +23,18 @@ from modlab.execution.routed import RoutedBranch, RoutedModule
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import attention_name, decoder_layers, mlp_name
 from modlab.hf.cache_argument import cache_argument
-from tests.conftest import alternate_layers
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
     LayersOnly,
     both_ways,
     generated,
+    llama_on_device,
     masks_of_two_rows,
     prompts,
-    routed_llama,
     stored_at_thresholds,
 )
+from tests.helpers.models import alternate_layers
 
 SUBLAYERS = {"attention": "self_attn", "mlp": "mlp"}
 """What `MoDConfig.skip` names, and what Llama calls it."""
@@ -43,10 +43,8 @@ SUBLAYERS = {"attention": "self_attn", "mlp": "mlp"}
 @pytest.mark.parametrize("skip", SUBLAYERS)
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
 @pytest.mark.parametrize("lengths", [(1,), (17,), (30, 3, 12)], ids=str)
-def test_same_tokens_as_the_ordinary_path(
-    make_llama: Any, skip: str, gate: str, lengths: tuple[int, ...]
-) -> None:
-    last = both_ways(routed_llama(make_llama, gate, skip), prompts(*lengths), max_new_tokens=20)
+def test_same_tokens_as_the_ordinary_path(skip: str, gate: str, lengths: tuple[int, ...]) -> None:
+    last = both_ways(llama_on_device(gate=gate, skip=skip), prompts(*lengths), max_new_tokens=20)
     assert last["prompt_tokens"] == list(lengths)
 
 
@@ -60,14 +58,14 @@ def test_same_tokens_as_the_ordinary_path(
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_same_tokens_under_settings_of_generate(make_llama: Any, skip: str, settings: dict[str, Any]) -> None:
-    both_ways(routed_llama(make_llama, skip=skip), prompts(11, 6), max_new_tokens=20, **settings)
+def test_same_tokens_under_settings_of_generate(skip: str, settings: dict[str, Any]) -> None:
+    both_ways(llama_on_device(skip=skip), prompts(11, 6), max_new_tokens=20, **settings)
 
 
 @pytest.mark.parametrize("skip", SUBLAYERS)
 @pytest.mark.parametrize("kept", ["all", "none", "some", "rows"])
-def test_a_routing_table_decides_prompt_and_new_tokens(make_llama: Any, skip: str, kept: str) -> None:
-    model, inputs = routed_llama(make_llama, skip=skip), prompts(14, 6)
+def test_a_routing_table_decides_prompt_and_new_tokens(skip: str, kept: str) -> None:
+    model, inputs = llama_on_device(skip=skip), prompts(14, 6)
     masks = masks_of_two_rows(model, kept, 14 + NEW)
     with modlab.routing_override(model, modlab.RoutingTable(masks)):
         last = both_ways(model, inputs, eos_token_id=None)
@@ -113,9 +111,9 @@ def test_recipes_have_fast_generation(make_llama: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("skip", SUBLAYERS)
-def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any, skip: str) -> None:
+def test_caches_hold_what_the_ordinary_ones_hold(skip: str) -> None:
     """Kept tokens of every layer and row; bytes of the buffers, with growth beyond the first slack."""
-    model, inputs = routed_llama(make_llama, skip=skip), prompts(20, 9)
+    model, inputs = llama_on_device(skip=skip), prompts(20, 9)
     cache = modlab.RaggedCache(model)
     want = generated(model, inputs, max_new_tokens=60, eos_token_id=None, **{cache_argument(model): cache})
     modlab.enable_fast_generation(model, compile=False)
@@ -134,10 +132,8 @@ def test_caches_hold_what_the_ordinary_ones_hold(make_llama: Any, skip: str) -> 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU a first generate also warms up and captures")
 @pytest.mark.parametrize("skip", SUBLAYERS)
-def test_no_row_is_computed_for_a_skipped_token(
-    make_llama: Any, skip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = routed_llama(make_llama, skip=skip), prompts(30, 3, 12)
+def test_no_row_is_computed_for_a_skipped_token(skip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama_on_device(skip=skip), prompts(30, 3, 12)
     run: dict[tuple[str, int], int] = {}
     for part, linear in (("attention", "self_attn.q_proj"), ("mlp", "mlp.up_proj")):
         for index, layer in enumerate(model.model.layers):
@@ -170,9 +166,9 @@ def _kept_in_a_prompt(model: Any, inputs: dict[str, torch.Tensor]) -> dict[int, 
 
 @pytest.mark.parametrize("skip", SUBLAYERS)
 def test_a_decoding_step_that_every_row_skips_runs_no_sublayer(
-    make_llama: Any, skip: str, monkeypatch: pytest.MonkeyPatch
+    skip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = routed_llama(make_llama, skip=skip), prompts(9, 6)
+    model, inputs = llama_on_device(skip=skip), prompts(9, 6)
     modlab.set_threshold(model, 0.999)
     want = generated(model, inputs, eos_token_id=None)
     modlab.enable_fast_generation(model, compile=False)
@@ -189,9 +185,9 @@ def test_a_decoding_step_that_every_row_skips_runs_no_sublayer(
         assert calls[0] == len(model.mod.layers), "once each, for the first tokens of the prompt"
 
 
-def test_a_layer_that_runs_its_mlp_twice_is_refused(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_runs_its_mlp_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One decision sets one IF node."""
-    model = routed_llama(make_llama, skip="mlp")
+    model = llama_on_device(skip="mlp")
     dense_class: Any = model.model.layers[1].dense_class
     forward = dense_class.forward
 
@@ -203,21 +199,21 @@ def test_a_layer_that_runs_its_mlp_twice_is_refused(make_llama: Any, monkeypatch
         modlab.enable_fast_generation(model, compile=False)
 
 
-def test_thresholds_are_live(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama, skip="attention"), prompts(25)
+def test_thresholds_are_live() -> None:
+    model, inputs = llama_on_device(skip="attention"), prompts(25)
     modlab.enable_fast_generation(model, compile=False)
     totals = stored_at_thresholds(model, inputs, (0.2, 0.5, 0.8, 0.2))
     assert totals[0] > totals[1] > totals[2] and totals[3] == totals[0]
 
 
 @pytest.mark.parametrize("skip", SUBLAYERS)
-def test_the_model_is_left_as_it_was(make_llama: Any, skip: str) -> None:
+def test_the_model_is_left_as_it_was(skip: str) -> None:
     """Classes, forwards and attributes, after a generation and after one that was interrupted."""
 
     def interrupt(_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    model, inputs = routed_llama(make_llama, skip=skip), prompts(9, 4)
+    model, inputs = llama_on_device(skip=skip), prompts(9, 4)
     sublayer = model.model.layers[1].get_submodule(SUBLAYERS[skip])
     sublayer.__dict__["forward"] = own = sublayer.forward  # as accelerate does
     before = [(type(module), set(module.__dict__)) for module in model.modules()]
@@ -231,8 +227,8 @@ def test_the_model_is_left_as_it_was(make_llama: Any, skip: str) -> None:
     assert sublayer.__dict__["forward"] is own
 
 
-def test_a_hook_on_a_sublayer_is_respected(make_llama: Any) -> None:
-    model, inputs = routed_llama(make_llama, skip="attention"), prompts(9, 6)
+def test_a_hook_on_a_sublayer_is_respected() -> None:
+    model, inputs = llama_on_device(skip="attention"), prompts(9, 6)
     modlab.enable_fast_generation(model, compile=False)
     seen: list[int] = []
     hook = model.model.layers[1].self_attn.register_forward_hook(lambda _m, _a, _out: seen.append(1))
@@ -243,8 +239,8 @@ def test_a_hook_on_a_sublayer_is_respected(make_llama: Any) -> None:
     assert modlab.fast_generation_report(model)["last"]["fast"]
 
 
-def test_threads_take_turns(make_llama: Any) -> None:
-    model = routed_llama(make_llama, skip="attention")
+def test_threads_take_turns() -> None:
+    model = llama_on_device(skip="attention")
     modlab.enable_fast_generation(model, compile=False)
     inputs = [prompts(9, 6, seed=seed) for seed in range(4)]
     want = [generated(model, batch, max_new_tokens=12) for batch in inputs]
@@ -263,10 +259,8 @@ def test_threads_take_turns(make_llama: Any) -> None:
 @pytest.mark.parametrize("skip", SUBLAYERS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu_steps_are_graphs_with_if_nodes(
-    make_llama: Any, skip: str, rows: int, compile: bool
-) -> None:
-    model, inputs = routed_llama(make_llama, skip=skip), prompts(*[50] * rows)
+def test_on_a_gpu_steps_are_graphs_with_if_nodes(skip: str, rows: int, compile: bool) -> None:
+    model, inputs = llama_on_device(skip=skip), prompts(*[50] * rows)
     want = generated(model, inputs, eos_token_id=None)
     modlab.enable_fast_generation(model, compile=compile)
     assert generated(model, inputs, eos_token_id=None) == want
@@ -278,7 +272,7 @@ def test_on_a_gpu_steps_are_graphs_with_if_nodes(
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="runs compiled steps from the host")
 @pytest.mark.parametrize("skip", SUBLAYERS)
 def test_a_layer_is_compiled_around_its_sublayer_once_for_all(
-    make_llama: Any, skip: str, monkeypatch: pytest.MonkeyPatch
+    skip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A deeper model of the same layers compiles nothing more."""
     torch._dynamo.reset()
@@ -289,7 +283,7 @@ def test_a_layer_is_compiled_around_its_sublayer_once_for_all(
     inputs = prompts(9, 4)
     graphs = []
     for depth in (3, 6):
-        model = routed_llama(make_llama, skip=skip, num_hidden_layers=depth)
+        model = llama_on_device(skip=skip, num_hidden_layers=depth)
         everything = dict.fromkeys(model.mod.layers, torch.ones(1, 1, dtype=torch.bool))
         with modlab.routing_override(model, modlab.RoutingTable(everything)):
             want = generated(model, inputs, max_new_tokens=4, eos_token_id=None)

@@ -9,44 +9,17 @@ import modlab
 from modlab.execution.reference import masked_execution
 from modlab.families.support import REQUIRED
 from modlab.families.tiny_models import tiny_model
-from tests.cache.test_ragged import random_routing
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import scatter_gates
-
-T = 33  # odd on purpose
-
-
-def inputs(model, padding: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    vocab = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(
-        3, vocab, (1 if padding == "one row" else 3, T), generator=torch.Generator().manual_seed(0)
-    )
-    mask = torch.ones_like(ids)
-    if padding == "left":
-        mask[1, :8], mask[2, :20] = 0, 0
-    elif padding == "right":
-        mask[1, -8:], mask[2, -20:] = 0, 0
-    return ids, None if padding in ("one row", "none") else mask
-
-
-def positions(model, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What `generate` passes for a padded batch."""
-    return {} if mask is None else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-def assert_same(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> None:
-    real = slice(None) if mask is None else mask.bool()
-    torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=2e-5)
-
-
-def assert_packed_is_masked(model, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Holds packed execution, without a cache and with one, against the masked reference; its logits."""
-    with masked_execution(model):
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
-    assert_same(model(ids, attention_mask=mask, use_cache=False).logits, expected, mask)
-    assert_same(model(ids, attention_mask=mask, use_cache=True).logits, expected, mask)
-    return expected
-
+from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.routing import (
+    ODD as T,
+)
+from tests.helpers.routing import (
+    assert_packed_is_masked,
+    assert_same,
+    inputs,
+    positions,
+    random_routing,
+)
 
 # transformers itself refuses sdpa for Gemma 2, whose attention caps its logits.
 FAMILIES = [(f, a) for f in REQUIRED for a in ("eager", "sdpa") if (f, a) != ("gemma2", "sdpa")]
@@ -58,7 +31,7 @@ def test_families(family, attention) -> None:
     model = tiny_model(family)
     model.set_attn_implementation(attention)
     ids, mask = inputs(model, "left")
-    extra = positions(model, mask)
+    extra = positions(mask)
     dense = model(ids, attention_mask=mask, use_cache=False, **extra).logits
     one_row = model(ids[:1], use_cache=False).logits
     modlab.convert(model, alternate_layers())

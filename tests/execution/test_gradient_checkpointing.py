@@ -7,8 +7,7 @@ import torch
 
 import modlab
 from modlab.training import objectives
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
 
 LONG = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
 SHORT = torch.randint(3, 500, (3, 11), generator=torch.Generator().manual_seed(1))

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 import modlab
-from modlab.execution import masked_keys, reference, weighed_attention, what_if_attention
+from modlab.execution import reference, weighed_attention, what_if_attention
 from modlab.execution.masks import masked_reference_mask
-from tests.conftest import alternate_layers
-from tests.routing.test_state import spread_gates
+from tests.helpers.flex import sdpa_and_flex
+from tests.helpers.models import alternate_layers, spread_gates
 
 IDS = torch.randint(3, 250, (3, 200), generator=torch.Generator().manual_seed(0))
 PADDED = torch.ones_like(IDS)
@@ -50,23 +50,6 @@ def test_recent_and_earlier_keys_are_all_that_is_seen_and_never_both(T: int, rec
         assert not (mask & outside).any(), "a block that holds a seen key is left out"
         seen += mask
     assert torch.equal(seen, masked_reference_mask(real, real).int())
-
-
-def sdpa_and_flex(
-    model, ids: torch.Tensor, mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch, autocast: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits through sdpa and through flex attention."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        torch.manual_seed(1)  # a what-if pass for kept keys draws noise
-        want = model(ids, attention_mask=mask).logits
-        used = []
-        for taking in (reference, masked_keys):
-            monkeypatch.setattr(taking, "takes_flex", lambda *_: used.append(True) or True)
-        torch.manual_seed(1)
-        with torch.compiler.set_stance("force_eager"):
-            got = model(ids, attention_mask=mask).logits
-    assert used and model.config._attn_implementation == "sdpa"
-    return want, got
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

@@ -23,7 +23,7 @@ from modlab.families import support as families
 from modlab.families.proof import FreshProcess, Unproven, prove
 from modlab.families.tiny_models import tiny_model
 from modlab.skips.probe import branch_forms
-from tests.families.one_branch import prove_one_branch
+from tests.helpers.one_branch import prove_one_branch
 
 NEWEST = Version("5.24")
 """The transformers for which the tables below were written."""

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 import modlab
 from modlab.engine.compiled import Compiler
-from tests.conftest import alternate_layers
+from tests.helpers.models import routed_llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW = 40
 
-
-def routed_llama(
-    make: Callable[..., LlamaForCausalLM],
-    gate: Any = "straight-through",
-    skip: Any = "layer",
-    keep_recent: int = 4,
-    **changes: Any,
-) -> Any:
-    """A tiny converted Llama whose routers keep some tokens and skip others."""
-    config = alternate_layers(gate=gate, skip=skip, keep_recent=keep_recent)
-    model: Any = modlab.convert(make(**changes), config).to(DEVICE)
-    generator = torch.Generator().manual_seed(1)
-    for index in model.mod.layers:
-        router = model.model.layers[index].mod_router
-        router.weight.data = torch.randn(router.weight.shape, generator=generator).to(DEVICE) * 0.3
-        router.bias.data.zero_()
-    return model
+llama_on_device = functools.partial(routed_llama, device=DEVICE, scale=2.4)
+"""The tiny converted Llama where its engine is tested, with few undecided gates."""
 
 
 def prompts(*lengths: int, seed: int = 0, vocabulary: int = 500) -> dict[str, torch.Tensor]:

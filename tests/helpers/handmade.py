@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 SURE = 40.0  # logit of a token that a rule is sure of; the others have 0
 Rule = Callable[[Tensor, Tensor], None]

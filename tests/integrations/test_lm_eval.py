@@ -15,8 +15,7 @@ import modlab
 from modlab.cli import main
 from modlab.errors import ModlabError
 from modlab.integrations.lm_eval import evaluate_tasks
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
 
 pytest.importorskip("lm_eval")
 

@@ -13,7 +13,8 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.integrations.peft import load_adapter, lora_config, save_adapter
 from modlab.integrations.trainer import MoDCallback
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
 
 peft = pytest.importorskip("peft")
 

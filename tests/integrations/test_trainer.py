@@ -17,8 +17,8 @@ from modlab.routing.state import record_routing
 from modlab.saving.checkpoint import load_routers
 from modlab.training import objectives
 from modlab.training.step import evaluate
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
 
 ROWS = torch.randint(3, 60, (32, 24), generator=torch.Generator().manual_seed(0))
 DATA = Dataset.from_dict({"input_ids": ROWS.tolist(), "labels": ROWS.tolist()})

@@ -10,7 +10,7 @@ import torch
 import modlab
 from modlab import measure
 from modlab.errors import ModlabError
-from tests.conftest import alternate_layers
+from tests.helpers.models import alternate_layers
 from tests.measure.models import VOCAB, dense_model, spread_gates
 
 

@@ -9,9 +9,8 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 from modlab.probes.generation import _SeededSampling
-from tests.conftest import alternate_layers
 from tests.helpers.handmade import HandMade, bigram, following_llama
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
 
 V = 512
 AROUND = torch.arange(1, V + 1) % V  # token i + 1 after token i: nothing comes twice in V tokens

@@ -8,9 +8,9 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
-from tests.conftest import alternate_layers
 from tests.helpers.handmade import HandMade, bigram, copier
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
 
 UNIFORM = math.log(128)
 SMALL = {"passage": 16, "prefix": 8, "rows": 5, "progress": False}

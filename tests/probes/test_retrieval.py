@@ -8,7 +8,6 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
-from tests.conftest import alternate_layers
 from tests.helpers.handmade import (
     HandMade,
     copier,
@@ -16,7 +15,7 @@ from tests.helpers.handmade import (
     make_joining_tokenizer,
     make_tokenizers,
 )
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
 
 TOKENIZERS = make_tokenizers()
 BYTES = TOKENIZERS["a token a byte"]
@@ -149,7 +148,6 @@ def test_seeds():
     assert rows(1) != rows(2)
 
 
-@pytest.mark.slow
 def test_right_is_what_greedy_search_writes():
     """On the demo model, which finds some of the values."""
     model, tokenizer = modlab.load("demo")

@@ -5,20 +5,9 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
-from tests.conftest import alternate_layers
+from tests.helpers.models import alternate_layers, spread_gates
 
-GEN = torch.Generator().manual_seed(3)
-IDS = torch.randint(3, 512, (2, 32), generator=GEN)
-
-
-def spread_gates(model: torch.nn.Module, scale: float = 3.0) -> torch.nn.Module:
-    """Gives the routers random weights, so that gates differ between tokens."""
-    generator = torch.Generator().manual_seed(5)
-    for layer in model.mod.layers:
-        router = model.model.layers[layer].mod_router
-        router.weight.data.normal_(0, scale, generator=generator)
-        router.bias.data.zero_()
-    return model
+IDS = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import modlab
 from modlab.errors import ModlabError
 from modlab.saving.checkpoint import atomic_directory
-from tests.routing.test_state import IDS, spread_gates
+from tests.helpers.models import spread_gates
+from tests.helpers.routing import IDS
 
 
 @pytest.fixture

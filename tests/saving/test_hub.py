@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import modlab
 from modlab import measure
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import scatter_gates
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 

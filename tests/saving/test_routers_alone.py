@@ -12,8 +12,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.training.loop import TrainConfig, train
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import scatter_gates
+from tests.helpers.models import alternate_layers, scatter_gates
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -33,11 +33,10 @@ from modlab.routing.state import record_routing
 from modlab.training.checks import nothing_to_learn
 from modlab.training.loop import TrainConfig, train
 from modlab.training.step import evaluate
-from tests.cache.test_ragged import random_routing
-from tests.conftest import alternate_layers, tiny_config
-from tests.execution.test_equivalence import assert_packed_is_masked, assert_same, inputs
-from tests.execution.test_what_if_attention import sdpa_and_flex
-from tests.helpers.synthetic import make_trace, scatter_gates
+from tests.helpers.flex import sdpa_and_flex
+from tests.helpers.models import alternate_layers, scatter_gates, tiny_config
+from tests.helpers.routing import assert_packed_is_masked, assert_same, inputs, random_routing
+from tests.helpers.traces import make_trace
 
 RECENT = 5
 LONG = 90  # long enough for several sweeps in decoding

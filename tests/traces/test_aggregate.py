@@ -9,7 +9,8 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.traces.aggregate import position_edges
 from modlab.traces.token_classes import CLASSES, classify
-from tests.helpers.synthetic import make_tokenizer, scatter_gates
+from tests.helpers.models import scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
 
 TEXTS = ["def run(x):\n    return x + 12\n" * 3, "the router decides which token runs, and which skips. " * 4]
 

@@ -17,7 +17,9 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.traces.routing_trace import RoutingTrace, encode, run_traced
-from tests.helpers.synthetic import make_tokenizer, make_trace, scatter_gates
+from tests.helpers.models import scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs, 日本 🙂 and which one skips it\n  twice. "
 

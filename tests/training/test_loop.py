@@ -23,9 +23,8 @@ from modlab.errors import ModlabError
 from modlab.execution.routed import compiled_forward
 from modlab.training.config import is_what_if, keep_target, lr_factor, ramped_target
 from modlab.training.loop import TrainConfig, evaluate, train
-from tests.conftest import alternate_layers
-from tests.helpers.synthetic import scatter_gates
-from tests.test_data import character_tokenizer
+from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.tokenizers import character_tokenizer
 
 V, T = 64, 32
 
@@ -759,7 +758,6 @@ def launch(out: Path, processes: int, batch_size: int) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(out.glob("rank_*.json"))]
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     (alone,) = launch(tmp_path / "one", 1, 4)
     pair = launch(tmp_path / "two", 2, 2)

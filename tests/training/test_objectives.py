@@ -13,7 +13,7 @@ from torch import Tensor
 
 import modlab
 from modlab.training import objectives
-from tests.conftest import alternate_layers
+from tests.helpers.models import alternate_layers
 
 
 def sigmoid(x: float) -> float:

@@ -14,7 +14,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.widgets import CellFlip, ClassHeatmap, Compare, Frontier, Thresholds, TokenPath
 from modlab.widgets.model_access import lock_of
-from tests.helpers.synthetic import make_trace
+from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
 

@@ -10,7 +10,7 @@ import pytest
 from modlab import widgets
 from modlab.widgets.pictures import script
 from modlab.widgets.views import VIEWS
-from tests.helpers.synthetic import make_trace
+from tests.helpers.traces import make_trace
 
 for name in widgets.__all__:
     getattr(widgets, name)  # loads the module that holds it, which registers its views

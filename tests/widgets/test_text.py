@@ -10,7 +10,7 @@ from modlab.errors import ModlabError
 from modlab.widgets import CellFlip, RoutingHeatmap, Thresholds, TokenText, explore, link
 from modlab.widgets.measured import fitting
 from modlab.widgets.pictures.page import group_of
-from tests.helpers.synthetic import make_tokenizer
+from tests.helpers.tokenizers import make_tokenizer
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
 OWN = "My grandmother kept bees behind the house, 日本 🙂, and she asked me to hold the smoker."

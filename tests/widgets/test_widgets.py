@@ -22,7 +22,7 @@ from modlab.widgets import (
     link,
 )
 from modlab.widgets.pictures import page
-from tests.helpers.synthetic import make_trace
+from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
 
