@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         set_threshold,
     )
     from modlab.routing.table import RoutingTable
-    from modlab.saving.checkpoint import load, save_routers
+    from modlab.saving.load import load
+    from modlab.saving.save import save_routers
     from modlab.traces.aggregate import RoutingAggregate, aggregate_routing
     from modlab.traces.routing_trace import RoutingTrace, trace
     from modlab.training.config import TrainConfig
@@ -41,8 +42,8 @@ _HOME: dict[str, str | None] = {
     "MoDConfig": "config",
     "ModlabError": "errors",
     "RaggedCache": "cache.ragged",
-    "load": "saving.checkpoint",
-    "save_routers": "saving.checkpoint",
+    "load": "saving.load",
+    "save_routers": "saving.save",
     "convert": "conversion.convert",
     "revert": "conversion.convert",
     "is_converted": "routing.state",

@@ -23,7 +23,7 @@ from benchmarks.quality.scale import Scale
 from benchmarks.quality.score import loss_of, score
 from modlab.bench.results import circumstances, source_commit
 from modlab.execution.routed import compiled_forward
-from modlab.saving.checkpoint import save_routers
+from modlab.saving.save import save_routers
 
 KEPT_LOG = ("step", "tokens", "loss", "keep_ratio", "target", "objective", "kl", "tokens_per_s")
 

@@ -20,7 +20,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Model and tokenizer into one folder, whole or not at all."""
-    from modlab.saving.checkpoint import WEIGHT_PATTERNS, atomic_directory
+    from modlab.saving.atomic import atomic_directory
+    from modlab.saving.files import WEIGHT_PATTERNS
 
     with atomic_directory(folder, replaces=WEIGHT_PATTERNS) as temporary:
         model.save_pretrained(temporary)

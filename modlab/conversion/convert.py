@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -24,13 +22,11 @@ from modlab.execution.routed import (
 from modlab.hf import anatomy
 from modlab.routing.router import ROUTER, Router
 from modlab.routing.state import Routing, is_converted, routing_of
+from modlab.saving.files import is_hub_id
 from modlab.skips.probe import BranchForm, branch_forms
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:
     """Turns a causal LM of transformers into a Mixture-of-Depths model, in place.
@@ -135,7 +131,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 def hub_id_of(model: PreTrainedModel) -> str | None:
     """Where the model came from, if that was the hub and not a folder of this machine."""
     name = str(getattr(model, "name_or_path", "") or "")
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if is_hub_id(name) else None
 
 
 def _end_fast_generation(model: PreTrainedModel) -> None:

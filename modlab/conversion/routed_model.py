@@ -11,6 +11,9 @@ from modlab.cache.ragged import RaggedCache
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedModule
 from modlab.hf.cache_argument import cache_argument, given_cache
+from modlab.saving.hub import UPLOAD_ARGUMENTS
+from modlab.saving.save import save_converted
+from modlab.saving.upload import upload
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -69,10 +72,7 @@ class RoutedModel(RoutedModule):
             push_to_hub: upload it, to `repo_id` or else to the folder's name in your namespace.
             kwargs: as transformers', and `evaluation` (of `modlab.measure.evaluate`): figures for the card.
         """
-        from modlab.saving.checkpoint import save_converted
-        from modlab.saving.hub import HUB_ARGUMENTS, upload
-
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         dense: Any = super()
         save_converted(self, dense.save_pretrained, save_directory, **kwargs)
         if push_to_hub:
@@ -85,9 +85,7 @@ class RoutedModel(RoutedModule):
         Returns:
             the address of the commit.
         """
-        from modlab.saving.hub import HUB_ARGUMENTS, upload
-
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder, repo_id.split("/")[-1])  # the card is headed by the folder's name
             self.save_pretrained(target, evaluation=evaluation, **kwargs)

@@ -16,8 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = "modlab"
-MARKER = {"quant_method": METHOD}
+from modlab.saving.files import METHOD
 
 
 @register_quantization_config(METHOD)
@@ -41,7 +40,7 @@ class RouterLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from modlab.saving.checkpoint import restore_routers  # it imports the models of transformers
+        from modlab.saving.restore import restore_routers  # it imports the models of transformers
 
         return restore_routers(model, model.name_or_path, **_where(self.folder))
 

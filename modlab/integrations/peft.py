@@ -10,28 +10,18 @@ model, tokenizer = modlab.load("my-adapter")
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from modlab.conversion.convert import ROUTER
-from modlab.errors import ModlabError
 from modlab.integrations.trainer import converted_model
-from modlab.routing.state import is_converted, set_threshold
-from modlab.saving.checkpoint import (
-    ADAPTER_CONFIG,
-    CONFIG_FILE,
-    atomic_directory,
-    convert_as_described,
-    describe_routing,
-    load,
-    read_description,
-)
+from modlab.saving import adapters
+from modlab.saving.adapters import describe_adapters, import_peft
+from modlab.saving.atomic import atomic_directory
+from modlab.saving.load import load, load_base
+from modlab.saving.routers import is_added
 
 
 def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
@@ -44,10 +34,11 @@ def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
     Raises:
         ModlabError: the model is dense, or peft is not installed.
     """
-    converted_model(model)
-    saved = [*(settings.pop("modules_to_save", None) or ()), ROUTER]
+    added = filter(is_added, converted_model(model).state_dict())
+    ours = {next(part for part in name.split(".") if part.startswith("mod_")) for name in added}
+    saved = [*(settings.pop("modules_to_save", None) or ()), *sorted(ours)]
     settings = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings}
-    return _peft().LoraConfig(modules_to_save=list(dict.fromkeys(saved)), **settings)
+    return import_peft().LoraConfig(modules_to_save=list(dict.fromkeys(saved)), **settings)
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
@@ -63,7 +54,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     converted = converted_model(model)
     with atomic_directory(folder) as temporary:
         model.save_pretrained(temporary)
-        describe_routing(converted, temporary)
+        describe_adapters(converted, temporary)
 
 
 def load_adapter(
@@ -83,35 +74,6 @@ def load_adapter(
     Raises:
         ModlabError: peft is not installed, the base cannot be loaded, or nothing says how to convert it.
     """
-    peft, folder = _peft(), Path(folder)
-    described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    name = base or described.get("base_model_name_or_path")
-    if not name:
-        raise ModlabError(
-            f"{str(folder)!r} does not name its base model: "
-            "modlab.integrations.peft.load_adapter(folder, base=...) takes it."
-        )
-    loaded: tuple[Any, Any] = load(name, **kwargs)
-    model, tokenizer = loaded
-    if (folder / CONFIG_FILE).is_file():
-        if is_converted(model):
-            set_threshold(model, read_description(folder / CONFIG_FILE, str(folder))[1])
-        else:
-            convert_as_described(model, folder)
-    elif not is_converted(model) and ROUTER in (described.get("modules_to_save") or ()):
-        raise ModlabError(
-            f"{str(folder)!r} holds routers, but neither it nor its base {str(name)!r} says which layers are "
-            "routed: save it with modlab.integrations.peft.save_adapter."
-        )
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return peft.PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
-
-
-def _peft() -> Any:
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ModlabError(
-            f"adapters need peft, which cannot be imported ({error}): pip install 'modlab[peft]'."
-        ) from error
+    if base is None:
+        return adapters.load_adapter(Path(folder), load_base, **kwargs)
+    return adapters.load_adapter(Path(folder), load, os.fspath(base), **kwargs)

@@ -7,6 +7,7 @@ import) lets it load as always, registers, and is gone.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,7 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from modlab.integrations import auto_model  # registers by being imported
-
-    assert auto_model.METHOD
+    importlib.import_module("modlab.integrations.auto_model")  # registers by being imported
 
 
 class _RegistryLoaded(MetaPathFinder):

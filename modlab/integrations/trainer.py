@@ -23,12 +23,9 @@ from transformers import TrainerCallback
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
 from modlab.routing.state import Recording, is_converted, record_routing
-from modlab.saving.checkpoint import (
-    ADAPTER_CONFIG,
-    ROUTER_FILE,
-    describe_routing,
-    load_routers,
-)
+from modlab.saving.adapters import describe_adapters
+from modlab.saving.files import ADAPTER_CONFIG, ROUTER_FILE
+from modlab.saving.restore import load_routers
 from modlab.training import objectives
 from modlab.training.checks import choose_objective, nothing_to_learn
 from modlab.training.config import Objective, TrainConfig, is_what_if, ramped_target
@@ -92,8 +89,6 @@ class MoDCallback(TrainerCallback):
         if objective == "budget":
             raise ModlabError("objective='budget' moves thresholds at each step: train with modlab.train.")
         self.hooks: list[RemovableHandle] = []
-
-    # ---- what the trainer calls
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,10 +161,10 @@ class MoDCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A PEFT checkpoint holds the routers among its adapters; how to convert the base is added."""
+        """To a PEFT checkpoint it is added how to convert the base, and the routers if PEFT left them out."""
         folder = _checkpoint(args, state)
         if (folder / ADAPTER_CONFIG).is_file():
-            describe_routing(self.model, folder)
+            describe_adapters(self.model, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -187,8 +182,6 @@ class MoDCallback(TrainerCallback):
         if reason and self.objective != "none":
             warnings.warn(f"so far the trainer has {reason}", stacklevel=3)
         self.longest = None
-
-    # ---- hooks on the model
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module.training:

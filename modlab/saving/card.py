@@ -1,21 +1,27 @@
-"""The model card of a converted model: what was routed, what it saves and costs, how to load it."""
+"""The model card of a converted model: what was routed, what it saves and costs, how to load it.
+
+Names, paths and commands come from anywhere; in the card they are text, never Markdown or HTML.
+"""
 
 from __future__ import annotations
 
+import html
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modlab.config import MoDConfig
-from modlab.conversion.convert import HUB_ID
 from modlab.routing.state import routing_of
+from modlab.saving.files import CARD_FILE, is_hub_id
 
 if TYPE_CHECKING:
     from modlab.measure import Evaluation
 
 OURS = "<!-- written by modlab -->"
-"""Marks a card as generated: it may be written anew. Take the line out to keep what you changed."""
+"""Marks a card as generated: it may be written again. Take the line out to keep what you changed."""
 
 PAPER = "https://arxiv.org/abs/2410.14268"
 ROUTED = {
@@ -24,10 +30,34 @@ ROUTED = {
     "attention": "attention alone",
     "mlp": "MLPs alone",
 }
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~^$-])")
+
+
+def plain(text: str) -> str:
+    """`text` as Markdown that shows it as it is, in one line."""
+    return MARKDOWN.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def code(text: str) -> str:
+    """`text` as inline code, in one line."""
+    text = " ".join(text.split())
+    ticks = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def python_block(source: str) -> str:
+    """Python in a fence that nothing inside can close."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", source)), default=0))
+    return f"{fence}python\n{source}\n{fence}"
 
 
 def write_card(
-    model: Any, folder: Path, target: Path, evaluation: Evaluation | None = None, routers_alone: bool = False
+    model: Any,
+    folder: Path,
+    target: Path,
+    evaluation: Evaluation | None = None,
+    routers_of: str | None = None,
 ) -> None:
     """Writes README.md into `folder`, unless `target`, the folder it is meant for, has somebody else's.
 
@@ -36,38 +66,37 @@ def write_card(
         folder: where to write.
         target: where the files will lie; its name heads the card.
         evaluation: measured figures; without them the card says how to get them.
-        routers_alone: whether the folder holds no other weights.
+        routers_of: the base model, if the folder holds no weights but the routers.
     """
-    old = target / "README.md"
-    if old.is_file() and OURS not in old.read_text(encoding="utf-8"):
+    old = target / CARD_FILE
+    if old.is_file() and OURS not in old.read_text(encoding="utf-8", errors="replace"):
         return
-    (folder / "README.md").write_text(
-        model_card(model, target.name, evaluation, routers_alone), encoding="utf-8"
-    )
+    text = model_card(model, target.resolve().name, evaluation, routers_of)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def model_card(
-    model: Any, name: str, evaluation: Evaluation | None = None, routers_alone: bool = False
+    model: Any, name: str, evaluation: Evaluation | None = None, routers_of: str | None = None
 ) -> str:
-    """The card as Markdown with the hub's metadata block."""
-    routing, known = routing_of(model), model.mod_base_model
-    hub_base = known if known and HUB_ID.fullmatch(known) and not Path(known).exists() else None
+    """The card as Markdown with the hub's metadata block; arguments as in `write_card`."""
+    routing, known = routing_of(model), routers_of or model.mod_base_model
+    hub_base = known if is_hub_id(known) else None
     data = ModelCardData(
-        model_name=name,
+        model_name=" ".join(name.split()),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mixture-of-depths", "modlab"],
         base_model=hub_base,
         eval_results=_results(evaluation) if evaluation is not None else None,
     )
-    base = (
-        f" of [{hub_base}](https://huggingface.co/{hub_base})" if hub_base else f" of {known}" * bool(known)
-    )
+    base = ""
+    if known:
+        base = f" of [{hub_base}](https://huggingface.co/{hub_base})" if hub_base else f" of {code(known)}"
     config: MoDConfig = routing.config
     values = sorted({round(p, 4) for p in routing.thresholds.values()})
     thresholds = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}, one a layer"
     lines = [
-        f"# {name}",
+        f"# {plain(name)}",
         OURS,
         f"A Mixture-of-Depths version{base}: in {len(routing.layers)} of its {routing.num_layers} layers a "
         f"router decides for each token {_decides(config)} ([MoDification]({PAPER})).",
@@ -77,14 +106,22 @@ def model_card(
         f"| threshold p | {thresholds} |" + _figures(evaluation),
         _measured(evaluation, name),
         "## How to load",
-        "```python\nimport modlab\n\n"
-        f'model, tokenizer = modlab.load("{name}")  # a folder, or the hub id of this repository\n```',
-        f"These are the routers alone, for the unchanged weights of {known}, which is loaded first."
-        if routers_alone
+        python_block(
+            "import modlab\n\n"
+            f"model, tokenizer = modlab.load({_quoted(name)})  # a folder, or this repository's hub id"
+        ),
+        f"These are the routers alone, for the unchanged weights of {code(routers_of)}, which is loaded "
+        "first."
+        if routers_of
         else "`import modlab` also teaches `AutoModelForCausalLM.from_pretrained` to load it. Without modlab "
         "(`pip install modlab`) plain transformers loads the dense model from the same files.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"))
+
+
+def _quoted(name: str) -> str:
+    """A Python literal, in double quotes where that is plain."""
+    return f'"{name}"' if re.fullmatch(r"[^\\\"\x00-\x1f]*", name) and name.isprintable() else repr(name)
 
 
 def _decides(config: MoDConfig) -> str:
@@ -113,13 +150,16 @@ def _measured(evaluation: Evaluation | None, name: str) -> str:
     if evaluation is None:
         return (
             "Keep ratio, KV saving and loss were not measured when this was saved: "
-            f"`modlab eval {name} --data SOURCE --card` measures them and writes them here."
+            f"{code(f'modlab eval {shlex.quote(name)} --data SOURCE')} measures them, and "
+            "`model.save_pretrained(folder, evaluation=modlab.measure.evaluate(model, batches))` writes them "
+            "here."
         )
     said = evaluation.source
-    where = ", ".join(f"{said[key]}" for key in ("device_name", "dtype", "date") if key in said)
-    versions = ", ".join(f"{package} {version}" for package, version in said.get("versions", {}).items())
-    by = f" by `{said['command']}`" if "command" in said else ""
-    on = f" on {said['data']}" if "data" in said else ""
+    where = ", ".join(plain(str(said[key])) for key in ("device_name", "dtype", "date") if key in said)
+    used = said.get("versions", {}).items()
+    versions = ", ".join(plain(f"{package} {version}") for package, version in used)
+    by = f" by {code(str(said['command']))}" if "command" in said else ""
+    on = f" on {plain(str(said['data']))}" if "data" in said else ""
     return (
         f"Measured{on} ({evaluation.predicted_tokens:,} predicted tokens){by}"
         + "".join(f"; {part}" for part in (where, versions) if part)
@@ -128,7 +168,7 @@ def _measured(evaluation: Evaluation | None, name: str) -> str:
 
 
 def _results(evaluation: Evaluation) -> list[EvalResult]:
-    dataset = str(evaluation.source.get("data", "held-out text"))
+    dataset = " ".join(str(evaluation.source.get("data", "held-out text")).split())
     common: dict[str, Any] = {
         "task_type": "text-generation",
         "dataset_type": dataset,

@@ -559,7 +559,7 @@ class _Run:
         return TrainResult(history, self.model, self.out, progress.step, progress.tokens, seconds, stopped)
 
     def _save_model(self, folder: Path) -> None:
-        from modlab.saving.checkpoint import atomic_directory
+        from modlab.saving.atomic import atomic_directory
 
         with atomic_directory(folder) as temporary:
             self.model.save_pretrained(temporary)

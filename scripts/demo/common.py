@@ -85,7 +85,8 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
     """Weights as bf16 safetensors in small shards (routers stay fp32), with the tokenizer."""
     import torch
 
-    from modlab.saving.checkpoint import WEIGHT_PATTERNS, atomic_directory
+    from modlab.saving.atomic import atomic_directory
+    from modlab.saving.files import WEIGHT_PATTERNS
 
     model.to("cpu").to(torch.bfloat16)
     with atomic_directory(folder, replaces=WEIGHT_PATTERNS) as temporary:

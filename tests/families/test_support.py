@@ -15,7 +15,7 @@ from modlab.families import support as families
 from modlab.families.proof import FreshProcess
 from modlab.families.tiny_models import every_kind, tiny_model
 from modlab.routing.state import Routing
-from modlab.saving import checkpoint
+from modlab.saving import routers
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -114,9 +114,9 @@ def test_a_cache_that_mixes_tokens_up_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_routers_that_are_not_saved_are_noticed(monkeypatch: pytest.MonkeyPatch, fresh) -> None:
-    real = checkpoint.save_file
+    real = routers.save_file
     lose = lambda state, *rest: real({name: t * 0 for name, t in state.items()}, *rest)  # noqa: E731
-    monkeypatch.setattr(checkpoint, "save_file", lose)
+    monkeypatch.setattr(routers, "save_file", lose)
     assert refusal(fresh).startswith("reloaded in a fresh process: logits differ")
 
 

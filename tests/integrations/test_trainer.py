@@ -14,7 +14,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.integrations.trainer import MoDCallback
 from modlab.routing.state import record_routing
-from modlab.saving.checkpoint import load_routers
+from modlab.saving.restore import load_routers
 from modlab.training import objectives
 from modlab.training.step import evaluate
 from tests.helpers.models import alternate_layers, scatter_gates

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.saving.checkpoint import atomic_directory
+from modlab.saving.atomic import atomic_directory
 from tests.helpers.models import spread_gates
 from tests.helpers.routing import IDS
 
@@ -128,7 +128,7 @@ def test_failed_save_leaves_the_old_folder_intact(tiny_llama, saved, monkeypatch
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modlab.saving.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("modlab.saving.routers.save_file", full_disk)
     with pytest.raises(ModlabError, match="No space left on device.*as it was"):
         tiny_llama.save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

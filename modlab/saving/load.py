@@ -1,0 +1,206 @@
+"""Loads models and their tokenizers: dense or converted, whole, as routers alone or as adapters."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from modlab.errors import ModlabError
+from modlab.routing.state import is_converted
+from modlab.saving.adapters import load_adapter
+from modlab.saving.demos import DEMOS, folder_named
+from modlab.saving.description import read_description
+from modlab.saving.files import (
+    ADAPTER_CONFIG,
+    CONFIG_FILE,
+    MARKER,
+    holds_model,
+    is_hub_id,
+    weight_files,
+)
+from modlab.saving.hub import download_arguments, file_of, require_reachable
+from modlab.saving.restore import restore_routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
+OF_THE_NAMED = ("revision", "subfolder", *CODE_ARGUMENTS)
+"""Arguments that are for what the user named, never for the base that its files name."""
+
+
+def load(
+    name_or_path: str | os.PathLike[str], **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer, converted if the folder was saved converted.
+
+    Args:
+        name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
+            twin), ``"demo-kv"`` (that twin with routers for its cache), a local folder, or a hub id. A folder
+            of PEFT adapters gives a `PeftModel` on its base; routers alone (`save_routers`) are put into the
+            base that they name.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, gguf_file, ...). The
+            demos load in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
+            `trust_remote_code=True` is for code of `name_or_path` alone, not of a base that its files name.
+
+    Returns:
+        (model in eval mode, tokenizer). A model saved dense comes back dense: call `modlab.convert` on it.
+
+    Raises:
+        ModlabError: no such folder, no weights in it, corrupt or missing weights, or a hub id that cannot be
+            reached.
+    """
+    return _load(os.fspath(name_or_path), (), **kwargs)
+
+
+def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> tuple[Any, Any]:
+    """`load`, for a base too: `asked` are the sources whose files led here."""
+    source = str(folder_named(name))
+    if name in DEMOS:
+        kwargs.setdefault("dtype", torch.float32)
+        _require_demo(source)
+    here = os.path.realpath(source) if Path(source).exists() else source
+    if here in asked:
+        raise ModlabError(
+            f"{asked[0]!r} names itself as its base model"
+            f"{f' by way of {asked[-1]!r}' if len(asked) > 1 else ''}: give the base that it was made for."
+        )
+    base_loader = functools.partial(load_base, asked=(*asked, here))
+    if Path(source, ADAPTER_CONFIG).is_file() and not Path(source, "config.json").is_file():
+        return load_adapter(Path(source), base_loader, **kwargs)
+    try:
+        base = _base_of_routers(source, kwargs)
+    except OSError as error:  # of the hub: no such repository or revision, no access
+        raise ModlabError(_explain(name, error)) from error
+    if base is None:
+        return _load_whole(name, source, kwargs)
+    model, tokenizer = base_loader(base, **kwargs)
+    if is_converted(model):
+        raise ModlabError(f"the base of {name!r}, {base!r}, is converted itself: routers need a dense one.")
+    return restore_routers(model, source, **download_arguments(kwargs)).eval(), tokenizer
+
+
+def load_base(name: str, asked: tuple[str, ...] = (), **kwargs: Any) -> tuple[Any, Any]:
+    """`load` of a base that a file named: without the arguments that concern what the user named.
+
+    Args:
+        asked: the sources whose files led here, to tell when they name each other.
+    """
+    return _load(name, asked, **{key: value for key, value in kwargs.items() if key not in OF_THE_NAMED})
+
+
+def _load_whole(name: str, source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A source that holds weights of its own."""
+    _check_folder(source, kwargs)
+    kwargs = {"trust_remote_code": False, **kwargs}  # transformers would ask at the terminal
+    hub = download_arguments(kwargs)
+    code = {key: kwargs[key] for key in CODE_ARGUMENTS if key in kwargs}
+    gguf = {"gguf_file": kwargs["gguf_file"]} if kwargs.get("gguf_file") else {}
+    try:
+        model = _from_pretrained(source, kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub, **code, **gguf)
+    except SafetensorError as error:
+        raise ModlabError(
+            f"the weights in {name!r} are corrupt ({error}): copy or download them again."
+        ) from error
+    except ModlabError:
+        raise
+    except Exception as error:  # transformers raises every kind for files that are not what they should be
+        raise ModlabError(_explain(name, error)) from error
+    if not is_converted(model) and not gguf:
+        restore_routers(model, source, **hub)
+    return model.eval(), tokenizer
+
+
+def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model; converted already if its config.json carries the marker of integrations/auto_model.py."""
+    if kwargs.get("quantization_config") is None:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    # transformers takes the marker for a quantisation of its own, beside which it allows no other
+    kwargs = dict(kwargs)
+    quantization = kwargs.pop("quantization_config")  # or it would replace the marker in the config
+    config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+    if getattr(config, "quantization_config", None) == MARKER:
+        del config.quantization_config
+    return AutoModelForCausalLM.from_pretrained(
+        source, config=config, quantization_config=quantization, **kwargs
+    )
+
+
+def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
+    """The base model that a source of routers alone names; None for any other source.
+
+    Raises:
+        ModlabError: the routers do not name it.
+    """
+    if Path(source).is_dir():
+        described = str(Path(source, CONFIG_FILE))
+        if holds_model(Path(source)) or not Path(described).is_file():
+            return None
+    elif not is_hub_id(source):
+        return None
+    else:
+        hub = download_arguments(kwargs)
+        _check_hub(source, hub)
+        found = None if file_of(source, "config.json", **hub) else file_of(source, CONFIG_FILE, **hub)
+        if found is None:
+            return None
+        described = found
+    base = read_description(Path(described), source).base_model
+    if base is None:
+        raise ModlabError(
+            f"{source!r} holds routers alone and does not name their base model: load that, and then "
+            f"modlab.saving.restore.restore_routers(model, {source!r})."
+        )
+    return base
+
+
+def _require_demo(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise ModlabError(
+            f"this installation lacks the demo model ({folder}): reinstall modlab from its wheel, or make "
+            "the demo with scripts/demo/run.py."
+        )
+
+
+def _check_folder(source: str, kwargs: dict[str, Any]) -> None:
+    """Refuses a local path without a model in it, before transformers takes it for a hub id."""
+    folder = Path(source)
+    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if not looks_local:
+        _check_hub(source, download_arguments(kwargs))
+        return
+    if not folder.is_dir():
+        raise ModlabError(
+            f"{source!r} is not a folder: give a model folder, a hub id, 'demo', 'demo-dense' or 'demo-kv'."
+        )
+    if not (folder / "config.json").is_file():
+        raise ModlabError(
+            f"{source!r} holds no config.json, so no model: give a folder that save_pretrained wrote."
+        )
+    if not weight_files(folder):
+        raise ModlabError(f"{source!r} holds no weights (model*.safetensors): copy or download them into it.")
+
+
+def _check_hub(name: str, arguments: dict[str, Any]) -> None:
+    try:
+        require_reachable(name, ("config.json", CONFIG_FILE), arguments)
+    except Exception as error:
+        raise ModlabError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    first = (lines[0][:300] if lines else type(error).__name__).rstrip(".") + "."
+    if Path(name).exists():
+        return f"the model in {name!r} cannot be loaded: {first}"
+    return (
+        f"{name!r} is neither a local folder nor a model that the hub gave: {first} "
+        "Check the name and the network, or give a local folder, 'demo', 'demo-dense' or 'demo-kv'."
+    )

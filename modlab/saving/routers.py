@@ -1,0 +1,122 @@
+"""modlab_router.safetensors: all tensors that conversion adds to a model, the routers above all.
+
+What conversion adds has ".mod_" in its name. Where PEFT has wrapped such a module the tensors of its own
+(adapters, and copies that it trains and saves itself) are left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from modlab.errors import ModlabError
+from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
+from modlab.saving.fingerprint import sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+PEFTS_OWN = ("modules_to_save", "original_module")
+
+
+def is_added(name: str) -> bool:
+    """Whether this names a tensor that conversion added."""
+    return ".mod_" in f".{name}"
+
+
+def added_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict what conversion added, under the names of a model without adapters, on the CPU."""
+    added = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if is_added(name) and not any(part in PEFTS_OWN or part.startswith("lora_") for part in parts):
+            plain = ".".join(part for part in parts if part != "base_layer")
+            added[plain] = tensor.detach().cpu().contiguous()
+    return added
+
+
+def write_routers(added: dict[str, Tensor], folder: Path) -> None:
+    """Writes what `added_in` found.
+
+    Raises:
+        ModlabError: some are not finite, so that the folder could not be loaded again.
+    """
+    for name, tensor in added.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModlabError(
+                f"{name} holds NaN or infinity, as after a training that diverged, so the model is not "
+                "saved: go back to an earlier checkpoint."
+            )
+    save_file(added, folder / ROUTER_FILE)
+
+
+def read_routers(file: Path, name: str, expected: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a routers' file.
+
+    Args:
+        file: what to read.
+        name: of the folder, for errors.
+        expected: its SHA-256; not compared if None.
+
+    Raises:
+        ModlabError: it is damaged, holds other things than finite floats, or has another hash.
+    """
+    try:
+        routers = load_file(file)
+        found = sha256_of(file) if expected else None
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again."
+        ) from error
+    for key, tensor in routers.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise ModlabError(
+                f"{ROUTER_FILE} in {name!r} is corrupt ({key} holds {_contents(tensor)}): copy the folder "
+                "again."
+            )
+    if found != expected:
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} is not the one that {CONFIG_FILE} describes: the folder mixes two "
+            "savings, or one of the files is corrupt. Copy or save it again."
+        )
+    return routers
+
+
+def fill_routers(
+    model: PreTrainedModel, routers: dict[str, Tensor], name: str, elsewhere: Collection[str] = ()
+) -> None:
+    """Gives a converted model what `read_routers` read from the folder `name`.
+
+    Args:
+        elsewhere: modules (`mod_router`) whose tensors may be missing, since another file has them.
+
+    Raises:
+        ModlabError: it is another model's.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if is_added(key)}
+    needed = {key for key in own if not set(key.split(".")).intersection(elsewhere)}
+    if not needed <= routers.keys() <= own.keys():
+        first = min((routers.keys() - own.keys()) | (needed - routers.keys()))
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} holds routers for other layers than this model has ({first}): the "
+            "folder mixes two models, save it again."
+        )
+    other = next((key for key, router in routers.items() if router.shape != own[key].shape), None)
+    if other is not None:
+        raise ModlabError(
+            f"{ROUTER_FILE} in {name!r} holds routers for another model: {other} is "
+            f"{list(routers[other].shape)} there and {list(own[other].shape)} here."
+        )
+    with torch.no_grad():
+        for key, tensor in routers.items():
+            own[key].copy_(tensor)
+
+
+def _contents(tensor: Tensor) -> str:
+    return "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
