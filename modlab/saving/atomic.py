@@ -7,9 +7,9 @@
        is the same directory as before (of a shell that stands in it, of a mount, of whoever watches it).
     4. The hidden folder is removed. One that a killed process left behind is removed by the next save.
 
-Where a file system cannot exchange folders (network file systems, Windows; or the parent folder is not to be
-written to), files are replaced one by one. A kill in between leaves a mixture there, which `modlab.load` refuses
-by the hashes in modlab_config.json.
+Where folders cannot be exchanged (network file systems, Windows, a parent folder without write access) files
+are replaced one by one. A kill in between leaves a mixture there, which `modlab.load` refuses by the
+hashes in modlab_config.json.
 """
 
 from __future__ import annotations
@@ -197,8 +197,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _remove_leftover(hidden: Path) -> None:
-    """Removes a hidden folder whose process is gone: its lock is free, or where there are no locks it is a day
-    old."""
+    """Removes a hidden folder whose process is gone: its lock is free, or where there are none a day old."""
     try:
         lock = _lock(hidden / LOCK)
     except BlockingIOError:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = -100  # AT_FDCWD
 SWAP = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS
@@ -32,7 +33,7 @@ def exchange(one: Path, other: Path) -> None:
 
 @functools.cache
 def _system_call() -> Callable[[bytes, bytes], int]:
-    library = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    library: Any = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
     if sys.platform == "linux" and hasattr(library, "renameat2"):
         return lambda one, other: int(library.renameat2(HERE, one, HERE, other, SWAP))
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
