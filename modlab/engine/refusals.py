@@ -16,6 +16,7 @@ from modlab.engine.hooks import is_watched
 from modlab.engine.prefill import LINE_TOKENS
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.cache_argument import CACHE_ARGUMENTS
+from modlab.hf.model import context_length
 from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def call_refusal(
     reason = _rotary_refusal(decoder_of(model).config, generation_config.max_length or 0, *ids_BT.shape)
     if reason is not None:
         return reason
-    context = getattr(decoder_of(model).config, "max_position_embeddings", None)
+    context = context_length(model)
     if engine.routing is not None and context and ids_BT.shape[1] > context:
         return "the prompt is longer than the model's context"
     routing = engine.routing

@@ -21,6 +21,7 @@ from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
+from modlab.hf.model import beyond_context, context_length
 from modlab.routing.threshold import check_threshold
 
 if TYPE_CHECKING:
@@ -283,11 +284,11 @@ class Routing:
         if cache is not None:
             cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
-        context = getattr(module.config, "max_position_embeddings", None)
+        context = context_length(module)
         if seen == 0 and context and tokens.shape[1] > context:
             raise ModlabError(
-                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: shorten it, or "
-                "raise config.max_position_embeddings if the model's position encoding supports that."
+                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: "
+                f"{beyond_context(module)}."
             )
         self.call = self._new_call(tokens, given("attention_mask"), seen, cache)
         return args, kwargs

@@ -31,12 +31,13 @@ class SteeredView(MeasuredView):
     def __init__(
         self, model: Any, tokenizer: Any, text: str, texts: Sequence[str] | None = None, **traits: Any
     ) -> None:
-        from modlab.measure import context_length
+        from modlab.hf.model import context_length
+        from modlab.measure import TEXT_PIECE
 
         self._texts = texts if texts is None else list(texts)
         self._open_loss: float | None = None
         super().__init__(model, tokenizer, text, **traits)
-        context = context_length(model)
+        context = context_length(model) or TEXT_PIECE
         trace = self._trace
         routed = len(trace.layers)
         each = trace.kv_bytes_per_token
