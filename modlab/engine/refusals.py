@@ -79,8 +79,6 @@ def call_refusal(
         return "attention_mask is not two-dimensional"
     if mask is not None and not bool(mask[:, -1].all()):
         return "a row ends in padding (or is empty)"
-    if mask is not None and engine.keep_recent and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        return "padding stands between the tokens of a row, which skip='kv' counts as recent ones"
     position_BT = model_kwargs.get("position_ids")
     if position_BT is not None:
         real_BT = torch.ones_like(ids_BT) if mask is None else mask

@@ -9,6 +9,7 @@ Shape letters: B batch rows, T tokens in, K tokens seen including cached ones, D
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ class ForwardCall:
         steps: the open recordings, each with its entry for this forward.
         thresholds, what_if, masked, override: the routing's, as they stood when the forward began: a
             gradient-checkpoint recompute decides as the forward did.
+        padded: False where the caller gave no mask.
     """
 
     real: Tensor
@@ -100,7 +102,17 @@ class ForwardCall:
     what_if: bool
     masked: bool
     override: OverrideFn | None
+    padded: bool = True
     decisions: dict[int, Decision] = field(default_factory=dict)
+
+    @functools.cached_property
+    def has_gaps(self) -> bool:
+        """Whether padding stands between the tokens of a row (one host sync a forward, where there is a mask
+        and somebody asks)."""
+        if not self.padded:
+            return False
+        behind_a_token = (self.real.cumsum(1) > 0) & ~self.real
+        return bool(((behind_a_token.cumsum(1) > 0) & self.real).any())
 
 
 class Routing:
@@ -325,6 +337,7 @@ class Routing:
             what_if=self.what_if,
             masked=self.masked,
             override=self.override,
+            padded=mask is not None,
         )
 
     @eager
