@@ -603,9 +603,9 @@ def _check_crop(layer: Any) -> None:
     if window is None or layer.get_seq_length() >= window:
         what = "state" if window is None else f"sliding window of {window} tokens"
         raise ModlabError(
-            f"the cache cannot be cropped: a layer that is not routed keeps a {what} and does not record what "
-            "it drops. Call cache.activate_past_recording() before the forwards that are to be taken back, or "
-            "copy the cache (copy.deepcopy)."
+            f"the cache cannot be cropped: a layer that is not routed has a {what} and does not record what "
+            "it drops. Call cache.activate_past_recording() before the forwards that are to be taken back, "
+            "or copy the cache (copy.deepcopy)."
         )
 
 

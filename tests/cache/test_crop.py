@@ -1,5 +1,6 @@
-"""Taking a cache back: what follows is as if the tokens had never come, or the crop is refused and nothing has
-changed."""
+"""Cropping a cache: what follows is as if the tokens had never come, or the crop is refused and nothing has
+changed.
+"""
 
 from __future__ import annotations
 

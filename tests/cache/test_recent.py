@@ -1,5 +1,5 @@
-"""With `skip="kv"` the recent past is counted in a row's own tokens: each row runs as it would alone, wherever
-padding stands.
+"""With `skip="kv"` the recent past is counted in a row's own tokens: each row runs as it would alone,
+wherever padding stands.
 
 Shape letters: B rows, T tokens, S tokens of one call, K keys.
 """
