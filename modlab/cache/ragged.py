@@ -548,12 +548,13 @@ class RaggedCache(Cache):
         """
         seen = self.get_seq_length()
         target = min(max(tokens_to_remove if tokens_to_remove > 0 else seen + tokens_to_remove, 0), seen)
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, RaggedLayer):
                 layer.check_crop(target - seen)
             elif target < seen:
                 _check_crop(layer)
-        for layer in self.layers:
+        for layer in layers:
             # What records its past trims it now; others have nothing to do where nothing is removed.
             if target < seen or getattr(layer, "record_past", False):
                 layer.crop(target - seen)
