@@ -20,10 +20,9 @@ from benchmarks.quality.cost import flops_share
 from benchmarks.quality.scale import Scale
 from modlab.cache.stored import recent_share, stored_share, unbounded_keep_ratio
 from modlab.errors import ModlabError
-from modlab.measure import calibrate
+from modlab.measure import calibrate, evaluate
 from modlab.probes import generation_health, recall, retrieval
 from modlab.routing.state import is_converted
-from modlab.training.step import evaluate
 
 SAVINGS = (1.3, 1.5, 1.8, 2.2, 2.5)
 UNMOVED = ("static", "random")  # their routing does not look at thresholds
@@ -91,11 +90,13 @@ def _point(model: Any, arm: Arm, corpus: Corpus, scale: Scale, device: str) -> P
     kept: dict[int, float] = {}
     for name, rows in corpus.heldout.items():
         torch.manual_seed(0)  # for random routing
-        found = evaluate(model, rows, batch_size=EVAL_BATCH, autocast=lambda: autocast(device))
-        losses[name], tokens[name] = found["loss"], found["tokens"]
+        found = evaluate(
+            model, rows, batch_size=EVAL_BATCH, cache=False, autocast=lambda: autocast(device)
+        )
+        losses[name], tokens[name] = found.loss, found.predicted_tokens
         for layer in model.mod.layers if is_converted(model) else []:
             share = len(rows) / sum(map(len, corpus.heldout.values()))
-            kept[layer] = kept.get(layer, 0.0) + share * found[f"keep_{layer}"]
+            kept[layer] = kept.get(layer, 0.0) + share * found.keep_ratio_by_layer[layer]
     total = sum(tokens.values())
     skip = model.mod.config.skip if kept else None
     stored = {}

@@ -28,8 +28,9 @@ from modlab.saving.files import ADAPTER_CONFIG, ROUTER_FILE
 from modlab.saving.restore import load_routers
 from modlab.training import objectives
 from modlab.training.checks import choose_objective, nothing_to_learn
-from modlab.training.config import Objective, TrainConfig, is_what_if, ramped_target
-from modlab.training.step import routing_objective
+from modlab.training.config import Objective, TrainConfig
+from modlab.training.objectives import routing_objective
+from modlab.training.schedule import is_what_if, ramped_target
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -89,6 +90,7 @@ class MoDCallback(TrainerCallback):
         if objective == "budget":
             raise ModlabError("objective='budget' moves thresholds at each step: train with modlab.train.")
         self.hooks: list[RemovableHandle] = []
+        self.logged: list[tuple[Tensor, Tensor]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,7 +111,7 @@ class MoDCallback(TrainerCallback):
         self.open = contextlib.ExitStack()
         self.recording: Recording | None = None
         self.target = 1.0
-        self.logged: list[tuple[Tensor, Tensor]] = []
+        self.logged = []
         self.longest: int | None = 0  # tokens a row, before the first log line
         self.added = False
         if state.global_step and self.model is model:

@@ -171,7 +171,7 @@ def aggregate_routing(
 
 
 def _pieces(
-    tokenizer: Any, texts: Iterable[str], longest: int | None
+    tokenizer: Any, texts: Iterable[str], longest: int
 ) -> tuple[list[tuple[list[int], list[str]]], int]:
     """(ids, token texts) of at most `longest` tokens each, and how many texts they are from."""
     pieces: list[tuple[list[int], list[str]]] = []
@@ -181,7 +181,6 @@ def _pieces(
             continue
         ids, tokens = encode(tokenizer, text)
         count += 1
-        step = longest or len(ids)
-        for start in range(0, len(ids), step):
-            pieces.append((ids[start : start + step], tokens[start : start + step]))
+        for start in range(0, len(ids), longest):
+            pieces.append((ids[start : start + longest], tokens[start : start + longest]))
     return pieces, count

@@ -1,15 +1,12 @@
-"""The settings of a training run, their refusals, and the schedules that follow from them."""
+"""The settings of a training run and their refusals."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError
-
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 Objective = Literal["auto", "target", "budget", "load", "bce", "none"]
 Precision = Literal["auto", "bf16", "no"]
@@ -167,47 +164,3 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-
-
-def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
-    """Share of the peak learning rate in optimiser step `step` (from 0), `progress` in [0, 1] of the run."""
-    if config.warmup >= 1:
-        warm = (step + 1) / config.warmup
-    elif config.warmup > 0:  # a first step at rate 0 would be wasted
-        warm = max(progress, 1e-3) / config.warmup
-    else:
-        warm = 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return min(1.0, warm) * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-def keep_target(config: TrainConfig, step: int, progress: float) -> float:
-    """The keep ratio asked for in optimiser step `step` (from 0), `progress` in [0, 1] of the run: 1 during
-    the hold, then falling to `keep_ratio` over the ramp. With a `keep_range`, `keep_ratio` is replaced by a
-    value of it that follows from the step alone (multiples of the golden ratio, which fill it evenly).
-    """
-    aim = config.keep_ratio
-    if config.keep_range is not None:
-        low, high = config.keep_range
-        aim = low + (high - low) * ((step + 1) * GOLDEN % 1.0)
-    return ramped_target(aim, progress - config.hold, config.ramp)
-
-
-def ramped_target(target: float, progress: float, ramp: float) -> float:
-    """The keep ratio asked for at `progress` in [0, 1] of the run: from 1 (everything) to `target` over
-    `ramp`; 1 before the run's part that counts (a negative `progress`).
-
-    A target that falls at once shuts gates before the model has learnt which tokens need them (DESIGN section
-    1).
-    """
-    if progress < 0:
-        return 1.0
-    if ramp <= 0 or progress >= ramp:
-        return target
-    return 1.0 + (target - 1.0) * progress / ramp
-
-
-def is_what_if(share: float, step: int) -> bool:
-    """Whether step `step` (from 0) is one of the evenly spread `share` of what-if steps; the first one always
-    is, unless the share is 0."""
-    return math.ceil((step + 1) * share - 1e-9) > math.ceil(step * share - 1e-9)

@@ -3,8 +3,8 @@ resume.
 
 Three kinds of input become one stream of dicts of [B, T] tensors on the CPU:
 
-- rows: a `datasets.Dataset` or torch data set of single rows, shuffled anew each epoch; packed rows are held
-  in memory as one int32 tensor, other data sets go through a torch DataLoader;
+- rows: a `datasets.Dataset` or torch data set of single rows, shuffled again for each epoch; packed rows are
+  held in memory as one int32 tensor, other data sets go through a torch DataLoader;
 - blocks: a list of ready batches, in their order, again from the start at its end;
 - a stream: any other iterable of ready batches; an iterator that can be run through only once ends the
   training.
@@ -15,6 +15,7 @@ batches of 4 rows see the rows that one process with batches of 8 sees.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor
 
 from modlab.errors import ModlabError
+from modlab.measure.pieces import KEYS, Batch
 
-Batch = dict[str, Tensor]
-COLUMNS = ("input_ids", "labels", "attention_mask")
 PRELOAD_BYTES = 8 * 2**30
+SAMPLED = 32  # rows that stand for data which is not in memory
 
 
 @dataclass
@@ -48,6 +49,38 @@ class Batches:
     def preloaded(self) -> bool:
         """Whether all rows are one tensor in memory."""
         return self.kind == "rows" and isinstance(self.data, Tensor)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What other data does not share: kind, number of rows or batches, length of a row, and a digest.
+
+        The digest is of all rows that are in memory, else of some, evenly spread; of a stream, of its first
+        batch. It is None for rows that are never twice the same.
+        """
+        digest = hashlib.sha256()
+        if self.preloaded:
+            for part in self.data.split(2**16):
+                digest.update(part.contiguous().numpy().data)
+        for item, again in self._sampled():
+            if not _same(item, again):
+                return self._shape | {"digest": None}
+            for name, value in sorted(item.items()):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.contiguous().numpy().data)
+        return self._shape | {"digest": digest.hexdigest()}
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return {"kind": self.kind, "rows": self.rows, "row_length": self.first["input_ids"].shape[1]}
+
+    def _sampled(self) -> Iterator[tuple[Batch, Batch]]:
+        """Items that stand for data which is not in memory, each asked for twice."""
+        if self.kind == "stream":
+            yield self.first, self.first
+        elif not self.preloaded:
+            last = len(self.data) - 1
+            for i in sorted({round(k * last / (SAMPLED - 1)) for k in range(SAMPLED)}):
+                yield _as_batch(self.data[i]), _as_batch(self.data[i])
 
     def iterate(
         self,
@@ -171,30 +204,42 @@ def _is_row(item: Any) -> bool:
 
 def _as_batch(item: Any) -> Batch:
     """A dict of int64 [B, T] tensors from a tensor, array, list or mapping of these; a row gets B = 1."""
+    if isinstance(item, (str, bytes)):
+        raise ModlabError(
+            f"The data holds texts ({str(item)[:40]!r}): give modlab.data.packed(texts, tokenizer)."
+        )
     if not isinstance(item, Mapping):
         item = {"input_ids": item}
-    if "input_ids" not in item:
+    given = {name: value for name, value in item.items() if value is not None}
+    if "input_ids" not in given:
         raise ModlabError(
             f"A batch has no input_ids, only {sorted(item)}. Tokenise it first (modlab.data.packed)."
         )
-    batch = {}
-    for name in COLUMNS:
-        if item.get(name) is None:
-            continue
-        try:
-            value = torch.as_tensor(item[name])
-        except (TypeError, ValueError) as error:
-            raise ModlabError(
-                f"{name} cannot be made a tensor ({error}): are rows of equal length?"
-            ) from None
-        if value.is_floating_point():
-            raise ModlabError(f"{name} holds {value.dtype} values; token ids are integers.")
-        value = value.long()
-        batch[name] = value if value.dim() > 1 else value[None]
+    if unused := sorted(set(given) - set(KEYS)):
+        raise ModlabError(
+            f"The data has {', '.join(unused)}, which training would not use: leave it out "
+            f"(data.remove_columns({unused!r})). Used are {', '.join(KEYS)}."
+        )
+    batch = {name: _as_tensor(name, value) for name, value in given.items()}
     shapes = {name: tuple(value.shape) for name, value in batch.items()}
     if len(set(shapes.values())) != 1 or batch["input_ids"].dim() != 2:
         raise ModlabError(f"A batch needs tensors of one shape [B, T]; got {shapes}.")
     return batch
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ModlabError(f"{name} cannot be made a tensor ({error}): are rows of equal length?") from None
+    if tensor.is_floating_point():
+        raise ModlabError(f"{name} holds {tensor.dtype} values; token ids are integers.")
+    tensor = tensor.long()
+    return tensor if tensor.dim() > 1 else tensor[None]
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _collate(rows: Sequence[Any]) -> Batch:
@@ -216,8 +261,7 @@ def _preloaded(data: Any) -> Any:
         return data.to(torch.int32)
     import pyarrow.compute as pc
 
-    columns = getattr(data, "column_names", None)
-    if columns is None or [c for c in COLUMNS if c in columns] != ["input_ids"]:
+    if getattr(data, "column_names", None) != ["input_ids"]:
         return data
     table = data.select_columns(["input_ids"]).with_format("arrow")
     length = len(data[0]["input_ids"])

@@ -1,144 +1,199 @@
-"""What training and evaluation do with a model: logits, labels, recording, parameter groups, loss."""
+"""One optimiser step over a global batch, however many forwards and processes it is cut into.
+
+Losses are averaged over the tokens of the whole batch, and the routing objectives look at all of it: the
+gradient is that of one forward over the whole batch.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modlab.errors import ModlabError
-from modlab.routing.router import is_router
-from modlab.routing.state import RoutingStep, is_converted, record_routing
+from modlab.hf.arguments import forward_signature
+from modlab.measure.evaluation import targets_of
+from modlab.routing.state import Recording, is_converted, record_routing
 from modlab.training import objectives
+from modlab.training.checks import check_length
 from modlab.training.config import Objective, TrainConfig
-from modlab.training.loader import Batch, open_batches
+from modlab.training.loader import Batch
+from modlab.training.model import forward, parameter_groups, real_of
+from modlab.training.objectives import IGNORE, Sums
+from modlab.training.processes import Processes
+from modlab.training.schedule import is_what_if, keep_target, lr_factor
+from modlab.training.threshold_control import ThresholdControl
+
+OF_THE_WHOLE = ("target", "budget", "load")  # objectives in which tokens' gradients depend on all the others
 
 
-@torch.no_grad()
-def evaluate(
-    model: Any,
-    data: Any,
-    max_batches: int = 0,
-    batch_size: int = 8,
-    accelerator: Any = None,
-    autocast: Any = None,
-    forward: Any = None,
-) -> dict[str, float]:
-    """Held-out loss as a decoding model would see it (eval mode: thresholds, nothing that looks ahead).
+class Count(NamedTuple):
+    """Tokens of a global batch, fp32 scalars: predicted, and not padding."""
 
-    Args:
-        model: dense or converted; left in the mode it was in.
-        data: as `batches` of `train`.
-        max_batches: 0 for all.
-        batch_size: rows a batch where `data` is a data set of rows.
-        accelerator, autocast, forward: what `train` hands over from its own set-up.
-
-    Returns:
-        loss (nats a token), tokens, and for a converted model keep_ratio (mean over routed layers) and
-        keep_<layer>.
-    """
-    source = open_batches(data, "eval_data")
-    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    if source.kind == "rows":
-        batch_size = max(1, min(batch_size, len(source.data) // world))
-    device = next(model.parameters()).device
-    layers = model.mod.layers if is_converted(model) else []
-    sums = torch.zeros(
-        2 + len(layers), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device
-    )
-    was_training = model.training
-    model.eval()
-    try:
-        stream = source.iterate(batch_size, seed=None, rank=rank, world=world, epochs=1, drop_last=False)
-        for i, batch in enumerate(stream):
-            if max_batches and i * world >= max_batches:
-                break
-            batch = {k: v.to(device) for k, v in batch.items()}
-            with (
-                autocast() if autocast else contextlib.nullcontext(),
-                recording_of(model, detach=True) as recording,
-            ):
-                logits = forward_logits(forward or model, batch)
-            labels = labels_of(batch)
-            count = (labels[:, 1:] != objectives.IGNORE).sum()
-            sums[0] += objectives.next_token_loss(logits, labels) * count
-            sums[1] += count
-            if recording is not None:
-                sums[2:] += objectives.keep_ratios(recording.steps[-1]) * count
-    finally:
-        model.train(was_training)
-    if accelerator is not None:
-        sums = accelerator.reduce(sums, "sum")
-    total, count, *kept = sums.tolist()
-    if not count:
-        raise ModlabError("eval_data has nothing to predict (rows of one token, or every label -100).")
-    result = {"loss": total / count, "tokens": int(count)}
-    if layers:
-        shares = [k / count for k in kept]
-        result["keep_ratio"] = sum(shares) / len(shares)
-        result |= {f"keep_{layer}": share for layer, share in zip(layers, shares, strict=True)}
-    return result
+    predicted: Tensor
+    real: Tensor
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices with weight decay, vectors without, routers with a rate of their
-    own."""
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "router": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = "router" if is_router(name) else "matrix" if parameter.dim() > 1 else "vector"
-            groups[kind].append(parameter)
-    if not any(groups.values()):
-        raise ModlabError("No parameter of the model requires a gradient: there is nothing to train.")
-    router_lr = config.lr if config.router_lr is None else config.router_lr
-    return [
-        {
-            "params": parameters,
-            "peak_lr": router_lr if kind == "router" else config.lr,
-            "weight_decay": config.weight_decay if kind == "matrix" else 0.0,
-        }
-        for kind, parameters in groups.items()
-        if parameters
-    ]
-
-
-def forward_logits(model: Any, batch: Batch) -> Tensor:
-    """Logits [B, T, V] without a cache."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    return model(**inputs, use_cache=False).logits
-
-
-def labels_of(batch: Batch) -> Tensor:
-    """Labels [B, T]: the batch's own, else its input ids, -100 where attention_mask is 0."""
-    if "labels" in batch:
-        return batch["labels"]
-    if "attention_mask" in batch:
-        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, objectives.IGNORE)
-    return batch["input_ids"]
-
-
-def routing_objective(objective: Objective, step: RoutingStep, target: float, config: TrainConfig) -> Tensor:
-    """The term that trains the routers, scalar fp32; 0 for the objective "none".
+class Step:
+    """The model in training, its optimiser, and what becomes of a batch.
 
     Args:
+        model: in train mode, on the device.
+        config: the run's settings.
         objective: as `choose_objective` settled it.
-        step: a recorded forward, with gradient.
-        target: the keep ratio asked for now, for "target" and "budget".
-        config: weights of the terms.
+        processes: among which each global batch is shared.
+        teacher: for `config.kl`, or None.
     """
-    if objective == "target":
-        return objectives.target_objective(step, target, config.lam, config.per_layer)
-    if objective == "budget":
-        return objectives.budget_objective(step, target, config.lam, config.per_layer)
-    if objective == "load":
-        return objectives.load_objective(step, config.alpha)
-    if objective == "bce":
-        return config.bce * objectives.topk_bce(step)
-    return torch.zeros((), device=step.real.device)
 
+    def __init__(
+        self, model: Any, config: TrainConfig, objective: Objective, processes: Processes, teacher: Any
+    ) -> None:
+        self.model, self.config, self.objective = model, config, objective
+        self.processes, self.device, self.teacher = processes, processes.device, teacher
+        self.routing: Any = model.mod if is_converted(model) else None
+        self.layers: list[int] = list(self.routing.layers) if self.routing is not None else []
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(model, config),
+            lr=config.lr,
+            betas=config.betas,
+            fused=self.device.type == "cuda",
+        )
+        self.wrapped, self.optimizer = processes.accelerator.prepare(model, self.adamw)
+        self.control = (
+            ThresholdControl(self.layers, config.per_layer, self.device) if objective == "budget" else None
+        )
+        self.target = config.keep_ratio  # asked for in the latest step
 
-def recording_of(model: Any, detach: bool) -> Any:
-    """`record_routing` of a converted model; a context that yields None for a dense one."""
-    return record_routing(model, detach=detach) if is_converted(model) else contextlib.nullcontext()
+    def begin(self, step: int, share: float) -> None:
+        """Sets what optimiser step `step` (from 0) is done with, `share` of the run being behind."""
+        factor = lr_factor(self.config, step, share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.target = keep_target(self.config, step, share)
+        if self.routing is not None:
+            self.routing.what_if = is_what_if(self.config.what_if, step)
+        if self.control is not None:
+            self.routing.thresholds.update(self.control.thresholds(self.target))
+
+    def backward(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """Adds up the gradient of a global batch.
+
+        Args:
+            parts: this process's, on its device.
+
+        Returns:
+            this process's parts of loss, objective, kl and keep_<layer>, scalars.
+        """
+        count = self._count(parts)
+        whole = self._foresee(parts) if len(parts) > 1 and self.objective in OF_THE_WHOLE else None
+        figures: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            with self._synchronised(last=number == len(parts) - 1):
+                loss, own = self._loss(part, count, whole)
+                # the average over processes is taken: of sums, it has to be the sum
+                self.processes.accelerator.backward(loss * self.processes.world)
+            figures = {name: figures.get(name, 0) + value for name, value in own.items()}
+        return figures
+
+    def update(self) -> Tensor:
+        """Takes the optimiser's step; this process's part of the gradient's norm, scalar."""
+        norm = self.processes.accelerator.clip_grad_norm_(
+            self.wrapped.parameters(), self.config.max_grad_norm
+        )
+        self.optimizer.step()
+        self.forget()
+        if self.control is not None:
+            self.control.advance(self.processes.sum)
+        return norm.detach() / self.processes.world
+
+    def forget(self) -> None:
+        """No gradient is left."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def settle_thresholds(self) -> None:
+        """The thresholds for `keep_ratio` as plain numbers, for all that comes between two steps."""
+        if self.control is not None:
+            aim = self.target if self.config.keep_range is None else self.config.keep_ratio
+            found = self.control.thresholds(aim)
+            self.routing.thresholds.update({i: float(p) for i, p in found.items()})
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch where the model is.
+
+        Raises:
+            ModlabError: its rows are too long; those of a stream are known only now.
+        """
+        check_length(self.model, batch["input_ids"].shape[1], "batches")
+        if self.device.type == "cuda":
+            return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
+        return {k: v.to(self.device) for k, v in batch.items()}
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 autocast around a forward alone. Not accelerate's: that one replaces `model.forward`."""
+        wanted = self.config.mixed_precision
+        enabled = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+
+    def _loss(self, part: Batch, count: Count, whole: Sums | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part's share of the loss to minimise, and of the figures."""
+        config = self.config
+        with self.autocast(), self._recorded() as recording:
+            logits = forward(self.wrapped, part).logits
+        loss = objectives.next_token_loss(logits, targets_of(part), count.predicted)
+        regulariser = divergence = torch.zeros((), device=self.device)
+        kept: dict[str, Tensor] = {}
+        if recording is not None:
+            step = recording.steps[-1]
+            own = Sums.of(step)
+            kept = {f"keep_{i}": k / count.real for i, k in zip(self.layers, own.kept, strict=True)}
+            if self.control is not None:
+                self.control.see(step, self.routing.config.keep_first)
+            if whole is None:
+                of_all = own.over(self.processes.sum) if self.objective in OF_THE_WHOLE else own
+                whole = Sums(count.real, of_all.kept, of_all.gate)
+            regulariser = objectives.routing_objective(self.objective, step, self.target, config, whole)
+        if config.kl:
+            with torch.no_grad(), self.autocast():
+                taught = forward(self.teacher, part).logits
+            divergence = objectives.kl_to_teacher(logits, taught, real_of(part), count.real)
+        figures = {"loss": loss, "objective": regulariser, "kl": divergence}
+        figures = {name: value.detach() for name, value in figures.items()} | kept
+        return loss + regulariser + config.kl * divergence, figures
+
+    def _count(self, parts: list[Batch]) -> Count:
+        own = [torch.stack([(targets_of(p) != IGNORE).sum(), real_of(p).sum()]) for p in parts]
+        return Count(*self.processes.sum(torch.stack(own).sum(0)).float().clamp(min=1).unbind())
+
+    @torch.no_grad()
+    def _foresee(self, parts: list[Batch]) -> Sums:
+        """What the routers will do with all parts together: the parts' gradients depend on it.
+
+        Each part takes a forward for that, with the noise that it will have.
+        """
+        seen = []
+        model_class: Any = type(self.model)
+        cuts = "logits_to_keep" in forward_signature(model_class).parameters
+        short = {"logits_to_keep": 1} if cuts else {}  # nobody looks at the logits
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            for part in parts:
+                with self.autocast(), record_routing(self.model) as recording:
+                    forward(self.model, part, **short)
+                seen.append(Sums.of(recording.steps[-1]))
+        return functools.reduce(operator.add, seen).over(self.processes.sum)
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[Recording | None]:
+        if self.routing is None:
+            yield None
+            return
+        with record_routing(self.model, detach=False) as recording:
+            yield recording
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are averaged over processes once, in the last part's backward pass."""
+        return contextlib.nullcontext() if last else self.processes.accelerator.no_sync(self.wrapped)

@@ -8,7 +8,8 @@ Shape letters: B rows, T tokens, R routed layers, Z bins.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 EDGE = 16.0  # router logits beyond this, on either side, count as this
 BINS = 4096  # 0.008 of a logit each
-DECAY = 0.7  # of a batch's weight, each further batch: gates move, and one batch holds thousands of them
+DECAY = 0.7  # of a step's weight, each further step: gates move, and one step sees thousands of them
 
 
 class ThresholdControl:
@@ -35,24 +36,31 @@ class ThresholdControl:
         self.layers = layers
         self.per_layer = per_layer
         self.counts_RZ = torch.zeros(len(layers), BINS, device=device)
+        self.seen_RZ = torch.zeros_like(self.counts_RZ)
 
-    def update(self, step: RoutingStep, keep_first: int, reduce: Any = None) -> None:
-        """Takes in a recorded forward.
+    def see(self, step: RoutingStep, keep_first: int) -> None:
+        """Takes in a recorded forward, of which there may be several a step.
 
         Args:
             step: logits [B, T] by layer. Tokens that are always kept count as gates of 1.
             keep_first: first real tokens of a row that are always kept.
-            reduce: sums a tensor over processes.
         """
         forced_BT = step.position_ids < keep_first
-        new_RZ = torch.stack([self._histogram(step.logit[i], step.real, forced_BT) for i in self.layers])
-        if reduce is not None:
-            new_RZ = reduce(new_RZ)
-        self.counts_RZ.mul_(DECAY).add_(new_RZ)
+        new = [self._histogram(step.logit[i], step.real, forced_BT) for i in self.layers]
+        self.seen_RZ += torch.stack(new)
+
+    def advance(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """A step is done: what it has seen counts from here on, and what earlier ones have seen counts less.
+
+        Args:
+            summed: gives the sum of a tensor over processes.
+        """
+        self.counts_RZ.mul_(DECAY).add_(summed(self.seen_RZ))
+        self.seen_RZ.zero_()
 
     def thresholds(self, keep_ratio: float) -> dict[int, Tensor]:
         """Scalar fp32 thresholds by layer, on the device (nothing is waited for): what keeps `keep_ratio` of
-        the tokens seen of late. Everything is kept while nothing has been seen."""
+        the tokens seen lately. Everything is kept while nothing has been seen."""
         counts = self.counts_RZ if self.per_layer else self.counts_RZ.sum(0, keepdim=True)
         below = counts.cumsum(1)
         total = below[:, -1:]
@@ -70,10 +78,10 @@ class ThresholdControl:
         at = torch.where(forced_BT, BINS - 1, at).flatten()
         return torch.zeros(BINS, device=at.device).index_add_(0, at, real_BT.flatten().float())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         """For checkpoints."""
-        return {"counts": self.counts_RZ.cpu()}
+        return {"counts": self.counts_RZ}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """From a checkpoint."""
         self.counts_RZ.copy_(state["counts"])

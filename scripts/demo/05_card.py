@@ -31,7 +31,7 @@ def main() -> None:
     started = time.perf_counter()
 
     import modlab
-    from modlab.training.loop import evaluate
+    from modlab.measure import evaluate
 
     _, rows, heldout = common.load_data(args.out)
     if args.rows:
@@ -47,7 +47,7 @@ def main() -> None:
         # The stored bf16 weights in fp32 arithmetic: what modlab.load("demo") gives.
         model: Any = modlab.load(args.out / "export" / name, dtype="float32")[0]
         model.to(_device())
-        results[name] = evaluate(model, heldout, batch_size=args.batch_size)
+        results[name] = common.held_out(evaluate(model, heldout, batch_size=args.batch_size, cache=False))
         if name == "mod":
             results[name] |= stored_bytes(model, heldout, args.batch_size)
         print(name, results[name])

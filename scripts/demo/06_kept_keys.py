@@ -84,7 +84,7 @@ def main() -> None:
 
     import modlab
     from modlab import data
-    from modlab.training.loop import evaluate
+    from modlab.measure import evaluate
 
     stored_bytes = importlib.import_module("05_card").stored_bytes
     models = {name: modlab.load(name) for name in ("demo-dense", "demo-kv")}
@@ -99,7 +99,7 @@ def main() -> None:
     def measured(name: str) -> dict[str, Any]:
         model = models["demo-dense" if name == "demo-dense" else "demo-kv"][0]
         torch.manual_seed(0)  # of what is kept by chance
-        found = evaluate(model, rows, batch_size=args.batch_size)
+        found = common.held_out(evaluate(model, rows, batch_size=args.batch_size, cache=False))
         recalled = modlab.recall(model, texts, distances=(256, 512, 1024, 1800), rows=min(48, args.rows // 2))
         found["recall"] = recalled[["distance", "second_loss"]].to_dict("records")
         if name != "demo-dense":

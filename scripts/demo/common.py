@@ -140,6 +140,13 @@ def read_log(out: Path, stage: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def held_out(found: Any) -> dict[str, Any]:
+    """Figures of a `modlab.measure.Evaluation` for a log."""
+    layers = {f"keep_{layer}": kept for layer, kept in found.keep_ratio_by_layer.items()}
+    figures = {"loss": found.loss, "tokens": found.predicted_tokens}
+    return figures | ({"keep_ratio": found.keep_ratio, **layers} if layers else {})
+
+
 def training_log(result: Any, config: Any) -> dict[str, Any]:
     """Figures of a run for its log; the curve itself is in runs/<stage>/log.jsonl."""
     last = {k: v for k, v in result.history.iloc[-1].items() if v == v}

@@ -34,7 +34,7 @@ import torch
 
 import modlab
 from modlab import data, figures
-from modlab.training.loop import evaluate
+from modlab.measure import evaluate
 
 datasets.disable_progress_bars()
 model, tokenizer = modlab.load(MODEL)
@@ -44,6 +44,13 @@ def rows_of(module):
     """A module's source as rows of SEQ_LEN tokens."""
     source = datasets.Dataset.from_dict({"text": [inspect.getsource(module)]})
     return data.packed(source, tokenizer, seq_len=SEQ_LEN)
+
+
+def held_out(which):
+    """Loss and keep ratios on the rows that are not trained on."""
+    found = evaluate(which, HELDOUT, batch_size=8)
+    layers = {f"keep_{layer}": kept for layer, kept in found.keep_ratio_by_layer.items()}
+    return {"loss": found.loss, "keep_ratio": found.keep_ratio if layers else None, **layers}
 
 
 ROWS, HELDOUT = rows_of(argparse), rows_of(statistics).select(range(12))
@@ -89,10 +96,10 @@ RECIPES = {
 mod_config, train_config = RECIPES[RECIPE]
 teacher = modlab.load(MODEL)[0] if train_config.kl else None
 
-rows = {"dense": evaluate(model, HELDOUT)}
+rows = {"dense": held_out(model)}
 if not modlab.is_converted(model):
     modlab.convert(model, mod_config)
-rows["converted, not trained"] = evaluate(model, HELDOUT)
+rows["converted, not trained"] = held_out(model)
 
 # %% [markdown]
 # ## Train, and watch
@@ -116,7 +123,7 @@ panel.pause()
 while panel.running and panel.progress["state"] != "paused":
     time.sleep(0.1)
 print(panel.progress["text"])
-rows["in the pause"] = evaluate(model, HELDOUT)
+rows["in the pause"] = held_out(model)
 
 panel.resume()
 result = panel.wait()
@@ -129,11 +136,11 @@ result.plot().update_layout(template=figures.template(), height=520)
 # dense model's here: it always keeps 128 recent tokens, which is a whole row.)
 
 # %%
-rows[f"trained, {result.tokens:,} tokens"] = evaluate(model, HELDOUT)
+rows[f"trained, {result.tokens:,} tokens"] = held_out(model)
 demo, demo_tokenizer = modlab.load("demo-kv")
 if tokenizer.get_vocab() == demo_tokenizer.get_vocab():  # else its loss counts other tokens
-    rows["demo-kv, 10 million tokens"] = evaluate(demo, HELDOUT)
-pd.DataFrame(rows).T.drop(columns="tokens").round(3)
+    rows["demo-kv, 10 million tokens"] = held_out(demo)
+pd.DataFrame(rows).T.round(3)
 
 # %% [markdown]
 # The columns `keep_2` and so on are the layers. They differ although one target was set for all: the target

@@ -4,7 +4,7 @@
 # Training and evaluation on several devices through accelerate, started from a notebook: the same figures,
 # shared work.
 #
-# `modlab.train` and `modlab.train.evaluate` are written for
+# `modlab.train` and `modlab.measure.evaluate` are written for
 # [accelerate](https://huggingface.co/docs/accelerate): started by `accelerate launch`, each process takes
 # its rows of the same global batch, and gradients and figures are averaged over all of them. Nothing in
 # your code changes. This notebook runs the same training once here and once in several processes, and puts
@@ -57,7 +57,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 import modlab
-from modlab.train import evaluate
+from modlab.measure import evaluate
 
 
 def rows_of(module, tokenizer, length, count):
@@ -75,8 +75,13 @@ def main(name, out, steps, global_batch, length):
     rows = rows_of(argparse, tokenizer, length, steps * global_batch)
     heldout = rows_of(statistics, tokenizer, length, 12)
 
-    own = evaluate(model, heldout[rank::world], batch_size=1)  # this process alone, on its rows
-    together = evaluate(model, heldout, batch_size=1, accelerator=accelerator)
+    def held_out(rows, **more):
+        """Loss, tokens that it is over, and keep ratio."""
+        found = evaluate(model, rows, batch_size=1, cache=False, **more)
+        return {"tokens": found.predicted_tokens, "loss": found.loss, "keep_ratio": found.keep_ratio}
+
+    own = held_out(heldout[rank::world])  # this process alone, on its rows
+    together = held_out(heldout, accelerator=accelerator)
     config = modlab.TrainConfig(
         steps=steps, batch_size=global_batch // world, lr=1e-4, keep_ratio=0.25, ramp=0.0,
         mixed_precision="no", log_every=1, seed=0,

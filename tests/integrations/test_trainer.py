@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments
 import modlab
 from modlab.errors import ModlabError
 from modlab.integrations.trainer import MoDCallback
+from modlab.measure import evaluate
 from modlab.routing.state import record_routing
 from modlab.saving.restore import load_routers
 from modlab.training import objectives
-from modlab.training.step import evaluate
 from tests.helpers.models import alternate_layers, scatter_gates
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -145,7 +145,7 @@ def test_keep_ratio_reaches_its_target(small, tmp_path, checkpointing) -> None:
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "keep_ratio" in entry]
     assert len(history) == 6 and history[0]["keep_ratio"] > 0.8  # the ramp is on its way
-    assert evaluate(small, [ROWS])["keep_ratio"] == pytest.approx(0.5, abs=0.2)
+    assert evaluate(small, [ROWS]).keep_ratio == pytest.approx(0.5, abs=0.2)
     assert history[-1]["loss"] < history[0]["loss"]
     assert small.mod.what_if and not small.mod.recordings
 

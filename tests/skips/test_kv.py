@@ -29,10 +29,10 @@ from modlab.errors import ModlabError
 from modlab.execution import masked_keys, packed
 from modlab.execution.routed import RoutedKeys
 from modlab.families.tiny_models import tiny_model
+from modlab.measure import evaluate
 from modlab.routing.state import record_routing
 from modlab.training.checks import nothing_to_learn
 from modlab.training.loop import TrainConfig, train
-from modlab.training.step import evaluate
 from tests.helpers.flex import sdpa_and_flex
 from tests.helpers.models import alternate_layers, scatter_gates, tiny_config
 from tests.helpers.routing import assert_packed_is_masked, assert_same, inputs, random_routing
@@ -345,7 +345,7 @@ def test_training_reaches_the_keep_ratio(make_llama) -> None:
     model = routed(make_llama, keep_recent=4)
     settings = {"batch_size": 16, "lr": 3e-3, "router_lr": 3e-2, "log_every": 20, "warmup": 0.1}
     result = train(model, rows, TrainConfig(steps=60, keep_ratio=0.4, lam=4.0, **settings))
-    assert evaluate(result.model, rows[:64])["keep_ratio"] == pytest.approx(0.4, abs=0.03)
+    assert evaluate(result.model, rows[:64]).keep_ratio == pytest.approx(0.4, abs=0.03)
 
 
 def test_saved_and_loaded(make_llama, tmp_path) -> None:

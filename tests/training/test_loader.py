@@ -109,7 +109,7 @@ def test_streams() -> None:
 def test_labels_and_masks_travel() -> None:
     batch = next(open_batches(RowDataset()).iterate(batch_size=2))
     assert torch.equal(batch["labels"], batch["input_ids"] + 100)
-    masked = {"input_ids": ROWS[:2], "attention_mask": torch.ones(2, 4), "name": "ignored"}
+    masked = {"input_ids": ROWS[:2], "attention_mask": torch.ones(2, 4), "labels": None}
     with pytest.raises(ModlabError, match="attention_mask holds torch.float32"):
         open_batches([masked])
     masked["attention_mask"] = torch.ones(2, 4, dtype=torch.bool)

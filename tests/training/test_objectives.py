@@ -99,8 +99,8 @@ def test_next_token_loss_shifts_and_ignores() -> None:
         -log_p[b, t, labels[b, t + 1]].item() for b in range(2) for t in range(3) if labels[b, t + 1] != -100
     ]
     assert len(terms) == 5
-    assert objectives.next_token_loss(logits, labels).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
-    assert objectives.next_token_loss(logits, torch.full((2, 4), -100)).item() == 0
+    assert objectives.next_token_loss(logits, labels[:, 1:]).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
+    assert objectives.next_token_loss(logits, torch.full((2, 3), -100)).item() == 0
 
 
 def test_kl_to_teacher_by_hand() -> None:
@@ -120,8 +120,8 @@ def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
     results: list[list[Tensor]] = []
     for elements in (10**9, chunk):
         logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        loss = objectives.next_token_loss(logits, labels, elements)
-        divergence = objectives.kl_to_teacher(logits, teacher, real, elements)
+        loss = objectives.next_token_loss(logits, labels[:, 1:], chunk_elements=elements)
+        divergence = objectives.kl_to_teacher(logits, teacher, real, chunk_elements=elements)
         (loss + divergence).backward()
         assert logits.grad is not None
         results.append([loss, divergence, logits.grad])

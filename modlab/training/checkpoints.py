@@ -1,0 +1,311 @@
+"""Checkpoints of a run: `checkpoints/step_N`, each complete or absent.
+
+    state.json              where the run was, its description, and the sha256 of the files next to it
+    model.safetensors       all weights, tied ones once
+    optimizer.safetensors   AdamW's state, as <name of the parameter>/<name of the state>
+    routing.safetensors     of objective="budget": what its thresholds follow
+    random_<rank>.json      each process's random number generators
+
+They hold numbers only: nothing is executed when one is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modlab.errors import ModlabError
+from modlab.training.processes import Processes
+
+FORMAT = 1
+STATE = "state.json"
+MODEL, OPTIMIZER, ROUTING = "model.safetensors", "optimizer.safetensors", "routing.safetensors"
+
+
+@dataclass
+class State:
+    """Where a run is.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: tokens trained on.
+        seconds: trained in all.
+        share: of the run that is behind, in [0, 1].
+        window: sums of the figures since the last log line, by name.
+        window_steps: steps since then.
+        run: the run's description, see `Run`.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    share: float
+    window: dict[str, float]
+    window_steps: int
+    run: dict[str, Any]
+
+
+def checkpoints(out: Path | None) -> list[Path]:
+    """Complete checkpoints in a run's folder, oldest first."""
+    if out is None or not (out / "checkpoints").is_dir():
+        return []
+    found = [
+        (int(m[1]), p) for p in (out / "checkpoints").iterdir() if (m := re.fullmatch(r"step_(\d+)", p.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def write_checkpoint(
+    out: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    routing: dict[str, Tensor] | None,
+    processes: Processes,
+) -> None:
+    """Writes `out/checkpoints/step_N` under another name and renames it; all processes take part.
+
+    Raises:
+        ModlabError: it could not be written. Earlier checkpoints are as they were.
+    """
+    target = out / "checkpoints" / f"step_{state.step}"
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        if processes.is_main:
+            for left_over in target.parent.glob(".step_*.tmp"):
+                shutil.rmtree(left_over)
+            temporary.mkdir(parents=True)
+        processes.wait()
+        write_json(temporary / f"random_{processes.rank}.json", _random_state())
+        if processes.is_main:
+            save_file(_unique(model), temporary / MODEL)
+            save_file(_optimizer_state(model, optimizer), temporary / OPTIMIZER)
+            if routing is not None:
+                save_file(routing, temporary / ROUTING)
+        processes.wait()
+        if processes.is_main:
+            files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            write_json(temporary / STATE, {"format": FORMAT, **asdict(state), "files": files})
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ModlabError(
+            f"Could not write the checkpoint {target}: {error}. Earlier ones are intact: free some space and "
+            "continue with resume='auto'."
+        ) from error
+    processes.wait()
+
+
+def read_state(path: Path) -> State:
+    """Where the run was when it wrote the checkpoint `path`.
+
+    Raises:
+        ModlabError: no checkpoint, or a damaged one.
+    """
+    return _read(path)[0]
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> dict[str, Tensor] | None:
+    """Puts a checkpoint's weights into the model and its state into optimiser and random number generators.
+
+    The optimiser's settings (rates, betas, weight decay) stay those that it has.
+
+    Returns:
+        what was given to `write_checkpoint` as `routing`.
+
+    Raises:
+        ModlabError: it is damaged, or of another model.
+    """
+    with _readable(path):
+        _, files = _read(path)
+        for name in (MODEL, OPTIMIZER, f"random_{processes.rank}.json"):
+            if name not in files:
+                raise ValueError(f"it has no {name}")
+        if processes.is_main:
+            for name, digest in files.items():
+                if _digest(path / name) != digest:
+                    raise ValueError(f"{name} is not as it was written")
+        _load_unique(model, load_file(path / MODEL))
+        _load_optimizer(model, optimizer, load_file(path / OPTIMIZER))
+        _set_random_state(read_json(path / f"random_{processes.rank}.json"))
+        return load_file(path / ROUTING) if ROUTING in files else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON instead of what the file held, whole or not at all."""
+    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`text` instead of what the file held, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return value
+
+
+def _read(path: Path) -> tuple[State, dict[str, str]]:
+    """State, and digests of files by name, of which none is outside the folder."""
+    with _readable(path):
+        found = read_json(path / STATE)
+        if found.pop("format", None) != FORMAT:
+            raise ValueError(f"{STATE} is not of format {FORMAT}")
+        files = found.pop("files", None)
+        if not isinstance(files, dict) or not all(
+            isinstance(digest, str) and Path(name).name == name for name, digest in files.items()
+        ):
+            raise ValueError(f"{STATE} does not say which files belong to it")
+        if set(found) != {f.name for f in fields(State)}:
+            raise ValueError(f"{STATE} has the keys {sorted(found)}")
+        kinds = {"step": int, "tokens": int, "window_steps": int, "window": dict, "run": dict}
+        numbers = {"seconds": found["seconds"], "share": found["share"]}
+        if isinstance(found["window"], dict):
+            numbers |= found["window"]
+        wrong = [name for name, kind in kinds.items() if type(found[name]) is not kind]
+        wrong += [name for name, value in numbers.items() if type(value) not in (int, float)]
+        wrong += [name for name, value in numbers.items() if name not in wrong and not abs(value) < 1e300]
+        counts = ("step", "tokens", "window_steps")
+        wrong += [name for name in counts if name not in wrong and found[name] < 0]
+        if wrong:
+            raise ValueError(f"{STATE} has a wrong value for {', '.join(wrong)}")
+        return State(**found), files
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
+        if isinstance(error, ModlabError):
+            raise
+        raise ModlabError(
+            f"Could not load the checkpoint {path}: {error}. It belongs to another model, or is damaged; "
+            "delete it to resume from the one before."
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unique(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state by name, tensors that are tied under their first name."""
+    first: dict[Any, str] = {}
+    state = model.state_dict()
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        first.setdefault(place if tensor.numel() else name, name)
+    return {name: state[name].contiguous() for name in first.values()}
+
+
+@torch.no_grad()
+def _load_unique(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    own = _unique(model)
+    if set(own) != set(saved):
+        raise ValueError(f"its weights are others: {sorted(set(own) ^ set(saved))[:3]}")
+    for name, tensor in own.items():
+        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
+            raise ValueError(
+                f"{name} is {saved[name].dtype} {tuple(saved[name].shape)}, in the model "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+    targets = model.state_dict()
+    for name in own:
+        targets[name].copy_(saved[name])
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        name, _, kind = key.rpartition("/")
+        state.setdefault(name, {})[kind] = value
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {names[p]: i for i, p in enumerate(parameters)}
+    if other := sorted(set(state) - set(known)):
+        raise ValueError(f"it trained {', '.join(other[:3])}, which this run does not")
+    for name, values in state.items():
+        parameter = parameters[known[name]]
+        for kind, value in values.items():
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{kind} of {name} is {tuple(value.shape)}")
+    optimizer.load_state_dict(
+        {
+            "state": {known[name]: values for name, values in state.items()},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def _random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    of_numpy: Any = np.random.get_state()
+    kind, keys, *rest = of_numpy
+    found: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": _hex(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = [_hex(state) for state in torch.cuda.get_rng_state_all()]
+    return found
+
+
+def _set_random_state(found: dict[str, Any]) -> None:
+    version, internal, gauss = found["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = found["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_unhex(found["torch"]))
+    if torch.cuda.is_available() and len(found.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_unhex(state) for state in found["cuda"]])
+
+
+def _hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _unhex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,167 @@
+"""What training asks of a model, and what it changes about it for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.errors import ModlabError
+from modlab.execution.routed import RoutedModule
+from modlab.hf.anatomy import decoder_layers
+from modlab.routing.router import is_router
+from modlab.routing.state import is_converted
+from modlab.training.config import TrainConfig
+from modlab.training.loader import Batch
+
+
+def forward(model: Any, batch: Batch, **more: Any) -> Any:
+    """What the model returns for a batch, without a cache and without a loss of its own.
+
+    Args:
+        model: dense or converted, maybe wrapped.
+        batch: [B, T] tensors by name.
+        more: further keywords of its forward.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**inputs, use_cache=False, **more)
+
+
+def real_of(batch: Batch) -> Tensor:
+    """Which tokens are not padding, bool [B, T]."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices with weight decay, vectors without, routers with a rate of their own.
+
+    Raises:
+        ModlabError: nothing to train.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "router": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "router" if is_router(name) else "matrix" if parameter.dim() > 1 else "vector"
+            groups[kind].append(parameter)
+    if not any(groups.values()):
+        raise ModlabError("No parameter of the model requires a gradient: there is nothing to train.")
+    router_lr = config.lr if config.router_lr is None else config.router_lr
+    return [
+        {
+            "params": parameters,
+            "peak_lr": router_lr if kind == "router" else config.lr,
+            "weight_decay": config.weight_decay if kind == "matrix" else 0.0,
+        }
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+
+
+@contextlib.contextmanager
+def lent_to_training(model: Any, config: TrainConfig) -> Iterator[None]:
+    """Inside, the model is in train mode with the dtypes and frozen weights that a run needs; afterwards it
+    has its own back, is in eval mode, and its thresholds are plain numbers.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.eval)
+        if is_converted(model):
+            stack.enter_context(_routing_lent(model.mod))
+        if config.freeze_base:
+            stack.enter_context(_base_frozen(model))
+        elif is_converted(model):
+            model.mod.base_trained = True
+        stack.enter_context(_trained_in_fp32(model, config.freeze_base))
+        model.train()
+        yield
+
+
+@contextlib.contextmanager
+def _routing_lent(routing: Any) -> Iterator[None]:
+    what_if = routing.what_if
+    try:
+        yield
+    finally:
+        routing.what_if = what_if
+        # a run that failed between two steps leaves tensors, which nothing can save
+        routing.thresholds.update({layer: float(p) for layer, p in routing.thresholds.items()})
+
+
+@contextlib.contextmanager
+def _base_frozen(model: Any) -> Iterator[None]:
+    frozen = [p for name, p in model.named_parameters() if p.requires_grad and not is_router(name)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _trained_in_fp32(model: Any, freeze_base: bool) -> Iterator[None]:
+    """AdamW's steps are too small for bf16 weights. Those of a frozen base take none and stay as they are."""
+    dtypes = {
+        parameter: parameter.dtype
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+        and parameter.dtype != torch.float32
+        and (parameter.requires_grad or not freeze_base)
+    }
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+class Compilation:
+    """Switches torch.compile for a model's training forwards on and off; off until `on` is called.
+
+    A converted model cannot be compiled as a whole: how many tokens a routed layer keeps shapes its tensors,
+    and is read on the host. Its layers' own forwards can. All layers of one class share one compiled
+    function; packed steps make a second one, with a dynamic number of tokens.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers: list[nn.Module] = (
+            [layer for layer in decoder_layers(model) if not isinstance(layer, RoutedModule)]
+            if is_converted(model)
+            else []
+        )
+
+    def on(self) -> None:
+        """From here on forwards run compiled."""
+        if not is_converted(self.model):
+            self.model.compile(dynamic=False)
+            return
+        self.model.mod.compile_layers = True
+        for layer in self.layers:
+            layer.compile()
+
+    def off(self) -> None:
+        """From here on they run as they are. What layers were compiled to is kept for the next `on`."""
+        if not is_converted(self.model):
+            self.model._compiled_call_impl = None
+            return
+        self.model.mod.compile_layers = False
+        for layer in self.layers:
+            layer._compiled_call_impl = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, forwards run as they are: for eval mode it would be compiled a second time."""
+        if not is_converted(self.model):
+            yield  # its `forward` is called past the compiled call
+            return
+        self.off()
+        try:
+            yield
+        finally:
+            self.on()

@@ -1,0 +1,380 @@
+"""A training run: its parts, and what is done with them between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from modlab.errors import ModlabError
+from modlab.measure.evaluation import evaluate_batches
+from modlab.routing.state import is_converted
+from modlab.training.calibration import calibrate_trained, calibration_batches
+from modlab.training.checkpoints import State, checkpoints, load_checkpoint, read_state, write_checkpoint
+from modlab.training.checks import (
+    check_fit,
+    check_processes,
+    check_rows_teach,
+    check_teacher,
+    choose_objective,
+)
+from modlab.training.clock import Clock
+from modlab.training.config import TrainConfig
+from modlab.training.folder import RunFolder
+from modlab.training.loader import Batch, Batches, open_batches
+from modlab.training.model import Compilation, lent_to_training
+from modlab.training.monitor import Monitor
+from modlab.training.processes import Processes
+from modlab.training.result import Stopped, TrainResult
+from modlab.training.resume import check_resumable, find_checkpoint
+from modlab.training.step import Step
+from modlab.training.window import FIGURES, Window
+
+
+class Run:
+    """A run that is ready for its next step; used as a context, after which the model is the user's again.
+
+    Arguments as of `modlab.train`; `now` is its clock, in seconds.
+
+    Raises:
+        ModlabError: bad settings or data, before anything is written.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Any,
+        config: TrainConfig,
+        *,
+        eval_data: Any = None,
+        teacher: Any = None,
+        tokenizer: Any = None,
+        monitor: Monitor | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config.check()
+        self.model, self.config, self.tokenizer, self.monitor = model, config, tokenizer, monitor
+        self.objective = choose_objective(config, model)
+        self.source = open_batches(batches)
+        self.eval_source = _repeatable(eval_data)
+        check_fit(model, self.source, "batches")
+        check_rows_teach(model, self.source, self.objective)
+        if self.eval_source is not None:
+            check_fit(model, self.eval_source, "eval_data")
+        check_teacher(config, model, teacher)
+        self.processes = Processes()
+        check_processes(config, model, self.source, self.processes.world)
+        self.steps = _steps(config, self.source, self.processes.world)
+        checkpoint = find_checkpoint(config)
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.description())
+
+        self.step = self.tokens = 0
+        self.saved_step = -1
+        self.half_updated = False  # between two steps, but for the moment in which the weights change
+        self.stop_asked = False
+        self.latest: list[Batch] = []  # of the latest step
+        self.clock = Clock(config.max_minutes, self.processes.of_main, now)
+        self.folder = RunFolder(config.out, self.processes.is_main)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.folder.held())
+            lent = stack.enter_context(contextlib.ExitStack())
+            lent.enter_context(lent_to_training(model, config))
+            lent.callback(self._free)
+            set_seed(config.seed + self.processes.rank)  # dropout of its own for each process's rows
+            model.to(self.processes.device)
+            if teacher is not None and config.kl:
+                teacher.to(self.processes.device).eval()
+            self.stepping = Step(model, config, self.objective, self.processes, teacher)
+            self.window = Window(self.stepping.layers, self.processes.device)
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            self.compilation = Compilation(model) if config.compile else None
+            if self.compilation is not None:
+                self.compilation.on()
+                lent.callback(self.compilation.off)
+            self.history = self.folder.begin(self.description(), self.step, steps_ahead=not self.is_done)
+            self.lent, self.held = lent, stack.pop_all()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.folder.end("failed")
+        self.held.close()
+
+    def description(self) -> dict[str, Any]:
+        """What run.json and every checkpoint say of the run."""
+        routing = self.model.mod if is_converted(self.model) else None
+        device = self.processes.device
+        return {
+            **self.config.to_dict(),
+            "objective": self.objective,
+            "processes": self.processes.world,
+            "model": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "mod": routing.config.to_dict() if routing is not None else None,
+            "data": self.source.fingerprint if self.config.out is not None else None,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        }
+
+    @property
+    def share(self) -> float:
+        """How much of the run is behind, in [0, 1]."""
+        return self.clock.share if self.steps is None else min(1.0, self.step / self.steps)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it is behind."""
+        return self.share >= 1 if self.steps is None else self.step >= self.steps
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """This process's part of each global batch that is ahead; begins the run's time."""
+        config, accumulated = self.config, self.config.grad_accum
+        stream = self.source.iterate(
+            config.batch_size,
+            config.seed,
+            start=self.step * accumulated,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            num_workers=config.num_workers,
+        )
+        self.clock.start(self.tokens)
+        while len(parts := list(itertools.islice(stream, accumulated))) == accumulated:
+            yield parts
+
+    def train_step(self, parts: list[Batch]) -> None:
+        """One optimiser step."""
+        self.stepping.begin(self.step, self.share)
+        self.latest = [self.stepping.to_device(part) for part in parts]
+        figures = self.stepping.backward(self.latest)
+        self.half_updated = True
+        figures["grad_norm"] = self.stepping.update()
+        self.window.add(figures)
+        self.tokens += sum(part["input_ids"].numel() for part in parts) * self.processes.world
+        self.step += 1
+        self.half_updated = False
+        self.clock.step_done()
+
+    @property
+    def is_log_step(self) -> bool:
+        """Whether a log line is due: the only place where the device is waited for."""
+        return self.step % self.config.log_every == 0 or self.is_eval_step or self.step == self.steps
+
+    @property
+    def is_eval_step(self) -> bool:
+        """Whether an evaluation is due."""
+        return self.config.eval_every > 0 and self.step % self.config.eval_every == 0
+
+    @property
+    def is_save_step(self) -> bool:
+        """Whether a checkpoint is due."""
+        return self.config.save_every > 0 and self.step % self.config.save_every == 0
+
+    def monitored(self) -> bool:
+        """Tells the monitor of the step; whether it wants to go on. What it takes is not the run's time."""
+        if self.monitor is None:
+            return True
+        with self.clock.paused():
+            self.stepping.settle_thresholds()  # it may use the model
+            return self.monitor.step(self.step, self.share)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether any process was asked to stop; asking the others costs a wait, so only at log steps."""
+        if self.processes.world > 1 and self.step % self.config.log_every:
+            return False
+        return self.processes.any(self.stop_asked)
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether this call has taken its minutes, where these do not set the run's length."""
+        if self.config.max_minutes is None or self.steps is None:
+            return False
+        if self.processes.world > 1 and self.step % self.config.log_every:
+            return False
+        return self.clock.is_over
+
+    def log(self, evaluated: bool = False) -> dict[str, Any]:
+        """Writes a line on the steps since the line before, and returns it."""
+        sums = self._read_window()
+        means = {name: value / self.window.steps for name, value in sums.items()}
+        row: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": means["loss"]}
+        layers, stepping = self.stepping.layers, self.stepping
+        if layers:
+            row["keep_ratio"] = sum(means[f"keep_{i}"] for i in layers) / len(layers)
+            row |= {f"keep_{i}": means[f"keep_{i}"] for i in layers}
+            row["objective"] = means["objective"]
+        if self.objective in ("target", "budget"):
+            row["target"] = stepping.target
+        stepping.settle_thresholds()
+        if self.objective == "budget":
+            row |= {f"p_{i}": p for i, p in self.model.mod.thresholds.items()}
+        if self.config.kl:
+            row["kl"] = means["kl"]
+        row["lr"] = stepping.optimizer.param_groups[0]["lr"]
+        row["grad_norm"] = means["grad_norm"]
+        row["tokens_per_s"] = self.clock.tokens_per_second(self.tokens)
+        row["seconds"] = self.clock.seconds
+        if evaluated:
+            row |= self.evaluate()
+        self.window.clear()
+        self.history.append(row)
+        if self.monitor is not None:
+            self.monitor.log(row)
+        self.folder.add_row(row)
+        self.clock.set_mark(self.tokens)
+        return row
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and keep ratio on the held-out data, as decoding would see them."""
+        source, config = self.eval_source, self.config
+        if source is None:
+            return {}
+        size = config.batch_size
+        if source.kind == "rows":  # there is something for each process
+            size = max(1, min(size, len(source.data) // self.processes.world))
+        with self.compilation.paused() if self.compilation is not None else contextlib.nullcontext():
+            found = evaluate_batches(
+                self.model,
+                source.iterate(size, seed=None, epochs=1, drop_last=False),
+                max_batches=config.eval_batches,
+                cache=False,
+                accelerator=self.processes.accelerator,
+                autocast=self.stepping.autocast,
+                forward=self.model.forward if config.compile else None,
+            )
+        figures = {"eval_loss": found.loss}
+        return figures | ({"eval_keep_ratio": found.keep_ratio} if self.stepping.layers else {})
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless this step has one."""
+        if self.config.out is None or self.saved_step == self.step or self.folder.path is None:
+            return
+        window = self._read_window()
+        with self.clock.not_training():
+            state = State(
+                self.step, self.tokens, **self.clock.state(self.share),
+                window=window, window_steps=self.window.steps, run=self.description(),
+            )  # fmt: skip
+            control = self.stepping.control
+            write_checkpoint(
+                self.folder.path,
+                state,
+                self.model,
+                self.stepping.adamw,
+                control.state() if control is not None else None,
+                self.processes,
+            )
+            self.folder.prune(self.config.keep_last)
+        self.saved_step = self.step
+
+    def finish(self, stopped: Stopped) -> TrainResult:
+        """What comes after the last step: calibration, the last evaluation, the model's folder."""
+        config, stepping = self.config, self.stepping
+        stepping.settle_thresholds()
+        complete = stopped in ("finished", "data") or (stopped == "time" and self.steps is None)
+        if complete:
+            if self.window.steps:
+                self.log()
+            if config.calibrate and self.objective in ("target", "budget"):
+                if config.save_every:
+                    self.save()  # before: a longer run goes on from the model as trained
+                self._calibrate()
+            if self.eval_source is not None and self.history and "eval_loss" not in self.history[-1]:
+                self.history[-1] |= self.evaluate()
+                self.folder.write_log(self.history)
+        if not complete or config.save_every:
+            self.save()
+        seconds = self.clock.seconds
+        self.processes.wait()
+        self.lent.close()  # the model is saved in its own dtypes
+        if complete:
+            self.folder.save_model(self.model, self.tokenizer, self.step)
+        self.folder.end(stopped)
+        self.processes.wait()
+        history = pd.DataFrame(self.history)
+        return TrainResult(
+            history, self.model, self.folder.path, self.step, self.tokens, seconds, stopped
+        )
+
+    def progress_bar(self) -> Any:
+        """Of this call's steps, in the main process; a monitor takes its place."""
+        return tqdm(
+            total=self.steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not self.processes.is_main or self.monitor is not None,
+        )
+
+    def _restore(self, checkpoint: Any) -> None:
+        stepping, processes = self.stepping, self.processes
+        routing = load_checkpoint(checkpoint, self.model, stepping.adamw, processes)
+        state = read_state(checkpoint)
+        if stepping.control is not None:
+            if routing is None:
+                raise ModlabError(f"The checkpoint {checkpoint} lacks what objective='budget' goes on from.")
+            stepping.control.restore(routing)
+        self.step, self.tokens = state.step, state.tokens
+        self.clock.restore({"seconds": state.seconds, "share": state.share})
+        self.window.restore(state.window, state.window_steps, processes.is_main)
+
+    def _read_window(self) -> dict[str, float]:
+        """Sums since the last log line.
+
+        Raises:
+            ModlabError: one of them is not finite.
+        """
+        sums = self.window.read(self.processes.sum)
+        bad = [name for name in FIGURES if not math.isfinite(sums[name])]
+        if bad:
+            saved = checkpoints(self.folder.path)
+            raise ModlabError(
+                f"{bad[0]} is not finite at or before step {self.step}; nothing was saved since. "
+                + (f"The last checkpoint, {saved[-1]}, is intact; resume from it" if saved else "Start again")
+                + f" with a lower lr (now {self.config.lr:g}), a longer warmup or a smaller max_grad_norm."
+            )
+        return sums
+
+    def _calibrate(self) -> None:
+        batches = calibration_batches(
+            self.source, self.config, self.latest, self.processes.world, self.processes.device
+        )
+        if not batches or self.config.keep_ratio == 1:
+            return
+        if self.compilation is not None:
+            self.compilation.off()  # for good: no compilation for eval mode
+        calibrate_trained(self.model, batches, self.config, self.stepping.autocast)
+
+    def _free(self) -> None:
+        self.processes.accelerator.free_memory()
+        self.model.zero_grad(set_to_none=True)
+
+
+def _repeatable(eval_data: Any) -> Batches | None:
+    if isinstance(eval_data, Iterator):  # it is read several times
+        eval_data = list(eval_data)
+    return None if eval_data is None else open_batches(eval_data, "eval_data")
+
+
+def _steps(config: TrainConfig, source: Batches, world: int) -> int | None:
+    """How many optimiser steps the run is long; None where the clock says."""
+    if config.tokens is None:
+        return config.steps
+    first = source.first["input_ids"]
+    rows = config.batch_size if source.kind == "rows" else len(first)
+    return -(-config.tokens // (rows * first.shape[1] * config.grad_accum * world))

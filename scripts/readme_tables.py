@@ -1,0 +1,219 @@
+"""Rewrite the README's tables of measured figures from the committed result files: no figure is typed.
+
+    python scripts/readme_tables.py            # rewrite README.md
+    python scripts/readme_tables.py --check    # only say whether it is up to date (exit status 1 if not)
+
+Reads modlab/demo/results.json (what the demo's scripts measured) and benchmarks/results/*.json (`modlab
+bench`); of several results for the same thing on the same device the newest counts.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+DEMO_CARD = "modlab/demo/README.md"
+KV_CARD = "modlab/demo/kv/README.md"
+# growth is drawn: scripts/speed_plot.py
+TABLES = ("speed", "generate", "throughput", "prefill", "decode", "demo")
+DEMO_NAMES = {
+    "dense": "dense",
+    "dense_continuation": "dense, trained on for as long",
+    "mod": "Mixture-of-Depths",
+}
+
+
+def demo_table(record: dict[str, Any]) -> str:
+    """What the demo's conversion costs in loss and saves in memory."""
+    lines = [
+        f"`demo`, which skips whole layers ({record['parameters'] / 1e6:.1f} M parameters), on other "
+        f"held-out files ({record['results']['mod']['tokens']:,} predicted tokens, {record['dtype']}):",
+        "",
+        "| model | held-out loss (nats a token) | tokens kept in routed layers | KV cache |",
+        "|---|---|---|---|",
+    ]
+    for name, title in DEMO_NAMES.items():
+        result = record["results"][name]
+        kept = f"{result['keep_ratio']:.0%}" if "keep_ratio" in result else "all"
+        saving = f"{result['kv_saving']:.2f}x smaller" if "kv_saving" in result else "1x"
+        lines.append(f"| {title} | {result['loss']:.3f} | {kept} | {saving} |")
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date'][:10]}; all of it is in [the card]({DEMO_CARD}).",
+    ]
+    return "\n".join(lines)
+
+
+def kv_table(record: dict[str, Any]) -> str:
+    """What routing the cache alone costs in loss and saves in memory, recall at a distance included."""
+    lines = [
+        "`demo-kv`: the dense model's own weights with routers for its cache (every token passes every "
+        "layer), on held-out Python files "
+        f"({record['results']['demo-kv']['tokens']:,} predicted tokens). Below, the same weights with other "
+        "keys and values, which no router chose:",
+        "",
+        "| model | held-out loss | the same, second copy of a passage 1,024 tokens after the first "
+        "| keys and values kept in routed layers | KV cache |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in record["results"].items():
+        kept = f"{result['keep_ratio']:.0%}" if "keep_ratio" in result else "all"
+        saving = f"{result['kv_saving']:.2f}x smaller" if "kv_saving" in result else "1x"
+        recall = next(r["second_loss"] for r in result["recall"] if r["distance"] == 1024)
+        title = f"{name}: {result['why']}" if "why" in result else f"`{name}`"
+        lines.append(f"| {title} | {result['loss']:.3f} | {recall:.3f} | {kept} | {saving} |")
+    lines += [
+        "",
+        f"Made by `{record['command']}` on {record['date'][:10]}; all of it is in [the card]({KV_CARD}).",
+    ]
+    return "\n".join(lines)
+
+
+def newest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest result of each benchmark and device, by name."""
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in sorted(results, key=lambda result: result["date"]):
+        latest[result["what"], result["device_name"]] = result
+    return [latest[key] for key in sorted(latest)]
+
+
+def said_beside(result: dict[str, Any]) -> list[str]:
+    """What the rows of a result say beside the times, one sentence each."""
+    lines = []
+    for row in result["rows"]:
+        if row["case"] == "peak":
+            lines.append(
+                f"- Peak memory of the {row['context']:,}-token prefill, above the weights: "
+                f"{row['dense_peak_bytes'] / 1e9:.1f} GB in stock transformers, "
+                f"{row['dense_engine_peak_bytes'] / 1e9:.1f} GB with this engine and no routing, "
+                f"{row['mod_peak_bytes'] / 1e9:.1f} GB routed ({row['peak_saving']:.2f}x of stock, "
+                f"{row['dense_engine_peak_bytes'] / row['mod_peak_bytes']:.2f}x by routing). "
+                "The times of that row are stock's and ours."
+            )
+        if row["case"] == "throughput":
+            lines.append(
+                f"- Largest batch whose cache fits at {row['context']:,} tokens: {row['dense_batch']} rows "
+                f"and {row['dense_tokens_per_s']:,.0f} tokens/s dense, {row['batch']} rows and "
+                f"{row['mod_tokens_per_s']:,.0f} tokens/s routed. Decoding steps alone: random keys stand in "
+                "for the prompts, whose prefill would need somewhat more room."
+            )
+        if row["case"] == "baseline" and row["what"] == "decode":
+            lines.append(
+                "- The dense side of prefill and decode is this engine with routing off: "
+                f"{row['mod_ms']:.2f} ms a token at {row['context']:,} tokens, where "
+                f"transformers' compiled static cache takes {row['dense_ms']:.2f} ms."
+            )
+        if row.get("bandwidth_share") and row["keep_ratio"] == 1.0:
+            lines.append(
+                f"- Dense decoding at {row['context']:,} tokens reads {row['dense_tb_s']:.2f} TB/s, "
+                f"{row['bandwidth_share']:.0%} of what a copy moves on this machine."
+            )
+    return lines
+
+
+def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Time and memory against the dense model, one row a measurement, under its command."""
+    lines = [
+        f'With `skip="{skipped(result)}"`: '
+        f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
+        f"{result['versions']['torch']}, {result['date'][:10]}:",
+        "",
+        "| | model | batch x tokens | routed layers | kept | dense | MoD | speed-up | ideal | KV saving "
+        "| rounds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        unequal = row.get("tokens", 0) != row["batch"] * row["context"] and "tokens" in row
+        saving = f"{row['kv_saving']:.2f}x" if row["case"] != "train" else "-"
+        lines.append(
+            f"| {row['case']} | {row['shape']} "
+            f"| {row['batch']} x {'up to ' if unequal else ''}{row['context']:,} "
+            f"| {row['routed_layers']} of {row['num_layers']} "
+            f"| {row['keep_ratio']:.0%} | {duration(row['dense_ms'])} | {duration(row['mod_ms'])} "
+            f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {saving} "
+            f"| {row.get('rounds', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def skipped(result: dict[str, Any]) -> str:
+    """What a token that is not kept leaves out in the models of a result; the earliest files name nothing."""
+    return str(result.get("settings", {}).get("skip", "layer"))
+
+
+def duration(ms: float) -> str:
+    """Milliseconds with as many digits as mean something."""
+    return f"{ms:,.1f} ms" if ms >= 100 else f"{ms:.2f} ms"
+
+
+def is_headline(row: dict[str, Any]) -> bool:
+    """Rows of the GPU suite that stand outside the fold: long contexts and batches."""
+    return row["case"] != "baseline" and (row["context"] >= 32768 or row["batch"] > 1)
+
+
+def bench_section(results: list[dict[str, Any]]) -> list[str]:
+    """What the default routing (of keys and values) and the GPU suite show at length, what is said beside it,
+    and all else in a fold."""
+    parts, folded = [], []
+    for result in results:
+        rows = [row for row in result["rows"] if row["case"] != "baseline"]
+        if result["what"] == "speed" or skipped(result) == "kv":
+            parts.append(bench_table(result, [row for row in rows if is_headline(row)]))
+            parts.append("\n".join(said_beside(result)).strip())
+            rows = [row for row in rows if not is_headline(row)]
+        if rows:
+            folded.append(bench_table(result, rows))
+    fold = ["<details><summary>Short prompts, a 70B shape, two CPU cores</summary>", *folded, "</details>"]
+    return [part for part in (*parts, *fold) if part]
+
+
+def section(root: Path = ROOT) -> str:
+    """All tables, from the result files below `root`."""
+    parts = []
+    kept_keys = root / "modlab" / "demo" / "kv" / "results.json"
+    if kept_keys.is_file():
+        parts.append(kv_table(json.loads(kept_keys.read_text(encoding="utf-8"))))
+    demo = root / "modlab" / "demo" / "results.json"
+    if demo.is_file():
+        parts.append(demo_table(json.loads(demo.read_text(encoding="utf-8"))))
+    files = sorted((root / "benchmarks" / "results").glob("*.json"))
+    every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
+    results = [result for result in every if result["what"] in TABLES]
+    results.sort(key=lambda result: skipped(result) != "kv")  # the default first
+    if results:
+        parts += bench_section(results)
+    return "\n\n".join(parts) or "No result files are in the repository yet."
+
+
+def replace_between(text: str, begin: str, end: str, content: str) -> str:
+    """`text` with what stands between the two markers replaced; both must be there, once."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"README.md must hold {begin} and {end}, once each")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    old = README.read_text(encoding="utf-8")
+    new = replace_between(old, BEGIN, END, section())
+    if options.check:
+        print(
+            "README.md is up to date" if new == old else "README.md is out of date: run this without --check"
+        )
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""Refusals that need the model or the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.training.loop import TrainConfig, train
+from tests.helpers.models import alternate_layers
+from tests.helpers.training import settings
+
+
+@pytest.mark.parametrize(
+    ("mod", "config", "message"),
+    [
+        (alternate_layers(), {"objective": "bce"}, "does not fit threshold"),
+        (modlab.MoDConfig.topk(), {"objective": "target"}, "does not fit topk"),
+    ],
+)
+def test_refuses_settings_of_another_routing(
+    make: Callable[..., Any], rows: torch.Tensor, mod: modlab.MoDConfig, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModlabError, match=message):
+        train(make(mod=mod), rows, TrainConfig(**settings(**config)))
+
+
+def test_refuses_data_that_does_not_fit(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model, config = make(), TrainConfig(**settings())
+    for data, message in (
+        (rows.repeat(1, 2), "rows of 64 tokens, but the model's context is 32"),
+        (rows + 1, "ids from 1 to 64, but the model has 64 tokens"),
+        (rows[:, :1], "rows of one token"),
+        (rows[:0], "empty"),
+        ([rows[:8], rows.repeat(1, 2)[:8]], "context is 32"),  # met in step 2
+    ):
+        with pytest.raises(ModlabError, match=message):
+            train(model, data, config)
+    with pytest.raises(ModlabError, match="eval_data holds token ids"):
+        train(model, rows, config, eval_data=rows + 1)
+
+
+def test_refuses_rows_in_which_every_key_is_recent(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make(mod=modlab.MoDConfig(keep_recent=rows.shape[1]))
+    with pytest.raises(ModlabError, match=f"rows of at most {rows.shape[1]} tokens.*keep_recent"):
+        train(model, rows, TrainConfig(**settings(steps=1)))
+    model.mod.config.keep_recent -= model.mod.config.keep_first + 2
+    train(model, rows, TrainConfig(**settings(steps=1)))
+
+
+def test_refuses_unsuitable_teachers(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    model = make()
+    for teacher, kl, message in (
+        (make(), 0.0, "kl=0"),
+        (model, 1.0, "the model itself"),
+        (make(mod=alternate_layers()), 1.0, "teacher is converted"),
+        (make(vocab_size=80), 1.0, "80 tokens"),
+    ):
+        with pytest.raises(ModlabError, match=message):
+            train(model, rows, TrainConfig(**settings(kl=kl)), teacher=teacher)
