@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
+REAL = "real"  # loss and recall of real models; docs/results.md
 PROVENANCE = ("device_name", "dtype", "date", "command")
 
 
@@ -52,9 +53,8 @@ def benchmarks() -> pd.DataFrame:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files()]
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=_date):
-        if result["what"] == QUALITY:
-            continue
-        newest[result["what"], result["device_name"]] = result
+        if result["what"] not in (QUALITY, REAL):
+            newest[result["what"], result["device_name"]] = result
     rows: list[dict[str, Any]] = []
     for _, result in sorted(newest.items()):
         origin = {name: result[name] for name in PROVENANCE}

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import modlab
 from modlab.families.proof import FreshProcess
 from tests.helpers.models import alternate_layers, dense_llama, routed_llama
+from tests.helpers.poison import poisoned_memory
 from tests.helpers.tokenizers import make_tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,6 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "long" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="long: run with --long"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uninitialised_memory_shows() -> Iterator[None]:
+    """A value that is read though nobody wrote it is NaN, and fails the test that it reaches."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
     modlab bench                                            lists the cases
     modlab bench prefill decode                             runs them on this machine
     modlab bench generate --device cuda --shape llama-3-8b --context 4096 32768
-    modlab bench speed --device cuda                        everything that the README's GPU table states
+    modlab bench speed --device cuda                        everything in docs/results.md about one GPU
     modlab bench --plot RESULT.json                         speed-up against keep ratio, as a page
 
 Cases measure the dense model and all Mixture-of-Depths variants in turn, round after round in rotating order,

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from modlab.bench.clock import Times
 from modlab.bench.ideal import ideal_decode, ideal_prefill, kv_token_bytes
@@ -24,41 +22,11 @@ from modlab.bench.rows import make_row
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
 from modlab.engine.compiled import LONG_LINE
 from modlab.errors import ModlabError
-from modlab.measure import synchronize
+from modlab.measure import time_generate
 from modlab.routing.state import routing_override
 from modlab.routing.table import RoutingTable
 
 WARM_UP_TOKENS = LONG_LINE  # enough to compile what a long prompt compiles
-
-
-class Stopwatch(BaseStreamer):
-    """A streamer that notes when tokens arrive: the prompt first, then one call a step."""
-
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-
-    def put(self, value: Any) -> None:
-        """A step's tokens are on the host."""
-        self.stamps.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to note."""
-
-
-def timed_generate(
-    model: Any, ids_BT: Tensor, mask_BT: Tensor, tokens: int, **kwargs: Any
-) -> tuple[float, float]:
-    """Greedy generation of `tokens` for each row: ms to the first, mean ms for each further one."""
-    watch = Stopwatch()
-    synchronize(ids_BT.device)
-    started = time.perf_counter()
-    model.generate(
-        ids_BT, attention_mask=mask_BT, max_new_tokens=tokens, do_sample=False, eos_token_id=None,
-        pad_token_id=0, streamer=watch, **kwargs,
-    )  # fmt: skip
-    _prompt, first, *rest = watch.stamps
-    each = (rest[-1] - first) / len(rest) if rest else float("nan")
-    return (first - started) * 1e3, each * 1e3
 
 
 @dataclass(frozen=True)
@@ -123,14 +91,18 @@ class Workload:
                     ids, mask = ids[:, -WARM_UP_TOKENS:], mask[:, -WARM_UP_TOKENS:]
                 override = contextlib.nullcontext() if table is None else routing_override(model, table)
                 with override:
-                    first, each = timed_generate(model, ids, mask, self.tokens, **self.generate_settings)
+                    first, each = self.timed(model, ids, mask, **self.generate_settings)
                 self.last[name] = fast_generation_report(model)["last"]
                 if not self.last[name]["fast"]:
-                    raise ModlabError(f"generate went the ordinary way: {self.last[name]['why']}")
+                    raise ModlabError(f"generate ran without the engine: {self.last[name]['why']}")
                 if turn:
                     times[name][0].wall.append(first)
                     times[name][1].wall.append(each)
         return times
+
+    def timed(self, model: Any, ids_BT: Tensor, mask_BT: Tensor, **settings: Any) -> tuple[float, float]:
+        """ms to the first token of each row, and to each further one."""
+        return time_generate(model, ids_BT, self.tokens - 1, mask_BT, **settings)
 
     def static_times(self, repeats: int) -> tuple[Times, Times]:
         """The dense model by transformers' own static cache, whose decoding `generate` compiles."""
@@ -138,9 +110,7 @@ class Workload:
         first, each = Times(), Times()
         try:
             for turn in range(repeats + 1):
-                result = timed_generate(
-                    self.dense, self.ids_BT, self.mask_BT, self.tokens, cache_implementation="static"
-                )
+                result = self.timed(self.dense, self.ids_BT, self.mask_BT, cache_implementation="static")
                 if turn:
                     first.wall.append(result[0])
                     each.wall.append(result[1])

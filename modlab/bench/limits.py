@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from modlab.bench.clock import Times
-from modlab.bench.fast import WARM_UP_TOKENS, Variant, Workload, fast_models, timed_generate
+from modlab.bench.fast import WARM_UP_TOKENS, Variant, Workload, fast_models
 from modlab.bench.ideal import kv_token_bytes, step_bytes, stored_tokens
 from modlab.bench.models import random_routing
 from modlab.bench.registry import Row, Settings, Skipped, case
@@ -24,6 +24,7 @@ from modlab.engine import disable_fast_generation, enable_fast_generation, fast_
 from modlab.engine.engine import Engine
 from modlab.engine.prefill import scratch_caches
 from modlab.engine.ring import RingLayer
+from modlab.measure import time_generate
 from modlab.routing.state import routing_override
 
 SPARE = 4 * 2**30
@@ -60,11 +61,11 @@ def _peak(workload: Workload, variant: Variant | None) -> tuple[int, float]:
     model = workload.dense if variant is None else workload.twins[variant.routed]
     override = nullcontext() if variant is None else routing_override(model, workload.routing(variant))
     with override:
-        timed_generate(model, workload.ids_BT[:, -WARM_UP_TOKENS:], workload.mask_BT[:, -WARM_UP_TOKENS:], 2)
+        time_generate(model, workload.ids_BT[:, -WARM_UP_TOKENS:], 1, workload.mask_BT[:, -WARM_UP_TOKENS:])
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        first, _ = timed_generate(model, workload.ids_BT, workload.mask_BT, workload.tokens)
+        first, _ = workload.timed(model, workload.ids_BT, workload.mask_BT)
     if variant is not None:
         workload.last = {variant: fast_generation_report(model)["last"]}
     return torch.cuda.max_memory_allocated() - before, first

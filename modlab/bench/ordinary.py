@@ -152,7 +152,8 @@ def demo(settings: Settings) -> Iterator[Row]:
         raise Skipped(f"demo: the demo models are not here ({error})") from error
     dense, mod = (model.to(settings.device).eval() for model in models)
     source = Path(argparse.__file__).read_text(encoding="utf-8")
-    limit = min(context_length(dense), max(settings.contexts)) - settings.decode_tokens - 1
+    reach = min(context_length(dense) or max(settings.contexts), max(settings.contexts))
+    limit = reach - settings.decode_tokens - 1
     batches = as_batches(source, tokenizer, limit)[:DEMO_WINDOWS]
     ids = batches[0]["input_ids"]
     routed = list(mod.mod.layers)

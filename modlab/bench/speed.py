@@ -1,4 +1,4 @@
-"""Case `speed`: everything that the README states about one GPU, in one run."""
+"""Case `speed`: everything that docs/results.md states about one GPU, in one run."""
 
 from __future__ import annotations
 

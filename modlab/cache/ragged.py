@@ -63,6 +63,7 @@ class RaggedLayer(CacheLayerMixin):
         self.indexer_keys: Tensor | None = None
         self.is_initialized = False
         self.cumulative_length = 0  # columns seen, kept or not; the name is transformers' own
+        self.floor = 0  # columns seen when something was last dropped: `crop` goes no further back
         self.starts: list[int] = []
         self.lengths: list[int] = []
         self.capacities: list[int] = []
@@ -189,6 +190,8 @@ class RaggedLayer(CacheLayerMixin):
         """
         survivors = [self._survivors(row) for row in rows]
         lengths = [s.stop - s.start if isinstance(s, slice) else len(s) for s in survivors]
+        if any(n < self.lengths[row] for n, row in zip(lengths, rows, strict=True)):
+            self.floor = self.cumulative_length
         if capacities is None:
             capacities = [n + self.slack(n) if room else n for n in lengths]
         starts = [sum(capacities[:i]) for i in range(len(rows))]
@@ -303,8 +306,16 @@ class RaggedLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` columns (a positive number is the length to crop to)."""
+        """Forgets the last `-tokens_to_remove` columns (a positive number is the length to crop to).
+
+        Raises:
+            ModlabError: see `check_crop`.
+        """
+        self.check_crop(tokens_to_remove)
         target = self._cropped_length(tokens_to_remove)
+        if not target:
+            self._empty()
+            return
         if self.columns is not None and target < self.cumulative_length:
             for row, (start, n) in enumerate(zip(self.starts, self.lengths, strict=True)):
                 self.lengths[row] = int((self.columns[start : start + n] < target).sum())
@@ -313,6 +324,24 @@ class RaggedLayer(CacheLayerMixin):
         if self.is_initialized and (roomy or self.sliding_window is not None):
             with self._not_recording():
                 self._rebuild(list(range(len(self.lengths))), None, self.columns.device)  # type: ignore[union-attr]
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuses a crop after which the next token could attend to tokens that have been dropped.
+
+        Raises:
+            ModlabError: says how far back the cache can go.
+        """
+        target = self._cropped_length(tokens_to_remove)
+        if 0 < target < min(self.floor, self.cumulative_length):
+            raise ModlabError(
+                f"the cache cannot be cropped to {target} of {self.cumulative_length} tokens, only to "
+                f"{self.floor} or more (or to 0): {self._dropped}. Copy the cache before it goes on "
+                "(copy.deepcopy), or give the prompt again."
+            )
+
+    @property
+    def _dropped(self) -> str:
+        return f"what a sliding window of {self.sliding_window} tokens left behind then is gone"
 
     def _cropped_length(self, tokens_to_remove: int) -> int:
         """Columns that `crop` leaves."""
@@ -385,7 +414,6 @@ class RecentLayer(RaggedLayer):
         self.kept: Tensor | None = None
         self.has_skipped = False  # whether a token was ever stored that is not kept
         self.swept = 0  # columns seen at the last sweep
-        self.forgotten = -1  # what is not kept is gone up to this column
 
     def _new_index(self, capacity: int, device: torch.device) -> None:
         super()._new_index(capacity, device)
@@ -421,33 +449,15 @@ class RecentLayer(RaggedLayer):
             self._sweep()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in a `RaggedLayer`.
-
-        Raises:
-            ModlabError: see `check_crop`.
-        """
-        self.check_crop(tokens_to_remove)
+        """As in a `RaggedLayer`."""
         super().crop(tokens_to_remove)
-        if not self.cumulative_length:
-            self._empty()
-            return
         self.swept = min(self.swept, self.cumulative_length)
         with self._not_recording():
             self._sweep()
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Refuses a crop after which the next token could attend to tokens that have been swept out.
-
-        Raises:
-            ModlabError: says how far back the cache can go.
-        """
-        target = self._cropped_length(tokens_to_remove)
-        if 0 < target < self.cumulative_length and max(target - self.keep_recent, -1) < self.forgotten:
-            raise ModlabError(
-                f"the cache cannot be cropped to {target} of {self.cumulative_length} tokens: of what the "
-                f"routers do not keep, only the latest {self.keep_recent} are still there. Copy the cache "
-                "before it goes on (copy.deepcopy), or give the prompt anew."
-            )
+    @property
+    def _dropped(self) -> str:
+        return f"of what the routers do not keep, only the latest {self.keep_recent} were still there then"
 
     def _sweep(self) -> None:
         """Drops what is neither kept nor recent, unless that can only be a few tokens: few against the recent
@@ -467,7 +477,6 @@ class RecentLayer(RaggedLayer):
         super()._rebuild(rows, capacities, device, room)
         if self.has_skipped and not self.record_past:
             self.swept = self.cumulative_length
-            self.forgotten = self.cumulative_length - self.keep_recent
 
     def _survivors(self, row: int) -> slice | Tensor:
         n = self.lengths[row]
@@ -475,10 +484,11 @@ class RecentLayer(RaggedLayer):
             return super()._survivors(row)
         assert self.columns is not None and self.kept is not None
         here = slice(self.starts[row], self.starts[row] + n)
-        columns = self.columns[here]
-        alive = self.kept[here] | (columns > self.cumulative_length - self.keep_recent)
+        alive = self.kept[here].clone()
+        # All tokens of the row come here, and nothing was dropped among the latest: these are its last ones.
+        alive[max(n - self.keep_recent + 1, 0) :] = True
         if self.sliding_window is not None:
-            alive = alive & (columns > self.cumulative_length - self.sliding_window)
+            alive &= self.columns[here] > self.cumulative_length - self.sliding_window
         return alive.nonzero()[:, 0] + self.starts[row]
 
     def __repr__(self) -> str:
@@ -534,12 +544,20 @@ class RaggedCache(Cache):
         """Forgets the last `-tokens_to_remove` columns of all layers, or of none.
 
         Raises:
-            ModlabError: a layer could not go on from there (`RecentLayer.check_crop`).
+            ModlabError: a layer could not go on from there (`RaggedLayer.check_crop`).
         """
-        for layer in self.layers:
-            if isinstance(layer, RecentLayer):
-                layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        seen = self.get_seq_length()
+        target = min(max(tokens_to_remove if tokens_to_remove > 0 else seen + tokens_to_remove, 0), seen)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if isinstance(layer, RaggedLayer):
+                layer.check_crop(target - seen)
+            elif target < seen:
+                _check_crop(layer)
+        for layer in layers:
+            # What records its past trims it now; others have nothing to do where nothing is removed.
+            if target < seen or getattr(layer, "record_past", False):
+                layer.crop(target - seen)
 
     def check_batch(self, rows: int) -> None:
         """An error unless the cache is empty or holds that many rows."""
@@ -575,6 +593,20 @@ class RaggedCache(Cache):
         ragged = sum(isinstance(layer, RaggedLayer) for layer in self.layers)
         return (
             f"RaggedCache({ragged} of {len(self.layers)} layers ragged, {self.get_seq_length()} tokens seen)"
+        )
+
+
+def _check_crop(layer: Any) -> None:
+    """Refuses to crop a layer of transformers' own that would raise, before any layer is cropped."""
+    if getattr(layer, "record_past", True):
+        return
+    window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
+    if window is None or layer.get_seq_length() >= window:
+        what = "state" if window is None else f"sliding window of {window} tokens"
+        raise ModlabError(
+            f"the cache cannot be cropped: a layer that is not routed has a {what} and does not record what "
+            "it drops. Call cache.activate_past_recording() before the forwards that are to be taken back, "
+            "or copy the cache (copy.deepcopy)."
         )
 
 

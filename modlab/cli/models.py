@@ -11,6 +11,8 @@ from modlab.errors import ModlabError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ROW = 2048  # tokens a row at most, unless asked for
+
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Where a command's model runs, and in what dtype."""
@@ -88,10 +90,11 @@ def rows_of(options: argparse.Namespace, model: Any, tokenizer: Any) -> Rows:
 
 def row_length(options: argparse.Namespace, model: Any) -> int:
     """Tokens a row: as asked for, within the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    length = options.seq_len or min(context, 2048)
-    if not 2 <= length <= context:
-        raise ModlabError(
-            f"--seq-len {length}: rows must hold 2 to {context} tokens, the context of this model."
-        )
+    from modlab.hf.model import context_length
+
+    context = context_length(model)
+    length = min(context or ROW, ROW) if options.seq_len is None else options.seq_len
+    if length < 2 or (context is not None and length > context):
+        may = "2 or more tokens" if context is None else f"2 to {context} tokens, the context of this model"
+        raise ModlabError(f"--seq-len {length}: rows must hold {may}.")
     return length

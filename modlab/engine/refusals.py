@@ -16,6 +16,7 @@ from modlab.engine.hooks import is_watched
 from modlab.engine.prefill import LINE_TOKENS
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.cache_argument import CACHE_ARGUMENTS
+from modlab.hf.model import context_length
 from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ def call_refusal(
         return "attention_mask is not two-dimensional"
     if mask is not None and not bool(mask[:, -1].all()):
         return "a row ends in padding (or is empty)"
-    if mask is not None and engine.keep_recent and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        return "padding stands between the tokens of a row, which skip='kv' counts as recent ones"
     position_BT = model_kwargs.get("position_ids")
     if position_BT is not None:
         real_BT = torch.ones_like(ids_BT) if mask is None else mask
@@ -89,7 +88,7 @@ def call_refusal(
     reason = _rotary_refusal(decoder_of(model).config, generation_config.max_length or 0, *ids_BT.shape)
     if reason is not None:
         return reason
-    context = getattr(decoder_of(model).config, "max_position_embeddings", None)
+    context = context_length(model)
     if engine.routing is not None and context and ids_BT.shape[1] > context:
         return "the prompt is longer than the model's context"
     routing = engine.routing

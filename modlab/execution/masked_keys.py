@@ -114,8 +114,8 @@ def log_weights(log_weight_BT: Tensor, site: Site) -> Tensor:
     """What a what-if pass adds to the attention scores: each key's log-weight, 0 for recent keys;
     [B, 1, T, T]."""
     assert site.recent is not None
-    columns = site.call.columns[None]
-    recent = recent_mask(columns, columns, site.recent)
+    tokens_BT = site.call.real.cumsum(1)
+    recent = recent_mask(tokens_BT, tokens_BT, site.recent)
     return torch.where(
         recent, torch.zeros_like(log_weight_BT[:1, :1, None, None]), log_weight_BT[:, None, None]
     )

@@ -32,16 +32,20 @@ def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | 
     return allowed
 
 
-def recent_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, recent: int) -> Tensor:
-    """True where a key is among the latest `recent` tokens of a query, itself counted: bool [R, 1, S, K]."""
-    return key_columns_RK[:, None, None, :] > query_columns_RS[:, None, :, None] - recent
+def recent_mask(query_places_RS: Tensor, key_places_RK: Tensor, recent: int) -> Tensor:
+    """True where a key is among the latest `recent` places of a query, its own counted: bool [R, 1, S, K].
+
+    Places are columns for a sliding window, in which padding counts as the model has it, and tokens of the
+    row for the recent past that routing leaves to every token.
+    """
+    return key_places_RK[:, None, None, :] > query_places_RS[:, None, :, None] - recent
 
 
 def masked_reference_mask(
     keep_BT: Tensor, real_BT: Tensor, window: int | None = None, recent: int = 1
 ) -> Tensor:
     """True where a token may attend in the masked reference: to kept tokens not after it, to the latest
-    `recent` tokens, and to itself.
+    `recent` tokens of its row, and to itself.
 
     A skipped token attends to itself too: what it would have seen had it been kept. Padding attends to itself
     only, so that no softmax runs over nothing.
@@ -51,9 +55,10 @@ def masked_reference_mask(
     """
     T = keep_BT.shape[1]
     columns = torch.arange(T, device=keep_BT.device)[None]
+    tokens_BT = real_BT.cumsum(1)  # padding inside a row is no part of its recent past
     itself = torch.eye(T, dtype=torch.bool, device=keep_BT.device)
     causal = packed_mask(columns, columns, window)
-    stored = keep_BT[:, None, None, :] | recent_mask(columns, columns, recent)
+    stored = keep_BT[:, None, None, :] | recent_mask(tokens_BT, tokens_BT, recent)
     return (causal & stored & real_BT[:, None, None, :]) | itself
 
 

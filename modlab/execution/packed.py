@@ -221,12 +221,30 @@ def _group_mask(
     if hidden:
         assert site.recent is not None
         kept_RK = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)
-        allowed = allowed & (kept_RK[:, None, None] | recent_mask(queries_RS, columns_RK, site.recent))
+        at_RS, at_RK = _places(group, layer, columns_RK)
+        allowed = allowed & (kept_RK[:, None, None] | recent_mask(at_RS, at_RK, site.recent))
     if group.padded:
         # A right-padding slot stands before its row's later kept tokens in time, though after them in the
         # pack.
         allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
     return as_attention_mask(allowed, site.attention, dtype, values)
+
+
+def _places(group: Group, layer: RaggedLayer | None, columns_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the queries and the keys of a group stand among the tokens held of their row: [R or 1, S] and
+    [1, K].
+
+    Of two tokens of which the earlier one is not kept, these places are as far apart as the tokens are in the
+    text, whatever the padding: had one between them been dropped, the earlier one would have been dropped
+    before.
+    """
+    S, device = group.index_RS.shape[1], columns_RK.device
+    held = [S] * len(group.rows) if layer is None else [layer.lengths[row] for row in group.rows]
+    at_RK = torch.arange(columns_RK.shape[1], device=device)[None]
+    if len(set(held)) == 1:
+        return torch.arange(held[0] - S, held[0], device=device)[None], at_RK
+    first_R1 = torch.tensor([[n - S] for n in held], device=device)
+    return first_R1 + torch.arange(S, device=device), at_RK
 
 
 def _in_chunks(group: Group) -> list[Group]:

@@ -37,7 +37,8 @@ def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
     """Whether a masked pass of this module may run through transformers' flex attention.
 
     It may where the model says that it can, nothing but the mask decides who sees whom, and the device is a
-    GPU (flex attention has no backward pass on a CPU).
+    GPU (flex attention has no backward pass on a CPU). Its rules count the recent past in columns, which are
+    tokens unless padding stands inside a row.
     """
     routing = site.routing
     return (
@@ -48,6 +49,7 @@ def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
         and not site.needs_mask
         and not given.additive
         and not getattr(routing.model_config, "attention_dropout", 0.0)
+        and not (site.recent is not None and site.call.has_gaps)
     )
 
 

@@ -1,9 +1,9 @@
 """What a model type has to show before it counts as supported, on a tiny random model of it.
 
-`families.report()` and `tests/test_every_family.py` both come through `prove`, so that the README's table is
-what the tests hold. Every claim of `prove` is about the converted model with *all* routable layers
-routed as a whole (skip="layer") and a batch of rows padded on the left, under each attention implementation
-that the type has.
+`families.report()` and `tests/families/test_every_family.py` both come through `prove`, so that
+docs/models.md says what the tests hold. Every claim of `prove` is about the converted model with *all*
+routable layers routed as a whole (skip="layer") and a batch of rows padded on the left, under each attention
+implementation that the type has.
 
 Run as a program this module is the fresh process that reloads saved models: one folder a line on stdin, the
 reason why it fails ("" if it does not), as JSON, on stdout.

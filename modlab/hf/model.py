@@ -19,15 +19,48 @@ def device_of(model: Any) -> torch.device:
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model reads at most (`max_position_embeddings` of its text config), or None where its
-    config names no limit.
+    """Tokens that the model reads at most (`max_position_embeddings` of its text config), or None where there
+    is no limit: the config names none, or rotary frequencies follow the length of the text (dynamic NTK).
 
     Args:
         model: a model of transformers, or its config.
     """
+    config = _text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0 or "dynamic" in _rotary_kinds(config):
+        return None
+    return limit
+
+
+def beyond_context(model: Any) -> str:
+    """What to do about a text that is longer than the context: advice that keeps the model what it is.
+
+    A larger `max_position_embeddings` changes nothing else where rotary frequencies are fixed; LongRoPE
+    scales by it, and a table of positions does not grow.
+    """
+    kinds = _rotary_kinds(_text_config(model))
+    if kinds and kinds <= {"default", "linear", "yarn", "llama3"}:
+        return (
+            "shorten it, or raise config.max_position_embeddings: the rotary positions go on, though the "
+            "model may not have been trained on them"
+        )
+    return "shorten it"
+
+
+def _text_config(model: Any) -> Any:
     config = getattr(model, "config", model)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _rotary_kinds(config: Any) -> set[str]:
+    """The kinds of rotary scaling in use, empty without rotary positions; layers may differ."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = bool(parameters) and all(isinstance(value, dict) for value in parameters.values())
+    return {
+        str(rope.get("rope_type", rope.get("type", "default")))
+        for rope in (parameters.values() if nested else [parameters])
+        if rope
+    }
 
 
 def model_name(model: Any) -> str:

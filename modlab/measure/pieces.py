@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import ModlabError
+from modlab.hf.model import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,17 +115,14 @@ def _rows(batch: Batch) -> int:
     return len(batch["input_ids"])
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Tokens the model's positions allow (`max_position_embeddings`), or 2,048 if its config does not say."""
-    config: Any = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-
-
-def piece_length(model: PreTrainedModel, tokenizer: Any, seq_len: int | None) -> int:
-    """How long the pieces are that inputs are cut into, in tokens: as asked for, within the model's context.
+def piece_length(model: PreTrainedModel, tokenizer: Any, seq_len: int | None) -> int | None:
+    """How long the pieces are that inputs are cut into, in tokens: as asked for, within the model's context;
+    None for no limit.
 
     By default texts are cut at `TEXT_PIECE`, because their logits take tokens x vocabulary; token batches are
     taken as their maker cut them.
     """
-    context = context_length(model)
-    return min(context, seq_len or (TEXT_PIECE if tokenizer is not None else context))
+    if seq_len is not None and seq_len < 2:
+        raise ModlabError(f"seq_len={seq_len}: a piece needs at least 2 tokens, one to predict the other.")
+    wanted = TEXT_PIECE if seq_len is None and tokenizer is not None else seq_len
+    return min((n for n in (wanted, context_length(model)) if n is not None), default=None)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import statistics
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import ModlabError
-from modlab.hf.model import eval_mode
+from modlab.hf.model import context_length, eval_mode
 from modlab.measure.evaluation import evaluate_batches
-from modlab.measure.pieces import Batch, as_batches, context_length, piece_length
+from modlab.measure.pieces import Batch, as_batches, piece_length
 from modlab.measure.timing import time_generate
 from modlab.routing.state import (
     routing_of,
@@ -99,13 +100,13 @@ def sweep(
             )
     if not wanted:
         raise ModlabError("no thresholds given; give values in [0, 1), for example [0.0, 0.3, 0.5, 0.7].")
-    context = context_length(model)
     batches = as_batches(texts, tokenizer, piece_length(model, tokenizer, seq_len))
     prompt = batches[0]["input_ids"][:1]
     prompt_mask = batches[0].get("attention_mask")
     if prompt_mask is not None:
         prompt = prompt[prompt_mask[:1].bool()][None]
-    prompt = prompt[:, : max(1, min(prompt_tokens, context - decode_tokens - 1))]
+    room = (context_length(model) or sys.maxsize) - decode_tokens - 1
+    prompt = prompt[:, : max(1, min(prompt_tokens, room))]
 
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     if routing.config.skip == "kv" and longest <= (recent := routing.config.keep_recent):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from modlab.errors import ModlabError
-from modlab.measure import context_length
+from modlab.hf.model import context_length
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,13 +43,13 @@ def fitting(
         raise ModlabError(
             f"a distance of {wanted[0]:,} tokens is too short: at least {shortest:,} are needed ({parts})."
         )
-    fits = [distance for distance in wanted if distance + beside <= context]
+    fits = [distance for distance in wanted if context is None or distance + beside <= context]
     left_out = {
         distance: f"a row of {distance + beside:,} tokens ({parts}) exceeds the context of {context:,}"
         for distance in wanted
         if distance not in fits
     }
-    if not fits:
+    if not fits and context is not None:
         longest = context - beside
         advice = f"distances up to {longest:,} fit" if longest >= shortest else "no distance fits it"
         raise ModlabError(f"distance {wanted[0]:,}: {left_out[wanted[0]]}; {advice}.")

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from modlab.errors import ModlabError
-from modlab.hf.model import eval_mode
-from modlab.measure import context_length
+from modlab.hf.model import context_length, eval_mode
 from modlab.probes import repetition
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
@@ -160,10 +159,11 @@ def generation_health(
         )
     length = prompt_tokens + new_tokens
     for one in filter(None, (model, judge)):
-        if length > context_length(one):
+        context = context_length(one)
+        if context is not None and length > context:
             raise ModlabError(
                 f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the context of "
-                f"{context_length(one):,} tokens: lower prompt_tokens or new_tokens."
+                f"{context:,} tokens: lower prompt_tokens or new_tokens."
             )
     text_NT = windows(token_stream(data, tokenizer), prompts, length, length, seed)
     if judge is not None:

@@ -9,6 +9,7 @@ Shape letters: B batch rows, T tokens in, K tokens seen including cached ones, D
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
+from modlab.hf.model import beyond_context, context_length
 from modlab.routing.threshold import check_threshold
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class ForwardCall:
         steps: the open recordings, each with its entry for this forward.
         thresholds, what_if, masked, override: the routing's, as they stood when the forward began: a
             gradient-checkpoint recompute decides as the forward did.
+        padded: False where the caller gave no mask.
     """
 
     real: Tensor
@@ -99,7 +102,17 @@ class ForwardCall:
     what_if: bool
     masked: bool
     override: OverrideFn | None
+    padded: bool = True
     decisions: dict[int, Decision] = field(default_factory=dict)
+
+    @functools.cached_property
+    def has_gaps(self) -> bool:
+        """Whether padding stands between the tokens of a row (one host sync a forward, where there is a mask
+        and somebody asks)."""
+        if not self.padded:
+            return False
+        behind_a_token = (self.real.cumsum(1) > 0) & ~self.real
+        return bool(((behind_a_token.cumsum(1) > 0) & self.real).any())
 
 
 class Routing:
@@ -283,11 +296,11 @@ class Routing:
         if cache is not None:
             cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
-        context = getattr(module.config, "max_position_embeddings", None)
+        context = context_length(module)
         if seen == 0 and context and tokens.shape[1] > context:
             raise ModlabError(
-                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: shorten it, or "
-                "raise config.max_position_embeddings if the model's position encoding supports that."
+                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: "
+                f"{beyond_context(module)}."
             )
         self.call = self._new_call(tokens, given("attention_mask"), seen, cache)
         return args, kwargs
@@ -324,6 +337,7 @@ class Routing:
             what_if=self.what_if,
             masked=self.masked,
             override=self.override,
+            padded=mask is not None,
         )
 
     @eager

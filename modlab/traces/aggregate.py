@@ -171,7 +171,7 @@ def aggregate_routing(
 
 
 def _pieces(
-    tokenizer: Any, texts: Iterable[str], longest: int
+    tokenizer: Any, texts: Iterable[str], longest: int | None
 ) -> tuple[list[tuple[list[int], list[str]]], int]:
     """(ids, token texts) of at most `longest` tokens each, and how many texts they are from."""
     pieces: list[tuple[list[int], list[str]]] = []
@@ -181,6 +181,7 @@ def _pieces(
             continue
         ids, tokens = encode(tokenizer, text)
         count += 1
-        for start in range(0, len(ids), longest):
-            pieces.append((ids[start : start + longest], tokens[start : start + longest]))
+        step = longest or len(ids)
+        for start in range(0, len(ids), step):
+            pieces.append((ids[start : start + step], tokens[start : start + step]))
     return pieces, count

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from modlab.errors import ModlabError
+from modlab.routing.threshold import check_threshold
 
 if TYPE_CHECKING:
     import torch
@@ -114,11 +115,10 @@ class RoutingTrace:
         bool[R, T]. A preview only: in a real run a token that skips one layer reaches the later routers
         with another state, so their gates change with p as well.
         """
-        p_r1 = np.asarray(p, dtype=np.float32).reshape(-1, 1)
-        if p_r1.shape[0] not in (1, len(self.layers)):
-            raise ModlabError(f"preview_keep needs one p or {len(self.layers)} of them, not {p_r1.shape[0]}.")
-        if not bool(((p_r1 > 0) & (p_r1 < 1)).all()):
-            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p!r}.")
+        values: list[Any] = [p] if np.ndim(p) == 0 else list(np.ravel(p))
+        p_r1 = np.array([check_threshold(value) for value in values], dtype=np.float32)[:, None]
+        if len(values) not in (1, len(self.layers)):
+            raise ModlabError(f"preview_keep needs one p or {len(self.layers)} of them, not {len(values)}.")
         keep = self.gate >= p_r1
         keep[:, : self.keep_first] = True
         return keep

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from modlab.errors import ModlabError
+from modlab.hf.model import context_length
 from modlab.routing.state import is_converted
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
@@ -106,7 +107,7 @@ def check_rows_teach(model: Any, source: Batches, objective: Objective) -> None:
 
 def check_length(model: Any, length: int, what: str) -> None:
     """No row is longer than the model's context."""
-    context = getattr(_text_config(model), "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and length > context:
         raise ModlabError(
             f"{what} has rows of {length} tokens, but the model's context is {context}: pack shorter rows."

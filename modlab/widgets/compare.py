@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import traitlets as t
 
-from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import eval_mode, model_name
+from modlab.routing.threshold import check_threshold
 from modlab.traces.routing_trace import check_length, encode
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
@@ -55,7 +55,7 @@ class Compare(ModelView, view="compare"):
         self._model, self._tokenizer = model, tokenizer
         super().__init__(
             prompt=prompt,
-            ps=[_checked(x) for x in p],
+            ps=[check_threshold(x) for x in p],
             max_new_tokens=max_new_tokens,
             summary={"model": model_name(model)},
         )
@@ -79,7 +79,7 @@ class Compare(ModelView, view="compare"):
 
     def _generate(self, prompt: str, ps: list[float], count: int, job: Job | None) -> None:
         before = list(self.sides)
-        sides: list[_Side] = [_Side(self._tokenizer, prompt, _checked(p)) for p in ps]
+        sides: list[_Side] = [_Side(self._tokenizer, prompt, check_threshold(p)) for p in ps]
         try:
             with using(self._model, job, by_layer=False):
                 ids = self._encode(prompt)
@@ -175,9 +175,3 @@ class _Side:
             "kv_bytes": self.kv_bytes,
             "dense_bytes": self.dense_bytes,
         }
-
-
-def _checked(p: float) -> float:
-    if not 0 < p < 1:
-        raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p}.")
-    return float(p)

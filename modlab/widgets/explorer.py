@@ -65,9 +65,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
         for index, p in enumerate(self._wanted):
             if p in self._found:
                 continue
-            with using(self._model, job, by_layer=False), thresholds_restored(self._model):
-                if job is not None:
-                    job.report(f"Measuring the curve: p {p:g}, {index + 1} of {count}", index / count)
+            text, part = f"Measuring the curve, p {p:g}", (index / count, (index + 1) / count)
+            with using(self._model, job, text, part=part), thresholds_restored(self._model):
                 trace, output = self._at(p)
             kv_bytes = float(given_cache(output).nbytes)
             self._found[p] = {"p": p, "kv_bytes": kv_bytes, "loss": trace.mean_loss}

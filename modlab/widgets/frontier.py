@@ -9,6 +9,7 @@ import numpy as np
 import traitlets as t
 
 from modlab.errors import ModlabError
+from modlab.routing.threshold import check_threshold
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.panels import frontier_png
 from modlab.widgets.views import ModelView
@@ -86,11 +87,9 @@ class Frontier(ModelView, view="frontier"):
         Raises:
             ModlabError: p does not lie between 0 and 1.
         """
-        if not 0 < p < 1:
-            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p}.")
-        self.threshold = float(p)
+        self.threshold = check_threshold(p)
         if self._model is not None:
-            self._set(float(p))
+            self._set(self.threshold)
 
     def _set(self, p: float) -> None:
         from modlab.routing.state import set_threshold

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from modlab.errors import ModlabError
+
 REPORT_EVERY = 0.1  # seconds between two messages of one job
 
 Work = Callable[["Job"], None]
@@ -140,10 +142,13 @@ class Jobs:
             with self._changed:
                 self._error = problem
             # Nobody sees an exception in a thread: the widget shows it.
-            return state(
-                job.number, "failed", error=f"{failure}\n{type(problem).__name__}: {problem}".strip()
-            )
+            return state(job.number, "failed", error=f"{failure}\n{_said(problem)}".strip())
         return state(job.number)
+
+
+def _said(problem: Exception) -> str:
+    """An error for a reader of the page: ours are sentences; of others the kind helps to find the cause."""
+    return str(problem) if isinstance(problem, ModlabError) else f"{type(problem).__name__}: {problem}"
 
 
 def answer_anywhere(widget: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import traitlets as t
 
 from modlab.hf.cache_argument import given_cache
+from modlab.hf.model import context_length
 from modlab.traces.routing_trace import RoutingTrace, encode, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
@@ -107,8 +108,8 @@ def fitting(model: Any, tokenizer: Any, text: str) -> tuple[str, str]:
     Raises:
         ModlabError: the text is empty.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
-    limit = min(context, MAX_TOKENS)
+    context = context_length(model)
+    limit = min(context or MAX_TOKENS, MAX_TOKENS)
     pieces = encode(tokenizer, text)[1]
     if len(pieces) <= limit or not tokenizer.is_fast:  # the pieces of a slow one are not the text again
         return text, ""

@@ -23,13 +23,20 @@ def lock_of(model: Any) -> Any:
 
 
 @contextmanager
-def using(model: Any, job: Job | None = None, text: str = "", by_layer: bool = True) -> Iterator[None]:
-    """Inside this block no other widget uses the model.
+def using(
+    model: Any,
+    job: Job | None = None,
+    text: str = "",
+    by_layer: bool = True,
+    part: tuple[float, float] = (0.0, 1.0),
+) -> Iterator[None]:
+    """Inside this block no other widget uses the model. A cell may: it neither waits nor is stopped.
 
     Args:
         job: what is told of the progress and asked, before every layer, whether to go on.
         text: what is being done, for people.
         by_layer: tell the progress layer by layer; False where the caller tells it.
+        part: where the progress bar stands at the beginning and the end of this block, in 0..1.
 
     Raises:
         Cancelled: the job was stopped.
@@ -43,14 +50,17 @@ def using(model: Any, job: Job | None = None, text: str = "", by_layer: bool = T
         return
     while not lock.acquire(timeout=0.05):
         job.report("Waiting for the model: something else is running on it")
-    hooks = []
+    hooks, here, (start, end) = [], threading.get_ident(), part
     try:
         layers = decoder_layers(model)
         for index, layer in enumerate(layers):
 
             def before(*_: Any, index: int = index) -> None:
+                if threading.get_ident() != here:  # a cell's own forward: nobody asked to stop that one
+                    return
                 if by_layer:
-                    job.report(f"{text}: layer {index + 1} of {len(layers)}", (index + 1) / len(layers))
+                    done = (index + 1) / len(layers)
+                    job.report(f"{text}: layer {index + 1} of {len(layers)}", start + (end - start) * done)
                 else:
                     job.check()
 

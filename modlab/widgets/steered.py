@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import traitlets as t
 
-from modlab.cache.stored import MIB, index_bytes, keep_ratio_for
+from modlab.cache.stored import MIB, index_bytes, keep_ratio_for, recent_share
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.traces.routing_trace import RoutingTrace, run_traced
@@ -31,12 +31,13 @@ class SteeredView(MeasuredView):
     def __init__(
         self, model: Any, tokenizer: Any, text: str, texts: Sequence[str] | None = None, **traits: Any
     ) -> None:
-        from modlab.measure import context_length
+        from modlab.hf.model import context_length
+        from modlab.measure import TEXT_PIECE
 
         self._texts = texts if texts is None else list(texts)
         self._open_loss: float | None = None
         super().__init__(model, tokenizer, text, **traits)
-        context = context_length(model)
+        context = context_length(model) or TEXT_PIECE
         trace = self._trace
         routed = len(trace.layers)
         each = trace.kv_bytes_per_token
@@ -82,7 +83,6 @@ class SteeredView(MeasuredView):
         per_layer: bool,
         job: Job | None,
     ) -> dict[int, float]:
-        from modlab.measure import calibrate
         from modlab.routing.state import thresholds_restored_on_error
 
         if (keep_ratio is None) == (kv_mib is None):
@@ -93,19 +93,60 @@ class SteeredView(MeasuredView):
             thresholds_restored_on_error(model),
         ):
             if kv_mib is not None:
-                tokens = int(context or self.budget["context"])
-                keep_ratio = keep_ratio_for(model, kv_mib=float(kv_mib), context=tokens)
-            assert keep_ratio is not None
+                tokens = self.budget["context"] if context is None else context
+                keep_ratio = self._fitting_ratio(kv_mib, tokens)
+            self._search(keep_ratio, per_layer)
+            trace, output = run_traced(model, self._tokenizer, self.text)
+            self._show(trace, given_cache(output))
+        return dict(model.mod.thresholds)
+
+    def _fitting_ratio(self, kv_mib: Any, context: Any) -> float:
+        """The keep ratio at which the cache of so many tokens takes `kv_mib` MiB, or an error for people."""
+        if not _above_zero(kv_mib) or not _above_zero(context) or context < 1:
+            raise ModlabError(
+                "Say how many MiB the KV cache may take, and for how many tokens, both above 0."
+            )
+        try:
+            return keep_ratio_for(self._model, kv_mib=float(kv_mib), context=int(context))
+        except ModlabError as error:
+            if not self.budget["token_bytes"]:
+                raise
+            least, most = self._limits(int(context))
+            raise ModlabError(
+                f"A KV cache of {int(context):,} tokens takes between {least:.4g} MiB, with nothing kept in "
+                f"the routed layers, and {most:.4g} MiB, with everything kept: {float(kv_mib):g} MiB lie "
+                "outside. Ask for a size in between, or for another number of tokens."
+            ) from error
+
+    def _limits(self, context: int) -> tuple[float, float]:
+        """MiB of the cache of `context` tokens with nothing kept in the routed layers, and with all kept."""
+        routing, each = self._model.mod, self.budget["token_bytes"]
+        routed = len(routing.layers)
+        dense = context * each * (routing.num_layers - routed)
+        ragged = context * (each + self.budget["index_bytes"]) * routed
+        recent = recent_share(routing.config, context)
+        return (dense + recent * ragged) / MIB, (dense + ragged) / MIB
+
+    def _search(self, keep_ratio: Any, per_layer: bool) -> None:
+        """Set the thresholds that keep this share of the text (or of the sample), or an error for people."""
+        from modlab.measure import calibrate
+
+        where = "this text" if self._texts is None else "the sample"
+        if not _above_zero(keep_ratio) or keep_ratio >= 1:
+            raise ModlabError(f"Say which share of {where} is to be kept: above 0 %, below 100 %.")
+        try:
             calibrate(
-                model,
+                self._model,
                 [self.text] if self._texts is None else self._texts,
                 keep_ratio=float(keep_ratio),
                 per_layer=per_layer,
                 tokenizer=self._tokenizer,
             )
-            trace, output = run_traced(model, self._tokenizer, self.text)
-            self._show(trace, given_cache(output))
-        return dict(model.mod.thresholds)
+        except ModlabError as error:
+            raise ModlabError(
+                f"No threshold keeps about {keep_ratio:.0%} of {where}. Gates that are all alike cannot be "
+                "told apart: ask for another share, use a longer text, or train the routers first."
+            ) from error
 
     def _take(self, trace: RoutingTrace, output: Any) -> None:
         self._open_loss = None
@@ -134,13 +175,15 @@ class SteeredView(MeasuredView):
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") != "calibrate":
             return super()._work(content)
-        return lambda job: self._calibrate(
-            content.get("keep_ratio"),
-            content.get("kv_mib"),
-            content.get("context"),
-            bool(content.get("per_layer")),
-            job,
-        )
+        # An empty field of the page is None here, and no number that can be found.
+        ratio, mib = (content.get(n, 0) or 0 if n in content else None for n in ("keep_ratio", "kv_mib"))
+        context, per_layer = content.get("context"), bool(content.get("per_layer"))
+        return lambda job: self._calibrate(ratio, mib, context, per_layer, job)
+
+
+def _above_zero(value: Any) -> bool:
+    """Whether it is a number above 0; an empty field of the page is None."""
+    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def _keep_all(layer_idx: int, gate: Any, position_ids: Any) -> Any:

@@ -13,6 +13,7 @@ import anywidget
 import traitlets as t
 
 from modlab.errors import ModlabError
+from modlab.routing.threshold import check_threshold
 from modlab.widgets.jobs import Jobs, answer_anywhere, state
 from modlab.widgets.pictures.page import curve, html_page, payload
 from modlab.widgets.pictures.png import curve_png, heatmap_png
@@ -163,10 +164,7 @@ class _Routed(View):
 
     @t.validate("threshold")
     def _check_threshold(self, proposal: Any) -> float:
-        p = float(proposal["value"])
-        if not 0 < p < 1:
-            raise ModlabError(f"A threshold p lies between 0 and 1, both excluded; got {p}.")
-        return p
+        return check_threshold(proposal["value"])
 
     def _without_kernel(self) -> dict[str, Any]:
         return {**super()._without_kernel(), "cursor": -1, "locked": False, "layer": -1}

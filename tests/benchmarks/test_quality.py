@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from benchmarks.quality.report import read_runs, rows_of
 from modlab.cache.stored import unbounded_keep_ratio
 from modlab.routing.state import routing_override
 from modlab.training.loop import TrainConfig, train
+from scripts.pages import quality as quality_page
 from tests.helpers.models import scatter_gates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,9 +194,7 @@ def test_runs_compare_with_the_continuation_of_their_own_base(tmp_path: Path) ->
     }
 
 
-def test_the_page_says_what_the_default_had_to_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    quality_page = pytest.importorskip("quality_page")
+def test_the_page_says_what_the_default_had_to_reach() -> None:
     runs = [run_of("dense", 1.0, 0, 0.5), run_of("kv-mid", 1.02, 0), run_of("kv-mid-at2.2", 1.03)]
     runs += [run_of("topk-alt", 1.4), run_of("paper-0.03", 1.2), run_of("kv-mid", 1.02, 1)]
     for run in runs[1:]:
@@ -204,7 +204,7 @@ def test_the_page_says_what_the_default_had_to_reach(monkeypatch: pytest.MonkeyP
             moved["recall"] = [{"distance": 2048, "second_loss": 0.53}]
             run["points"] += [{**moved, "point": p, "loss": x} for p, x in (("1.5x", 1.01), ("2.2x", 1.05))]
         run["points"].append(moved)
-    said = quality_page.asked_table(quality_page.pd.DataFrame(rows_of(runs)))
+    said = quality_page.asked_table(pd.DataFrame(rows_of(runs)))
     assert [line.split(" | ")[-1] for line in said[2:]] == [
         "0.1000 |",  # the mean of two seeds, 0.04, of 0.4
         "0.2000 |",
@@ -217,15 +217,15 @@ def test_the_page_says_what_the_default_had_to_reach(monkeypatch: pytest.MonkeyP
 
 
 def test_the_page_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    quality_page = pytest.importorskip("quality_page")
     drawn: list[Any] = []
     monkeypatch.setattr(quality_page, "save_png", lambda figure, path, *size: drawn.append((figure, path)))
     runs = [run_of("dense", 1.0, 0, 0.5), run_of("dense", 1.1, 1, 0.5), run_of("attn-mid", 1.25, 0, 0.55)]
     runs += [run_of("attn-mid", 1.45, 1)]
     runs[2]["points"].append({**runs[2]["points"][0], "point": "1.5x", "loss": 1.125})
     result = {"device_name": "a GPU", "dtype": "bf16", "versions": {"torch": "2"}, "date": "2026-01-01"}
-    text = quality_page.page(result | {"command": "c", "rows": rows_of(runs)}, tmp_path)
+    result |= {"command": "c", "rows": rows_of(runs)}
+    text = quality_page.page(result)
+    quality_page.draw(tmp_path, result)
     assert (
         "| attn-mid | every MLP runs, attention is left out | 2 | 1.80x | 0.70 | 0.3000 ± 0.0707 | 0.0500 |"
         in text

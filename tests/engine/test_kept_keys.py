@@ -161,13 +161,13 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [(type(module), set(module.__dict__)) for module in model.modules()] == before
 
 
-def test_padding_between_tokens_goes_the_ordinary_way() -> None:
-    model, inputs = kept_keys(), prompts(9)
-    inputs["attention_mask"][0, 4] = 0
-    want = generated(model, inputs)
-    modlab.enable_fast_generation(model, compile=False)
-    assert generated(model, inputs) == want
-    assert "between the tokens" in modlab.fast_generation_report(model)["last"]["why"]
+@pytest.mark.parametrize("recent", [1, 4, 9])
+def test_padding_between_tokens_is_no_part_of_the_recent_past(recent: int) -> None:
+    model, inputs = kept_keys(keep_recent=recent), prompts(19, 12)
+    inputs["attention_mask"][0, 6:11] = 0
+    inputs["attention_mask"][1, 13] = 0
+    last = both_ways(model, inputs, eos_token_id=None)
+    assert last["prompt_tokens"] == [14, 11]
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="runs compiled steps from the host")

@@ -2,7 +2,7 @@
 for the reason written down here.
 
 By default the promised types and one type for each mechanism run; `--all-families` runs them all. What is
-claimed of a type, and how, is in modlab/proof.py.
+claimed of a type, and how, is in modlab/families/proof.py.
 """
 
 import re

@@ -265,3 +265,26 @@ def test_a_real_model_and_its_tokenizer(data_dir):
     assert frame.keep_ratio[1] < 1.0 and frame.loss[1] > dense
     got = modlab.calibrate(model, texts, tokenizer=tokenizer, keep_ratio=0.5, tolerance=0.02)
     assert got.keep_ratio == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("decode_tokens", [0, 1, 6])
+def test_no_token_ends_a_timed_text(batches, decode_tokens):
+    """The same number of tokens, though every token of the vocabulary ends a text; padding is passed on."""
+    model, given = dense_model(), []
+    model.generation_config.eos_token_id = list(range(VOCAB))
+    model.generation_config.num_beams = 3
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["attention_mask"][:, :8]), with_kwargs=True
+    )
+    mask = torch.ones_like(batches[0][:, :8])
+    mask[0, :3] = 0
+    measure.time_generate(model, batches[0][:, :8], decode_tokens, mask)
+    assert len(given) == decode_tokens + 1
+    assert all(torch.equal(one, mask) for one in given)
+
+
+def test_a_text_that_ends_early_gives_no_time(batches):
+    model = dense_model()
+    with pytest.raises(ModlabError, match="2 tokens of 9"):
+        stop = lambda ids, scores, **more: torch.full((len(ids),), ids.shape[1] >= 10)  # noqa: E731
+        measure.time_generate(model, batches[0][:, :8], 8, stopping_criteria=[stop])

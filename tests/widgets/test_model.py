@@ -1,6 +1,7 @@
 """The widgets that steer a model, without a browser: what they compute is what the model does."""
 
 import base64
+import re
 import threading
 import time
 from typing import Any
@@ -133,9 +134,9 @@ def test_calibrate_to_a_keep_ratio_and_to_a_budget(routed_model: Any, word_token
 def test_a_calibration_that_fails_changes_nothing(routed_model: Any, word_tokenizer: Any) -> None:
     widget = Thresholds(routed_model, word_tokenizer, TEXT)
     before = widget.thresholds
-    with pytest.raises(ModlabError, match="too little"):
+    with pytest.raises(ModlabError, match="takes between"):
         send(widget, type="calibrate", kv_mib=1e-6, context=100, id=1)
-    assert "too little" in widget.job["error"] and widget.thresholds == before
+    assert "takes between" in widget.job["error"] and widget.thresholds == before
     with pytest.raises(ModlabError, match="one of them"):
         widget.calibrate()
 
@@ -164,6 +165,32 @@ def test_a_model_in_use_is_waited_for(routed_model: Any, word_tokenizer: Any) ->
         time.sleep(0.4)
         assert widget.thresholds[1] == 0.5 and any("Waiting for the model" in text for text in told)
     assert widget.wait(30) and widget.thresholds[1] == 0.6
+
+
+@pytest.mark.parametrize(
+    "want",
+    [
+        {"kv_mib": None},
+        {"kv_mib": 0},
+        {"kv_mib": 1e-6},
+        {"kv_mib": 1e6},
+        {"kv_mib": 0.1, "context": 0},
+        {"keep_ratio": None},
+        {"keep_ratio": 1.2},
+        {"keep_ratio": 0.0001},
+    ],
+)
+def test_find_tells_its_errors_to_a_reader(
+    routed_model: Any, word_tokenizer: Any, want: dict[str, Any]
+) -> None:
+    """What the fields of the page can hold, an empty one (None) too, ends in a sentence, not in Python."""
+    widget = Thresholds(routed_model, word_tokenizer, TEXT)
+    before = widget.thresholds
+    with pytest.raises(ModlabError):
+        send(widget, type="calibrate", id=1, **{"context": 2048, **want})
+    error = widget.job["error"]
+    assert error and not re.search(r"Error|None|NoneType|_|\(\)|=", error), error
+    assert widget.thresholds == before
 
 
 # ---- Compare

@@ -122,7 +122,7 @@ def test_a_failed_run_is_shown_and_changes_nothing(
     before, thresholds = explorer.gates, dict(routed_model.mod.thresholds)
     ask(explorer, p, 9)
     assert explorer.job["state"] == "failed" and explorer.job["id"] == 9
-    assert "Error" in explorer.job["error"] and str(p) in explorer.job["error"]
+    assert "failed" in explorer.job["error"] and str(p) in explorer.job["error"]
     assert explorer.gates == before and routed_model.mod.thresholds == thresholds
     ask(explorer, 0.6, 10)
     assert explorer.job["error"] == "" and explorer.summary["p"] == 0.6
@@ -131,7 +131,7 @@ def test_a_failed_run_is_shown_and_changes_nothing(
 def test_a_model_that_breaks_later_is_shown(explorer: RoutingExplorer, routed_model: Any) -> None:
     modlab.revert(routed_model)
     ask(explorer, 0.6)
-    assert "Error" in explorer.job["error"] and explorer.job["state"] == "failed"
+    assert "dense" in explorer.job["error"] and explorer.job["state"] == "failed"
 
 
 def test_other_messages_are_ignored(explorer: RoutingExplorer, routed_model: Any) -> None:

@@ -1,24 +1,15 @@
-"""Write docs/quality.md and its pictures from the committed result of `python -m benchmarks.quality`.
+"""docs/quality.md and its pictures, from the newest benchmarks/results/quality_*.json."""
 
-    python scripts/quality_page.py [RESULT.json] [--docs FOLDER]
-
-Every figure comes from the file; the newest benchmarks/results/quality_*.json by default.
-"""
-
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from screenshot import save_png
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.quality.arms import ARMS
 
-from benchmarks.quality.arms import ARMS  # noqa: E402
+from .screenshot import save_png
 
 WIDTH, HEIGHT = 1000, 560
 POINTS = ("1.3x", "1.5x", "1.8x", "2.2x", "2.5x")
@@ -41,12 +32,13 @@ FAMILIES = {  # colours told apart by colour-blind people; a shape for each, too
 }
 
 
-def newest_result() -> Path:
+def newest_result(root: Path) -> dict[str, Any]:
     """The study's committed result."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("quality_*.json"))
+    files = sorted((root / "benchmarks" / "results").glob("quality_*.json"))
     if not files:
         raise SystemExit("no quality result is committed: python -m benchmarks.quality report")
-    return files[-1]
+    result: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    return result
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -165,15 +157,18 @@ def budget_table(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def page(result: dict[str, Any], docs: Path) -> str:
-    """The text of docs/quality.md; its pictures are written beside it."""
+def block(root: Path) -> str:
+    """The page of the committed result."""
+    return page(newest_result(root))
+
+
+def page(result: dict[str, Any]) -> str:
+    """The text of docs/quality.md below its heading."""
     rows = pd.DataFrame(result["rows"])
     table = summary(rows)
     lines = [
-        "# Quality: what conversion costs, by recipe",
-        "",
-        "Written by `python scripts/quality_page.py` from the committed result file; every run's own record",
-        "lies in `benchmarks/results/quality/`, in a folder for each base.",
+        "Written by `python -m scripts.pages` from the committed result file; every run's own record lies in",
+        "`benchmarks/results/quality/`, in a folder for each base.",
         "",
         f"{result['device_name']}, {result['dtype']}, torch {result['versions']['torch']}, "
         f"{result['date'][:10]}. Made by `{result['command']}`.",
@@ -211,24 +206,21 @@ def page(result: dict[str, Any], docs: Path) -> str:
             ]
             lines += moved_table(part)
         for axis, title in AXES.items():
-            picture = f"quality_{name}_{axis}.png"
-            save_png(figure(part, axis), docs / picture, WIDTH, HEIGHT)
-            lines += ["", f"![Loss gap over {title}]({picture})"]
-    return "\n".join(lines) + "\n"
+            lines += ["", f"![Loss gap over {title}]({picture_name(tokens, axis)})"]
+    return "\n".join(lines)
 
 
-def main() -> int:
-    """Writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("result", nargs="?", type=Path)
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    options = parser.parse_args()
-    result = json.loads((options.result or newest_result()).read_text(encoding="utf-8"))
-    options.docs.mkdir(parents=True, exist_ok=True)
-    (options.docs / "quality.md").write_text(page(result, options.docs), encoding="utf-8")
-    print(f"wrote {options.docs / 'quality.md'}")
-    return 0
+def picture_name(tokens: float, axis: str) -> str:
+    """The file of one budget's picture."""
+    return f"quality_{tokens / 1e6:.3g}M_{axis}.png"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def draw(docs: Path, result: dict[str, Any] | None = None) -> list[Path]:
+    """Draws the pictures of the page into `docs`; returns their paths."""
+    table = summary(pd.DataFrame((result or newest_result(docs.parent))["rows"]))
+    drawn = []
+    for tokens in sorted(table.tokens.unique()):
+        for axis in AXES:
+            drawn.append(docs / picture_name(tokens, axis))
+            save_png(figure(table[table.tokens == tokens], axis), drawn[-1], WIDTH, HEIGHT)
+    return drawn

@@ -1,23 +1,20 @@
 # ruff: noqa: E501 (the text of the page)
-"""Write docs/defaults.md: a reason and a figure for each default of a conversion and its training.
-
-    python scripts/defaults_page.py [--docs FOLDER]
+"""docs/defaults.md: a reason and a figure for each default of a conversion and its training.
 
 Values are those of the dataclasses; figures come from the newest benchmarks/results/quality_*.json and from
-modlab/demo/kv/results.json (scripts/demo/06_kept_keys.py). Run it after either has changed.
+modlab/demo/kv/results.json (scripts/demo/06_kept_keys.py).
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from quality_page import ROOT, furthest_off, newest_result, summary
 
 from modlab import MoDConfig, TrainConfig
+
+from .quality import furthest_off, newest_result, summary
 
 Gap = Callable[..., str]
 TOKENS = 10_000_000
@@ -79,8 +76,14 @@ def reasons(gap: Gap, off: float, demo: dict[str, Any]) -> dict[str, dict[str, s
     return {"MoDConfig": config, "TrainConfig": train}
 
 
+def block(root: Path) -> str:
+    """The page of the committed results."""
+    demo = json.loads((root / "modlab" / "demo" / "kv" / "results.json").read_text(encoding="utf-8"))
+    return page(newest_result(root), demo)
+
+
 def page(result: dict[str, Any], demo: dict[str, Any]) -> str:
-    """The text of docs/defaults.md."""
+    """The text of docs/defaults.md below its heading."""
     rows = pd.DataFrame(result["rows"])
     rows = rows[rows.tokens.between(0.9 * TOKENS, 1.1 * TOKENS)]
     table = summary(rows).set_index(["arm", "point"])
@@ -89,9 +92,7 @@ def page(result: dict[str, Any], demo: dict[str, Any]) -> str:
         return f"{table.at[(arm, point), measure]:.4f}"
 
     lines = [
-        "# Why the defaults are what they are",
-        "",
-        "Written by `python scripts/defaults_page.py`. Unless it says otherwise, a figure is the held-out loss above the",
+        "Written by `python -m scripts.pages`. Unless it says otherwise, a figure is the held-out loss above the",
         "dense continuation in nats a token, 55.6 M parameters, 10 M tokens of conversion at 1.8x KV saving, from",
         "[quality.md](quality.md), where runs and seeds are counted. Where a default was not compared with others, it says",
         "so.",
@@ -107,19 +108,4 @@ def page(result: dict[str, Any], demo: dict[str, Any]) -> str:
         f"{result['device_name']}, {result['dtype']}, torch {result['versions']['torch']}, {result['date'][:10]}; `demo-kv`: "
         f"`{demo['command']}`, {demo['date'][:10]}, torch {demo['torch']}.",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    """Writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    options = parser.parse_args()
-    demo = json.loads((ROOT / "modlab" / "demo" / "kv" / "results.json").read_text(encoding="utf-8"))
-    text = page(json.loads(newest_result().read_text(encoding="utf-8")), demo)
-    (options.docs / "defaults.md").write_text(text, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return "\n".join(lines)

@@ -1,21 +1,14 @@
-"""Draw docs/speed.png from the committed result of `modlab bench growth`.
-
-    python scripts/speed_plot.py
-
-Needs Chromium (as the browser tests do), which takes the picture of a plotly page.
-"""
+"""docs/speed.png, from the committed result of `modlab bench growth`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from screenshot import save_png
 
-ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "docs" / "speed.png"
+from .screenshot import save_png
+
 WIDTH, HEIGHT = 1000, 420
 CONTEXT = 32768
 KEEP_RATIO = 0.10
@@ -65,15 +58,10 @@ def figure(result: dict[str, Any]) -> go.Figure:
     return drawing
 
 
-def main() -> int:
-    files = sorted((ROOT / "benchmarks" / "results").glob("growth_*.json"))
+def draw(docs: Path) -> list[Path]:
+    """Draws the picture into `docs`; returns its path."""
+    files = sorted((docs.parent / "benchmarks" / "results").glob("growth_*.json"))
     if not files:
-        print("no growth result is committed", file=sys.stderr)
-        return 1
-    save_png(figure(json.loads(files[-1].read_text(encoding="utf-8"))), TARGET, WIDTH, HEIGHT)
-    print(f"wrote {TARGET.relative_to(ROOT)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise SystemExit("no growth result is committed: modlab bench growth")
+    save_png(figure(json.loads(files[-1].read_text(encoding="utf-8"))), docs / "speed.png", WIDTH, HEIGHT)
+    return [docs / "speed.png"]

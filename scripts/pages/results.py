@@ -1,25 +1,17 @@
-"""Rewrite the README's tables of measured figures from the committed result files: no figure is typed.
+"""What was measured: speed, memory, loss and recall, from the committed result files.
 
-    python scripts/readme_tables.py            # rewrite README.md
-    python scripts/readme_tables.py --check    # only say whether it is up to date (exit status 1 if not)
-
-Reads modlab/demo/results.json (what the demo's scripts measured) and benchmarks/results/*.json (`modlab
-bench`); of several results for the same thing on the same device the newest counts.
+Reads modlab/demo/results.json and modlab/demo/kv/results.json (the demos' own scripts) and
+benchmarks/results/*.json (`modlab bench`). Of several results for one thing on one device the newest counts.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-DEMO_CARD = "modlab/demo/README.md"
-KV_CARD = "modlab/demo/kv/README.md"
-# growth is drawn: scripts/speed_plot.py
+DEMO_CARD = "../modlab/demo/README.md"
+KV_CARD = "../modlab/demo/kv/README.md"
+# growth is drawn: speed.py
 TABLES = ("speed", "generate", "throughput", "prefill", "decode", "demo")
 DEMO_NAMES = {
     "dense": "dense",
@@ -172,48 +164,30 @@ def bench_section(results: list[dict[str, Any]]) -> list[str]:
     return [part for part in (*parts, *fold) if part]
 
 
-def section(root: Path = ROOT) -> str:
-    """All tables, from the result files below `root`."""
-    parts = []
-    kept_keys = root / "modlab" / "demo" / "kv" / "results.json"
-    if kept_keys.is_file():
-        parts.append(kv_table(json.loads(kept_keys.read_text(encoding="utf-8"))))
-    demo = root / "modlab" / "demo" / "results.json"
-    if demo.is_file():
-        parts.append(demo_table(json.loads(demo.read_text(encoding="utf-8"))))
+def results(root: Path) -> list[dict[str, Any]]:
+    """All result files directly in benchmarks/results."""
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
-    every = newest(json.loads(path.read_text(encoding="utf-8")) for path in files)
-    results = [result for result in every if result["what"] in TABLES]
-    results.sort(key=lambda result: skipped(result) != "kv")  # the default first
-    if results:
-        parts += bench_section(results)
-    return "\n\n".join(parts) or "No result files are in the repository yet."
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
 
-def replace_between(text: str, begin: str, end: str, content: str) -> str:
-    """`text` with what stands between the two markers replaced; both must be there, once."""
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"README.md must hold {begin} and {end}, once each")
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def demos(root: Path) -> str:
+    """The two demo models, on held-out text."""
+    demo = root / "modlab" / "demo"
+    kv, layers = (
+        json.loads((demo / name).read_text("utf-8")) for name in ("kv/results.json", "results.json")
     )
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
-    old = README.read_text(encoding="utf-8")
-    new = replace_between(old, BEGIN, END, section())
-    if options.check:
-        print(
-            "README.md is up to date" if new == old else "README.md is out of date: run this without --check"
-        )
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    return f"{kv_table(kv)}\n\n{demo_table(layers)}"
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def benchmarks(root: Path) -> str:
+    """Times and memory against the dense model, the default routing first."""
+    chosen = newest(result for result in results(root) if result["what"] in TABLES)
+    chosen.sort(key=lambda result: skipped(result) != "kv")
+    return "\n\n".join(bench_section(chosen)) if chosen else "No result files are in the repository yet."
+
+
+def headline_speed(root: Path) -> str:
+    """The newest run of the GPU suite, long contexts and batches only."""
+    (suite,) = newest(result for result in results(root) if result["what"] == "speed")
+    rows = [row for row in suite["rows"] if is_headline(row) and row["case"] in ("prefill", "decode")]
+    return bench_table(suite, rows)

@@ -1,0 +1,183 @@
+"""The front page's figures: what routing saves and what it costs, each from its result file."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .quality import DEFAULT, summary
+from .results import newest, results, skipped
+
+REAL = "Qwen2.5-Coder-0.5B-Instruct"
+Row = tuple[str, str, str, str]
+
+
+def why(root: Path) -> str:
+    """The one number: what a smaller cache is good for."""
+    row = _row(root, "throughput", "throughput", "kv")
+    return _wrapped(
+        f"**Why.** Of a Llama-3-8B-shaped model with {row['context']:,} tokens a row, {row['batch']} rows "
+        f"instead of {row['dense_batch']} fit on one H100 once half of the keys and values of "
+        f"{row['routed_layers']} of its {row['num_layers']} layers are dropped: "
+        f"**{row['speedup']:.2f}x as many tokens a second**."
+    )
+
+
+def real_sentence(root: Path) -> str:
+    """What the shipped recipe does to a real model."""
+    at = _settings(_real(root, REAL))
+    dense, routed, moved = at["dense"], at["routers"], at["routers, moved"]
+    distances = "/".join(f"{r['distance']:,}" for r in dense["recall"])
+    found, before = ([f"{r['right']:.2f}" for r in row["retrieval"]] for row in (moved, dense))
+    return _wrapped(
+        f"On a real model, {REAL.removesuffix('-Instruct')}, the recipe as it ships **loses verbatim recall "
+        f"at {routed['kv_saving']:.1f}x**: the loss on Python text stays ({dense['loss_python']:.3f} dense, "
+        f"{routed['loss_python']:.3f} routed), but on the second copy of a passage {distances} tokens after "
+        f"the first it rises from {_losses(dense)} to {_losses(routed)} nats. With the thresholds moved to "
+        f"{moved['kv_saving']:.0f}x, a value assigned to a name and asked for later is found in {min(found)} "
+        f"to {max(found)} of the cases instead of {min(before)} to {max(before)}."
+    )
+
+
+def costs(root: Path) -> str:
+    """One table: the forms of routing, what each saves, what each costs."""
+    return _table(
+        ("", "measured on", "saves", "costs"), [*_real_rows(root), *_quality_rows(root), *_time_rows(root)]
+    )
+
+
+def real_table(root: Path) -> str:
+    """Every setting that was tried on real models, a table a model."""
+    parts = []
+    for record in sorted((r for r in results(root) if r["what"] == "real"), key=lambda r: str(r["model"])):
+        distances = [r["distance"] for r in record["rows"][0]["recall"]]
+        head = ["setting", "K/V", "Python", *(f"recall {d:,}" for d in distances)]
+        asked = "retrieval" in record["rows"][0]
+        head += [f"retrieval {d:,}" for d in distances] if asked else []
+        lines = []
+        for row in record["rows"]:
+            cells = [
+                f"{row['setting']}: {row['why']}",
+                f"{row['kv_saving']:.1f}x",
+                f"{row['loss_python']:.3f}",
+            ]
+            cells += [f"{r['second_loss']:.2f}" for r in row["recall"]]
+            cells += [f"{r['right']:.2f}" for r in row.get("retrieval", ())]
+            lines.append(tuple(cells))
+        parts.append(f"{record['model']}. {record['note']}\n\n{_table(tuple(head), lines)}")
+    return "\n\n".join(parts)
+
+
+def _real_rows(root: Path) -> list[Row]:
+    at = _settings(_real(root, REAL))
+    dense = at["dense"]
+    rows = []
+    for name, title in (
+        ("routers", "cache, recipe `default`"),
+        ("routers, moved", "the same routers, thresholds moved"),
+    ):
+        row = at[name]
+        far = [r for r in row["recall"] if r["distance"] == 1024][0]["second_loss"]
+        near = [r for r in dense["recall"] if r["distance"] == 1024][0]["second_loss"]
+        rows.append(
+            (
+                title,
+                REAL.removesuffix("-Instruct"),
+                f"K/V {row['kv_saving']:.1f}x",
+                f"{row['loss_python'] - dense['loss_python']:+.3f} nats on Python, "
+                f"**{far - near:+.2f}** on a passage seen 1,024 tokens before",
+            )
+        )
+    return rows
+
+
+def _quality_rows(root: Path) -> list[Row]:
+    file = sorted((root / "benchmarks" / "results").glob("quality_*.json"))[-1]
+    study = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))["rows"])
+    table = summary(study[study.tokens == study.tokens.min()])
+    table = table[table.point == "trained"].set_index("arm")
+    rows = []
+    for arm, title in (
+        (DEFAULT, "cache, recipe `default`"),
+        ("layer-mid", "whole layers, recipe `speed`"),
+        ("paper-0.03", "whole layers, the paper's recipe"),
+        ("static", "control: layers left out for all tokens"),
+    ):
+        row = table.loc[arm]
+        work = f", {row.flops_share:.2f} of the operations" if row.flops_share < 1 else ""
+        spread = f" ± {row.gap_sd:.4f}" if row.runs > 1 else ""
+        rows.append(
+            (title, "own model, 56 M", f"K/V {row.kv_saving:.2f}x{work}", f"{row.gap:+.4f}{spread} nats")
+        )
+    return rows
+
+
+def _time_rows(root: Path) -> list[Row]:
+    said = "not measured: tokens kept at random"
+    decode, full = _row(root, "generate", "decode", "kv"), _row(root, "throughput", "throughput", "kv")
+    prefill = _row(root, "generate", "prefill", "kv")
+    speed = [r for r in _suite(root)["rows"] if r["context"] == 32_768 and r["batch"] == 1]
+    fast = {
+        case: [r["speedup"] for r in speed if r["case"] == case and r["keep_ratio"] < 1]
+        for case in ("prefill", "decode")
+    }
+    return [
+        (
+            "cache, half kept, one row of 32k",
+            "8B shape, H100",
+            f"prefill {prefill['speedup']:.2f}x, decode {decode['speedup']:.2f}x",
+            said,
+        ),
+        (
+            "cache, half kept, as many rows as fit",
+            "8B shape, H100",
+            f"{full['speedup']:.2f}x tokens a second",
+            said,
+        ),
+        (
+            "whole layers, one row of 32k",
+            "8B shape, H200",
+            f"prefill {_range(fast['prefill'])}, decode {_range(fast['decode'])}",
+            said,
+        ),
+    ]
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.2f}x", f"{max(values):.2f}x"
+    return low if low == high else f"{low} to {high}"
+
+
+def _losses(row: dict[str, Any]) -> str:
+    return "/".join(f"{r['second_loss']:.2f}" for r in row["recall"])
+
+
+def _real(root: Path, model: str) -> dict[str, Any]:
+    (record,) = (r for r in results(root) if r["what"] == "real" and r["model"] == model)
+    return record
+
+
+def _settings(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["setting"]: row for row in record["rows"]}
+
+
+def _suite(root: Path) -> dict[str, Any]:
+    (suite,) = newest(r for r in results(root) if r["what"] == "speed")
+    return suite
+
+
+def _row(root: Path, what: str, case: str, skip: str) -> dict[str, Any]:
+    """The first row of a case, of the newest result of this kind, where something was dropped."""
+    (result,) = (r for r in newest(r for r in results(root) if r["what"] == what) if skipped(r) == skip)
+    return next(row for row in result["rows"] if row["case"] == case and row["keep_ratio"] < 1)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,64 @@
+"""Generated pages: none is stale, every module can be listed, and a page shows what its result files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.pages import architecture, costs, results
+from scripts.pages.blocks import BLOCKS, PAGES, ROOT, fill, names, stale
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_stale(page: str) -> None:
+    assert stale([page]) == [], f"{page} is stale: run python -m scripts.pages"
+
+
+def test_every_block_is_on_a_page() -> None:
+    shown = [name for page in PAGES for name in names((ROOT / page).read_text(encoding="utf-8"))]
+    assert sorted(shown) == sorted(BLOCKS)
+
+
+def test_what_is_written_by_hand_stays() -> None:
+    page = "# A\n\n<!-- made: why -->\nold\n<!-- end: why -->\n\nby hand\n"
+    filled = fill(page)
+    assert filled.startswith("# A\n") and filled.endswith("\nby hand\n") and "old" not in filled
+    assert fill(filled) == filled
+    with pytest.raises(KeyError, match="nobody"):
+        fill("<!-- made: nobody -->\n<!-- end: nobody -->")
+
+
+def test_every_module_says_what_it_is() -> None:
+    files = [p for p in (ROOT / "modlab").rglob("*.py") if not architecture.LEFT_OUT & set(p.parts)]
+    silent = [str(path.relative_to(ROOT)) for path in files if not architecture.summary(path)]
+    assert len(files) > 100 and silent == [], "the first line of a docstring is a module's line in the tree"
+
+
+def test_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
+    assert "No result files" in results.benchmarks(tmp_path)
+    row = {"case": "prefill", "shape": "wide", "context": 2048, "batch": 1, "keep_ratio": 0.25}
+    row |= {"routed": "alternate", "routed_layers": 4, "num_layers": 8}
+    row |= {"dense_ms": 1234.5, "mod_ms": 800.0, "ideal": 1.6, "kv_saving": 1.59}
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for date, speedup in (("2030-01-02", 1.25), ("2030-01-03", 1.5), ("2030-01-01", 1.125)):
+        result = {"what": "prefill", "device_name": "a CPU", "dtype": "float32", "date": f"{date}T00:00:00"}
+        result |= {"command": "modlab bench prefill", "versions": {"torch": "2.13.0"}}
+        text = json.dumps(result | {"rows": [row | {"speedup": speedup}]})
+        (folder / f"prefill_{date}.json").write_text(text)
+    (folder / "real.json").write_text(json.dumps({"what": "real", "date": None, "rows": []}))
+    table = results.benchmarks(tmp_path)
+    assert "1.50x" in table and "1.25x" not in table and "1.12x" not in table
+    assert "`modlab bench prefill`" in table and "1,234.5 ms" in table and "25%" in table
+
+
+def test_the_front_page_says_what_a_real_model_loses() -> None:
+    said = " ".join(costs.real_sentence(ROOT).split())
+    assert "loses verbatim recall at 1.8x" in said
+    assert "0.46/0.54/0.58/0.66 to 1.21/1.73/2.47/2.75 nats" in said
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_real_rows_have_every_figure_that_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):  # no such file: an error, not an empty sentence
+        costs.real_sentence(tmp_path)
