@@ -27,11 +27,7 @@ from safetensors import SafetensorError
 
 from modlab.errors import ModlabError
 from modlab.saving.exchange import exchange
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from modlab.saving.locks import locked, try_lock, unlock
 
 HIDDEN = ".modlab-saving-"
 LOCK = ".lock"
@@ -58,6 +54,8 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
     target = Path(os.path.realpath(path))  # of "..", too, which has no name of its own
     if target.exists() and not target.is_dir():
         raise ModlabError(f"{str(path)!r} is a file: give the name of a folder to save to.")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise ModlabError(f"the folder {str(path)!r} is write-protected: choose another, or lift that.")
     begun = False
     try:
         with _hidden_folder(target) as hidden:
@@ -68,9 +66,11 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
             stale = {p.relative_to(target) for pattern in replaces for p in target.glob(pattern)} - new
             if not target.exists():
                 temporary.rename(target)
-            elif not _replace_whole(temporary, target, new, stale):
-                begun = True
-                _replace_one_by_one(temporary, target, new, stale)
+                return
+            with locked(target):
+                if not _replace_whole(temporary, target, new, stale):
+                    begun = True
+                    _replace_one_by_one(temporary, target, new, stale)
     except (OSError, SafetensorError) as error:
         state = (
             "and the folder may hold new and old files: save to it again once the cause is gone"
@@ -89,17 +89,17 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         home = target
     home.mkdir(parents=True, exist_ok=True)
     prefix = HIDDEN + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8] + "-"
-    with _locked(home):
-        for leftover in home.glob(prefix + "*"):
+    with locked(home):
+        for leftover in [*home.glob(prefix + "*"), *target.glob(prefix + "*")]:
             _remove_leftover(leftover)
         hidden = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
         (hidden / LOCK).touch()
-        lock = _lock(hidden / LOCK)
+        lock = try_lock(hidden / LOCK)
     try:
         yield hidden
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
 def _same_disk(one: Path, other: Path) -> bool:
@@ -113,11 +113,10 @@ def _replace_whole(temporary: Path, target: Path, new: set[Path], stale: set[Pat
     try:
         _link_rest(target, temporary, without=new | stale)
         shutil.copystat(target, temporary)
-        with _locked(target.parent):
+        exchange(temporary, target)
+        with contextlib.suppress(OSError):  # the new folder then stays where it is, whole
+            _take_over(temporary, target, new, stale)
             exchange(temporary, target)
-            with contextlib.suppress(OSError):  # the new folder then stays where it is, whole
-                _take_over(temporary, target, new, stale)
-                exchange(temporary, target)
     except OSError:
         return False
     return True
@@ -153,57 +152,14 @@ def _replace_one_by_one(temporary: Path, target: Path, new: set[Path], stale: se
         (target / file).unlink()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Inside this block no other save replaces a folder in `folder`; waits for one that does, 10 seconds at
-    most (a lock of something else is no reason not to save)."""
-    lock = None
-    for _ in range(100):
-        try:
-            lock = _lock(folder)
-            break
-        except BlockingIOError:
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        _unlock(lock)
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on `path` until it is closed or the process ends; None where there are
-    no locks.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    if fcntl is None:
-        return None
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(opened)
-        raise
-    except OSError:  # as some network file systems
-        os.close(opened)
-        return None
-    return opened
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
-
-
 def _remove_leftover(hidden: Path) -> None:
     """Removes a hidden folder whose process is gone: its lock is free, or where there are none a day old."""
     try:
-        lock = _lock(hidden / LOCK)
+        lock = try_lock(hidden / LOCK)
     except BlockingIOError:
         return
     except OSError:  # it was killed before it had a lock
         lock = None
     if lock is not None or not (hidden / LOCK).exists() or time.time() - hidden.stat().st_mtime > DAY:
         shutil.rmtree(hidden, ignore_errors=True)
-    _unlock(lock)
+    unlock(lock)

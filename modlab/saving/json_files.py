@@ -16,23 +16,26 @@ LARGEST = 16 * 2**20
 """Bytes. Files of modlab's have kilobytes; parsing this much takes a fraction of a second."""
 
 
-def read_object(file: str | os.PathLike[str], cure: str, largest: int = LARGEST) -> dict[str, Any]:
+def read_object(
+    file: str | os.PathLike[str], cure: str, largest: int = LARGEST, finite: bool = True
+) -> dict[str, Any]:
     """The JSON object in `file`.
 
     Args:
         file: what to read.
         cure: what the user can do about a damaged file; ends the error's sentence.
         largest: bytes; a larger file is refused unread.
+        finite: whether NaN and infinity, which Python writes and JSON does not know, are refused.
 
     Raises:
-        ModlabError: the file is missing, too large, no JSON, no object, or has NaN or infinity in it.
+        ModlabError: the file is missing, too large, no JSON, no object, or has such numbers in it.
     """
     path = Path(file)
     try:
         size = path.stat().st_size
         if size > largest:
             raise ValueError(f"{size:,} bytes, where at most {largest:,} are expected")
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number if finite else float)
     except RecursionError:
         raise ModlabError(f"{str(path)!r} cannot be read (nested too deeply): {cure}.") from None
     except (OSError, ValueError) as error:  # of JSON and of UTF-8, too

@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
+from modlab.saving import gguf
 from modlab.saving.adapters import load_adapter
 from modlab.saving.demos import DEMOS, folder_named
+from modlab.saving.depth import check_depth
 from modlab.saving.description import read_description
 from modlab.saving.files import (
     ADAPTER_CONFIG,
@@ -25,11 +27,13 @@ from modlab.saving.files import (
     weight_files,
 )
 from modlab.saving.hub import download_arguments, file_of, require_reachable
+from modlab.saving.reading import undisturbed
 from modlab.saving.restore import restore_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Loaded = tuple[Any, Any]
 CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
 OF_THE_NAMED = ("revision", "subfolder", *CODE_ARGUMENTS)
 """Arguments that are for what the user named, never for the base that its files name."""
@@ -56,10 +60,10 @@ def load(
         ModlabError: no such folder, no weights in it, corrupt or missing weights, or a hub id that cannot be
             reached.
     """
-    return _load(os.fspath(name_or_path), (), **kwargs)
+    return _load(str(name_or_path), (), **kwargs)
 
 
-def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> tuple[Any, Any]:
+def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> Loaded:
     """`load`, for a base too: `asked` are the sources whose files led here."""
     source = str(folder_named(name))
     if name in DEMOS:
@@ -71,7 +75,11 @@ def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> tuple[Any, Any]:
             f"{asked[0]!r} names itself as its base model"
             f"{f' by way of {asked[-1]!r}' if len(asked) > 1 else ''}: give the base that it was made for."
         )
-    base_loader = functools.partial(load_base, asked=(*asked, here))
+    return undisturbed(Path(source), lambda: _load_once(name, source, (*asked, here), kwargs))
+
+
+def _load_once(name: str, source: str, asked: tuple[str, ...], kwargs: dict[str, Any]) -> Loaded:
+    base_loader = functools.partial(load_base, asked=asked)
     if Path(source, ADAPTER_CONFIG).is_file() and not Path(source, "config.json").is_file():
         return load_adapter(Path(source), base_loader, **kwargs)
     try:
@@ -86,7 +94,7 @@ def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> tuple[Any, Any]:
     return restore_routers(model, source, **download_arguments(kwargs)).eval(), tokenizer
 
 
-def load_base(name: str, asked: tuple[str, ...] = (), **kwargs: Any) -> tuple[Any, Any]:
+def load_base(name: str, asked: tuple[str, ...] = (), **kwargs: Any) -> Loaded:
     """`load` of a base that a file named: without the arguments that concern what the user named.
 
     Args:
@@ -95,16 +103,16 @@ def load_base(name: str, asked: tuple[str, ...] = (), **kwargs: Any) -> tuple[An
     return _load(name, asked, **{key: value for key, value in kwargs.items() if key not in OF_THE_NAMED})
 
 
-def _load_whole(name: str, source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _load_whole(name: str, source: str, kwargs: dict[str, Any]) -> Loaded:
     """A source that holds weights of its own."""
     _check_folder(source, kwargs)
     kwargs = {"trust_remote_code": False, **kwargs}  # transformers would ask at the terminal
     hub = download_arguments(kwargs)
     code = {key: kwargs[key] for key in CODE_ARGUMENTS if key in kwargs}
-    gguf = {"gguf_file": kwargs["gguf_file"]} if kwargs.get("gguf_file") else {}
+    packed = {"gguf_file": kwargs["gguf_file"]} if kwargs.get("gguf_file") else {}
     try:
         model = _from_pretrained(source, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub, **code, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub, **code, **packed)
     except SafetensorError as error:
         raise ModlabError(
             f"the weights in {name!r} are corrupt ({error}): copy or download them again."
@@ -113,24 +121,39 @@ def _load_whole(name: str, source: str, kwargs: dict[str, Any]) -> tuple[Any, An
         raise
     except Exception as error:  # transformers raises every kind for files that are not what they should be
         raise ModlabError(_explain(name, error)) from error
-    if not is_converted(model) and not gguf:
+    if packed:
+        gguf.forget_file(model)
+    elif not is_converted(model):
         restore_routers(model, source, **hub)
     return model.eval(), tokenizer
 
 
 def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The model; converted already if its config.json carries the marker of integrations/auto_model.py."""
-    if kwargs.get("quantization_config") is None:
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    # transformers takes the marker for a quantisation of its own, beside which it allows no other
-    kwargs = dict(kwargs)
+    """The model; converted already if its config.json carries the marker of integrations/auto_model.py.
+
+    Raises:
+        ModlabError: weights are missing, which transformers would make up.
+    """
+    model, found = _with_findings(source, {**kwargs, "output_loading_info": True})
+    if missing := sorted(found.get("missing_keys") or ()):
+        raise ModlabError(
+            f"the weights in {source!r} lack {len(missing)} of the model's tensors ({missing[0]}), which "
+            "transformers would fill with random values: copy or download them again."
+        )
+    return model
+
+
+def _with_findings(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The model, and what transformers has to say about its weights."""
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    if kwargs.get("quantization_config") is None or kwargs.get("gguf_file"):
+        return from_pretrained(source, **kwargs)
+    # transformers takes the marker for a quantisation of its own, next to which it allows no other
     quantization = kwargs.pop("quantization_config")  # or it would replace the marker in the config
     config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     if getattr(config, "quantization_config", None) == MARKER:
         del config.quantization_config
-    return AutoModelForCausalLM.from_pretrained(
-        source, config=config, quantization_config=quantization, **kwargs
-    )
+    return from_pretrained(source, config=config, quantization_config=quantization, **kwargs)
 
 
 def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
@@ -180,12 +203,18 @@ def _check_folder(source: str, kwargs: dict[str, Any]) -> None:
         raise ModlabError(
             f"{source!r} is not a folder: give a model folder, a hub id, 'demo', 'demo-dense' or 'demo-kv'."
         )
+    if kwargs.get("gguf_file"):
+        gguf.check_file(folder, str(kwargs["gguf_file"]))
+        return
     if not (folder / "config.json").is_file():
-        raise ModlabError(
-            f"{source!r} holds no config.json, so no model: give a folder that save_pretrained wrote."
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        cure = (
+            f"name the file: gguf_file={ggufs[0]!r}" if ggufs else "give a folder that save_pretrained wrote"
         )
+        raise ModlabError(f"{source!r} holds no config.json, so no model: {cure}.")
     if not weight_files(folder):
         raise ModlabError(f"{source!r} holds no weights (model*.safetensors): copy or download them into it.")
+    check_depth(folder)
 
 
 def _check_hub(name: str, arguments: dict[str, Any]) -> None:

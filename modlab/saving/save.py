@@ -17,6 +17,7 @@ from modlab.saving.demos import folder_named
 from modlab.saving.description import write_description
 from modlab.saving.files import MARKER, WEIGHT_PATTERNS, holds_model
 from modlab.saving.fingerprint import fingerprints
+from modlab.saving.gguf import check_saving
 from modlab.saving.routers import added_in, write_routers
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def save_converted(
     """
     if not is_main_process:
         return
+    check_saving(model)
     state = dict(model.state_dict() if state_dict is None else state_dict)
     added = added_in(state)
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
