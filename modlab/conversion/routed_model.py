@@ -13,6 +13,7 @@ from modlab.execution.routed import RoutedModule
 from modlab.hf.cache_argument import cache_argument, given_cache
 from modlab.saving.hub import UPLOAD_ARGUMENTS
 from modlab.saving.save import save_converted
+from modlab.saving.save_adapters import let_routers_travel
 from modlab.saving.upload import upload
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ class RoutedModel(RoutedModule):
             "continuous batching stores every token of every layer in a paged cache, which a routed layer "
             "cannot use: call model.generate on padded batches, or modlab.revert(model) first."
         )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; whoever saves adapters asks for it before, see saving/save_adapters.py."""
+        let_routers_travel(self)
+        dense: Any = super()
+        return dense.state_dict(*args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any

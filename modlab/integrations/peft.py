@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from modlab.integrations.trainer import converted_model
-from modlab.saving import adapters
-from modlab.saving.adapters import describe_adapters, import_peft
+from modlab.saving import load_adapters
 from modlab.saving.atomic import atomic_directory
 from modlab.saving.load import load, load_base
+from modlab.saving.load_adapters import import_peft
 from modlab.saving.routers import is_added
+from modlab.saving.save_adapters import describe_adapters
 
 
 def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
@@ -44,8 +45,7 @@ def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     """Saves adapters and routers of a PEFT model, and what was converted and how; all or nothing.
 
-    `model.save_pretrained` alone leaves the latter out, so that only a base that was saved converted can
-    take the adapters again.
+    `model.save_pretrained` does the same, but file by file, as PEFT writes.
 
     Args:
         model: a `PeftModel` around a converted model.
@@ -75,5 +75,5 @@ def load_adapter(
         ModlabError: peft is not installed, the base cannot be loaded, or nothing says how to convert it.
     """
     if base is None:
-        return adapters.load_adapter(Path(folder), load_base, **kwargs)
-    return adapters.load_adapter(Path(folder), load, os.fspath(base), **kwargs)
+        return load_adapters.load_adapter(Path(folder), load_base, **kwargs)
+    return load_adapters.load_adapter(Path(folder), load, os.fspath(base), **kwargs)

@@ -23,9 +23,9 @@ from transformers import TrainerCallback
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
 from modlab.routing.state import Recording, is_converted, record_routing
-from modlab.saving.adapters import describe_adapters
 from modlab.saving.files import ADAPTER_CONFIG, ROUTER_FILE
 from modlab.saving.restore import load_routers
+from modlab.saving.save_adapters import describe_adapters
 from modlab.training import objectives
 from modlab.training.checks import choose_objective, nothing_to_learn
 from modlab.training.config import Objective, TrainConfig

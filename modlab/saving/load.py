@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
 from modlab.saving import gguf
-from modlab.saving.adapters import load_adapter
 from modlab.saving.demos import DEMOS, folder_named
 from modlab.saving.depth import check_depth
 from modlab.saving.description import read_description
@@ -27,6 +26,7 @@ from modlab.saving.files import (
     weight_files,
 )
 from modlab.saving.hub import download_arguments, file_of, require_reachable
+from modlab.saving.load_adapters import load_adapter
 from modlab.saving.reading import undisturbed
 from modlab.saving.restore import restore_routers
 

@@ -19,6 +19,7 @@ from modlab.saving.files import MARKER, WEIGHT_PATTERNS, holds_model
 from modlab.saving.fingerprint import fingerprints
 from modlab.saving.gguf import check_saving
 from modlab.saving.routers import added_in, write_routers
+from modlab.saving.save_adapters import check_no_adapters, describe_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,15 @@ def save_converted(
     if not is_main_process:
         return
     check_saving(model)
+    if getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # by add_adapter: transformers saves those alone
+        with atomic_directory(save_directory) as folder:
+            save_dense(folder, state_dict=state_dict, **kwargs)
+            describe_adapters(model, folder)
+        return
+    check_saving(model)
+    check_no_adapters(model, "save the PeftModel around it, by its own save_pretrained")
     state = dict(model.state_dict() if state_dict is None else state_dict)
     added = added_in(state)
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:
@@ -77,7 +87,10 @@ def save_routers(
         ModlabError: the model did not come from the hub, or other weights than the routers were trained, and
             `base_model` is not given; or the folder holds a model.
     """
-    if base_model is None and routing_of(model).base_trained:
+    routing = routing_of(model)
+    for part in model.modules():
+        check_no_adapters(part, "save both with modlab.integrations.peft.save_adapter")
+    if base_model is None and routing.base_trained:
         raise ModlabError(
             "other weights than the routers of this model have been trained, or may have been: save all with "
             "save_pretrained, or give save_routers a base_model that has these very weights."

@@ -8,21 +8,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from modlab.errors import ModlabError
 from modlab.routing.router import ROUTER
 from modlab.routing.state import is_converted
-from modlab.saving.description import Description, read_description, write_description
+from modlab.saving.description import Description, read_description
 from modlab.saving.files import ADAPTER_CONFIG, CONFIG_FILE, ROUTER_FILE
 from modlab.saving.json_files import read_object
 from modlab.saving.restore import convert_as, set_described_thresholds
-from modlab.saving.routers import added_in, fill_routers, read_routers, write_routers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from modlab.saving.routers import fill_routers, read_routers
 
 Load = Callable[..., tuple[Any, Any]]
 
@@ -56,13 +53,6 @@ def load_adapter(folder: Path, load: Load, base: str | None = None, **kwargs: An
     except Exception as error:  # of PEFT, safetensors or the tokenizer: the files are anybody's
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModlabError(f"the adapters in {str(folder)!r} cannot be loaded: {lines[0][:300]}") from error
-
-
-def describe_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Adds to a folder that PEFT wrote how its base was converted, and the routers unless PEFT saved them."""
-    if added := added_in(model.state_dict()):
-        write_routers(added, folder)
-    write_description(model, folder)
 
 
 def _restore(model: Any, description: Description, folder: Path, described: dict[str, Any]) -> None:
