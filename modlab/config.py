@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError
@@ -12,6 +14,10 @@ from modlab.routing.threshold import check_threshold
 Operator = Literal["threshold", "topk"]
 Skip = Literal["layer", "attention", "mlp", "kv"]
 Gate = Literal["straight-through", "paper", "fused"]
+
+FORMAT_VERSION = 1
+LARGEST = 2**31 - 1
+"""Of whole numbers: what every device counts to."""
 
 
 @dataclass
@@ -57,9 +63,10 @@ class MoDConfig:
     keep_recent: int = 128
     keep_first: int = 4
     init_gate: float = 0.88
-    format_version: int = field(default=1, repr=False)
+    format_version: int = field(default=FORMAT_VERSION, repr=False)
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, allowed in (("operator", Operator), ("skip", Skip), ("gate", Gate)):
             value = getattr(self, name)
             if value not in get_args(allowed):
@@ -73,11 +80,11 @@ class MoDConfig:
                     "indices."
                 )
         else:
-            self.layers = [int(i) for i in self.layers]
+            self.layers = [_whole("layers", i) for i in self.layers]
             if not self.layers:
                 raise ModlabError("MoDConfig(layers=[]): name at least one layer, or use 'inner'.")
         if isinstance(self.p, dict):
-            self.p = {int(layer): check_threshold(p) for layer, p in self.p.items()}
+            self.p = {_whole("p", layer): check_threshold(p) for layer, p in self.p.items()}
         else:
             self.p = check_threshold(self.p)
         if not 0 < self.capacity <= 1:
@@ -105,6 +112,22 @@ class MoDConfig:
         if not 0 < self.init_gate < 1:
             raise ModlabError(
                 f"MoDConfig(init_gate={self.init_gate}): a sigmoid gate lies strictly inside (0, 1)."
+            )
+
+    def _check_types(self) -> None:
+        """Settings may come from a file: what would only fail, or be rounded, much later is refused here."""
+        for name in ("keep_recent", "keep_first", "format_version"):
+            setattr(self, name, _whole(name, getattr(self, name)))
+        for name in ("capacity", "init_gate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ModlabError(f"MoDConfig({name}={value!r}): must be a number.")
+        if isinstance(self.layers, dict) or not isinstance(self.layers, Iterable):
+            raise ModlabError(f"MoDConfig(layers={self.layers!r}): name layers, or give a list of indices.")
+        if self.format_version != FORMAT_VERSION:
+            raise ModlabError(
+                f"MoDConfig(format_version={self.format_version}): this modlab knows {FORMAT_VERSION} alone; "
+                "update it if the file was written by a newer one."
             )
 
     @classmethod
@@ -161,6 +184,8 @@ class MoDConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoDConfig:
         """The config that `to_dict` described; unknown keys are an error, they would be lost."""
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise ModlabError(f"a MoDConfig is described by a dict of its fields, not by {values!r:.80}.")
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ModlabError(
@@ -168,3 +193,14 @@ class MoDConfig:
                 "update it."
             )
         return cls(**values)
+
+
+def _whole(name: str, value: Any) -> int:
+    """`value` of a field as an int; of a JSON object's key, too, which is always text."""
+    try:
+        number = int(value) if isinstance(value, str) and value.isdecimal() else operator.index(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool) or abs(number) > LARGEST:
+        raise ModlabError(f"MoDConfig({name}={value!r:.80}): whole numbers only, up to {LARGEST:,}.")
+    return number

@@ -10,15 +10,16 @@ The files travel in the package: an installed modlab can draw them beside what t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.errors import ModlabError
+from modlab.saving.json_files import read_object
 
 if TYPE_CHECKING:
     import pandas as pd
 
+CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
 REAL = "real"  # loss and recall of real models; docs/results.md
@@ -50,7 +51,7 @@ def benchmarks() -> pd.DataFrame:
     """
     import pandas as pd
 
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files()]
+    results = [_read(path) for path in result_files()]
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=_date):
         if result["what"] not in (QUALITY, REAL):
@@ -72,7 +73,7 @@ def quality() -> pd.DataFrame:
     """
     import pandas as pd
 
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in result_files()]
+    results = [_read(path) for path in result_files()]
     studies = sorted((result for result in results if result["what"] == QUALITY), key=_date)
     frame = pd.DataFrame(studies[-1]["rows"] if studies else [])
     frame.attrs = {name: studies[-1][name] for name in ("date", "command", "device_name")} if studies else {}
@@ -118,6 +119,18 @@ def latencies(
     return made
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """One file of results, which has rows and says where they come from."""
+    result = read_object(path, CURE)
+    rows = result.get("rows")
+    missing = [name for name in ("what", *PROVENANCE, "versions") if name not in result]
+    if missing or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ModlabError(f"{str(path)!r} is no file of results ({', '.join(missing) or 'rows'}): {CURE}.")
+    if not isinstance(result["versions"], dict) or "torch" not in result["versions"]:
+        raise ModlabError(f"{str(path)!r} does not say with which torch it was measured: {CURE}.")
+    return result
+
+
 def _date(result: dict[str, Any]) -> str:
     return str(result["date"])
 
@@ -128,7 +141,9 @@ def demo() -> pd.DataFrame:
     """
     import pandas as pd
 
-    record = json.loads((PACKAGE / "demo" / "results.json").read_text(encoding="utf-8"))
+    record = read_object(PACKAGE / "demo" / "results.json", CURE)
+    if missing := [name for name in ("results", "date", "command", "dtype") if name not in record]:
+        raise ModlabError(f"the results of the demo lack {missing[0]!r}: {CURE}.")
     frame = pd.DataFrame.from_dict(record["results"], orient="index")
     frame.attrs = {name: record[name] for name in ("date", "command", "dtype")}
     return frame

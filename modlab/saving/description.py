@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = 2
+LARGEST = 2**20  # bytes; 10,000 layers take a fifth of it
 CURE = "copy the whole folder again, or save the model again"
 HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -78,7 +79,7 @@ def read_description(file: Path, name: str) -> Description:
     Raises:
         ModlabError: it is damaged, of a newer modlab, or says what cannot be.
     """
-    saved = read_object(file, CURE)
+    saved = read_object(file, CURE, LARGEST)
     if "config" not in saved or "thresholds" not in saved:
         raise _wrong(name, "config or thresholds are missing")
     version = saved.get("format", 1)

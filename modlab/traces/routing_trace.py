@@ -5,30 +5,22 @@ Shapes here: T tokens of the one text, R routed layers, L decoder layers (R <= L
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from modlab.config import Skip
 from modlab.errors import ModlabError
 from modlab.routing.threshold import check_threshold
+from modlab.traces.trace_file import ARRAYS, DAMAGE, read_trace, write_trace
 
 if TYPE_CHECKING:
     import torch
 
-_ARRAYS = {
-    "token_ids": np.int64,
-    "gate": np.float32,
-    "keep": np.bool_,
-    "thresholds": np.float32,
-    "loss": np.float32,
-}
 _META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent")
 
 
@@ -69,7 +61,7 @@ class RoutingTrace:
     keep_recent: int = 0
 
     def __post_init__(self) -> None:
-        for name, dtype in _ARRAYS.items():
+        for name, dtype in ARRAYS.items():
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
         r, t = len(self.layers), len(self.tokens)
         if not r or not t:
@@ -81,7 +73,8 @@ class RoutingTrace:
                     f"RoutingTrace.{name} has shape {getattr(self, name).shape}; {r} routed layers and "
                     f"{t} tokens need {shape}."
                 )
-        if list(self.layers) != [i for i in range(self.num_layers) if i in self.layers]:
+        layers = list(self.layers)
+        if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ModlabError(
                 f"RoutingTrace.layers must ascend in 0..{self.num_layers - 1}, not {self.layers}."
             )
@@ -164,43 +157,22 @@ class RoutingTrace:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one compressed .npz, no pickle inside; an older file is replaced only when all is written."""
         path = Path(path)
-        meta = json.dumps({name: getattr(self, name) for name in _META})
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                # JSON, not a NumPy string array: those drop trailing NUL characters.
-                np.savez_compressed(
-                    file,
-                    allow_pickle=False,
-                    meta=np.frombuffer(meta.encode("ascii"), dtype=np.uint8),
-                    **{name: getattr(self, name) for name in _ARRAYS},
-                )
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        write_trace(path, arrays, {name: getattr(self, name) for name in _META})
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingTrace:
         """Read what `save` wrote. ModlabError if the file is missing, damaged or something else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                meta = {"keep_recent": 0} | json.loads(file["meta"].tobytes())  # older files have none
-                return cls(**{name: meta[name] for name in _META}, **{name: file[name] for name in _ARRAYS})
+            arrays, meta = read_trace(Path(path))
+            meta = {"keep_recent": 0, **meta}  # older files have none
+            _check_described(meta, arrays)
+            fields: dict[str, Any] = {**{name: meta[name] for name in _META}, **arrays}
+            return cls(**fields)
         except FileNotFoundError:
             raise ModlabError(f"There is no file {path}. RoutingTrace.save(path) makes one.") from None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            TypeError,
-            AttributeError,
-            zipfile.BadZipFile,
-        ) as error:
-            if isinstance(error, ModlabError):
-                raise
+        except DAMAGE as error:
             raise ModlabError(
                 f"{path} is not a routing trace, or it is damaged ({type(error).__name__}: {error}). "
                 "Make it again with modlab.trace(...).save(path)."
@@ -228,6 +200,21 @@ class RoutingTrace:
             f"RoutingTrace({self.model or 'model'}: {len(self.tokens)} tokens, {len(self.layers)} of "
             f"{self.num_layers} layers routed, kv_saving {self.kv_saving:.2f}x, loss {self.mean_loss:.3f})"
         )
+
+
+def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    """Raises ValueError where a file says what no trace has."""
+    for name in ("num_layers", "keep_first", "kv_bytes_per_token", "keep_recent"):
+        if type(meta[name]) is not int or not 0 <= meta[name] < 2**31:
+            raise ValueError(f"{name}={meta[name]!r:.60}")
+    for name, kind in (("tokens", str), ("layers", int)):
+        if not isinstance(meta[name], list) or not all(type(value) is kind for value in meta[name]):
+            raise ValueError(f"{name} is not a list of {kind.__name__}")
+    if not isinstance(meta["model"], str) or meta["skip"] not in get_args(Skip):
+        raise ValueError(f"model={meta['model']!r:.60}, skip={meta['skip']!r:.60}")
+    for name in ("gate", "thresholds"):
+        if not bool(((arrays[name] >= 0) & (arrays[name] <= 1)).all()):
+            raise ValueError(f"{name} has values outside [0, 1]")
 
 
 def trace(model: Any, tokenizer: Any, text: str) -> RoutingTrace:
