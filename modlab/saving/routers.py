@@ -113,6 +113,11 @@ def fill_routers(
             f"{ROUTER_FILE} in {name!r} holds routers for another model: {other} is "
             f"{list(routers[other].shape)} there and {list(own[other].shape)} here."
         )
+    if absent := next((key for key in routers if own[key].is_meta), None):
+        raise ModlabError(
+            f"{absent} cannot be loaded: its layer was offloaded (device_map), and holds nothing. Load the "
+            "model onto devices alone."
+        )
     with torch.no_grad():
         for key, tensor in routers.items():
             own[key].copy_(tensor)
