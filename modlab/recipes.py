@@ -80,8 +80,8 @@ def recipe(
     """
     # The command line reads RECIPES for its help, and must not wait for torch.
     from modlab.cache.stored import keep_ratio_for_saving
-    from modlab.conversion.convert import routable
-    from modlab.hf.anatomy import attention_name, decoder_layers
+    from modlab.conversion.selection import select
+    from modlab.conversion.survey import survey
 
     if name not in RECIPES:
         raise ModlabError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
@@ -99,10 +99,9 @@ def recipe(
             "the trained model (modlab.calibrate)."
         )
     if saving is not None and "keep_ratio" not in fields:
-        layers = decoder_layers(model)
-        routed, _, _ = routable(model, layers, config)
-        holding_keys = sum(attention_name(layer) is not None for layer in layers)  # all, but in hybrids
-        fields["keep_ratio"] = keep_ratio_for_saving(saving, len(routed), holding_keys)
+        found = survey(model)
+        routed = select(found, config).facts
+        fields["keep_ratio"] = keep_ratio_for_saving(saving, len(routed), found.holding_keys)
     train_config = TrainConfig(**fields)
     train_config.check()
     return config, train_config

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modlab.bench.ideal import head_size
+from modlab.skips import named
 
 
 def layer_operations(config: Any, length: int, attention: float, mlp: float, keys: float) -> float:
@@ -52,8 +53,7 @@ def flops_share(
     done: float = head
     for index in range(config.num_hidden_layers):
         r = kept.get(index, 1.0)
-        attention = r if skip in ("layer", "attention") else 1.0
-        mlp = r if skip in ("layer", "mlp") else 1.0
+        attention, mlp = (1.0, 1.0) if skip is None else named(skip).runs(r)
         if mlp_kept:
             mlp = mlp_kept.get(index, 1.0)
         done += layer_operations(config, length, attention, mlp, 1.0 if all_keys else attention)

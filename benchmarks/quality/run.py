@@ -24,6 +24,7 @@ from benchmarks.quality.score import loss_of, score
 from modlab.bench.results import circumstances, source_commit
 from modlab.execution.routed import compiled_forward
 from modlab.saving.save import save_routers
+from modlab.skips import named
 
 KEPT_LOG = ("step", "tokens", "loss", "keep_ratio", "target", "objective", "kl", "tokens_per_s")
 
@@ -73,7 +74,7 @@ def run_arm(
                 "lr": scale.lr,
                 "warmup": 0.02,
                 # They cost thrice a packed step at this length; where all tokens run anyway, little more.
-                "what_if": 1.0 if config is not None and config.skip == "kv" else 0.25,
+                "what_if": 1.0 if config is not None and named(config.skip).runs_all else 0.25,
                 "seed": seed,
                 "kl": arm.teacher,
                 "log_every": 20,

@@ -18,7 +18,7 @@ from benchmarks.quality.arms import Arm
 from benchmarks.quality.corpus import Corpus
 from benchmarks.quality.cost import flops_share
 from benchmarks.quality.scale import Scale
-from modlab.cache.stored import recent_share, stored_share, unbounded_keep_ratio
+from modlab.cache.stored import recent_share, unbounded_keep_ratio
 from modlab.errors import ModlabError
 from modlab.measure import calibrate, evaluate
 from modlab.probes import generation_health, recall, retrieval
@@ -98,11 +98,11 @@ def _point(model: Any, arm: Arm, corpus: Corpus, scale: Scale, device: str) -> P
             share = len(rows) / sum(map(len, corpus.heldout.values()))
             kept[layer] = kept.get(layer, 0.0) + share * found.keep_ratio_by_layer[layer]
     total = sum(tokens.values())
-    skip = model.mod.config.skip if kept else None
+    skip = model.mod.skip.name if kept else None
     stored = {}
-    if skip != "mlp":
-        recent = recent_share(model.mod.config, scale.seq_len) if kept else 0.0
-        stored = {layer: stored_share(share, recent) for layer, share in kept.items()}
+    if kept:
+        recent = recent_share(model.mod.config, scale.seq_len)
+        stored = {layer: model.mod.skip.stored_share(share, recent) for layer, share in kept.items()}
     mlp_kept = {i: float(share) for i, share in getattr(model, "mod_mlp_kept", {}).items()}
     keep_ratio = sum(kept.values()) / len(kept) if kept else 1.0
     return {

@@ -25,6 +25,7 @@ from modlab.errors import ModlabError
 from modlab.measure import time_generate
 from modlab.routing.state import routing_override
 from modlab.routing.table import RoutingTable
+from modlab.skips import named
 
 WARM_UP_TOKENS = LONG_LINE  # enough to compile what a long prompt compiles
 
@@ -140,15 +141,16 @@ class Workload:
     def fields(self, variant: Variant, name: str) -> dict[str, Any]:
         """What a row says beside the times."""
         config, settings, last = self.dense.config, self.settings, self.last[variant]
+        skip = named(settings.skip)
         layers = self.twins[variant.routed].mod.layers
         kept, token = dict.fromkeys(layers, variant.ratio), kv_token_bytes(config, settings.dtype.itemsize)
         seen = sum(self.lengths) + len(self.lengths) * (self.tokens - 1)
         stored = statistics.fmean(sum(last["kept_tokens"][i]) for i in layers) / seen
         halfway = [n + self.tokens / 2 for n in self.lengths]
         ideal = (
-            ideal_prefill(config, self.lengths, kept, settings.skip)
+            ideal_prefill(config, self.lengths, kept, settings.mod)
             if name == "prefill"
-            else ideal_decode(config, halfway, kept, settings.dtype.itemsize, settings.skip)  # type: ignore[arg-type]
+            else ideal_decode(config, halfway, kept, settings.dtype.itemsize, settings.mod)  # type: ignore[arg-type]
         )
         return {
             "case": name,
@@ -159,8 +161,8 @@ class Workload:
             "routed_layers": len(layers),
             "num_layers": config.num_hidden_layers,
             "skip": settings.skip,
-            # MLPs store nothing, and a cache that is decided about alone holds recent tokens besides.
-            "keep_ratio": variant.ratio if settings.skip in ("mlp", "kv") else stored,
+            # What a cache stores does not tell of MLPs, nor where recent tokens are stored too.
+            "keep_ratio": variant.ratio if skip.runs_all or skip.stores_all else stored,
             "ideal": ideal,
             "kv_bytes": last["kv_bytes"],
             "kept_kv_bytes": sum(map(sum, last["kept_tokens"])) * token,

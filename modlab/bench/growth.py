@@ -36,7 +36,7 @@ def decode_rows(
     for ratio in ratios:
         times, allocated = step_times(engines[1], batch, context, layers, ratio, settings.seed, STEPS)
         lengths = [context] * batch
-        ideal = ideal_decode(config, lengths, dict.fromkeys(layers, ratio), size, settings.skip)
+        ideal = ideal_decode(config, lengths, dict.fromkeys(layers, ratio), size, settings.mod)
         yield make_row(
             dense_times, times, case="decode", shape=settings.shape, context=context, batch=batch,
             routed=routed, routed_layers=len(layers), num_layers=config.num_hidden_layers, keep_ratio=ratio,

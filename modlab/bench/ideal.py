@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from modlab.cache.stored import recent_share
 from modlab.config import MoDConfig
+from modlab.skips import named
 
-RECENT = MoDConfig().keep_recent
-"""Latest tokens that stay whatever a router says, where it decides about the cache alone: the benchmarks'
-models are converted with the default `keep_recent`."""
+DENSE = MoDConfig(skip="layer")
+"""Where all tokens are kept it makes no difference what a token may skip."""
 
 
 def layer_weights(config: Any) -> tuple[int, int]:
@@ -26,17 +27,9 @@ def layer_weights(config: Any) -> tuple[int, int]:
     return attention, 3 * config.hidden_size * config.intermediate_size
 
 
-def shares(share: float, skip: str) -> tuple[float, float]:
-    """Shares of the tokens that run (attention, MLP) when routers that keep `share` leave out `skip`: a
-    layer, an attention or an MLP; or nothing but keys and values ("kv")."""
-    return (1.0 if skip in ("mlp", "kv") else share), (1.0 if skip in ("attention", "kv") else share)
-
-
-def stored_tokens(length: float, share: float, skip: str) -> float:
-    """Tokens of `length` whose keys and values are stored where routers keep `share`."""
-    if skip == "kv":
-        return min(length, RECENT) + share * max(length - RECENT, 0)
-    return length if skip == "mlp" else share * length
+def stored_tokens(length: float, keep_ratio: float, mod: MoDConfig) -> float:
+    """Tokens of `length` whose keys and values are stored where routers keep the share `keep_ratio`."""
+    return length * named(mod.skip).stored_share(keep_ratio, recent_share(mod, length))
 
 
 def head_size(config: Any) -> int:
@@ -49,60 +42,51 @@ def kv_token_bytes(config: Any, bytes_each: int) -> int:
     return 2 * config.num_key_value_heads * head_size(config) * bytes_each
 
 
-def prefill_flops(config: Any, lengths: Sequence[int], share: float, skip: str = "layer") -> float:
-    """Operations of one layer that runs, or whose part `skip` runs, on `share` of the tokens of rows of these
-    lengths.
-    """
+def prefill_flops(config: Any, lengths: Sequence[int], share: float, mod: MoDConfig = DENSE) -> float:
+    """Operations of one layer whose routers keep `share` of the tokens of rows of these lengths; `mod` says
+    what the others skip."""
     width = config.num_attention_heads * head_size(config)
     attention, mlp = layer_weights(config)
-    attended, mapped = shares(share, skip)
+    attended, mapped = named(mod.skip).runs(share)
     linear = 2 * sum(lengths) * (attended * attention + mapped * mlp)
-    return linear + sum(4 * _pairs(n, share, skip) * width for n in lengths)  # QK^T and AV
+    return linear + sum(4 * named(mod.skip).pairs(n, share, mod) * width for n in lengths)  # QK^T and AV
 
 
-def _pairs(length: float, share: float, skip: str) -> float:
-    """Pairs of a query and a key that it sees, in a row of `length` tokens."""
-    if skip != "kv":
-        return (shares(share, skip)[0] * length) ** 2 / 2
-    older = max(length - RECENT, 0) ** 2 / 2
-    return length**2 / 2 - (1 - share) * older
-
-
-def ideal_prefill(config: Any, lengths: Sequence[int], kept: dict[int, float], skip: str = "layer") -> float:
-    """Dense / remaining operations of a prefill when layer i, or its part `skip`, runs on the share `kept[i]`
-    of the tokens.
-    """
+def ideal_prefill(
+    config: Any, lengths: Sequence[int], kept: dict[int, float], mod: MoDConfig = DENSE
+) -> float:
+    """Dense / remaining operations of a prefill when layer i keeps the share `kept[i]` of the tokens."""
     total = range(config.num_hidden_layers)
     dense = sum(prefill_flops(config, lengths, 1.0) for _ in total)
-    return dense / sum(prefill_flops(config, lengths, kept.get(i, 1.0), skip) for i in total)
+    return dense / sum(prefill_flops(config, lengths, kept.get(i, 1.0), mod) for i in total)
 
 
 def decode_bytes(
-    config: Any, lengths: Sequence[int], share: float, bytes_each: int, skip: str = "layer"
+    config: Any, lengths: Sequence[int], share: float, bytes_each: int, mod: MoDConfig = DENSE
 ) -> float:
     """Bytes that one layer reads for one token of each row at these lengths, each kept with chance `share`.
 
     The weights of what is skipped are read when any row keeps its token (rows taken as independent); a row
     that runs reads the keys and values that it has stored.
     """
-    parts = zip(layer_weights(config), shares(share, skip), strict=True)
+    parts = zip(layer_weights(config), named(mod.skip).runs(share), strict=True)
     weights = sum(part * (1 - (1 - chance) ** len(lengths)) for part, chance in parts) * bytes_each
-    attended, _ = shares(share, skip)
-    read = sum(attended * stored_tokens(n, share, skip) for n in lengths)
+    attended, _ = named(mod.skip).runs(share)
+    read = sum(attended * stored_tokens(n, share, mod) for n in lengths)
     return weights + read * kv_token_bytes(config, bytes_each)
 
 
 def step_bytes(
-    config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int, skip: str = "layer"
+    config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int, mod: MoDConfig = DENSE
 ) -> float:
     """Bytes that one decoding step of the whole model reads, output head included."""
     head = config.vocab_size * config.hidden_size * bytes_each
     layers = range(config.num_hidden_layers)
-    return head + sum(decode_bytes(config, lengths, kept.get(i, 1.0), bytes_each, skip) for i in layers)
+    return head + sum(decode_bytes(config, lengths, kept.get(i, 1.0), bytes_each, mod) for i in layers)
 
 
 def ideal_decode(
-    config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int, skip: str = "layer"
+    config: Any, lengths: Sequence[int], kept: dict[int, float], bytes_each: int, mod: MoDConfig = DENSE
 ) -> float:
     """Dense / remaining bytes of one decoding step."""
-    return step_bytes(config, lengths, {}, bytes_each) / step_bytes(config, lengths, kept, bytes_each, skip)
+    return step_bytes(config, lengths, {}, bytes_each) / step_bytes(config, lengths, kept, bytes_each, mod)

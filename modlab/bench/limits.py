@@ -101,8 +101,8 @@ def step_times(
 
     The prompt is left out: `synthetic_caches` stands in for it.
     """
-    skip = "mlp" if engine.routing is None else engine.routing.config.skip
-    stored = round(stored_tokens(context, ratio, skip))
+    routing = engine.routing
+    stored = context if routing is None else round(stored_tokens(context, ratio, routing.config))
     lengths = [stored if i in routed else context for i in range(len(engine.layers))]
     step = engine.step(batch)
     caches = synthetic_caches(engine, [[n] * batch for n in lengths], ratio)
@@ -141,7 +141,7 @@ def throughput_rows(
         engine.steps.clear()
         torch.cuda.empty_cache()
         kept = config.num_hidden_layers - len(routed) * (
-            1 - stored_tokens(context, ratio, settings.skip) / context
+            1 - stored_tokens(context, ratio, settings.mod) / context
         )
         layer_bytes = (context + max(16, context // 32)) * kv_token_bytes(config, size)
         # one layer more: a prefill in several lines holds one layer twice while it joins them
@@ -150,7 +150,7 @@ def throughput_rows(
         results[name] = (statistics.median(times.wall[1:]) / batch, batch, allocated)
     kept_by_layer = dict.fromkeys(twin.mod.layers, variant.ratio)
     bytes_each = {
-        name: step_bytes(config, [context] * results[name][1], kept, size, settings.skip) / results[name][1]
+        name: step_bytes(config, [context] * results[name][1], kept, size, settings.mod) / results[name][1]
         for name, kept in (("dense", {}), ("mod", kept_by_layer))
     }
     token = kv_token_bytes(config, size)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from modlab.bench.registry import Settings
-from modlab.config import MoDConfig, Skip
+from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.routing.table import RoutingTable
 
@@ -82,7 +82,7 @@ def dense_model(settings: Settings, context: int) -> Any:
     return dense.requires_grad_(False)
 
 
-def converted_twin(dense: Any, routed: list[int], skip: Skip = "layer") -> Any:
+def converted_twin(dense: Any, routed: list[int], skip: str = "layer") -> Any:
     """The dense model with routers in the layers `routed`, for the layer or its part `skip`, on the same
     weight tensors.
     """

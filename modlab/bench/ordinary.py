@@ -20,6 +20,7 @@ from modlab.bench.rows import cache_facts, make_row
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import cache_argument, given_cache
 from modlab.measure import as_batches, context_length, evaluate, time_generate
+from modlab.skips import named
 
 DEMO_WINDOWS = 16  # of one context each, over which the demo case takes the loss
 
@@ -46,7 +47,7 @@ def _row(
 ) -> Row:
     """The row of one keep ratio; `facts` holds allocated bytes and measured keep ratio by ratio."""
     kv_bytes, kept = facts[ratio]
-    if settings.skip in ("mlp", "kv"):  # the cache holds all tokens, or recent ones besides
+    if named(settings.skip).runs_all or named(settings.skip).stores_all:  # the cache does not tell
         kept = ratio
     return make_row(
         times["dense"],
@@ -90,7 +91,7 @@ def prefill(settings: Settings) -> Iterator[Row]:
         times = interleaved(calls, settings.repeats, settings.device)
         lengths = [context] * settings.batch
         for ratio in settings.ratios:
-            ideal = ideal_prefill(dense.config, lengths, dict.fromkeys(routed, ratio), settings.skip)
+            ideal = ideal_prefill(dense.config, lengths, dict.fromkeys(routed, ratio), settings.mod)
             yield _row(settings, "prefill", context, dense, routed, times, ratio, ideal, facts, dense_bytes)
         del dense, mod
 
@@ -132,7 +133,7 @@ def decode(settings: Settings) -> Iterator[Row]:
         lengths = [context] * settings.batch
         for ratio in settings.ratios:
             shares = dict.fromkeys(routed, ratio)
-            ideal = ideal_decode(dense.config, lengths, shares, settings.dtype.itemsize, settings.skip)
+            ideal = ideal_decode(dense.config, lengths, shares, settings.dtype.itemsize, settings.mod)
             row = _row(settings, "decode", context, dense, routed, times, ratio, ideal, facts, dense_bytes)
             yield row | {"decode_tokens": n}
         del dense, mod, variants, state

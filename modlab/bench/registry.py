@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modlab.config import Skip
+from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 
 Row = dict[str, Any]
@@ -46,12 +46,17 @@ class Settings:
     contexts: Sequence[int] = (2048,)
     batch: int = 1
     routed: str = "alternate"
-    skip: Skip = "layer"  # what a skipped token leaves out
+    skip: str = "layer"  # what a skipped token leaves out
     layers: int | None = None  # depth other than the shape's own
     ratios: Sequence[float] = (0.10, 0.25, 0.50, 1.00)
     repeats: int = 7
     decode_tokens: int = 40
     seed: int = 0
+
+    @property
+    def mod(self) -> MoDConfig:
+        """The conversion of the benchmark's models, layers apart."""
+        return MoDConfig(skip=self.skip)
 
 
 Case = Callable[[Settings], Iterable[Row]]

@@ -48,7 +48,7 @@ def train_rows(settings: Settings, context: int, batch: int, ratio: float) -> It
         times["dense"], times["mod"], case="train", shape=settings.shape, context=context, batch=batch,
         routed=settings.routed, routed_layers=len(routed), num_layers=dense.config.num_hidden_layers,
         skip=settings.skip, keep_ratio=ratio,
-        ideal=ideal_prefill(dense.config, [context] * batch, kept, settings.skip),
+        ideal=ideal_prefill(dense.config, [context] * batch, kept, settings.mod),
         kv_bytes=0, dense_kv_bytes=0, optimizer="AdamW", gradient_checkpointing=True,
     )  # fmt: skip
 

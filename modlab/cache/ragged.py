@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from modlab.cache import bytes as kv_bytes
 from modlab.errors import ModlabError
+from modlab.routing.state import routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -514,21 +515,14 @@ class RaggedCache(Cache):
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, routing: Routing | None = None) -> None:
         config: Any = model.config if isinstance(model, nn.Module) else model
         if routing is None:
-            from modlab.routing.state import routing_of  # routing needs this module's class for its own check
-
             routing = routing_of(model)  # type: ignore[arg-type]
         layers = list(DynamicCache(config=config).layers)
-        if routing.config.skip != "mlp":
-            # Early-exit drafts (`assistant_early_exit`) lower the config's number of layers for a while.
-            for index in (i for i in routing.layers if i < len(layers)):
-                # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
-                sliding = getattr(layers[index], "is_sliding", False)
-                window = routing.windows[index] if sliding else None
-                layers[index] = (
-                    RecentLayer(routing.config.keep_recent, window)
-                    if routing.config.skip == "kv"
-                    else RaggedLayer(window)
-                )
+        # Early-exit drafts (`assistant_early_exit`) lower the config's number of layers for a while.
+        for index in (i for i in routing.layers if i < len(layers)):
+            # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
+            sliding = getattr(layers[index], "is_sliding", False)
+            window = routing.windows[index] if sliding else None
+            layers[index] = routing.skip.cache_layer(routing.config, window) or layers[index]
         super().__init__(layers=layers)
 
     def reset(self) -> None:

@@ -12,8 +12,6 @@ from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.routing.state import routing_of
 
-INDEX_BYTES = 4  # a ragged cache notes the position of every key it stores
-KEPT_BYTES = 1  # and with skip="kv" whether it is kept
 MIB = 2**20
 
 
@@ -43,12 +41,15 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
             f"kv_mib={kv_mib}, context={context} and batch={batch} have to be above 0: for example "
             "kv_mib=512, context=32768."
         )
-    if routing.config.skip == "mlp":
-        raise ModlabError("this model skips MLPs only: all keys and values stay, whatever the threshold is.")
+    skip = routing.skip
+    if skip.stores_all:
+        raise ModlabError(
+            f"this model routes {skip.words.routed}: all keys and values stay, whatever the threshold is."
+        )
     each = token_bytes(model)
     tokens, routed = context * batch, len(routing.layers)
     dense = tokens * each * (routing.num_layers - routed)
-    ragged = tokens * (each + index_bytes(routing.config.skip)) * routed
+    ragged = tokens * (each + skip.index_bytes) * routed
     recent = recent_share(routing.config, context)
     ratio = keep_beside_recent((kv_mib * MIB - dense) / ragged, recent)
     if ratio >= 1:
@@ -105,19 +106,9 @@ def recent_share(config: MoDConfig, context: float) -> float:
     return min(1.0, config.recent_stored / context)
 
 
-def index_bytes(skip: str) -> int:
-    """Bytes beside K and V that a routed layer's cache holds for a token."""
-    return INDEX_BYTES + KEPT_BYTES * (skip == "kv")
-
-
-def stored_share(keep_ratio: float, recent: float) -> float:
-    """Share of the tokens in a routed layer's cache: kept ones, and of the others the recent ones."""
-    return keep_ratio + (1 - keep_ratio) * recent
-
-
 def keep_beside_recent(stored: float, recent: float) -> float:
-    """The keep ratio at which a share `stored` is in the cache: `stored_share` solved for it. Not above 0
-    where the recent tokens alone are more than that."""
+    """The keep ratio at which a share `stored` is in the cache: `Skip.stored_share` solved for it. Not above
+    0 where the recent tokens alone are more than that."""
     return (stored - recent) / (1 - recent) if recent < 1 else stored - 1.0
 
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from modlab.config import MoDConfig
+from modlab.conversion.extend import extend, foreign_forward, restore
 from modlab.conversion.routed_model import RoutedModel
+from modlab.conversion.selection import Selection, select
+from modlab.conversion.survey import Survey, survey
 from modlab.errors import ModlabError
-from modlab.execution.routed import (
-    RoutedBranch,
-    RoutedKeys,
-    RoutedLayer,
-    RoutedMLP,
-    RoutedModule,
-    extend,
-    restore,
-)
-from modlab.hf import anatomy
-from modlab.routing.router import ROUTER, Router
+from modlab.execution.routed import RoutedLayer, RoutedModule
+from modlab.execution.site import Plan
+from modlab.routing.forward import ForwardHooks
 from modlab.routing.state import Routing, is_converted, routing_of
 from modlab.saving.files import is_hub_id
-from modlab.skips.probe import BranchForm, branch_forms
+from modlab.skips.probe import PartForm
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:
     """Turns a causal LM of transformers into a Mixture-of-Depths model, in place.
@@ -66,34 +58,62 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
             f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be converted."
         )
 
-    layers = anatomy.decoder_layers(model)
-    indices, windows, forms = routable(model, layers, config)
-    ends = {i: anatomy.branch_ends(model, layers[i]) for i in indices} if _needs_branch_ends(config) else {}
+    found = survey(model)
+    selection = select(found, config)
+    _refuse_foreign_forwards(selection)
 
     # From here on nothing can fail: a refused conversion has changed nothing.
     _end_fast_generation(model)
-    decoder = anatomy.decoder_of(model)
-    supports_flex = bool(getattr(decoder, "_supports_flex_attn", False))
-    routing = Routing(config, indices, len(layers), windows, decoder.config, supports_flex)
-    for index in indices:
-        layer = layers[index]
-        anchor = next(layer.parameters())
-        layer.add_module(ROUTER, Router(decoder.config.hidden_size, config.init_gate, device=anchor.device))
-        _attach(layer, RoutedLayer, routing, index, ends.get(index, []))
-        if config.skip != "layer":
-            branch = layer.get_submodule(_require(layer, config.skip))
-            mixins = {"attention": RoutedBranch, "mlp": RoutedMLP, "kv": RoutedKeys}
-            _attach(branch, mixins[config.skip], routing, index, [], forms[index])
-    routing.hooks = [
-        decoder.register_forward_pre_hook(routing.enter, with_kwargs=True),
-        decoder.register_forward_hook(routing.leave, always_call=True),
-        model.register_forward_pre_hook(routing.enter_model, with_kwargs=True),
-        model.register_forward_hook(routing.leave_model, always_call=True),
-    ]
-    model.mod = routing  # type: ignore[assignment]
-    _attach(model, RoutedModel, routing, -1, [])
+    _attach(found, selection, config)
     model.mod_base_model = hub_id_of(model)  # type: ignore[assignment]
     return model
+
+
+def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
+    """Gives the selected layers their routers and plans, the model its routing state and hooks."""
+    model, decoder, skip = found.model, found.decoder, selection.skip
+    routing = Routing(
+        config,
+        list(selection.facts),
+        len(found.facts),
+        {index: facts.window for index, facts in selection.facts.items()},
+        decoder.config,
+        supports_flex=bool(getattr(decoder, "_supports_flex_attn", False)),
+    )
+    for index, facts in selection.facts.items():
+        device = next(facts.layer.parameters()).device
+        own = set(facts.layer._modules)
+        skip.add_modules(facts.layer, facts, config, device)
+        added = [name for name in facts.layer._modules if name not in own]
+        for part in dict.fromkeys(("layer", *skip.parts)):
+            form = selection.forms[index].get(part, PartForm())
+            module: Any = facts.module(part)
+            module.mod_plan = Plan(
+                routing,
+                index,
+                part,
+                branch_ends=selection.ends.get(index, []),
+                needs_mask=facts.needs_mask,
+                in_tuple=form.in_tuple,
+                extra_outputs=form.extra_outputs,
+                added=added if part == "layer" else [],
+            )
+            extend(module, skip.mixin(part) if part in skip.parts else RoutedLayer)
+    routing.hooks = ForwardHooks(routing).register(model, decoder)
+    model.mod = routing  # type: ignore[assignment]
+    extend(model, RoutedModel)
+
+
+def _refuse_foreign_forwards(selection: Selection) -> None:
+    """A forward that another library put on an object would go on calling the dense one, past the router."""
+    for index, facts in selection.facts.items():
+        for part in dict.fromkeys(("layer", *selection.skip.parts)):
+            if foreign_forward(facts.module(part)):
+                raise ModlabError(
+                    f"the {part} of layer {index} has a `forward` of its own on the object, put there by "
+                    "another library: it would run past the router. Convert the model first, then let that "
+                    "library wrap it."
+                )
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,23 +127,15 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
             f"this {type(model).__name__} wraps the converted model: revert that one (PEFT: "
             "model.merge_and_unload() or model.unload() gives it back)."
         )
-    hooks: list[RemovableHandle] = routing.hooks
-    for hook in hooks:
+    for hook in routing.hooks:
         hook.remove()
     for module in list(model.modules()):
         if isinstance(module, RoutedModule):
-            if isinstance(module, RoutedLayer):
-                delattr(module, ROUTER)
-            for name in (
-                "mod_routing",
-                "mod_index",
-                "mod_branch_ends",
-                "mod_extra_outputs",
-                "mod_in_tuple",
-                "mod_needs_mask",
-            ):
+            for name in module.mod_plan.added:
                 delattr(module, name)
+            del module.mod_plan
             restore(module)
+    restore(model)
     del model.mod, model.mod_base_model
     return model
 
@@ -140,92 +152,3 @@ def _end_fast_generation(model: PreTrainedModel) -> None:
         from modlab.engine import disable_fast_generation  # brings Triton along, which most never need
 
         disable_fast_generation(model)
-
-
-def _attach(
-    module: nn.Module,
-    mixin: type[RoutedModule],
-    routing: Routing,
-    index: int,
-    ends: list[str],
-    form: BranchForm | None = None,
-) -> None:
-    module.mod_routing, module.mod_index, module.mod_branch_ends = routing, index, ends  # type: ignore[assignment]
-    form = form or BranchForm()
-    module.mod_extra_outputs, module.mod_in_tuple = form.extra_outputs, form.in_tuple  # type: ignore[assignment]
-    name = anatomy.attention_name(module) if mixin is RoutedLayer else ""
-    module.mod_needs_mask = name is not None and anatomy.makes_masks(module.get_submodule(name))  # type: ignore[assignment]
-    extend(module, mixin)
-
-
-def _needs_branch_ends(config: MoDConfig) -> bool:
-    return config.gate == "paper" and config.skip == "layer"
-
-
-def _skippable(
-    model: PreTrainedModel, layers: nn.ModuleList, indices: list[int], config: MoDConfig
-) -> dict[int, BranchForm]:
-    """The form of the branch that `config` skips in each layer where it can be skipped alone; an error if
-    that is none of them, or not one that was named."""
-    if config.skip == "layer":
-        return dict.fromkeys(indices, BranchForm())
-    for index in indices:
-        _require(layers[index], config.skip)
-    forms = branch_forms(model, layers, indices, config.skip)
-    refused = {index: form.cannot_skip for index, form in forms.items() if form.cannot_skip}
-    if isinstance(config.layers, str) and len(refused) < len(forms):
-        return {index: form for index, form in forms.items() if index not in refused}
-    for index, reason in refused.items():
-        others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
-        raise ModlabError(
-            f"skip={config.skip!r}: the {'MLP' if config.skip == 'mlp' else 'attention'} of layer {index} "
-            f"({type(layers[index]).__name__}) cannot be {'routed' if config.skip == 'kv' else 'skipped'} on "
-            f"its own: {reason}. Use MoDConfig(skip='layer') (--skip layer, --recipe speed){others}."
-        )
-    return forms
-
-
-def _require(layer: nn.Module, branch: str) -> str:
-    name = anatomy.mlp_name(layer) if branch == "mlp" else anatomy.attention_name(layer)
-    if name is None:
-        module = "MLP" if branch == "mlp" else "attention"
-        raise ModlabError(f"skip={branch!r}: {type(layer).__name__} has no {module} module of its own.")
-    return name
-
-
-def routable(
-    model: PreTrainedModel, layers: nn.ModuleList, config: MoDConfig
-) -> tuple[list[int], dict[int, int | None], dict[int, BranchForm]]:
-    """Indices to route, their sliding windows, and how they use the branch that is skipped. Layers named one
-    by one must be routable, names such as 'inner' mean what can be.
-    """
-    windows = anatomy.attention_windows(model, len(layers))
-    wanted = config.resolve_layers(len(layers))
-    reasons = {}
-    for index in range(len(layers)):
-        name, window = anatomy.attention_name(layers[index]), windows[index]
-        if name is None:
-            reasons[index] = anatomy.NO_ATTENTION
-        elif anatomy.shares_keys(layers[index].get_submodule(name)):
-            reasons[index] = "it shares its keys and values with other layers"
-        elif not anatomy.attends(layers[index]):
-            reasons[index] = anatomy.NO_KEYS
-        elif isinstance(window, str):
-            reasons[index] = window
-        elif config.skip == "kv" and window is not None and window <= config.keep_recent:
-            reasons[index] = f"all of its sliding window of {window} tokens is recent (keep_recent)"
-    if not isinstance(config.layers, str):
-        for index in (i for i in wanted if i in reasons):
-            raise ModlabError(f"layer {index} of {type(model).__name__} cannot be routed: {reasons[index]}.")
-    indices = [index for index in wanted if index not in reasons]
-    if not indices:
-        # In a hybrid the layers asked for may all be recurrent ones: those with attention are routed then.
-        indices = [index for index in range(len(layers)) if index not in reasons]
-    if not indices:
-        # What the layers with attention lack says more than that others have none.
-        why = [r for r in dict.fromkeys(reasons.values()) if r != anatomy.NO_ATTENTION] or [
-            anatomy.NO_ATTENTION
-        ]
-        raise ModlabError(f"{type(model).__name__} has no routable layers: {', '.join(why)}.")
-    forms = _skippable(model, layers, indices, config)
-    return list(forms), {index: windows[index] for index in forms}, forms  # type: ignore[misc]

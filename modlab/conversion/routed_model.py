@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.cache.ragged import RaggedCache
+from modlab.conversion.extend import Extended
 from modlab.errors import ModlabError
-from modlab.execution.routed import RoutedModule
 from modlab.hf.cache_argument import cache_argument, given_cache
 from modlab.saving.hub import UPLOAD_ARGUMENTS
 from modlab.saving.save import save_converted
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RAGGED_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "hybrid")
 
 
-class RoutedModel(RoutedModule):
+class RoutedModel(Extended):
     """Mixed into the class of a converted model (of that object only)."""
 
     mod_base_model: str | None = None

@@ -72,9 +72,7 @@ class Engine:
     @property
     def keep_recent(self) -> int | None:
         """Latest tokens that each token sees, kept or not, where routing decides about the cache alone."""
-        if self.routing is None or self.routing.config.skip != "kv":
-            return None
-        return self.routing.config.keep_recent
+        return None if self.routing is None else self.routing.skip.recent(self.routing.config)
 
     # ---- the two kinds of forward ----
 
@@ -84,11 +82,11 @@ class Engine:
         try:
             with attention_named(self.configs, attention):
                 if self.routing is not None:
-                    self.routing.bypass = True
+                    self.routing.of_thread.bypass = True
                 yield
         finally:
             if self.routing is not None:
-                self.routing.bypass = False
+                self.routing.of_thread.bypass = False
 
     def run_model(self, ids: Tensor, position: Tensor, **kwargs: Any) -> Tensor:
         """Logits of the model's own forward, called without cache and mask."""

@@ -28,7 +28,8 @@ from modlab.hf.anatomy import attention_name, mlp_name
 from modlab.hf.arguments import LayerArguments
 from modlab.kernels.decode_router import RouterCall
 from modlab.kernels.router_logits import router_logits
-from modlab.routing.state import Decision, Routing
+from modlab.routing.record import Decision
+from modlab.routing.state import Routing
 
 Forward = Callable[..., Any]
 
@@ -189,8 +190,8 @@ def _prefill_kept(
             slot.columns = slot.columns[kept_S]
     if kept == 0:
         out = x if residual else torch.zeros_like(x)
-        return module.joined(out, (None,) * module.mod_extra_outputs)
-    with scaled_branches(module, module.mod_branch_ends, gate_1S if form == "scaled" else None):
+        return module.joined(out, (None,) * module.mod_plan.extra_outputs)
+    with scaled_branches(module, module.mod_plan.branch_ends, gate_1S if form == "scaled" else None):
         y, rest = arguments.run(forward, changes)
     skipped = changes.get(arguments.hidden_name, x) if residual else 0.0
     y = gated_output(form, y, skipped, gate_1S, False)
@@ -309,12 +310,12 @@ def _decode_routed(
 
     def body() -> None:
         weight = slot.gate[:, None] if form == "scaled" else None
-        with scaled_branches(layer, layer.mod_branch_ends, weight):
+        with scaled_branches(layer, layer.mod_plan.branch_ends, weight):
             run_kept(forward, layer, form, slot.gate, slot.keep, x_B1D, args, kwargs)
 
     decided = branch.decide(graph, _router_call(layer, arguments, routing, tables, index))
     branch.run_decided(graph, decided, body)
-    return layer.joined(x_B1D, (None,) * layer.mod_extra_outputs)
+    return layer.joined(x_B1D, (None,) * layer.mod_plan.extra_outputs)
 
 
 def _decode_keeping(
@@ -374,7 +375,7 @@ def _decode_sublayer(
         run_kept(sublayer.dense_class.forward, sublayer, form, slot.gate, slot.keep, out_B1D, args, kwargs)
 
     branch.run_decided(graph, decided.pop(index), body)
-    return sublayer.joined(out_B1D, (None,) * sublayer.mod_extra_outputs)
+    return sublayer.joined(out_B1D, (None,) * sublayer.mod_plan.extra_outputs)
 
 
 def _router_call(

@@ -8,13 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from modlab.execution.routed import (
-    RoutedBranch,
-    RoutedMLP,
-    RoutedModule,
-    extended_class,
-    restore,
-)
+from modlab.conversion.extend import extended_class, restore
+from modlab.execution.routed import RoutedBranch, RoutedMLP, RoutedModule
 from modlab.routing.state import eager
 
 LENT = "mod_lent"

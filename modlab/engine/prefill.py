@@ -20,7 +20,8 @@ from modlab.engine.layers import prefill_forwards, slots
 from modlab.engine.lending import lent, unrouted
 from modlab.engine.ring import RingLayer
 from modlab.hf.anatomy import decoder_of
-from modlab.routing.state import ForwardCall, Routing
+from modlab.routing.record import ForwardCall
+from modlab.routing.state import Routing
 from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _flat_call(routing: Routing | None, position_1S: Tensor, rows_S: Tensor, col
         def override(layer: int, gate: Tensor, position: Tensor) -> Tensor:
             return table.lookup(layer, rows_S[None], position)
 
-    routing.call = ForwardCall(
+    routing.of_thread.call = ForwardCall(
         torch.ones_like(position_1S, dtype=torch.bool),
         position_1S,
         columns=position_1S[0],
@@ -131,7 +132,7 @@ def _flat_call(routing: Routing | None, position_1S: Tensor, rows_S: Tensor, col
     try:
         yield
     finally:
-        routing.call = before
+        routing.of_thread.call = before
 
 
 def _fill_empty(states: list[PrefillSlot]) -> None:
@@ -151,7 +152,7 @@ def scratch_caches(engine: Engine, batch: int) -> list[RaggedLayer]:
     everything = contextlib.ExitStack()
     if engine.routing is not None:
         keep = {layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.routing.layers}
-        before, engine.routing.override = engine.routing.override, RoutingTable(keep)
+        before, engine.routing.of_thread.override = engine.routing.override, RoutingTable(keep)
         everything.callback(setattr, engine.routing, "override", before)
     with everything:
         _, caches, _ = prefill(engine, ids, None)

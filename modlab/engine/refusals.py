@@ -93,7 +93,7 @@ def call_refusal(
         return "the prompt is longer than the model's context"
     routing = engine.routing
     if routing is not None:
-        if routing.recordings:
+        if routing.of_thread.recordings:
             return "routing is being recorded"
         if routing.masked:
             return "the masked reference was asked for"

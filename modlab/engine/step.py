@@ -41,7 +41,7 @@ class Step:
         self.engine = engine
         routing = engine.routing
         routed = routing.layers if routing is not None else []
-        skips_keys = routing is not None and routing.config.skip != "mlp"
+        skips_keys = routing is not None and not routing.skip.stores_all
         self.tables = Tables(len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent)
         self.weights = _addresses(engine.model)
         self.graph: Any = None

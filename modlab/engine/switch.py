@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modlab.conversion.extend import Extended, extend, restore
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
 from modlab.engine.engine import Engine
@@ -21,7 +22,6 @@ from modlab.engine.prefill import prefill
 from modlab.engine.refusals import call_refusal, model_refusal
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
-from modlab.execution.routed import RoutedModule, extend, restore
 from modlab.hf.cache_argument import given_cache
 from modlab.routing.table import RoutingTable
 
@@ -29,7 +29,7 @@ PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
 
 
-class FastModel(RoutedModule):
+class FastModel(Extended):
     """Mixed into the class of a model with fast generation (of that object only): `generate` comes here for
     greedy search and sampling, and goes to transformers' own loop for all that the engine does not do.
     """
@@ -192,7 +192,7 @@ def _probe(model: Any, engine: Engine) -> None:
     model.eval()
     try:
         if routing is not None:
-            routing.override = RoutingTable(
+            routing.of_thread.override = RoutingTable(
                 {layer: torch.rand(B, total, generator=generator) < 0.5 for layer in routing.layers}
             )
         position = (mask.cumsum(1) - 1).clamp_min(0)
@@ -212,7 +212,7 @@ def _probe(model: Any, engine: Engine) -> None:
         engine.branch = branch
         model.train(training)
         if routing is not None:
-            routing.override = before
+            routing.of_thread.override = before
     difference = (torch.stack(got, 1).float() - want.float()).square().mean().sqrt() / want.float().std()
     tolerance = 0.05 if want.dtype in (torch.bfloat16, torch.float16) else 1e-3
     if not bool(difference <= tolerance):

@@ -38,7 +38,7 @@ from modlab.hf.arguments import LayerArguments
 from modlab.routing.router import logit_of
 
 if TYPE_CHECKING:
-    from modlab.execution.routed import Site
+    from modlab.execution.site import Site
 
 TEMPERATURE = 0.3
 """Of the relaxed coin: towards 0 it falls on its faces, and hands less gradient to the router."""

@@ -34,7 +34,7 @@ from modlab.execution.masks import (
 from modlab.hf.arguments import LayerArguments, take_tokens
 
 if TYPE_CHECKING:
-    from modlab.execution.routed import Site
+    from modlab.execution.site import Site
 
 
 CHUNK = 1024

@@ -10,7 +10,7 @@ Shape letters: B batch rows, T tokens, D model dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,24 +25,10 @@ from modlab.execution.what_if_attention import (
     what_if_block_mask,
 )
 from modlab.hf.arguments import LayerArguments
-from modlab.routing.state import routing_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-    from modlab.execution.routed import Site
-
-
-@contextlib.contextmanager
-def masked_execution(model: PreTrainedModel) -> Iterator[None]:
-    """Inside this block a converted model runs in masked form, without a cache: the yardstick."""
-    routing = routing_of(model)
-    before = routing.masked
-    routing.masked = True
-    try:
-        yield
-    finally:
-        routing.masked = before
+    from modlab.execution.site import Site
 
 
 def run_masked(

@@ -24,7 +24,7 @@ from modlab.hf.attention_name import attention_named
 
 if TYPE_CHECKING:
     from modlab.execution.masks import MaskValues
-    from modlab.execution.routed import Site
+    from modlab.execution.site import Site
 
 NAME = "modlab_what_if"
 """Under which transformers knows `what_if_attention`."""

@@ -31,11 +31,10 @@ from transformers import DynamicCache
 import modlab
 from modlab.cache import bytes as kv_bytes
 from modlab.cache.ragged import RaggedLayer
-from modlab.execution.reference import masked_execution
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument
-from modlab.routing.state import record_routing
+from modlab.routing.state import masked_execution, record_routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
@@ -29,6 +27,9 @@ from modlab.hf.cache_argument import CACHE_ARGUMENTS
 NO_ATTENTION = "it has no softmax attention"
 NO_KEYS = "its layers take neither an attention mask nor a cache of keys and values"
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+"""Names under which wrappers hold the module that they call."""
+
 NORM = re.compile(r"norm(\d+d)?$", re.IGNORECASE)
 MLP = re.compile(r"mlp|feedforward|ffn|moe|expert", re.IGNORECASE)
 
@@ -41,8 +42,9 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder if isinstance(decoder, PreTrainedModel) else base
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers, found as the module list with `num_hidden_layers` entries.
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers, found as the module list with `num_hidden_layers` entries; what wraps a layer
+    (checkpointing, torch.compile) is looked through.
 
     Raises:
         ModlabError: there is no such list with attention in it.
@@ -55,7 +57,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             and len(module) == count
             and any(attention_name(m) for m in module)
         ):
-            return module
+            return [unwrapped(layer) for layer in module]
     if not any(
         re.search(ATTENTION.pattern + "|mla$", type(m).__name__, re.IGNORECASE) for m in decoder.modules()
     ):
@@ -64,6 +66,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         f"{type(model).__name__} has no routable layers: no list of {count} decoder layers, each with one "
         "softmax attention and a forward of its own, was found."
     )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers that call it as it is (`checkpoint_wrapper`, `torch.compile`, FSDP)."""
+    inner = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def attention_name(layer: nn.Module) -> str | None:
@@ -163,77 +171,3 @@ def _no_plain_cache(layer: Any) -> str:
     if indexed(layer) or hasattr(layer, "update_index"):
         return "its attention is sparse: an indexer picks blocks of keys"
     return f"its cache layer is a {name}, not plain keys and values"
-
-
-class _LayerReached(Exception):
-    pass
-
-
-@torch.no_grad()
-def branch_ends(model: PreTrainedModel, layer: nn.Module) -> list[str]:
-    """Names of the last modules of the layer's attention and MLP branch before their residual additions.
-
-    A branch goes on as long as the very tensor that one module returned is what the next one takes (a norm or
-    dropout after the attention); the residual addition makes a new tensor. Checked: with both ends silenced
-    the layer must be the identity.
-
-    Raises:
-        ModlabError: the layer is not of the form x + attention, + MLP.
-    """
-    device = next(layer.parameters()).device
-    calls: list[tuple[str, Any, Any]] = []
-    inside: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = args[0] if args else next(iter(kwargs.values()), None)
-            calls.append((name, given, output[0] if isinstance(output, tuple) else output))
-
-        return hook
-
-    def silence(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
-
-    def compare(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        inside["io"] = (given, output[0] if isinstance(output, tuple) else output)
-        raise _LayerReached
-
-    def probe(hooks: list[Any]) -> None:
-        """Runs the model up to the end of the layer, with `hooks` in place."""
-        hooks.append(layer.register_forward_hook(compare, with_kwargs=True))
-        training = model.training
-        model.eval()
-        try:
-            model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
-        except _LayerReached:
-            pass
-        finally:
-            model.train(training)
-            for hook in hooks:
-                hook.remove()
-
-    probe([c.register_forward_hook(watch(n), with_kwargs=True) for n, c in layer.named_children()])
-
-    ends = []
-    for start in (attention_name(layer), mlp_name(layer)):
-        if start is None or start not in [name for name, _, _ in calls]:
-            raise ModlabError(_not_separable(layer))
-        end, tensor = start, next(out for name, _, out in calls if name == start)
-        for name, given, out in calls:
-            if given is tensor:
-                end, tensor = name, out
-        ends.append(end)
-
-    probe([layer.get_submodule(end).register_forward_hook(silence) for end in ends])
-    x, y = inside["io"]
-    if not torch.equal(x, y):
-        raise ModlabError(_not_separable(layer))
-    return ends
-
-
-def _not_separable(layer: nn.Module) -> str:
-    return (
-        f"gate='paper' needs layers of the form x + attention, then + MLP; {type(layer).__name__} is not: "
-        "use gate='straight-through' or 'fused', which work on any layer."
-    )

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from modlab.cache import bytes as kv_bytes
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.routing.state import Recording, is_converted, record_routing
+from modlab.routing.record import Recording
+from modlab.routing.state import is_converted, record_routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from modlab.errors import ModlabError
+from modlab.routing.record import Recording
 from modlab.routing.router import is_router
-from modlab.routing.state import Recording, is_converted, record_routing
+from modlab.routing.state import is_converted, record_routing
 from modlab.saving.files import ADAPTER_CONFIG, ROUTER_FILE
 from modlab.saving.restore import load_routers
 from modlab.saving.save_adapters import describe_adapters

@@ -109,7 +109,8 @@ def sweep(
     prompt = prompt[:, : max(1, min(prompt_tokens, room))]
 
     longest = max(batch["input_ids"].shape[1] for batch in batches)
-    if routing.config.skip == "kv" and longest <= (recent := routing.config.keep_recent):
+    recent = routing.skip.recent(routing.config)
+    if recent is not None and longest <= recent:
         warnings.warn(
             f"texts of at most {longest} tokens are not longer than keep_recent={recent}: all of their keys "
             "and values stay, whatever the threshold is. Give longer texts.",

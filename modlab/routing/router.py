@@ -1,6 +1,6 @@
 """The router: one gate a token, always in fp32.
 
-Shape letters: B batch rows, T tokens in, D model dim.
+Shape letters: B rows, T tokens in, D model dim, G gates of a layer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ ROUTER = "mod_router"
 
 
 def is_router(name: str) -> bool:
-    """Whether this names a parameter of one of modlab's routers; mixtures of experts have their own."""
-    return ".mod_" in name and "router." in name
+    """Whether this names a parameter that conversion added: of a router, or a skip's own. Mixtures of experts
+    have routers too, which are the base's."""
+    return ".mod_" in name
 
 
 def logit_of(gate: float) -> float:
@@ -27,22 +28,34 @@ def logit_of(gate: float) -> float:
 
 
 class Router(nn.Module):
-    """Linear D -> 1 on the residual stream: logit = w·x + b, gate = sigmoid(logit) (MoDification eq. 1).
+    """Linear D -> G on the residual stream: logit = w·x + b, gate = sigmoid(logit) (MoDification eq. 1).
 
     Weights and arithmetic stay fp32 whatever the model's dtype or autocast: a bf16 gate has a step of 0.004
     near 0.5, enough to flip decisions between prefill and decode.
+
+    Args:
+        hidden_size: D.
+        init_gate: gate of every token right after conversion, in (0, 1).
+        device: where the weights are made.
+        gates: G. One gate has weights [D] and logits [B, T]; several have [G, D] and [B, T, G].
     """
 
-    def __init__(self, hidden_size: int, init_gate: float, device: torch.device | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, init_gate: float, device: torch.device | None = None, gates: int = 1
+    ) -> None:
         super().__init__()
+        shape = (hidden_size,) if gates == 1 else (gates, hidden_size)
         # Zero weights: right after conversion every token has the same, open gate, so nothing is skipped.
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.full((1,), logit_of(init_gate), dtype=torch.float32, device=device))
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        bias = torch.full((gates,), logit_of(init_gate), dtype=torch.float32, device=device)
+        self.bias = nn.Parameter(bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Router logits, fp32 [B, T]; their sigmoid is the gate."""
+        """Router logits, fp32 [B, T] or [B, T, G]; their sigmoid is the gate."""
+        single = self.weight.dim() == 1
         with torch.autocast(x_BTD.device.type, enabled=False):
-            return F.linear(x_BTD.float(), self.weight[None], self.bias).squeeze(-1)
+            logit = F.linear(x_BTD.float(), self.weight[None] if single else self.weight, self.bias)
+            return logit.squeeze(-1) if single else logit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)` and
@@ -58,4 +71,5 @@ class Router(nn.Module):
         return super()._apply(keep_fp32, recurse)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.weight.numel()}, dtype={self.weight.dtype}"
+        gates = self.bias.numel()
+        return f"in_features={self.weight.shape[-1]}, gates={gates}, dtype={self.weight.dtype}"

@@ -1,35 +1,36 @@
 """The routing state of one converted model: who is kept, decided in one place, observable and steerable.
 
-`model.mod` is a `Routing`. It holds the config and the live thresholds; hooks on the base decoder tell it
-about each forward (padding, positions, cache) and routed layers ask it which tokens to keep.
+`model.mod` is a `Routing`. It holds the config and the live thresholds; hooks on the base decoder
+(`routing/forward.py`) tell it about each forward (padding, positions, cache) and routed layers ask it which
+tokens to keep.
 
-Shape letters: B batch rows, T tokens in, K tokens seen including cached ones, D model dim.
+What belongs to a forward (the call in progress, an override, open recordings) is the thread's that runs it:
+two threads may compute on one model at once.
+
+Shape letters: B rows, T tokens in, D model dim, G gates of a layer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from modlab.cache.ragged import RaggedCache
-from modlab.config import MoDConfig
+from modlab import skips
 from modlab.errors import ModlabError
-from modlab.hf.arguments import forward_signature
-from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
-from modlab.hf.model import beyond_context, context_length
+from modlab.routing import rule
+from modlab.routing.record import Decision, ForwardCall, OverrideFn, Recording
 from modlab.routing.threshold import check_threshold
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedConfig, PreTrainedModel
 
-OverrideFn = Callable[[int, Tensor, Tensor], Tensor]
+    from modlab.config import MoDConfig
 
 eager = torch.compiler.disable(
     reason="modlab: routes change the shapes in a routed layer with every token, so it runs as it is."
@@ -40,79 +41,16 @@ layers).
 """
 
 
-@dataclass
-class Decision:
-    """What one router said about one forward: logit and gate fp32 [B, T], keep bool [B, T]."""
+class _OfThread(threading.local):
+    """What a forward carries, by thread."""
 
-    logit: Tensor
-    gate: Tensor
-    keep: Tensor
-
-
-@dataclass
-class RoutingStep:
-    """One forward of the model, as the recorder saw it; dicts are keyed by layer index, tensors are [B, T].
-
-    Attributes:
-        gate: sigmoid of the router logit, fp32.
-        logit: router logit, fp32.
-        keep: True where the layer ran for the token (with skip="kv", where its keys and values stay).
-        real: True where the token is not padding.
-        position_ids: index of the token among the real tokens of its row, -1 for leading padding.
-    """
-
-    real: Tensor
-    position_ids: Tensor
-    gate: dict[int, Tensor] = field(default_factory=dict)
-    logit: dict[int, Tensor] = field(default_factory=dict)
-    keep: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Recording:
-    """Every forward inside a `record_routing` block, oldest first."""
-
-    steps: list[RoutingStep] = field(default_factory=list)
-    detach: bool = True
-
-
-@dataclass
-class ForwardCall:
-    """What the routed layers need to know about the forward they are part of.
-
-    Attributes:
-        real: bool [B, T], False for padding.
-        position_ids: long [B, T], index among the real tokens of the row (-1 for leading padding).
-        columns: long [T], absolute column of each token in the padded batch, cached columns counted.
-        num_columns: columns seen once this forward is done.
-        cache: the ragged cache that is written, or None.
-        steps: the open recordings, each with its entry for this forward.
-        thresholds, what_if, masked, override: the routing's, as they stood when the forward began: a
-            gradient-checkpoint recompute decides as the forward did.
-        padded: False where the caller gave no mask.
-    """
-
-    real: Tensor
-    position_ids: Tensor
-    columns: Tensor
-    num_columns: int
-    cache: RaggedCache | None
-    steps: list[tuple[Recording, RoutingStep]]
-    thresholds: dict[int, float]
-    what_if: bool
-    masked: bool
-    override: OverrideFn | None
-    padded: bool = True
-    decisions: dict[int, Decision] = field(default_factory=dict)
-
-    @functools.cached_property
-    def has_gaps(self) -> bool:
-        """Whether padding stands between the tokens of a row (one host sync a forward, where there is a mask
-        and somebody asks)."""
-        if not self.padded:
-            return False
-        behind_a_token = (self.real.cumsum(1) > 0) & ~self.real
-        return bool(((behind_a_token.cumsum(1) > 0) & self.real).any())
+    def __init__(self) -> None:
+        self.call: ForwardCall | None = None
+        self.caller_mask: tuple[Any] | None = None
+        self.override: OverrideFn | None = None
+        self.recordings: tuple[Recording, ...] = ()
+        self.masked = False  # everything runs through the masked reference, see execution/reference.py
+        self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
 
 
 class Routing:
@@ -120,6 +58,7 @@ class Routing:
 
     Attributes:
         config: the settings of the conversion.
+        skip: what a token may skip, `skips.named(config.skip)`.
         layers: indices of the routed layers, ascending.
         num_layers: number of decoder layers, routed or not.
         windows: sliding window by routed layer, in tokens; None where the layer attends to everything.
@@ -143,6 +82,7 @@ class Routing:
         supports_flex: bool = False,
     ) -> None:
         self.config = config
+        self.skip = skips.named(config.skip)
         self.supports_flex = supports_flex
         self.model_config = model_config
         self.layers = layers
@@ -159,67 +99,66 @@ class Routing:
             self.thresholds.update(config.p)
         self.base_trained = False
         self.what_if = True
-        self.masked = False  # run everything through the masked reference, see ops/reference.py
-        self.compile_layers = False  # set while training asks for it, see train_compile.py
-        self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
-        self.override: OverrideFn | None = None
-        self.recordings: list[Recording] = []
-        self.call: ForwardCall | None = None
+        self.compile_layers = False  # set while training asks for it
         self.hooks: list[RemovableHandle] = []
-        self.caller_mask: tuple[Any] | None = None
+        self.of_thread = _OfThread()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins without a forward of its own: that state is its thread's."""
+        return {name: value for name, value in self.__dict__.items() if name != "of_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.of_thread = _OfThread()
+
+    @property
+    def call(self) -> ForwardCall | None:
+        """The forward in progress in this thread (or its latest one)."""
+        return self.of_thread.call
+
+    @property
+    def masked(self) -> bool:
+        """Whether this thread runs everything through the masked reference."""
+        return self.of_thread.masked
+
+    @property
+    def override(self) -> OverrideFn | None:
+        """What decides in this thread instead of the thresholds, or None."""
+        return self.of_thread.override
 
     @property
     def attention(self) -> str:
         """Name of the attention implementation in use; it may change after conversion."""
         return self.model_config._attn_implementation or "eager"
 
-    # ---- the decision function: training, prefill and decode all come through here (contract 2) ----
-
     def decide(
         self, layer_idx: int, router: Callable[[Tensor], Tensor], x_BTD: Tensor, training: bool
     ) -> Decision:
-        """Which tokens of `x_BTD` layer `layer_idx` keeps in the current forward. Padding is never kept.
+        """Which tokens of `x_BTD` layer `layer_idx` keeps in the current forward; training, prefill and
+        decoding all come through here (docs/design.md, contract 2). Padding is never kept.
 
         Args:
-            router: the layer's router, or what computes its logits fp32 [B, T] in another way.
+            router: the layer's router, or what computes its logits fp32 [B, T] (or [B, T, G]) in another way.
         """
-        call = self.require_call()
+        call, config = self.require_call(), self.config
         logit = router(x_BTD)
         gate = torch.sigmoid(logit)
         if call.override is not None:
-            keep = self._overridden(call.override, layer_idx, gate.detach(), call.position_ids)
-        elif self.config.operator == "topk" and training:
-            keep = self._top_k(logit.detach(), call.real)
+            keep = _overridden(call.override, layer_idx, gate.detach(), call.position_ids)
+        elif self.skip.decides_itself:
+            keep = self.skip.decide(gate.detach(), logit.detach(), call, layer_idx)
+        elif config.operator == "topk" and training and call.cache is None:
+            first = rule.protected(call.position_ids, config.keep_first)
+            keep = rule.top_k(logit.detach(), call.real, config.capacity) | over(first, gate)
         else:
-            keep = gate.detach() >= call.thresholds[layer_idx]
-        if call.override is None and self.config.keep_first:
-            keep = keep | (call.position_ids < self.config.keep_first)
-        decision = Decision(logit, gate, keep & call.real)
+            keep = rule.kept(gate.detach(), call.thresholds[layer_idx], call.position_ids, config.keep_first)
+        decision = Decision(logit, gate, keep & over(call.real, gate))
         call.decisions[layer_idx] = decision
         for recording, step in call.steps:
             step.gate[layer_idx] = gate.detach() if recording.detach else gate
             step.logit[layer_idx] = logit.detach() if recording.detach else logit
             step.keep[layer_idx] = decision.keep
         return decision
-
-    def _top_k(self, logit: Tensor, real: Tensor) -> Tensor:
-        """The `capacity` share of highest logits in each row, counted over that row's real tokens."""
-        rank = (
-            logit.masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        )
-        return rank < (real.sum(1, keepdim=True) * self.config.capacity).ceil()
-
-    @staticmethod
-    def _overridden(override: OverrideFn, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
-        keep = override(layer_idx, gate, position_ids)
-        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != gate.shape:
-            got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-            raise ModlabError(
-                f"routing_override's function must return a bool tensor of shape {tuple(gate.shape)} for "
-                "layer "
-                f"{layer_idx}; it returned {got}."
-            )
-        return keep.to(gate.device)
 
     def require_call(self) -> ForwardCall:
         """The forward in progress; routed layers only make sense inside one."""
@@ -232,127 +171,28 @@ class Routing:
     @contextlib.contextmanager
     def within(self, call: ForwardCall | None) -> Iterator[None]:
         """Inside this block `call` is the forward in progress (None: the latest one that began)."""
-        before = self.call
-        self.call = call or before
+        before = self.of_thread.call
+        self.of_thread.call = call or before
         try:
             yield
         finally:
-            self.call = before
+            self.of_thread.call = before
 
-    # ---- hooks on the model: a model of several parts makes its decoder's masks itself ----
 
-    def enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: notes the caller's attention_mask."""
-        module_class: Any = type(module)
-        bound = forward_signature(module_class).bind_partial(*args, **kwargs).arguments
-        self.caller_mask = (bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask")),)
+def over(value_BT: Tensor, gate: Tensor) -> Tensor:
+    """One value a token, shaped to be combined with gates [B, T] or [B, T, G]."""
+    return value_BT[(..., *[None] * (gate.dim() - value_BT.dim()))]
 
-    def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: that mask is no other forward's."""
-        self.caller_mask = None
 
-    # ---- hooks on the base decoder ----
-
-    @eager
-    def enter(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict]:
-        """Forward pre-hook: works out padding and positions, and puts a ragged cache where a cache is asked
-        for.
-        """
-        if self.bypass:
-            return args, kwargs
-        module_class: Any = type(module)
-        bound = forward_signature(module_class).bind_partial(*args, **kwargs).arguments
-        extra = bound.get("kwargs", {})
-
-        def given(name: str) -> Any:
-            return bound.get(name, extra.get(name))
-
-        tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
-        if tokens is None:
-            return args, kwargs  # the model's own error says it best
-        if tokens.shape[1] == 0:
-            raise ModlabError("the input holds no token: give the model at least one.")
-        if self.attention == "flex_attention":
-            raise ModlabError(
-                "flex_attention compiles a kernel for every number of keys, and a routed layer has another "
-                "one at each step: use model.set_attn_implementation('sdpa')."
-            )
-        cache, use_cache = given_cache(extra | bound), given("use_cache")
-        if use_cache is None:
-            use_cache = getattr(module.config, "use_cache", False)
-        if cache is None and use_cache and not module.training:
-            cache = RaggedCache(module.config, routing=self)
-            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
-            kwargs[cache_argument(module)] = cache
-        elif cache is None and use_cache:
-            kwargs = {**kwargs, "use_cache": False}  # a training forward has no use for a cache
-        elif cache is not None and not isinstance(cache, RaggedCache):
-            raise ModlabError(
-                f"the cache is a {type(cache).__name__}, but a routed layer stores only the tokens it "
-                "keeps: pass modlab.RaggedCache(model), or nothing and let the model make one."
-            )
-        if cache is not None:
-            cache.check_batch(tokens.shape[0])
-        seen = cache.get_seq_length() if cache is not None else 0
-        context = context_length(module)
-        if seen == 0 and context and tokens.shape[1] > context:
-            raise ModlabError(
-                f"the input has {tokens.shape[1]} tokens, the model's context is {context}: "
-                f"{beyond_context(module)}."
-            )
-        self.call = self._new_call(tokens, given("attention_mask"), seen, cache)
-        return args, kwargs
-
-    def _new_call(self, tokens: Tensor, mask: Any, seen: int, cache: RaggedCache | None) -> ForwardCall:
-        B, T = tokens.shape[:2]
-        if mask is not None and not _is_padding_mask(mask) and self.caller_mask is not None:
-            (mask,) = self.caller_mask
-        columns = torch.arange(seen, seen + T, device=tokens.device)
-        if mask is None:
-            real = torch.ones(B, T, dtype=torch.bool, device=tokens.device)
-            position_ids = columns.expand(B, T)
-        elif _is_padding_mask(mask):
-            if mask.shape[1] != seen + T:
-                raise ModlabError(
-                    f"attention_mask covers {mask.shape[1]} tokens, but {seen} are cached and {T} are new: "
-                    "it must have "
-                    f"shape [{B}, {seen + T}]."
-                )
-            mask = mask.to(tokens.device).bool()
-            real = mask[:, seen:]
-            position_ids = mask.long().cumsum(1)[:, seen:] - 1
-        else:
-            raise ModlabError(
-                "a converted model takes a two-dimensional attention_mask [B, K] (1 = token, 0 = padding): "
-                "routed layers build their own causal masks from it."
-            )
-        steps = [(recording, RoutingStep(real, position_ids)) for recording in self.recordings]
-        for recording, step in steps:
-            recording.steps.append(step)
-        return ForwardCall(
-            *(real, position_ids, columns, seen + T, cache, steps),
-            thresholds=dict(self.thresholds),
-            what_if=self.what_if,
-            masked=self.masked,
-            override=self.override,
-            padded=mask is not None,
+def _overridden(override: OverrideFn, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
+    keep = override(layer_idx, gate, position_ids)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != gate.shape:
+        got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ModlabError(
+            f"routing_override's function must return a bool tensor of shape {tuple(gate.shape)} for layer "
+            f"{layer_idx}; it returned {got}."
         )
-
-    @eager
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: the forward is over. Its padding and positions stay for a gradient-checkpoint
-        recompute.
-        """
-        if self.call is not None and not self.bypass:
-            self.call.cache = None
-            self.call.steps = []
-            self.call.decisions = {}
-
-
-def _is_padding_mask(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
+    return keep.to(gate.device)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -418,7 +258,8 @@ def thresholds_restored_on_error(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
-    """Inside this block `fn` decides which tokens are kept, instead of the thresholds.
+    """Inside this block `fn` decides which tokens are kept, instead of the thresholds, in forwards of this
+    thread.
 
     Args:
         model: a converted model.
@@ -426,18 +267,18 @@ def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
             (index among the row's real tokens) and keep bool [B, T]. First tokens are not kept unless `fn`
             keeps them; padding is never kept whatever it says.
     """
-    routing = routing_of(model)
-    before = routing.override
-    routing.override = fn
+    of_thread = routing_of(model).of_thread
+    before = of_thread.override
+    of_thread.override = fn
     try:
         yield
     finally:
-        routing.override = before
+        of_thread.override = before
 
 
 @contextlib.contextmanager
 def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Recording]:
-    """Records gates and keep masks of every forward inside this block.
+    """Records gates and keep masks of every forward of this thread inside this block.
 
     Args:
         model: a converted model.
@@ -446,10 +287,23 @@ def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Reco
     Yields:
         a `Recording`; ``recording.steps[i].gate[layer]`` is fp32 [B, T].
     """
-    routing = routing_of(model)
+    of_thread = routing_of(model).of_thread
     recording = Recording(detach=detach)
-    routing.recordings.append(recording)
+    of_thread.recordings = (*of_thread.recordings, recording)
     try:
         yield recording
     finally:
-        routing.recordings = [r for r in routing.recordings if r is not recording]
+        of_thread.recordings = tuple(r for r in of_thread.recordings if r is not recording)
+
+
+@contextlib.contextmanager
+def masked_execution(model: PreTrainedModel) -> Iterator[None]:
+    """Inside this block a converted model runs in masked form in this thread, without a cache: the
+    yardstick."""
+    of_thread = routing_of(model).of_thread
+    before = of_thread.masked
+    of_thread.masked = True
+    try:
+        yield
+    finally:
+        of_thread.masked = before

@@ -24,12 +24,6 @@ OURS = "<!-- written by modlab -->"
 """Marks a card as generated: it may be written again. Take the line out to keep what you changed."""
 
 PAPER = "https://arxiv.org/abs/2410.14268"
-ROUTED = {
-    "kv": "keys and values",
-    "layer": "whole layers",
-    "attention": "attention alone",
-    "mlp": "MLPs alone",
-}
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~^$-])")
 
 
@@ -99,10 +93,10 @@ def model_card(
         f"# {plain(name)}",
         OURS,
         f"A Mixture-of-Depths version{base}: in {len(routing.layers)} of its {routing.num_layers} layers a "
-        f"router decides for each token {_decides(config)} ([MoDification]({PAPER})).",
+        f"router decides for each token {routing.skip.decides(config)} ([MoDification]({PAPER})).",
         "| | |\n|---|---|\n"
         f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
-        f"| routing | {config.operator}, {ROUTED[config.skip]}, gate {config.gate} |\n"
+        f"| routing | {config.operator}, {routing.skip.words.routed}, gate {config.gate} |\n"
         f"| threshold p | {thresholds} |" + _figures(evaluation),
         _measured(evaluation, name),
         "## How to load",
@@ -122,18 +116,6 @@ def model_card(
 def _quoted(name: str) -> str:
     """A Python literal, in double quotes where that is plain."""
     return f'"{name}"' if re.fullmatch(r"[^\\\"\x00-\x1f]*", name) and name.isprintable() else repr(name)
-
-
-def _decides(config: MoDConfig) -> str:
-    """What a router decides, in half a sentence."""
-    if config.skip == "kv":
-        return (
-            f"whether its keys and values stay in the cache beyond the latest {config.keep_recent} tokens. "
-            "All tokens pass all layers"
-        )
-    what = {"layer": "the layer", "attention": "the layer's attention", "mlp": "the layer's MLP"}[config.skip]
-    left = "" if config.skip == "mlp" else ". A skipped token leaves no keys and values there"
-    return f"whether it runs through {what} or skips it{left}"
 
 
 def _figures(evaluation: Evaluation | None) -> str:

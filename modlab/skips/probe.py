@@ -1,8 +1,8 @@
-"""Whether one branch of a decoder layer, its attention or its MLP, can be skipped on its own.
+"""Whether a part of a decoder layer can be routed: found out by running the layer on random numbers.
 
 A routed branch gives zero for a skipped token. That skips it where the layer adds the branch's output to a
 residual that it holds itself. A branch that adds the residual on its own (BLOOM, MPT, BERT) would lose the
-token with it. No list says which those are; the layer is run on random numbers.
+token with it. No list says which those are; the layer tells.
 """
 
 from __future__ import annotations
@@ -10,67 +10,66 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modlab.errors import ModlabError
 from modlab.execution.masked_keys import with_gradient
 from modlab.execution.masks import as_attention_mask, packed_mask
 from modlab.hf import anatomy
 from modlab.hf.arguments import LayerArguments, hidden_name
+from modlab.hf.model import eval_mode
+from modlab.hf.up_to import TOKENS, Reached, run_up_to
+from modlab.skips.base import Part, Skip
 
-Branch = Literal["attention", "mlp", "kv"]
-"""What a token may skip alone: a branch, or the attention's storing of its keys and values."""
-TOKENS = 3
+if TYPE_CHECKING:
+    from modlab.conversion.survey import LayerFacts, Survey
+
+NOT_REACHED = "the layer does not run where the input is text alone"
 
 
 @dataclass(frozen=True)
-class BranchForm:
-    """How a layer uses one of its branches.
+class PartForm:
+    """How a layer uses one of its parts.
 
     Attributes:
-        cannot_skip: why the branch cannot be skipped on its own; "" if it can.
+        refusal: why the part cannot be routed on its own; "" if it can.
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
     """
 
-    cannot_skip: str = ""
+    refusal: str = ""
     in_tuple: bool = False
     extra_outputs: int = 0
 
 
 @torch.no_grad()
-def branch_forms(
-    model: PreTrainedModel, layers: nn.ModuleList, indices: Iterable[int], branch: Branch
-) -> dict[int, BranchForm]:
-    """The form of a branch in each of the layers `indices`: one forward of three tokens up to the last of
-    them, then a few of each layer alone.
+def part_forms(found: Survey, indices: Iterable[int], skip: Skip) -> dict[int, dict[Part, PartForm]]:
+    """The form of each part that follows the decision in each of these layers: one forward of a few tokens up
+    to the last of them, then a few of each layer alone.
 
     Args:
-        model: the dense model.
-        layers: its decoder layers.
-        indices: the layers to look at; each has a module for the branch.
-        branch: ``"attention"``, ``"mlp"``, or ``"kv"``: then the attention runs for every token, and need not
-            give zero.
+        found: the dense model; its layers have the parts.
+        indices: the layers to look at.
+        skip: what a token may skip.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        calls = _layer_calls(model, layers, set(indices))
-        return {index: _form(layers[index], branch, calls.get(index)) for index in indices}
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(found.model):
+        calls = _layer_calls(found.model, found.layers, set(indices))
+        return {
+            index: {part: _form(found.facts[index], part, skip, calls.get(index)) for part in skip.parts}
+            for index in indices
+        }
 
 
-def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
-    name = anatomy.mlp_name(layer) if branch == "mlp" else anatomy.attention_name(layer)
-    assert name is not None, "convert asks for layers that have the branch"
+def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None) -> PartForm:
     if call is None:
-        return BranchForm("the layer does not run where the input is text alone")
-    module = layer.get_submodule(name)
+        return PartForm(NOT_REACHED)
+    if part == "layer":
+        return PartForm()
+    layer, name, module = facts.layer, facts.name_of(part), facts.module(part)
     first = hidden_name(type(module))
     seen: list[tuple[Any, Any, Any]] = []
 
@@ -79,26 +78,26 @@ def _form(layer: nn.Module, branch: Branch, call: _Call | None) -> BranchForm:
 
     y = call(layer, [module.register_forward_hook(watch, with_kwargs=True)])
     if len(seen) != 1:
-        return BranchForm(f"{name} runs {len(seen)} times in a forward")
+        return PartForm(f"{name} runs {len(seen)} times in a forward")
     args, kwargs, output = seen[0]
     given = args[0] if args else kwargs.get(first)
     in_tuple = isinstance(output, (tuple, list))
-    form = BranchForm("", in_tuple, len(output) - 1 if in_tuple else 0)
+    form = PartForm("", in_tuple, len(output) - 1 if in_tuple else 0)
     out = output[0] if in_tuple else output
     if not isinstance(given, Tensor) or given.dim() != 3 or given.shape[:2] != (1, TOKENS):
-        return replace(form, cannot_skip=f"{name} is not given one vector a token")
+        return replace(form, refusal=f"{name} is not given one vector a token")
     if not isinstance(out, Tensor) or out.numel() != given.numel():
-        return replace(form, cannot_skip=f"{name} does not return one vector a token")
-    if branch == "mlp" and (others := _other_mlps(layer, name)):
-        return replace(form, cannot_skip=f"the layer has a second MLP beside {name} ({', '.join(others)})")
+        return replace(form, refusal=f"{name} does not return one vector a token")
+    if part == "mlp" and (others := _other_mlps(layer, facts.mlp or "")):
+        return replace(form, refusal=f"the layer has a second MLP besides {name} ({', '.join(others)})")
     if in_tuple and not _same_without_extras(call, layer, y, module, form):
-        needs = "beside the hidden states" if form.extra_outputs else f"as a {type(output).__name__}"
-        return replace(form, cannot_skip=f"the layer needs what {name} returns {needs}")
-    if branch == "kv":
-        if not _adds_its_mask(module, args, kwargs):
-            return replace(form, cannot_skip=f"{name} does not add its mask to its scores, to weigh keys by")
-    elif not _gives_zero(module, args, kwargs):
-        return replace(form, cannot_skip=f"{name} adds the residual itself, not the layer")
+        needs = "in addition to the hidden states" if form.extra_outputs else f"as a {type(output).__name__}"
+        return replace(form, refusal=f"the layer needs what {name} returns {needs}")
+    asks = skip.probe(part)
+    if asks == "adds its mask" and not _adds_its_mask(module, args, kwargs):
+        return replace(form, refusal=f"{name} does not add its mask to its scores, to weigh keys by")
+    if asks == "gives zero" and not _gives_zero(module, args, kwargs):
+        return replace(form, refusal=f"{name} adds the residual itself, not the layer")
     return form
 
 
@@ -142,7 +141,7 @@ def _other_mlps(layer: nn.Module, name: str) -> list[str]:
 
 
 def _same_without_extras(
-    call: _Call, layer: nn.Module, wanted: Tensor, branch: nn.Module, form: BranchForm
+    call: _Call, layer: nn.Module, wanted: Tensor, branch: nn.Module, form: PartForm
 ) -> bool:
     """Whether the layer does the same where the branch returns None for its further outputs, as a routed one
     does once it has skipped a token."""
@@ -197,7 +196,7 @@ def _gives_zero(branch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _zero(_module: nn.Module, _args: Any, output: Any) -> Any:
-    """Zeros in the place of all real numbers that a module returns."""
+    """Zeros instead of all real numbers that a module returns."""
     if isinstance(output, (tuple, list)):
         return type(output)(_zero(_module, _args, part) for part in output)
     is_real = isinstance(output, Tensor) and output.is_floating_point()
@@ -206,7 +205,7 @@ def _zero(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 @dataclass
 class _Call:
-    """What the model calls a layer with, random hidden states in the place of its own.
+    """What the model calls a layer with, random hidden states instead of its own.
 
     Attributes:
         hidden: random, of the shape and dtype that the model's own have.
@@ -236,30 +235,77 @@ class _Call:
         return output[0] if isinstance(output, (tuple, list)) else output
 
 
-class _LastLayerReached(Exception):
-    pass
-
-
-def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList, indices: set[int]) -> dict[int, _Call]:
-    """The calls of these layers in one forward, by index."""
+def _layer_calls(
+    model: PreTrainedModel, layers: list[nn.Module], indices: set[int]
+) -> dict[int, _Call]:
+    """The calls of these layers in one forward, by index; layers that do not run have none."""
     calls: dict[int, _Call] = {}
 
     def noting(index: int) -> Callable[..., None]:
         def hook(layer: Any, args: Any, kwargs: Any) -> None:
             calls[index] = _Call(args, kwargs, hidden_name(type(layer)))
             if len(calls) == len(indices):
-                raise _LastLayerReached
+                raise Reached
 
         return hook
 
-    hooks = [layers[i].register_forward_pre_hook(noting(i), with_kwargs=True) for i in indices]
-    device = next(layers.parameters()).device
-    token = 1 if getattr(model.config, "pad_token_id", None) == 0 else 0  # padding makes some models warn
-    try:
-        model(input_ids=torch.full((1, TOKENS), token, device=device), use_cache=False)
-    except _LastLayerReached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_up_to(model, [layers[i].register_forward_pre_hook(noting(i), with_kwargs=True) for i in indices])
     return calls
+
+
+@torch.no_grad()
+def branch_ends(model: PreTrainedModel, facts: LayerFacts) -> list[str]:
+    """Names of the last modules of the layer's attention and MLP branch before their residual additions.
+
+    A branch goes on as long as the very tensor that one module returned is what the next one takes (a norm or
+    dropout after the attention); the residual addition makes a new tensor. Checked: with both ends silenced
+    the layer must be the identity.
+
+    Raises:
+        ModlabError: the layer is not of the form x + attention, + MLP.
+    """
+    layer = facts.layer
+    calls: list[tuple[str, Any, Any]] = []
+    inside: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            calls.append((name, given, output[0] if isinstance(output, tuple) else output))
+
+        return hook
+
+    def silence(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    def compare(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        inside["io"] = (given, output[0] if isinstance(output, tuple) else output)
+        raise Reached
+
+    def run_layer(hooks: list[Any]) -> None:
+        run_up_to(model, [*hooks, layer.register_forward_hook(compare, with_kwargs=True)])
+
+    run_layer([c.register_forward_hook(watch(n), with_kwargs=True) for n, c in layer.named_children()])
+    ends = []
+    for start in (facts.attention, facts.mlp):
+        if start is None or start not in [name for name, _, _ in calls]:
+            raise ModlabError(_not_separable(layer))
+        end, tensor = start, next(out for name, _, out in calls if name == start)
+        for name, given, out in calls:
+            if given is tensor:
+                end, tensor = name, out
+        ends.append(end)
+
+    run_layer([layer.get_submodule(end).register_forward_hook(silence) for end in ends])
+    x, y = inside["io"]
+    if not torch.equal(x, y):
+        raise ModlabError(_not_separable(layer))
+    return ends
+
+
+def _not_separable(layer: nn.Module) -> str:
+    return (
+        f"gate='paper' needs layers of the form x + attention, then + MLP; {type(layer).__name__} is not: "
+        "use gate='straight-through' or 'fused', which work on any layer."
+    )

@@ -80,16 +80,15 @@ def check_fit(model: Any, source: Batches, what: str) -> None:
 
 def nothing_to_learn(model: Any, length: int) -> str:
     """Why rows of at most `length` tokens teach the routers nothing; "" if they do."""
-    if not is_converted(model) or model.mod.config.skip != "kv":
+    if not is_converted(model):
         return ""
-    # The first token that may be dropped follows the protected ones; a recent past later one may miss it, and
-    # that one still has to predict another.
-    needed = model.mod.config.keep_first + model.mod.config.keep_recent + 2
-    if length >= needed:
+    routing = model.mod
+    needed = routing.skip.tokens_to_learn(routing.config)
+    if length >= needed or routing.skip.recent(routing.config) is None:
         return ""
     return (
-        f"rows of at most {length} tokens, but with skip='kv' a token attends to its latest "
-        f"{model.mod.config.keep_recent} (keep_recent) whatever the routers say: none of them would learn. "
+        f"rows of at most {length} tokens, but with skip={routing.skip.name!r} a token attends to its latest "
+        f"{routing.config.keep_recent} (keep_recent) whatever the routers say: none of them would learn. "
         f"Rows of {needed} tokens are the least, several times as many are better; or convert with a smaller "
         "keep_recent (modlab convert --keep-recent N)."
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from modlab.routing.state import RoutingStep
+    from modlab.routing.record import RoutingStep
     from modlab.training.config import Objective, TrainConfig
 
 CHUNK_ELEMENTS = 2**28  # at most this many logits are held in fp32 at once (1 GiB)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from modlab.hf.arguments import forward_signature
 from modlab.measure.evaluation import targets_of
-from modlab.routing.state import Recording, is_converted, record_routing
+from modlab.routing.record import Recording
+from modlab.routing.state import is_converted, record_routing
 from modlab.training import objectives
 from modlab.training.checks import check_length
 from modlab.training.config import Objective, TrainConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from modlab.routing.state import RoutingStep
+    from modlab.routing.record import RoutingStep
 
 EDGE = 16.0  # router logits beyond this, on either side, count as this
 BINS = 4096  # 0.008 of a logit each

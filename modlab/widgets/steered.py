@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import traitlets as t
 
-from modlab.cache.stored import MIB, index_bytes, keep_ratio_for, recent_share
+from modlab.cache.stored import MIB, keep_ratio_for, recent_share
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
+from modlab.skips import named
 from modlab.traces.routing_trace import RoutingTrace, run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
@@ -42,12 +43,12 @@ class SteeredView(MeasuredView):
         routed = len(trace.layers)
         each = trace.kv_bytes_per_token
         dense = (trace.num_layers - routed) * each
-        quarter = dense + 0.25 * routed * (each + index_bytes(trace.skip))
+        quarter = dense + 0.25 * routed * (each + named(trace.skip).index_bytes)
         self.budget = {
             "mib": float(f"{quarter * context / MIB:.3g}"),
             "context": context,
             "token_bytes": words(trace.skip)["saves"] * each,
-            "index_bytes": index_bytes(trace.skip),
+            "index_bytes": named(trace.skip).index_bytes,
             "sample": self._texts is not None,
         }
 

@@ -22,7 +22,7 @@ from typing import Any
 import common
 import torch
 
-from modlab.routing.state import OverrideFn
+from modlab.routing.record import OverrideFn
 
 PACKAGE = common.REPO / "modlab" / "demo"
 TRAINING = Path(__file__).with_name("logs") / "06_kept_keys.json"

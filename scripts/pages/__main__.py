@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .blocks import PAGES, ROOT, stale, write
+from scripts.pages.blocks import PAGES, ROOT, stale, write
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
         )
         return int(bool(found))
     if options.pictures:
-        from . import quality, speed
+        from scripts.pages import quality, speed
 
         for path in (*quality.draw(ROOT / "docs"), *speed.draw(ROOT / "docs")):
             print(f"drew {path.relative_to(ROOT)}")

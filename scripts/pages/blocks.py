@@ -4,7 +4,15 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import architecture, commands, costs, defaults, models, quality, results
+from scripts.pages import (
+    architecture,
+    commands,
+    costs,
+    defaults,
+    models,
+    quality,
+    results,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (

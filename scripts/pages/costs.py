@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from .quality import DEFAULT, summary
-from .results import newest, results, skipped
+from scripts.pages.quality import DEFAULT, summary
+from scripts.pages.results import newest, results, skipped
 
 REAL = "Qwen2.5-Coder-0.5B-Instruct"
 Row = tuple[str, str, str, str]

@@ -13,8 +13,7 @@ from typing import Any
 import pandas as pd
 
 from modlab import MoDConfig, TrainConfig
-
-from .quality import furthest_off, newest_result, summary
+from scripts.pages.quality import furthest_off, newest_result, summary
 
 Gap = Callable[..., str]
 TOKENS = 10_000_000

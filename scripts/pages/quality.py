@@ -8,8 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from benchmarks.quality.arms import ARMS
-
-from .screenshot import save_png
+from scripts.pages.screenshot import save_png
 
 WIDTH, HEIGHT = 1000, 560
 POINTS = ("1.3x", "1.5x", "1.8x", "2.2x", "2.5x")

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .screenshot import save_png
+from scripts.pages.screenshot import save_png
 
 WIDTH, HEIGHT = 1000, 420
 CONTEXT = 32768

@@ -10,6 +10,7 @@ import torch
 
 from modlab import bench
 from modlab.bench import fast, growth, ideal, limits, models, overhead, registry, results, speed, training
+from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.measure import time_generate
 
@@ -148,30 +149,32 @@ def test_ideals_count_what_is_left_out(keep):
     """What attention and MLP save, each alone, is what the layer saves."""
     config = models.SHAPES["tiny"].config(64)
     for work in (
-        lambda skip, share: ideal.prefill_flops(config, [64, 20], share, skip),
-        lambda skip, share: ideal.decode_bytes(config, [64, 20], share, 4, skip),
+        lambda skip, share: ideal.prefill_flops(config, [64, 20], share, MoDConfig(skip=skip)),
+        lambda skip, share: ideal.decode_bytes(config, [64, 20], share, 4, MoDConfig(skip=skip)),
     ):
         saved = {skip: work(skip, 1.0) - work(skip, keep) for skip in ("layer", "attention", "mlp")}
         assert saved["attention"] + saved["mlp"] == pytest.approx(saved["layer"])
         assert min(saved.values()) > 0
     weights_and_keys = (2 * 64 * 64 + 2 * 64 * 32 + 2 * 64 * 32) * 4  # q and o; k and v; K and V of 64 tokens
-    whole, rest = (ideal.decode_bytes(config, [64], share, 4, "attention") for share in (1.0, 0.0))
+    mod = MoDConfig(skip="attention")
+    whole, rest = (ideal.decode_bytes(config, [64], share, 4, mod) for share in (1.0, 0.0))
     assert whole - rest == weights_and_keys
 
 
 def test_ideals_of_a_cache_that_is_decided_about_alone():
     """All operations but those with keys that are gone; all bytes but theirs."""
     config, n = models.SHAPES["tiny"].config(1024), 1000
-    recent, older = ideal.RECENT, n - ideal.RECENT
-    assert ideal.stored_tokens(n, 0.25, "kv") == recent + 0.25 * older
-    assert ideal.stored_tokens(50, 0.25, "kv") == 50
+    mod = MoDConfig(keep_recent=100)
+    recent, older = 99, n - 99  # stored between two forwards: the next token is one of its own latest 100
+    assert ideal.stored_tokens(n, 0.25, mod) == pytest.approx(recent + 0.25 * older)
+    assert ideal.stored_tokens(50, 0.25, mod) == 50
     for share in (0.0, 0.25, 1.0):
         gone = (1 - share) * older
-        saved = ideal.decode_bytes(config, [n], 1.0, 4) - ideal.decode_bytes(config, [n], share, 4, "kv")
+        saved = ideal.decode_bytes(config, [n], 1.0, 4) - ideal.decode_bytes(config, [n], share, 4, mod)
         assert saved == pytest.approx(gone * ideal.kv_token_bytes(config, 4))
         pairs = sum(max(i - recent, 0) for i in range(n)) * (1 - share)
         width = config.num_attention_heads * ideal.head_size(config)
-        saved = ideal.prefill_flops(config, [n], 1.0) - ideal.prefill_flops(config, [n], share, "kv")
+        saved = ideal.prefill_flops(config, [n], 1.0) - ideal.prefill_flops(config, [n], share, mod)
         assert saved == pytest.approx(4 * width * pairs, rel=0.01)
 
 

@@ -17,8 +17,8 @@ import modlab
 from modlab.cache.ragged import RecentLayer
 from modlab.execution.masked_keys import log_weights
 from modlab.execution.masks import masked_reference_mask
-from modlab.execution.reference import masked_execution
-from modlab.routing.state import ForwardCall
+from modlab.routing.record import ForwardCall
+from modlab.routing.state import masked_execution
 from tests.helpers.models import alternate_layers, dense_llama, scatter_gates
 from tests.helpers.routing import random_routing
 

@@ -34,5 +34,5 @@ def test_budgets_that_make_no_sense(tiny_llama: Any, make_llama: Any) -> None:
     with pytest.raises(ModlabError, match="above 0"):
         keep_ratio_for(tiny_llama, kv_mib=0, context=CONTEXT)
     mlp = modlab.convert(make_llama(), alternate_layers(skip="mlp"))
-    with pytest.raises(ModlabError, match="MLPs only"):
+    with pytest.raises(ModlabError, match="routes MLPs alone: all keys and values stay"):
         keep_ratio_for(mlp, kv_mib=1, context=CONTEXT)

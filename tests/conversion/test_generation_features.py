@@ -23,8 +23,8 @@ from transformers import (
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.execution.reference import masked_execution
 from modlab.hf.cache_argument import cache_argument
+from modlab.routing.state import masked_execution
 from tests.helpers.routing import random_routing
 
 PROMPT = "def read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write(path"

@@ -12,7 +12,7 @@ from transformers.quantizers import quantizer_quanto
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.execution.reference import masked_execution
+from modlab.routing.state import masked_execution
 from tests.helpers.models import alternate_layers, scatter_gates
 from tests.helpers.routing import IDS, MASK, random_routing
 from tests.helpers.tokenizers import make_tokenizer

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import modlab
-from modlab.execution.reference import masked_execution
 from modlab.families.support import REQUIRED
 from modlab.families.tiny_models import tiny_model
+from modlab.routing.state import masked_execution
 from tests.helpers.models import alternate_layers, scatter_gates
 from tests.helpers.routing import (
     ODD as T,

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import modlab
 from modlab.cache.bytes import snapshot
 from modlab.cache.ragged import RaggedLayer
-from modlab.execution.reference import masked_execution
+from modlab.routing.state import masked_execution
 
 VOCAB, LAYERS, HEADS_KV, HEAD_DIM, LONGEST = 64, 4, 2, 8, 24
 TOKEN_BYTES = 2 * HEADS_KV * HEAD_DIM * 4  # K and V, fp32

@@ -6,7 +6,6 @@ claimed of a type, and how, is in modlab/families/proof.py.
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,11 +17,12 @@ import transformers
 from packaging.version import Version
 
 import modlab
+from modlab.conversion import selection
 from modlab.errors import ModlabError
 from modlab.families import support as families
 from modlab.families.proof import FreshProcess, Unproven, prove
 from modlab.families.tiny_models import tiny_model
-from modlab.skips.probe import branch_forms
+from modlab.skips.probe import part_forms
 from tests.helpers.one_branch import prove_one_branch
 
 NEWEST = Version("5.24")
@@ -227,9 +227,13 @@ def test_one_branch_is_skipped_or_refused(supported_type: str, skip: str) -> Non
 @pytest.mark.parametrize("name", ["bloom", "bert"])
 def test_attention_that_loses_the_residual_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the refusal the computation by hand says no: it does not share the conversion's mistake."""
-    module = sys.modules[modlab.convert.__module__]
-    blind = lambda *args: {i: replace(f, cannot_skip="") for i, f in branch_forms(*args).items()}  # noqa: E731
-    monkeypatch.setattr(module, "branch_forms", blind)
+
+
+    def blind(*args):
+        forms = part_forms(*args)
+        return {i: {part: replace(f, refusal="") for part, f in parts.items()} for i, parts in forms.items()}
+
+    monkeypatch.setattr(selection, "part_forms", blind)
     with pytest.raises(Unproven, match="by hand"):
         prove_one_branch(name, "attention")
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import modlab
-from modlab.execution.reference import masked_execution
 from modlab.families.proof import (
     STEPS_TOLERANCE,
     TOLERANCE,
@@ -27,6 +26,7 @@ from modlab.families.proof import (
 )
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.hf.anatomy import NORM, attention_name, decoder_layers, mlp_name
+from modlab.routing.state import masked_execution
 
 RECENT = 3
 """`keep_recent`: shorter than the rows, longer than nothing."""

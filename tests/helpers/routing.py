@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from modlab.execution.reference import masked_execution
+from modlab.routing.state import masked_execution
 
 IDS = torch.randint(3, 512, (3, 40), generator=torch.Generator().manual_seed(1))
 """Three rows for the tiny Llama."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 import modlab
+from modlab import skips
 from modlab.cache import bytes as kv_bytes
 from modlab.cache.ragged import RecentLayer
 from modlab.cache.stored import (
     keep_beside_recent,
     keep_ratio_for,
     recent_share,
-    stored_share,
     token_bytes,
 )
 from modlab.errors import ModlabError
@@ -384,7 +384,7 @@ def test_savings_count_the_recent_tokens(make_llama) -> None:
     config = alternate_layers(skip="kv", keep_recent=128)
     assert recent_share(config, 1016) == 0.125 and recent_share(config, 64) == 1.0
     assert recent_share(alternate_layers(), 1024) == 0.0
-    stored = stored_share(0.4, 0.125)
+    stored = skips.named("kv").stored_share(0.4, 0.125)
     assert stored == pytest.approx(0.4 + 0.6 * 0.125)
     assert keep_beside_recent(stored, 0.125) == pytest.approx(0.4)
 
@@ -399,6 +399,6 @@ def test_savings_count_the_recent_tokens(make_llama) -> None:
     model = routed(make_llama, keep_recent=16)
     each = token_bytes(model) + 5
     ratio = keep_ratio_for(model, kv_mib=model.mod.num_layers * 256 * each * 0.5 / 2**20, context=256)
-    assert stored_share(ratio, 15 / 256) == pytest.approx(0.5)
+    assert skips.named("kv").stored_share(ratio, 15 / 256) == pytest.approx(0.5)
     with pytest.raises(ModlabError, match="and the latest tokens"):
         keep_ratio_for(model, kv_mib=model.mod.num_layers * 256 * each * 0.05 / 2**20, context=256)

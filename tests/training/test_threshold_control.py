@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import modlab
-from modlab.routing.state import RoutingStep
+from modlab.routing.record import RoutingStep
 from modlab.training.loop import TrainConfig, train
 from modlab.training.threshold_control import BINS, DECAY, EDGE, ThresholdControl
 from tests.helpers.models import scatter_gates

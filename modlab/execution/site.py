@@ -1,0 +1,101 @@
+"""One routed module: what conversion fixed about it (`Plan`), and what one forward adds (`Site`).
+
+Shape letters: B rows, T tokens in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from modlab.routing.record import Decision, ForwardCall
+from modlab.routing.state import Routing
+from modlab.skips.base import GateForm, Part
+
+
+@dataclass
+class Plan:
+    """What `convert` leaves with a routed module, in its one attribute `mod_plan`.
+
+    Attributes:
+        routing: the model's routing state.
+        layer_idx: index of the decoder layer.
+        part: what the module is in its layer.
+        branch_ends: submodules whose output the paper's gate multiplies.
+        needs_mask: whether its attention needs a mask where a kernel's own causal flag would do.
+        in_tuple: whether it returns its output in a tuple.
+        extra_outputs: how many further outputs that tuple has.
+        added: names of the modules that conversion added to this one.
+    """
+
+    routing: Routing
+    layer_idx: int
+    part: Part
+    branch_ends: list[str] = field(default_factory=list)
+    needs_mask: bool = False
+    in_tuple: bool = False
+    extra_outputs: int = 0
+    added: list[str] = field(default_factory=list)
+
+    @property
+    def gate_form(self) -> GateForm:
+        """How gates enter the module's output, see `execution/gate.py`."""
+        return self.routing.skip.gate_form(self.routing.config, self.part)
+
+    def site(self, decision: Decision) -> Site:
+        """This module in the forward in progress."""
+        routing, call = self.routing, self.routing.require_call()
+        window = routing.windows[self.layer_idx]
+        return Site(
+            routing=routing,
+            layer_idx=self.layer_idx,
+            decision=routing.skip.decision_for(self.part, decision),
+            call=call,
+            attention=routing.attention,
+            window=window if window is not None and window < call.num_columns else None,
+            needs_mask=self.needs_mask,
+            form=self.gate_form,
+            residual=self.part == "layer",
+            recent=routing.skip.recent(routing.config),
+            branch_ends=self.branch_ends,
+            empty_rest=(None,) * self.extra_outputs,
+        )
+
+
+@dataclass
+class Site:
+    """One routed module in one forward: the decision, and what executing it needs to know.
+
+    Attributes:
+        layer_idx: index of the decoder layer.
+        decision: gate and keep of its tokens.
+        call: the model's forward.
+        attention: name of the attention implementation.
+        window: sliding window that matters at this length, or None.
+        needs_mask: whether a kernel's own causal flag will not do.
+        form: how the gate enters the output; ``"scaled"`` by hooks on the branch ends.
+        residual: True if a skipped token passes through (a layer), False if it adds nothing (a branch).
+        recent: None where a skipped token does not run; else it runs, and the number of latest tokens that
+            every token may attend to, kept or not.
+        branch_ends: submodules whose output the paper's gate multiplies.
+        empty_rest: what stands in for the rest of the output tuple when no token ran.
+    """
+
+    routing: Routing
+    layer_idx: int
+    decision: Decision
+    call: ForwardCall
+    attention: str
+    window: int | None
+    needs_mask: bool
+    form: GateForm
+    residual: bool
+    recent: int | None
+    branch_ends: list[str]
+    empty_rest: tuple[None, ...]
+
+    @property
+    def runs(self) -> Tensor:
+        """The tokens that the module runs for, bool [B, T]."""
+        return self.decision.keep if self.recent is None else self.call.real

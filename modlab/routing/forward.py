@@ -1,0 +1,219 @@
+"""Hooks on a converted model and its decoder: what routed layers need to know about each forward.
+
+Shape letters: B rows, T tokens in, K columns seen including cached ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.cache.ragged import RaggedCache
+from modlab.errors import ModlabError
+from modlab.hf.arguments import forward_signature
+from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
+from modlab.hf.model import beyond_context, context_length
+from modlab.routing.record import ForwardCall, RoutingStep
+from modlab.routing.state import Routing, eager
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class ForwardHooks:
+    """The hooks of one converted model.
+
+    Args:
+        routing: its state.
+    """
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def register(self, model: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
+        """Puts the hooks in place; the handles take them away again."""
+        return [
+            decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
+            decoder.register_forward_hook(self.leave, always_call=True),
+            # A model of several parts makes its decoder's masks itself.
+            model.register_forward_pre_hook(self.enter_model, with_kwargs=True),
+            model.register_forward_hook(self.leave_model, always_call=True),
+        ]
+
+    def enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: notes the caller's attention_mask."""
+        self.routing.of_thread.caller_mask = (_arguments(module, args, kwargs).get("attention_mask"),)
+
+    def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model: that mask is no other forward's."""
+        self.routing.of_thread.caller_mask = None
+
+    @eager
+    def enter(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict]:
+        """Forward pre-hook of the decoder: works out padding and positions, and puts a ragged cache where a
+        cache is asked for."""
+        routing = self.routing
+        if routing.of_thread.bypass:
+            return args, kwargs
+        given = _arguments(module, args, kwargs)
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if tokens is None:
+            return args, kwargs  # the model's own error says it best
+        if tokens.shape[1] == 0:
+            raise ModlabError("the input holds no token: give the model at least one.")
+        if routing.attention == "flex_attention":
+            raise ModlabError(
+                "flex_attention compiles a kernel for every number of keys, and a routed layer has another "
+                "one at each step: use model.set_attn_implementation('sdpa')."
+            )
+        cache, kwargs = self._cache(module, given, kwargs)
+        if cache is not None:
+            cache.check_batch(tokens.shape[0])
+        seen = cache.get_seq_length() if cache is not None else 0
+        routing.of_thread.call = self._new_call(module, tokens, given, seen, cache)
+        return args, kwargs
+
+    def _cache(
+        self, module: Any, given: dict[str, Any], kwargs: dict[str, Any]
+    ) -> tuple[RaggedCache | None, dict[str, Any]]:
+        """The cache of this forward, made where one is asked for, and the arguments that say so."""
+        cache, use_cache = given_cache(given), given.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(module.config, "use_cache", False)
+        if cache is None and use_cache and not module.training:
+            cache = RaggedCache(module.config, routing=self.routing)
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+            return cache, {**kwargs, cache_argument(module): cache}
+        if cache is None and use_cache:
+            return None, {**kwargs, "use_cache": False}  # a training forward has no use for a cache
+        if cache is not None and not isinstance(cache, RaggedCache):
+            raise ModlabError(
+                f"the cache is a {type(cache).__name__}, but a routed layer stores only the tokens it "
+                "keeps: pass modlab.RaggedCache(model), or nothing and let the model make one."
+            )
+        return cache, kwargs
+
+    def _new_call(
+        self, module: Any, tokens: Tensor, given: dict[str, Any], seen: int, cache: RaggedCache | None
+    ) -> ForwardCall:
+        routing, of_thread = self.routing, self.routing.of_thread
+        B, T = tokens.shape[:2]
+        columns = torch.arange(seen, seen + T, device=tokens.device)
+        mask = self._padding_mask(given.get("attention_mask"), tokens, seen)
+        documents = None
+        if mask is not None:
+            real, position_ids = mask[:, seen:], mask.long().cumsum(1)[:, seen:] - 1
+        else:
+            real = torch.ones(B, T, dtype=torch.bool, device=tokens.device)
+            position_ids = columns.expand(B, T)
+            if cache is None:
+                documents = packed_documents(given.get("position_ids"), B, T)
+        if documents is not None:
+            position_ids = position_in_document(documents)
+        longest = T if documents is None else int(position_ids.max()) + 1
+        context = context_length(module)
+        if seen == 0 and context and longest > context:
+            raise ModlabError(
+                f"the input has {longest} tokens, the model's context is {context}: {beyond_context(module)}."
+            )
+        steps = [(recording, RoutingStep(real, position_ids)) for recording in of_thread.recordings]
+        for recording, step in steps:
+            recording.steps.append(step)
+        return ForwardCall(
+            *(real, position_ids, columns, seen + T, cache, steps),
+            thresholds=dict(routing.thresholds),
+            what_if=routing.what_if,
+            masked=of_thread.masked,
+            override=of_thread.override,
+            padding_mask=mask,
+            documents=documents,
+        )
+
+    def _padding_mask(self, mask: Any, tokens: Tensor, seen: int) -> Tensor | None:
+        """Which columns are tokens, bool [B, K], or None where the caller gave no mask."""
+        B, T = tokens.shape[:2]
+        if mask is not None and not _is_padding_mask(mask) and self.routing.of_thread.caller_mask is not None:
+            (mask,) = self.routing.of_thread.caller_mask
+        if mask is None:
+            return None
+        if not _is_padding_mask(mask):
+            raise ModlabError(
+                "a converted model takes a two-dimensional attention_mask [B, K] (1 = token, 0 = padding): "
+                "routers must know which columns are padding."
+            )
+        if mask.shape[1] != seen + T:
+            raise ModlabError(
+                f"attention_mask covers {mask.shape[1]} tokens, but {seen} are cached and {T} are new: "
+                f"it must have shape [{B}, {seen + T}]."
+            )
+        real: Tensor = mask.to(tokens.device).bool()
+        return real
+
+    @eager
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        """Forward hook of the decoder: the forward is over. Its padding and positions stay for a
+        gradient-checkpoint recompute.
+
+        Raises:
+            ModlabError: a routed part did not run where the forward ended well: it is routed in name only.
+        """
+        call = self.routing.of_thread.call
+        if call is None or self.routing.of_thread.bypass:
+            return
+        decided, ran = call.decisions, call.ran
+        call.cache, call.steps, call.decisions, call.ran = None, [], {}, set()
+        if output is not None:  # None: an exception is on its way
+            self._check_ran(module, decided, ran)
+
+    def _check_ran(self, decoder: Any, decided: dict[int, Any], ran: set[tuple[int, str]]) -> None:
+        if decoder.training and getattr(decoder.config, "layerdrop", 0.0):
+            return  # the model leaves out layers of its own accord
+        depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        for index in self.routing.layers:
+            if depth is not None and index >= depth:
+                continue  # early-exit drafts lower the number of layers for a while
+            for part in self.routing.skip.parts:
+                if index not in decided or (index, part) not in ran:
+                    raise ModlabError(
+                        f"the {part} of layer {index} ran past its router: something calls its dense forward "
+                        "(a hook, a wrapper or a `forward` put on the module after conversion). Convert the "
+                        "model after it has been wrapped and placed, or take the wrapper away."
+                    )
+
+
+def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module` by name, those in its **kwargs too."""
+    module_class: Any = type(module)
+    bound = dict(forward_signature(module_class).bind_partial(*args, **kwargs).arguments)
+    return {**bound.pop("kwargs", {}), **bound}
+
+
+def _is_padding_mask(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def packed_documents(position_ids: Any, B: int, T: int) -> Tensor | None:
+    """The document of each token where `position_ids` restart inside a row, long [B, T]; else None.
+
+    transformers tells packed documents apart in the same way, in forwards without a mask and a cache (one
+    host sync).
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or T < 2:
+        return None
+    steps = position_ids.expand(B, -1).diff(dim=1, prepend=position_ids.expand(B, -1)[:, :1] - 1)
+    documents = (steps != 1).cumsum(1)
+    return documents if bool(documents[:, -1].any()) else None
+
+
+def position_in_document(documents_BT: Tensor) -> Tensor:
+    """Index of each token in its document, long [B, T]."""
+    T = documents_BT.shape[1]
+    columns = torch.arange(T, device=documents_BT.device).expand_as(documents_BT)
+    begins = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    first = columns.masked_fill(~begins, 0).cummax(1).values
+    return columns - first
