@@ -235,9 +235,7 @@ class _Call:
         return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _layer_calls(
-    model: PreTrainedModel, layers: list[nn.Module], indices: set[int]
-) -> dict[int, _Call]:
+def _layer_calls(model: PreTrainedModel, layers: list[nn.Module], indices: set[int]) -> dict[int, _Call]:
     """The calls of these layers in one forward, by index; layers that do not run have none."""
     calls: dict[int, _Call] = {}
 
