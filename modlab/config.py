@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from modlab import skips
 from modlab.errors import ModlabError
 from modlab.routing.threshold import check_threshold
 
 Operator = Literal["threshold", "topk"]
-Skip = Literal["layer", "attention", "mlp", "kv"]
 Gate = Literal["straight-through", "paper", "fused"]
 
 FORMAT_VERSION = 1
@@ -57,7 +57,7 @@ class MoDConfig:
     layers: str | Sequence[int] = "inner"
     operator: Operator = "threshold"
     p: float | dict[int, float] = 0.5
-    skip: Skip = "kv"
+    skip: str = "kv"
     gate: Gate = "straight-through"
     capacity: float = 0.25
     keep_recent: int = 128
@@ -67,7 +67,7 @@ class MoDConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name, allowed in (("operator", Operator), ("skip", Skip), ("gate", Gate)):
+        for name, allowed in (("operator", Operator), ("gate", Gate)):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ModlabError(
@@ -97,18 +97,7 @@ class MoDConfig:
             raise ModlabError(
                 f"MoDConfig(keep_recent={self.keep_recent}): at least 1, each token attends to itself."
             )
-        if self.skip == "kv" and self.operator != "threshold":
-            raise ModlabError(
-                "MoDConfig(skip='kv', operator='topk'): keys and values are chosen by threshold only. Use "
-                "operator='threshold' (the default), or say what else is skipped: skip='layer', as in "
-                "MoDConfig.topk() (--preset topk)."
-            )
-        if self.skip == "kv" and self.gate != "straight-through":
-            raise ModlabError(
-                f"MoDConfig(skip='kv', gate={self.gate!r}): a token that is not kept passes the layer in "
-                "full, there is no output for a gate to scale. Use gate='straight-through' (the default), or "
-                "say what else is skipped: skip='layer', as in MoDConfig.paper() (--preset paper)."
-            )
+        skips.named(self.skip).check(self)
         if not 0 < self.init_gate < 1:
             raise ModlabError(
                 f"MoDConfig(init_gate={self.init_gate}): a sigmoid gate lies strictly inside (0, 1)."
@@ -150,9 +139,8 @@ class MoDConfig:
 
     @property
     def recent_stored(self) -> int:
-        """How many of the latest tokens are in the cache between two forwards, kept or not: with skip="kv"
-        what the next token, one of its own latest `keep_recent`, may attend to."""
-        return self.keep_recent - 1 if self.skip == "kv" else 0
+        """How many of the latest tokens are in the cache between two forwards, kept or not."""
+        return skips.named(self.skip).recent_stored(self)
 
     def resolve_layers(self, num_layers: int) -> list[int]:
         """Ascending indices of the layers to route in a model of `num_layers` decoder layers."""

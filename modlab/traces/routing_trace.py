@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from modlab.config import Skip
 from modlab.errors import ModlabError
+from modlab.routing import rule
 from modlab.routing.threshold import check_threshold
+from modlab.skips import named
 from modlab.traces.trace_file import ARRAYS, DAMAGE, read_trace, write_trace
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ class RoutingTrace:
         p_r1 = np.array([check_threshold(value) for value in values], dtype=np.float32)[:, None]
         if len(values) not in (1, len(self.layers)):
             raise ModlabError(f"preview_keep needs one p or {len(self.layers)} of them, not {len(values)}.")
-        keep = self.gate >= p_r1
-        keep[:, : self.keep_first] = True
+        position = np.arange(len(self.tokens))[None]
+        keep: NDArray[np.bool_] = rule.kept(self.gate, p_r1, position, self.keep_first)
         return keep
 
     def preview_saving(self, p: ArrayLike) -> float:
@@ -121,14 +122,10 @@ class RoutingTrace:
         return self._saving(self.preview_keep(p))
 
     def _saving(self, keep: NDArray[np.bool_]) -> float:
-        if self.skip == "mlp":
-            return 1.0
-        dense = self.num_layers - len(self.layers)
-        stored = keep
-        if self.keep_recent:
-            stored = keep.copy()
-            stored[:, -self.keep_recent :] = True
-        return float(self.num_layers / (dense + stored.mean(axis=1).sum()))
+        stored = named(self.skip).stored(keep, self.keep_recent)
+        rows = Counter(self.layers)
+        routed = sum(share / rows[i] for i, share in zip(self.layers, stored.mean(axis=1), strict=True))
+        return float(self.num_layers / (self.num_layers - len(rows) + routed))
 
     def part(self, start: int, stop: int) -> RoutingTrace:
         """The tokens from `start` up to, not with, `stop`, for views of a text too long to draw whole.
@@ -210,7 +207,7 @@ def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> N
     for name, kind in (("tokens", str), ("layers", int)):
         if not isinstance(meta[name], list) or not all(type(value) is kind for value in meta[name]):
             raise ValueError(f"{name} is not a list of {kind.__name__}")
-    if not isinstance(meta["model"], str) or meta["skip"] not in get_args(Skip):
+    if not isinstance(meta["model"], str) or not isinstance(meta["skip"], str):
         raise ValueError(f"model={meta['model']!r:.60}, skip={meta['skip']!r:.60}")
     for name in ("gate", "thresholds"):
         if not bool(((arrays[name] >= 0) & (arrays[name] <= 1)).all()):
