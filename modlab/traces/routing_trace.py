@@ -6,6 +6,7 @@ Shapes here: T tokens of the one text, R routed layers, L decoder layers (R <= L
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,6 +210,7 @@ def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> N
             raise ValueError(f"{name} is not a list of {kind.__name__}")
     if not isinstance(meta["model"], str) or not isinstance(meta["skip"], str):
         raise ValueError(f"model={meta['model']!r:.60}, skip={meta['skip']!r:.60}")
+    named(meta["skip"])  # says which there are
     for name in ("gate", "thresholds"):
         if not bool(((arrays[name] >= 0) & (arrays[name] <= 1)).all()):
             raise ValueError(f"{name} has values outside [0, 1]")
