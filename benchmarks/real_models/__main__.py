@@ -1,0 +1,118 @@
+"""python -m benchmarks.real_models STAGE"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line and runs the stage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real_models", description="K/V routing on real models."
+    )
+    stages = parser.add_subparsers(dest="stage", required=True)
+    texts = stages.add_parser("texts", help="tokenise, on a machine that has the texts")
+    texts.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
+    texts.add_argument(
+        "--novels", type=Path, required=True, help="folder with train/ and heldout/ of .txt files"
+    )
+    texts.add_argument("--wikitext", type=Path, required=True)
+    texts.add_argument("--length", type=int, default=8192, help="of evaluation rows")
+    texts.add_argument("--tokens", type=float, default=28, help="millions of training tokens")
+    texts.add_argument("--probe-rows", type=int, default=50)
+    run = stages.add_parser("run", help="fit, distil, measure")
+    run.add_argument("--arms", default="", help="names with commas between them")
+    run.add_argument("--gates", type=Path, nargs="*", default=[], help="gates to measure, without training")
+    run.add_argument("--tokens", type=float, default=30, help="millions, of distillation")
+    run.add_argument("--minutes", type=float, help="cut each distillation to this")
+    run.add_argument("--ratios", default="2,4,8,16")
+    run.add_argument("--controls", default="", help="ratios at which controls are measured too")
+    run.add_argument("--set", nargs="*", default=[], help="fields of the plan, as in rate=0.002")
+    run.add_argument("--seed", type=int, default=0)
+    speed = stages.add_parser("speed", help="kernel against reference, times, tokens a second")
+    speed.add_argument("--arm", default="head")
+    speed.add_argument("--steps", type=int, default=20)
+    speed.add_argument("--profile", action="store_true")
+    for stage in (run, speed):
+        stage.add_argument("--model", type=Path, required=True, help="the model's folder")
+        stage.add_argument("--data", type=Path, required=True, help="what `texts` wrote")
+        stage.add_argument("--device", default="cuda")
+    report = stages.add_parser("report", help="rows to a result file")
+    report.add_argument("--rows", type=Path, nargs="+", required=True)
+    report.add_argument("--device-name", required=True)
+    report.add_argument("--versions", required=True, help="JSON")
+    report.add_argument("--command", required=True)
+    report.add_argument("--date", required=True)
+    report.add_argument("--commit", required=True)
+    for stage in (texts, run, report):
+        stage.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    {"texts": _texts, "run": _run, "speed": _speed, "report": _report}[options.stage](options)
+
+
+def _texts(options: argparse.Namespace) -> None:
+    from benchmarks.real_models.texts import prepare
+
+    data = prepare(
+        options.tokenizer, options.novels, options.wikitext, options.length,
+        int(options.tokens * 1e6), options.probe_rows,
+    )  # fmt: skip
+    data.save(options.out)
+    print(
+        f"{len(data.stream):,} training tokens; {', '.join(f'{n} {r.shape}' for n, r in data.texts.items())}"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    from benchmarks.real_models import base
+    from benchmarks.real_models.gates import Gates
+    from benchmarks.real_models.run import Study, known_arm
+    from benchmarks.real_models.texts import Data
+
+    names = [name for name in options.arms.split(",") if name]
+    for name in names:
+        known_arm(name)
+    data = Data.load(options.data)
+    study = Study(
+        options.model.name, base.load(options.model, options.device), data, options.out, options.seed
+    )
+    ratios = [float(ratio) for ratio in options.ratios.split(",") if ratio]
+    checked = [float(ratio) for ratio in options.controls.split(",") if ratio]
+    changes = {name: json.loads(value) for name, value in (item.split("=") for item in options.set)}
+    for name in names:
+        gates = study.train(name, int(options.tokens * 1e6), options.minutes, **dict(changes))
+        study.measure(name, gates, ratios, checked, int(options.tokens * 1e6))
+    for path in options.gates:
+        gates = Gates.load(path, options.device)
+        study.measure(path.stem.removeprefix("gates_"), gates, ratios, checked, int(options.tokens * 1e6))
+
+
+def _speed(options: argparse.Namespace) -> None:
+    from benchmarks.real_models import base, speed
+    from benchmarks.real_models.texts import Data
+
+    model = base.load(options.model, options.device)
+    shape = model.shape
+    print(
+        "kernel against reference", speed.check_kernel(options.device, shape.N, shape.G, shape.H), flush=True
+    )
+    print("ms", speed.time_kernel(8, 4096, shape.N, shape.G, shape.H), flush=True)
+    data = Data.load(options.data)
+    found = speed.training_speed(model, data, options.arm, options.steps, options.profile)
+    print(f"{found:,.0f} tokens a second", flush=True)
+
+
+def _report(options: argparse.Namespace) -> None:
+    lines = [line for path in options.rows for line in path.read_text().splitlines()]
+    result = {
+        "what": "real", "date": options.date, "device_name": options.device_name, "commit": options.commit,
+        "command": options.command, "versions": json.loads(options.versions),
+        "rows": [json.loads(line) for line in lines],
+    }  # fmt: skip
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
