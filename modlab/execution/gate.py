@@ -54,10 +54,11 @@ def scaled_branches(module: nn.Module, ends: list[str], weight_BT: Tensor | None
     handles = []
     if weight_BT is not None:
 
+        def scaled(y: Tensor) -> Tensor:  # [B, T, D], or [B·T, D] as Llama 4's experts return it
+            return y * weight_BT.to(y.dtype).reshape(*y.shape[:-1], 1)
+
         def scale(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (output[0] * weight_BT.to(output[0].dtype)[..., None], *output[1:])
-            return output * weight_BT.to(output.dtype)[..., None]
+            return (scaled(output[0]), *output[1:]) if isinstance(output, tuple) else scaled(output)
 
         handles = [module.get_submodule(name).register_forward_hook(scale) for name in ends]
     try:

@@ -1,0 +1,262 @@
+"""What a routed model must compute, from the dense model and the decisions alone.
+
+The dense model runs once, as it is. Where a token must not see another's key, the key is hidden inside
+torch's own functions while the attention of a routed layer calls them; what a token skips is passed by with a
+forward hook. Nothing of `modlab.execution` takes part, neither masks nor packing, so that a mistake there,
+which the masked reference and packed execution may share, shows here.
+
+Hidden are keys only: whatever else the model says about who may see whom (a sliding window, another document,
+padding) stays as the dense model has it.
+
+Shape letters: B rows, T tokens, K keys, N heads, D model dim, P parallel streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modlab.hf.anatomy import attention_name, decoder_layers, mlp_name
+from modlab.routing.state import RoutingStep, routing_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.logsumexp, Tensor.logsumexp}
+TOPK = {torch.topk, Tensor.topk}
+
+
+class NotHidden(Exception):
+    """The oracle met no attention scores in which to hide keys, or scores of a form that it does not know."""
+
+
+@dataclass
+class Decisions:
+    """What was decided in one forward, and what a decision means.
+
+    Attributes:
+        real: True where a token is no padding, [B, T].
+        keep: True where a layer keeps the token, by layer index, [B, T] each.
+        gate: its gate, [B, T] each.
+        skip, form: of the MoDConfig: what a token skips, and how its gate enters.
+        recent: with skip="kv", the number of latest tokens that are seen whether or not they are kept.
+        ends: with gate="paper" on whole layers, by layer index the submodules whose output the gate scales.
+    """
+
+    real: Tensor
+    keep: Mapping[int, Tensor]
+    gate: Mapping[int, Tensor]
+    skip: str
+    form: str
+    recent: int
+    ends: Mapping[int, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def recorded(cls, model: PreTrainedModel, step: RoutingStep) -> Decisions:
+        """Those of one forward of a converted model, as `record_routing` saw them."""
+        config, layers = routing_of(model).config, list[Any](decoder_layers(model))
+        ends = {index: layers[index].mod_branch_ends for index in step.keep}
+        return cls(step.real, step.keep, step.gate, config.skip, config.gate, config.keep_recent, ends)
+
+    def hidden(self, layer: int) -> Tensor:
+        """True where a query must not see a key: bool [B, T, T]. Every token sees itself."""
+        T, keep = self.real.shape[1], self.keep[layer]
+        seen_BTT = keep[:, None, :] | torch.eye(T, dtype=torch.bool, device=keep.device)
+        if self.skip == "kv":
+            place_BT = self.real.cumsum(1)
+            is_recent_BTT = place_BT[:, :, None] - place_BT[:, None, :] < self.recent
+            seen_BTT = seen_BTT | (is_recent_BTT & self.real[:, None, :])
+        return ~seen_BTT
+
+
+@torch.no_grad()
+def oracle_logits(dense: PreTrainedModel, decisions: Decisions, **inputs: Any) -> Tensor:
+    """Logits [B, T, V] of the routed model, by the dense one.
+
+    Args:
+        dense: the model before conversion, in eval mode, with eager attention or sdpa.
+        decisions: of one forward of the converted model without a cache, for the same inputs.
+        inputs: what the model was called with.
+
+    Raises:
+        NotHidden: the attention of a routed layer works in a way that the oracle cannot look into.
+    """
+    hiding = HidingKeys()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hiding)
+        for index in decisions.keep:
+            stack.enter_context(_routed(decoder_layers(dense)[index], index, decisions, hiding))
+        logits: Tensor = dense(**inputs, use_cache=False).logits
+    return logits
+
+
+class HidingKeys(TorchFunctionMode):
+    """While `hidden` is set, keys are hidden inside the functions with which attentions weigh and pick them.
+
+    Attributes:
+        hidden: bool [B, T, T] or None.
+        met: how many times scores were met since it was set.
+    """
+
+    hidden: Tensor | None = None
+    met = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.hidden is not None:
+            if func is F.scaled_dot_product_attention:
+                return self._attend(*args, **kwargs)
+            if func in SOFTMAX or func in TOPK:
+                scores = args[0] if args else kwargs["input"]
+                given = args[1 if func in SOFTMAX else 2 :]
+                dim = kwargs.get("dim", given[0] if given else -1)
+                if _last(dim, scores) and (hidden := self._as(scores.shape)) is not None:
+                    self.met += func in SOFTMAX
+                    lowest = torch.finfo(scores.dtype).min
+                    args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "input"}
+                    return func(scores.masked_fill(hidden, lowest), *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        hidden = self._as((*query.shape[:-1], key.shape[-2]))
+        if hidden is None:
+            raise NotHidden(f"queries {list(query.shape)} on keys {list(key.shape)}")
+        self.met += 1
+        lowest = torch.finfo(query.dtype).min
+        if attn_mask is None:
+            seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
+            attn_mask = seen.tril() if is_causal else seen
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, lowest)
+        mask = attn_mask.masked_fill(hidden, lowest)
+        attended: Tensor = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, **kwargs)
+        return attended
+
+    def _as(self, shape: Sequence[int]) -> Tensor | None:
+        """`hidden` for scores of this shape, [B or B·N, ..., T, K]; None where they are no scores of keys.
+
+        Columns beyond the T keys, such as an attention sink, stay seen."""
+        assert self.hidden is not None
+        hidden_BTK, (B, T, _) = self.hidden, self.hidden.shape
+        if len(shape) < 3 or shape[-2] not in (T, 1) or shape[-1] < T:
+            return None
+        hidden_BTK = F.pad(hidden_BTK, (0, shape[-1] - T))
+        if len(shape) == 3 and shape[0] != B and shape[0] % B == 0:
+            return hidden_BTK.repeat_interleave(shape[0] // B, 0)
+        if shape[0] != B:
+            return None
+        return hidden_BTK.view(B, *[1] * (len(shape) - 3), T, -1)
+
+
+def _last(dim: Any, scores: Tensor) -> bool:
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    return dim in (-1, scores.dim() - 1) and scores.is_floating_point()
+
+
+@contextlib.contextmanager
+def _routed(layer: nn.Module, index: int, decisions: Decisions, hiding: HidingKeys) -> Iterator[None]:
+    """The hooks that make one dense layer a routed one."""
+    keep_BT, gate_BT = decisions.keep[index], decisions.gate[index]
+    skip, form = decisions.skip, decisions.form
+    attention, mlp = attention_name(layer), mlp_name(layer)
+    handles: list[Any] = []
+    if skip != "mlp":
+        assert attention is not None
+        handles += _hides(layer.get_submodule(attention), index, decisions.hidden(index), hiding)
+    scaled = form == "paper" and skip == "layer"
+    if scaled:
+        for end in decisions.ends[index]:
+            handles.append(_changes(layer.get_submodule(end), _scaled(gate_BT)))
+    if skip == "layer":
+        gate = gate_BT if form == "fused" else torch.ones_like(gate_BT)
+        handles += _passed_by(layer, keep_BT, gate)
+    else:
+        name = mlp if skip == "mlp" else attention
+        assert name is not None
+        weight_BT = gate_BT if skip != "kv" and form in ("fused", "paper") else torch.ones_like(gate_BT)
+        runs_BT = decisions.real if skip == "kv" else keep_BT
+        handles.append(_changes(layer.get_submodule(name), _scaled(torch.where(runs_BT, weight_BT, 0.0))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hides(attention: nn.Module, index: int, hidden_BTT: Tensor, hiding: HidingKeys) -> list[Any]:
+    """Keys are hidden while `attention` runs."""
+
+    def begin(*_: Any) -> None:
+        hiding.hidden, hiding.met = hidden_BTT, 0
+
+    def end(*_: Any) -> None:
+        hiding.hidden = None
+        if not hiding.met:
+            raise NotHidden(f"the attention of layer {index} weighs its keys by no function that is known")
+
+    return [attention.register_forward_pre_hook(begin), attention.register_forward_hook(end)]
+
+
+def _changes(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    """What `module` returns (the first of a tuple) is changed."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return module.register_forward_hook(hook)
+
+
+def _scaled(weight_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    def change(y: Tensor) -> Tensor:
+        # Not a product alone: what a skipped token's attention saw may be no number.
+        weight = _like(weight_BT, y).to(y.dtype)
+        return torch.where(weight == 0, torch.zeros_like(y), weight * y)
+
+    return change
+
+
+def _passed_by(layer: nn.Module, keep_BT: Tensor, gate_BT: Tensor) -> list[Any]:
+    """Skipped tokens leave the layer as they came; kept ones between that and its output, by their gate."""
+    before: list[Tensor] = []
+    first = list(inspect.signature(type(layer).forward).parameters)[1]  # after self
+
+    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        before[:] = [(args[0] if args else kwargs[first]).clone()]
+
+    def change(y: Tensor) -> Tensor:
+        x = before.pop()
+        gate = _like(gate_BT, y).to(y.dtype)
+        return torch.where(_like(keep_BT, y), x + gate * (y - x) if (gate != 1).any() else y, x)
+
+    return [layer.register_forward_pre_hook(note, with_kwargs=True), _changes(layer, change)]
+
+
+def _like(value_BT: Tensor, y: Tensor) -> Tensor:
+    """One value a token, to be multiplied with y: [B, T, ...], [P, B, T, D] or [B·T, D]."""
+    B, T = value_BT.shape
+    if y.dim() == 2 and y.shape[0] == B * T:
+        return value_BT.reshape(B * T, 1)
+    if tuple(y.shape[:2]) == (B, T):
+        return value_BT.view(B, T, *[1] * (y.dim() - 2))
+    if y.dim() == 4 and tuple(y.shape[1:3]) == (B, T):
+        return value_BT[None, :, :, None]
+    raise NotHidden(f"an output of shape {list(y.shape)} for {B} rows of {T} tokens")
