@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modlab.hf.anatomy import attention_name, decoder_layers, mlp_name
-from modlab.routing.state import RoutingStep, routing_of
+from modlab.routing.state import routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from modlab.routing.record import RoutingStep
 
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.logsumexp, Tensor.logsumexp}
 TOPK = {torch.topk, Tensor.topk}
@@ -63,7 +65,7 @@ class Decisions:
     def recorded(cls, model: PreTrainedModel, step: RoutingStep) -> Decisions:
         """Those of one forward of a converted model, as `record_routing` saw them."""
         config, layers = routing_of(model).config, list[Any](decoder_layers(model))
-        ends = {index: layers[index].mod_branch_ends for index in step.keep}
+        ends = {index: layers[index].mod_plan.branch_ends for index in step.keep}
         return cls(step.real, step.keep, step.gate, config.skip, config.gate, config.keep_recent, ends)
 
     def hidden(self, layer: int) -> Tensor:
