@@ -51,7 +51,7 @@ def benchmarks() -> pd.DataFrame:
     """
     import pandas as pd
 
-    results = [_read(path) for path in result_files()]
+    results = [read_result(path) for path in result_files()]
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=_date):
         if result["what"] not in (QUALITY, REAL):
@@ -73,7 +73,7 @@ def quality() -> pd.DataFrame:
     """
     import pandas as pd
 
-    results = [_read(path) for path in result_files()]
+    results = [read_result(path) for path in result_files()]
     studies = sorted((result for result in results if result["what"] == QUALITY), key=_date)
     frame = pd.DataFrame(studies[-1]["rows"] if studies else [])
     frame.attrs = {name: studies[-1][name] for name in ("date", "command", "device_name")} if studies else {}
@@ -119,7 +119,7 @@ def latencies(
     return made
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
     """One file of results, which has rows and says where they come from."""
     result = read_object(path, CURE)
     rows = result.get("rows")

@@ -1,0 +1,65 @@
+"""`python -m benchmarks.robustness`: runs all of it and writes one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.robustness.fuzz import fuzz, parsers
+from benchmarks.robustness.kills import KINDS, kill_savers
+from modlab.bench.results import circumstances, source_commit
+
+
+def main() -> int:
+    """Status 1 if anything was lost, mixed, wrong or crashed."""
+    options = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__)
+    options.add_argument("--kills", type=int, default=200, help="of each kind of folder")
+    options.add_argument("--inputs", type=int, default=5000, help="damaged files for each parser")
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results/robustness"), help="folder")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {
+        "what": "robustness",
+        "command": shlex.join(["python", "-m", "benchmarks.robustness", *sys.argv[1:]]),
+        "commit": source_commit(),
+        **circumstances(torch.device("cpu"), torch.float32),
+        "kills": [_killed(kind, given.kills) for kind in KINDS],
+        "fuzz": _fuzzed(given.inputs),
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / f"robustness_cpu_{result['date'][:10]}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(file)
+    bad = [
+        row for row in result["kills"] if row["mixed"] or row["refused"] or row["lost"] or row["leftovers"]
+    ]
+    bad += [row for row in result["fuzz"] if row["wrong"] or row["crashed"]]
+    return 1 if bad else 0
+
+
+def _killed(kind: str, kills: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        row = dataclasses.asdict(kill_savers(kind, kills, Path(folder)))
+    print(row, file=sys.stderr)
+    return row
+
+
+def _fuzzed(inputs: int) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, parser in parsers(Path(folder)).items():
+            rows.append(dataclasses.asdict(fuzz(name, parser, inputs)))
+            print({**rows[-1], "traceback": ""}, file=sys.stderr)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
