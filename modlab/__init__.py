@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from modlab.saving.load import load
     from modlab.saving.save import save_routers
     from modlab.traces.aggregate import RoutingAggregate, aggregate_routing
-    from modlab.traces.routing_trace import RoutingTrace, trace
+    from modlab.traces.routing_trace import RoutingTrace
+    from modlab.traces.run import trace
     from modlab.training.config import TrainConfig
     from modlab.training.loop import train
     from modlab.training.result import TrainResult
@@ -65,7 +66,7 @@ _HOME: dict[str, str | None] = {
     "RoutingAggregate": "traces.aggregate",
     "aggregate_routing": "traces.aggregate",
     "RoutingTrace": "traces.routing_trace",
-    "trace": "traces.routing_trace",
+    "trace": "traces.run",
     "TrainConfig": "training.config",
     "TrainResult": "training.result",
     "train": "training.loop",

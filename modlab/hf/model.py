@@ -1,4 +1,4 @@
-"""Small questions about a model, answered in one place: its device, its name, its context, eval mode."""
+"""Small questions about a model, answered in one place: device, name, context, vocabulary, eval mode."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def beyond_context(model: Any) -> str:
             "model may not have been trained on them"
         )
     return "shorten it"
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Tokens that the model knows: ids lie below this; None where its config does not say."""
+    size = getattr(_text_config(model), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _text_config(model: Any) -> Any:

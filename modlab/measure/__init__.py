@@ -9,10 +9,11 @@ Keep ratios count real tokens in routed layers: kept / (tokens x routed layers),
 always kept included. Times are taken around `model.generate`, as a user calls it, and wait for the device.
 """
 
+from modlab.data.batches import as_batches, iter_batches
 from modlab.hf.model import context_length
 from modlab.measure.calibration import Calibration, calibrate
 from modlab.measure.evaluation import LOSS_CHUNK, Evaluation, evaluate, loss
-from modlab.measure.pieces import TEXT_PIECE, as_batches, iter_batches, piece_length
+from modlab.measure.pieces import TEXT_PIECE, piece_length
 from modlab.measure.sweeps import DEFAULT_THRESHOLDS, sweep
 from modlab.measure.timing import synchronize, time_generate
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modlab.data.batches import Batch
 from modlab.errors import ModlabError
 from modlab.hf.model import device_of, eval_mode
-from modlab.measure.pieces import Batch, as_batches, piece_length
+from modlab.measure.pieces import batches_for
 from modlab.routing.state import (
     record_routing,
     routing_of,
@@ -61,6 +62,11 @@ class _Gates:
     @property
     def ratio(self) -> float:
         return statistics.fmean(self.by_layer.values())
+
+
+def _inputs(batch: Batch) -> Batch:
+    """Without labels: they say what is predicted, keep ratios count what is read."""
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
@@ -134,7 +140,7 @@ def calibrate(
         raise ModlabError(
             f"keep_ratio={keep_ratio} is not in (0, 1); for example 0.25 keeps a quarter of the tokens."
         )
-    pieces = as_batches(batches, tokenizer, piece_length(model, tokenizer, None))
+    pieces = [_inputs(batch) for batch in batches_for(model, batches, tokenizer)]
     search = _calibrate_layers if per_layer else _calibrate_global
     with thresholds_restored_on_error(model):
         gates = search(model, pieces, keep_ratio, tolerance, max_passes)

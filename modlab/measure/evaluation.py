@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from modlab.cache.tracker import KVTracker
+from modlab.data.batches import IGNORE, Batch
 from modlab.errors import ModlabError
 from modlab.hf.model import device_of, eval_mode
-from modlab.measure.pieces import Batch, iter_batches, piece_length
+from modlab.measure.pieces import iter_batches_for
 from modlab.routing.state import is_converted, record_routing, routing_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def targets_of(batch: Batch) -> torch.Tensor:
     if mask is None:
         return targets
     real = mask.bool()
-    return targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    return targets.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORE)
 
 
 def _summed_loss(logits_BTV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ def evaluate_batches(
                 continue
             targets = targets_of(batch).to(logits.device)
             sums[0] += _summed_loss(logits, targets).to(device)
-            sums[1] += (targets != -100).sum().to(device)
+            sums[1] += (targets != IGNORE).sum().to(device)
         for row in kv.rows if kv else []:
             sums[2] += row["kv_bytes"]
             sums[3] += row["dense_kv_bytes"]
@@ -199,10 +200,9 @@ def evaluate(
     Raises:
         ModlabError: nothing in `data` to predict, or data that `as_batches` refuses.
     """
-    batches = iter_batches(data, tokenizer, piece_length(model, tokenizer, seq_len), batch_size)
     return evaluate_batches(
         model,
-        batches,
+        iter_batches_for(model, data, tokenizer, seq_len, batch_size),
         max_batches=max_batches,
         cache=cache,
         accelerator=accelerator,

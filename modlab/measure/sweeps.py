@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modlab.data.batches import Batch
 from modlab.errors import ModlabError
 from modlab.hf.model import context_length, eval_mode
 from modlab.measure.evaluation import evaluate_batches
-from modlab.measure.pieces import Batch, as_batches, piece_length
+from modlab.measure.pieces import batches_for
 from modlab.measure.timing import time_generate
 from modlab.routing.state import (
     routing_of,
@@ -100,7 +101,7 @@ def sweep(
             )
     if not wanted:
         raise ModlabError("no thresholds given; give values in [0, 1), for example [0.0, 0.3, 0.5, 0.7].")
-    batches = as_batches(texts, tokenizer, piece_length(model, tokenizer, seq_len))
+    batches = batches_for(model, texts, tokenizer, seq_len)
     prompt = batches[0]["input_ids"][:1]
     prompt_mask = batches[0].get("attention_mask")
     if prompt_mask is not None:

@@ -134,7 +134,7 @@ def generation_health(
 
     Args:
         model: causal LM, dense or converted, at its present thresholds.
-        data: held-out texts or token batches, as `modlab.measure.as_batches` takes them; joined in order.
+        data: held-out texts or token batches, as `modlab.data.batches` takes them; joined in order.
         tokenizer: for texts.
         judge: a model of the same tokenizer that rates the text, such as the dense one.
         prompts: how many, none of which overlap with another one or its continuation.
@@ -165,7 +165,7 @@ def generation_health(
                 f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the context of "
                 f"{context:,} tokens: lower prompt_tokens or new_tokens."
             )
-    text_NT = windows(token_stream(data, tokenizer), prompts, length, length, seed)
+    text_NT = windows(token_stream(data, tokenizer, model), prompts, length, length, seed)
     if judge is not None:
         _check_judge(model, judge)
     rated = 3 if judge is None else 6

@@ -53,7 +53,7 @@ def retrieval(
 
     Args:
         model: causal LM, dense or converted, at its present thresholds.
-        data: text to put the lines in: texts or token batches, as `modlab.measure.as_batches` takes them.
+        data: text to put the lines in: texts or token batches, as `modlab.data.batches` takes them.
         tokenizer: the model's; any that tells digits apart.
         distances: tokens from the start of the asked assignment to the start of the question.
         pairs: assignments in a row. The asked one is the first, the others lie between it and the question.
@@ -92,7 +92,7 @@ def retrieval(
         lead + longest,
         f"lead {lead} + distance with {pairs} assignments + question {longest}",
     )
-    text_NT = windows(token_stream(data, tokenizer), rows, lead + fits[-1], APART, seed)
+    text_NT = windows(token_stream(data, tokenizer, model), rows, lead + fits[-1], APART, seed)
     lines: list[dict[str, Any]] = []
     with tqdm(total=rows * len(fits), desc="retrieval", unit="row", disable=not progress) as bar:
         for distance in fits:

@@ -10,19 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modlab.data.batches import as_batches
 from modlab.errors import ModlabError
-from modlab.measure import as_batches
+from modlab.hf.model import vocabulary_size
 
 
-def token_stream(data: Any, tokenizer: Any = None) -> Tensor:
+def token_stream(data: Any, tokenizer: Any = None, model: Any = None) -> Tensor:
     """All real tokens of `data` in order, long [N]: texts follow each other, padding is left out.
 
     Args:
         data: texts or token batches, as `modlab.measure.as_batches` takes them.
         tokenizer: for texts.
+        model: whose vocabulary the tokens have to be of.
     """
     parts = []
-    for batch in as_batches(data, tokenizer):
+    known = None if model is None else vocabulary_size(model)
+    for batch in as_batches(data, tokenizer, vocabulary=known):
+        if unused := sorted(set(batch) - {"input_ids", "attention_mask"}):
+            raise ModlabError(
+                f"the data has {', '.join(unused)}, which a probe does not use: it makes rows of its own "
+                "from the tokens. Leave it out."
+            )
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         parts.append(ids.flatten() if mask is None else ids[mask.bool()])
     return torch.cat(parts)

@@ -53,7 +53,7 @@ def recall(
 
     Args:
         model: causal LM, dense or converted, at its present thresholds.
-        data: texts or token batches, as `modlab.measure.as_batches` takes them; joined in order.
+        data: texts or token batches, as `modlab.data.batches` takes them; joined in order.
         tokenizer: for texts.
         distances: tokens from the start of one copy to the start of the other.
         passage: tokens of a copy.
@@ -85,7 +85,7 @@ def recall(
     fits, left_out = fitting(
         model, distances, passage, prefix + passage, f"prefix {prefix} + distance + passage {passage}"
     )
-    text_NT = windows(token_stream(data, tokenizer), rows, prefix + fits[-1], passage, seed)
+    text_NT = windows(token_stream(data, tokenizer, model), rows, prefix + fits[-1], passage, seed)
     copy_NP = text_NT[:, prefix : prefix + passage]
     lines: list[dict[str, float]] = []
     with tqdm(total=rows * len(fits), desc="recall", unit="row", disable=not progress) as bar:

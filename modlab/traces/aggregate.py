@@ -1,6 +1,6 @@
 """Routing over a corpus: how much each layer keeps of each class of tokens, and at each position.
 
-Shapes here: C token classes, R routed layers, T positions.
+Shape letters: C token classes, R routed layers, T positions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from modlab.data.batches import check_vocabulary, items_of
+from modlab.data.pieces import encode
 from modlab.errors import ModlabError
-from modlab.hf.model import eval_mode, model_name
-from modlab.traces.routing_trace import encode
+from modlab.hf.model import eval_mode, model_name, vocabulary_size
+from modlab.measure import piece_length
+from modlab.routing.state import record_routing, routing_of
 from modlab.traces.token_classes import CLASSES, classify
 
 if TYPE_CHECKING:
@@ -108,7 +112,7 @@ def position_edges(length: int, bins: int) -> NDArray[np.int64]:
 def aggregate_routing(
     model: Any,
     tokenizer: Any,
-    texts: str | Iterable[str],
+    texts: Any,
     *,
     seq_len: int | None = None,
     progress: bool = True,
@@ -119,7 +123,8 @@ def aggregate_routing(
     Args:
         model: a converted model, at its present thresholds.
         tokenizer: its tokenizer.
-        texts: texts; longer ones are read in pieces, each from position 0.
+        texts: a text or several; chats and rows of token ids are taken, too. Longer ones are read in
+            pieces, each from position 0.
         seq_len: longest piece in tokens; by default 2,048, or the model's context if that is shorter.
         progress: show a progress bar. Ctrl-C ends the run.
         report: called with (pieces done, pieces in all) after each; an exception in it ends the run.
@@ -127,18 +132,17 @@ def aggregate_routing(
     Raises:
         ModlabError: the model is dense, or no text has a token.
     """
-    import torch
     from tqdm.auto import tqdm
-
-    from modlab.measure import piece_length
-    from modlab.routing.state import record_routing, routing_of
 
     routing = routing_of(model)
     layers = list(routing.layers)
     longest = piece_length(model, tokenizer, seq_len)
-    pieces, count = _pieces(tokenizer, [texts] if isinstance(texts, str) else texts, longest)
+    pieces, count = _pieces(tokenizer, items_of(texts), longest)
     if not pieces:
         raise ModlabError("No text has a token: give at least one text with a character in it.")
+    known = vocabulary_size(model)
+    for ids, _ in pieces:
+        check_vocabulary({"input_ids": torch.tensor(ids)}, known, "a text")
     reach = max(len(ids) for ids, _ in pieces)
     result = RoutingAggregate(
         layers=layers,
@@ -156,12 +160,12 @@ def aggregate_routing(
     ):
         with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
             decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-        keep_tr = torch.stack([recording.steps[-1].keep[i][0] for i in layers], dim=1).cpu().numpy()
+        keep_TR = torch.stack([recording.steps[-1].keep[i][0] for i in layers], dim=1).cpu().numpy()
         classes = np.asarray(classify(tokens))
         np.add.at(result.class_tokens, classes, 1)
-        np.add.at(result.class_kept, classes, keep_tr)
+        np.add.at(result.class_kept, classes, keep_TR)
         result.position_tokens[: len(ids)] += 1
-        result.position_kept[: len(ids)] += keep_tr
+        result.position_kept[: len(ids)] += keep_TR
         for token, kind in zip(tokens, classes, strict=True):
             seen[kind][token] += 1
         if report is not None:
@@ -171,13 +175,13 @@ def aggregate_routing(
 
 
 def _pieces(
-    tokenizer: Any, texts: Iterable[str], longest: int | None
+    tokenizer: Any, texts: Iterable[Any], longest: int | None
 ) -> tuple[list[tuple[list[int], list[str]]], int]:
     """(ids, token texts) of at most `longest` tokens each, and how many texts they are from."""
     pieces: list[tuple[list[int], list[str]]] = []
     count = 0
     for text in texts:
-        if not text:
+        if isinstance(text, str) and not text:
             continue
         ids, tokens = encode(tokenizer, text)
         count += 1

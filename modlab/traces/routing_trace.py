@@ -1,6 +1,9 @@
 """What every routing picture draws from: one text, its tokens, the gates and decisions of each routed layer.
 
-Shapes here: T tokens of the one text, R routed layers, L decoder layers (R <= L).
+Pictures are drawn by `modlab.widgets.pictures`, which needs no widget library; it is imported when one is
+asked for, so that a trace can draw itself and this module stays plain NumPy.
+
+Shape letters: T tokens of the one text, R routed layers, L decoder layers (R <= L).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,9 +22,6 @@ from modlab.routing import rule
 from modlab.routing.threshold import check_threshold
 from modlab.skips import named
 from modlab.traces.trace_file import ARRAYS, DAMAGE, read_trace, write_trace
-
-if TYPE_CHECKING:
-    import torch
 
 _META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent")
 
@@ -65,23 +65,21 @@ class RoutingTrace:
     def __post_init__(self) -> None:
         for name, dtype in ARRAYS.items():
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
-        r, t = len(self.layers), len(self.tokens)
-        if not r or not t:
-            raise ModlabError(f"RoutingTrace needs a routed layer and a token; got {r} layers, {t} tokens.")
-        want = {"token_ids": (t,), "gate": (r, t), "keep": (r, t), "thresholds": (r,), "loss": (t,)}
+        R, T = len(self.layers), len(self.tokens)
+        if not R or not T:
+            raise ModlabError(f"RoutingTrace needs a routed layer and a token; got {R} layers, {T} tokens.")
+        want = {"token_ids": (T,), "gate": (R, T), "keep": (R, T), "thresholds": (R,), "loss": (T,)}
         for name, shape in want.items():
             if getattr(self, name).shape != shape:
                 raise ModlabError(
-                    f"RoutingTrace.{name} has shape {getattr(self, name).shape}; {r} routed layers and "
-                    f"{t} tokens need {shape}."
+                    f"RoutingTrace.{name} has shape {getattr(self, name).shape}; {R} routed layers and "
+                    f"{T} tokens need {shape}."
                 )
         layers = list(self.layers)
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ModlabError(
                 f"RoutingTrace.layers must ascend in 0..{self.num_layers - 1}, not {self.layers}."
             )
-
-    # -- figures --------------------------------------------------------------------------------------------
 
     @property
     def text(self) -> str:
@@ -111,11 +109,11 @@ class RoutingTrace:
         with another state, so their gates change with p as well.
         """
         values: list[Any] = [p] if np.ndim(p) == 0 else list(np.ravel(p))
-        p_r1 = np.array([check_threshold(value) for value in values], dtype=np.float32)[:, None]
+        p_R1 = np.array([check_threshold(value) for value in values], dtype=np.float32)[:, None]
         if len(values) not in (1, len(self.layers)):
             raise ModlabError(f"preview_keep needs one p or {len(self.layers)} of them, not {len(values)}.")
         position = np.arange(len(self.tokens))[None]
-        keep: NDArray[np.bool_] = rule.kept(self.gate, p_r1, position, self.keep_first)
+        keep: NDArray[np.bool_] = rule.kept(self.gate, p_R1, position, self.keep_first)
         return keep
 
     def preview_saving(self, p: ArrayLike) -> float:
@@ -150,8 +148,6 @@ class RoutingTrace:
             loss=self.loss[chosen],
         )
 
-    # -- files ----------------------------------------------------------------------------------------------
-
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one compressed .npz, no pickle inside; an older file is replaced only when all is written."""
         path = Path(path)
@@ -175,8 +171,6 @@ class RoutingTrace:
                 f"{path} is not a routing trace, or it is damaged ({type(error).__name__}: {error}). "
                 "Make it again with modlab.trace(...).save(path)."
             ) from error
-
-    # -- pictures -------------------------------------------------------------------------------------------
 
     def to_html(self) -> str:
         """One page with everything inside (data, styles, script): opens from a file, without network."""
@@ -214,104 +208,3 @@ def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> N
     for name in ("gate", "thresholds"):
         if not bool(((arrays[name] >= 0) & (arrays[name] <= 1)).all()):
             raise ValueError(f"{name} has values outside [0, 1]")
-
-
-def trace(model: Any, tokenizer: Any, text: str) -> RoutingTrace:
-    """Run `text` once through a converted model and record what each router decided.
-
-    One forward in eval mode without gradients; the model's training mode and thresholds stay as they were.
-
-    Raises:
-        ModlabError: the model is not converted; the text is empty or longer than the model's context.
-    """
-    return run_traced(model, tokenizer, text)[0]
-
-
-def run_traced(model: Any, tokenizer: Any, text: str) -> tuple[RoutingTrace, Any]:
-    """`trace`, and the model's output: logits [1, T, V] and the cache that was filled (a RaggedCache)."""
-    import torch
-
-    from modlab.cache import bytes as kv_bytes
-    from modlab.hf.cache_argument import given_cache
-    from modlab.hf.model import eval_mode, model_name
-    from modlab.routing.state import is_converted, record_routing
-
-    if not is_converted(model):
-        raise ModlabError(
-            f"{type(model).__name__} is not a Mixture-of-Depths model, so there is no routing to trace. "
-            "Call modlab.convert(model) first."
-        )
-    ids, tokens = encode(tokenizer, text)
-    check_length(model, ids)
-    ids_bt = torch.tensor([ids], device=model.device)
-    with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
-        output = model(ids_bt, use_cache=True)
-    step, routing = recording.steps[-1], model.mod
-    layers, cache = list(routing.layers), given_cache(output)
-    return RoutingTrace(
-        tokens=tokens,
-        token_ids=np.asarray(ids),
-        gate=np.stack([step.gate[i][0].cpu().numpy() for i in layers]),
-        keep=np.stack([step.keep[i][0].cpu().numpy() for i in layers]),
-        layers=layers,
-        num_layers=routing.num_layers,
-        thresholds=np.asarray([routing.thresholds[i] for i in layers]),
-        keep_first=routing.config.keep_first,
-        loss=_token_loss(output.logits[0], ids_bt[0]),
-        kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
-        model=model_name(model),
-        skip=routing.config.skip,
-        keep_recent=routing.config.recent_stored,
-    ), output
-
-
-def check_length(model: Any, ids: list[int]) -> None:
-    """Raises ModlabError if the model cannot read so many tokens."""
-    from modlab.hf.model import context_length
-
-    limit = context_length(model)
-    if limit and len(ids) > limit:
-        raise ModlabError(
-            f"The text has {len(ids):,} tokens; this model reads at most {limit:,} "
-            "(config.max_position_embeddings). Shorten it, or trace it in parts."
-        )
-
-
-def encode(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
-    """Token ids of the text, and the piece of the text that each stands for.
-
-    Pieces are cut at the ends that a fast tokenizer reports; what several tokens share (the bytes of one
-    emoji) goes to the first of them, and what none reports (trimmed blanks) to the next one, so that
-    joined together they are the text again.
-    """
-    if not text:
-        raise ModlabError("The text is empty: there is nothing to trace. Give at least one character.")
-    if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
-        ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-    else:
-        ids, ends = list(tokenizer(text, truncation=False, verbose=False)["input_ids"]), None
-    if not ids:
-        raise ModlabError(f"The tokenizer turned {text[:60]!r} into no token at all. Give some other text.")
-    if ends is None:
-        return ids, [tokenizer.decode([i]) for i in ids]
-    pieces, done = [], 0
-    for end in ends:
-        pieces.append(text[done : max(done, end)])
-        done = max(done, end)
-    pieces[-1] += text[done:]
-    return ids, pieces
-
-
-def _token_loss(logits_tv: torch.Tensor, ids_t: torch.Tensor, chunk: int = 512) -> NDArray[np.float32]:
-    """float32[T], nats, NaN at 0. In chunks: a float32 copy of all logits may be gigabytes."""
-    import torch
-
-    loss = torch.full((len(ids_t),), float("nan"))
-    for start in range(1, len(ids_t), chunk):
-        stop = min(start + chunk, len(ids_t))
-        piece = torch.nn.functional.cross_entropy(
-            logits_tv[start - 1 : stop - 1].float(), ids_t[start:stop].to(logits_tv.device), reduction="none"
-        )
-        loss[start:stop] = piece.cpu()
-    return loss.numpy()

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modlab.data.batches import KEYS, Batch
 from modlab.errors import ModlabError
-from modlab.measure.pieces import KEYS, Batch
 
 PRELOAD_BYTES = 8 * 2**30
 SAMPLED = 32  # rows that stand for data which is not in memory

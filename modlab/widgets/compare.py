@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import traitlets as t
 
+from modlab.data.pieces import encode
 from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import eval_mode, model_name
 from modlab.routing.threshold import check_threshold
-from modlab.traces.routing_trace import check_length, encode
+from modlab.traces.run import check_length
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.panels import compare_png

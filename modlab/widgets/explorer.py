@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modlab.hf.cache_argument import given_cache
-from modlab.traces.routing_trace import RoutingTrace, run_traced
+from modlab.traces.routing_trace import RoutingTrace
+from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.page import curve

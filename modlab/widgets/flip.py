@@ -9,7 +9,8 @@ import traitlets as t
 
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.traces.routing_trace import RoutingTrace, run_traced
+from modlab.traces.routing_trace import RoutingTrace
+from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using

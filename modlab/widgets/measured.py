@@ -6,9 +6,11 @@ from typing import Any
 
 import traitlets as t
 
+from modlab.data.pieces import encode
 from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import context_length
-from modlab.traces.routing_trace import RoutingTrace, encode, run_traced
+from modlab.traces.routing_trace import RoutingTrace
+from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.page import MAX_TOKENS, group_of, payload, summary
@@ -111,7 +113,7 @@ def fitting(model: Any, tokenizer: Any, text: str) -> tuple[str, str]:
     context = context_length(model)
     limit = min(context or MAX_TOKENS, MAX_TOKENS)
     pieces = encode(tokenizer, text)[1]
-    if len(pieces) <= limit or not tokenizer.is_fast:  # the pieces of a slow one are not the text again
+    if len(pieces) <= limit:
         return text, ""
     count, keep = len(pieces), limit
     while (count := len(encode(tokenizer, part := "".join(pieces[:keep]))[0])) > limit:

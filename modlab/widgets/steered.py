@@ -12,7 +12,8 @@ from modlab.cache.stored import MIB, keep_ratio_for, recent_share
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.skips import named
-from modlab.traces.routing_trace import RoutingTrace, run_traced
+from modlab.traces.routing_trace import RoutingTrace
+from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modlab
+from modlab.data.pieces import encode
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.traces.routing_trace import RoutingTrace, encode, run_traced
+from modlab.traces.routing_trace import RoutingTrace
+from modlab.traces.run import run_traced
 from tests.helpers.models import scatter_gates
 from tests.helpers.tokenizers import make_tokenizer
 from tests.helpers.traces import make_trace

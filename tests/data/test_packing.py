@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modlab import data
+from modlab.data import sources
 from modlab.errors import ModlabError
 from tests.helpers.tokenizers import character_tokenizer
 
@@ -170,8 +171,8 @@ def small_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text(text, encoding="utf-8")
     (packages / "pkg" / "latin.py").write_bytes(b"# caf\xe9\n" + body.encode())
     paths = {"stdlib": str(stdlib), "purelib": str(packages), "platlib": str(packages)}
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
-    monkeypatch.setattr(data.site, "getsitepackages", lambda: [str(packages)])
+    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(sources.site, "getsitepackages", lambda: [str(packages)])
     return stdlib
 
 
@@ -197,9 +198,11 @@ def test_python_split_is_by_relative_path(
     small_python.rename(moved)
     packages = str(moved / "site-packages")
     monkeypatch.setattr(
-        data.sysconfig, "get_paths", lambda: {"stdlib": str(moved), "purelib": packages, "platlib": packages}
+        sources.sysconfig,
+        "get_paths",
+        lambda: {"stdlib": str(moved), "purelib": packages, "platlib": packages},
     )
-    monkeypatch.setattr(data.site, "getsitepackages", lambda: [packages])
+    monkeypatch.setattr(sources.site, "getsitepackages", lambda: [packages])
     assert set(data.documents("python", "heldout", 0.3)["name"]) == heldout
 
 

@@ -1,17 +1,12 @@
-"""Text in, packed token rows out: the training and held-out data of every other part.
-
-`packed` turns a source into a `datasets.Dataset` whose rows are all exactly `seq_len` tokens long: documents
-are split into train and held-out, shuffled, tokenised, joined with separators and cut, nothing is padded.
-
-Sources:
+"""Where documents come from: installed Python, files, lists of texts, data sets, the hub; and the split into
+train and held-out, by a hash alone.
 
 - "python": the standard library and the installed packages of the running interpreter, a real corpus of long
   documents on any machine; "python-stdlib" is the standard library alone;
 - a local .txt, .json or .jsonl file, or a folder of them (one document per text file or json row);
+- a list of texts;
 - a `datasets.Dataset` with a text column, such as `documents` returns;
 - anything else is a data set on the hub, "name" or "name:config".
-
-`datasets` is imported when a function runs, so that `import modlab` stays quick.
 """
 
 from __future__ import annotations
@@ -22,14 +17,19 @@ import site
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from modlab.data.texts import checked
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[str]
+else:
+    Source = Any
 
 MIN_PYTHON_CHARS = 400  # shorter files are mostly empty __init__.py
 HELDOUT_FRACTION = 0.02
@@ -37,110 +37,8 @@ SPLITS = (None, "train", "heldout")
 TEXT_SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json"}
 
 
-def packed(
-    source: str | os.PathLike[str] | Dataset,
-    tokenizer: Any,
-    seq_len: int = 2048,
-    split: str | None = None,
-    limit_tokens: int | None = None,
-    heldout_fraction: float = HELDOUT_FRACTION,
-    num_proc: int | None = None,
-    seed: int = 0,
-    text_column: str = "text",
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
-    """Rows of exactly `seq_len` tokens from a source, as a `datasets.Dataset` in torch format.
-
-    Every document is written as bos + tokens + eos; a tokenizer whose bos and eos are one token, or that has
-    only one of them, gets that token once in front of each document. Documents are shuffled with `seed`
-    before they are joined, and the remainder after the last full row is dropped. The result does not depend
-    on `num_proc`.
-
-    Args:
-        source: see the module docstring.
-        tokenizer: a `transformers` tokenizer with a bos or an eos token.
-        seq_len: tokens a row.
-        split: "train", "heldout" or None for everything. Which documents are held out depends on a hash alone
-            (of the file's path below its root for Python source, of the text elsewhere), never on order or
-            machine.
-        limit_tokens: stop after this many tokens (rounded down to whole rows); only as many documents as
-            needed are tokenised.
-        heldout_fraction: share of the documents that is held out, in (0, 1).
-        num_proc: processes for reading and tokenising; None stays in this process (where a fast tokenizer
-            uses all cores for the tokenising itself).
-        text_column: the column that holds the text (json and hub sources).
-        cache_dir: where `datasets` keeps its copies of files and hub data; its default if None.
-
-    Returns:
-        Dataset with the one column `input_ids`, int64 tensors of shape (seq_len,) when indexed.
-
-    Raises:
-        ModlabError: unknown or unreachable source, no text, too little text, an unsuitable tokenizer.
-    """
-    from datasets import Features, List, Value, concatenate_datasets
-
-    if seq_len < 2:
-        raise ModlabError(f"seq_len is {seq_len}; a row needs at least 2 tokens to predict one from another.")
-    if limit_tokens is not None and limit_tokens < seq_len:
-        raise ModlabError(
-            f"limit_tokens={limit_tokens} is less than one row (seq_len={seq_len}): raise it or shorten rows."
-        )
-    before, after = _separators(tokenizer)
-    docs = documents(source, split, heldout_fraction, num_proc, text_column, cache_dir)
-    order = np.random.default_rng(seed).permutation(len(docs))
-    chars = np.asarray(docs["chars"])[order]
-
-    # With a limit, tokenise only a prefix of the shuffled documents and extend it until it is long enough.
-    wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
-    parts: list[Dataset] = []
-    done = total = 0
-    budget = None if wanted is None else 6 * wanted + 1000
-    while done < len(docs) and (wanted is None or total < wanted):
-        stop = len(docs)
-        if budget is not None:
-            stop = min(len(docs), done + 1 + int(np.searchsorted(np.cumsum(chars[done:]), budget)))
-        part = docs.select(order[done:stop]).map(
-            _tokenise,
-            batched=True,
-            batch_size=200,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "before": before,
-                "after": after,
-                "parallel": (num_proc or 1) == 1,
-            },
-            remove_columns=docs.column_names,
-            features=Features({"input_ids": List(Value("int32"))}),
-            num_proc=_processes(num_proc, stop - done),
-            desc="Tokenising",
-        )
-        parts.append(part)
-        done, total = stop, total + _token_count(part)
-    if total < seq_len:
-        raise ModlabError(
-            f"{_name(source, split)} holds {total} tokens in {len(docs)} document(s), fewer than one row of "
-            f"seq_len={seq_len}. Give more text or a smaller seq_len."
-        )
-    tokens = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    rows = min(total, wanted or total) // seq_len
-    cutter = _Cutter(seq_len, rows)
-    out = tokens.with_format(
-        "arrow"
-    ).map(
-        cutter,
-        batched=True,
-        batch_size=1000,
-        remove_columns=["input_ids"],
-        features=Features({"input_ids": List(Value("int32"), length=seq_len)}),
-        load_from_cache_file=False,  # the cutter carries tokens from one batch to the next
-        new_fingerprint=hashlib.sha1(f"{tokens._fingerprint}-{seq_len}-{rows}".encode()).hexdigest()[:16],
-        desc=f"Packing into rows of {seq_len}",
-    )
-    return out.with_format("torch")
-
-
 def documents(
-    source: str | os.PathLike[str] | Dataset,
+    source: Source,
     split: str | None = None,
     heldout_fraction: float = HELDOUT_FRACTION,
     num_proc: int | None = None,
@@ -149,9 +47,14 @@ def documents(
 ) -> Dataset:
     """The documents of a source before tokenising: columns `text`, `chars` (its length) and `name`.
 
-    `name` is the path below its root for Python source and the content hash elsewhere. Arguments and errors
-    as in
-    `packed`.
+    `name` is the path below its root for Python source and the content hash elsewhere.
+
+    Args:
+        source: see the module docstring.
+        split, heldout_fraction, num_proc, text_column, cache_dir: as in `packed`.
+
+    Raises:
+        ModlabError: as in `packed`.
     """
     if split not in SPLITS:
         raise ModlabError(f"split={split!r} is not one of {SPLITS}.")
@@ -159,24 +62,35 @@ def documents(
         raise ModlabError(
             f"heldout_fraction={heldout_fraction}: it has to lie between 0 and 1, such as 0.02."
         )
-    if not isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (list, tuple)):
+        docs = _described(_of_texts(source), num_proc)
+    elif not isinstance(source, (str, os.PathLike)):
         docs = _described(_with_text(source, text_column, "The data set"), num_proc)
     elif os.fspath(source) in ("python", "python-stdlib"):
         docs = _python_documents(os.fspath(source), num_proc)
     else:
         docs = _text_documents(os.fspath(source), num_proc, text_column, cache_dir)
     if len(docs) == 0:
-        raise ModlabError(f"{_name(source, None)} holds no text.")
+        raise ModlabError(f"{named(source, None)} holds no text.")
     if split is not None:
         held = np.fromiter((held_out(name, heldout_fraction) for name in docs["name"]), bool, len(docs))
         chosen = np.flatnonzero(held if split == "heldout" else ~held)
         if len(chosen) == 0:
             raise ModlabError(
-                f"The {split} split of {_name(source, None)} is empty: {len(docs)} document(s) in all, "
+                f"The {split} split of {named(source, None)} is empty: {len(docs)} document(s) in all, "
                 f"heldout_fraction={heldout_fraction}. Use split=None, more documents or another fraction."
             )
         docs = docs.select(chosen)
     return docs
+
+
+def _of_texts(texts: Sequence[str]) -> Dataset:
+    from datasets import Dataset, Features, Value
+
+    if not texts:
+        raise ModlabError("The list of texts is empty.")
+    texts = [checked(text, f"document {i}") for i, text in enumerate(texts)]
+    return Dataset.from_dict({"text": texts}, features=Features({"text": Value("large_string")}))
 
 
 def _python_documents(source: str, num_proc: int | None) -> Dataset:
@@ -192,7 +106,7 @@ def _python_documents(source: str, num_proc: int | None) -> Dataset:
         features=Features(
             {"name": Value("string"), "text": text, "chars": Value("int64"), "digest": Value("string")}
         ),
-        num_proc=_processes(num_proc, len(names)),
+        num_proc=processes(num_proc, len(names)),
         desc="Reading Python source",
     )
     # The same file often comes with several packages; the first name in sorted order stays.
@@ -263,7 +177,7 @@ def _described(docs: Dataset, num_proc: int | None) -> Dataset:
         _describe,
         batched=True,
         features=Features({"name": Value("string"), "text": Value("large_string"), "chars": Value("int64")}),
-        num_proc=_processes(num_proc, len(docs)),
+        num_proc=processes(num_proc, len(docs)),
         desc="Reading text",
     )
     filled = np.flatnonzero(np.asarray(docs["chars"]) > 0)
@@ -324,64 +238,6 @@ def _describe(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     }
 
 
-def _tokenise(
-    batch: dict[str, list[Any]], tokenizer: Any, before: list[int], after: list[int], parallel: bool
-) -> dict[str, list[list[int]]]:
-    if not parallel:  # a forked worker: the tokenizer must not start threads of its own
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoded = tokenizer(
-        batch["text"],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        truncation=False,
-        verbose=False,
-    )["input_ids"]
-    return {"input_ids": [[*before, *ids, *after] for ids in encoded]}
-
-
-class _Cutter:
-    """Cuts a stream of token lists into rows of `seq_len`; holds the tokens left over from the batch
-    before."""
-
-    def __init__(self, seq_len: int, rows: int) -> None:
-        self.seq_len, self.rows = seq_len, rows
-        self.rest = np.empty(0, np.int32)
-
-    def __call__(self, table: Any) -> dict[str, Sequence[Any]]:
-        import pyarrow as pa
-
-        ids = table["input_ids"].combine_chunks()
-        flat = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-        stream = np.concatenate([self.rest, flat])
-        count = min(len(stream) // self.seq_len, self.rows)
-        self.rows -= count
-        self.rest = stream[count * self.seq_len :]
-        rows = pa.FixedSizeListArray.from_arrays(pa.array(stream[: count * self.seq_len]), self.seq_len)
-        return pa.table({"input_ids": rows})
-
-
-def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids written before and after each document."""
-    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    if bos is None and eos is None:
-        raise ModlabError(
-            f"The tokenizer {type(tokenizer).__name__} has neither a bos nor an eos token, so packed "
-            'documents could not be told apart. Set one, for example tokenizer.eos_token = "</s>".'
-        )
-    if bos is None or eos is None or bos == eos:
-        only: int = bos if bos is not None else eos  # type: ignore[assignment]
-        return [only], []
-    return [bos], [eos]
-
-
-def _token_count(part: Dataset) -> int:
-    import pyarrow.compute as pc
-
-    lengths = part.with_format("arrow")[:]["input_ids"]
-    return int(pc.sum(pc.list_value_length(lengths)).as_py() or 0)
-
-
 def held_out(name: str, fraction: float = HELDOUT_FRACTION) -> bool:
     """Whether the document of this name belongs to the held-out split: its hash alone says so."""
     return int(digest(name)[:8], 16) < fraction * 2**32
@@ -392,15 +248,19 @@ def digest(text: str) -> str:
     return hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _processes(num_proc: int | None, rows: int) -> int | None:
+def processes(num_proc: int | None, rows: int) -> int | None:
     """More processes than rows is an error in `datasets`; a single one is cheaper without a pool."""
     wanted = min(num_proc or 1, max(rows, 1))
     return wanted if wanted > 1 else None
 
 
-def _name(source: str | os.PathLike[str] | Dataset, split: str | None) -> str:
-    named = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "The data set"
-    return named + (f" (split {split!r})" if split else "")
+def named(source: Source, split: str | None) -> str:
+    """What messages call a source."""
+    if isinstance(source, (str, os.PathLike)):
+        name = repr(os.fspath(source))
+    else:
+        name = "The list of texts" if isinstance(source, (list, tuple)) else "The data set"
+    return name + (f" (split {split!r})" if split else "")
 
 
 def _first_line(error: BaseException) -> str:
