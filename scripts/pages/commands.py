@@ -42,7 +42,7 @@ def reference(root: Path) -> str:
             if isinstance(action, argparse._HelpAction) or action.dest == "traceback":
                 continue
             text = parser._get_formatter()._expand_help(action) if action.help else ""
-            lines.append(f"| `{_form(action)}` | {_cell(text)} |")
+            lines.append(f"| `{_cell(_form(action))}` | {_cell(text)} |")
         if name == "bench":
             lines += ["", "| case | |", "|---|---|", *_cases()]
         parts.append("\n".join(lines))
