@@ -1,4 +1,4 @@
-"""What to route and how: the settings of a conversion, as one dataclass that is saved beside the weights."""
+"""What to route and how: the settings of a conversion, as one dataclass that is saved next to the weights."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ QUICKSTART = "quickstart.ipynb"
 
 
 def notebook_source() -> Path:
-    """The folder the notebooks are copied from: inside an installed package, beside it in a checkout."""
+    """The folder the notebooks are copied from: inside an installed package, next to it in a checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "_notebooks", package.parent / "notebooks"):
         if (folder / QUICKSTART).is_file():
@@ -93,7 +93,7 @@ class CopyReport:
 
 
 def copy_notebooks(target: Path, overwrite: bool = False) -> CopyReport:
-    """Copy the notebooks and what lies beside them to `target`; a file that was changed there is kept.
+    """Copy the notebooks and the files next to them to `target`; a file that was changed there is kept.
 
     Args:
         target: folder, made if it is not there.
@@ -245,7 +245,7 @@ def _prefer_this_python() -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, then moved into place."""
+    """Write a file whole or not at all: to a temporary file next to it, then moved into place."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

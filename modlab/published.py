@@ -5,7 +5,7 @@
     published.latencies(case)   of these, milliseconds by keep ratio: one curve
     published.demo()            the demo models on held-out text (modlab/demo/results.json)
 
-The files travel in the package: an installed modlab can draw them beside what the machine at hand measures.
+The files travel in the package: an installed modlab can draw them next to what this machine measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROVENANCE = ("device_name", "dtype", "date", "command")
 
 
 def result_files() -> list[Path]:
-    """The benchmark files: inside an installed package, beside it in a checkout.
+    """The benchmark files: inside an installed package, next to it in a checkout.
 
     Raises:
         ModlabError: there are none.

@@ -67,7 +67,7 @@ def recipe(
     Args:
         name: "default", "memory", "speed" or "paper".
         model: dense, to be converted; its number of layers sets the keep ratio.
-        kv_saving: how many times smaller the K/V cache shall be; the recipe's own by default. With
+        kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default. With
             "default" and "memory" in contexts much longer than `MoDConfig.keep_recent`, whose tokens are in
             the cache anyway.
         **train: further fields of `TrainConfig`, such as `tokens`; they win over the recipe's.
@@ -95,7 +95,7 @@ def recipe(
         )
     if kv_saving is not None and fields.get("objective") == "load":
         raise ModlabError(
-            "the load objective aims at no KV saving, alpha decides it: leave kv_saving away, or calibrate "
+            "the load objective aims at no KV saving, alpha decides it: leave kv_saving out, or calibrate "
             "the trained model (modlab.calibrate)."
         )
     if saving is not None and "keep_ratio" not in fields:

@@ -159,7 +159,7 @@ def older_share(ratio: float, T: int, window: int, first: int) -> float:
 def set_threshold(base: Base, gates: Gates, data: Data, ratio: float, window: int, rounds: int = 3) -> float:
     """Puts the threshold where the three texts together have the ratio, on rows that are not measured.
 
-    What a gate says depends on what earlier layers have dropped, hence the rounds.
+    What a gate says depends on what earlier layers have dropped; therefore the rounds.
     """
     rows = np.concatenate([data.texts[name][MEASURED:] for name in COUNTED])
     first, T = gates.form.first, rows.shape[1]

@@ -21,7 +21,7 @@ from modlab.errors import ModlabError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="modlab bench",
-        description="Dense beside Mixture-of-Depths, measured on this machine. Without a case: the list.",
+        description="Dense against Mixture-of-Depths, measured on this machine. Without a case: the list.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run, or 'all'")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument(
-        "--plot", type=Path, metavar="RESULT", help="draw a result file as an HTML page beside it"
+        "--plot", type=Path, metavar="RESULT", help="draw a result file as an HTML page next to it"
     )
     return parser
 

@@ -139,7 +139,7 @@ class Workload:
                 yield make_row(times[None][index], times[variant][index], **self.fields(variant, name))
 
     def fields(self, variant: Variant, name: str) -> dict[str, Any]:
-        """What a row says beside the times."""
+        """What a row says besides the times."""
         config, settings, last = self.dense.config, self.settings, self.last[variant]
         skip = named(settings.skip)
         layers = self.twins[variant.routed].mod.layers

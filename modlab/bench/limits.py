@@ -40,7 +40,7 @@ def need_gpu(settings: Settings, name: str) -> None:
 def peak_rows(
     settings: Settings, dense: Any, twins: dict[str, Any], context: int, variant: Variant
 ) -> Iterator[Row]:
-    """Peak memory above the weights of a prefill: stock transformers beside fast generation."""
+    """Peak memory above the weights of a prefill: stock transformers against fast generation."""
     workload = Workload(settings, dense, twins, [context], 2)
     disable_fast_generation(dense)
     try:
@@ -129,7 +129,7 @@ def step_times(
 def throughput_rows(
     settings: Settings, dense: Any, twins: dict[str, Any], context: int, variant: Variant, tokens: int = 32
 ) -> Iterator[Row]:
-    """ms a generated token at the largest batch that fits: dense beside Mixture-of-Depths."""
+    """ms a generated token at the largest batch that fits: dense against Mixture-of-Depths."""
     config, size = dense.config, settings.dtype.itemsize
     twin = twins[variant.routed]
     results: dict[str, tuple[float, int, int]] = {}

@@ -24,7 +24,7 @@ def never(ids_BT: Tensor, scores: Any, **kwargs: Any) -> Tensor:
 
 @case
 def overhead(settings: Settings) -> Iterator[Row]:
-    """generate, what stands beside the layers compiled or not, tokens chosen in the step or on the host."""
+    """generate: parts outside the layers compiled or not, tokens chosen in the step or on the host."""
     variants = [Variant(settings.routed, ratio) for ratio in settings.ratios]
     longest = max(settings.contexts) + settings.decode_tokens
     ways: tuple[bool | str, ...] = ("layers", True) if settings.device.type == "cuda" else (False,)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from modlab.routing.state import Routing
 
 NO_KEY = torch.iinfo(torch.int32).max
-"""Column of a key slot that holds no token: later than every query, hence never attended."""
+"""Column of a key slot that holds no token: later than every query, so it is never attended to."""
 
 
 class RaggedLayer(CacheLayerMixin):

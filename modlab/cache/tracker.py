@@ -150,7 +150,7 @@ class KVTracker:
         }
 
     def plot(self) -> go.Figure:
-        """Allocated bytes over forward steps beside what a dense cache would take, as a plotly figure."""
+        """Allocated bytes by forward step, and what a dense cache would take, as a plotly figure."""
         try:
             import plotly.graph_objects as go
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""`modlab bench`: dense beside Mixture-of-Depths on this machine."""
+"""`modlab bench`: dense against Mixture-of-Depths on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modlab.cli.flags import Command
 
 def add(command: Command) -> None:
     """The parser of this command."""
-    command("bench", run, "run benchmarks of this modlab on this machine, dense beside Mixture-of-Depths")
+    command("bench", run, "run benchmarks of this modlab on this machine, dense against Mixture-of-Depths")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -39,12 +39,12 @@ def add(command: Command) -> None:
     )
     sub.add_argument(
         "--recipe", choices=list(RECIPES),
-        help="how a dense MODEL is converted and trained (default: default); flags given beside it win: "
+        help="how a dense MODEL is converted and trained (default: default); flags given with it win: "
         + "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items()),
     )  # fmt: skip
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,
-        help="with --recipe: how many times smaller the K/V cache shall be (the recipe's own)",
+        help="with --recipe: how many times smaller the K/V cache is to be (the recipe's own)",
     )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")

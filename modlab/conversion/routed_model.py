@@ -68,7 +68,7 @@ class RoutedModel(Extended):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Saves dense weights as transformers does, the routers, their config and a model card beside them;
+        """Saves dense weights as transformers does, the routers, their config and a model card next to them;
         all or nothing.
 
         The folder loads as the converted model with `modlab.load`, and with `AutoModelForCausalLM` once

@@ -146,7 +146,7 @@ def _read_files(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     for path in batch["path"]:
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError):  # gone meanwhile or not UTF-8: dropped as too short
+        except (OSError, UnicodeDecodeError):  # gone by now or not UTF-8: dropped as too short
             texts.append("")
     return {
         "name": batch["name"],

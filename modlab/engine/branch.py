@@ -86,7 +86,7 @@ class CudaPythonBranch(Branch):
         module = _compiled(driver, nvrtc)
         self.kernel_set = _checked(driver.cuModuleGetFunction(module, b"set_condition"))
         self.kernel_route = _checked(driver.cuModuleGetFunction(module, b"route"))
-        # What a body allocates must stay its own: the rest of the graph may run beside its memory's last use.
+        # What a body allocates must stay its own: the rest of the graph may still run while it is used.
         self.pool = torch.cuda.MemPool()
         self.stream = torch.cuda.Stream()
 

@@ -103,7 +103,7 @@ class Engine:
         return logits
 
     def release(self) -> None:
-        """Lets go of the caches of the latest generation."""
+        """Frees the caches of the latest generation."""
         for step in self.steps.values():
             step.tables.release()
 
@@ -122,7 +122,7 @@ class Engine:
         """The decoding step for `batch` rows, captured at its first use."""
         step = self.steps.pop(batch, None)
         if step is None or not step.is_current():
-            step = None  # lets go of its graph before another takes memory
+            step = None  # frees its graph before another takes memory
             # What is made here outlives a caller's inference mode, whose tensors cannot be written outside.
             with torch.inference_mode(False), torch.no_grad():
                 step = Step(self, batch)

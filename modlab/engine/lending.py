@@ -1,4 +1,4 @@
-"""For the length of one forward a module runs a function of the engine's in the place of its own forward."""
+"""For the length of one forward a module runs a function of the engine's instead of its own forward."""
 
 from __future__ import annotations
 

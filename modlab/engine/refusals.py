@@ -1,4 +1,4 @@
-"""What fast generation refuses: whole models, and single calls, which then go the ordinary way.
+"""What fast generation refuses: whole models, and single calls, which then run without it.
 
 Shape letters: B rows, T tokens in.
 """
@@ -49,7 +49,7 @@ def call_refusal(
     ids_BT: Tensor,
     model_kwargs: dict[str, Any],
 ) -> str | None:
-    """Why this call goes the ordinary way, or None."""
+    """Why this call runs without the engine, or None."""
     if next(model.parameters()).device != engine.device:
         return "the model has moved to another device: enable fast generation again"
     if is_watched(model, set() if engine.routing is None else {hook.id for hook in engine.routing.hooks}):
@@ -105,7 +105,7 @@ def call_refusal(
 def _rotary_refusal(config: Any, max_length: int, rows: int, columns: int) -> str | None:
     """Why a text of up to `max_length` tokens outgrows rotary frequencies that depend on its length.
 
-    Phi-3 begins anew with other frequencies where a text crosses its first context length, which no captured
+    Phi-3 starts again with other frequencies where a text crosses its first context length, which no captured
     step does. The frequencies of a forward follow its longest row, so that all rows have to be in one line.
     """
     parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}

@@ -89,11 +89,11 @@ def enable_fast_generation(
     Prompts are run without padding, every routed layer (or its attention or MLP, as `MoDConfig.skip` says) on
     its kept tokens; on CUDA each further token is one CUDA graph, in which what no row needs is skipped by an
     IF node on the GPU. Beam search, assisted
-    decoding, a cache of your own, recorded routing and returned scores go the ordinary way as before;
+    decoding, a cache of your own, recorded routing and returned scores run as without it;
     `fast_generation_report` says which way the latest call went and why.
 
     Works for dense models too, so that the two can be compared on equal terms. Generations in several threads
-    wait for each other; other forwards of the model must not run meanwhile.
+    wait for each other; other forwards of the model must not run at the same time.
 
     Args:
         model: dense or converted, on one device, in eval mode.

@@ -1,7 +1,7 @@
 """What the decoding kernels read: each layer's KV buffers, lengths and routing state, at fixed addresses.
 
 A CUDA graph knows addresses, not tensors. The tables below never move; what they point to may: a KV buffer
-that grows is entered anew, and the captured graph goes on.
+that grows is entered again, and the captured graph goes on.
 
 Shape letters: B rows, L layers, G kv heads, H head dim, P positions of a routing table.
 """
@@ -136,7 +136,7 @@ class Tables:
         self.bounds = [_room(cache) for cache in caches]
 
     def release(self) -> None:
-        """Lets go of the caches."""
+        """Frees the caches."""
         self.caches = []
 
     def reserve(self) -> None:

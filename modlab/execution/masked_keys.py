@@ -101,7 +101,7 @@ def weighing_mask(
 
 def key_log_weight(site: Site) -> Tensor:
     """Logarithm of the weight that each token's key has in a what-if pass, at most 0, for protected tokens 0;
-    [B, T], fp32, with gradient. Drawn anew in each call."""
+    [B, T], fp32, with gradient. Drawn again in each call."""
     logit = site.decision.logit - logit_of(site.call.thresholds[site.layer_idx])
     uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)

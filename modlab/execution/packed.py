@@ -171,7 +171,7 @@ def _run_groups(
 def attention_kernels(x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Keeps torch's sdpa off cuDNN while it runs on kept tokens, or on a ragged cache, on a GPU.
 
-    cuDNN plans anew for every shape it has not met, and these have a new shape almost every step:
+    cuDNN makes a new plan for every shape it has not met, and these have a new shape almost every step:
     measured on an H200, 3.6 ms a kept layer and token at 8k, where the layer itself takes 0.8 ms
     (docs/log.md).
     """
@@ -183,8 +183,7 @@ def attention_kernels(x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _cache_changes(
     arguments: LayerArguments, site: Site, cache: RaggedCache | None, layer: RaggedLayer | None, group: Group
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Puts a view on the group's rows in the place of the cache; returns it and the columns of the keys [R,
-    K].
+    """Replaces the cache by a view on the group's rows; returns it and the columns of the keys [R, K].
     """
     name = arguments.cache_name()
     if cache is None or layer is None or name is None:

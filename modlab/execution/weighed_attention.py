@@ -37,7 +37,7 @@ MORE_ENTRIES = 8
 
 @dataclass
 class WeighedKeys:
-    """What a layer hands on in place of a mask.
+    """What a layer passes instead of a mask.
 
     Attributes:
         log_weight_BT: added to the scores of keys that are not recent, at most 0; with gradient.

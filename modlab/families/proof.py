@@ -140,7 +140,7 @@ class Batch:
         self.ids_BT = torch.randint(3, embeddings.weight.shape[0], (B, T), generator=generator)
         self.mask_BT = (torch.arange(T) >= T - torch.tensor(ROW_LENGTHS)[:, None]).long()
         self.positions_BT = (self.mask_BT.cumsum(1) - 1).clamp(min=0)
-        # What `generate` passes beside the mask, where the class takes it.
+        # What `generate` passes besides the mask, where the class takes it.
         self.prefixes: tuple[int, ...] = PREFIXES
         self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
 

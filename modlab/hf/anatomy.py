@@ -166,8 +166,8 @@ def _no_plain_cache(layer: Any) -> str:
     """Why a layer with this cache cannot be routed."""
     name = type(layer).__name__
     if isinstance(layer, LinearAttentionCacheLayerMixin):
-        beside = isinstance(layer, DynamicLayer)
-        return "it keeps a recurrent state beside its keys and values" if beside else NO_ATTENTION
+        with_keys = isinstance(layer, DynamicLayer)
+        return "it keeps a recurrent state next to its keys and values" if with_keys else NO_ATTENTION
     if indexed(layer) or hasattr(layer, "update_index"):
         return "its attention is sparse: an indexer picks blocks of keys"
     return f"its cache layer is a {name}, not plain keys and values"

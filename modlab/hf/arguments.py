@@ -24,7 +24,7 @@ from modlab.errors import ModlabError
 MASK_NAMES = ("attention_mask",)
 
 BIASES = {"alibi": True, "position_bias": False}
-"""Arguments that are added to attention scores, hence as long as the keys, and whether their first axis holds
+"""Arguments that are added to attention scores, so as long as the keys, and whether their first axis holds
 the rows of the batch ([B·N, 1, C] or [B, N, 1, C], BLOOM and Falcon) or only the heads ([N, 1, C or longer],
 MPT)."""
 

@@ -55,7 +55,7 @@ class RouterLoader(HfQuantizer):
 
 
 def _where(folder: Path | None) -> dict[str, Any]:
-    """Arguments that find further files beside the weights in `folder`: of a folder none, of a hub cache
+    """Arguments that find further files next to the weights in `folder`: of a folder none, of a hub cache
     (.../models--<repo>/snapshots/<commit>/<subfolder>) the cache, commit and subfolder."""
     parts = () if folder is None else folder.parts
     if "snapshots" not in parts or not parts[parts.index("snapshots") - 1].startswith("models--"):

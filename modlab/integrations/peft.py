@@ -26,7 +26,7 @@ from modlab.saving.save_adapters import describe_adapters
 
 
 def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
-    """A `peft.LoraConfig` that trains and saves the routers of `model` beside the adapters.
+    """A `peft.LoraConfig` that trains and saves the routers of `model` with the adapters.
 
     Args:
         model: a converted model.

@@ -18,7 +18,7 @@ DISTANCES = (256, 512, 1024, 2048, 4000)
 
 
 def fitting(
-    model: PreTrainedModel, distances: Iterable[int], shortest: int, beside: int, parts: str
+    model: PreTrainedModel, distances: Iterable[int], shortest: int, others: int, parts: str
 ) -> tuple[list[int], dict[int, str]]:
     """Which distances fit.
 
@@ -26,7 +26,7 @@ def fitting(
         model: whose context counts.
         distances: in tokens.
         shortest: the least distance that makes sense.
-        beside: tokens that a row holds beside the distance.
+        others: tokens that a row holds in addition to the distance.
         parts: what a row is made of, for messages.
 
     Returns:
@@ -43,14 +43,14 @@ def fitting(
         raise ModlabError(
             f"a distance of {wanted[0]:,} tokens is too short: at least {shortest:,} are needed ({parts})."
         )
-    fits = [distance for distance in wanted if context is None or distance + beside <= context]
+    fits = [distance for distance in wanted if context is None or distance + others <= context]
     left_out = {
-        distance: f"a row of {distance + beside:,} tokens ({parts}) exceeds the context of {context:,}"
+        distance: f"a row of {distance + others:,} tokens ({parts}) exceeds the context of {context:,}"
         for distance in wanted
         if distance not in fits
     }
     if not fits and context is not None:
-        longest = context - beside
+        longest = context - others
         advice = f"distances up to {longest:,} fit" if longest >= shortest else "no distance fits it"
         raise ModlabError(f"distance {wanted[0]:,}: {left_out[wanted[0]]}; {advice}.")
     return fits, left_out

@@ -44,7 +44,7 @@ class TextHealth:
         longest_loop: tokens of the longest loop.
         loss: nats a token under the model itself, given prompt and text before.
         judge_loss: the same under the judge; None without one. Text that repeats itself is easy to predict,
-            so a low loss is good news only beside repetition like real text's.
+            so a low loss is good news only together with repetition like real text's.
         keep_ratio_by_layer: share of the continuations' tokens that each routed layer keeps; empty for a
             dense model.
         continuations: token ids of each text, for reading; not part of `to_dict`.

@@ -4,7 +4,7 @@
            |<--------------------- distance --------------------------->|
 
 The lines are Python assignments, which models of code know and models of prose read as well. Names and values
-are drawn anew for each row, so nothing but the row itself tells the answer.
+are drawn afresh for each row, so nothing but the row itself tells the answer.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def recall(
     count, each predicted from the token before it in the same copy.
 
     What conversion costs in recall is the difference of `second_loss` between the converted model and the
-    dense one, beside that of `first_loss`, which holds for text that is not repeated. A second copy also
+    dense one, next to that of `first_loss`, which holds for text that is not repeated. A second copy also
     has more text before it than a first one, so `first_loss - second_loss` of one model is not recall alone.
 
     Args:

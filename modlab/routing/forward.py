@@ -171,7 +171,7 @@ class ForwardHooks:
 
     def _check_ran(self, decoder: Any, decided: dict[int, Any], ran: set[tuple[int, str]]) -> None:
         if decoder.training and getattr(decoder.config, "layerdrop", 0.0):
-            return  # the model leaves out layers of its own accord
+            return  # the model itself leaves out layers
         depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
         for index in self.routing.layers:
             if depth is not None and index >= depth:

@@ -36,7 +36,7 @@ eager = torch.compiler.disable(
     reason="modlab: routes change the shapes in a routed layer with every token, so it runs as it is."
 )
 """`torch.compile` leaves these functions alone and compiles the model around them. Traced, a routed layer is
-compiled anew for every number of kept tokens (measured: 72 s instead of 11 s for the first forward of two
+compiled again for every number of kept tokens (measured: 72 s instead of 11 s for the first forward of two
 layers).
 """
 

@@ -4,7 +4,7 @@
        target is linked into it: the folder to be.
     2. The two change places in one step. From here on the new folder is there, whole.
     3. The old folder, now out of the way, gets the new files too, and the two change places again: the target
-       is the same directory as before (of a shell that stands in it, of a mount, of whoever watches it).
+       is the same directory as before (for a shell that stands in it, a mount, a program that watches it).
     4. The hidden folder is removed. One that a killed process left behind is removed by the next save.
 
 Where folders cannot be exchanged (network file systems, Windows, a parent folder without write access) files

@@ -18,8 +18,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PATIENCE = 10.0
-"""Seconds to wait for a lock. Whoever holds it longer (a load of gigabytes, or another program) is not waited
-for: a load notices by itself that its folder was replaced."""
+"""Seconds to wait for a lock. A holder that takes longer (a load of gigabytes, or another program) is not
+waited for: a load notices by itself that its folder was replaced."""
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """Inside this block no other process holds the lock on `path`, or with `shared` none that is not shared.
 
     Args:
-        path: a file or folder; of a folder that is replaced meanwhile the one that has its name in the end.
+        path: a file or folder; of a folder that is replaced while we wait, the newer one.
         shared: for readers.
     """
     end = time.monotonic() + PATIENCE

@@ -127,7 +127,7 @@ class RunFolder:
                 file.write(_line(row))
 
     def write_log(self, rows: Iterable[dict[str, Any]]) -> None:
-        """The log anew, of these rows."""
+        """Rewrites the log with these rows."""
         if self.path is not None and self.writes:
             replace_text(self.path / LOG, "".join(map(_line, rows)))
 

@@ -26,7 +26,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
 
     Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
     model's threshold (it stays set: a later `generate` uses it) and runs the text: measured. Another text is
-    pasted, or opened from a file, in the widget; a curve that was there is measured anew for it.
+    pasted, or opened from a file, in the widget; a curve that was there is measured again for it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> None:

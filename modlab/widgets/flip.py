@@ -28,10 +28,10 @@ class Bytes:
 
 
 class CellFlip(MeasuredView, view="flip"):
-    """The heatmap of a text whose cells can be flipped, the loss and the next-token probabilities beside it.
+    """The heatmap of a text whose cells can be flipped, the loss and the next-token probabilities next to it.
 
     A click on a cell forces the token through the layer, or past it; a second click undoes that. Everything
-    that follows is computed anew by the model: other layers may decide differently, too.
+    that follows is computed again by the model: other layers may decide differently, too.
 
     Attributes:
         flips: [layer, token, keep] for each forced cell.

@@ -1,4 +1,4 @@
-"""One computation at a time on one model, whoever asks for it, and each can be stopped between two layers."""
+"""One computation at a time on one model, from any caller, and each can be stopped between two layers."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ YIELD = 0.0005  # seconds a step that other widgets get to take the model
 class TrainingPanel(View, view="training"):
     """A training run with its curves, and buttons that start, pause, resume and stop it.
 
-    The run has a thread of its own: other cells run and other widgets of the model answer meanwhile, between
-    two steps. `wait()` in a later cell waits for the end; in JupyterLab the buttons work even then.
+    The run has a thread of its own: other cells run, and other widgets of the model answer between two steps.
+    `wait()` in a later cell waits for the end; in JupyterLab the buttons work even then.
 
     Args:
         model, batches, config, eval_data, teacher, tokenizer: as `modlab.train` takes them.

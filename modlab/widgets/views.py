@@ -192,7 +192,7 @@ class TraceView(_Routed):
         return self._trace
 
     def show(self, trace: RoutingTrace) -> None:
-        """Show another trace in the place of this one."""
+        """Show another trace instead of this one."""
         self._trace = trace
         new = payload(trace)
         # A number that always differs: the summary is what tells the browser of new data.

@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def stored_bytes(model: Any, rows: Any, batch_size: int) -> dict[str, float]:
-    """K/V that the ragged cache really allocates after the prefill of whole rows, beside a dense cache's."""
+    """K/V that the ragged cache really allocates after the prefill of whole rows, against a dense cache's."""
     import torch
 
     from modlab import RaggedCache

@@ -5,7 +5,7 @@ The routers are those of the study's arm that trains routers alone on the shippe
 
     python -m benchmarks.quality all --scale demo --arms dense,kv-mid-frozen
 
-which leaves them in build/quality/demo/routers. Copied to modlab/demo/kv, they are measured here on any machine, beside
+which leaves them in build/quality/demo/routers. Copied to modlab/demo/kv, they are measured here on any machine, next to
 controls that take no learning: the same weights, with the keys and values of other tokens and layers.
 """
 

@@ -74,8 +74,8 @@ def newest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [latest[key] for key in sorted(latest)]
 
 
-def said_beside(result: dict[str, Any]) -> list[str]:
-    """What the rows of a result say beside the times, one sentence each."""
+def notes(result: dict[str, Any]) -> list[str]:
+    """What the rows of a result say besides the times, one sentence each."""
     lines = []
     for row in result["rows"]:
         if row["case"] == "peak":
@@ -149,14 +149,14 @@ def is_headline(row: dict[str, Any]) -> bool:
 
 
 def bench_section(results: list[dict[str, Any]]) -> list[str]:
-    """What the default routing (of keys and values) and the GPU suite show at length, what is said beside it,
+    """What the default routing (of keys and values) and the GPU suite show at length, notes on it,
     and all else in a fold."""
     parts, folded = [], []
     for result in results:
         rows = [row for row in result["rows"] if row["case"] != "baseline"]
         if result["what"] == "speed" or skipped(result) == "kv":
             parts.append(bench_table(result, [row for row in rows if is_headline(row)]))
-            parts.append("\n".join(said_beside(result)).strip())
+            parts.append("\n".join(notes(result)).strip())
             rows = [row for row in rows if not is_headline(row)]
         if rows:
             folded.append(bench_table(result, rows))

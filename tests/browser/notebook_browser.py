@@ -112,7 +112,7 @@ def find_chromium() -> str:
 
 
 class JupyterLab:
-    """A private JupyterLab on a free loopback port, with a token, and a headless Chromium beside it."""
+    """A private JupyterLab on a free loopback port, with a token, and a headless Chromium next to it."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ def guide(lab: JupyterLab, tmp_path: Path, shots: Path) -> Open:
 
     @contextmanager
     def run(name: str) -> Iterator[Notebook]:
-        # The kernel works in an empty folder: notebooks write files beside themselves.
+        # The kernel works in an empty folder: notebooks write files next to themselves.
         with lab.open(ROOT / "notebooks" / f"{name}.ipynb", timeout=300, cwd=tmp_path) as nb:
             nb.run_all()
             nb.screenshot(shots / name)

@@ -18,7 +18,7 @@ QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"
 
 @pytest.fixture(scope="module")
 def nb(lab: JupyterLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
-    # The kernel works in an empty folder: the notebook writes a page beside itself.
+    # The kernel works in an empty folder: the notebook writes a page next to itself.
     with lab.open(QUICKSTART, timeout=240, cwd=tmp_path_factory.mktemp("quickstart")) as nb:
         nb.run_all()
         yield nb

@@ -96,7 +96,7 @@ def test_the_same_where_widgets_share_the_kernels_thread(
 def test_a_cell_that_waits_can_still_be_stopped(nb: Notebook) -> None:
     run_cell(nb, 1)
     state(nb, "running")
-    nb.page.locator("[data-view=training] .modlab-stop").click()  # the cell is running meanwhile
+    nb.page.locator("[data-view=training] .modlab-stop").click()  # the cell is still running
     state(nb, "stopped")
     nb.wait_idle()
     assert "ended: interrupted" in nb.text()

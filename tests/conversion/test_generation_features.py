@@ -50,7 +50,7 @@ def routed(request, demo, tiny_llama):
 
 
 def reference(model, ids, **how) -> torch.Tensor:
-    """The same generation, every token computed anew at each step by the masked reference."""
+    """The same generation, every token computed again at each step by the masked reference."""
     with masked_execution(model):
         return generate(model, ids, use_cache=False, **how)
 

@@ -400,7 +400,7 @@ LONG_ROPE = {
     ("length", "fast"), [(3, True), (10, False), (30, True)], ids=["below", "across", "above"]
 )
 def test_a_text_that_crosses_into_other_rotary_frequencies(length: int, fast: bool) -> None:
-    """As Phi-3's long-context models: where the text outgrows the first context, all keys are made anew."""
+    """As Phi-3's long-context models: where the text outgrows the first context, all keys are made again."""
     torch.manual_seed(0)
     config = Phi3Config(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,

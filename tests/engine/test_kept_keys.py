@@ -83,7 +83,7 @@ def test_bytes_are_those_of_what_is_stored_with_growth() -> None:
     slack = sum(max(16, n // 32) for row in last["kept_tokens"] for n in row) * token
     assert stored_bytes <= last["kv_bytes"] <= stored_bytes + slack
     routed = [sum(last["kept_tokens"][layer]) for layer in model.mod.layers]
-    assert max(routed) < 60 + 20 + 2 * 89, "this routing should let go of something"
+    assert max(routed) < 60 + 20 + 2 * 89, "this routing should drop something"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_routed_layers_are_compiled_like_dense_ones_and_once_for_all(
     ):
         want = generated(model, inputs, max_new_tokens=4, eos_token_id=None)
         modlab.enable_fast_generation(model, compile=False, check=False)
-        # the reference attention of a CPU reads buffers of all sizes, for which it would be compiled anew
+        # the reference attention of a CPU reads buffers of all sizes, for which it would be compiled again
         opaque = torch.compiler.disable(decode_attention_function)
         monkeypatch.setitem(AttentionInterface._global_mapping, DECODE, opaque)
         assert generated(model, inputs, max_new_tokens=4, eos_token_id=None) == want

@@ -288,7 +288,7 @@ def test_a_layer_is_compiled_around_its_sublayer_once_for_all(
         with modlab.routing_override(model, modlab.RoutingTable(everything)):
             want = generated(model, inputs, max_new_tokens=4, eos_token_id=None)
             modlab.enable_fast_generation(model, compile=False, check=False)
-            # the reference attention of a CPU reads buffers of all sizes, for which it would be compiled anew
+            # the reference attention of a CPU reads buffers of all sizes: each would be compiled again
             opaque = torch.compiler.disable(decode_attention_function)
             monkeypatch.setitem(AttentionInterface._global_mapping, DECODE, opaque)
             assert generated(model, inputs, max_new_tokens=4, eos_token_id=None) == want

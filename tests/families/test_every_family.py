@@ -28,7 +28,7 @@ from tests.helpers.one_branch import prove_one_branch
 NEWEST = Version("5.24")
 """The transformers for which the tables below were written."""
 
-# One type for each way in which layers differ, beside the promised ones.
+# One type for each way in which layers differ, besides the promised ones.
 MECHANISMS = {
     "bloom": "ALiBi, one table for all rows and heads",
     "mpt": "ALiBi without a batch axis, inverted boolean masks",
@@ -46,9 +46,9 @@ MECHANISMS = {
     "gemma3": "a model of several parts, whose masks are made outside the decoder",
     "gemma3n_text": "parallel residual streams, inputs by layer, shared keys and values",
     "gemma4_text": "layers with different heads",
-    "llama4_text": "chunked layers beside full ones",
-    "qwen3_next": "linear attention beside softmax attention",
-    "jamba": "Mamba layers beside softmax attention",
+    "llama4_text": "chunked layers next to full ones",
+    "qwen3_next": "linear attention next to softmax attention",
+    "jamba": "Mamba layers next to softmax attention",
     "recurrent_gemma": "recurrent layers that padding leaks through",
 }
 """type: what it stands for."""
@@ -56,7 +56,7 @@ MECHANISMS = {
 RECURRENT = "it has no softmax attention"
 NO_KEYS = "take neither an attention mask nor a cache"
 NO_LAYERS = r"no list of \S+ decoder layers, each with one softmax attention"
-STATE = "a recurrent state beside its keys and values"
+STATE = "a recurrent state next to its keys and values"
 MORE_TOKENS = r"run on \[.*\] positions where the input has \[.*\] tokens"
 UPSTREAM = "transformers' own model gives other logits in cached steps"
 UNSUPPORTED = {
@@ -152,7 +152,7 @@ def test_family(model_type: str, fresh: FreshProcess) -> None:
         assert re.search(expected, reason), f"{model_type} is refused, but not because {expected!r}: {reason}"
 
 
-# What the same type can be by its config, beside its default.
+# What the same type can be by its config, besides its default.
 VARIANTS = [
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
     ("falcon", {"alibi": True}),
@@ -206,7 +206,7 @@ REFUSED_BRANCHES: dict[str, dict[str, str]] = {
     "attention": dict.fromkeys((*BERT_LIKE, "bloom"), NO_RESIDUAL),
     "mlp": dict.fromkeys((*BERT_LIKE, *BART_LIKE, "ctrl", "nemotron_h"), NO_MODULE)
     | dict.fromkeys(("bloom", "mpt"), NO_RESIDUAL)
-    | {"granitemoehybrid": "a second MLP beside"},
+    | {"granitemoehybrid": "a second MLP next tos"},
     "kv": dict.fromkeys(("mpt", "doge"), "does not add its mask"),
 }
 """By what is skipped, type: a regular expression that its reason must match."""

@@ -66,7 +66,7 @@ def scatter_gates(model: Any, scale: float = 1.0, seed: int = 0) -> Any:
     """Random router weights in a converted model, so that its gates differ from token to token.
 
     Args:
-        scale: norm of each router's weight, hence about the standard deviation of its logits.
+        scale: norm of each router's weight, so about the standard deviation of its logits.
 
     Returns:
         The model.

@@ -113,7 +113,7 @@ def test_windows_of_layers_that_slide_and_of_those_that_do_not() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("mamba", anatomy.NO_ATTENTION), ("zamba2", "a recurrent state beside"), ("llama4_text", "chunked")],
+    [("mamba", anatomy.NO_ATTENTION), ("zamba2", "a recurrent state next to"), ("llama4_text", "chunked")],
 )
 def test_windows_say_why_a_layer_cannot_be_routed(model_type: str, reason: str) -> None:
     model = tiny_model(model_type)

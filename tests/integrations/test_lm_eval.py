@@ -1,4 +1,4 @@
-"""lm-evaluation-harness itself, on local tasks: scores of a converted model, and what it kept meanwhile."""
+"""lm-evaluation-harness itself, on local tasks: scores of a converted model, and what it kept for them."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_each_layer_is_calibrated_where_each_has_to_keep_the_share(
 
 
 def test_thresholds_of_their_own_keep_their_distance(make: Callable[..., Any], rows: torch.Tensor) -> None:
-    """Calibrated, all layers move by one amount: what one keeps beside the others was trained."""
+    """Calibrated, all layers move by one amount: what one keeps compared with the others was trained."""
     thresholds = {1: 0.4, 2: 0.6}
     model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2], p=thresholds))
     scatter_gates(model)

@@ -1,4 +1,4 @@
-"""One held-out loss, whoever asks for it."""
+"""One held-out loss for every caller."""
 
 from __future__ import annotations
 

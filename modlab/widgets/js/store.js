@@ -104,7 +104,7 @@ class Store extends Scene {
   prepare() {
     const key = [this.threshold, ...(this.model.get("layer_thresholds") || [])].join();
     if (this.stale || key !== this.decidedFor) this.decide();
-    // Views that are dear to draw do so only when this has changed.
+    // Views that are expensive to draw do so only when this has changed.
     this.stamp = [this.decided, this.theme.key, this.textLayer].join();
   }
 

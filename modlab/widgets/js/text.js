@@ -71,7 +71,7 @@ class TokenText {
   draw() {
     const { store } = this;
     this.build();
-    if (this.stamp !== store.stamp) { // recolouring is dear: not for every token that the mouse passes
+    if (this.stamp !== store.stamp) { // recolouring is expensive: not for every token that the mouse passes
       this.stamp = store.stamp;
       this.choice.value = String(store.textLayer);
       for (const chunk of this.chunks) chunk.stale = true;
