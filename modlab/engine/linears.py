@@ -15,7 +15,7 @@ class OneTokenLinear(nn.Linear):
     """An `nn.Linear` that is given one token."""
 
     def forward(self, x_11D: Tensor) -> Tensor:
-        """[1, 1, D] in, [1, 1, E] out; what holds more vectors (one a head, say) runs as the dense module does."""
+        """[1, 1, D] in, [1, 1, E] out; what holds more vectors (one a head, say) runs as before."""
         if x_11D.numel() != self.in_features:
             return super().forward(x_11D)
         return decode_linear(x_11D, self.weight, self.bias)
