@@ -5,12 +5,14 @@
     python scripts/make_notebooks.py 2_train      only this one
     python scripts/make_notebooks.py --bare       write the cells only, without outputs
 
-A saved notebook shows its pictures where nothing runs (GitHub). Running needs Chromium and the test extra.
+A saved notebook shows its pictures where nothing runs: as SVG on GitHub and in nbviewer, as PNG in a JupyterLab
+that does not trust it. Running needs Chromium and the test extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib
 import json
 import re
@@ -75,8 +77,20 @@ def write(path: Path, notebook: dict[str, Any]) -> None:
 def is_kept(output: dict[str, Any]) -> bool:
     """Whether an output says something where nothing runs: not a bare widget (a progress bar), not stderr."""
     data = output.get("data", {})
-    bare = "application/vnd.jupyter.widget-view+json" in data and "image/png" not in data
+    bare = "application/vnd.jupyter.widget-view+json" in data and "image/svg+xml" not in data
     return not bare and output.get("name") != "stderr"
+
+
+def add_png(browser: Any, outputs: Iterable[dict[str, Any]]) -> None:
+    """A PNG of each SVG: JupyterLab draws the latter in notebooks that it trusts only."""
+    for output in outputs:
+        data = output.get("data", {})
+        if "image/svg+xml" not in data:
+            continue
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        page.set_content("".join(data["image/svg+xml"]))
+        data["image/png"] = base64.b64encode(page.locator("svg").screenshot()).decode("ascii")
+        page.close()
 
 
 def run(lab: Any, path: Path, notebook: dict[str, Any]) -> None:
@@ -96,6 +110,7 @@ def run(lab: Any, path: Path, notebook: dict[str, Any]) -> None:
         cell["metadata"] = {}
         if cell["cell_type"] == "code":
             cell["outputs"] = [output for output in cell["outputs"] if is_kept(output)]
+            add_png(lab.browser, cell["outputs"])
     if found := MACHINE.search(json.dumps([cell.get("outputs", []) for cell in saved["cells"]])):
         raise SystemExit(f"{path.name}: an output names a folder of this machine ({found[0]!r})")
     write(path, saved)

@@ -178,14 +178,14 @@ class RoutingTrace:
 
         return trace_page(self)
 
-    def to_png(self) -> bytes:
-        """A still picture of token by layer, for places that run no JavaScript."""
-        from modlab.widgets.pictures.png import heatmap_png
+    def to_svg(self) -> str:
+        """A still picture of token by layer and of the text, for places that run no JavaScript."""
+        from modlab.widgets.pictures.trace import trace_svg
 
-        return heatmap_png(self)
+        return trace_svg(self)
 
-    def _repr_png_(self) -> bytes:
-        return self.to_png()
+    def _repr_svg_(self) -> str:
+        return self.to_svg()
 
     def __repr__(self) -> str:
         return (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from modlab.traces.token_classes import CLASSES
-from modlab.widgets.pictures.panels import classes_png
+from modlab.widgets.pictures.panels import classes_svg
 from modlab.widgets.views import View
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class ClassHeatmap(View, view="classes"):
             },
         )
 
-    def _png(self) -> bytes:
-        return classes_png(self.layers, self.classes, self.positions)
+    def _svg(self) -> str:
+        return classes_svg(self.layers, self.classes, self.positions)
 
 
 def _rows(frame: pd.DataFrame, examples: dict[str, list[str]]) -> list[dict[str, Any]]:

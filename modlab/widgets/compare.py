@@ -16,7 +16,7 @@ from modlab.routing.threshold import check_threshold
 from modlab.traces.run import check_length
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.panels import compare_png
+from modlab.widgets.pictures.panels import compare_svg
 from modlab.widgets.views import ModelView
 
 
@@ -143,8 +143,8 @@ class Compare(ModelView, view="compare"):
             same[0][a : a + size] = same[1][b : b + size] = [True] * size
         self.sides = [side.as_dict(flags) for side, flags in zip(sides, same, strict=True)]
 
-    def _png(self) -> bytes:
-        return compare_png(self.sides)
+    def _svg(self) -> str:
+        return compare_svg(self.sides)
 
 
 class _Side:

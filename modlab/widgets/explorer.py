@@ -12,7 +12,7 @@ from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.page import curve
-from modlab.widgets.pictures.png import heatmap_png
+from modlab.widgets.pictures.trace import trace_svg
 from modlab.widgets.steered import SteeredView
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
             return super()._failure(content)
         return f"The run at p {content.get('p')} failed, the picture is that of the last good one."
 
-    def _png(self) -> bytes:
-        return heatmap_png(self._trace, self.points or self.runs)
+    def _svg(self) -> str:
+        return trace_svg(self._trace, self.points or self.runs)
 
 
 def explore(model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> RoutingExplorer:

@@ -11,7 +11,7 @@ import traitlets as t
 from modlab.errors import ModlabError
 from modlab.routing.threshold import check_threshold
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.panels import frontier_png
+from modlab.widgets.pictures.panels import frontier_svg
 from modlab.widgets.views import ModelView
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ class Frontier(ModelView, view="frontier"):
             return None
         return lambda job: self._set(float(content["p"]))
 
-    def _png(self) -> bytes:
-        return frontier_png(self.points, self.references, self.metric, self.threshold)
+    def _svg(self) -> str:
+        return frontier_svg(self.points, self.references, self.metric, self.threshold)
 
 
 def _points(sweep: pd.DataFrame) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from modlab.errors import ModlabError
 from modlab.hf.model import model_name
 from modlab.training.config import TrainConfig
 from modlab.widgets.model_access import lock_of
-from modlab.widgets.pictures.panels import training_png
+from modlab.widgets.pictures.panels import training_svg
 from modlab.widgets.views import View
 
 if TYPE_CHECKING:
@@ -243,9 +243,9 @@ class TrainingPanel(View, view="training"):
             self.columns = names
             self.series = table.astype("<f4").tobytes()
 
-    def _png(self) -> bytes:
+    def _svg(self) -> str:
         rows = np.frombuffer(self.series, "<f4").reshape(len(self.columns) or 1, -1)
-        return training_png(dict(zip(self.columns, rows, strict=False)))
+        return training_svg(dict(zip(self.columns, rows, strict=False)))
 
 
 class _Watch:

@@ -6,7 +6,6 @@ which others it uses.
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -16,8 +15,8 @@ from modlab.errors import ModlabError
 from modlab.routing.threshold import check_threshold
 from modlab.widgets.jobs import Jobs, answer_anywhere, state
 from modlab.widgets.pictures.page import curve, html_page, payload
-from modlab.widgets.pictures.png import curve_png, heatmap_png
 from modlab.widgets.pictures.script import script, styles
+from modlab.widgets.pictures.trace import curve_svg, trace_svg
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,17 +77,19 @@ class View(anywidget.AnyWidget):
     def _title(self) -> str:
         return f"{type(self).__name__}, {self.summary.get('model') or 'modlab'}"
 
-    def _png(self) -> bytes:
+    def _svg(self) -> str:
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The live view, and a still picture for readers without a kernel (GitHub, an untrusted notebook)."""
+        """The live view, and a still picture for readers without a kernel (GitHub, nbviewer, nbconvert)."""
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:
             return None
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-        png = base64.b64encode(self._png()).decode("ascii")
-        still = {"image/png": png, "text/plain": f"{type(self).__name__}: run the cell for the live view"}
+        still = {
+            "image/svg+xml": self._svg(),
+            "text/plain": f"{type(self).__name__}: run the cell for the live view",
+        }
         return {**data, **still}, metadata
 
 
@@ -202,8 +203,8 @@ class TraceView(_Routed):
             for name, value in new.items():
                 setattr(self, name, value)
 
-    def _png(self) -> bytes:
-        return heatmap_png(self._trace)
+    def _svg(self) -> str:
+        return trace_svg(self._trace)
 
     def _title(self) -> str:
         return f"Routing of {len(self._trace.tokens):,} tokens, {self._trace.model or 'model'}"
@@ -233,5 +234,5 @@ class ThresholdCurve(_Routed, view="curve"):
             raise ModlabError(f"A curve needs two thresholds or more; the sweep has {len(points)}.")
         super().__init__(**{"points": points, "threshold": p, **traits})
 
-    def _png(self) -> bytes:
-        return curve_png(self.points)
+    def _svg(self) -> str:
+        return curve_svg(self.points)

@@ -99,7 +99,7 @@ def test_the_browser_gets_curves_and_few_messages(make_routed_model: Any) -> Non
         data
     )
     assert data["loss"] == pytest.approx(panel.history.loss.to_numpy(), rel=1e-6)
-    assert panel._png().startswith(b"\x89PNG") and '"view": "training"' in panel.to_html()
+    assert panel._svg().startswith("<svg") and 'const VIEW = "training"' in panel.to_html()
 
 
 def test_a_run_that_fails_says_so(make_routed_model: Any) -> None:

@@ -7,170 +7,155 @@ from typing import Any
 
 import numpy as np
 
-from modlab.widgets.pictures.png import (
+from modlab.widgets.pictures.axes import LEAST_LOSS, Axes, byte_text, short
+from modlab.widgets.pictures.svg import (
     ACCENT,
     FAINT,
     INK,
     LINE,
+    MONO,
+    WORSE,
     Picture,
     colour_of,
-    short,
+    columns,
+    ink_on,
 )
 
-WORSE = (217, 115, 13)
+ROOM = 126  # letters of a line of generated text
+LINES = 8  # of each side, at most
 
 
-def compare_png(sides: Sequence[Mapping[str, Any]], width: int = 960) -> bytes:
-    """One strip of tokens a side: full where the other side has the token too, marked where it differs."""
-    picture = Picture(width, 60 + 50 * max(1, len(sides)))
+def compare_svg(sides: Sequence[Mapping[str, Any]], width: int = 960) -> str:
+    """What each side wrote, with what the other side does not have marked."""
     if not sides:
-        picture.text(20, 20, "NOTHING GENERATED YET. RUN THE CELL FOR THE LIVE VIEW.", FAINT)
-    for index, side in enumerate(sides):
-        y, pieces = 20 + 50 * index, side["pieces"]
-        differ = sum(not s for s in side["same"])
-        picture.text(
-            20,
-            y,
-            f"P = {side['p']:.3g}   {len(pieces)} TOKENS, {differ} DIFFER   KV {short(side['kv_bytes'])}B",
-        )
-        each = min(16.0, (width - 40) / max(1, len(pieces)))
-        for t, same in enumerate(side["same"]):
-            picture.rect(20 + t * each, y + 16, each - 1, 18, (200, 206, 212) if same else WORSE)
-    if sides:
-        y = 24 + 50 * len(sides)
-        picture.rect(20, y, 20, 11, WORSE)
-        picture.text(48, y, "TOKENS THAT THE OTHER SIDE DOES NOT HAVE", FAINT)
-    return picture.png()
+        picture = Picture(width, 50, "Nothing generated yet")
+        picture.text(20, 30, "Nothing was generated yet: run the cell for the live view.", FAINT)
+        return picture.svg()
+    written = [_written(side) for side in sides]
+    picture = Picture(width, 40 + sum(44 + 18 * len(lines) for lines in written), "Side by side")
+    y = 30.0
+    for side, lines in zip(sides, written, strict=True):
+        differ = sum(not same for same in side["same"])
+        told = f"{len(side['pieces'])} tokens, {differ} differ  ·  KV cache {byte_text(side['kv_bytes'])}"
+        picture.text(20, y, f"p = {short(side['p'])}  ·  {told}", INK, bold=True)
+        for index, line in enumerate(lines):
+            _mark_line(picture, line, y + 20 + 18 * index)
+        y += 44 + 18 * len(lines)
+    picture.rect(20, y - 12, 20, 11, WORSE)
+    picture.text(48, y - 2, "tokens that the other side does not have", FAINT)
+    return picture.svg()
 
 
-def frontier_png(
+def _written(side: Mapping[str, Any]) -> list[list[tuple[str, bool]]]:
+    """The continuation in lines of (text, whether the other side has it)."""
+    lines: list[list[tuple[str, bool]]] = [[]]
+    used = 0
+    for piece, same in zip(side["pieces"], side["same"], strict=True):
+        for index, text in enumerate(piece.replace("\t", "    ").split("\n")):
+            if index or used + columns(text) > ROOM:
+                lines.append([])
+                used = 0
+            lines[-1].append((text, same))
+            used += columns(text)
+    return lines if len(lines) <= LINES else [*lines[:LINES], [("…", True)]]
+
+
+def _mark_line(picture: Picture, line: list[tuple[str, bool]], y: float) -> None:
+    x = 20.0
+    for text, same in line:
+        width = columns(text) * MONO
+        if not same and text:
+            picture.rect(x, y - 12, width, 15, "#f7d9bf")
+            picture.rect(x, y + 2, width, 1.5, WORSE)
+        picture.code(x, y, text)
+        x += width
+
+
+def frontier_svg(
     points: Sequence[Mapping[str, float]],
     references: Sequence[Mapping[str, Any]],
     metric: str,
     p: float,
     width: int = 960,
-) -> bytes:
+) -> str:
     """Loss against the metric; the point nearest to p is ringed."""
     others = [d for d in references if metric in d and "loss" in d]
-    axes = _Axes(Picture(width, 380), [*points, *others], metric, "loss", 90, 40, width - 130, 280)
-    names = {"kv_bytes": "KV BYTES", "prefill_ms": "PREFILL MS", "decode_ms": "DECODE MS A TOKEN"}
-    axes.frame(f"LOSS BY {names.get(metric, metric)}")
-    axes.line([(d[metric], d["loss"]) for d in points], ACCENT)
-    for d in points:
-        x, y = axes.at(d[metric], d["loss"])
-        axes.picture.rect(x - 3, y - 3, 6, 6, ACCENT)
-        axes.picture.text(x + 8, y - 12, f"P {d['p']:.2g}", FAINT)
+    names = {"kv_bytes": "KV cache", "prefill_ms": "ms to the first token", "decode_ms": "ms a further token"}
+    picture = Picture(width, 390, "What it costs and buys")
+    at = [(float(d[metric]), float(d["loss"])) for d in points]
+    form = byte_text if metric == "kv_bytes" else short
+    room = [*at, *((float(d[metric]), float(d["loss"])) for d in others)]
+    axes = Axes(picture, (90, 46, width - 190, 280), room, LEAST_LOSS, form_x=form)
+    axes.frame("loss, nats a token", f"{names.get(metric, metric)} (left is better)")
+    axes.line(at, dots=True)
+    for d, (x, y) in zip(points, (axes.at(*place) for place in at), strict=True):
+        picture.text(x + 8, y - 8, f"p {d['p']:.2g}", FAINT)
     for d in others:
-        x, y = axes.at(d[metric], d["loss"])
-        axes.picture.rect(x - 5, y - 5, 10, 10, WORSE)
-        axes.picture.text(x - 10, y - 4, str(d["name"]), INK, 1)
+        x, y = axes.at(float(d[metric]), float(d["loss"]))
+        picture.rect(x - 5, y - 5, 10, 10, WORSE)
+        picture.text(x - 10, y + 4, str(d["name"]), INK, 1.0)
     nearest = min(points, key=lambda d: abs(d["p"] - p))
     x, y = axes.at(nearest[metric], nearest["loss"])
-    for w, h, dx, dy in ((16, 2, -8, -8), (16, 2, -8, 6), (2, 16, -8, -8), (2, 16, 6, -8)):
-        axes.picture.rect(x + dx, y + dy, w, h, INK)
-    return axes.picture.png()
+    picture.ring(x - 8, y - 8, 16, 16)
+    return picture.svg()
 
 
-def training_png(columns: Mapping[str, Any], width: int = 960) -> bytes:
+def training_svg(columns_: Mapping[str, Any], width: int = 960) -> str:
     """Loss and keep ratios by step."""
-    picture = Picture(width, 240)
-    steps = columns.get("step")
+    steps = columns_.get("step")
     if steps is None or not len(steps):
-        picture.text(20, 20, "NO STEP WAS LOGGED YET. RUN THE CELL FOR THE LIVE VIEW.", FAINT)
-        return picture.png()
-    half = width // 2 - 110
-    for names, title, x in (
-        (["loss", "eval_loss"], "LOSS BY STEP", 80),
-        ([c for c in columns if c.startswith("keep_")], "KEPT BY STEP", width // 2 + 70),
+        picture = Picture(width, 50, "No step was logged yet")
+        picture.text(20, 30, "No step was logged yet: run the cell for the live view.", FAINT)
+        return picture.svg()
+    picture = Picture(width, 260, "Training")
+    half = width // 2 - 120
+    for names, title, x, least in (
+        (["loss", "eval_loss"], "loss, nats a token", 80, LEAST_LOSS),
+        ([c for c in columns_ if c.startswith("keep_")], "kept", width // 2 + 80, 0.0),
     ):
         lines = {
-            n: [(s, v) for s, v in zip(steps, columns[n], strict=True) if np.isfinite(v)]
+            n: [(float(s), float(v)) for s, v in zip(steps, columns_[n], strict=True) if np.isfinite(v)]
             for n in names
-            if n in columns
+            if n in columns_
         }
-        dots = [{"x": s, "y": v} for line in lines.values() for s, v in line]
+        dots = [dot for line in lines.values() for dot in line]
         if not dots:
             continue
-        axes = _Axes(picture, dots, "x", "y", x, 20, half, 160)
-        axes.frame(title)
+        axes = Axes(picture, (x, 46, half, 150), dots, least)
+        axes.frame(title, "step")
         for name, line in lines.items():
-            axes.line(
-                line, WORSE if name == "eval_loss" else ACCENT if name in ("loss", "keep_ratio") else LINE
-            )
-    return picture.png()
+            if line:
+                own = ACCENT if name in ("loss", "keep_ratio") else LINE
+                axes.line(line, WORSE if name == "eval_loss" else own)
+    return picture.svg()
 
 
-def classes_png(
+def classes_svg(
     layers: Sequence[int],
     classes: Sequence[Mapping[str, Any]],
     positions: Sequence[Mapping[str, Any]],
     width: int = 960,
-) -> bytes:
+) -> str:
     """Two tables of keep ratios in per cent."""
-    row = 22
-    picture = Picture(width, 110 + row * (len(classes) + len(positions)))
-    left = 250
+    row, left = 22, 250
+    picture = Picture(width, 100 + row * (len(classes) + len(positions)), "Which tokens are kept")
     each = min(64.0, (width - left - 20) / max(1, len(layers)))
-    y = 16
-    for title, rows in (("KEPT IN %, BY CLASS", classes), ("BY POSITION", positions)):
-        picture.text(20, y, title)
+    y = 28.0
+    for title, rows in (("kept in %, by class of token", classes), ("by position", positions)):
+        picture.text(20, y, title, INK, bold=True)
         for column, layer in enumerate(layers):
             picture.text(left + (column + 0.5) * each, y, str(layer), FAINT, 0.5)
-        y += 16
+        y += 8
         for item in rows:
-            picture.text(20, y + 6, item["name"][:16])
-            picture.text(left - 12, y + 6, f"{item['tokens']}", FAINT, 1)
+            picture.text(20, y + 15, item["name"])
+            picture.text(left - 12, y + 15, f"{item['tokens']:,}", FAINT, 1.0)
             for column, kept in enumerate(item["kept"]):
                 if kept is None:
                     continue
-                colour = colour_of(kept)
-                picture.rect(left + column * each, y, each - 1, row - 1, colour)
-                ink = (255, 255, 255) if sum(colour) < 380 else (0, 0, 0)
+                picture.rect(left + column * each, y, each - 1, row - 1, colour_of(kept))
                 if each >= 28:
-                    picture.text(left + (column + 0.5) * each, y + 6, f"{100 * kept:.0f}", ink, 0.5)
+                    middle = left + (column + 0.5) * each
+                    picture.text(middle, y + 15, f"{100 * kept:.0f}", ink_on(kept), 0.5)
             y += row
-        y += 20
-    return picture.png()
-
-
-class _Axes:
-    """A rectangle of the picture with two scales."""
-
-    def __init__(
-        self,
-        picture: Picture,
-        dots: Sequence[Mapping[str, Any]],
-        x_name: str,
-        y_name: str,
-        left: int,
-        top: int,
-        width: int,
-        height: int,
-    ) -> None:
-        self.picture, self.left, self.top, self.width, self.height = picture, left, top + 20, width, height
-        xs, ys = [float(d[x_name]) for d in dots], [float(d[y_name]) for d in dots]
-        self.x0, self.y0 = min(xs), min(ys)
-        self.x1, self.y1 = max(xs), max(ys)
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point."""
-        across = (x - self.x0) / ((self.x1 - self.x0) or 1)
-        up = (y - self.y0) / ((self.y1 - self.y0) or 1)
-        return self.left + across * self.width, self.top + (1 - up) * self.height
-
-    def frame(self, title: str) -> None:
-        """Title, axes, and the ends of both scales."""
-        p = self.picture
-        p.text(self.left, self.top - 20, title)
-        p.rect(self.left, self.top + self.height, self.width, 1, FAINT)
-        p.rect(self.left, self.top, 1, self.height, FAINT)
-        for value, y in ((self.y1, self.top), (self.y0, self.top + self.height)):
-            p.text(self.left - 6, y - 5, short(value), FAINT, 1)
-        for value, x in ((self.x0, self.left), (self.x1, self.left + self.width)):
-            p.text(x, self.top + self.height + 6, short(value), FAINT, 0.5)
-
-    def line(self, points: Sequence[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-        """A polyline."""
-        at = [self.at(x, y) for x, y in points]
-        for (x0, y0), (x1, y1) in zip(at, at[1:], strict=False):
-            self.picture.line(x0, y0, x1, y1, colour)
+        y += 30
+    return picture.svg()

@@ -1,0 +1,196 @@
+"""The still picture of a trace: tokens by layers, the text itself below, and what a threshold costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modlab.widgets.pictures.axes import LEAST_LOSS, Axes, byte_text, short
+from modlab.widgets.pictures.svg import (
+    DENSE,
+    FAINT,
+    INK,
+    LINE,
+    MONO,
+    Picture,
+    blue,
+    colour_of,
+    columns,
+)
+from modlab.widgets.pictures.words import words
+
+if TYPE_CHECKING:
+    from modlab.traces.routing_trace import RoutingTrace
+
+LEFT, RIGHT = 62, 62
+LINES, LINE_HEIGHT = 14, 20  # of the text, at most; pixels of one
+SHADES = 24  # colours that gates are drawn in
+
+
+def trace_svg(
+    trace: RoutingTrace,
+    points: Sequence[Mapping[str, Any]] = (),
+    dense: float | None = None,
+    width: int = 960,
+) -> str:
+    """Tokens by layers, a full cell where the layer kept the token and a thin line where it did not.
+
+    A long text goes on in further bands, at most as many as stay readable; the heading says if it was cut.
+
+    Args:
+        points: of `page.curve`, drawn below if there are two or more.
+        dense: loss of a dense model on the text, a dashed line there.
+    """
+    bands = _Bands(trace, width)
+    lines = _lines(trace, int((width - LEFT - RIGHT) / MONO))
+    top = 78
+    below = top + len(bands.parts) * bands.height
+    curves = list(points) if len(points) > 1 else []
+    height = below + 34 + len(lines) * LINE_HEIGHT + (230 if curves else 0)
+    picture = Picture(width, height, f"Routing of {len(trace.tokens):,} tokens")
+    picture.text(LEFT, 26, _heading(trace, bands.shown), INK, bold=True)
+    _legend(picture, 48, words(trace.skip))
+    for index, part in enumerate(bands.parts):
+        bands.draw(picture, part, top + index * bands.height)
+    picture.text(LEFT, below + 12, "The text, darker where more routed layers keep a token", FAINT)
+    for index, line in enumerate(lines):
+        _text_line(picture, line, below + 22 + index * LINE_HEIGHT)
+    if curves:
+        _curves(picture, curves, dense, below + 34 + len(lines) * LINE_HEIGHT)
+    return picture.svg()
+
+
+def curve_svg(points: Sequence[Mapping[str, Any]], dense: float | None = None, width: int = 960) -> str:
+    """K/V bytes and loss against p, side by side."""
+    picture = Picture(width, 230, "What a threshold costs and buys")
+    _curves(picture, points, dense, 0)
+    return picture.svg()
+
+
+def _heading(trace: RoutingTrace, shown: int) -> str:
+    p, tokens = trace.thresholds, len(trace.tokens)
+    parts = [f"p = {short(p[0])}" if np.ptp(p) == 0 else f"p = {short(p.min())} to {short(p.max())}"]
+    parts += [f"kept {100 * trace.keep.mean():.1f} %", f"KV cache {trace.kv_saving:.2f}x smaller"]
+    if np.isfinite(trace.mean_loss):
+        parts.append(f"loss {trace.mean_loss:.3f} nats a token")
+    parts.append(f"{tokens:,} tokens" + (f", the first {shown:,} shown" if shown < tokens else ""))
+    return "  ·  ".join(([trace.model] if trace.model else []) + parts)
+
+
+def _legend(picture: Picture, y: float, said: Mapping[str, Any]) -> None:
+    x = float(LEFT)
+    for colour, height, text in (
+        (colour_of(0.8), 11.0, f"{said['legend_kept']}, darker: higher gate"),
+        (LINE, 2.0, said["legend_left"]),
+        (DENSE, 11.0, "dense layer"),
+    ):
+        picture.rect(x, y - 5 - height / 2, 20, height, colour)
+        picture.text(x + 27, y, text, FAINT)
+        x += 27 + 6.6 * len(text) + 26
+
+
+class _Bands:
+    """The heatmap, cut into parts that fit the width, one below the other."""
+
+    def __init__(self, trace: RoutingTrace, width: int) -> None:
+        self.trace, room = trace, width - LEFT - RIGHT
+        tokens = len(trace.tokens)
+        self.cell_w = float(np.clip(room / tokens, 6, 22))
+        self.cell_h = float(np.clip(190 / trace.num_layers, 5, 16))
+        self.height = round(trace.num_layers * self.cell_h) + 36
+        count = max(1, int(room // self.cell_w))
+        bands = max(1, min(-(-tokens // count), 720 // self.height or 1))
+        self.shown = min(tokens, bands * count)
+        count = -(-self.shown // bands)  # bands of one width
+        self.parts = [range(i, min(i + count, tokens)) for i in range(0, self.shown, count)]
+
+    def draw(self, picture: Picture, part: range, top: float) -> None:
+        trace, end = self.trace, LEFT + len(part) * self.cell_w
+        every = 1 if self.cell_h >= 12 else 2 if self.cell_h >= 7 else 4
+        rows: dict[int, int] = {layer: row for row, layer in enumerate(trace.layers)}
+        boxes: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+        for layer in range(trace.num_layers):
+            y, row = top + layer * self.cell_h, rows.get(layer)
+            if layer % every == 0:
+                base = y + self.cell_h / 2 + 4
+                kept = "dense" if row is None else f"{100 * trace.keep[row].mean():.0f} %"
+                picture.text(LEFT - 8, base, str(layer), FAINT if row is None else INK, 1.0)
+                picture.text(end + 8, base, kept, FAINT)
+            if row is None:
+                boxes[DENSE].append((LEFT, y + 1, len(part) * self.cell_w - 1, self.cell_h - 2))
+            else:
+                self._cells(row, part, y, boxes)
+        for colour, found in boxes.items():
+            picture.rects(colour, found)
+        bottom = top + trace.num_layers * self.cell_h
+        step = next((s for s in (5, 10, 20, 50, 100) if s * self.cell_w >= 60), 200)
+        for column, t in enumerate(part):
+            if t % step == 0:
+                picture.text(LEFT + (column + 0.5) * self.cell_w, bottom + 15, f"{t:,}", FAINT, 0.5)
+        picture.text(LEFT - 8, bottom + 15, "layer", FAINT, 1.0)
+
+    def _cells(self, row: int, part: range, y: float, boxes: dict[str, list[Any]]) -> None:
+        for column, t in enumerate(part):
+            x = LEFT + column * self.cell_w
+            if self.trace.keep[row, t]:
+                shade = round(float(self.trace.gate[row, t]) * SHADES) / SHADES
+                boxes[colour_of(shade)].append((x, y + 1, self.cell_w - 1, self.cell_h - 2))
+            else:
+                boxes[LINE].append((x, y + self.cell_h / 2 - 0.8, self.cell_w, 1.6))
+
+
+Piece = tuple[str, float]  # text, share of the routed layers that keep it
+
+
+def _lines(trace: RoutingTrace, room: int) -> list[list[Piece]]:
+    """The beginning of the text in lines of at most `room` letters."""
+    lines: list[list[Piece]] = [[]]
+    used = 0
+    for token, share in zip(trace.tokens, trace.keep.mean(axis=0), strict=True):
+        pieces = token.replace("\t", "    ").split("\n")
+        for index, piece in enumerate(pieces):
+            if index or used + columns(piece) > room:
+                lines.append([])
+                used = 0
+            lines[-1].append((piece[:room], float(share)))
+            used += columns(piece[:room])
+        if len(lines) > LINES:
+            return [*lines[:LINES], [("…", 0.0)]]
+    return lines
+
+
+def _text_line(picture: Picture, line: list[Piece], y: float) -> None:
+    x = float(LEFT)
+    for text, share in line:
+        width = columns(text) * MONO
+        if share and text:
+            picture.rect(x, y, width, LINE_HEIGHT - 3, blue(share))
+        picture.code(x, y + 13, text, "#ffffff" if share > 0.5 else INK)
+        x += width
+
+
+def _curves(picture: Picture, points: Sequence[Mapping[str, Any]], dense: float | None, top: float) -> None:
+    half = picture.width // 2 - 130
+    for key, title, x in (
+        ("kv_bytes", "KV cache of this text", 90),
+        ("loss", "loss, nats a token", picture.width // 2 + 80),
+    ):
+        line = [(float(d["p"]), float(d[key])) for d in points]
+        room, loss = list(line), key == "loss"
+        if loss and dense is not None:
+            room.append((line[0][0], dense))
+        axes = Axes(
+            picture,
+            (x, top + 40, half, 130),
+            room,
+            LEAST_LOSS if loss else 0.0,
+            not loss,
+            None if loss else byte_text,
+        )
+        axes.frame(title, "threshold p")
+        if loss and dense is not None:
+            axes.level(dense, "dense model")
+        axes.line(line, dots=True)
