@@ -5,8 +5,8 @@
     python scripts/make_notebooks.py 2_train      only this one
     python scripts/make_notebooks.py --bare       write the cells only, without outputs
 
-A saved notebook shows its pictures where nothing runs: as SVG on GitHub and in nbviewer, as PNG in a JupyterLab
-that does not trust it. Running needs Chromium and the test extra.
+A saved notebook shows its pictures where nothing runs: as SVG on GitHub and in nbviewer, as PNG in a
+JupyterLab that does not trust it. Running needs Chromium and the test extra.
 """
 
 from __future__ import annotations

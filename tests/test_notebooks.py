@@ -43,9 +43,6 @@ def said(notebook: Any) -> str:
     return "\n".join(parts)
 
 
-# ---- what is committed ----
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_cells_are_those_of_the_source(name: str) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -102,9 +99,6 @@ def test_dead_widgets_are_dropped_and_pictures_stay() -> None:
     assert MAKER.is_kept({"output_type": "display_data", "data": {**view, "image/svg+xml": "<svg>"}})
     assert MAKER.is_kept({"output_type": "stream", "name": "stdout", "text": "hello"})
     assert not MAKER.is_kept({"output_type": "stream", "name": "stderr", "text": "50%"})
-
-
-# ---- what runs ----
 
 
 @pytest.mark.long  # tests/browser runs each in a real JupyterLab, against the same promises

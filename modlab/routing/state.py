@@ -49,6 +49,7 @@ class _OfThread(threading.local):
         self.caller_mask: tuple[Any] | None = None
         self.override: OverrideFn | None = None
         self.recordings: tuple[Recording, ...] = ()
+        self.thresholds: dict[int, float] | None = None  # its own, in a block that takes them back
         self.masked = False  # everything runs through the masked reference, see execution/reference.py
         self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
 
@@ -62,7 +63,8 @@ class Routing:
         layers: indices of the routed layers, ascending.
         num_layers: number of decoder layers, routed or not.
         windows: sliding window by routed layer, in tokens; None where the layer attends to everything.
-        thresholds: current p by routed layer; write through `modlab.set_threshold`.
+        thresholds: current p by routed layer; write through `modlab.set_threshold`. The same in all threads
+            (`common_thresholds`), but for one in `thresholds_restored`: what it sets there is its own.
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
             skipped tokens too tell the router what they would have gained. False: only kept tokens run
             (packed). With skip="kv" all run either way: True weighs keys, False hides those that are dropped.
@@ -89,14 +91,14 @@ class Routing:
         self.num_layers = num_layers
         self.windows = windows
         default = config.p if not isinstance(config.p, dict) else 0.5
-        self.thresholds = dict.fromkeys(layers, default)
+        self.common_thresholds = dict.fromkeys(layers, default)
         if isinstance(config.p, dict):
             unrouted = sorted(set(config.p) - set(layers))
             if unrouted:
                 raise ModlabError(
                     f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}."
                 )
-            self.thresholds.update(config.p)
+            self.common_thresholds.update(config.p)
         self.base_trained = False
         self.what_if = True
         self.compile_layers = False  # set while training asks for it
@@ -110,6 +112,12 @@ class Routing:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.of_thread = _OfThread()
+
+    @property
+    def thresholds(self) -> dict[int, float]:
+        """Current p by routed layer, in this thread."""
+        own = self.of_thread.thresholds
+        return self.common_thresholds if own is None else own
 
     @property
     def call(self) -> ForwardCall | None:
@@ -237,23 +245,24 @@ def set_threshold(
 
 @contextlib.contextmanager
 def thresholds_restored(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever happens inside, the thresholds are as before afterwards."""
-    before = dict(routing_of(model).thresholds)
+    """Whatever happens inside, the thresholds are as before afterwards. Other threads, which may generate
+    meanwhile, do not see those that this one sets."""
+    routing = routing_of(model)
+    before, routing.of_thread.thresholds = routing.of_thread.thresholds, dict(routing.thresholds)
     try:
         yield
     finally:
-        set_threshold(model, before)
+        routing.of_thread.thresholds = before
 
 
 @contextlib.contextmanager
 def thresholds_restored_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """A block that fails or is stopped leaves the thresholds as they were."""
-    before = dict(routing_of(model).thresholds)
-    try:
+    """A block that fails or is stopped leaves the thresholds as they were; other threads see its new ones
+    once it has succeeded."""
+    with thresholds_restored(model):
         yield
-    except BaseException:
-        set_threshold(model, before)
-        raise
+        found = dict(routing_of(model).thresholds)
+    set_threshold(model, found)
 
 
 @contextlib.contextmanager

@@ -97,16 +97,16 @@ class Compare(ModelView, view="compare"):
         return torch.tensor([ids], device=self._model.device)
 
     def _one(
-        self, side: _Side, ids_bt: torch.Tensor, count: int, job: Job | None, sides: list[_Side], index: int
+        self, side: _Side, ids_BT: torch.Tensor, count: int, job: Job | None, sides: list[_Side], index: int
     ) -> None:
-        from modlab.routing.state import set_threshold
+        from modlab.routing.state import set_threshold, thresholds_restored
 
         model, told = self._model, time.monotonic()
         pad = getattr(model.generation_config, "pad_token_id", None)
 
         def each(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             nonlocal told
-            side.take(ids[0, ids_bt.shape[1] :].tolist())
+            side.take(ids[0, ids_BT.shape[1] :].tolist())
             if job is not None:
                 done = (index + len(side.ids) / count) / len(sides)
                 job.report(f"p {side.p:g}: token {len(side.ids)} of {count}", done)
@@ -115,23 +115,19 @@ class Compare(ModelView, view="compare"):
                     self._tell(sides)
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        thresholds = dict(model.mod.thresholds)
-        try:
+        with thresholds_restored(model), eval_mode(model), torch.no_grad():
             set_threshold(model, side.p)
             start = time.perf_counter()
-            with eval_mode(model), torch.no_grad():
-                output = model.generate(
-                    ids_bt,
-                    attention_mask=torch.ones_like(ids_bt),
-                    return_dict_in_generate=True,
-                    max_new_tokens=count,
-                    do_sample=False,
-                    pad_token_id=0 if pad is None else pad,
-                    stopping_criteria=[each],
-                )
+            output = model.generate(
+                ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                return_dict_in_generate=True,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0 if pad is None else pad,
+                stopping_criteria=[each],
+            )
             side.seconds = time.perf_counter() - start
-        finally:
-            set_threshold(model, thresholds)
         cache = given_cache(output)
         side.kv_bytes, side.dense_bytes = int(cache.nbytes), int(cache.dense_nbytes)
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import traitlets as t
+
 from modlab.hf.cache_argument import given_cache
+from modlab.hf.model import context_length, device_of
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.page import curve
+from modlab.widgets.pictures.page import MAX_TOKENS, curve
 from modlab.widgets.pictures.trace import trace_svg
 from modlab.widgets.steered import SteeredView
+from modlab.widgets.yardsticks import NEW_TOKENS, far_recall, mean, stderr, times
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,13 +33,26 @@ class RoutingExplorer(SteeredView, view="explorer"):
     Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
     model's threshold (it stays set: a later `generate` uses it) and runs the text: measured. Another text is
     pasted, or opened from a file, in the widget; a curve that was there is measured again for it.
+
+    Attributes:
+        speed: once measured, p, tokens (of the prompt), device, and for "routed" and, if there is one,
+            "dense": first_ms (to the first token of `generate`) and next_ms (for each further one).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> None:
+    speed = t.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        text: str,
+        sweep: pd.DataFrame | None = None,
+        dense: Any = None,
+    ) -> None:
         points = curve(sweep)
         self._wanted = [point["p"] for point in points]
         self._found: dict[float, dict[str, float]] = {}  # points of a curve that is not complete yet
-        super().__init__(model, tokenizer, text, points=points)
+        super().__init__(model, tokenizer, text, dense=dense, points=points)
 
     def run(self, p: float) -> None:
         """Set the model to threshold p, run the text, show what was measured.
@@ -62,26 +81,73 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Measure what is missing of the curve: a newer request may have stopped it half-way."""
         from modlab.routing.state import thresholds_restored
 
+        self._measure_recall(job)
         count = len(self._wanted)
         for index, p in enumerate(self._wanted):
             if p in self._found:
                 continue
             text, part = f"Measuring the curve, p {p:g}", (index / count, (index + 1) / count)
             with using(self._model, job, text, part=part), thresholds_restored(self._model):
-                trace, output = self._at(p)
-            kv_bytes = float(given_cache(output).nbytes)
-            self._found[p] = {"p": p, "kv_bytes": kv_bytes, "loss": trace.mean_loss}
+                trace, output, recall = self._at(p)
+            self._found[p] = self._point_at(p, trace, float(given_cache(output).nbytes), recall)
         found = [self._found[p] for p in self._wanted]
         self.points = [point for point in found if not math.isnan(point["loss"])]
 
+    def _measure_recall(self, job: Job | None) -> None:
+        """Far recall of what the curve is compared with, if it is not known yet."""
+        if self._open is None or len(self._open.recall_P):
+            return
+        with using(self._model, job, "Measuring far recall with nothing skipped"), self._all_kept():
+            self._open = replace(self._open, recall_P=self._recall_of(self._model))
+        if self._control is not None:
+            with using(self._dense, job, "Measuring far recall of the dense model"):
+                self._control = replace(self._control, recall_P=self._recall_of(self._dense))
+        self._tell_known()
+
+    def _recall_of(self, model: Any) -> Any:
+        return far_recall(model, self._tokenizer, self.text)
+
     def _at(self, p: float) -> Any:
-        """(trace, output) of the text at p."""
+        """(trace, output, far recall) of the text at p."""
         from modlab.routing.state import set_threshold
 
         if p == 0:
-            return self._at_rest()
+            assert self._open is not None
+            return *self._at_rest(), self._open.recall_P
         set_threshold(self._model, p)
-        return run_traced(self._model, self._tokenizer, self.text)
+        return *run_traced(self._model, self._tokenizer, self.text), self._recall_of(self._model)
+
+    def _point_at(self, p: float, trace: RoutingTrace, kv_bytes: float, recall_P: Any) -> dict[str, Any]:
+        """One point of the curve: bytes, loss and far recall, with the standard errors of the latter two
+        against what they are compared with."""
+        base = self._control or self._open
+        assert base is not None
+        return {
+            "p": p,
+            "kv_bytes": kv_bytes,
+            "loss": trace.mean_loss,
+            "loss_stderr": stderr(trace.loss[1:].astype(np.float64), base.loss_T),
+            "recall": mean(recall_P) if len(recall_P) else None,
+            "recall_stderr": stderr(recall_P, base.recall_P),
+        }
+
+    def measure_speed(self) -> dict[str, Any]:
+        """Time `generate` on the text at the present thresholds, and the dense model's if there is one.
+
+        Returns:
+            `speed`.
+        """
+        self._measure_speed(None)
+        return dict(self.speed)
+
+    def _measure_speed(self, job: Job | None) -> None:
+        models = {"routed": self._model, **({} if self._dense is None else {"dense": self._dense})}
+        limit = (context_length(self._model) or MAX_TOKENS) - NEW_TOKENS - 1
+        ids = self._trace.token_ids[:limit].tolist()
+        with using(self._model, job, by_layer=False):
+            p = self.summary["p"]
+            found = times(models, ids, job)
+        self.speed = {"p": p, "tokens": len(ids), "device": str(device_of(self._model)), **found}
 
     def _refine(self, job: Job | None) -> None:
         super()._refine(job)
@@ -89,7 +155,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
             self._measure_curve(job)
 
     def _take(self, trace: RoutingTrace, output: Any) -> None:
-        self.points, self.runs, self._found = [], [], {}
+        self.points, self.runs, self._found, self.speed = [], [], {}, {}
         super()._take(trace, output)
 
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
@@ -108,6 +174,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
             return lambda job: self._measure(float(content["p"]), job)
         if content.get("type") == "curve":
             return lambda job: self._start_curve(CURVE, job)
+        if content.get("type") == "speed":
+            return self._measure_speed
         return super()._work(content)
 
     def _failure(self, content: dict[str, Any]) -> str:
@@ -116,10 +184,16 @@ class RoutingExplorer(SteeredView, view="explorer"):
         return f"The run at p {content.get('p')} failed, the picture is that of the last good one."
 
     def _svg(self) -> str:
-        return trace_svg(self._trace, self.points or self.runs)
+        return trace_svg(self._trace, self.points or self.runs, self.summary.get("dense_loss"))
 
 
-def explore(model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = None) -> RoutingExplorer:
+def explore(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    sweep: pd.DataFrame | None = None,
+    dense: Any = None,
+) -> RoutingExplorer:
     """See which layer runs which token of the text, and steer the threshold.
 
     Args:
@@ -127,8 +201,11 @@ def explore(model: Any, tokenizer: Any, text: str, sweep: pd.DataFrame | None = 
         tokenizer: the model's tokenizer.
         text: any text that fits the model's context; another one can be put in in the widget.
         sweep: a frame of `modlab.sweep`, drawn as curve; without one, the runs made with the slider are.
+        dense: a dense model of the same tokenizer, to compare loss, far recall and time with: the one that
+            was converted, or a control that was trained on for as long. Without it, the same weights with
+            nothing skipped are compared with.
 
     Raises:
         ModlabError: dense model, empty or too long text, a sweep without the columns needed.
     """
-    return RoutingExplorer(model, tokenizer, text, sweep)
+    return RoutingExplorer(model, tokenizer, text, sweep, dense)

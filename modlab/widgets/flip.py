@@ -133,15 +133,16 @@ class CellFlip(MeasuredView, view="flip"):
         self._tell({}, trace, cache, at, self._before_next[at])
 
     def _forced_run(self, flips: Flips) -> tuple[RoutingTrace, Any]:
-        from modlab.routing.state import routing_override
+        from modlab.routing.rule import kept
+        from modlab.routing.state import over, routing_override
 
         routing = self._model.mod
 
         def decide(layer_idx: int, gate: Any, position_ids: Any) -> Any:
-            keep = (gate >= routing.thresholds[layer_idx]) | (position_ids < routing.config.keep_first)
+            keep = kept(gate, routing.thresholds[layer_idx], position_ids, routing.config.keep_first)
             for (layer, token), forced in flips.items():
                 if layer == layer_idx:
-                    keep = keep.masked_fill(position_ids == token, forced)
+                    keep = keep.masked_fill(over(position_ids == token, gate), forced)
             return keep
 
         with routing_override(self._model, decide):
@@ -176,6 +177,6 @@ class CellFlip(MeasuredView, view="flip"):
         ]
 
 
-def probabilities(logits_v: Any) -> Any:
+def probabilities(logits_V: Any) -> Any:
     """float32[V] on the CPU, from the logits of one token."""
-    return logits_v.float().softmax(-1).cpu()
+    return logits_V.float().softmax(-1).cpu()

@@ -1,4 +1,4 @@
-"""SteeredView: thresholds found for a keep ratio or a memory budget, and a loss to compare with."""
+"""SteeredView: thresholds found for a keep ratio or a memory budget, and losses to compare with."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from modlab.widgets.jobs import Job
 from modlab.widgets.measured import MeasuredView
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.words import words
+from modlab.widgets.yardsticks import Yardstick, token_losses
 
 
 class SteeredView(MeasuredView):
-    """A view whose text says what a threshold costs: against nothing skipped, and for a wanted cache size.
+    """A view whose text says what a threshold costs: against a dense model, against nothing skipped, and for
+    a wanted cache size.
 
     Attributes:
         budget: what the fields of the KV budget begin with, the bytes of a token in each layer, and whether
@@ -31,13 +33,21 @@ class SteeredView(MeasuredView):
     budget = t.Dict().tag(sync=True)
 
     def __init__(
-        self, model: Any, tokenizer: Any, text: str, texts: Sequence[str] | None = None, **traits: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        text: str,
+        texts: Sequence[str] | None = None,
+        dense: Any = None,
+        **traits: Any,
     ) -> None:
         from modlab.hf.model import context_length
         from modlab.measure import TEXT_PIECE
 
         self._texts = texts if texts is None else list(texts)
-        self._open_loss: float | None = None
+        self._dense = dense
+        self._open: Yardstick | None = None  # the text with nothing skipped
+        self._control: Yardstick | None = None  # the text in the dense model
         super().__init__(model, tokenizer, text, **traits)
         context = context_length(model) or TEXT_PIECE
         trace = self._trace
@@ -151,28 +161,43 @@ class SteeredView(MeasuredView):
             ) from error
 
     def _take(self, trace: RoutingTrace, output: Any) -> None:
-        self._open_loss = None
+        self._open = self._control = None
         super()._take(trace, output)
 
     def _refine(self, job: Job | None) -> None:
-        """Run the text once with nothing skipped: what its loss is compared with."""
-        if self._open_loss is not None:
+        """Run the text with nothing skipped, and in the dense model: what its loss is compared with."""
+        if self._open is not None:
             return
         with using(self._model, job, "Running the text with nothing skipped"):
-            loss = self._at_rest()[0].mean_loss
-        if not np.isnan(loss):
-            self._open_loss = loss
-            self.summary = {**self.summary, **self._known(), "run": self.summary["run"] + 1}
+            opened = Yardstick(_predicted(self._at_rest()[0]), np.empty(0))
+        if self._dense is not None:
+            with using(self._dense, job, "Running the text in the dense model"):
+                self._control = Yardstick(token_losses(self._dense, self._tokenizer, self.text), np.empty(0))
+        self._open = opened
+        self._tell_known()
 
-    def _at_rest(self) -> Any:
-        """(trace, output) of the text with every gate open."""
+    def _tell_known(self) -> None:
+        self.summary = {**self.summary, **self._known(), "run": self.summary["run"] + 1}
+
+    def _all_kept(self) -> Any:
+        """A block in which nothing is skipped."""
         from modlab.routing.state import routing_override
 
-        with routing_override(self._model, _keep_all):
+        return routing_override(self._model, _keep_all)
+
+    def _at_rest(self) -> Any:
+        """(trace, output) of the text with nothing skipped."""
+        with self._all_kept():
             return run_traced(self._model, self._tokenizer, self.text)
 
     def _known(self) -> dict[str, Any]:
-        return {} if self._open_loss is None else {"open_loss": self._open_loss}
+        known = {}
+        for name, found in (("open", self._open), ("dense", self._control)):
+            if found is not None and not np.isnan(found.loss):
+                known[f"{name}_loss"] = found.loss
+            if found is not None and not np.isnan(found.recall):
+                known[f"{name}_recall"] = found.recall
+        return known
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") != "calibrate":
@@ -186,6 +211,11 @@ class SteeredView(MeasuredView):
 def _above_zero(value: Any) -> bool:
     """Whether it is a number above 0; an empty field of the page is None."""
     return isinstance(value, (int, float)) and 0 < value < float("inf")
+
+
+def _predicted(trace: RoutingTrace) -> Any:
+    """float64[T - 1]: the loss of each token but the first."""
+    return trace.loss[1:].astype(np.float64)
 
 
 def _keep_all(layer_idx: int, gate: Any, position_ids: Any) -> Any:

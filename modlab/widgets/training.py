@@ -74,8 +74,6 @@ class TrainingPanel(View, view="training"):
         super().__init__(can_run=True, summary={"model": model_name(model)}, progress=_ready(config))
         self.on_msg(self._on_message)
 
-    # -- steering -------------------------------------------------------------------------------------------
-
     def start(self) -> None:
         """Begin, in the background.
 
@@ -166,8 +164,6 @@ class TrainingPanel(View, view="training"):
         except ModlabError as problem:
             self.progress = {**self.progress, "error": str(problem)}
 
-    # -- the run's thread -----------------------------------------------------------------------------------
-
     def _train(self, config: TrainConfig, over: threading.Event) -> None:
         from modlab.training.loop import train
 
@@ -222,8 +218,6 @@ class TrainingPanel(View, view="training"):
         finally:
             lock.acquire()
 
-    # -- the browser ----------------------------------------------------------------------------------------
-
     def _tell(self, state: str, text: str, share: float | None = None, error: str = "") -> None:
         share = float(self.progress.get("fraction", 0.0)) if share is None else share
         spent = time.monotonic() - self._began if hasattr(self, "_began") else 0.0
@@ -260,13 +254,13 @@ class _Watch:
         self._rows.append(dict(row))
 
 
-def thinned(table_cn: Any, count: int) -> Any:
-    """float64[C, at most `count`]: means over groups of neighbouring columns; NaN only where all are."""
-    n = table_cn.shape[-1]
+def thinned(table: Any, count: int) -> Any:
+    """float64[names, at most `count`]: means over groups of neighbouring lines; NaN only where all are."""
+    n = table.shape[-1]
     if n <= count:
-        return table_cn
+        return table
     group = math.ceil(n / count)
-    parts = [table_cn[:, i : i + group] for i in range(0, n, group)]
+    parts = [table[:, i : i + group] for i in range(0, n, group)]
     known = [np.where(np.isnan(part), 0, part).sum(1) for part in parts]
     counts = [(~np.isnan(part)).sum(1) for part in parts]
     with np.errstate(invalid="ignore"):

@@ -133,7 +133,6 @@ class JupyterLab:
         self._stack = contextlib.ExitStack()
         self._opened = 0
 
-    # -- start and stop ----------------------------------------------------------------------------
     def __enter__(self) -> JupyterLab:
         self._check_kernel_python()
         try:
@@ -276,7 +275,6 @@ class JupyterLab:
             return self.log_path.read_text(errors="replace")
         return ""
 
-    # -- notebooks ---------------------------------------------------------------------------------
     @contextlib.contextmanager
     def open(
         self,
@@ -351,7 +349,6 @@ class Notebook:
         page.on("crash", lambda: self._browser_problem("browser crash", "the page crashed"))
         page.on("request", self._on_request)
 
-    # -- what the browser said ---------------------------------------------------------------------
     def _browser_problem(self, kind: str, text: str) -> None:
         if not any(p.search(text) for p in self.ignore_console):
             self._browser_problems.append({"kind": kind, "cell": None, "text": text})
@@ -369,7 +366,6 @@ class Notebook:
         ):
             self._browser_problem("external request", f"the notebook asks the network for {request.url}")
 
-    # -- life --------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def _timed(self, name):
         start = time.monotonic()
@@ -414,7 +410,6 @@ class Notebook:
                 " new Promise(r => setTimeout(r, 8000))])"
             )
 
-    # -- running -----------------------------------------------------------------------------------
     def run_all(self, *, check: bool = True) -> None:
         """Run All Cells, wait until kernel and page are at rest; NotebookFailure if a problem shows."""
         with self._timed("run all"):
@@ -469,7 +464,6 @@ class Notebook:
                 )
             self.page.wait_for_timeout(50)
 
-    # -- judging -----------------------------------------------------------------------------------
     def _failure(self, kind: str, text: str) -> NotebookFailure:
         return NotebookFailure(self.source.name, [{"kind": kind, "cell": None, "text": text}])
 
@@ -508,7 +502,6 @@ class Notebook:
         if problems:
             raise NotebookFailure(self.source.name, problems)
 
-    # -- looking -----------------------------------------------------------------------------------
     def text(self, selector: str = ".jp-OutputArea") -> str:
         """What a reader can read in the outputs (or in any part of the page)."""
         return "\n".join(self.page.locator(f".jp-Notebook {selector}").all_inner_texts())
@@ -572,7 +565,6 @@ class Notebook:
         self.page.evaluate(scroll, start)
         return files
 
-    # -- acting ------------------------------------------------------------------------------------
     def drag(self, selector: str, value: float, *, release: bool = True, steps: int = 12) -> float:
         """Drag the handle of an <input type=range> with the mouse; returns the value that it then has."""
         slider = self.page.locator(f".jp-Notebook {selector}").first

@@ -38,9 +38,6 @@ def sweep() -> pd.DataFrame:
     )
 
 
-# ---- CellFlip
-
-
 def test_a_flip_is_what_an_override_does(routed_model: Any, word_tokenizer: Any) -> None:
     before = modlab.trace(routed_model, word_tokenizer, TEXT)
     widget = CellFlip(routed_model, word_tokenizer, TEXT)
@@ -105,9 +102,6 @@ def test_cells_that_cannot_be_flipped(routed_model: Any, word_tokenizer: Any) ->
     with pytest.raises(ModlabError):
         send(widget, type="flips", flips=[[2, 5, True]], id=3)
     assert "not routed" in widget.job["error"] and widget.effect["loss"] == loss
-
-
-# ---- Thresholds
 
 
 def test_thresholds_of_each_layer(routed_model: Any, word_tokenizer: Any) -> None:
@@ -192,9 +186,6 @@ def test_find_tells_its_errors_to_a_reader(
     assert widget.thresholds == before
 
 
-# ---- Compare
-
-
 def test_compare_generates_as_the_model_does(routed_model: Any, word_tokenizer: Any) -> None:
     widget = Compare(routed_model, word_tokenizer, "the router decides", p=(0.4, 0.6), max_new_tokens=12)
     sides = widget.run()
@@ -240,9 +231,6 @@ def test_compare_stops_and_fails_without_a_trace(routed_model: Any, word_tokeniz
         Compare(routed_model, word_tokenizer, "the", p=(0.0, 0.5))
 
 
-# ---- Frontier
-
-
 def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
     widget = Frontier(sweep(), routed_model, {"dense": {"kv_bytes": 1000, "loss": 1.9}})
     assert [d["p"] for d in widget.points] == [0.2, 0.5, 0.8] and widget.threshold == 0.5
@@ -272,9 +260,6 @@ def test_frontier_against_times_of_another_machine() -> None:
     assert widget.references[0][axis["metric"]] == 6.0
     with pytest.raises(ModlabError, match="no column mod_ms"):
         Frontier(sweep(), elsewhere={"another": frame.drop(columns="mod_ms")})
-
-
-# ---- pages and pictures of all of them
 
 
 def test_each_has_a_page_and_a_picture(routed_model: Any, word_tokenizer: Any) -> None:

@@ -81,9 +81,6 @@ def test_lines_of_the_browsers_half_can_be_read() -> None:
         assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 150, path.name
 
 
-# Still pictures
-
-
 SVG = "{http://www.w3.org/2000/svg}"
 
 

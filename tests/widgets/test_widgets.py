@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,8 @@ from modlab.widgets import (
     link,
 )
 from modlab.widgets.pictures import page
+from modlab.widgets.yardsticks import PASSAGE, far_recall, token_losses
+from tests.helpers.models import dense_llama
 from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
@@ -182,6 +185,62 @@ def test_curve_takes_the_frame_of_sweep(routed_model: Any, word_tokenizer: Any) 
         ThresholdCurve(sweep.drop(columns="loss"))
     with pytest.raises(ModlabError, match="two thresholds"):
         ThresholdCurve(sweep[:1])
+
+
+def test_the_curve_has_far_recall_and_errors_against_the_dense_model(
+    routed_model: Any, word_tokenizer: Any
+) -> None:
+    dense, long = dense_llama(), TEXT * 3
+    explorer = explore(routed_model, word_tokenizer, long, dense=dense)
+    ids = torch.tensor([word_tokenizer(long)["input_ids"]])
+    with torch.no_grad():
+        want = torch.nn.functional.cross_entropy(dense(ids).logits[0, :-1], ids[0, 1:])
+    assert explorer.summary["dense_loss"] == pytest.approx(float(want), rel=1e-5)
+    assert "open_loss" in explorer.summary and "dense_recall" not in explorer.summary
+    explorer.measure_curve([0.0, 0.5])
+    assert {"dense_recall", "open_recall"} <= set(explorer.summary)
+    opened, halved = explorer.points
+    assert opened["recall"] == pytest.approx(explorer.summary["open_recall"])
+    assert opened["loss"] == pytest.approx(explorer.summary["open_loss"], rel=1e-6)
+    row = torch.cat([ids[0], ids[0, 8 : 8 + PASSAGE]])[None]
+    with torch.no_grad():
+        again = torch.nn.functional.cross_entropy(
+            routed_model(row).logits[0, ids.shape[1] : -1], row[0, ids.shape[1] + 1 :], reduction="none"
+        )
+    modlab.set_threshold(routed_model, 0.5)
+    found = far_recall(routed_model, word_tokenizer, long)
+    assert found[: PASSAGE - 1] == pytest.approx(again.double().numpy(), rel=1e-4)
+    assert halved["recall"] == pytest.approx(found.mean())
+    control = token_losses(dense, word_tokenizer, long)
+    difference = modlab.trace(routed_model, word_tokenizer, long).loss[1:] - control
+    assert halved["loss_stderr"] == pytest.approx(difference.std(ddof=1) / len(difference) ** 0.5, rel=1e-4)
+
+
+def test_a_short_text_has_no_far_recall(
+    explorer: RoutingExplorer, word_tokenizer: Any, routed_model: Any
+) -> None:
+    explorer.set_text("too short to come again")
+    explorer.wait(60)
+    explorer.measure_curve([0.0, 0.5])
+    assert [point["recall"] for point in explorer.points] == [None, None]
+    assert not len(far_recall(routed_model, word_tokenizer, "a few words"))
+
+
+def test_the_speed_is_measured_when_asked_for(routed_model: Any, word_tokenizer: Any) -> None:
+    explorer = explore(routed_model, word_tokenizer, TEXT, dense=dense_llama())
+    told: list[dict[str, Any]] = []
+    explorer.observe(lambda change: told.append(change.new), "job")
+    assert explorer.speed == {}
+    explorer._handle_custom_msg({"type": "speed", "id": 1}, [])
+    explorer.wait(120)
+    speed = explorer.speed
+    assert speed["p"] == 0.5 and speed["tokens"] == len(explorer.tokens) and speed["device"] == "cpu"
+    assert all(speed[which][ms] > 0 for which in ("routed", "dense") for ms in ("first_ms", "next_ms"))
+    assert any("Timing the dense model" in state["text"] for state in told)
+    explorer.set_text("another text")
+    explorer.wait(60)
+    assert explorer.speed == {}
+    assert "dense" not in explore(routed_model, word_tokenizer, TEXT).measure_speed()
 
 
 def test_views_of_one_text_share_a_group() -> None:

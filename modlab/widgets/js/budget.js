@@ -21,6 +21,7 @@ class Budget {
       this.perLayer.type = "checkbox";
       label.append(" every layer keeps the same share");
     }
+    this.place = el(parent, "div");
     this.says = el(parent, "p", "mod-note modlab-budget-says");
     this.says.setAttribute("aria-live", "polite");
     this.context.addEventListener("input", () => store.update());
@@ -41,7 +42,7 @@ class Budget {
     return input;
   }
 
-  ask(want) { this.store.job.ask({ type: "calibrate", per_layer: Boolean(this.perLayer?.checked), ...want }); }
+  ask(want) { this.store.job.ask({ type: "calibrate", per_layer: Boolean(this.perLayer?.checked), ...want }, this.place); }
 
   draw() {
     const { store } = this, { numLayers, R } = store, { token_bytes: each, index_bytes: index } = store.model.get("budget");

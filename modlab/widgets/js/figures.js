@@ -27,11 +27,11 @@ class Figures {
   }
 }
 
-// What the skipping costs: the loss against that of the same weights with nothing skipped.
-function versus({ loss, open_loss: open }) {
-  if (open === undefined) return ", lower is better";
-  const cost = loss - open;
-  return ` · ${cost < 0 ? "−" : "+"}${Math.abs(cost).toFixed(3)} against nothing skipped`;
+// What the skipping costs: the loss against the dense model's, and against that of the same weights with nothing skipped.
+function versus({ loss, dense_loss: dense, open_loss: open }) {
+  const against = [[dense, "the dense model"], [open, "nothing skipped"]].filter(([base]) => base !== undefined);
+  if (!against.length) return ", lower is better";
+  return against.map(([base, name]) => ` · ${loss < base ? "−" : "+"}${Math.abs(loss - base).toFixed(3)} against ${name}`).join("");
 }
 
 // A box with a name, a large value and a line that says more.

@@ -41,8 +41,11 @@ class FlipStore extends Store {
   // Several clicks in a row make one run.
   ask() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.job.ask({ type: "flips", flips: this.model.get("flips"), position: this.locked ? this.cursor : -1 }), 150);
+    this.timer = setTimeout(() => this.job.ask({ type: "flips", flips: this.model.get("flips"), position: this.asked }), 150);
   }
+
+  // The token whose followers are asked for: the one that was chosen, else the one flipped last; -1 for the last one.
+  get asked() { return this.locked ? this.cursor : this.model.get("flips").at(-1)?.[1] ?? -1; }
 
   destroy() { clearTimeout(this.timer); super.destroy(); }
 }
@@ -187,11 +190,11 @@ class NextTokens {
       el(bars, "i", "mod-before").style.width = (100 * row.before) / most + "%";
       el(bars, "i", "mod-after").style.width = (100 * row.after) / most + "%";
     }
-    el(this.box, "p", "mod-note", "Lock a token in the text to see what may follow that one; else it is the last.");
+    el(this.box, "p", "mod-note", "Lock a token in the text to see what may follow that one; else it is the one flipped last, or the text's last.");
   }
 }
 
 VIEWS.flip = {
   scene: FlipStore, title: "Flip a cell", about,
-  parts: () => [OwnText, FlipEffect, Heatmap, FlipList, FlipDeltas, NextTokens, TokenText],
+  parts: () => [OwnText, Heatmap, FlipEffect, FlipList, FlipDeltas, NextTokens, TokenText],
 };

@@ -1,7 +1,6 @@
 // Loss against what it buys (bytes or milliseconds). The chosen point is dragged along the line; its p is the threshold.
-// uses: job
+// uses: job plot
 
-const milliseconds = (v) => `${number(Number(v.toPrecision(3)))} ms`;
 const METRICS = {
   kv_bytes: ["KV cache", byteText],
   prefill_ms: ["time to the first token", milliseconds],
@@ -105,11 +104,7 @@ class Frontier {
     this.drawnFor = key;
     this.plot.replaceChildren();
     const height = 330, left = 62, right = 26, top = 16, bottom = 46, all = [...points, ...references];
-    const range = (values) => {
-      const low = Math.min(...values), high = Math.max(...values), margin = (high - low || Math.abs(high) || 1) * 0.08;
-      return [low - margin, high + margin];
-    };
-    const [x0, x1] = range(all.map((d) => d[metric])), [y0, y1] = range(all.map((d) => d.loss));
+    const [x0, x1] = span(all.map((d) => d[metric])), [y0, y1] = span(all.map((d) => d.loss), LEAST_LOSS);
     const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right);
     const y = (v) => height - bottom - ((v - y0) / (y1 - y0)) * (height - top - bottom);
     this.frame = { x, y, metric };

@@ -13,7 +13,8 @@ class Heatmap {
     const { words } = store;
     el(head, "h3", "", words.title);
     const key = el(head, "span", "mod-key");
-    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ["dense", "dense layer"]]) {
+    const always = store.keepFirst ? [["always", "always kept"]] : [];
+    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ...always, ["dense", "dense layer"]]) {
       const sample = el(key, "i", "mod-key-" + name);
       if (name === "runs") this.sample = sample;
       el(key, "span", "", text);
@@ -136,6 +137,7 @@ class Heatmap {
     g.beginPath();
     g.rect(m.left, 0, m.view, m.height);
     g.clip();
+    this.drawAlways(g, m, first, last, shift);
     this.drawForced(g, m, first, last, shift);
     this.drawAxis(g, m, first, last, shift);
     this.drawCursor(g, m, shift);
@@ -167,6 +169,27 @@ class Heatmap {
       g.textAlign = t === 0 && m.w < 20 ? "left" : "center";
       g.fillText(t.toLocaleString("en"), t === 0 && m.w < 20 ? x - m.w / 2 : x, m.bottom + 8);
     }
+  }
+
+  // The first tokens of a text are kept whatever their gate: hatched where the gate alone would not keep them.
+  drawAlways(g, m, first, last, shift) {
+    const { store } = this;
+    g.strokeStyle = css(store.theme.groundRgb);
+    g.lineWidth = 1.5;
+    for (let t = first; t <= Math.min(last, store.keepFirst - 1); t++)
+      for (const layer of store.layers) {
+        const row = store.rowOf[layer];
+        if (!store.kept(row, t) || store.gate(row, t) >= store.p(row)) continue;
+        const x = m.left + t * m.w - shift, y = m.top + layer * m.h + 1, w = m.w - 1, h = m.h - 2;
+        g.save();
+        g.beginPath();
+        g.rect(x, y, w, h);
+        g.clip();
+        g.beginPath();
+        for (let d = -h; d < w; d += 5) { g.moveTo(x + d, y + h); g.lineTo(x + d + h, y); }
+        g.stroke();
+        g.restore();
+      }
   }
 
   // Flipped cells: a ring, so that they show without colour.

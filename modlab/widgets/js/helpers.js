@@ -8,6 +8,7 @@ function bytes(view) {
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const number = (x) => String(Number(x.toFixed(4)));
 const percent = (x) => (100 * x).toFixed((x >= 0.0995 && x < 0.995) || x === 1 || x === 0 ? 0 : 1) + " %"; // 0 and 100 are none and all
+const milliseconds = (v) => `${number(Number(v.toPrecision(3)))} ms`;
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 
 function byteText(n) { // three figures, as 4.56 KiB, 45.6 KiB, 456 KiB: memory budgets are told in these units, too
@@ -53,26 +54,30 @@ function ownKeys(node) { node.dataset.lmSuppressShortcuts = "true"; }
 // Canvas cannot use CSS variables: read what the style sheet made of JupyterLab's theme.
 function readTheme(root) {
   const style = getComputedStyle(root), read = (name) => style.getPropertyValue(name).trim();
-  const rgb = parseColour(read("--mod-surface")); // not the background: that is still on its way for some frames
+  const surface = read("--mod-surface"); // not the background: that is still on its way for some frames
+  const rgb = parseColour(surface), over = (name) => parseColour(read(name), surface);
   return {
-    key: read("--mod-surface") + read("--mod-ink") + read("--mod-accent"),
+    key: surface + read("--mod-ink") + read("--mod-accent"),
     dark: 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 128,
     ink: read("--mod-ink"), faint: read("--mod-faint"), line: read("--mod-line"), dense: read("--mod-dense"),
     accent: read("--mod-accent"), better: read("--mod-better"), worse: read("--mod-worse"),
-    font: style.fontFamily, groundRgb: rgb, accentRgb: parseColour(read("--mod-accent")),
+    font: style.fontFamily, groundRgb: rgb, accentRgb: over("--mod-accent"), faintRgb: over("--mod-faint"),
   };
 }
 
-// Any CSS colour as [r, g, b]: a canvas knows them all.
+// Any CSS colour as [r, g, b], seen on a ground if it lets that through: a canvas knows them all.
 const parsed = new Map();
-function parseColour(text) {
-  if (!parsed.has(text)) {
+function parseColour(text, ground = "#fff") {
+  const key = text + ground;
+  if (!parsed.has(key)) {
     const g = document.createElement("canvas").getContext("2d");
-    g.fillStyle = text;
-    g.fillRect(0, 0, 1, 1);
-    parsed.set(text, [...g.getImageData(0, 0, 1, 1).data.slice(0, 3)]);
+    for (const colour of [ground, text]) {
+      g.fillStyle = colour;
+      g.fillRect(0, 0, 1, 1);
+    }
+    parsed.set(key, [...g.getImageData(0, 0, 1, 1).data.slice(0, 3)]);
   }
-  return parsed.get(text);
+  return parsed.get(key);
 }
 
 // A child of an SVG.

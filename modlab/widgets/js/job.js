@@ -6,13 +6,14 @@ class Job {
     this.scene = scene;
     this.patience = 0;
     this.sent = 0;
-    this.box = el(parent, "div", "modlab-job");
+    this.home = el(parent, "div");
+    this.box = el(this.home, "div", "modlab-job");
     this.box.setAttribute("role", "status");
     this.text = el(this.box, "span", "mod-job-text");
     this.bar = el(this.box, "progress", "mod-job-bar");
     this.bar.setAttribute("aria-label", "progress");
     this.stop = button(this.box, "Stop", "stop this computation", () => this.send({ type: "cancel" }));
-    this.error = el(parent, "div", "modlab-error");
+    this.error = el(this.home, "div", "modlab-error");
     this.error.setAttribute("role", "alert");
     scene.listen("change:job", () => this.answered());
     this.answered();
@@ -36,8 +37,10 @@ class Job {
     return !this.gone;
   }
 
-  ask(content) {
+  // `place`: an element in which progress and errors of this request show, near what was pressed.
+  ask(content, place = this.home) {
     if (!this.scene.model.get("can_run")) return false;
+    if (this.box.parentNode !== place) place.append(this.box, this.error);
     this.sent = Math.max(this.sent, this.state.id || 0) + 1;
     this.late = false;
     clearTimeout(this.patience);

@@ -67,8 +67,9 @@ class Raster {
     if (this.coloured !== store.theme.key) {
       this.coloured = store.theme.key;
       this.table = Uint32Array.from({ length: 256 }, (_, i) => pixel(ramp(i / 255, store.theme.dark), 255));
-      this.faint = pixel(parseColour(store.theme.faint), 140);
-      this.dense = pixel(parseColour(store.theme.faint), 41); // as --mod-dense: 16 %
+      const { faintRgb } = store.theme;
+      this.faint = pixel(faintRgb, 140); // as the legend's: 55 %
+      this.dense = pixel(faintRgb, 41); // as --mod-dense: 16 %
     }
     return this.table;
   }

@@ -12,7 +12,7 @@ function show(model, parent) {
     const about = el(title, "span", "mod-about");
     store.views.push({ draw() { about.textContent = view.about?.(store) ?? ""; } });
   }
-  store.views.push(...view.parts(model).map((kind) => new kind(store, root)));
+  store.views.push(...view.parts(model).flatMap((part) => build(part, store, root)));
   store.update();
   // JupyterLab writes its theme on the body, and at some other time its colours arrive; a page of its own follows the
   // system. The ground has a transition (style.css), whose beginning tells that the colours are there.
@@ -23,6 +23,16 @@ function show(model, parent) {
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
   scheme.addEventListener("change", follow);
   return () => { watch.disconnect(); scheme.removeEventListener("change", follow); store.destroy(); };
+}
+
+// A part is a class, or a row of columns of parts.
+function build(part, store, parent) {
+  if (!Array.isArray(part)) return [new part(store, parent)];
+  const row = el(parent, "div", "mod-row");
+  return part.filter((column) => column.length).flatMap((column) => {
+    const box = el(row, "div", "mod-row-column");
+    return column.flatMap((inner) => build(inner, store, box));
+  });
 }
 
 function render({ model, el: parent }) {

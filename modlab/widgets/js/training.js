@@ -1,5 +1,5 @@
 // A training run while it goes: loss, keep ratio of every routed layer, and the buttons that start, pause and stop it.
-// uses: figures
+// uses: figures plot
 
 class Training {
   constructor(scene, parent) {
@@ -88,36 +88,24 @@ class Training {
   }
 
   plot(width, title, data, lines, range, format) {
-    const height = 230, left = 52, right = 62, top = 28, bottom = 36, steps = data.step;
-    const values = lines.flatMap(([name]) => (data[name] || []).filter(Number.isFinite));
-    let [low, high] = range || [Math.min(...values), Math.max(...values)];
-    if (!range) { const m = (high - low || Math.abs(high) || 1) * 0.08; low -= m; high += m; }
-    const from = Math.min(...steps), to = Math.max(...steps);
-    const x = (v) => left + ((v - from) / (to - from || 1)) * (width - left - right);
-    const y = (v) => height - bottom - ((v - low) / (high - low)) * (height - top - bottom);
-    const svg = node(this.plots, "svg", { width, height, role: "img", class: "modlab-curve" });
-    node(svg, "text", { x: left, y: 14, class: "mod-plot-title" }, title);
-    for (const v of ticks(low, high, 4)) {
-      node(svg, "line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "mod-grid" });
-      node(svg, "text", { x: left - 8, y: y(v) + 4, "text-anchor": "end", class: "mod-tick" }, format(v));
-    }
-    for (const v of to > from ? ticks(from, to, 5) : [from])
-      node(svg, "text", { x: x(v), y: height - bottom + 16, "text-anchor": "middle", class: "mod-tick" }, v.toLocaleString("en"));
-    node(svg, "text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle", class: "mod-tick" }, "step");
+    const steps = data.step, from = Math.min(...steps), to = Math.max(...steps);
+    const values = lines.flatMap(([name]) => (data[name] || []).filter(Number.isFinite)), y = range || span(values, LEAST_LOSS);
+    const plot = new Plot(this.plots, title, { width, height: 230, left: 52, right: 62, top: 28, bottom: 36 }, [from, to], y);
+    plot.frame(ticks(...y, 4), format, to > from ? ticks(from, to, 5) : [from], (v) => v.toLocaleString("en"), "step");
     const ends = [];
     for (const [name, label, cls, stroke] of lines) {
       const at = steps.map((s, i) => [s, (data[name] || [])[i]]).filter(([, v]) => Number.isFinite(v));
       if (!at.length) continue;
-      if (at.length === 1) node(svg, "circle", { cx: x(at[0][0]), cy: y(at[0][1]), r: 3, fill: stroke || this.scene.theme.accent });
-      node(svg, "polyline", { points: at.map(([s, v]) => `${x(s)},${y(v)}`).join(" "), class: cls, ...(stroke ? { stroke } : {}) });
-      if (label) ends.push([y(at[at.length - 1][1]), label]);
+      if (at.length === 1) plot.dot(...at[0], "", 3).setAttribute("fill", stroke || this.scene.theme.accent);
+      plot.line(at, cls, stroke ? { stroke } : {});
+      if (label) ends.push([plot.up(at[at.length - 1][1]), label]);
     }
     // Names at the ends of the lines, so that none has to be told by its colour; pushed apart where they would meet.
     ends.sort((a, b) => a[0] - b[0]);
     ends.forEach((end, i) => { if (i) end[0] = Math.max(end[0], ends[i - 1][0] + 11); });
-    for (let i = ends.length - 1, floor = height - bottom + 4; i >= 0; i--) { ends[i][0] = Math.min(ends[i][0], floor); floor = ends[i][0] - 11; }
-    for (const [at, label] of ends) node(svg, "text", { x: width - right + 6, y: at + 4, class: "mod-tick" }, label);
-    svg.setAttribute("aria-label", `${title}, up to step ${to}`);
+    for (let i = ends.length - 1, floor = plot.base + 4; i >= 0; i--) { ends[i][0] = Math.min(ends[i][0], floor); floor = ends[i][0] - 11; }
+    for (const [at, label] of ends) plot.text(plot.end + 6, at + 4, label);
+    plot.svg.setAttribute("aria-label", `${title}, up to step ${to}`);
   }
 }
 

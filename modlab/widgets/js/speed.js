@@ -1,0 +1,29 @@
+// How fast the model generates after this text, routed and dense: measured when asked for.
+// uses: store job figures
+
+class Speed {
+  constructor(store, parent) {
+    this.store = store;
+    const { box, value, more } = figure(parent, "speed", "modlab-speed");
+    this.value = value;
+    this.more = more;
+    this.ask = button(box, "Measure the speed", "time generate on this text", () => store.job.ask({ type: "speed" }));
+    this.ask.classList.add("modlab-measure-speed");
+    store.listen("change:speed", () => store.update());
+  }
+
+  draw() {
+    const { store } = this, { routed, dense, p, tokens, device } = store.model.get("speed") || {};
+    this.ask.disabled = store.job.running || !store.model.get("can_run");
+    this.ask.textContent = routed ? "Measure again" : "Measure the speed";
+    if (!routed) {
+      this.value.textContent = "–";
+      this.more.textContent = "tokens a second, time to the first token";
+      return;
+    }
+    const rate = ({ next_ms: ms }) => `${number(Number((1000 / ms).toPrecision(3)))} tok/s`, first = (t) => `first token ${milliseconds(t.first_ms)}`;
+    this.value.textContent = rate(routed);
+    this.more.textContent = `${first(routed)}` + (dense ? ` · dense ${rate(dense)}, ${first(dense)}` : "")
+      + ` · after ${tokens.toLocaleString("en")} tokens, ${device}` + (p === store.threshold ? "" : `, at p ${number(p)}`);
+  }
+}
