@@ -11,6 +11,7 @@ from modlab.cache.ragged import RaggedCache
 from modlab.conversion.extend import Extended
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import cache_argument, given_cache
+from modlab.integrations.fsdp import give_groups
 from modlab.saving.hub import UPLOAD_ARGUMENTS
 from modlab.saving.save import save_converted
 from modlab.saving.save_adapters import let_routers_travel
@@ -29,6 +30,11 @@ class RoutedModel(Extended):
 
     mod_base_model: str | None = None
     """Hub id of the model that was converted, if it came from there."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's. FSDP2 sets itself up in the first forward: routers get groups of their own before."""
+        give_groups(self)
+        return super().__call__(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

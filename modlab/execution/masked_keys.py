@@ -101,13 +101,19 @@ def weighing_mask(
 
 def key_log_weight(site: Site) -> Tensor:
     """Logarithm of the weight that each token's key has in a what-if pass, at most 0, for protected tokens 0;
-    [B, T], fp32, with gradient. Drawn again in each call."""
+    [B, T], fp32, with gradient. What is drawn follows from `Routing.noise`, or is another in each call."""
     logit = site.decision.logit - logit_of(site.call.thresholds[site.layer_idx])
-    uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+    uniform = _uniform(logit, site).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)
     log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)
     protected = site.call.position_ids < site.routing.config.keep_first
     return log_weight.masked_fill(protected, 0.0)
+
+
+def _uniform(logit: Tensor, site: Site) -> Tensor:
+    if site.call.noise is None:
+        return torch.rand_like(logit)
+    return site.call.noise.uniform(site.layer_idx, site.call.real, logit[0, 0].numel()).view_as(logit)
 
 
 def log_weights(log_weight_BT: Tensor, site: Site) -> Tensor:

@@ -17,12 +17,20 @@ from modlab.execution.packed import run_packed, run_packed_mlp
 from modlab.execution.reference import run_masked
 from modlab.execution.site import Plan
 from modlab.hf.arguments import LayerArguments
-from modlab.routing.record import Decision
+from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.router import Router
 from modlab.routing.state import eager
 
 CALL = "mod_call"
 """Name under which a routed layer is handed the forward it is part of, together with its own arguments."""
+
+
+class Carried:
+    """A forward's call among a layer's arguments. FSDP2 takes dataclasses apart in training, and would hand
+    the layer a copy."""
+
+    def __init__(self, call: ForwardCall | None) -> None:
+        self.call = call
 
 
 class RoutedModule(Extended):
@@ -70,13 +78,13 @@ class RoutedLayer(RoutedModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The call travels with the arguments: gradient checkpointing keeps them for its recompute in the
         # backward pass, by when the model may have begun other forwards, and which may be another thread's.
-        kwargs.setdefault(CALL, self.mod_plan.routing.call)
+        kwargs.setdefault(CALL, Carried(self.mod_plan.routing.call))
         return super().__call__(*args, **kwargs)
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.mod_plan.routing
-        with routing.within(kwargs.pop(CALL, None)):
+        with routing.within(kwargs.pop(CALL, Carried(None)).call):
             rows, time = routing.require_call().real.shape
             arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
             self._check(tuple(arguments.hidden.shape[:2]), (rows, time))

@@ -127,6 +127,7 @@ class ForwardHooks:
             *(real, position_ids, columns, seen + T, cache, steps),
             thresholds=dict(routing.thresholds),
             what_if=routing.what_if,
+            noise=routing.noise,
             masked=of_thread.masked,
             override=of_thread.override,
             padding_mask=mask,

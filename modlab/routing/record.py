@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from modlab.cache.ragged import RaggedCache
+    from modlab.routing.noise import Noise
 
 OverrideFn = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -73,7 +74,7 @@ class ForwardCall:
         num_columns: columns seen once this forward is done.
         cache: the ragged cache that is written, or None.
         steps: the open recordings, each with its entry for this forward.
-        thresholds, what_if, masked, override: the routing's, as they stood when the forward began: a
+        thresholds, what_if, masked, override, noise: the routing's, as they stood when the forward began: a
             gradient-checkpoint recompute decides as the forward did.
         padding_mask: bool [B, K] over all columns seen, False for padding; None where there is none.
         documents: long [B, T], the document of each token where a row packs several; None where it does not.
@@ -91,6 +92,7 @@ class ForwardCall:
     what_if: bool
     masked: bool
     override: OverrideFn | None
+    noise: Noise | None = None
     padding_mask: Tensor | None = None
     documents: Tensor | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)

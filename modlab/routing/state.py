@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from modlab.config import MoDConfig
+    from modlab.routing.noise import Noise
 
 eager = torch.compiler.disable(
     reason="modlab: routes change the shapes in a routed layer with every token, so it runs as it is."
@@ -68,6 +69,8 @@ class Routing:
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
             skipped tokens too tell the router what they would have gained. False: only kept tokens run
             (packed). With skip="kv" all run either way: True weighs keys, False hides those that are dropped.
+        noise: training only: what the noise of the next forward's what-if pass follows from; None draws it
+            from torch's generator.
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
         base_trained: whether other weights than the routers have been trained by modlab since the model was
@@ -101,6 +104,7 @@ class Routing:
             self.common_thresholds.update(config.p)
         self.base_trained = False
         self.what_if = True
+        self.noise: Noise | None = None
         self.compile_layers = False  # set while training asks for it
         self.hooks: list[RemovableHandle] = []
         self.of_thread = _OfThread()

@@ -84,7 +84,7 @@ def _routing_lent(routing: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        routing.what_if = what_if
+        routing.what_if, routing.noise = what_if, None
         # a run that failed between two steps leaves tensors, which nothing can save
         routing.thresholds.update({layer: float(p) for layer, p in routing.thresholds.items()})
 

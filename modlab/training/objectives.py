@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from modlab.routing.record import by_gate
+
 if TYPE_CHECKING:
     from modlab.routing.record import RoutingStep
     from modlab.training.config import Objective, TrainConfig
@@ -56,12 +58,20 @@ class Sums:
 
 
 def _kept(step: RoutingStep) -> Tensor:
-    return torch.stack([(step.keep[layer] & step.real).sum() for layer in sorted(step.keep)]).float()
+    return _over_tokens({layer: keep.float() for layer, keep in step.keep.items()}, step.real)
 
 
 def _gates(step: RoutingStep) -> Tensor:
-    real = step.real.float()
-    return torch.stack([(step.gate[layer] * real).sum() for layer in sorted(step.gate)])
+    return _over_tokens(step.gate, step.real)
+
+
+def _over_tokens(values: dict[int, Tensor], real: Tensor) -> Tensor:
+    """Sum over real tokens of each layer's values [B, T], or of the mean of several gates' [B, T, G]."""
+    sums = []
+    for layer in sorted(values):
+        value_BTG = by_gate(values[layer])
+        sums.append((value_BTG * real.float()[..., None]).sum() / value_BTG.shape[-1])
+    return torch.stack(sums)
 
 
 def keep_ratios(step: RoutingStep, whole: Sums | None = None) -> Tensor:
@@ -145,16 +155,11 @@ def topk_bce(step: RoutingStep) -> Tensor:
     Returns:
         scalar, fp32, the mean over routed layers.
     """
-    real = step.real.float()
-    count = real.sum().clamp(min=1)
-    terms = [
-        (
-            F.binary_cross_entropy_with_logits(step.logit[layer], step.keep[layer].float(), reduction="none")
-            * real
-        ).sum()
-        for layer in sorted(step.logit)
-    ]
-    return torch.stack(terms).mean() / count
+    terms = {
+        layer: F.binary_cross_entropy_with_logits(logit, step.keep[layer].float(), reduction="none")
+        for layer, logit in step.logit.items()
+    }
+    return _over_tokens(terms, step.real).mean() / step.real.sum().clamp(min=1)
 
 
 def routing_objective(

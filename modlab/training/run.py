@@ -74,9 +74,10 @@ class Run:
         self.processes = Processes()
         check_processes(config, model, self.source, self.processes.world)
         self.steps = _steps(config, self.source, self.processes.world)
+        self.description = self._description()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
-            check_resumable(checkpoint, self.description())
+            check_resumable(checkpoint, self.description)
 
         self.step = self.tokens = 0
         self.saved_step = -1
@@ -102,7 +103,7 @@ class Run:
             if self.compilation is not None:
                 self.compilation.on()
                 lent.callback(self.compilation.off)
-            self.history = self.folder.begin(self.description(), self.step, steps_ahead=not self.is_done)
+            self.history = self.folder.begin(self.description, self.step, steps_ahead=not self.is_done)
             self.lent, self.held = lent, stack.pop_all()
 
     def __enter__(self) -> Run:
@@ -111,11 +112,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.folder.end("failed")
-        self.held.close()
+        with self.held:
+            if kind is not None:
+                self.folder.end("failed")
 
-    def description(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         """What run.json and every checkpoint say of the run."""
         routing = self.model.mod if is_converted(self.model) else None
         device = self.processes.device
@@ -268,7 +269,7 @@ class Run:
         with self.clock.not_training():
             state = State(
                 self.step, self.tokens, **self.clock.state(self.share),
-                window=window, window_steps=self.window.steps, run=self.description(),
+                window=window, window_steps=self.window.steps, run=self.description,
             )  # fmt: skip
             control = self.stepping.control
             write_checkpoint(

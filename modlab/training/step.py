@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modlab.hf.arguments import forward_signature
 from modlab.measure.evaluation import targets_of
+from modlab.routing.noise import Noise
 from modlab.routing.record import Recording
 from modlab.routing.state import is_converted, record_routing
 from modlab.training import objectives
@@ -67,10 +68,12 @@ class Step:
         self.control = (
             ThresholdControl(self.layers, config.per_layer, self.device) if objective == "budget" else None
         )
-        self.target = config.keep_ratio  # asked for in the latest step
+        self.number = 0  # of the step that `begin` named
+        self.target = config.keep_ratio  # asked for in it
 
     def begin(self, step: int, share: float) -> None:
         """Sets what optimiser step `step` (from 0) is done with, `share` of the run being behind."""
+        self.number = step
         factor = lr_factor(self.config, step, share)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -93,6 +96,7 @@ class Step:
         whole = self._foresee(parts) if len(parts) > 1 and self.objective in OF_THE_WHOLE else None
         figures: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
+            self._give_noise(parts, number)
             with self._synchronised(last=number == len(parts) - 1):
                 loss, own = self._loss(part, count, whole)
                 # the average over processes is taken: of sums, it has to be the sum
@@ -181,11 +185,23 @@ class Step:
         short = {"logits_to_keep": 1} if cuts else {}  # nobody looks at the logits
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            for part in parts:
+            for number, part in enumerate(parts):
+                self._give_noise(parts, number)
                 with self.autocast(), record_routing(self.model) as recording:
                     forward(self.model, part, **short)
                 seen.append(Sums.of(recording.steps[-1]))
         return functools.reduce(operator.add, seen).over(self.processes.sum)
+
+    def _give_noise(self, parts: list[Batch], number: int) -> None:
+        """Each row of the global batch has its own, wherever it is trained: the parts of all processes lie
+        one after another in it, those with the lower number first."""
+        if self.routing is None:
+            return
+        world, rank = self.processes.world, self.processes.rank
+        sizes = [len(part["input_ids"]) for part in parts]
+        first = world * sum(sizes[:number]) + rank * sizes[number]
+        rows = torch.arange(first, first + sizes[number], device=self.device)
+        self.routing.noise = Noise(self.config.seed, self.number, rows)
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[Recording | None]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from modlab.routing.record import by_gate
+
 if TYPE_CHECKING:
     from modlab.routing.record import RoutingStep
 
@@ -42,7 +44,8 @@ class ThresholdControl:
         """Takes in a recorded forward, of which there may be several a step.
 
         Args:
-            step: logits [B, T] by layer. Tokens that are always kept count as gates of 1.
+            step: logits [B, T] or, of several gates, [B, T, G] by layer. Tokens that are always kept count as
+                gates of 1.
             keep_first: first real tokens of a row that are always kept.
         """
         forced_BT = step.position_ids < keep_first
@@ -73,10 +76,12 @@ class ThresholdControl:
         return dict(zip(self.layers, p.unbind(), strict=True))
 
     @staticmethod
-    def _histogram(logit_BT: Tensor, real_BT: Tensor, forced_BT: Tensor) -> Tensor:
-        at = ((logit_BT.detach() + EDGE) * (BINS / (2 * EDGE))).long().clamp(0, BINS - 1)
-        at = torch.where(forced_BT, BINS - 1, at).flatten()
-        return torch.zeros(BINS, device=at.device).index_add_(0, at, real_BT.flatten().float())
+    def _histogram(logit: Tensor, real_BT: Tensor, forced_BT: Tensor) -> Tensor:
+        logit_BTG = by_gate(logit.detach())
+        at = ((logit_BTG + EDGE) * (BINS / (2 * EDGE))).long().clamp(0, BINS - 1)
+        at = torch.where(forced_BT[..., None], BINS - 1, at)
+        weight = real_BT.float()[..., None].expand(at.shape)
+        return torch.zeros(BINS, device=at.device).index_add_(0, at.flatten(), weight.flatten())
 
     def state(self) -> dict[str, Tensor]:
         """For checkpoints."""

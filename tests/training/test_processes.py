@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.launch import launch
 
-def launch(out: Path, processes: int, batch_size: int) -> list[dict[str, Any]]:
-    """The worker under `accelerate launch`; one report a rank."""
+WORKER = Path(__file__).with_name("train_in_processes.py")
+
+
+def reports(out: Path, processes: int, batch_size: int) -> list[dict[str, Any]]:
+    """What the worker says in so many processes, one report a rank."""
     out.mkdir()
-    worker = Path(__file__).with_name("train_in_processes.py")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2])}
-    environment["ACCELERATE_USE_CPU"] = "true"
-    if (
-        processes > 1
-    ):  # the launcher of local process groups carries this name on CPUs too; port 0 picks a free one
-        command += ["--multi_gpu", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, str(worker), str(out), str(batch_size)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(WORKER, processes, out, batch_size)
     return [json.loads(path.read_text()) for path in sorted(out.glob("rank_*.json"))]
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    (alone,) = launch(tmp_path / "one", 1, 4)
-    pair = launch(tmp_path / "two", 2, 2)
+    (alone,) = reports(tmp_path / "one", 1, 4)
+    pair = reports(tmp_path / "two", 2, 2)
     assert len(pair) == 2
     for moment in ("weights", "calibrated"):
         assert pair[0][moment] == pair[1][moment], "both processes hold the same model"

@@ -3,13 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from modlab.training.loop import TrainConfig, train
+from tests.helpers.launch import launch
+from tests.helpers.steps import CASES, ROWS, gradient
 from tests.helpers.training import settings
+
+WORKER = Path(__file__).with_name("steps_in_processes.py")
+
+
+def assert_same_step(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.norm() > 0 or name == "log objective", name  # it is 0 for objective="none"
+        off = (found[name] - value).norm() / value.norm().clamp(min=1e-9)
+        assert off < 1e-4, f"{name} is off by {off:.1%}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("batch_size", "grad_accum"), [(4, 2), (1, 8)])
+def test_accumulated_gradients_are_those_of_one_batch(case: str, batch_size: int, grad_accum: int) -> None:
+    assert_same_step(gradient(case, batch_size, grad_accum), gradient(case, ROWS, 1))
+
+
+def test_several_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    """Two processes, each in two parts, on rows with uneven labels and padding."""
+    launch(WORKER, 2, tmp_path, 2, 2, *CASES)
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
+    for case in CASES:
+        expected = gradient(case, ROWS, 1)
+        for rank in ranks:
+            assert_same_step(rank[case], expected)
+
+
+def test_every_row_has_noise_of_its_own(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    """Of two rows alike in one step each is weighed in its own way, and another in the next step."""
+    import modlab
+    from modlab.execution import masked_keys
+
+    model = make(mod=modlab.MoDConfig(keep_recent=4))
+    drawn: list[torch.Tensor] = []
+    real = masked_keys._uniform
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masked_keys, "_uniform", lambda *args: drawn.append(real(*args)) or drawn[-1])
+        train(model, rows[:1].repeat(8, 1), TrainConfig(**settings(steps=2, batch_size=4)))
+    flat = torch.stack([row for draw in drawn for row in draw])
+    assert len(flat) == 2 * 4 * len(model.mod.layers)
+    assert len(torch.unique(flat, dim=0)) == len(flat)
+    assert model.mod.noise is None
 
 
 def test_accumulation_equals_a_larger_batch(make: Callable[..., Any], rows: torch.Tensor) -> None:

@@ -1,0 +1,89 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): routers are sharded in groups of their own, in fp32.
+
+A parameter group of FSDP2 has one dtype, and fp32 routers lie in layers of bf16 weights; under a mixed
+precision policy it would also give them bf16 weights to decide with. So before FSDP2 sets itself up, in the
+first forward, each router is taken out of the group that it was sharded with. Its shards stay the same
+objects: an optimizer may know them already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from modlab.errors import ModlabError
+from modlab.routing.router import ROUTER
+
+
+def give_groups(model: nn.Module) -> None:
+    """Each router that is sharded with other modules gets a group of its own; costs nothing where none is.
+
+    Raises:
+        ModlabError: the model was sharded before it was converted, or this version of torch groups parameters
+            in another way.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    shared = list(_shared_groups(model))
+    if not shared:
+        return
+    routers = [module for name, module in model.named_modules() if name.rpartition(".")[2] == ROUTER]
+    try:
+        for state, group in shared:
+            for router in routers:
+                _take_out(state, group, router)
+    except (AttributeError, TypeError, ImportError) as error:
+        raise ModlabError(
+            f"FSDP2 of torch {torch.__version__} gives routers no group of their own ({error}): call "
+            "fully_shard(layer.mod_router) for each routed layer before fully_shard(layer)."
+        ) from error
+
+
+def _shared_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """States of FSDP2 and their groups of more than one module."""
+    seen = set()
+    for module in model.modules():
+        find = getattr(type(module), "_get_fsdp_state", None)
+        state = find(module) if find is not None else None
+        if state is None or state in seen:
+            continue
+        seen.add(state)
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [state._fsdp_param_group] if groups is None else list(groups):
+            if group is not None:
+                yield state, group
+
+
+def _take_out(state: Any, group: Any, router: nn.Module) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    inside = set(router.modules())
+    own = [p for p in group.fsdp_params if p._module_info.module in inside]
+    rest = [p for p in group.fsdp_params if p._module_info.module not in inside]
+    if not own or not rest:
+        return
+    if state._is_root is not None:
+        raise ModlabError("the routers were sharded in a group that has run before: convert, then shard.")
+    policy = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+    settings = (group.mesh_info, group.post_forward_mesh_info, group.device)
+    alone = FSDPParamGroup([], (router,), *settings, None, policy, group.offload_policy)
+    group.fsdp_params, alone.fsdp_params = rest, own
+    for parameter in own:
+        parameter.mp_policy = policy
+    router.register_forward_hook(_as_no_view)  # before FSDP2's own, which wants no view
+    router_state = FSDPState()
+    router_state.init((router,), state._device, policy, state._auto_reshard_after_forward)
+    if hasattr(router_state, "_fsdp_param_groups"):
+        router_state._fsdp_param_groups = [alone]
+    else:  # torch 2.11
+        router_state._fsdp_param_group = alone  # type: ignore[misc]
+    router.mod_fsdp_state = router_state  # type: ignore[assignment]  # torch refers to it weakly
+
+
+def _as_no_view(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.clone()

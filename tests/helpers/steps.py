@@ -1,0 +1,99 @@
+"""The gradient of one optimiser step of `modlab.train`, however its global batch is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import modlab
+from tests.helpers.models import scatter_gates
+
+ROWS, LENGTH, VOCABULARY = 8, 24, 97
+
+AIM = {"keep_ratio": 0.3, "ramp": 0.0, "lam": 8.0}
+LAYERS = {"skip": "layer", "layers": "all", "keep_first": 1}
+KEYS = {"skip": "kv", "layers": "all", "keep_first": 1, "keep_recent": 4}
+CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "dense": (None, {}),
+    "distilled": (None, {"kl": 1.0}),
+    "none": (LAYERS, {"objective": "none", "what_if": 0.0}),
+    "target": (LAYERS, {"objective": "target", **AIM}),
+    "target of each layer": (
+        LAYERS,
+        {"objective": "target", "per_layer": True, "what_if": 0.0, **AIM},
+    ),
+    "load": (LAYERS, {"objective": "load", "alpha": 1.0}),
+    "budget": (LAYERS, {"objective": "budget", **AIM}),
+    "top-k": (
+        {"skip": "layer", "layers": "all", "operator": "topk", "capacity": 0.5, "keep_first": 1},
+        {"objective": "bce", "bce": 1.0},
+    ),
+    "cache, with noise": (KEYS, {"objective": "target", **AIM}),
+    "cache, hidden": (KEYS, {"objective": "load", "alpha": 1.0, "what_if": 0.0}),
+}
+"""By name: conversion (None: the model stays dense) and settings of the run."""
+
+
+def data() -> Dataset:
+    """Rows whose labels and padding are uneven: long prompts with short answers and the other way round."""
+    ids = torch.randint(2, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    for row in range(ROWS):
+        labels[row, : 20 if row % 2 else 2] = -100
+        if row % 3 == 0:
+            mask[row, 16:] = 0
+            labels[row, 16:] = -100
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "labels": labels.tolist(), "attention_mask": mask.tolist()}
+    )
+
+
+def model_of(conversion: dict[str, Any] | None, seed: int = 0) -> Any:
+    """A small model whose gates differ from token to token."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    if conversion is not None:
+        modlab.convert(model, modlab.MoDConfig(**conversion))
+        scatter_gates(model)
+    return model
+
+
+def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Tensor]:
+    """By name: the gradients of the step, and the figures of its log line."""
+    conversion, settings = CASES[case]
+    model, seen = model_of(conversion), {}
+
+    def note(optimizer: Any, args: Any, kwargs: Any) -> None:
+        named = model.named_parameters()
+        seen.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    handle = register_optimizer_step_pre_hook(note)
+    config = modlab.TrainConfig(
+        steps=1,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        max_grad_norm=1e9,
+        calibrate=False,
+        mixed_precision="no",
+        **settings,
+    )
+    teacher = model_of(None, seed=1) if config.kl else None
+    try:
+        row = modlab.train(model, data(), config, teacher=teacher).history.iloc[-1]
+    finally:
+        handle.remove()
+    figures = ("loss", "objective", "keep_ratio", "kl", "grad_norm", "tokens")
+    return seen | {f"log {name}": torch.tensor(float(row[name])) for name in figures if name in row}
