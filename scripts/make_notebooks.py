@@ -1,4 +1,5 @@
-"""Writes notebooks/*.ipynb from scripts/notebooks/*.py, one file a notebook, in the percent format:
+"""Writes notebooks/*.ipynb from scripts/notebooks/*.py, one file a notebook, in the percent format.
+
 `# %%` begins a code cell, `# %% [markdown]` one of text, whose lines are comments.
 
     python scripts/make_notebooks.py              all: run in a real JupyterLab, save with pictures

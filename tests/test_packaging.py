@@ -49,9 +49,6 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-# ---- dependencies ----
-
-
 def test_environment_yml_and_pyproject_agree() -> None:
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     (pip_section,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
@@ -94,9 +91,6 @@ def test_every_third_party_import_of_the_package_is_a_dependency() -> None:
     third_party -= {"triton", "cuda"}  # come with CUDA builds of torch; without them slower paths serve
     assert {canonicalize_name(name) for name in third_party} <= set(by_name(PROJECT["dependencies"]))
     assert {"torch", "transformers"} <= third_party
-
-
-# ---- the README ----
 
 
 def marked_command(marker: str) -> str:
@@ -155,9 +149,6 @@ def test_changelog_has_a_section_for_this_version_or_for_unreleased_work() -> No
     assert headings and headings[0] in {"Unreleased", modlab.__version__}
 
 
-# ---- public names ----
-
-
 def test_import_modlab_is_cheap() -> None:
     heavy = ("torch", "transformers", "datasets", "plotly", "ipywidgets", "anywidget", "pandas", "accelerate")
     loaded = run_python(f"import sys, modlab; print([m for m in {heavy!r} if m in sys.modules])")
@@ -201,9 +192,6 @@ def test_no_module_hides_behind_a_public_name() -> None:
     assert [name for name in names if importlib.util.find_spec(f"modlab.{name}")] == []
 
 
-# ---- warnings ----
-
-
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
 def test_deprecations_in_modlab_fail_the_suite(category: type[Warning]) -> None:
     def warn_from(module: str) -> None:
@@ -213,9 +201,6 @@ def test_deprecations_in_modlab_fail_the_suite(category: type[Warning]) -> None:
         warn_from("modlab.convert")
     with pytest.warns(category):
         warn_from("somebody.else")
-
-
-# ---- the wheel's check ----
 
 
 def make_wheel(path: Path, files: dict[str, int]) -> Path:

@@ -89,7 +89,7 @@ def _arms() -> Iterator[Arm]:
     alternate = {"skip": "layer", "layers": "alternate"}
     inner, wide = {**alternate, "layers": "inner"}, {**alternate, "layers": "wide"}
 
-    # ---- zero line and controls
+    # Zero line and controls.
     yield Arm("dense", "the zero line: the base, trained on", None, kv_saving=None)
     static = {**alternate, "layers": "static", "keep_first": 0}
     fixed = {"objective": "none", "what_if": 0.0}
@@ -106,7 +106,7 @@ def _arms() -> Iterator[Arm]:
     opened = {**paper, "init_gate": 0.88}
     yield Arm("paper-0.1-open", "the same, gates open at first", opened, {**load, "alpha": 0.1}, None)
 
-    # ---- straight-through, what-if, two-sided target
+    # Straight-through, what-if, two-sided target.
     yield Arm("layer-alt", "ours as it was: whole layers, alternate", alternate)
     yield Arm("layer-mid", "fewer tokens left out in more layers", inner)
     yield Arm("layer-wide", "still more layers", wide)
@@ -118,7 +118,7 @@ def _arms() -> Iterator[Arm]:
     yield Arm("attn-mid-mlp", "a router each for attention and MLP", attn, mechanism="separate-mlp")
     yield Arm("attn-mid-perlayer", "each layer meets the target itself", attn, {"per_layer": True})
 
-    # ---- every token passes every layer, routers decide about the cache alone
+    # Every token passes every layer, routers decide about the cache alone.
     kv = {"skip": "kv", "layers": "inner"}
     yield Arm("kv-mid", "keys and values of the inner layers", kv)
     yield Arm("kv-all", "of all layers", {**kv, "layers": "all"})
@@ -150,7 +150,7 @@ def _arms() -> Iterator[Arm]:
     )
     yield Arm("kv-mid-normed", "router reads the normalised stream", kv, mechanism="normed")
 
-    # ---- how the target is met
+    # How the target is met.
     yield Arm("attn-mid-budget", "thresholds follow the gates", attn, {"objective": "budget"})
     budget, spread = {"objective": "budget"}, (1.2, 2.5)
     yield Arm("attn-mid-range", "another budget each step", attn, budget, saving_range=spread)
@@ -162,13 +162,13 @@ def _arms() -> Iterator[Arm]:
     yield Arm("attn-mid-lam10", "a stiffer target", attn, {"lam": 10.0})
     yield Arm("attn-mid-rlr", "routers learn ten times faster", attn, {"router_lr": 3e-3})
 
-    # ---- together
+    # Together.
     both = {"objective": "budget"}
     yield Arm("attn-mid-budget-kl", "thresholds and KL", attn, both, teacher=1.0)
     yield Arm("attn-wide-budget-kl", "in more layers", {**attn, "layers": "wide"}, both, teacher=1.0)
     yield Arm("layer-mid-budget", "whole layers", inner, both)
 
-    # ---- what else teaches, what is protected, what decides, what is left behind
+    # What else teaches, what is protected, what decides, what is left behind.
     yield Arm("attn-mid-kl", "KL to the dense base", attn, teacher=1.0)
     yield Arm("layer-mid-kl", "the same with whole layers", inner, teacher=1.0)
     yield Arm("attn-mid-first0", "no protected tokens", {**attn, "keep_first": 0})

@@ -137,8 +137,7 @@ def run_arms(
     commit: str | None,
     per_gpu: int = 1,
 ) -> None:
-    """Runs every arm that has no result yet; with several GPUs, or several processes on one, they take arms
-    in turn.
+    """Runs every arm that has no result yet; several GPUs, or processes on one GPU, take arms in turn.
 
     Args:
         minutes: no arm is begun that would, by the time of the one before, end later than this.

@@ -1,6 +1,4 @@
-"""Sizes and budgets: the whole study; the same on the model in the wheel, whose base need not be trained;
-and a small copy that shows that everything runs.
-"""
+"""Sizes and budgets: the whole study, the same on the wheel's model, and a small copy for tests."""
 
 from __future__ import annotations
 

@@ -29,8 +29,7 @@ class Times:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, per: int = 1, warmup: int = 1
 ) -> dict[str, Times]:
-    """Times of each call, `repeats` rounds after `warmup` untimed ones, the order rotating from round to
-    round.
+    """Times of each call: `repeats` rounds after `warmup` untimed ones, in an order that rotates.
 
     Args:
         calls: what to time, by name.

@@ -176,9 +176,7 @@ class Workload:
 def fast_models(
     settings: Settings, context: int, routed: Sequence[str], compile: bool | str = True
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The dense model and a converted twin for each of `routed`, with fast generation on; `compile` as
-    there.
-    """
+    """The dense model and a converted twin for each of `routed`, in fast generation with this `compile`."""
     dense = dense_model(settings, context)
     layers = {name: routed_layers(name, depth(settings)) for name in routed}
     twins = {name: converted_twin(dense, layers[name], settings.skip) for name in routed}

@@ -83,9 +83,7 @@ def dense_model(settings: Settings, context: int) -> Any:
 
 
 def converted_twin(dense: Any, routed: list[int], skip: str = "layer") -> Any:
-    """The dense model with routers in the layers `routed`, for the layer or its part `skip`, on the same
-    weight tensors.
-    """
+    """The dense model with routers for `skip` in the layers `routed`, on the same weight tensors."""
     from modlab.conversion.convert import convert
 
     twin = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})

@@ -43,8 +43,7 @@ def make_row(dense: Times, mod: Times, **fields: Any) -> Row:
 
 
 def cache_facts(cache: Any, routed: list[int], batch: int) -> tuple[int, float]:
-    """Allocated bytes of a cache, and the measured keep ratio: tokens stored in routed layers / tokens seen
-    there."""
+    """Allocated bytes of a cache, and its keep ratio: tokens stored over tokens seen, in routed layers."""
     layers = snapshot(cache)
     kept = statistics.fmean(layers[i]["kept_tokens"] / (layers[i]["seen_tokens"] * batch) for i in routed)
     return sum(row["kv_bytes"] for row in layers), kept

@@ -23,8 +23,7 @@ COLUMNS = ("layer", "kind", "seen_tokens", "kept_tokens", "kv_bytes", "dense_kv_
 
 
 def _buffers(value: Any) -> Iterator[torch.Tensor]:
-    """Plain tensors with at least one dimension reachable from a cache attribute (0-dim tensors are
-    counters)."""
+    """The tensors of at least one dimension that a cache attribute reaches (0-dim tensors are counters)."""
     if isinstance(value, torch.Tensor):
         inner = getattr(value, "__tensor_flatten__", None)
         if (
@@ -43,8 +42,7 @@ def _buffers(value: Any) -> Iterator[torch.Tensor]:
 
 
 def allocated_bytes(*values: Any, counted: set[int] | None = None) -> int:
-    """Bytes of the distinct storages behind the tensors in `values` (tensors, or lists, tuples and dicts of
-    them).
+    """Bytes of the distinct storages behind the tensors in `values`, however nested.
 
     Storages whose address is already in `counted` are left out; the new ones are added to it.
     """

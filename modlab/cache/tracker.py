@@ -1,5 +1,4 @@
-"""KVTracker: what a model's key/value cache really takes, per forward step and layer, dense or
-Mixture-of-Depths.
+"""KVTracker: what a model's key/value cache really takes, by forward step and layer.
 
     with modlab.KVTracker(model) as kv:
         model.generate(**inputs, max_new_tokens=64)
@@ -53,8 +52,6 @@ class KVTracker:
         self._forwards = 0
         self._steps = 0
 
-    # ------------------------------------------------------------------ recording
-
     def __enter__(self) -> KVTracker:
         self._depth += 1
         if self._depth == 1:
@@ -94,8 +91,6 @@ class KVTracker:
         phase = "prefill" if new_tokens > 1 or seen <= new_tokens else "decode"
         self._rows.extend({"step": self._steps, "phase": phase, **row} for row in layers)
         self._steps += 1
-
-    # ------------------------------------------------------------------ reading
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -137,8 +132,7 @@ class KVTracker:
         return [(step, seen, kv, dense) for step, (seen, kv, dense) in totals.items()]
 
     def summary(self) -> dict[str, float]:
-        """Peaks over the steps: steps, seen_tokens, kv_bytes, dense_kv_bytes, kv_saving (dense /
-        allocated)."""
+        """Peaks over the steps: steps, seen_tokens, kv_bytes, dense_kv_bytes, kv_saving (their ratio)."""
         totals = self._totals()
         kv, dense = max(t[2] for t in totals), max(t[3] for t in totals)
         return {

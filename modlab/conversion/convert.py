@@ -117,9 +117,7 @@ def _refuse_foreign_forwards(selection: Selection) -> None:
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes `convert`: the same object is the dense model again, bit for bit (with its weights as they are
-    now).
-    """
+    """Undoes `convert`: the same object is the dense model again, bit for bit (with today's weights)."""
     routing = routing_of(model)
     _end_fast_generation(model)
     if not isinstance(model, RoutedModel):

@@ -92,8 +92,7 @@ class RoutedModel(Extended):
             upload(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
 
     def push_to_hub(self, repo_id: str, *, evaluation: Evaluation | None = None, **kwargs: Any) -> str:
-        """Saves to a temporary folder and uploads it; arguments as transformers', and `evaluation` as in
-        `save_pretrained`.
+        """Saves to a temporary folder and uploads it; arguments as transformers', and `evaluation`.
 
         Returns:
             the address of the commit.

@@ -150,8 +150,7 @@ def _separated(ids: list[int], before: list[int], after: list[int]) -> list[int]
 
 
 class _Cutter:
-    """Cuts a stream of token lists into rows of `seq_len`; holds the tokens left over from the batch
-    before."""
+    """Cuts a stream of token lists into rows of `seq_len`; what is left over waits for the next batch."""
 
     def __init__(self, seq_len: int, rows: int) -> None:
         self.seq_len, self.rows = seq_len, rows

@@ -1,5 +1,4 @@
-"""Where documents come from: installed Python, files, lists of texts, data sets, the hub; and the split into
-train and held-out, by a hash alone.
+"""Documents from installed Python, files, lists of texts, data sets or the hub; train and held-out by a hash.
 
 - "python": the standard library and the installed packages of the running interpreter, a real corpus of long
   documents on any machine; "python-stdlib" is the standard library alone;

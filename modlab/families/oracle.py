@@ -8,7 +8,7 @@ which the masked reference and packed execution may share, shows here.
 Hidden are keys only: whatever else the model says about who may see whom (a sliding window, another document,
 padding) stays as the dense model has it.
 
-Shape letters: B rows, T tokens, K keys, N heads, D model dim, P parallel streams.
+Shape letters: B rows, T tokens, K keys, N query heads, D model dim, P parallel streams.
 """
 
 from __future__ import annotations

@@ -184,9 +184,7 @@ def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
 
 
 def tiny_config(config_class: type[PretrainedConfig], **wanted: Any) -> PretrainedConfig:
-    """An instance of the config class with small sizes; everything else as wanted, or as the class has it by
-    default.
-    """
+    """An instance of the config class with small sizes; all else as wanted, or as the class has it."""
     default = config_class()
     # What a type sets for single layers is hidden from getattr, not from vars.
     fields = vars(default)

@@ -1,2 +1,1 @@
-"""What every part asks of a Hugging Face model: where its parts are, how its layers are called, what its
-configs mean."""
+"""What every part asks of a Hugging Face model: its anatomy, the arguments of its layers, its config."""

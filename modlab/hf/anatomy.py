@@ -1,5 +1,4 @@
-"""Where things are in a model of any architecture: its decoder, layers, attention and MLP, and where branches
-end.
+"""Where things are in a model of any architecture: decoder, layers, attention, MLP, ends of branches.
 
 Found by structure, not by a list of architectures, so that the next release of transformers is not a
 surprise.
@@ -115,9 +114,7 @@ def is_mlp(module: nn.Module) -> bool:
 
 
 def _child(layer: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str] = NORM) -> str | None:
-    """Name of the first child of a fitting class that is no norm, nor fits `other`; else of a child's child
-    (DBRX).
-    """
+    """Name of the first fitting child that is no norm and not `other`; else of a child's child (DBRX)."""
     children = list(layer.named_children())
     deeper = [(f"{name}.{n}", c) for name, child in children for n, c in child.named_children()]
     return next((name for name, module in children + deeper if _fits(module, pattern, other)), None)
@@ -129,9 +126,7 @@ def _fits(module: nn.Module, pattern: re.Pattern[str], other: re.Pattern[str]) -
 
 
 def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int | None | str]:
-    """By layer: its sliding window in tokens, None for full attention, or a string saying why it cannot be
-    routed.
-    """
+    """By layer: its sliding window in tokens, None for full attention, or why it cannot be routed."""
     config = decoder_of(model).config.get_text_config(decoder=True)
     cache_layers = DynamicCache(config=config).layers
     types = getattr(config, "layer_types", None) or [None] * num_layers

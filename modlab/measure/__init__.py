@@ -1,5 +1,4 @@
-"""What a threshold costs and buys: loss, keep ratio, allocated KV bytes and time, and thresholds for a wanted
-keep ratio.
+"""What a threshold costs and buys: loss, keep ratio, KV bytes, time; thresholds for a wanted keep ratio.
 
     evaluate(model, batches)                     one pass: loss, keep ratio, KV bytes (dense models too)
     sweep(model, tokenizer, texts, thresholds)   one row a threshold

@@ -1,5 +1,4 @@
-"""What a conversion may break and a mean loss hides: recall over a distance, retrieval of values, and the
-text that the model writes itself.
+"""What a conversion may break and a mean loss hides: recall, retrieval, the text that a model writes.
 
     recall(model, data, tokenizer)              loss on the second copy of a repeated passage
     retrieval(model, data, tokenizer)           values assigned to names among real text, asked for later

@@ -1,6 +1,6 @@
 """Real text as one stream of tokens, and windows of it.
 
-Shape letters: N tokens of the stream, W windows, T tokens of one.
+Shape letters: M tokens of the stream, W windows, T tokens of one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modlab.hf.model import vocabulary_size
 
 
 def token_stream(data: Any, tokenizer: Any = None, model: Any = None) -> Tensor:
-    """All real tokens of `data` in order, long [N]: texts follow each other, padding is left out.
+    """All real tokens of `data` in order, long [M]: texts follow each other, padding is left out.
 
     Args:
         data: texts or token batches, as `modlab.measure.as_batches` takes them.
@@ -36,11 +36,11 @@ def token_stream(data: Any, tokenizer: Any = None, model: Any = None) -> Tensor:
     return torch.cat(parts)
 
 
-def windows(stream_N: Tensor, count: int, length: int, apart: int, seed: int) -> Tensor:
+def windows(stream_M: Tensor, count: int, length: int, apart: int, seed: int) -> Tensor:
     """Windows of the stream, at places drawn without replacement.
 
     Args:
-        stream_N: long [N].
+        stream_M: long [M].
         count: how many windows, W.
         length: tokens of each, T.
         apart: windows start at multiples of this many tokens; they overlap if it is less than `length`.
@@ -54,14 +54,14 @@ def windows(stream_N: Tensor, count: int, length: int, apart: int, seed: int) ->
     """
     if count < 1:
         raise ModlabError(f"{count} rows asked for: at least one is needed.")
-    places = max(0, (len(stream_N) - length) // apart + 1)
+    places = max(0, (len(stream_M) - length) // apart + 1)
     if places < count:
         needed = length + (count - 1) * apart
         raise ModlabError(
-            f"the data hold {len(stream_N):,} tokens, which gives {places:,} rows of {length:,} tokens that "
+            f"the data hold {len(stream_M):,} tokens, which gives {places:,} rows of {length:,} tokens that "
             f"start {apart:,} apart; {count:,} are asked for.\nGive {needed:,} tokens or more, or ask for "
             "fewer or shorter rows."
         )
     generator = torch.Generator().manual_seed(seed)
     starts_W = torch.randperm(places, generator=generator)[:count] * apart
-    return stream_N[starts_W[:, None] + torch.arange(length)]
+    return stream_M[starts_W[:, None] + torch.arange(length)]

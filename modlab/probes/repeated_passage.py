@@ -1,5 +1,4 @@
-"""Long-range recall: a passage of real text comes twice in a row, and the second copy is easy for a model
-that still has the first.
+"""Recall over a distance: a passage of real text comes twice, and the model may look back at the first copy.
 
     [ prefix | passage | filler ... | passage ]
              |<------- distance --->|
@@ -94,7 +93,7 @@ def recall(
             row_NT = torch.cat([text_NT[:, :second], copy_NP], dim=1)
             scored = [*range(first + 1, first + passage), *range(second + 1, second + passage)]
             scores = score(model, list(row_NT), scored, batch_size=batch_size, bar=bar)
-            first_N, second_N = scores.loss.double().view(rows, 2, passage - 1).mean(2).unbind(1)
+            first_M, second_M = scores.loss.double().view(rows, 2, passage - 1).mean(2).unbind(1)
             for row in range(rows):
                 kept = [
                     mean_keep_ratio(scores.keep_ratio_by_layer(row, slice(start, start + passage)))
@@ -105,8 +104,8 @@ def recall(
                         "distance": distance,
                         "row": row,
                         "tokens": passage - 1,
-                        "first_loss": float(first_N[row]),
-                        "second_loss": float(second_N[row]),
+                        "first_loss": float(first_M[row]),
+                        "second_loss": float(second_M[row]),
                         "first_keep_ratio": kept[0],
                         "second_keep_ratio": kept[1],
                     }

@@ -1,6 +1,6 @@
 """Many rows through a model: the loss of chosen tokens, whether each was the likeliest, and who was kept.
 
-Shape letters: N rows, B rows of one forward, T tokens, C chosen columns, V vocabulary.
+Shape letters: M rows in all, B rows of one forward, T tokens, C chosen columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scores:
-    """What a model made of N rows; tensors are on the CPU.
+    """What a model made of M rows; tensors are on the CPU.
 
     Attributes:
-        loss: fp32 [N, C], nats of each chosen token given those before it; NaN past the end of a row.
-        correct: bool [N, C], whether the token was the likeliest one, as greedy search picks it.
-        real: bool [N, T], False past the end of a row.
-        keep: by routed layer, bool [N, T]; empty for a dense model.
+        loss: fp32 [M, C], nats of each chosen token given those before it; NaN past the end of a row.
+        correct: bool [M, C], whether the token was the likeliest one, as greedy search picks it.
+        real: bool [M, T], False past the end of a row.
+        keep: by routed layer, bool [M, T]; empty for a dense model.
     """
 
     loss: Tensor
@@ -72,12 +72,12 @@ def score(
     """
     if batch_size < 1:
         raise ModlabError(f"batch_size={batch_size}: at least one row a forward is needed.")
-    lengths_N = torch.tensor([len(row) for row in rows])
-    T, column_C = int(lengths_N.max()), torch.tensor(columns)
+    lengths_M = torch.tensor([len(row) for row in rows])
+    T, column_C = int(lengths_M.max()), torch.tensor(columns)
     scores = Scores(
         loss=torch.full((len(rows), len(columns)), torch.nan),
         correct=torch.zeros(len(rows), len(columns), dtype=torch.bool),
-        real=torch.arange(T) < lengths_N[:, None],
+        real=torch.arange(T) < lengths_M[:, None],
     )
     device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):

@@ -1,6 +1,6 @@
 """Hooks on a converted model and its decoder: what routed layers need to know about each forward.
 
-Shape letters: B rows, T tokens in, K columns seen including cached ones.
+Shape letters: B rows, T tokens in, K keys seen, cached ones included.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ class ForwardHooks:
 
     @eager
     def leave(self, module: Any, args: Any, output: Any) -> None:
-        """Forward hook of the decoder: the forward is over. Its padding and positions stay for a
-        gradient-checkpoint recompute.
+        """Forward hook at the decoder's end. Padding and positions stay, for gradient checkpointing.
 
         Raises:
             ModlabError: a routed part did not run where the forward ended well: it is routed in name only.

@@ -1,6 +1,6 @@
 """What one forward knows and what is noted of it: decisions, recordings, the call that routed layers share.
 
-Shape letters: B rows, T tokens in, K columns seen including cached ones, G gates of a layer.
+Shape letters: B rows, T tokens in, K keys seen, cached ones included, G gates of a layer.
 """
 
 from __future__ import annotations

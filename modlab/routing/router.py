@@ -58,9 +58,7 @@ class Router(nn.Module):
             return logit.squeeze(-1) if single else logit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)` and
-        `.half()`.
-        """
+        """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)`."""
 
         def keep_fp32(t: Tensor) -> Tensor:
             moved = fn(t)

@@ -1,5 +1,6 @@
-"""The one rule by which tokens are kept. Training, prefill, decoding, calibration, previews and pictures call
-it; the decode kernels have tested copies.
+"""The one rule by which tokens are kept.
+
+Training, prefill, decoding, calibration, previews and pictures call it; decode kernels have tested copies.
 
 Works on tensors of torch and arrays of NumPy alike.
 

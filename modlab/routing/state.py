@@ -271,8 +271,7 @@ def thresholds_restored_on_error(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
-    """Inside this block `fn` decides which tokens are kept, instead of the thresholds, in forwards of this
-    thread.
+    """Inside this block `fn` decides which tokens are kept, not the thresholds, in forwards of this thread.
 
     Args:
         model: a converted model.
@@ -311,8 +310,7 @@ def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Reco
 
 @contextlib.contextmanager
 def masked_execution(model: PreTrainedModel) -> Iterator[None]:
-    """Inside this block a converted model runs in masked form in this thread, without a cache: the
-    yardstick."""
+    """Inside this block a converted model runs in this thread as the masked reference, without a cache."""
     of_thread = routing_of(model).of_thread
     before = of_thread.masked
     of_thread.masked = True

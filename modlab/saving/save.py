@@ -38,8 +38,7 @@ def save_converted(
     evaluation: Evaluation | None = None,
     **kwargs: Any,
 ) -> None:
-    """Writes a converted model; `RoutedModel.save_pretrained` calls this with the dense class's own
-    `save_pretrained`.
+    """Writes a converted model; `RoutedModel.save_pretrained` calls this with the dense class's own method.
 
     Args:
         evaluation: figures for the model card, as `modlab.measure.evaluate` gives them.

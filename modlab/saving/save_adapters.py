@@ -27,8 +27,7 @@ def describe_adapters(model: Any, folder: Path) -> None:
 
 
 def let_routers_travel(model: Any) -> None:
-    """From here on the configs of the adapters on a converted model describe its conversion where they are
-    saved."""
+    """From here on the configs of a converted model's adapters describe its conversion when saved."""
     for config in (model.__dict__.get("peft_config") or {}).values():
         if not isinstance(config, CarriesRouters):
             dense_class: Any = type(config)

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 class AttentionSkip(Skip):
-    """`skip="attention"`: a token that is not kept attends to nothing and leaves no keys and values; its MLP
-    runs."""
+    """`skip="attention"`: a token that is not kept has no attention, no keys and no values; its MLP runs."""
 
     name = "attention"
     parts = ("attention",)

@@ -1,6 +1,6 @@
 """Routing over a corpus: how much each layer keeps of each class of tokens, and at each position.
 
-Shape letters: C token classes, R routed layers, T positions.
+Shape letters: C token classes, R routed layers, T tokens, by their position.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Refusals of `modlab.train` that need the model or the data; those of the settings alone are in
-`TrainConfig`."""
+"""Refusals of `modlab.train` that need the model or the data; `TrainConfig` has its own."""
 
 from __future__ import annotations
 

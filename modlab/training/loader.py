@@ -1,5 +1,4 @@
-"""Batches for training, in an order that depends on the seed and the position alone, so that a run can
-resume.
+"""Batches in an order that depends on the seed and the position alone, so that a run can resume.
 
 Three kinds of input become one stream of dicts of [B, T] tensors on the CPU:
 

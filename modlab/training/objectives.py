@@ -246,8 +246,7 @@ def kl_to_teacher(
 def _chunked(
     function: Callable[..., Tensor], chunk_elements: int, logits_NV: Tensor, *others: Tensor
 ) -> Tensor:
-    """Sum of `function` over chunks of rows; each chunk's intermediates are recomputed in the backward
-    pass."""
+    """Sum of `function` over chunks of rows; the backward pass computes a chunk's intermediates again."""
     rows = max(1, chunk_elements // logits_NV.shape[-1])
     if rows >= len(logits_NV):
         return function(logits_NV, *others)

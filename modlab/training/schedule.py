@@ -1,6 +1,4 @@
-"""What follows from the number of a step and the share of the run that is behind: learning rate, keep ratio
-asked for, what-if steps.
-"""
+"""What a step and the finished share of a run decide: learning rate, keep ratio asked for, what-if steps."""
 
 from __future__ import annotations
 

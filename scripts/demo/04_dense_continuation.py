@@ -1,5 +1,4 @@
-"""Stage 4: the control. The dense base trained on over the twin's tokens: same rows, order, rate and step
-count."""
+"""Stage 4, the control: the dense base trained on over the twin's tokens, in their order, at their rate."""
 
 from __future__ import annotations
 

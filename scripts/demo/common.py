@@ -29,8 +29,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def training_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """How long and how; `--minutes` alone makes the schedule follow the clock, with `--steps` it is a
-    limit."""
+    """How long and how: `--minutes` alone makes the schedule follow the clock, with `--steps` it is a cap."""
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument(
         "--minutes", type=float, help="alone: length of the run; with --steps: stop there, resumable"
@@ -162,8 +161,7 @@ def training_log(result: Any, config: Any) -> dict[str, Any]:
 
 
 def _relative(argv: list[str]) -> list[str]:
-    """Paths below the repository are written from there: a log names no folder of the machine that made
-    it."""
+    """Paths below the repository are written from there: a log names no folder of its machine."""
     return [
         str(Path(a).resolve().relative_to(REPO))
         if Path(a).is_absolute() and Path(a).is_relative_to(REPO)

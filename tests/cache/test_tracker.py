@@ -275,9 +275,6 @@ def test_frame_is_a_plain_dataframe(model):
     assert kv.rows[0]["kv_bytes"] == 10 * TOKEN_BYTES  # the same without pandas
 
 
-# ---- converted models
-
-
 def forced(keep_token):
     """An override that keeps the positions for which `keep_token(layer, position)` holds."""
 

@@ -77,9 +77,6 @@ def converted(source: Path) -> Path:
     return target
 
 
-# ---- help ----
-
-
 def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:
     start = time.perf_counter()
     done = modlab_process("--help", cwd=tmp_path)
@@ -134,9 +131,6 @@ def test_flags_are_read_with_the_types_of_the_fields() -> None:
         "resume": "auto",
     }
     TrainConfig(**given).check()
-
-
-# ---- convert, eval, sweep, train, bench ----
 
 
 def test_convert_saves_what_the_flags_say(converted: Path) -> None:
@@ -247,9 +241,6 @@ def test_bench_passes_its_flags_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (result,) = (tmp_path / "results").glob("prefill_cpu_*.json")
     assert json.loads(result.read_text())["rows"][0]["keep_ratio"] == 0.5
-
-
-# ---- lab ----
 
 
 def test_lab_copies_notebooks_and_keeps_changed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,9 +245,6 @@ def test_modes_that_transformers_moved_to_the_hub_are_refused_by_transformers(ti
         generate(tiny_llama, torch.tensor([[5, 6, 7]]), **how)
 
 
-# ---- caches
-
-
 @pytest.mark.parametrize("kind", ["static", "offloaded_static", "offloaded", "quantized"])
 def test_cache_implementations_that_cannot_skip_are_refused(tiny_llama, kind) -> None:
     with pytest.raises(ModlabError, match=f"'{kind}'.*ragged cache"):
@@ -271,9 +268,6 @@ def test_caches_of_transformers_are_refused(tiny_llama, kind) -> None:
 def test_continuous_batching_is_refused_before_it_starts(tiny_llama) -> None:
     with pytest.raises(ModlabError, match="continuous batching"):
         tiny_llama.generate_batch([[5, 6, 7]])
-
-
-# ---- attention back ends and torch.compile
 
 
 def test_eager_attention_generates_the_same(routed) -> None:

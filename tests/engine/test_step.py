@@ -51,9 +51,6 @@ class Collect(BaseStreamer):
         self.ended = True
 
 
-# ---- tokens chosen inside the step ----
-
-
 @pytest.mark.parametrize("rows", [1, 5])
 def test_choosing_follows_the_loop_of_transformers(rows: int) -> None:
     """Against the lines of `GenerationMixin._sample`, over many steps of random logits."""
@@ -186,7 +183,7 @@ def test_rows_beyond_the_context_are_warned_of_as_ever(make_llama: Any, caplog: 
         logging.disable_propagation()
 
 
-# ---- the compiled parts of a step ----
+# The compiled parts of a step.
 
 
 @pytest.mark.parametrize(
@@ -299,7 +296,7 @@ def test_what_compile_takes(make_llama: Any) -> None:
         modlab.enable_fast_generation(make_llama(), compile="everything")
 
 
-# ---- what a step takes for granted ----
+# What a step takes for granted.
 
 
 def test_a_step_made_in_inference_mode_serves_outside_of_it() -> None:

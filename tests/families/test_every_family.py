@@ -174,7 +174,7 @@ def test_variant(name: str, changes: dict, fresh: FreshProcess, tmp_path: Path) 
     prove(name, tmp_path / "model", fresh, **changes)
 
 
-# ---- attention or MLP skipped alone ----
+# Attention or MLP skipped alone.
 
 # One type for each way in which layers use their branches.
 BRANCHES = {
@@ -227,7 +227,6 @@ def test_one_branch_is_skipped_or_refused(supported_type: str, skip: str) -> Non
 @pytest.mark.parametrize("name", ["bloom", "bert"])
 def test_attention_that_loses_the_residual_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the refusal the computation by hand says no: it does not share the conversion's mistake."""
-
 
     def blind(*args):
         forms = part_forms(*args)

@@ -63,7 +63,7 @@ def test_tiny_models_have_every_kind_of_layer() -> None:
     assert every_kind(["a", "b"], 4) == ["a", "b"]
 
 
-# ---- the proof can say no: one mutation for each claim, on the type that has least to go wrong ----
+# The proof can say no: one mutation for each claim, on the type that has least to go wrong.
 
 
 def refusal(fresh: FreshProcess) -> str:

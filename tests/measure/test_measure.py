@@ -32,9 +32,6 @@ class Letters:
         return {"input_ids": [ord(c) % VOCAB for c in text]}
 
 
-# ---- batches and loss
-
-
 def test_loss_is_the_models_own(batches):
     model = dense_model()
     with torch.no_grad():
@@ -104,9 +101,6 @@ def test_modes_are_restored(batches):
     model = dense_model().train()
     measure.loss(model, None, batches)
     assert model.training
-
-
-# ---- sweep
 
 
 def test_sweep_columns_and_meaning(model, batches):
@@ -199,9 +193,6 @@ def test_sweep_refuses_what_it_cannot_do(model, batches):
     with pytest.raises(ModlabError, match="convert"):
         modlab.sweep(dense_model(), None, batches, progress=False)
     assert model.mod.thresholds == before
-
-
-# ---- calibrate
 
 
 @pytest.mark.parametrize("per_layer", [False, True])

@@ -48,9 +48,6 @@ def prompt_before(continuation, stream):
     return prompt
 
 
-# ---- what is measured
-
-
 def test_a_model_that_goes_round_in_fives(stream):
     text = health(following_llama(FIVES, eos_token_id=None), stream).greedy
     assert (text.texts, text.tokens, text.ended) == (5, 5 * 24, 0)
@@ -143,9 +140,6 @@ def test_keep_ratios_are_those_of_generation_itself(routed, stream):
     assert 0 < found.keep_ratio < 1
 
 
-# ---- sampling, batches, seeds
-
-
 def test_samples_follow_the_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     draws = torch.zeros(4)
@@ -213,9 +207,6 @@ def test_fast_generation_writes_the_same(routed, stream):
     assert modlab.fast_generation_report(routed)["last"]["fast"]
     assert fast.greedy.continuations == plain.greedy.continuations
     assert fast.sampled.continuations == plain.sampled.continuations
-
-
-# ---- results, refusals
 
 
 def test_results_as_a_dict_and_a_table(routed, stream):

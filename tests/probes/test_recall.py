@@ -29,9 +29,6 @@ def routed(make_llama):
     return model
 
 
-# ---- which tokens are scored
-
-
 @pytest.mark.parametrize("distance", [40, 41, 100])
 def test_a_model_that_copies_over_this_distance_has_no_loss_on_the_second_copy(stream, distance):
     table = modlab.recall(HandMade(copier(distance)), stream, distances=(40, 41, 100), **SMALL)
@@ -106,9 +103,6 @@ def test_a_dense_model_keeps_everything(make_llama, stream):
     assert table.second_loss[0] == pytest.approx(UNIFORM, abs=0.5)
 
 
-# ---- rows, batches, seeds
-
-
 def test_batches_change_nothing(routed, stream):
     one, three = (
         modlab.recall(routed, stream, distances=(30, 50), batch_size=size, by_row=True, **SMALL)
@@ -165,9 +159,6 @@ def test_the_model_runs_in_eval_mode_and_gets_its_mode_back(make_llama, stream):
     model.train()
     assert modlab.recall(model, stream, distances=(40,), **SMALL).equals(quiet)
     assert all(module.training for module in model.modules())
-
-
-# ---- what does not fit
 
 
 def test_distances_beyond_the_context_are_left_out_and_told(stream):

@@ -35,7 +35,7 @@ def probe(model, tokenizer=BYTES, distances=(150,), **settings):
     return modlab.retrieval(model, text_of(tokenizer), tokenizer, distances=distances, **SMALL | settings)
 
 
-# ---- what is asked, and what counts
+# What is asked, and what counts.
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -95,9 +95,6 @@ def test_one_wrong_digit_is_a_wrong_answer(digit):
 def test_what_comes_before_the_value_does_not_count():
     table = probe(hand_made(copier(150, wrong_at=10 + 150 + len("\nname_17 = ") - 1)))
     assert table.accuracy[0] == 1 and table.loss[0] == pytest.approx(0, abs=1e-6)
-
-
-# ---- real models: routing, batches, seeds
 
 
 @pytest.fixture(params=["a token a byte", "numbers in few tokens"])
@@ -163,9 +160,6 @@ def test_right_is_what_greedy_search_writes():
         )
         assert (made[0].tolist() == row.tolist()) == right
     assert 0 < table.right.sum() < 8
-
-
-# ---- refusals
 
 
 def test_a_tokenizer_that_joins_names_and_values_is_refused():

@@ -35,9 +35,6 @@ def model(tiny_llama: Any) -> Any:
     return tiny_llama
 
 
-# ---- figures
-
-
 def test_saving_is_over_all_layers() -> None:
     keep = np.zeros((2, 8), dtype=bool)
     keep[0, :4] = True  # one half and nothing of two routed layers, four layers in all
@@ -75,9 +72,6 @@ def test_preview_refuses_what_is_no_threshold(p: Any) -> None:
 def test_wrong_shapes_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ModlabError, match=says):
         make_trace(8, 4, **changes)
-
-
-# ---- files
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,9 +117,6 @@ def test_loading_something_else(tmp_path: Path) -> None:
     for name in ("other.npz", "pickled.npy", "cut.npz", "text.npz", "empty.npz"):
         with pytest.raises(ModlabError, match="not a routing trace"):
             RoutingTrace.load(tmp_path / name)
-
-
-# ---- a real forward
 
 
 def test_trace_records_what_the_model_did(model: Any, tokenizer: Any) -> None:
@@ -198,9 +189,6 @@ def test_special_tokens_and_trimmed_blanks_keep_the_text_whole(data_dir: Path) -
     ids, pieces = encode(tokenizer, text)
     assert ids[0] == tokenizer.bos_token_id and pieces[0] == ""
     assert "".join(pieces) == text
-
-
-# ---- pictures
 
 
 def test_page_holds_everything_and_asks_nobody() -> None:
