@@ -126,6 +126,14 @@ def copy_notebooks(target: Path, overwrite: bool = False) -> CopyReport:
     return report
 
 
+_START = (
+    "import sys; sys.path = [folder for folder in sys.path if folder]; "
+    "from jupyterlab.labapp import main; sys.exit(main())"
+)
+"""Starts JupyterLab. `python -m jupyterlab` would look for it, and for all it imports, in the current folder
+first, which may be anybody's."""
+
+
 def jupyter_command(
     folder: Path, browser: bool = True, extra: Sequence[str] = (), notebook: str = QUICKSTART
 ) -> list[str]:
@@ -135,8 +143,8 @@ def jupyter_command(
     """
     command = [
         sys.executable,
-        "-m",
-        "jupyterlab",
+        "-c",
+        _START,
         f"--ServerApp.root_dir={folder.resolve()}",
         "--ServerApp.ip=127.0.0.1",
         f"--LabApp.default_url=/lab/tree/{notebook}",

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-# importing a module of cases registers them
-from modlab.bench import fast, growth, limits, ordinary, overhead, speed, training  # noqa: F401
+from modlab import bench
 from modlab.bench.models import SHAPES
 from modlab.bench.registry import CASES, Settings, Skipped
 from modlab.bench.results import finish, free_path, plot, report, table, write
 from modlab.errors import ModlabError
+
+
+def register_cases() -> None:
+    """Imports every module of this folder: each registers the cases that it holds, a new one, too."""
+    for module in pkgutil.iter_modules(bench.__path__, f"{bench.__name__}."):
+        importlib.import_module(module.name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit status: 0, or 1 if every case asked for was skipped.
     """
+    register_cases()
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
     if options.plot:

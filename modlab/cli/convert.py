@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from modlab.cli.files import check_target, save_model
 from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_layers, read_thresholds
-from modlab.cli.models import add_model_flags, load_model
+from modlab.cli.models import add_model_flags, check_target, load_model, save_model
 
 
 def add(command: Command) -> None:

@@ -1,4 +1,4 @@
-"""Flags: a dataclass as command line flags, readers of values, the look of the help."""
+"""What all commands share: exit statuses, a dataclass as flags, readers of values, the look of the help."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from typing import Any
 
 Command = Callable[..., Any]
 """Makes the parser of one command: ``command(name, run, summary, text)``."""
+
+
+BAD_INPUT = 2
+"""Exit status of everything the user can correct; 1 is a run that failed, as of a notebook cell."""
+
+INTERRUPTED = 130
+"""Exit status of Ctrl-C."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -14,8 +14,7 @@ from typing import Any
 
 from modlab import __version__
 from modlab.cli import bench, convert, evaluate, lab, probe, sweep, train
-from modlab.cli.flags import HelpFormatter
-from modlab.cli.status import BAD_INPUT, INTERRUPTED
+from modlab.cli.flags import BAD_INPUT, INTERRUPTED, HelpFormatter
 from modlab.errors import ModlabError
 
 

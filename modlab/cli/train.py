@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_floats
+from modlab.cli.flags import INTERRUPTED, Command, add_dataclass_flags, given_flags, read_floats
 from modlab.cli.models import add_data_flags, add_model_flags, load_model, row_length
-from modlab.cli.status import INTERRUPTED
 from modlab.errors import ModlabError
 
 

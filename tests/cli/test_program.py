@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -274,7 +275,7 @@ def test_lab_command_stays_on_this_machine_and_passes_arguments_on(tmp_path: Pat
     from modlab import lab
 
     command = lab.jupyter_command(tmp_path, browser=False, extra=["--port=9999"])
-    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert command[:2] == [sys.executable, "-c"]
     assert "--ServerApp.ip=127.0.0.1" in command and "--no-browser" in command
     assert command[-1] == "--port=9999"
     assert f"--ServerApp.root_dir={tmp_path}" in command
@@ -284,6 +285,18 @@ def test_lab_command_stays_on_this_machine_and_passes_arguments_on(tmp_path: Pat
     own, passed_on = cli.split_passed_on(["lab", "--no-browser", "--", "--port=9999"])
     assert (own, passed_on) == (["lab", "--no-browser"], ["--port=9999"])
     assert cli.build_parser().parse_args(own).folder == Path("modlab-notebooks")
+
+
+def test_lab_runs_no_file_of_the_current_folder(tmp_path: Path) -> None:
+    """A folder that somebody sent may hold modules named as JupyterLab's own, or as one that it imports."""
+    from modlab import lab
+
+    for name in ("jupyterlab", "jupyter_server", "traitlets", "tornado"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder ran')")
+    command = [*lab.jupyter_command(tmp_path, browser=False), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "code of the folder" not in done.stdout + done.stderr
+    assert done.stdout.strip().startswith(version("jupyterlab").split(".")[0])
 
 
 def test_lab_lists_the_notebooks_and_finds_one_by_name_or_number(capsys: pytest.CaptureFixture[str]) -> None:
