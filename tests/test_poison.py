@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.layer import RaggedLayer
 
 FLOATS = torch.zeros(2, 3)
 

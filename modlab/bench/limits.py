@@ -18,12 +18,12 @@ from modlab.bench.ideal import kv_token_bytes, step_bytes, stored_tokens
 from modlab.bench.models import random_routing
 from modlab.bench.registry import Row, Settings, Skipped, case
 from modlab.bench.rows import make_row
+from modlab.cache.buffer import SegmentedBuffer
 from modlab.cache.bytes import allocated_bytes
-from modlab.cache.ragged import RaggedLayer
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
 from modlab.engine.engine import Engine
-from modlab.engine.prefill import scratch_caches
-from modlab.engine.ring import RingLayer
+from modlab.engine.prefill import scratch_buffers
+from modlab.engine.ring import RingBuffer
 from modlab.measure import time_generate
 from modlab.routing.state import routing_override
 
@@ -71,23 +71,22 @@ def _peak(workload: Workload, variant: Variant | None) -> tuple[int, float]:
     return torch.cuda.max_memory_allocated() - before, first
 
 
-def synthetic_caches(engine: Engine, lengths_LB: list[list[int]], ratio: float) -> list[RaggedLayer]:
-    """Caches of random keys and values, as long as a prefill leaves them: decoding reads the same bytes. Of
+def synthetic_caches(engine: Engine, lengths_LB: list[list[int]], ratio: float) -> list[SegmentedBuffer]:
+    """Buffers of random keys and values, as long as a prefill leaves them: decoding reads the same bytes. Of
     the tokens in a ring the share `ratio` is kept.
     """
-    known = scratch_caches(engine, 1)
+    known = scratch_buffers(engine, 1)
     caches = []
     for like, lengths in zip(known, lengths_LB, strict=True):
         assert like.keys is not None and like.values is not None
         cache = type(like)()
-        cache.reserve([n + cache.slack(n) for n in lengths], like.keys[None], like.values[None])
-        assert cache.keys is not None and cache.values is not None and cache.columns is not None
+        cache.reserve([n + cache.slack(n) for n in lengths], like.keys, like.values)
+        assert cache.keys is not None and cache.values is not None
         cache.keys.normal_()
         cache.values.normal_()
-        cache.columns.zero_()
         cache.lengths = list(lengths)
-        if isinstance(like, RingLayer):
-            assert isinstance(cache, RingLayer)
+        if isinstance(like, RingBuffer):
+            assert isinstance(cache, RingBuffer)
             shape = (len(lengths), like.ring_kept.shape[1])
             cache.ring_kept = torch.rand(shape, device=like.ring_kept.device) < ratio
         caches.append(cache)

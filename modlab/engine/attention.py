@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from modlab.cache.ragged import RaggedLayer
-from modlab.engine.ring import RingLayer
-from modlab.engine.tables import DecodeSlot
+from modlab.cache.buffer import SegmentedBuffer
+from modlab.engine.ring import RingBuffer
+from modlab.engine.tables import LayerStep
 from modlab.errors import ModlabError
 from modlab.kernels.decode_attention import (
     decode_attention,
@@ -43,11 +43,11 @@ class CannotCapture(ModlabError):
 
 
 @dataclass
-class PrefillSlot:
+class LayerPrefill:
     """One layer's part in a prefill.
 
     Attributes:
-        cache: where its keys and values go.
+        buffer: where its keys and values go.
         counts: tokens of each row that run this layer.
         columns: columns of those tokens, one row after another, int32 [S].
         bounds: where in that line each row begins, and the end of the last, int32 [B + 1].
@@ -57,7 +57,7 @@ class PrefillSlot:
             of them are kept.
     """
 
-    cache: RaggedLayer
+    buffer: SegmentedBuffer
     counts: list[int]
     columns: Tensor
     bounds: Tensor
@@ -81,11 +81,11 @@ def prefill_attention(
         output [1, S, N, H], and None where others return weights.
     """
     check_supported(kwargs)
-    slot: PrefillSlot = module.mod_prefill  # type: ignore[assignment]
-    if slot.recent is not None:
-        return _keep_keys(slot, slot.recent, query, key, value, scaling), None
-    store(slot, key[0], value[0])
-    return varlen_attention(query, key, value, slot.counts, slot.bounds, scaling, slot.varying), None
+    part: LayerPrefill = module.mod_prefill  # type: ignore[assignment]
+    if part.recent is not None:
+        return _keep_keys(part, part.recent, query, key, value, scaling), None
+    store(part, key[0], value[0])
+    return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying), None
 
 
 def decode_attention_function(
@@ -103,44 +103,45 @@ def decode_attention_function(
         output [B, 1, N, H], and None where others return weights.
     """
     check_supported(kwargs)
-    slot: DecodeSlot = module.mod_decode  # type: ignore[assignment]
+    step: LayerStep = module.mod_step  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q_BNH, k_BGH, v_BGH = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    if slot.ring is not None:
-        ring = (slot.keep, slot.ring, slot.position[:, 0], scale)
-        if query.is_cuda:
-            out_BNH = decode_ring_attention(q_BNH, k_BGH, v_BGH, slot.table, slot.lengths, *ring)
-        else:
-            stored: RaggedLayer = module.mod_cache  # type: ignore[assignment]
-            assert stored.keys is not None and stored.values is not None
-            out_BNH = reference_decode_ring_attention(
-                q_BNH, k_BGH, v_BGH, (stored.keys, stored.values), stored.starts, slot.lengths, *ring
-            )
+    new = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
+    if step.ring is not None:
+        out_BNH = _decode_ring(step, step.ring, new, scale)
     elif query.is_cuda:
-        out_BNH = decode_attention(
-            q_BNH, k_BGH, v_BGH, slot.table, slot.lengths, slot.keep, slot.column, scale
-        )
+        out_BNH = decode_attention(*new, step.table, step.lengths, step.keep, step.column, scale)
     else:
-        cache: RaggedLayer = module.mod_cache  # type: ignore[assignment]
-        assert cache.keys is not None and cache.values is not None and cache.columns is not None
-        buffers = (cache.keys, cache.values, cache.columns)
+        keys, values, starts = step.stored()
+        columns = step.buffer.columns if step.buffer is not None else None
+        assert columns is not None
         out_BNH = reference_decode_attention(
-            q_BNH, k_BGH, v_BGH, buffers, cache.starts, slot.lengths, slot.keep, slot.column, scale
+            *new, (keys, values, columns), starts, step.lengths, step.keep, step.column, scale
         )
     return out_BNH[:, None], None
 
 
+def _decode_ring(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
+    """The same where routing decides about the cache alone; `new` are q [B, N, H], k and v [B, G, H]."""
+    position_B = step.position[:, 0]
+    if new[0].is_cuda:
+        return decode_ring_attention(*new, step.table, step.lengths, step.keep, ring, position_B, scale)
+    keys, values, starts = step.stored()
+    return reference_decode_ring_attention(
+        *new, (keys, values), starts, step.lengths, step.keep, ring, position_B, scale
+    )
+
+
 def _keep_keys(
-    slot: PrefillSlot, recent: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    part: LayerPrefill, recent: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
-    keep_S, bounds = slot.keep, slot.bounds
-    assert keep_S is not None and isinstance(slot.cache, RingLayer)
+    keep_S, bounds = part.keep, part.bounds
+    assert keep_S is not None and isinstance(part.buffer, RingBuffer)
     kept = gather_kept(key, value, keep_S, bounds, recent)
-    slot.cache.fill(key[0], value[0], slot.counts, keep_S, kept, recent)
+    part.buffer.fill(key[0], value[0], part.counts, keep_S, kept, recent)
     if query.is_cuda:
-        return kept_attention(query, key, value, kept, slot.counts, bounds, recent, scaling)
-    return reference_kept_attention(query, key, value, keep_S, slot.counts, recent, scaling)
+        return kept_attention(query, key, value, kept, part.counts, bounds, recent, scaling)
+    return reference_kept_attention(query, key, value, keep_S, part.counts, recent, scaling)
 
 
 def check_supported(kwargs: dict[str, Any]) -> None:
@@ -150,18 +151,18 @@ def check_supported(kwargs: dict[str, Any]) -> None:
             raise CannotCapture(f"its attention uses {name}, which the engine's kernels do not know")
 
 
-def store(slot: PrefillSlot, k_GSH: Tensor, v_GSH: Tensor) -> None:
+def store(part: LayerPrefill, k_GSH: Tensor, v_GSH: Tensor) -> None:
     """Lays out the layer's buffer with room for decoding, and fills it with each row's tokens."""
-    cache = slot.cache
-    cache.reserve([n + cache.slack(n) for n in slot.counts], k_GSH[None], v_GSH[None])
-    assert cache.keys is not None and cache.values is not None and cache.columns is not None
+    buffer = part.buffer
+    buffer.reserve([n + buffer.slack(n) for n in part.counts], k_GSH, v_GSH)
+    assert buffer.keys is not None and buffer.values is not None and buffer.columns is not None
     first = 0
-    for start, n in zip(cache.starts, slot.counts, strict=True):
-        cache.keys[:, start : start + n] = k_GSH[:, first : first + n]
-        cache.values[:, start : start + n] = v_GSH[:, first : first + n]
-        cache.columns[start : start + n] = slot.columns[first : first + n]
+    for start, n in zip(buffer.starts, part.counts, strict=True):
+        buffer.keys[:, start : start + n] = k_GSH[:, first : first + n]
+        buffer.values[:, start : start + n] = v_GSH[:, first : first + n]
+        buffer.columns[start : start + n] = part.columns[first : first + n]
         first += n
-    cache.lengths = list(slot.counts)
+    buffer.lengths = list(part.counts)
 
 
 def register() -> None:

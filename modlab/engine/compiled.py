@@ -31,13 +31,14 @@ class Compiler:
         enabled: False gives every function back as it is.
 
     Attributes:
-        eager: by name, why a function that was to be compiled whole runs as it is.
+        whole_functions: by name, what was to be compiled whole.
+        eager: by name, why one of them runs as it is.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self.eager: dict[str, str] = {}
-        self._whole: dict[str, Function] = {}
+        self.whole_functions: dict[str, Function] = {}
 
     def layer(self, function: Function) -> Function:
         """`function`, which may run uncompiled in between where it has to."""
@@ -47,9 +48,9 @@ class Compiler:
         """`function` compiled in one piece, or as it is if that fails: it is small, and no reason to go
         without the rest. `name` tells the functions of a step apart, from one pass over it to the next.
         """
-        if self.enabled and name not in self._whole:
-            self._whole[name] = self._tried(name, function)
-        return self._whole.get(name, function)
+        if self.enabled and name not in self.whole_functions:
+            self.whole_functions[name] = self._tried(name, function)
+        return self.whole_functions.get(name, function)
 
     def _tried(self, name: str, function: Function) -> Function:
         fast = torch.compile(function, dynamic=False, fullgraph=True)
@@ -71,7 +72,7 @@ def reason_of(error: Exception) -> str:
     return " ".join(lines[:2]) or type(error).__name__
 
 
-def beside_layers(decoder: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
+def outside_layers(decoder: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
     """The decoder's own modules that compute something in every step: rotary tables, the final norm.
 
     Not the list of layers, nor embeddings and linear maps, which are one kernel each, nor what has neither

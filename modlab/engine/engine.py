@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +15,24 @@ from transformers import PreTrainedConfig
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
 from modlab.engine.compiled import Compiler
-from modlab.engine.layers import attention_modules
+from modlab.engine.forms import form_of
+from modlab.engine.lending import attention_modules
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedKeys
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.attention_name import attention_named
 from modlab.hf.cache_argument import cache_argument
-from modlab.routing.state import Routing, is_converted
+from modlab.routing.state import Routing, is_converted, routing_override
+from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+LINE_TOKENS = 65536
+"""Tokens of a prefill that run at once. Further rows run in a further line, so that activations stay
+bounded."""
 
 MAX_STEPS = 16
 """Batch sizes whose captured steps are kept, each with memory of its own for what it computes."""
@@ -39,19 +45,35 @@ class Engine:
         model: the model.
         compile: compile a decoding step, and the norms of long prefills, with torch.compile (CUDA only);
             "layers": a step's layers and the choice of tokens alone.
+        compiler: makes what compiles a step, or leaves it as it is, when told whether to.
+        make_step: makes the step of a batch size.
+        max_steps: batch sizes whose steps are kept.
+        line_tokens: tokens of a prefill that run at once.
 
     Attributes:
+        form: how routed layers run; None where the engine has no form for what they skip.
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
         uncompiled: what runs as it is although it was to be compiled, by name, with the reason.
         last: facts of the latest generation.
     """
 
-    def __init__(self, model: PreTrainedModel, compile: bool | str = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compile: bool | str = True,
+        compiler: Callable[[bool], Compiler] = Compiler,
+        make_step: Callable[[Engine, int], Step] = Step,
+        max_steps: int = MAX_STEPS,
+        line_tokens: int = LINE_TOKENS,
+    ) -> None:
         register()
         self.model: Any = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
         self.routing: Routing | None = model.mod if is_converted(model) else None  # type: ignore[assignment]
+        self.form = form_of(self.routing)
         self.device = next(model.parameters()).device
+        self.compiler, self.make_step = compiler, make_step
+        self.max_steps, self.line_tokens = max_steps, line_tokens
         self.branch: Branch
         self.branch, self.branch_note = choose_branch(self.device)
         if compile not in (True, False, "layers"):
@@ -74,8 +96,6 @@ class Engine:
         """Latest tokens that each token sees, kept or not, where routing decides about the cache alone."""
         return None if self.routing is None else self.routing.skip.recent(self.routing.config)
 
-    # ---- the two kinds of forward ----
-
     @contextlib.contextmanager
     def forward_as(self, attention: str) -> Iterator[None]:
         """Inside this block the model attends by the engine's function and its routing hooks stand aside."""
@@ -87,6 +107,17 @@ class Engine:
         finally:
             if self.routing is not None:
                 self.routing.of_thread.bypass = False
+
+    @property
+    def routed(self) -> list[int]:
+        """Indices of the routed layers."""
+        return [] if self.routing is None else self.routing.layers
+
+    def deciding(self, keep: dict[int, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Inside this block these tables bool [B, P] decide, a routed layer each, instead of gates."""
+        if self.routing is None:
+            return contextlib.nullcontext()
+        return routing_override(self.model, RoutingTable(keep))
 
     def run_model(self, ids: Tensor, position: Tensor, **kwargs: Any) -> Tensor:
         """Logits of the model's own forward, called without cache and mask."""
@@ -103,7 +134,7 @@ class Engine:
         return logits
 
     def release(self) -> None:
-        """Frees the caches of the latest generation."""
+        """Frees the buffers of the latest generation."""
         for step in self.steps.values():
             step.tables.release()
 
@@ -122,12 +153,12 @@ class Engine:
         """The decoding step for `batch` rows, captured at its first use."""
         step = self.steps.pop(batch, None)
         if step is None or not step.is_current():
-            step = None  # frees its graph before another takes memory
+            step = None  # its graph is freed before another takes memory
             # What is made here outlives a caller's inference mode, whose tensors cannot be written outside.
             with torch.inference_mode(False), torch.no_grad():
-                step = Step(self, batch)
+                step = self.make_step(self, batch)
         self.steps[batch] = step  # the latest used is the last
-        while len(self.steps) > MAX_STEPS:
+        while len(self.steps) > self.max_steps:
             del self.steps[next(iter(self.steps))]
         return step
 

@@ -1,15 +1,20 @@
-"""For the length of one forward a module runs a function of the engine's instead of its own forward."""
+"""What the engine lends to a model for the length of one forward: functions that run instead of a module's
+own forward, values that its attention reads, faster linear maps.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modlab.conversion.extend import extended_class, restore
 from modlab.execution.routed import RoutedBranch, RoutedMLP, RoutedModule
+from modlab.hf.anatomy import attention_name
+from modlab.kernels.decode_linear import decode_linear
 from modlab.routing.state import eager
 
 LENT = "mod_lent"
@@ -66,3 +71,58 @@ def unrouted(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, routed_class in routed:
             module.__class__ = routed_class
+
+
+def attention_modules(layer: nn.Module) -> list[nn.Module]:
+    """The layer's attention with its submodules, any of which may be what calls the attention function."""
+    return list(layer.get_submodule(attention_name(layer) or "").modules())
+
+
+@contextlib.contextmanager
+def lent_values(modules: list[list[nn.Module]], name: str, values: Sequence[Any]) -> Iterator[None]:
+    """Inside this block each of `modules[i]` has the attribute `name` with value `values[i]`."""
+    try:
+        for group, value in zip(modules, values, strict=True):
+            for module in group:
+                module.__dict__[name] = value
+        yield
+    finally:
+        for group in modules:
+            for module in group:
+                module.__dict__.pop(name, None)
+
+
+class OneTokenLinear(nn.Linear):
+    """An `nn.Linear` that is given one token."""
+
+    def forward(self, x_11D: Tensor) -> Tensor:
+        """[1, 1, D] in, [1, 1, E] out; what holds more vectors (one a head, say) runs as ever."""
+        if x_11D.numel() != self.in_features:
+            return super().forward(x_11D)
+        return decode_linear(x_11D, self.weight, self.bias)
+
+
+@contextlib.contextmanager
+def one_token_linears(model: nn.Module, batch: int) -> Iterator[None]:
+    """Inside this block plain half-precision linear layers on a GPU are `OneTokenLinear`s, if `batch` is 1.
+
+    The class is exchanged, not the method: torch.compile then has one graph for all layers, where a method of
+    each object's own would cost a compilation each.
+    """
+    linears = [m for m in model.modules() if _is_plain(m)] if batch == 1 else []
+    try:
+        for linear in linears:
+            linear.__class__ = OneTokenLinear
+        yield
+    finally:
+        for linear in linears:
+            linear.__class__ = nn.Linear
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Exactly `nn.Linear` (quantised and adapted ones know their own way), on a GPU, without hooks."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight = module.weight
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return half and weight.is_cuda and type(weight.data) is Tensor and weight.stride(1) == 1

@@ -47,8 +47,8 @@ def generate_tokens(
     step = engine.step(B)
     tables = step.tables
     started = time.perf_counter()
-    logits_BV, caches, counts = prefill(engine, ids_BT, mask_BT)
-    tables.attach(caches, prompt, counts, *((rules.ends, rules.pad) if rules is not None else ()))
+    logits_BV, buffers, counts = prefill(engine, ids_BT, mask_BT)
+    tables.attach(buffers, prompt, counts, *((rules.ends, rules.pad) if rules is not None else ()))
     tables.force(
         {i: override.for_rows(i, B, engine.device) for i in tables.routers}
         if isinstance(override, RoutingTable)
@@ -81,8 +81,8 @@ def generate_tokens(
         "prompt_tokens": counts,
         "new_tokens": len(new),
         "seconds": time.perf_counter() - started,
-        "kv_bytes": allocated_bytes([vars(cache) for cache in caches]),
-        "kept_tokens": [list(cache.lengths) for cache in caches],
+        "kv_bytes": allocated_bytes([vars(buffer) for buffer in buffers]),
+        "kept_tokens": [list(buffer.lengths) for buffer in buffers],
         "tokens_chosen": chooser.where,
     }
     return torch.cat([ids_BT, torch.stack(new, 1).to(ids_BT.device)], dim=1)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modlab.cache.ragged import RaggedLayer
-from modlab.engine.attention import PREFILL, CannotCapture, PrefillSlot
+from modlab.cache.buffer import SegmentedBuffer
+from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill
 from modlab.engine.compiled import norm_forwards
-from modlab.engine.layers import prefill_forwards, slots
-from modlab.engine.lending import lent, unrouted
-from modlab.engine.ring import RingLayer
+from modlab.engine.forms import prefill_forwards
+from modlab.engine.lending import lent, lent_values, unrouted
+from modlab.engine.ring import RingBuffer
 from modlab.hf.anatomy import decoder_of
 from modlab.routing.record import ForwardCall
 from modlab.routing.state import Routing
@@ -27,14 +27,10 @@ from modlab.routing.table import RoutingTable
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
 
-LINE_TOKENS = 65536
-"""Tokens that run at once; further rows run in a further line, so that activations stay bounded."""
-
-
 @torch.no_grad()
 def prefill(
     engine: Engine, ids_BT: Tensor, mask_BT: Tensor | None
-) -> tuple[Tensor, list[RaggedLayer], list[int]]:
+) -> tuple[Tensor, list[SegmentedBuffer], list[int]]:
     """Runs the prompts.
 
     Args:
@@ -42,28 +38,28 @@ def prefill(
         mask_BT: 1 for tokens, 0 for padding; None for no padding.
 
     Returns:
-        logits of each row's last token [B, V], one cache a layer with room for decoding, tokens a row.
+        logits of each row's last token [B, V], one buffer a layer with room for decoding, tokens a row.
     """
     B, T = ids_BT.shape
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     counts: list[int] = [T] * B if mask_BT is None else real_BT.sum(1).tolist()
     logits, parts = [], []
-    for rows in _lines(counts):
-        logits_RV, caches = _prefill_line(engine, ids_BT[rows], real_BT[rows], counts[rows], rows.start)
+    for rows in lines(counts, engine.line_tokens):
+        logits_RV, buffers = _prefill_line(engine, ids_BT[rows], real_BT[rows], counts[rows], rows.start)
         logits.append(logits_RV)
-        parts.append(caches)
+        parts.append(buffers)
     if len(parts) == 1:
         return logits[0], parts[0], counts
-    # Layer by layer, each part let go at once: at most one layer is held twice.
-    caches = [type(parts[0][0]).joined([part.pop(0) for part in parts]) for _ in engine.layers]
-    return torch.cat(logits), caches, counts
+    # Layer by layer, each part freed at once: at most one layer is held twice.
+    buffers = [type(parts[0][0]).joined([part.pop(0) for part in parts]) for _ in engine.layers]
+    return torch.cat(logits), buffers, counts
 
 
-def _lines(counts: list[int]) -> Iterator[slice]:
-    """Consecutive rows of at most `LINE_TOKENS` tokens, or one longer row."""
+def lines(counts: list[int], line_tokens: int) -> Iterator[slice]:
+    """Consecutive rows of at most `line_tokens` tokens, or one longer row."""
     first, tokens = 0, 0
     for row, n in enumerate(counts):
-        if row > first and tokens + n > LINE_TOKENS:
+        if row > first and tokens + n > line_tokens:
             yield slice(first, row)
             first, tokens = row, 0
         tokens += n
@@ -72,25 +68,26 @@ def _lines(counts: list[int]) -> Iterator[slice]:
 
 def _prefill_line(
     engine: Engine, ids_BT: Tensor, real_BT: Tensor, counts: list[int], first_row: int
-) -> tuple[Tensor, list[RaggedLayer]]:
+) -> tuple[Tensor, list[SegmentedBuffer]]:
     B, T = ids_BT.shape
     # A boolean index would ask the host how many there are; it knows.
     at_S = torch.nonzero_static(real_BT.flatten(), size=sum(counts))[:, 0]
     columns_S, rows_S = (at_S % T).to(torch.int32), at_S // T + first_row
     position_1S = (real_BT.long().cumsum(1) - 1).flatten()[at_S][None]
     bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
-    ringed = engine.routing.layers if engine.routing is not None and engine.keep_recent else []
-    caches = [RingLayer() if i in ringed else RaggedLayer() for i in range(len(engine.layers))]
-    states = [PrefillSlot(cache, counts, columns_S, bounds.int(), varying=False) for cache in caches]
-    for layer in ringed:
-        states[layer].recent = engine.keep_recent
-    forwards = prefill_forwards(engine.layers, engine.routing, states, bounds[1:] - 1)
+    ringed = engine.routed if engine.keep_recent else []
+    buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
+    layers = [LayerPrefill(buffer, counts, columns_S, bounds.int(), varying=False) for buffer in buffers]
+    for index in ringed:
+        layers[index].recent = engine.keep_recent
+    assert engine.form is not None, "calls are refused before"
+    forwards = prefill_forwards(engine.form, engine.layers, engine.routing, layers, bounds[1:] - 1)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
     with (
         _flat_call(engine.routing, position_1S, rows_S, T),
         engine.forward_as(PREFILL),
-        slots(engine.attention, "mod_prefill", states),
+        lent_values(engine.attention, "mod_prefill", layers),
         unrouted(engine.kept_keys),
         lent(forwards),
     ):
@@ -98,10 +95,8 @@ def _prefill_line(
         logits_1BV = engine.run_model(ids_1S, position_1S, logits_to_keep=bounds[1:] - 1)
     if logits_1BV.shape[1] != B:
         raise CannotCapture("its forward does not take logits_to_keep")
-    _fill_empty(states)
-    for cache in caches:
-        cache.cumulative_length = T
-    return logits_1BV[0], caches
+    _fill_empty(layers)
+    return logits_1BV[0], buffers
 
 
 @contextlib.contextmanager
@@ -135,25 +130,19 @@ def _flat_call(routing: Routing | None, position_1S: Tensor, rows_S: Tensor, col
         routing.of_thread.call = before
 
 
-def _fill_empty(states: list[PrefillSlot]) -> None:
+def _fill_empty(layers: list[LayerPrefill]) -> None:
     """Gives layers that kept nothing a buffer too: the kernels need an address to append to."""
-    known = next((s.cache for s in states if s.cache.is_initialized), None)
-    for state in states:
-        if not state.cache.is_initialized:
-            if known is None or known.keys is None or known.values is None:
-                raise CannotCapture("no attention of it came to the engine's attention function")
-            capacities = [state.cache.slack(0)] * len(state.counts)
-            state.cache.reserve(capacities, known.keys[None, :, :0], known.values[None, :, :0])
+    known = next((layer.buffer for layer in layers if layer.buffer.keys is not None), None)
+    if known is None or known.keys is None or known.values is None:
+        raise CannotCapture("no attention of it came to the engine's attention function")
+    for layer in layers:
+        if layer.buffer.keys is None:
+            capacities = [layer.buffer.slack(0)] * len(layer.counts)
+            layer.buffer.reserve(capacities, known.keys, known.values)
 
 
-def scratch_caches(engine: Engine, batch: int) -> list[RaggedLayer]:
-    """Small caches to capture with: one prefilled token a row tells the layers' head sizes."""
+def scratch_buffers(engine: Engine, batch: int) -> list[SegmentedBuffer]:
+    """Small buffers to capture with: one prefilled token a row tells the layers' head sizes."""
     ids = torch.zeros(batch, 1, dtype=torch.long, device=engine.device)
-    everything = contextlib.ExitStack()
-    if engine.routing is not None:
-        keep = {layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.routing.layers}
-        before, engine.routing.of_thread.override = engine.routing.override, RoutingTable(keep)
-        everything.callback(setattr, engine.routing, "override", before)
-    with everything:
-        _, caches, _ = prefill(engine, ids, None)
-    return caches
+    with engine.deciding({layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.routed}):
+        return prefill(engine, ids, None)[1]

@@ -1,19 +1,20 @@
-"""What fast generation refuses: whole models, and single calls, which then run without it.
+"""What fast generation refuses: whole models, and single calls, which then run without it; and which
+forward hooks in a model are no reason to refuse.
 
 Shape letters: B rows, T tokens in.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from modlab.engine.hooks import is_watched
-from modlab.engine.prefill import LINE_TOKENS
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.cache_argument import CACHE_ARGUMENTS
 from modlab.hf.model import context_length
@@ -21,6 +22,12 @@ from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
+
+
+IDLE = ("output_capturing_hook", "make_inputs_require_grads")
+"""Hooks that transformers leaves in a model: recorders of hidden states, there for good once somebody has
+asked for some, and the one that gives embeddings a gradient. No generation here asks for either.
+"""
 
 
 def model_refusal(model: PreTrainedModel) -> str | None:
@@ -50,6 +57,8 @@ def call_refusal(
     model_kwargs: dict[str, Any],
 ) -> str | None:
     """Why this call runs without the engine, or None."""
+    if engine.routing is not None and engine.form is None:
+        return engine.routing.skip.why_no_engine(engine.routing.config) or "the engine has no form for it"
     if next(model.parameters()).device != engine.device:
         return "the model has moved to another device: enable fast generation again"
     if is_watched(model, set() if engine.routing is None else {hook.id for hook in engine.routing.hooks}):
@@ -85,7 +94,7 @@ def call_refusal(
         wrong = (position_BT != real_BT.long().cumsum(1) - 1) & real_BT.bool()
         if bool(wrong.any()):
             return "position_ids are not those of the attention_mask"
-    reason = _rotary_refusal(decoder_of(model).config, generation_config.max_length or 0, *ids_BT.shape)
+    reason = _rotary_refusal(engine, generation_config.max_length or 0, *ids_BT.shape)
     if reason is not None:
         return reason
     context = context_length(model)
@@ -102,12 +111,13 @@ def call_refusal(
     return None
 
 
-def _rotary_refusal(config: Any, max_length: int, rows: int, columns: int) -> str | None:
+def _rotary_refusal(engine: Engine, max_length: int, rows: int, columns: int) -> str | None:
     """Why a text of up to `max_length` tokens outgrows rotary frequencies that depend on its length.
 
     Phi-3 starts again with other frequencies where a text crosses its first context length, which no captured
     step does. The frequencies of a forward follow its longest row, so that all rows have to be in one line.
     """
+    config: Any = decoder_of(engine.model).config
     parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     nested = all(isinstance(value, dict) for value in parameters.values())
     for rope in parameters.values() if nested else [parameters]:
@@ -117,8 +127,47 @@ def _rotary_refusal(config: Any, max_length: int, rows: int, columns: int) -> st
             continue
         if kind == "longrope" and columns <= first:
             return f"the text may grow beyond {first} tokens, where the model's rotary frequencies change"
-        if rows > 1 and rows * columns > LINE_TOKENS:
+        if rows > 1 and rows * columns > engine.line_tokens:
             return (
                 "the model's rotary frequencies follow the longest row, and these rows run in several lines"
             )
     return None
+
+
+def is_watched(model: nn.Module, own: set[int]) -> bool:
+    """Whether somebody has a forward hook on any part of the model: a recorder, `KVTracker`, a probe.
+
+    Args:
+        own: ids of the hooks by which modlab routes.
+    """
+    return any(
+        key not in own and not _is_idle(hook)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for key, hook in hooks.items()
+    )
+
+
+@contextlib.contextmanager
+def idle_aside(model: nn.Module) -> Iterator[None]:
+    """Inside this block idle hooks are not in the model: a layer with one is compiled in pieces."""
+    hooks: Any
+    taken = [
+        (hooks, key, hook)
+        for module in model.modules()
+        for hooks in (module._forward_hooks,)
+        for key, hook in hooks.items()
+        if _is_idle(hook)
+    ]
+    try:
+        for hooks, key, _ in taken:
+            del hooks[key]
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
+
+
+def _is_idle(hook: Any) -> bool:
+    name = getattr(hook, "__qualname__", "").rpartition(".")[2]
+    return name in IDLE and getattr(hook, "__module__", "").startswith("transformers.")

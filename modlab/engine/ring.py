@@ -1,24 +1,30 @@
-"""How the engine lays out a layer's K/V where routing decides about the cache alone (`skip="kv"`).
+"""How the engine lays out a layer's K/V where routing decides about the cache alone.
 
 Shape letters: B rows, S tokens of all rows in one line, G kv heads, H head dim, W tokens of a ring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor
 
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.buffer import SegmentedBuffer
 from modlab.kernels.kept_attention import KeptKeys
 
 
-class RingLayer(RaggedLayer):
+class RingBuffer(SegmentedBuffer):
     """Each row's segment is a ring of its latest W tokens and, behind it, the older tokens that are kept; see
-    `ops.decode_attention`, which goes on with it.
+    `kernels/decode_attention.py`, which goes on with it.
 
     Attributes:
-        ring_kept: which tokens of the ring are kept, bool [B, W]. Slots not in use are False.
+        ring_kept: which tokens of the ring are kept, bool [B, W]; False where there is none yet.
     """
+
+    notes: ClassVar[dict[str, torch.dtype]] = {}
+    """Nobody asks in which column a token of a ring stood."""
 
     ring_kept: Tensor
 
@@ -47,24 +53,24 @@ class RingLayer(RaggedLayer):
         first, first_kept = 0, 0
         for row, (start, n, old) in enumerate(zip(self.starts, counts, kept.older, strict=True)):
             end, ring = first + n, min(n, recent)
-            turned = n % recent if n > recent else 0  # slot of the oldest token in the ring
+            turned = n % recent if n > recent else 0  # place of the oldest token in the ring
             pieces = [(end - ring, turned, ring - turned), (end - turned, 0, turned)]
             for buffer, line, gathered in (
                 (self.keys, k_GSH, kept.keys),
                 (self.values, v_GSH, kept.values),
             ):
-                for source, slot, size in pieces:
-                    into = slice(start + slot, start + slot + size)
+                for source, place, size in pieces:
+                    into = slice(start + place, start + place + size)
                     buffer[:, into] = line[:, source : source + size]
                 buffer[:, start + ring : start + ring + old] = gathered[:, first_kept : first_kept + old]
-            for source, slot, size in pieces:
-                self.ring_kept[row, slot : slot + size] = keep_S[source : source + size]
+            for source, place, size in pieces:
+                self.ring_kept[row, place : place + size] = keep_S[source : source + size]
             first, first_kept = end, first_kept + kept.per_row[row]
         self.lengths = lengths
 
     @classmethod
-    def joined(cls, parts: list[RaggedLayer]) -> RaggedLayer:
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several buffers, one after another, in one."""
         whole = super().joined(parts)
-        assert isinstance(whole, RingLayer)
-        whole.ring_kept = torch.cat([part.ring_kept for part in parts if isinstance(part, RingLayer)])
+        whole.ring_kept = torch.cat([part.ring_kept for part in parts])
         return whole

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from modlab.engine.attention import DECODE
 from modlab.engine.branch import Body, Branch, HostBranch
 from modlab.engine.choice import end_step
-from modlab.engine.compiled import Compiler, beside_layers, reason_of
-from modlab.engine.layers import decode_forwards, slots
-from modlab.engine.lending import lent, unrouted
-from modlab.engine.linears import one_token_linears
-from modlab.engine.prefill import scratch_caches
+from modlab.engine.compiled import Compiler, outside_layers, reason_of
+from modlab.engine.forms import step_forwards
+from modlab.engine.lending import lent, lent_values, one_token_linears, unrouted
+from modlab.engine.prefill import scratch_buffers
+from modlab.engine.step_layers import StepPass
 from modlab.engine.tables import Tables
 from modlab.hf.anatomy import decoder_of
 
@@ -41,6 +41,8 @@ class Step:
         self.engine = engine
         routing = engine.routing
         routed = routing.layers if routing is not None else []
+        assert engine.form is not None, "calls are refused before"
+        self.form = engine.form
         skips_keys = routing is not None and not routing.skip.stores_all
         self.tables = Tables(len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent)
         self.weights = _addresses(engine.model)
@@ -72,19 +74,19 @@ class Step:
         if self.graph is not None:
             self.graph.replay()
         else:
-            self._forward(self.engine.branch, None, Compiler(enabled=False))
+            self._forward(self.engine.branch, None, self.engine.compiler(False))
 
     @torch.no_grad()
     def _forward(self, branch: Branch, graph: Any, compiler: Compiler) -> None:
         engine, tables = self.engine, self.tables
-        forwards = decode_forwards(engine.layers, engine.routing, tables, branch, graph, compiler.layer)
+        step = StepPass(engine.routing, tables, branch, graph, compiler.layer)
+        forwards = step_forwards(self.form, engine.layers, step)
         if compiler.enabled and engine.compile != "layers":
-            for name, module in beside_layers(decoder_of(engine.model), engine.layers).items():
+            for name, module in outside_layers(decoder_of(engine.model), engine.layers).items():
                 forwards[module] = compiler.whole(name, module.forward)
         with (
             engine.forward_as(DECODE),
-            slots(engine.attention, "mod_decode", list(tables.slots)),
-            slots(engine.attention, "mod_cache", list(tables.caches)),
+            lent_values(engine.attention, "mod_step", tables.layers),
             one_token_linears(engine.model, tables.batch),
             unrouted(engine.kept_keys),
             lent(forwards),
@@ -98,16 +100,22 @@ class Step:
     def _capture_or_less(self, batch: int) -> None:
         """Captures the step compiled, or, where torch.compile fails on a layer, as it is."""
         try:
-            self._capture(batch)
+            self.capture(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.tables.release()
             self.engine.compile_less(reason_of(error))
-            self._capture(batch)
+            self.capture(batch)
 
-    def _capture(self, batch: int) -> None:
+    def capture(self, batch: int) -> None:
+        """Records the step as a CUDA graph.
+
+        Raises:
+            RuntimeError: the model does something that no graph can hold.
+            torch._dynamo.exc.TorchDynamoException: torch.compile fails on a layer.
+        """
         engine, tables = self.engine, self.tables
-        compiler = Compiler(bool(engine.compile))
-        tables.attach(scratch_caches(engine, batch), 0, [0] * batch)
+        compiler = engine.compiler(bool(engine.compile))
+        tables.attach(scratch_buffers(engine, batch), 0, [0] * batch)
         if engine.routing is not None:
             tables.set_thresholds(engine.routing.thresholds)
         limits: dict[str, Any] = {"recompile_limit": MAX_COMPILED}

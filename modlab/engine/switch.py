@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens in, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -16,14 +17,12 @@ from modlab.conversion.extend import Extended, extend, restore
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
 from modlab.engine.engine import Engine
-from modlab.engine.hooks import idle_aside
 from modlab.engine.loop import generate_tokens
 from modlab.engine.prefill import prefill
-from modlab.engine.refusals import call_refusal, model_refusal
-from modlab.engine.step import Step
+from modlab.engine.refusals import call_refusal, idle_aside, model_refusal
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.routing.table import RoutingTable
+from modlab.hf.model import eval_mode
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
@@ -114,7 +113,7 @@ def enable_fast_generation(
     disable_fast_generation(model)
     try:
         engine = Engine(model, compile)
-        if check:
+        if check and engine.form is not None:
             # without a caller's autocast, under which the engine does not run either
             with on_device(engine.device), torch.autocast(engine.device.type, enabled=False):
                 _probe(model, engine)
@@ -123,6 +122,9 @@ def enable_fast_generation(
             f"fast generation does not cover this {type(model).__name__}: {error}. "
             "The ordinary generate works."
         ) from error
+    if engine.routing is not None and engine.form is None:
+        why = engine.routing.skip.why_no_engine(engine.routing.config)
+        warnings.warn(f"model.generate will run without the engine: {why}", stacklevel=2)
     extend(model, FastModel)
     model.__dict__["mod_engine"] = engine
     return model
@@ -186,33 +188,23 @@ def _probe(model: Any, engine: Engine) -> None:
     mask = torch.ones(B, total, dtype=torch.long, device=device)
     for row, length in enumerate(PROBE_LENGTHS):
         mask[row, : T - length] = 0
-    routing, training = engine.routing, model.training
-    before = routing.override if routing is not None else None
+    keep = {layer: torch.rand(B, total, generator=generator) < 0.5 for layer in engine.routed}
+    position = (mask.cumsum(1) - 1).clamp_min(0)
     branch, engine.branch = engine.branch, HostBranch()
-    model.eval()
     try:
-        if routing is not None:
-            routing.of_thread.override = RoutingTable(
-                {layer: torch.rand(B, total, generator=generator) < 0.5 for layer in routing.layers}
-            )
-        position = (mask.cumsum(1) - 1).clamp_min(0)
-        want = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits[:, T - 1 :]
-        logits, caches, counts = prefill(engine, ids[:, :T], mask[:, :T])
-        step = Step(engine, B)
-        step.tables.attach(caches, T, counts)
-        if routing is not None:
-            assert isinstance(routing.override, RoutingTable)
-            step.tables.force({i: routing.override.for_rows(i, B, device) for i in routing.layers})
-        got = [logits]
-        for at in range(PROBE_STEPS):
-            step.tables.choice.token.copy_(ids[:, T + at, None])
-            step.run()
-            got.append(step.logits)
+        with eval_mode(model), engine.deciding(keep):
+            want = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits[:, T - 1 :]
+            logits, buffers, counts = prefill(engine, ids[:, :T], mask[:, :T])
+            step = engine.make_step(engine, B)
+            step.tables.attach(buffers, T, counts)
+            step.tables.force({layer: table.to(device) for layer, table in keep.items()})
+            got = [logits]
+            for at in range(PROBE_STEPS):
+                step.tables.choice.token.copy_(ids[:, T + at, None])
+                step.run()
+                got.append(step.logits)
     finally:
         engine.branch = branch
-        model.train(training)
-        if routing is not None:
-            routing.of_thread.override = before
     difference = (torch.stack(got, 1).float() - want.float()).square().mean().sqrt() / want.float().std()
     tolerance = 0.05 if want.dtype in (torch.bfloat16, torch.float16) else 1e-3
     if not bool(difference <= tolerance):

@@ -14,24 +14,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.choice import Choice
-from modlab.engine.ring import RingLayer
+from modlab.engine.ring import RingBuffer
 from modlab.kernels.decode_attention import ADDRESS_SLOTS
 
 
 @dataclass
-class DecodeSlot:
+class LayerStep:
     """One layer's state, as its attention sees it while decoding.
 
     Attributes:
-        table: int64 [4 + B], addresses, capacity and row starts; see `ops.decode_attention`.
+        table: int64 [4 + B], addresses, capacity and row starts; see `kernels/decode_attention.py`.
         lengths: int32 [B], tokens stored; the kernels count it up.
         keep: bool [B], rows that run this attention in this step.
         column: int32 [B], column of the new token, shared by all layers.
         ring: where routing decides about the cache alone, which tokens of each row's ring are kept, bool
             [B, W]; then all rows run, and `keep` says whose new token outlives the ring.
         position: long [B, 1], index of the new token among the real ones of its row, shared by all layers.
+        buffer: what `table` points to while a generation is under way.
     """
 
     table: Tensor
@@ -40,10 +41,16 @@ class DecodeSlot:
     column: Tensor
     ring: Tensor | None
     position: Tensor
+    buffer: SegmentedBuffer | None = None
+
+    def stored(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Keys and values [G, C, H], and where each row's begin: for attention in plain torch."""
+        assert self.buffer is not None and self.buffer.keys is not None and self.buffer.values is not None
+        return self.buffer.keys, self.buffer.values, self.buffer.starts
 
 
 @dataclass
-class RouterSlot:
+class RouterState:
     """One routed layer's decision in this step: gate fp32 [B], keep bool [B], any bool [1]; its threshold
     fp32 [1] and the address and length of a forced table, int64 [2].
     """
@@ -56,7 +63,7 @@ class RouterSlot:
 
 
 class Tables:
-    """Fixed tables for `batch` rows; `attach` makes them point to one generation's caches.
+    """Fixed tables for `batch` rows; `attach` makes them point to one generation's buffers.
 
     Args:
         num_layers: decoder layers.
@@ -86,7 +93,7 @@ class Tables:
         self.choice = Choice.on(device, batch)
         everyone = full(1, batch, dtype=torch.bool)
         self.routers = {
-            layer: RouterSlot(
+            layer: RouterState(
                 gate=full(0, batch, dtype=torch.float32),
                 keep=full(0, batch, dtype=torch.bool),
                 any=full(0, 1, dtype=torch.bool),
@@ -95,8 +102,8 @@ class Tables:
             )
             for layer in routed
         }
-        self.slots = [
-            DecodeSlot(
+        self.layers = [
+            LayerStep(
                 table=full(0, ADDRESS_SLOTS + batch, dtype=torch.long),
                 lengths=full(0, batch, dtype=torch.int32),
                 keep=self.routers[layer].keep if skips_keys and layer in self.routers else everyone,
@@ -106,38 +113,43 @@ class Tables:
             )
             for layer in range(num_layers)
         ]
-        self.caches: list[RaggedLayer] = []
         self.bounds: list[int] = []
         self.thresholds: dict[int, float] = {}
         self.forced: dict[int, Tensor] = {}
 
     def attach(
         self,
-        caches: list[RaggedLayer],
+        buffers: Sequence[SegmentedBuffer],
         column: int,
         positions: list[int],
         ends: Sequence[int] = (),
         pad: int = 0,
     ) -> None:
-        """Points the tables to `caches` (one a layer); the next token stands at `column`, `positions` [B].
+        """Points the tables to `buffers` (one a layer); the next token stands at `column`, `positions` [B].
 
         Args:
             ends, pad: tokens that end a row, and what it goes on with; see `Choice`.
         """
-        self.caches = caches
         self.column.fill_(column)
         entries = [(self.position, positions), *self.choice.rules(list(ends), pad)]
-        for slot, cache in zip(self.slots, caches, strict=True):
-            entries += [(slot.lengths, cache.lengths), (slot.table, _addresses(cache))]
-            if slot.ring is not None:
-                assert isinstance(cache, RingLayer)
-                slot.ring.copy_(cache.ring_kept)
+        for layer, buffer in zip(self.layers, buffers, strict=True):
+            layer.buffer = buffer
+            entries += [(layer.lengths, buffer.lengths), (layer.table, _addresses(buffer))]
+            if layer.ring is not None:
+                assert isinstance(buffer, RingBuffer)
+                layer.ring.copy_(buffer.ring_kept)
         self._enter(entries)
-        self.bounds = [_room(cache) for cache in caches]
+        self.bounds = [buffer.room for buffer in buffers]
 
     def release(self) -> None:
-        """Frees the caches."""
-        self.caches = []
+        """Frees the buffers."""
+        for layer in self.layers:
+            layer.buffer = None
+
+    @property
+    def buffers(self) -> list[SegmentedBuffer]:
+        """What the tables point to, one a layer; none between generations."""
+        return [layer.buffer for layer in self.layers if layer.buffer is not None]
 
     def reserve(self) -> None:
         """Makes sure that every layer can take one more token of every row.
@@ -150,19 +162,18 @@ class Tables:
             return
         self.read_lengths()
         moved: list[tuple[Tensor, list[int]]] = []
-        for index, (slot, cache) in enumerate(zip(self.slots, self.caches, strict=True)):
-            if _room(cache) < 1:
-                rows = list(range(self.batch))
-                cache._rebuild(rows, [n + cache.slack(n) for n in cache.lengths], self.device)
-                moved.append((slot.table, _addresses(cache)))
-            self.bounds[index] = _room(cache) - 1
+        for index, (layer, buffer) in enumerate(zip(self.layers, self.buffers, strict=True)):
+            if buffer.room < 1:
+                buffer.grow()
+                moved.append((layer.table, _addresses(buffer)))
+            self.bounds[index] = buffer.room - 1
         self._enter(moved)
 
     def read_lengths(self) -> None:
-        """Brings the caches' own lengths up to date (a host sync)."""
-        lengths_LB = torch.stack([slot.lengths for slot in self.slots]).tolist()
-        for cache, lengths in zip(self.caches, lengths_LB, strict=True):
-            cache.lengths = lengths
+        """Brings the buffers' own lengths up to date (a host sync)."""
+        lengths_LB = torch.stack([layer.lengths for layer in self.layers]).tolist()
+        for buffer, lengths in zip(self.buffers, lengths_LB, strict=True):
+            buffer.lengths = lengths
 
     def set_thresholds(self, thresholds: dict[int, float]) -> None:
         """Takes over live thresholds; nothing is copied while they stand still."""
@@ -194,16 +205,10 @@ class Tables:
         torch._foreach_copy_(targets, [part.view_as(t) for part, t in zip(parts, targets, strict=True)])
 
 
-def _room(cache: RaggedLayer) -> int:
-    """Tokens that the fullest row of `cache` can still take."""
-    return min(c - n for c, n in zip(cache.capacities, cache.lengths, strict=True))
-
-
-def _addresses(cache: RaggedLayer) -> list[int]:
-    """What a layer's address table says of `cache`; see `ops.decode_attention`."""
-    assert cache.keys is not None and cache.values is not None and cache.columns is not None
-    buffers = [t.data_ptr() for t in (cache.keys, cache.values, cache.columns)]
-    return [*buffers, cache.columns.numel(), *cache.starts]
+def _addresses(buffer: SegmentedBuffer) -> list[int]:
+    """What a layer's address table says of `buffer`; see `kernels/decode_attention.py`."""
+    tensors = (buffer.keys, buffer.values, buffer.columns)
+    return [*(0 if t is None else t.data_ptr() for t in tensors), buffer.capacity, *buffer.starts]
 
 
 def _place(table: Tensor | None) -> list[int]:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modlab.cache.ragged import PackedView, RaggedCache, RaggedLayer, RecentLayer
+from modlab.cache.layer import RaggedLayer
+from modlab.cache.ragged import PackedView, RaggedCache
+from modlab.cache.recent import RecentLayer
 from modlab.errors import ModlabError
 from modlab.execution.gate import gated_output, over, scaled_branches
 from modlab.execution.masks import (

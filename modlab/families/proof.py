@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 import modlab
 from modlab.cache import bytes as kv_bytes
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.layer import RaggedLayer
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument

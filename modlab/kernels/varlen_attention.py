@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,11 +75,18 @@ def fast_rows(
     bounds: Tensor,
     scale: float | None,
     varying: bool,
+    long_row: Callable[..., Tensor] | None = None,
+    short_rows: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The kernel of each row, as its length says; arguments and result as `varlen_attention`'s."""
+    """The kernel of each row, as its length says; arguments and result as `varlen_attention`'s.
+
+    Args:
+        long_row, short_rows: the two kernels, if not the usual ones.
+    """
+    long_row, short_rows = long_row or _one_row, short_rows or _flash
     alone = len(counts) == 1 and not varying
     if not alone and max(counts) < LONG:
-        return _flash(q_1NSH, k_1GSH, v_1GSH, max(counts), bounds, scale)
+        return short_rows(q_1NSH, k_1GSH, v_1GSH, max(counts), bounds, scale)
     out, first = [], 0
     for row, n in enumerate(counts):
         if n:
@@ -87,9 +95,9 @@ def fast_rows(
                 # Slots after the row's own are later than all of them, so causality hides them.
                 q, k, v = (F.pad(t, (0, 0, 0, -n % BUCKET)) for t in (q, k, v))
             if alone or n >= LONG:
-                out.append(_one_row(q, k, v, scale)[:, :, :n].transpose(1, 2))
+                out.append(long_row(q, k, v, scale)[:, :, :n].transpose(1, 2))
             else:
-                out.append(_flash(q, k, v, n, bounds[row : row + 2] - bounds[row], scale))
+                out.append(short_rows(q, k, v, n, bounds[row : row + 2] - bounds[row], scale))
         first += n
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 

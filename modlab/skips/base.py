@@ -161,7 +161,7 @@ class Skip:
         """
         if self.stores_all:
             return None
-        from modlab.cache.ragged import RaggedLayer
+        from modlab.cache.layer import RaggedLayer
 
         return RaggedLayer(window)
 

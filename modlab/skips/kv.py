@@ -81,7 +81,7 @@ class KeyValueSkip(Skip):
         return RoutedKeys
 
     def cache_layer(self, config: MoDConfig, window: int | None) -> CacheLayerMixin:
-        from modlab.cache.ragged import RecentLayer
+        from modlab.cache.recent import RecentLayer
 
         return RecentLayer(config.keep_recent, window)
 

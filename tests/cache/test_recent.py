@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import modlab
-from modlab.cache.ragged import RecentLayer
+from modlab.cache.recent import RecentLayer
 from modlab.execution.masked_keys import log_weights
 from modlab.execution.masks import masked_reference_mask
 from modlab.routing.record import ForwardCall
@@ -207,7 +207,10 @@ def test_padding_inside_a_row_is_told_from_padding_around_it(rows: list[str], ga
     real = torch.tensor([[letter == "1" for letter in row] for row in rows])
     call = ForwardCall(
         *(real, real.cumsum(1) - 1, torch.arange(4), 4, None, []),
-        thresholds={}, what_if=False, masked=False, override=None,
+        thresholds={},
+        what_if=False,
+        masked=False,
+        override=None,
     )
     assert call.has_gaps == gaps
     unpadded: Any = SimpleNamespace(padded=False)

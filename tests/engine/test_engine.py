@@ -17,10 +17,10 @@ from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import modlab
-from modlab.engine import branch as branch_module
-from modlab.engine import prefill as prefill_module
-from modlab.engine import step as step_module
+from modlab.engine.branch import Branch
 from modlab.engine.choice import best_token
+from modlab.engine.prefill import lines
+from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.cache_argument import cache_argument
@@ -32,6 +32,7 @@ from tests.helpers.fast_generation import (
     llama_on_device,
     prompts,
     stored_at_thresholds,
+    use_engine,
 )
 from tests.helpers.models import alternate_layers
 
@@ -170,13 +171,13 @@ def test_a_routing_table_decides_prompt_and_new_tokens() -> None:
         ]  # fmt: skip
 
 
-def test_rows_beyond_one_line_run_in_further_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_beyond_one_line_run_in_further_lines() -> None:
     model, inputs = llama_on_device(), prompts(30, 3, 12, 28, 1)
     modlab.enable_fast_generation(model, compile=False)
     one_line = generated(model, inputs)
     report = modlab.fast_generation_report(model)["last"]
-    monkeypatch.setattr(prefill_module, "LINE_TOKENS", 32)
-    assert [s.stop - s.start for s in prefill_module._lines([30, 3, 12, 28, 1])] == [1, 2, 2]
+    use_engine(model, line_tokens=32)
+    assert [s.stop - s.start for s in lines([30, 3, 12, 28, 1], 32)] == [1, 2, 2]
     assert generated(model, inputs) == one_line
     assert modlab.fast_generation_report(model)["last"]["kept_tokens"] == report["kept_tokens"]
 
@@ -334,18 +335,18 @@ def test_in_bfloat16_most_next_tokens_agree(rows: int) -> None:
     assert sum(first) >= 0.9 * len(first) and sum(second) >= 0.9 * len(second)
 
 
-def test_a_model_that_cannot_be_captured_runs_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+class AskingStep(Step):
+    """A step of a model that asks the host."""
+
+    def capture(self, batch: int) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+
+
+def test_a_model_that_cannot_be_captured_runs_from_the_host() -> None:
     """As a mixture of experts that asks the host how many tokens each expert gets."""
     model, inputs = llama_on_device(), prompts(9, 4)
     want = generated(model, inputs)
-    modlab.enable_fast_generation(model, compile=False)
-    engine = model.__dict__["mod_engine"]
-    engine.branch = branch_module.Branch()  # any way that captures
-
-    def refuse(step: Any, batch: int) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
-
-    monkeypatch.setattr(step_module.Step, "_capture", refuse)
+    use_engine(model, make_step=AskingStep).branch = Branch()  # any way that captures
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         assert generated(model, inputs) == want
     report = modlab.fast_generation_report(model)
@@ -474,7 +475,7 @@ def test_an_interrupted_generation_lets_its_cache_go() -> None:
     modlab.enable_fast_generation(model, compile=False)
     with pytest.raises(KeyboardInterrupt):
         generated(model, inputs, stopping_criteria=[interrupt])
-    assert all(not step.tables.caches for step in model.__dict__["mod_engine"].steps.values())
+    assert all(not step.tables.buffers for step in model.__dict__["mod_engine"].steps.values())
     assert generated(model, inputs) == want
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,11 +17,10 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 
 import modlab
-from modlab.engine import engine as engine_module
-from modlab.engine import step as step_module
 from modlab.engine.branch import Branch
 from modlab.engine.choice import MAX_ENDS, Choice, choose
-from modlab.engine.compiled import Compiler, beside_layers
+from modlab.engine.compiled import Compiler, outside_layers
+from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import decoder_of
@@ -32,6 +31,7 @@ from tests.helpers.fast_generation import (
     generated,
     llama_on_device,
     prompts,
+    use_engine,
 )
 
 
@@ -128,7 +128,7 @@ def test_after_an_interrupt_the_next_generation_starts_afresh() -> None:
         streamer: Any = Collect(after=8)  # row 0 has finished by then
         generated(model, {k: v[:1] for k, v in inputs.items()}, eos_token_id=ends, streamer=streamer)
         generated(model, inputs, eos_token_id=None, stopping_criteria=[_interrupt])
-    assert all(not step.tables.caches for step in model.__dict__["mod_engine"].steps.values())
+    assert all(not step.tables.buffers for step in model.__dict__["mod_engine"].steps.values())
     assert generated(model, inputs, eos_token_id=None) == want
 
 
@@ -197,10 +197,10 @@ def test_rows_beyond_the_context_are_warned_of_as_ever(make_llama: Any, caplog: 
         ("mixtral", {"norm", "rotary_emb"}),
     ],
 )
-def test_what_stands_beside_the_layers_is_found_by_structure(model_type: str, names: set[str]) -> None:
+def test_what_stands_outside_the_layers_is_found_by_structure(model_type: str, names: set[str]) -> None:
     model = tiny_model(model_type)
     layers = modlab.hf.anatomy.decoder_layers(model)
-    assert set(beside_layers(decoder_of(model), layers)) == names
+    assert set(outside_layers(decoder_of(model), layers)) == names
 
 
 @pytest.fixture
@@ -210,32 +210,33 @@ def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class PartsOnly(Compiler):
-    """Compiles what stands beside the layers; those, with the reference attention of a CPU, take long."""
+    """Compiles what stands outside the layers; those, with the reference attention of a CPU, take long."""
 
     def layer(self, function: Any) -> Any:
         return function
 
 
-def compiled_generation(model: Any, inputs: dict[str, torch.Tensor], monkeypatch: Any, **kwargs: Any) -> Any:
+def compiled_generation(
+    model: Any, inputs: dict[str, torch.Tensor], compile: bool | str = False, **kwargs: Any
+) -> tuple[list[list[int]], Compiler]:
     """`generated`, every step run by the host through its compiled parts; and the compiler."""
     compiler = PartsOnly(enabled=True)
-    modlab.enable_fast_generation(model, compile=False)
-    monkeypatch.setattr(step_module, "Compiler", lambda enabled: compiler)
+    use_engine(model, compiler=lambda enabled: compiler).compile = compile
     return generated(model, inputs, **kwargs), compiler
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_compiled_steps_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_steps_give_the_same_tokens() -> None:
     model, inputs = llama_on_device(num_hidden_layers=2), prompts(10, 5)
     ends = [generated(model, inputs, eos_token_id=None)[0][10 + 4]]
     want = generated(model, inputs, eos_token_id=ends, max_new_tokens=8)
-    got, compiler = compiled_generation(model, inputs, monkeypatch, eos_token_id=ends, max_new_tokens=8)
+    got, compiler = compiled_generation(model, inputs, eos_token_id=ends, max_new_tokens=8)
     assert got == want
-    assert not compiler.eager and set(compiler._whole) == {"norm", "rotary_emb", "choice of tokens"}
+    assert not compiler.eager and set(compiler.whole_functions) == {"norm", "rotary_emb", "choice of tokens"}
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_a_part_that_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_does_not_compile_runs_as_it_is() -> None:
     class Stubborn(nn.Module):
         """A norm that asks the host, which no whole graph can hold."""
 
@@ -249,7 +250,7 @@ def test_a_part_that_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPa
     model, inputs = llama_on_device(num_hidden_layers=2), prompts(10, 5)
     model.model.norm = Stubborn(model.model.norm)
     want = generated(model, inputs, max_new_tokens=5)
-    got, compiler = compiled_generation(model, inputs, monkeypatch, max_new_tokens=5)
+    got, compiler = compiled_generation(model, inputs, max_new_tokens=5)
     assert got == want
     assert set(compiler.eager) == {"norm"} and compiler.eager["norm"]
 
@@ -260,35 +261,35 @@ class Capturing(Branch):
     name = "capturing"
 
 
-def test_layers_that_do_not_compile_are_captured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama_on_device()
-    modlab.enable_fast_generation(model, compile=False)
-    engine = model.__dict__["mod_engine"]
-    engine.branch, engine.compile = Capturing(), True
-    captures: list[bool] = []
+class Uncompiled(Step):
+    """A step that can be captured, of layers that do not compile."""
 
-    def capture(step: Any, batch: int) -> None:
-        captures.append(engine.compile)
-        if engine.compile:
+    captures: ClassVar[list[Any]] = []
+
+    def capture(self, batch: int) -> None:
+        self.captures.append(self.engine.compile)
+        if self.engine.compile:
             raise torch._dynamo.exc.Unsupported("a builtin it does not know\nsecond line")
 
-    monkeypatch.setattr(step_module.Step, "_capture", capture)
+
+def test_layers_that_do_not_compile_are_captured_as_they_are() -> None:
+    model = llama_on_device()
+    engine = use_engine(model, make_step=Uncompiled)
+    engine.branch, engine.compile = Capturing(), True
+    captures = Uncompiled.captures
+    captures.clear()
     with pytest.warns(UserWarning, match="without torch.compile"):
-        step_module.Step(engine, 2)
+        engine.step(2)
     report = modlab.fast_generation_report(model)
     assert captures == [True, False] and not report["compiled"]
     assert report["uncompiled"] == {"layers": "a builtin it does not know second line"}
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_parts_beside_the_layers_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_outside_the_layers_can_be_left_out() -> None:
     model, inputs = llama_on_device(num_hidden_layers=2), prompts(10, 5)
-    modlab.enable_fast_generation(model, compile=False)
-    model.__dict__["mod_engine"].compile = "layers"
-    compiler = PartsOnly(enabled=True)
-    monkeypatch.setattr(step_module, "Compiler", lambda enabled: compiler)
-    generated(model, inputs, max_new_tokens=3)
-    assert set(compiler._whole) == {"choice of tokens"}
+    _, compiler = compiled_generation(model, inputs, compile="layers", max_new_tokens=3)
+    assert set(compiler.whole_functions) == {"choice of tokens"}
 
 
 def test_what_compile_takes(make_llama: Any) -> None:
@@ -348,8 +349,7 @@ def test_a_tracker_of_kv_bytes_sees_the_cache() -> None:
 def test_tables_that_are_replaced_make_a_step_stale(make_llama: Any) -> None:
     """A captured graph reads the rotary frequencies where they were."""
     model = make_llama().to(DEVICE)
-    modlab.enable_fast_generation(model, compile=False)
-    step = step_module.Step(model.__dict__["mod_engine"], 1)
+    step = use_engine(model).step(1)
     assert step.is_current()
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
     assert not step.is_current()
@@ -365,11 +365,8 @@ def test_a_caller_under_autocast_goes_the_ordinary_way() -> None:
     assert "autocast" in modlab.fast_generation_report(model)["last"]["why"]
 
 
-def test_steps_of_the_latest_batch_sizes_are_kept(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MAX_STEPS", 2)
-    model = make_llama().to(DEVICE)
-    modlab.enable_fast_generation(model, compile=False)
-    engine = model.__dict__["mod_engine"]
+def test_steps_of_the_latest_batch_sizes_are_kept(make_llama: Any) -> None:
+    engine = use_engine(make_llama().to(DEVICE), max_steps=2)
     steps = [engine.step(rows) for rows in (1, 2, 1, 3)]
     assert steps[0] is steps[2] and list(engine.steps) == [1, 3]
     assert engine.step(1) is steps[0] and engine.step(2) is not steps[1]

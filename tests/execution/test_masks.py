@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modlab.cache.ragged import NO_KEY
+from modlab.cache.layer import NO_KEY
 from modlab.execution.masks import (
     MaskValues,
     as_attention_mask,

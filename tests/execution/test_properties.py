@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import modlab
 from modlab.cache.bytes import snapshot
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.layer import RaggedLayer
 from modlab.routing.state import masked_execution
 
 VOCAB, LAYERS, HEADS_KV, HEAD_DIM, LONGEST = 64, 4, 2, 8, 24

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import modlab
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.layer import RaggedLayer
 from modlab.errors import ModlabError
 from modlab.execution import packed
 from modlab.families import proof
@@ -97,12 +97,12 @@ def test_a_packed_mask_that_hides_too_little_is_noticed(monkeypatch: pytest.Monk
 
 
 def test_a_cache_that_holds_more_than_kept_tokens_is_noticed(monkeypatch: pytest.MonkeyPatch, fresh) -> None:
-    real = RaggedLayer._rebuild
+    real = RaggedLayer.rearrange
 
-    def roomy(self: Any, rows: Any, capacities: Any, device: Any) -> None:
-        real(self, rows, capacities and [n + 64 for n in capacities], device)
+    def roomy(self: Any, rows: Any, capacities: Any = None, device: Any = None, room: bool = True) -> None:
+        real(self, rows, capacities and [n + 64 for n in capacities], device, room)
 
-    monkeypatch.setattr(RaggedLayer, "_rebuild", roomy)
+    monkeypatch.setattr(RaggedLayer, "rearrange", roomy)
     assert re.search(r"cache layer 0: \d+ tokens of \d+ bytes each take \d+ bytes", refusal(fresh))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import modlab
 from modlab.engine.compiled import Compiler
+from modlab.engine.engine import Engine
 from tests.helpers.models import routed_llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,6 +47,13 @@ def both_ways(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> dic
     return last
 
 
+def use_engine(model: Any, **settings: Any) -> Engine:
+    """Switches fast generation on with an engine of these settings, uncompiled and unchecked."""
+    modlab.enable_fast_generation(model, compile=False, check=False)
+    engine = model.__dict__["mod_engine"] = Engine(model, compile=False, **settings)
+    return engine
+
+
 def masks_of_two_rows(model: Any, kept: str, length: int) -> dict[int, torch.Tensor]:
     """Forced routing by layer, bool [2, length]: "all", "none", "some" tokens kept, or one of the "rows"."""
     generator = torch.Generator().manual_seed(2)
@@ -68,7 +76,7 @@ def stored_at_thresholds(model: Any, inputs: dict[str, torch.Tensor], thresholds
 
 
 class LayersOnly(Compiler):
-    """Leaves what stands beside the layers as it is."""
+    """Leaves what stands outside the layers as it is."""
 
     def whole(self, name: str, function: Any) -> Any:
         return function

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modlab.cache.ragged import RaggedLayer
+from modlab.cache.buffer import SegmentedBuffer
 from modlab.kernels import decode_attention as attention
 from modlab.kernels import decode_linear as linear
 from modlab.kernels import decode_router as router
@@ -24,10 +24,12 @@ HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpr
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-def filled_layer(lengths: list[int], G: int, HK: int, HV: int, dtype: torch.dtype, seed: int) -> RaggedLayer:
-    """A ragged layer of random keys and values; every slot that holds no token is NaN."""
+def filled_layer(
+    lengths: list[int], G: int, HK: int, HV: int, dtype: torch.dtype, seed: int
+) -> SegmentedBuffer:
+    """A buffer of random keys and values; every place that holds no token is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    layer = RaggedLayer()
+    layer = SegmentedBuffer()
     like = torch.empty(1, G, 0, 1, dtype=dtype, device=DEVICE)
     capacities = [n + layer.slack(n) for n in lengths]
     layer.reserve(capacities, like.expand(1, G, 0, HK), like.expand(1, G, 0, HV))
@@ -44,7 +46,7 @@ def filled_layer(lengths: list[int], G: int, HK: int, HV: int, dtype: torch.dtyp
     return layer
 
 
-def address_table(layer: RaggedLayer) -> Tensor:
+def address_table(layer: SegmentedBuffer) -> Tensor:
     assert layer.keys is not None and layer.values is not None and layer.columns is not None
     addresses = [t.data_ptr() for t in (layer.keys, layer.values, layer.columns)]
     return torch.tensor([*addresses, layer.columns.numel(), *layer.starts], device=DEVICE)
@@ -121,14 +123,14 @@ def test_attention_follows_a_buffer_that_moves() -> None:
     for step in range(10):
         if step == 4:
             layer.lengths = lengths.tolist()
-            layer._rebuild([0, 1], [n + 16 for n in layer.lengths], DEVICE)
+            layer.grow()
             table.copy_(address_table(layer))
         q, k, v = (torch.randn(2, n, H, generator=generator).to(DEVICE) for n in (4, G, G))
         column = torch.full((2,), 50 + step, dtype=torch.int32, device=DEVICE)
         buffers = (twin.keys, twin.values, twin.columns)
         if step == 7:
             twin.lengths = twin_lengths.tolist()
-            twin._rebuild([0, 1], [n + 16 for n in twin.lengths], DEVICE)
+            twin.grow()
             buffers = (twin.keys, twin.values, twin.columns)
         want = attention.reference_decode_attention(
             q, k, v, buffers, twin.starts, twin_lengths, keep, column, H**-0.5
@@ -188,7 +190,7 @@ def test_a_ring_sees_recent_and_kept_tokens_and_no_others() -> None:
     keys, values = torch.randn(2, T, H, generator=generator)
     keep = torch.rand(T, generator=generator) < 0.4
     layer = filled_layer([0], 1, H, H, torch.float32, seed=1)
-    layer._rebuild([0], [T], DEVICE)
+    layer.rearrange([0], [T])
     ring, lengths = torch.zeros(1, W, dtype=torch.bool), torch.zeros(1, dtype=torch.int32)
     buffers = (layer.keys.cpu(), layer.values.cpu())
     for t in range(T):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 import modlab
 from modlab import skips
 from modlab.cache import bytes as kv_bytes
-from modlab.cache.ragged import RecentLayer
+from modlab.cache.recent import RecentLayer
 from modlab.cache.stored import (
     keep_beside_recent,
     keep_ratio_for,

@@ -1,0 +1,108 @@
+"""The cache layer of skip="kv": kept tokens, and of the others the latest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modlab.cache.layer import RaggedLayer
+
+
+class RecentLayer(RaggedLayer):
+    """K/V of one layer whose router decides about the cache alone (`skip="kv"`): kept tokens, and of the
+    others those that are among the latest `keep_recent`.
+
+    Tokens that are not kept are swept out now and then, not one by one: after a prefill, and in decoding
+    every 16 tokens or 1/32 of what is stored, the larger. Until then the mask hides them.
+
+    Args:
+        keep_recent: how many of the latest tokens a token may attend to, kept or not; itself counted.
+        sliding_window: attention span of the layer in tokens, or None.
+
+    Attributes:
+        kept: whether each stored token stays, bool [C].
+        has_skipped: whether a token was ever stored that does not stay.
+    """
+
+    notes = RaggedLayer.notes | {"kept": torch.bool}
+    kept: Tensor | None
+
+    def __init__(self, keep_recent: int, sliding_window: int | None = None) -> None:
+        super().__init__(sliding_window)
+        self.keep_recent = keep_recent
+
+    def clear(self) -> None:
+        """Forgets everything and frees the memory."""
+        super().clear()
+        self.has_skipped = False
+        self.swept = 0  # columns seen at the last sweep
+
+    def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
+        """As in a `RaggedLayer`, with `kept_RS`, bool, True for tokens that stay; None: all of them."""
+        self.note("kept", rows, True if kept_RS is None else kept_RS, columns_RS.shape[1])
+        self.has_skipped |= kept_RS is not None
+        return super().stage(rows, columns_RS)
+
+    def key_kept(self, rows: list[int]) -> Tensor:
+        """Whether the keys stored for `rows` are kept ones, bool [R, K]; means nothing beyond a row's
+        length.
+        """
+        return self.noted("kept", rows)
+
+    def finish(self) -> None:
+        """Sweeps, once that is worth it."""
+        super().finish()
+        if not self.record_past:
+            self._sweep()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in a `RaggedLayer`."""
+        super().crop(tokens_to_remove)
+        self.swept = min(self.swept, self.cumulative_length)
+        with self._not_recording():
+            self._sweep()
+
+    @property
+    def _dropped(self) -> str:
+        return f"of what the routers do not keep, only the latest {self.keep_recent} were still there then"
+
+    def _sweep(self) -> None:
+        """Drops what is neither kept nor recent, unless that can only be a few tokens: few against the recent
+        ones, and against all that would have to be moved."""
+        few = max(self.slack(self.keep_recent), self.slack(max(self.lengths, default=0)))
+        due = self.cumulative_length - max(self.swept, self.keep_recent) >= few or (
+            not self.swept and self.cumulative_length > self.keep_recent
+        )
+        if not (due and self.has_skipped and self.is_initialized):
+            return
+        first = not self.swept
+        self.rearrange(self.rows, room=not first)
+
+    def rearrange(
+        self,
+        rows: list[int],
+        capacities: list[int] | None = None,
+        device: torch.device | None = None,
+        room: bool = True,
+    ) -> None:
+        """As in a `RaggedLayer`: what is neither kept nor recent goes on the way."""
+        super().rearrange(rows, capacities, device, room)
+        if self.has_skipped and not self.record_past:
+            self.swept = self.cumulative_length
+
+    def survivors(self, row: int) -> slice | Tensor:
+        """Places of the row's tokens that a later token may attend to, in order."""
+        n = self.lengths[row]
+        if self.record_past or not self.has_skipped or not n:
+            return super().survivors(row)
+        assert self.columns is not None and self.kept is not None
+        here = slice(self.starts[row], self.starts[row] + n)
+        alive = self.kept[here].clone()
+        # All tokens of the row come here, and nothing was dropped among the latest: these are its last ones.
+        alive[max(n - self.keep_recent + 1, 0) :] = True
+        if self.sliding_window is not None:
+            alive &= self.columns[here] > self.cumulative_length - self.sliding_window
+        return alive.nonzero()[:, 0] + self.starts[row]
+
+    def __repr__(self) -> str:
+        return f"RecentLayer(seen={self.cumulative_length}, stored={self.lengths}, recent={self.keep_recent})"

@@ -1,0 +1,86 @@
+"""Which objects run a model's layers in the engine: one form for each thing that routers can decide about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from modlab.engine.attention import LayerPrefill
+from modlab.engine.prefill_layers import (
+    AttentionPrefill,
+    DensePrefill,
+    Forward,
+    KeptKeysPrefill,
+    MLPPrefill,
+    PrefillLine,
+    WholeLayerPrefill,
+)
+from modlab.engine.step_layers import (
+    AttentionStep,
+    DenseStep,
+    KeptKeysStep,
+    MLPStep,
+    StepPass,
+    WholeLayerStep,
+)
+from modlab.execution.routed import RoutedLayer
+from modlab.routing.state import Routing
+from modlab.skips.base import Part
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a routed layer runs: in a prefill, and in a decoding step."""
+
+    prefill: type[DensePrefill] = DensePrefill
+    step: type[DenseStep] = DenseStep
+
+
+FORMS: dict[tuple[Part, ...], Form] = {
+    ("layer",): Form(WholeLayerPrefill, WholeLayerStep),
+    ("attention",): Form(AttentionPrefill, AttentionStep),
+    ("mlp",): Form(MLPPrefill, MLPStep),
+}
+"""By the parts of a layer that a skipped token leaves out."""
+
+KEPT_KEYS = Form(KeptKeysPrefill, KeptKeysStep)
+"""A token that is not kept passes the layer in full; the decision is about the cache alone."""
+
+
+def form_of(routing: Routing | None) -> Form | None:
+    """The form of a converted model's routed layers, or of a dense model's; None if the engine has none for
+    what this model skips (`Skip.why_no_engine` says why)."""
+    if routing is None:
+        return Form()
+    if routing.skip.why_no_engine(routing.config):
+        return None
+    return KEPT_KEYS if routing.skip.runs_all else FORMS.get(routing.skip.parts)
+
+
+def prefill_forwards(
+    form: Form, layers: list[nn.Module], routing: Routing | None, parts: Iterable[LayerPrefill], last: Tensor
+) -> dict[nn.Module, Forward]:
+    """What the layers, their MLPs and routed attentions run in a prefill.
+
+    Args:
+        form: of the routed layers.
+        parts: each layer's own; a routed layer's is filled in when it has decided.
+        last: last position of each row in the line, long [B].
+    """
+    forwards: dict[nn.Module, Forward] = {}
+    line = PrefillLine(routing, last)
+    for index, (layer, part) in enumerate(zip(layers, parts, strict=True)):
+        kind = form.prefill if isinstance(layer, RoutedLayer) else DensePrefill
+        forwards |= kind(layer, index, part, line).forwards()
+    return forwards
+
+
+def step_forwards(form: Form, layers: list[nn.Module], step: StepPass) -> dict[nn.Module, Forward]:
+    """What the layers and their routed sublayers run in one decoding step."""
+    forwards: dict[nn.Module, Forward] = {}
+    for index, layer in enumerate(layers):
+        kind = form.step if isinstance(layer, RoutedLayer) else DenseStep
+        forwards |= kind(layer, index, step).forwards()
+    return forwards

@@ -1,0 +1,238 @@
+"""How a decoder layer runs in a prefill: on the kept tokens of all rows in one line.
+
+The family's own forward of model and layers stays in charge. For the length of one prefill each routed layer,
+what its router decides for, and each MLP run a method of an object of this file (see `lending`), which calls
+the module's own code. One class a form: a layer without a router, whole layers routed, attention or MLP
+alone, the cache alone. `forms` says which one a model's layers have.
+
+Shape letters: S tokens of all rows in one line, B rows, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modlab.engine.attention import LayerPrefill
+from modlab.execution.gate import gated_output, scaled_branches
+from modlab.execution.routed import CALL, RoutedModule
+from modlab.hf.anatomy import attention_name, mlp_name
+from modlab.hf.arguments import LayerArguments
+from modlab.kernels.router_logits import router_logits
+from modlab.routing.record import Decision
+from modlab.routing.state import Routing
+from modlab.skips.base import Part
+
+Forward = Callable[..., Any]
+
+MLP_CHUNK = 16384
+"""Tokens that an MLP takes at once in prefill: its inner activations, 3.5 times as wide, set the peak."""
+
+
+@dataclass
+class PrefillLine:
+    """What the layers of one prefill share.
+
+    Attributes:
+        routing: of the model; None for a dense one.
+        last: last position of each row in the line, long [B].
+    """
+
+    routing: Routing | None
+    last: Tensor
+
+
+class DensePrefill:
+    """A layer without a router: as its family wrote it, its MLP in pieces.
+
+    Args:
+        layer: the decoder layer.
+        index: its own.
+        part: what its attention is told, and tells.
+        line: what it shares with the other layers.
+    """
+
+    def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
+        self.layer, self.index, self.part, self.line = layer, index, part, line
+
+    def forwards(self) -> dict[nn.Module, Forward]:
+        """What the layer and modules inside it run instead of their own forwards."""
+        name = mlp_name(self.layer)
+        if name is None:
+            return {}
+        mlp = self.layer.get_submodule(name)
+        return {mlp: partial(_chunked, _own_forward(mlp))}
+
+
+class RoutedPrefill(DensePrefill):
+    """A layer with a router: it decides at its entrance.
+
+    Attributes:
+        decision: who is kept; there once the layer has been entered.
+        gated: the part of the layer whose output the gate enters.
+    """
+
+    gated: ClassVar[Part] = "layer"
+
+    def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
+        super().__init__(layer, index, part, line)
+        assert line.routing is not None
+        self.routing = line.routing
+        self.decision: Decision | None = None
+
+    def forwards(self) -> dict[nn.Module, Forward]:
+        return super().forwards() | {self.layer: self.run_layer}
+
+    def run_layer(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward; this one decides, and runs the layer on all tokens."""
+        self.decide(args, kwargs)
+        return self.layer.dense_class.forward(self.layer, *args, **kwargs)
+
+    def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
+        """Decides for all tokens of the line; the layer's arguments, `kwargs` without modlab's own."""
+        kwargs.pop(CALL, None)
+        arguments = LayerArguments(self.layer.dense_class, args, kwargs)
+        logits = partial(router_logits, self.layer.mod_router)
+        self.decision = self.routing.decide(self.index, logits, arguments.residual_BTD, training=False)
+        return arguments
+
+    def run_kept(
+        self, module: RoutedModule, forward: Forward, arguments: LayerArguments, attends: bool, residual: bool
+    ) -> Any:
+        """Packs the kept tokens of all rows and runs the module on them; the others are not touched.
+
+        Args:
+            attends: whether there is attention in the module, which has to know who comes to it.
+            residual: True if a skipped token passes through (a layer), False if it becomes zero (a sublayer).
+        """
+        assert self.decision is not None
+        x, gate_1S, keep_S = arguments.hidden, self.decision.gate, self.decision.keep[0]
+        passed_B = keep_S.cumsum(0)[self.line.last]
+        passed = passed_B.tolist()  # the one host sync of the layer
+        kept = passed[-1]
+        varying = kept < x.shape[1]
+        changes: dict[str, Any] = {}
+        kept_S = None
+        if kept and varying:
+            kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
+            changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
+            gate_1S = gate_1S[:, kept_S]
+        if attends:
+            self._tell_attention(passed, passed_B, kept_S, varying)
+        if kept == 0:
+            out = x if residual else torch.zeros_like(x)
+            return module.joined(out, (None,) * module.mod_plan.extra_outputs)
+        form = self.routing.skip.gate_form(self.routing.config, self.gated)
+        with scaled_branches(module, module.mod_plan.branch_ends, gate_1S if form == "scaled" else None):
+            y, rest = arguments.run(forward, changes)
+        skipped = changes.get(arguments.hidden_name, x) if residual else 0.0
+        y = gated_output(form, y, skipped, gate_1S, False)
+        if kept_S is not None:
+            out = x if residual else torch.zeros_like(x)
+            y = out.index_copy_(1, kept_S, y.to(x.dtype))
+        return module.joined(y, tuple(None for _ in rest), arguments.in_tuple)
+
+    def _tell_attention(
+        self, passed: list[int], passed_B: Tensor, kept_S: Tensor | None, varying: bool
+    ) -> None:
+        """Which tokens of the line come to the layer's attention: `kept_S`, or all or none of them."""
+        part = self.part
+        part.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
+        part.varying = varying
+        part.bounds = F.pad(passed_B, (1, 0)).int()  # small, and by now the GPU has large tensors to gather
+        if passed[-1] == 0:
+            part.buffer.lengths, part.columns = part.counts, part.columns[:0]
+        elif kept_S is not None:
+            part.columns = part.columns[kept_S]
+
+
+class WholeLayerPrefill(RoutedPrefill):
+    """The layer runs on its kept tokens; the others pass it by."""
+
+    def run_layer(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.decide(args, kwargs)
+        forward = partial(self.layer.dense_class.forward, self.layer)
+        return self.run_kept(self.layer, forward, arguments, attends=True, residual=True)
+
+
+class SublayerPrefill(RoutedPrefill):
+    """The layer runs on all tokens, one sublayer of it on the kept ones.
+
+    Attributes:
+        attends: whether that is the attention.
+    """
+
+    attends: ClassVar[bool]
+
+    def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
+        super().__init__(layer, index, part, line)
+        self.sublayer: Any = layer.get_submodule(self.name_in(layer) or "")
+
+    @staticmethod
+    def name_in(layer: nn.Module) -> str | None:
+        """The sublayer's name in its layer."""
+        raise NotImplementedError
+
+    def forwards(self) -> dict[nn.Module, Forward]:
+        forwards = super().forwards()
+        self.own = forwards.get(self.sublayer, _own_forward(self.sublayer))
+        return forwards | {self.sublayer: self.run_sublayer}
+
+    def run_sublayer(self, *args: Any, **kwargs: Any) -> Any:
+        """The sublayer's forward, once the layer has decided."""
+        arguments = LayerArguments(self.sublayer.dense_class, args, kwargs)
+        return self.run_kept(self.sublayer, self.own, arguments, self.attends, residual=False)
+
+
+class AttentionPrefill(SublayerPrefill):
+    """The layer's attention runs on the kept tokens alone."""
+
+    gated = "attention"
+    attends = True
+
+    name_in = staticmethod(attention_name)
+
+
+class MLPPrefill(SublayerPrefill):
+    """The layer's MLP runs on the kept tokens alone."""
+
+    gated = "mlp"
+    attends = False
+
+    name_in = staticmethod(mlp_name)
+
+
+class KeptKeysPrefill(RoutedPrefill):
+    """The layer runs on all tokens; its attention is told whose keys and values stay."""
+
+    def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
+        arguments = super().decide(args, kwargs)
+        assert self.decision is not None
+        self.part.keep = self.decision.keep[0]
+        return arguments
+
+
+def _own_forward(module: nn.Module) -> Forward:
+    """The forward that `module` would have without a router."""
+    return partial(module.dense_class.forward, module) if isinstance(module, RoutedModule) else module.forward
+
+
+def _chunked(forward: Forward, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An MLP in pieces of `MLP_CHUNK` tokens; exact, as no token of it looks at another."""
+    if x_BTD.dim() != 3 or x_BTD.shape[1] <= MLP_CHUNK or args or kwargs:
+        return forward(x_BTD, *args, **kwargs)
+    out = None
+    for first in range(0, x_BTD.shape[1], MLP_CHUNK):
+        piece = forward(x_BTD[:, first : first + MLP_CHUNK])
+        if not isinstance(piece, Tensor):
+            return forward(x_BTD)
+        if out is None:
+            out = piece.new_empty(*x_BTD.shape[:2], piece.shape[2])
+        out[:, first : first + MLP_CHUNK] = piece
+    return out
