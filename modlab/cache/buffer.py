@@ -46,7 +46,7 @@ class SegmentedBuffer:
 
     keys: Tensor | None
     values: Tensor | None
-    columns: Tensor | None
+    columns: Tensor | None = None
     starts: list[int]
     lengths: list[int]
     capacities: list[int]
