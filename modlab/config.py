@@ -24,8 +24,8 @@ LARGEST = 2**31 - 1
 class MoDConfig:
     """Settings of a Mixture-of-Depths conversion.
 
-    The default changes no logit: every gate starts open. What it routes is the cache, which cost the least
-    loss for the memory saved; docs/defaults.md gives a figure for each field.
+    The default changes no logit: every gate starts open. What it routes is the cache, which on this project's
+    own models costs the least loss for the memory saved (docs/defaults.md has a figure for each field).
 
     Attributes:
         layers: which decoder layers get a router: ``"inner"`` (all but the first two and the last; all of

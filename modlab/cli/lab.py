@@ -35,7 +35,7 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--execute",
         action="store_true",
-        help="only run the notebook, and write NAME.executed.ipynb and NAME.html beside it",
+        help="only run the notebook, and write NAME.executed.ipynb and NAME.html next to it",
     )
     sub.add_argument(
         "--timeout", metavar="S", type=int, default=600, help="with --execute: longest time for one cell"

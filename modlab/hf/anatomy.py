@@ -105,11 +105,11 @@ def shares_keys(attention: nn.Module) -> bool:
 
 def mlp_name(layer: nn.Module) -> str | None:
     """Name of the layer's MLP (or mixture-of-experts) submodule, or None."""
-    return _child(layer, MLP, other=ATTENTION)  # Qwen2MoeAttention is called after its model
+    return _child(layer, MLP, other=ATTENTION)  # Qwen2MoeAttention is named after its model
 
 
 def is_mlp(module: nn.Module) -> bool:
-    """Whether the module's class is called after an MLP or a mixture of experts."""
+    """Whether the module's class is named after an MLP or a mixture of experts."""
     return _fits(module, MLP, other=ATTENTION)
 
 

@@ -65,8 +65,7 @@ class TrainConfig:
         save_every: steps between two checkpoints; 0 saves one only when the run is cut short.
         keep_last: checkpoints kept.
         resume: None starts afresh and refuses a folder that holds a run; "auto" takes up the newest
-            checkpoint in
-            `out` if there is one; a path names the checkpoint.
+            checkpoint in `out` if there is one; a path names the checkpoint.
         compile: torch.compile a dense model; of a converted one the layers, each by itself.
         num_workers: loader processes for data that is not preloaded.
     """
