@@ -14,6 +14,7 @@ from modlab.conversion.survey import Survey, survey
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedLayer, RoutedModule
 from modlab.execution.site import Plan
+from modlab.hf.model import device_of
 from modlab.routing.forward import ForwardHooks
 from modlab.routing.state import Routing, is_converted, routing_of
 from modlab.saving.files import is_hub_id
@@ -58,6 +59,10 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
             f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be converted."
         )
 
+    if device_of(model).type == "meta":
+        raise ModlabError(
+            f"this {type(model).__name__} has no weights yet (they are on the meta device): load it first."
+        )
     found = survey(model)
     selection = select(found, config)
     _refuse_foreign_forwards(selection)
@@ -81,7 +86,7 @@ def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
         supports_flex=bool(getattr(decoder, "_supports_flex_attn", False)),
     )
     for index, facts in selection.facts.items():
-        device = next(facts.layer.parameters()).device
+        device = device_of(facts.layer)
         own = set(facts.layer._modules)
         skip.add_modules(facts.layer, facts, config, device)
         added = [name for name in facts.layer._modules if name not in own]

@@ -30,6 +30,7 @@ from modlab.execution.masks import (
     as_attention_mask,
     masked_reference_mask,
     recent_mask,
+    visible_mask,
 )
 from modlab.execution.reference import given_mask, hiding_mask, refuse_cache
 from modlab.execution.weighed_attention import weighed_keys, weighing_attention
@@ -91,8 +92,10 @@ def weighing_mask(
     real, log_weight = site.call.real, key_log_weight(site)
     assert site.recent is not None
     if takes_flex(site, given, real.device):
-        return weighed_keys(log_weight, real, site.recent), weighing_attention(site.routing.model_config)
-    visible, dtype = masked_reference_mask(real, real, site.window), arguments.hidden.dtype
+        keys = weighed_keys(log_weight, real, site.recent, site.call.documents)
+        return keys, weighing_attention(site.routing.model_config)
+    seen = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
+    visible, dtype = masked_reference_mask(real, real, visible=seen), arguments.hidden.dtype
     if torch.is_autocast_enabled(real.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
         dtype = torch.get_autocast_dtype(real.device.type)
     mask = as_attention_mask(visible, "additive", dtype, given if given.additive else None)

@@ -41,25 +41,67 @@ def recent_mask(query_places_RS: Tensor, key_places_RK: Tensor, recent: int) -> 
     return key_places_RK[:, None, None, :] > query_places_RS[:, None, :, None] - recent
 
 
-def masked_reference_mask(
-    keep_BT: Tensor, real_BT: Tensor, window: int | None = None, recent: int = 1
+def visible_mask(
+    given: MaskValues, query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | None, attention: str
 ) -> Tensor:
-    """True where a token may attend in the masked reference: to kept tokens not after it, to the latest
-    `recent` tokens of its row, and to itself.
+    """True where the model lets a query attend to a key: what the mask says that it made for the layer, with
+    packed documents, blocks that see the future and all; causal where it made none.
+
+    Args:
+        given: that mask.
+        query_columns_RS: columns of the queries.
+        key_columns_RK: columns of the keys; a slot without a token carries `NO_KEY`'s.
+        window: sliding window in tokens (the query itself counted), or None.
+        attention: `config._attn_implementation`.
+
+    Returns:
+        bool [R, N or 1, S, K]. Of an additive mask, whose own entries stay, only the keys' slots and the
+        window are judged.
+    """
+    if not (given.additive or given.boolean):
+        return packed_mask(query_columns_RS, key_columns_RK, window)
+    held = (key_columns_RK < given.columns)[:, None, None, :]
+    if window is not None:
+        held = held & recent_mask(query_columns_RS, key_columns_RK, window)
+    if given.additive:
+        return held
+    allowing = True if attention == "sdpa" else given.allowing()
+    return held & (given.values() == allowing)
+
+
+def stored_mask(keep_BT: Tensor, real_BT: Tensor, recent: int = 1) -> Tensor:
+    """True where routing leaves a key to a query: it is kept, or among the query's latest `recent` tokens of
+    its row; never for padding. bool [B, 1, T, T]."""
+    tokens_BT = real_BT.cumsum(1)  # padding inside a row is no part of its recent past
+    latest = recent_mask(tokens_BT, tokens_BT, recent) & real_BT[:, None, :, None]
+    return (keep_BT[:, None, None, :] | latest) & real_BT[:, None, None, :]
+
+
+def masked_reference_mask(
+    keep_BT: Tensor,
+    real_BT: Tensor,
+    window: int | None = None,
+    recent: int = 1,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """True where a token may attend in the masked reference: to what the model lets it see, of that to kept
+    tokens and to the latest `recent` tokens of its row, and to itself.
 
     A skipped token attends to itself too: what it would have seen had it been kept. Padding attends to itself
     only, so that no softmax runs over nothing.
 
+    Args:
+        visible: what the model lets it see (`visible_mask`), [B, N or 1, T, T]; causal by default.
+
     Returns:
-        bool [B, 1, T, T].
+        bool [B, N or 1, T, T].
     """
-    T = keep_BT.shape[1]
-    columns = torch.arange(T, device=keep_BT.device)[None]
-    tokens_BT = real_BT.cumsum(1)  # padding inside a row is no part of its recent past
-    itself = torch.eye(T, dtype=torch.bool, device=keep_BT.device)
-    causal = packed_mask(columns, columns, window)
-    stored = keep_BT[:, None, None, :] | recent_mask(tokens_BT, tokens_BT, recent)
-    return (causal & stored & real_BT[:, None, None, :]) | itself
+    T, device = keep_BT.shape[1], keep_BT.device
+    if visible is None:
+        columns = torch.arange(T, device=device)[None]
+        visible = packed_mask(columns, columns, window)
+    itself = torch.eye(T, dtype=torch.bool, device=device)
+    return (visible & stored_mask(keep_BT, real_BT, recent)) | itself
 
 
 def as_attention_mask(

@@ -30,8 +30,8 @@ from modlab.execution.gate import gated_output, over, scaled_branches
 from modlab.execution.masks import (
     MaskValues,
     as_attention_mask,
-    packed_mask,
     recent_mask,
+    visible_mask,
 )
 from modlab.hf.arguments import LayerArguments, take_tokens
 
@@ -142,7 +142,7 @@ def _run_groups(
         groups = exact_groups(runs, counts, one_row_each=single)
     for group in groups:
         group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
-    if site.recent is not None and layer is not None:
+    if site.recent is not None and layer is not None and not site.call.sees_future(arguments.mask()):
         groups = [part for g in groups for part in (_in_chunks(g) if hides(g, layer) else [g])]
     rest: Any = site.empty_rest
     if not groups and site.residual:
@@ -215,19 +215,27 @@ def _group_mask(
     columns_RK = queries_RS if keys_RK is None else keys_RK
     values = MaskValues(given, rows_R1, group.index_RS, columns_RK, site.call.num_columns)
     fresh = keys_RK is None or keys_RK.shape[1] == S  # no cached key before the new ones
-    plain = (len(group.rows) == 1 or fresh) and not (values.additive or site.needs_mask or hidden)
+    same = len(group.rows) == 1 or fresh
+    plain = same and site.call.is_causal(given) and not (site.needs_mask or hidden)
     if site.window is None and plain and (flash or (site.attention == "sdpa" and (fresh or S == 1))):
         return None
-    allowed = packed_mask(queries_RS, columns_RK, site.window)
+    if flash and not site.call.is_causal(given):
+        raise ModlabError(
+            "packed documents and masks that are more than causal need a mask in routed layers: use "
+            "model.set_attn_implementation('sdpa')."
+        )
+    allowed = visible_mask(values, queries_RS, columns_RK, site.window, site.attention)
     if hidden:
         assert site.recent is not None
         kept_RK = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)
         at_RS, at_RK = _places(group, layer, columns_RK)
         allowed = allowed & (kept_RK[:, None, None] | recent_mask(at_RS, at_RK, site.recent))
     if group.padded:
-        # A right-padding slot stands before its row's later kept tokens in time, though after them in the
-        # pack.
-        allowed = allowed & torch.ones(S, S, dtype=torch.bool, device=allowed.device).tril()
+        # The slots behind a row's kept tokens hold skipped ones, which nobody attends to but they themselves.
+        counts_R1 = site.runs.sum(1)[rows_R1]
+        held_RS = torch.arange(S, device=allowed.device) < counts_R1
+        itself = torch.eye(S, dtype=torch.bool, device=allowed.device)
+        allowed = (allowed & held_RS[:, None, None, :]) | itself
     return as_attention_mask(allowed, site.attention, dtype, values)
 
 

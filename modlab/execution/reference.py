@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.execution.gate import gated_output, over, scaled_branches, straight_through
-from modlab.execution.masks import MaskValues, as_attention_mask, masked_reference_mask
+from modlab.execution.masks import (
+    MaskValues,
+    as_attention_mask,
+    masked_reference_mask,
+    visible_mask,
+)
 from modlab.execution.what_if_attention import (
     flex_attention,
     takes_flex,
@@ -100,7 +105,9 @@ def hiding_mask(
     rule for flex attention where that is allowed and possible."""
     keep, real, recent = site.decision.keep, site.call.real, site.recent or 1
     if may_flex and takes_flex(site, given, keep.device):
-        return what_if_block_mask(keep, real, recent), flex_attention(site.routing.model_config)
-    allowed = masked_reference_mask(keep, real, site.window, recent)
+        blocks = what_if_block_mask(keep, real, recent, site.call.documents)
+        return blocks, flex_attention(site.routing.model_config)
+    visible = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
+    allowed = masked_reference_mask(keep, real, recent=recent, visible=visible)
     mask = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
     return mask, contextlib.nullcontext()

@@ -84,9 +84,10 @@ class RoutedLayer(RoutedModule):
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.mod_plan.routing
-        with routing.within(kwargs.pop(CALL, Carried(None)).call):
-            rows, time = routing.require_call().real.shape
-            arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
+        call = kwargs.pop(CALL, Carried(None)).call or routing.require_call()
+        rows, time = call.real.shape
+        arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
+        with routing.within(call.on(arguments.hidden.device)):
             self._check(tuple(arguments.hidden.shape[:2]), (rows, time))
             router, index = self.mod_router, self.mod_plan.layer_idx
             decision = routing.decide(index, router, arguments.residual_BTD, self.training)

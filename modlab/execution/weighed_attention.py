@@ -50,16 +50,22 @@ class WeighedKeys:
     earlier: BlockMask | None
 
 
-def weighed_keys(log_weight_BT: Tensor, real_BT: Tensor, recent: int) -> WeighedKeys:
-    """The two parts of what a token sees: its latest `recent` tokens, and all before them. Padding is
-    hidden."""
+def weighed_keys(
+    log_weight_BT: Tensor, real_BT: Tensor, recent: int, documents_BT: Tensor | None = None
+) -> WeighedKeys:
+    """The two parts of what a token sees: its latest `recent` tokens, and all before them. Padding and other
+    documents of the row are hidden."""
     T = real_BT.shape[1]
+    document_BT = torch.zeros_like(real_BT, dtype=torch.long) if documents_BT is None else documents_BT
+
+    def together(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return real_BT[row, key] & (document_BT[row, key] == document_BT[row, query])
 
     def near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query == key) | ((query >= key) & (query - key < recent) & real_BT[row, key])
+        return (query == key) | ((query >= key) & (query - key < recent) & together(row, query, key))
 
     def far(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query - key >= recent) & real_BT[row, key]
+        return (query - key >= recent) & together(row, query, key)
 
     device = real_BT.device
     return WeighedKeys(

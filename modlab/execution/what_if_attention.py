@@ -47,7 +47,7 @@ def takes_flex(site: Site, given: MaskValues, device: torch.device) -> bool:
         and site.attention == "sdpa"
         and site.window is None
         and not site.needs_mask
-        and not given.additive
+        and site.call.is_plain(given.mask)
         and not getattr(routing.model_config, "attention_dropout", 0.0)
         and not (site.recent is not None and site.call.has_gaps)
     )
@@ -87,15 +87,19 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 AttentionInterface.register(NAME, what_if_attention)  # an addition under a new name, once for all passes
 
 
-def what_if_block_mask(keep_BT: Tensor, real_BT: Tensor, recent: int = 1) -> BlockMask:
+def what_if_block_mask(
+    keep_BT: Tensor, real_BT: Tensor, recent: int = 1, documents_BT: Tensor | None = None
+) -> BlockMask:
     """`masked_reference_mask` without a window, as a block mask: kept tokens not after the query, its latest
-    `recent` tokens, and itself.
+    `recent` tokens, and itself; of its own document where a row packs several.
     """
     kept_BT = keep_BT & real_BT
+    document_BT = torch.zeros_like(keep_BT, dtype=torch.long) if documents_BT is None else documents_BT
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         stored = kept_BT[row, key] | ((query - key < recent) & real_BT[row, key])
-        return ((query >= key) & stored) | (query == key)
+        together = document_BT[row, key] == document_BT[row, query]
+        return ((query >= key) & stored & together) | (query == key)
 
     T = keep_BT.shape[1]
     return band_block_mask(allowed, T, 0, T, keep_BT.device)

@@ -12,9 +12,17 @@ import torch
 from modlab.saving.demos import demo_named
 
 
-def device_of(model: Any) -> torch.device:
-    """Where the model's first parameter is."""
-    device: torch.device = next(model.parameters()).device
+def device_of(module: Any) -> torch.device:
+    """Where a model or one of its modules computes: where its first parameter is, or, of one whose weights
+    accelerate brings in for each call (offloading), where it brings them."""
+    device: torch.device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for inner in module.modules():
+        hook = getattr(inner, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (where := getattr(one, "execution_device", None)) is not None:
+                return torch.device(where)
     return device
 
 

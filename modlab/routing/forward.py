@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+ROUTER_LOGITS = "output_router_logits"
+"""Asks a mixture of experts for what its own routers said."""
+
+
 class ForwardHooks:
     """The hooks of one converted model.
 
@@ -42,9 +46,17 @@ class ForwardHooks:
             model.register_forward_hook(self.leave_model, always_call=True),
         ]
 
-    def enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: notes the caller's attention_mask."""
-        self.routing.of_thread.caller_mask = (_arguments(module, args, kwargs).get("attention_mask"),)
+    def enter_model(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the model: notes the caller's attention_mask. Router logits of experts that the
+        config alone asks for, and no loss needs, are left out where not all tokens pass the experts."""
+        given = _arguments(module, args, kwargs)
+        self.routing.of_thread.caller_mask = (given.get("attention_mask"),)
+        asked = given.get(ROUTER_LOGITS) is None and given.get("labels") is None
+        if asked and getattr(module.config, ROUTER_LOGITS, False) and not self._runs_all_experts(module):
+            kwargs = {**kwargs, ROUTER_LOGITS: False}
+        return args, kwargs
 
     def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model: that mask is no other forward's."""
@@ -70,12 +82,39 @@ class ForwardHooks:
                 "flex_attention compiles a kernel for every number of keys, and a routed layer has another "
                 "one at each step: use model.set_attn_implementation('sdpa')."
             )
+        self._refuse_outputs(module, given)
         cache, kwargs = self._cache(module, given, kwargs)
         if cache is not None:
             cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
         routing.of_thread.call = self._new_call(module, tokens, given, seen, cache)
         return args, kwargs
+
+    def _refuse_outputs(self, module: Any, given: dict[str, Any]) -> None:
+        """What the model returns next to its logits has the dense form or is refused before anything runs."""
+        routing = self.routing
+
+        def asked(name: str) -> bool:
+            value = given.get(name)
+            return bool(getattr(module.config, name, False) if value is None else value)
+
+        if asked("output_attentions") and not (routing.masked or routing.skip.parts == ("mlp",)):
+            raise ModlabError(
+                "output_attentions: a routed layer's attention weights are those of the tokens that it runs "
+                "and stores, not [rows, heads, queries, keys] of all. Leave output_attentions out, or "
+                "modlab.revert(model) for the dense model's."
+            )
+        if given.get(ROUTER_LOGITS) and not self._runs_all_experts(module):
+            raise ModlabError(
+                "output_router_logits: the experts of a routed layer see the kept tokens alone, so their "
+                "router logits do not line up with the tokens of the batch (nor does a balancing loss over "
+                "them). Give output_router_logits=False, or train with model.mod.what_if = True."
+            )
+
+    def _runs_all_experts(self, module: Any) -> bool:
+        """Whether all tokens pass all MLPs in this forward."""
+        routing = self.routing
+        return routing.skip.runs(0.5)[1] == 1 or routing.masked or (module.training and routing.what_if)
 
     def _cache(
         self, module: Any, given: dict[str, Any], kwargs: dict[str, Any]
@@ -142,16 +181,19 @@ class ForwardHooks:
         if mask is None:
             return None
         if not _is_padding_mask(mask):
+            mask = real_columns(mask, T, seen + T)
+        if mask is None:
             raise ModlabError(
-                "a converted model takes a two-dimensional attention_mask [B, K] (1 = token, 0 = padding): "
-                "routers must know which columns are padding."
+                f"attention_mask: a converted model takes [B, {seen + T}] (1 = token, 0 = padding), or "
+                f"[B, heads, {T}, {seen + T}], boolean or additive: routers must know which columns are "
+                "padding."
             )
         if mask.shape[1] != seen + T:
             raise ModlabError(
                 f"attention_mask covers {mask.shape[1]} tokens, but {seen} are cached and {T} are new: "
                 f"it must have shape [{B}, {seen + T}]."
             )
-        real: Tensor = mask.to(tokens.device).bool()
+        real: Tensor = mask.to(tokens.device).bool().expand(B, -1)
         return real
 
     @eager
@@ -165,7 +207,8 @@ class ForwardHooks:
         if call is None or self.routing.of_thread.bypass:
             return
         decided, ran = call.decisions, call.ran
-        call.cache, call.steps, call.decisions, call.ran = None, [], {}, set()
+        for one in (call, *call.elsewhere.values()):
+            one.cache, one.steps, one.decisions, one.ran, one.masks = None, [], {}, set(), {}
         if output is not None:  # None: an exception is on its way
             self._check_ran(module, decided, ran)
 
@@ -217,3 +260,23 @@ def position_in_document(documents_BT: Tensor) -> Tensor:
     begins[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     first = columns.masked_fill(~begins, 0).cummax(1).values
     return columns - first
+
+
+def real_columns(mask: Any, T: int, K: int) -> Tensor | None:
+    """Which columns are tokens, by a mask that says who sees whom: a column that not even its own token may
+    attend to is padding; of a cached one, which no new token may.
+
+    Args:
+        mask: [B or 1, N or 1, T, K], boolean or additive; or several by name, for layers of several kinds.
+
+    Returns:
+        bool [B or 1, K]; None where the mask has another form.
+    """
+    masks = mask.values() if isinstance(mask, dict) else (mask,)
+    for one in masks:
+        if isinstance(one, Tensor) and one.dim() == 4 and one.shape[2:] == (T, K):
+            floating = one.is_floating_point()
+            visible_BTK = (one > torch.finfo(one.dtype).min / 2 if floating else one.bool())[:, 0]
+            own_BT = visible_BTK[:, :, K - T :].diagonal(dim1=1, dim2=2)
+            return torch.cat([visible_BTK[:, :, : K - T].any(1), own_BT], 1)
+    return None

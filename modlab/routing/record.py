@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -78,8 +79,10 @@ class ForwardCall:
             gradient-checkpoint recompute decides as the forward did.
         padding_mask: bool [B, K] over all columns seen, False for padding; None where there is none.
         documents: long [B, T], the document of each token where a row packs several; None where it does not.
+        masks: the layers' own masks that were looked at, with what was found, by id.
         decisions: by layer index.
         ran: the parts that have run, as (layer index, part).
+        elsewhere: this call on other devices (`on`).
     """
 
     real: Tensor
@@ -95,8 +98,10 @@ class ForwardCall:
     noise: Noise | None = None
     padding_mask: Tensor | None = None
     documents: Tensor | None = None
+    masks: dict[int, MaskFacts] = field(default_factory=dict)
     decisions: dict[int, Decision] = field(default_factory=dict)
     ran: set[tuple[int, str]] = field(default_factory=set)
+    elsewhere: dict[torch.device, ForwardCall] = field(default_factory=dict)
 
     @functools.cached_property
     def has_gaps(self) -> bool:
@@ -106,3 +111,69 @@ class ForwardCall:
             return False
         behind_a_token = (self.real.cumsum(1) > 0) & ~self.real
         return bool(((behind_a_token.cumsum(1) > 0) & self.real).any())
+
+    def on(self, device: torch.device) -> ForwardCall:
+        """This call for a layer on another device: its tensors there, decisions and recordings shared."""
+        if device == self.real.device:
+            return self
+        known = self.elsewhere.get(device)
+        if known is None:
+            moved: dict[str, Any] = {
+                name: None if value is None else value.to(device)
+                for name in ("real", "position_ids", "columns", "padding_mask", "documents")
+                for value in [getattr(self, name)]
+            }
+            known = self.elsewhere[device] = replace(self, **moved, elsewhere={})
+        return known
+
+    def is_causal(self, mask: Any) -> bool:
+        """Whether a layer's own mask says no more than that a token sees the tokens not after it."""
+        return self._facts(mask).causal
+
+    def is_plain(self, mask: Any) -> bool:
+        """Whether it says no more than that and which documents there are."""
+        return self._facts(mask).plain
+
+    def sees_future(self, mask: Any) -> bool:
+        """Whether some token sees a later one."""
+        return self._facts(mask).sees_future
+
+    def _facts(self, mask: Any) -> MaskFacts:
+        """What the mask is: asked once a forward of each mask (one host sync)."""
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            together = self.documents is None
+            return MaskFacts(mask, causal=together, plain=together, sees_future=False)
+        known = self.masks.get(id(mask))
+        if known is None or known.mask is not mask:
+            known = self.masks[id(mask)] = self._look(mask)
+        return known
+
+    def _look(self, mask_BNTK: Tensor) -> MaskFacts:
+        T, K = mask_BNTK.shape[2:]
+        additive = mask_BNTK.is_floating_point()
+        visible = mask_BNTK > torch.finfo(mask_BNTK.dtype).min / 2 if additive else mask_BNTK
+        at_K = torch.arange(self.num_columns - K, self.num_columns, device=mask_BNTK.device)
+        at_T = self.columns[-T:].to(mask_BNTK.device)
+        past_TK = at_K <= at_T[:, None]
+        future = visible.logical_and(~past_TK).any()
+        if additive or visible.dtype != torch.bool or mask_BNTK.shape[1] != 1:
+            return MaskFacts(mask_BNTK, causal=False, plain=False, sees_future=bool(future))
+        seen = past_TK if self.padding_mask is None else past_TK & self.padding_mask[:, None, None, -K:]
+        asking = self.real[:, None, :, None]  # what padding sees is nobody's concern
+        causal = ((visible == seen) | ~asking).all()
+        plain = causal
+        if self.documents is not None and K == T:
+            seen = seen & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
+            plain = ((visible == seen) | ~asking).all()
+        causal_, plain_, future_ = torch.stack([causal, plain, future]).tolist()
+        return MaskFacts(mask_BNTK, causal_, plain_, future_)
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What a layer's own mask [B or 1, N or 1, T, K] was found to be, see `ForwardCall`."""
+
+    mask: Any
+    causal: bool
+    plain: bool
+    sees_future: bool

@@ -167,9 +167,10 @@ class Routing:
         decision = Decision(logit, gate, keep & over(call.real, gate))
         call.decisions[layer_idx] = decision
         for recording, step in call.steps:
-            step.gate[layer_idx] = gate.detach() if recording.detach else gate
-            step.logit[layer_idx] = logit.detach() if recording.detach else logit
-            step.keep[layer_idx] = decision.keep
+            here = step.real.device  # layers may be spread over devices, a recording is in one place
+            step.gate[layer_idx] = (gate.detach() if recording.detach else gate).to(here)
+            step.logit[layer_idx] = (logit.detach() if recording.detach else logit).to(here)
+            step.keep[layer_idx] = decision.keep.to(here)
         return decision
 
     def require_call(self) -> ForwardCall:

@@ -113,7 +113,8 @@ def _adds_its_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         warnings.simplefilter("ignore")  # bitsandbytes: "not registered to the Autograd key"
         hidden = with_gradient(arguments.hidden)
         columns = torch.arange(TOKENS, device=hidden.device)[None]
-        mask = as_attention_mask(packed_mask(columns, columns), "additive", hidden.dtype)
+        causal = packed_mask(columns, columns)
+        mask = as_attention_mask(causal, "additive", hidden.dtype)
         weights = torch.zeros_like(mask, requires_grad=True)
 
         def weighed(weights: Tensor) -> Tensor:

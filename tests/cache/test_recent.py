@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, S tokens of one call, K keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_padding_inside_a_row_is_told_from_padding_around_it(rows: list[str], ga
         what_if=False,
         masked=False,
         override=None,
+        padding_mask=real,
     )
     assert call.has_gaps == gaps
-    unpadded: Any = SimpleNamespace(padded=False)
-    assert not ForwardCall.has_gaps.func(unpadded), "without a mask nobody is asked"  # type: ignore[attr-defined]
+    assert not replace(call, padding_mask=None).has_gaps, "without a mask nobody is asked"
