@@ -63,7 +63,7 @@ def test_every_dependency_has_a_lower_bound_that_is_met() -> None:
     from importlib.metadata import version
 
     extras = PROJECT["optional-dependencies"]
-    lines = [line for name in ("test", "peft", "trl", "eval", "quantized") for line in extras[name]]
+    lines = [line for name in ("test", "peft", "trl", "eval", "gguf", "quantized") for line in extras[name]]
     for line in PROJECT["dependencies"] + lines:
         requirement = Requirement(line)
         if requirement.name == PROJECT["name"]:  # its own extras, all of them among these lines

@@ -37,7 +37,7 @@ def check_saving(model: Any) -> None:
     cure = "save the routers alone, which is a few KB: modlab.save_routers(model, folder, base_model=...)"
     if method == "gguf":
         cure += ", or load it with quantization_config=transformers.GgufConfig(dequantize=True) and save that"
-    raise ModlabError(f"this model is quantised by {method}, whose weights transformers cannot save: {cure}.")
+    raise ModlabError(f"this model is quantised by {method} and not serializable by transformers: {cure}.")
 
 
 def _method(quantizer: Any) -> str:

@@ -19,7 +19,7 @@ from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import sha256_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 PEFTS_OWN = ("modules_to_save", "original_module")
@@ -39,6 +39,12 @@ def added_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             plain = ".".join(part for part in parts if part != "base_layer")
             added[plain] = tensor.detach().cpu().contiguous()
     return added
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name. Unlike `state_dict` it asks no module for them: quantised ones unpack
+    their weights then, and a converted model takes it that its adapters are being saved."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def write_routers(added: dict[str, Tensor], folder: Path) -> None:
@@ -99,7 +105,7 @@ def fill_routers(
     Raises:
         ModlabError: it is another model's.
     """
-    own = {key: tensor for key, tensor in model.state_dict().items() if is_added(key)}
+    own = {key: tensor for key, tensor in tensors_of(model).items() if is_added(key)}
     needed = {key for key in own if not set(key.split(".")).intersection(elsewhere)}
     if not needed <= routers.keys() <= own.keys():
         first = min((routers.keys() - own.keys()) | (needed - routers.keys()))

@@ -18,7 +18,7 @@ from modlab.saving.description import write_description
 from modlab.saving.files import MARKER, WEIGHT_PATTERNS, holds_model
 from modlab.saving.fingerprint import fingerprints
 from modlab.saving.gguf import check_saving
-from modlab.saving.routers import added_in, write_routers
+from modlab.saving.routers import added_in, tensors_of, write_routers
 from modlab.saving.save_adapters import check_no_adapters, describe_adapters
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def save_converted(
     if not is_main_process:
         return
     check_saving(model)
-    if getattr(
-        model, "_hf_peft_config_loaded", False
-    ):  # by add_adapter: transformers saves those alone
+    if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter: transformers saves those alone
         with atomic_directory(save_directory) as folder:
             save_dense(folder, state_dict=state_dict, **kwargs)
             describe_adapters(model, folder)
@@ -110,7 +108,7 @@ def save_routers(
         base = str(Path(base).resolve())
     at = folder_named(base)
     with atomic_directory(save_directory) as folder:
-        write_routers(added_in(model.state_dict()), folder)
+        write_routers(added_in(tensors_of(model)), folder)
         write_description(model, folder, base, fingerprints(at) if at.is_dir() else None)
         write_card(model, folder, target, evaluation, routers_of=base)
 

@@ -16,44 +16,53 @@ from typing import Any
 from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
 from modlab.saving.description import write_description
-from modlab.saving.routers import added_in, write_routers
+from modlab.saving.routers import added_in, tensors_of, write_routers
 
 
 def describe_adapters(model: Any, folder: Path) -> None:
     """Adds to a folder of PEFT's how the model was converted, and the routers unless PEFT saved them."""
-    if added := added_in(model.state_dict()):
+    if added := added_in(tensors_of(model)):
         write_routers(added, folder)
     write_description(model, folder)
 
 
 def let_routers_travel(model: Any) -> None:
-    """From here on the configs of a converted model's adapters describe its conversion when saved."""
+    """Has the configs of the model's adapters describe its conversion when they are saved next."""
     for config in (model.__dict__.get("peft_config") or {}).values():
         if not isinstance(config, CarriesRouters):
-            dense_class: Any = type(config)
-            names = {"__module__": dense_class.__module__, "__qualname__": dense_class.__qualname__}
-            config.__class__ = type(dense_class.__name__, (CarriesRouters, dense_class), names)
+            peft_class: Any = type(config)
+            names = {
+                "__module__": peft_class.__module__,
+                "__qualname__": peft_class.__qualname__,
+                "peft_class": peft_class,
+            }
+            config.__class__ = type(peft_class.__name__, (CarriesRouters, peft_class), names)
         config.__dict__["mod_model"] = weakref.ref(model)
 
 
 class CarriesRouters:
-    """Mixed into the class of an adapter's config (of that object only)."""
+    """Mixed into the class of an adapter's config (of that object only), until it is saved: the user may have
+    given the same config to another model."""
+
+    peft_class: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As PEFT's; the converted model is described in the same folder."""
-        peft: Any = super()
-        peft.save_pretrained(save_directory, **kwargs)
-        known = self.__dict__.get("mod_model")
+        known = self.__dict__.pop("mod_model", None)
+        self.__class__ = type(self).peft_class
+        self.save_pretrained(save_directory, **kwargs)
         model = known() if known is not None else None
-        if model is None or not is_converted(model):
-            return
-        if any(config is self for config in (model.__dict__.get("peft_config") or {}).values()):
+        if model is not None and is_converted(model) and _has(model, self):
             describe_adapters(model, Path(save_directory))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is a plain config: it belongs to no model."""
         state = {name: value for name, value in self.__dict__.items() if name != "mod_model"}
-        return object.__new__, (type(self).__mro__[2],), state
+        return object.__new__, (type(self).peft_class,), state
+
+
+def _has(model: Any, config: Any) -> bool:
+    return any(one is config for one in (model.__dict__.get("peft_config") or {}).values())
 
 
 def check_no_adapters(model: Any, cure: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 
 import pytest
@@ -138,8 +140,119 @@ def test_a_base_that_was_saved_converted_needs_no_description(base, tmp_path) ->
     assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
 
 
+PLAIN = {"target_modules": "all-linear", "r": 4, "init_lora_weights": False}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_routers_travel_with_a_plain_config(base, tmp_path, wrapped) -> None:
+    """PEFT's own config and its own `save_pretrained`: nothing is lost, whoever trains or saves."""
+    model = converted(base)
+    scatter_gates(model)
+    modlab.set_threshold(model, {1: 0.4, 2: 0.55})
+    model = peft.get_peft_model(model, peft.LoraConfig(**PLAIN)).eval()
+    (torch.nn.Sequential(model)[0] if wrapped else model).save_pretrained(tmp_path / "adapter")
+    again, _ = modlab.load(tmp_path / "adapter")
+    assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+    assert again.get_base_model().mod.thresholds == {1: 0.4, 2: 0.55}
+    (tmp_path / "adapter" / "modlab_router.safetensors").unlink()
+    with pytest.raises(ModlabError, match="no modlab_router.safetensors"):
+        modlab.load(tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_routers_travel_with_each_of_several_adapters(base, tmp_path) -> None:
+    model = scatter_gates(converted(base))
+    model = peft.get_peft_model(model, peft.LoraConfig(**PLAIN)).eval()
+    model.add_adapter("second", peft.LoraConfig(**PLAIN | {"r": 2}))
+    model.save_pretrained(tmp_path / "both")
+    for name, folder in (("default", "both"), ("second", "both/second")):
+        model.set_adapter(name)
+        again, _ = modlab.load(tmp_path / folder)
+        assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+    model.save_pretrained(tmp_path / "alone", selected_adapters=["second"])
+    again, _ = modlab.load(tmp_path / "alone" / "second")
+    assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+
+
+def test_checkpoints_of_a_trainer_that_knows_nothing_of_routers(base, tmp_path) -> None:
+    """No callback, a plain config: the adapters are trained, the routers stay, both come back."""
+    model = peft.get_peft_model(scatter_gates(converted(base)), peft.LoraConfig(**PLAIN))
+    data = Dataset.from_dict({"input_ids": ROWS.tolist(), "labels": ROWS.tolist()})
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model, args, train_dataset=data).train()
+    again, _ = modlab.load(tmp_path / "checkpoint-2")
+    torch.testing.assert_close(again(ROWS[:2]).logits, model.eval()(ROWS[:2]).logits)
+
+
+def test_a_config_is_an_ordinary_one_elsewhere(base, make_llama, tmp_path) -> None:
+    """Copies of it, and a dense model that was given the same, know nothing of the first model."""
+    config = peft.LoraConfig(**PLAIN)
+    model = peft.get_peft_model(converted(base), config)
+    model.save_pretrained(tmp_path / "routed")
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(copied) is peft.LoraConfig and copied.to_dict() == config.to_dict()
+    dense = peft.get_peft_model(make_llama(num_hidden_layers=4), config)
+    dense.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense" / "modlab_config.json").exists()
+    modlab.revert(model.unload())
+    config.save_pretrained(tmp_path / "reverted")
+    assert [path.name for path in (tmp_path / "reverted").iterdir()] == ["adapter_config.json"]
+
+
+def test_a_model_with_adapters_is_not_saved_under_changed_names(base, tmp_path) -> None:
+    """Its weights would load as random ones."""
+    model = adapted(base)
+    with pytest.raises(ModlabError, match="carries PEFT adapters"):
+        model.get_base_model().save_pretrained(tmp_path / "x")
+    for routed in (model, model.get_base_model()):
+        with pytest.raises(ModlabError, match="carries PEFT adapters.*save_adapter"):
+            modlab.save_routers(routed, tmp_path / "x", base_model=base)
+    assert not (tmp_path / "x").exists()
+
+
+@torch.no_grad()
+def test_adapters_that_transformers_put_on(base, tmp_path, monkeypatch) -> None:
+    """`model.add_adapter`: transformers saves the adapters alone."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    model = scatter_gates(converted(base)).eval()
+    model.add_adapter(peft.LoraConfig(**PLAIN | {"target_modules": ["q_proj"]}))
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = modlab.load(tmp_path / "adapter")
+    assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"adapter_config.json": b"{"},
+        {"adapter_config.json": b"[]"},
+        {"adapter_config.json": b'{"base_model_name_or_path": 3}'},
+        {"adapter_model.safetensors": b"junk"},
+        {"adapter_model.safetensors": None},
+        {"modlab_config.json": b"null"},
+    ],
+)
+def test_damaged_adapters_are_refused(base, tmp_path, damage) -> None:
+    save_adapter(adapted(base), tmp_path / "adapter")
+    for name, content in damage.items():
+        (tmp_path / "adapter" / name).unlink()
+        if content is not None:
+            (tmp_path / "adapter" / name).write_bytes(content)
+    with pytest.raises(ModlabError):
+        modlab.load(tmp_path / "adapter")
+
+
+def forget_description(folder) -> None:
+    """The folder as PEFT alone would have written it."""
+    (folder / "modlab_config.json").unlink()
+
+
 def test_routers_without_a_word_on_routed_layers_are_refused(base, tmp_path) -> None:
     adapted(base).save_pretrained(tmp_path / "adapter")
+    forget_description(tmp_path / "adapter")
     with pytest.raises(ModlabError, match="save_adapter"):
         modlab.load(tmp_path / "adapter")
 

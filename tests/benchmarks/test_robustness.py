@@ -1,0 +1,82 @@
+"""Kills while a folder is overwritten, and damaged files: a few of each by default, thousands with --long."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+import pytest
+
+from benchmarks.robustness import __main__ as command
+from benchmarks.robustness.fuzz import Parser, fuzz, parsers
+from benchmarks.robustness.kills import KINDS, kill_savers
+from benchmarks.robustness.mutations import mutated, mutated_json
+from modlab import ModlabError
+
+NAMES = (
+    "modlab_config.json",
+    "MoDConfig",
+    "modlab_router.safetensors",
+    "modlab_router.safetensors, first format",
+    "trace",
+    "results",
+)
+
+
+@pytest.fixture
+def inputs(request) -> int:
+    return 5_000 if request.config.getoption("--long") else 150
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_files_are_refused_or_read_rightly(name, inputs, tmp_path) -> None:
+    outcome = fuzz(name, parsers(tmp_path)[name], inputs)
+    assert not outcome.crashed, outcome.traceback
+    assert not outcome.wrong
+    assert outcome.refused + outcome.read == inputs and outcome.refused > inputs / 10
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_leave_a_whole_folder(kind, request, tmp_path) -> None:
+    kills = 200 if request.config.getoption("--long") else 4
+    killed = kill_savers(kind, kills, tmp_path)
+    assert killed.first + killed.second == kills
+    assert not (killed.mixed or killed.refused or killed.lost or killed.leftovers)
+
+
+def test_every_parser_is_tried(tmp_path) -> None:
+    assert tuple(parsers(tmp_path)) == NAMES
+
+
+def test_a_parser_that_crashes_or_reads_wrongly_is_noticed(tmp_path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+
+    def read(file) -> bytes:
+        content = file.read_bytes()
+        if len(content) > 10:
+            raise ModlabError("too long")
+        if len(content) < 10:
+            raise RuntimeError("too short")
+        return content
+
+    outcome = fuzz("digits", Parser(tmp_path / "file", read, lambda found: found == b"0123456789"), 200)
+    assert outcome.refused and outcome.wrong and outcome.crashed and "too short" in outcome.traceback
+
+
+def test_damage_is_the_same_for_one_seed() -> None:
+    text = json.dumps({"a": [1, 2, {"b": None}], "c": "d"}).encode()
+    for damage in (mutated, mutated_json):
+        made = [damage(text, Random(seed)) for seed in range(100)]
+        assert made == [damage(text, Random(seed)) for seed in range(100)]
+        assert sum(one != text for one in made) > 80
+
+
+def test_the_command_writes_what_it_found(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "KINDS", ())
+    monkeypatch.setattr("sys.argv", ["robustness", "--inputs", "3", "--out", str(tmp_path)])
+    assert command.main() == 0
+    (file,) = tmp_path.glob("robustness_cpu_*.json")
+    result = json.loads(file.read_text())
+    assert [row["parser"] for row in result["fuzz"]] == [*NAMES] and result["kills"] == []
+    assert all(row["inputs"] == 3 for row in result["fuzz"]) and result["versions"]["torch"]
