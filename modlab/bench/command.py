@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from modlab import bench
 from modlab.bench.models import SHAPES
 from modlab.bench.registry import CASES, Settings, Skipped
 from modlab.bench.results import finish, free_path, plot, report, table, write
@@ -21,7 +20,7 @@ from modlab.errors import ModlabError
 
 def register_cases() -> None:
     """Imports every module of this folder: each registers the cases that it holds, a new one, too."""
-    for module in pkgutil.iter_modules(bench.__path__, f"{bench.__name__}."):
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
         importlib.import_module(module.name)
 
 

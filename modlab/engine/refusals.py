@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.cache_argument import CACHE_ARGUMENTS
 from modlab.hf.model import context_length
+from modlab.routing.router import ROUTER
 from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def model_refusal(model: PreTrainedModel) -> str | None:
     for index, window in windows.items():
         if window is not None:
             return f"layer {index}: " + (window if isinstance(window, str) else "it has a sliding window")
+    for index, layer in enumerate(decoder_layers(model)):
+        router = getattr(layer, ROUTER, None)
+        if router is not None and not router.in_kernels:
+            return f"layer {index}: its router is no linear map to one gate ({type(router).__name__})"
     decoder_config = decoder_of(model).config.get_text_config(decoder=True)
     if any(indexed(layer) for layer in DynamicCache(config=decoder_config).layers):
         return "its sparse attention picks keys by an index of its own"

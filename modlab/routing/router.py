@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from modlab.config import MoDConfig
 
 ROUTER = "mod_router"
 """Name of the router inside each routed layer; the only parameters that conversion adds."""
@@ -20,6 +24,17 @@ def is_router(name: str) -> bool:
     """Whether this names a parameter that conversion added: of a router, or a skip's own. Mixtures of experts
     have routers too, which are the base's."""
     return ".mod_" in name
+
+
+def make_router(config: MoDConfig, hidden_size: int, gates: int, device: torch.device | None) -> Router:
+    """The router of one layer, as the settings want it. There is one form yet; another is a subclass of
+    `Router` in this file, chosen here by a setting.
+
+    Args:
+        hidden_size: D.
+        gates: G.
+    """
+    return Router(hidden_size, config.init_gate, device=device, gates=gates)
 
 
 def logit_of(gate: float) -> float:
@@ -49,6 +64,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
         bias = torch.full((gates,), logit_of(init_gate), dtype=torch.float32, device=device)
         self.bias = nn.Parameter(bias)
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether fast generation's kernels can read it: one gate by one linear map. A subclass that computes
+        its logits in another way says False."""
+        return self.weight.dim() == 1
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Router logits, fp32 [B, T] or [B, T, G]; their sigmoid is the gate."""

@@ -127,10 +127,10 @@ class Skip:
     ) -> None:
         """Adds the layer's router, and whatever weights of its own the skip trains next to it. Their names
         inside the layer begin with ``mod_``: by that they are trained, saved and taken away again."""
-        from modlab.routing.router import ROUTER, Router
+        from modlab.routing.router import ROUTER, make_router
 
-        gates = self.gates(facts, config)
-        layer.add_module(ROUTER, Router(facts.hidden_size, config.init_gate, device=device, gates=gates))
+        router = make_router(config, facts.hidden_size, self.gates(facts, config), device)
+        layer.add_module(ROUTER, router)
 
     def mixin(self, part: Part) -> type[RoutedModule]:
         """The class that the part's own class is extended with: how it runs in the ordinary path."""

@@ -50,8 +50,10 @@ def reference(root: Path) -> str:
 
 
 def _cases() -> list[str]:
+    from modlab.bench.command import register_cases
     from modlab.bench.registry import CASES
 
+    register_cases()
     return [f"| `{name}` | {_cell((run.__doc__ or '').splitlines()[0])} |" for name, run in CASES.items()]
 
 

@@ -5,6 +5,7 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.families.tiny_models import tiny_model
 from modlab.routing.router import Router
 
 
@@ -71,3 +72,39 @@ def test_named_layers() -> None:
     assert modlab.MoDConfig(layers=[-1, 0]).resolve_layers(4) == [0, 3]
     with pytest.raises(ModlabError, match="names layer 9, but the model has 4"):
         modlab.MoDConfig(layers=[9]).resolve_layers(4)
+
+
+class TwoLayers(Router):
+    """A router form: a hidden layer before the linear map. Zero weights behind it: open after conversion."""
+
+    in_kernels = False
+
+    def __init__(self, hidden_size: int, init_gate: float) -> None:
+        super().__init__(hidden_size, init_gate)
+        self.inner = torch.nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.tanh(self.inner(x_BTD.float())))
+
+
+def test_another_router_form_is_one_class_and_the_kernels_do_not_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "modlab.routing.router.make_router",
+        lambda config, hidden_size, gates, device: TwoLayers(hidden_size, config.init_gate),
+    )
+    model = tiny_model("llama")
+    ids = torch.arange(3, 27)[None]
+    dense = model(ids).logits
+    modlab.convert(model, modlab.MoDConfig(skip="layer", layers="all", init_gate=0.6))
+    assert torch.equal(model(ids).logits, dense)
+    with modlab.record_routing(model, detach=False) as recording:
+        model(ids)
+    sum(gate.sum() for gate in recording.steps[0].gate.values()).backward()
+    assert model.model.layers[0].mod_router.weight.grad.any()
+    with pytest.raises(ModlabError, match=r"layer 0: its router is no linear map to one gate \(TwoLayers\)"):
+        modlab.enable_fast_generation(model, compile=False)
+    modlab.revert(model)
+    assert not [name for name, _ in model.named_parameters() if "mod_" in name]
+    assert Router(8, 0.5).in_kernels and not Router(8, 0.5, gates=2).in_kernels
