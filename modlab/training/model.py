@@ -30,6 +30,29 @@ def forward(model: Any, batch: Batch, **more: Any) -> Any:
     return model(**inputs, use_cache=False, **more)
 
 
+def balancing_loss(model: Any, output: Any) -> Tensor | None:
+    """What a mixture of experts adds to its own loss to balance its experts, scalar; None where it adds
+    nothing.
+
+    It does if `config.output_router_logits` is set.
+
+    Raises:
+        ModlabError: it has such a loss, but no weight for it that is known here.
+    """
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    for place in (model, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            weight = getattr(place, name, None)
+            if weight is not None:
+                return loss * weight
+    raise ModlabError(
+        f"{type(model).__name__} returns a balancing loss (aux_loss) but has no router_aux_loss_coef to "
+        "weigh it by: set config.output_router_logits=False to train without it."
+    )
+
+
 def real_of(batch: Batch) -> Tensor:
     """Which tokens are not padding, bool [B, T]."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0

@@ -20,7 +20,8 @@ class TrainResult:
 
     Attributes:
         history: one row a log line: step, tokens, loss (nats), keep_ratio (mean over routed layers),
-            keep_<layer>, objective (its value), kl, target, lr, grad_norm, tokens_per_s, seconds; eval_loss
+            keep_<layer>, objective (its value), kl, balance (what a mixture of
+            experts adds to balance them), target, lr, grad_norm, tokens_per_s, seconds; eval_loss
             and eval_keep_ratio where an evaluation ran.
         model: the trained model, in eval mode.
         out: the run's folder, or None.

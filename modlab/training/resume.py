@@ -63,15 +63,15 @@ def check_resumable(path: Path, description: dict[str, Any]) -> None:
         ModlabError: it is damaged, or of a run that saw other data, or trained something else.
     """
     was = read_state(path).run
-    differ = list(_differences(was, description, OF_THE_MODEL))
-    if differ:
+    differ = list(_differences(was, description, OF_THE_MODEL + KEPT))
+    if not differ:
+        return
+    if any(name.startswith(OF_THE_MODEL) for name in differ):
         raise ModlabError(f"The checkpoint {path} belongs to another model: {', '.join(differ)}.")
-    differ = list(_differences(was, description, KEPT))
-    if differ:
-        raise ModlabError(
-            f"Resuming {path} needs the data and the settings it was trained with, but this differs: "
-            f"{', '.join(differ)}."
-        )
+    raise ModlabError(
+        f"Resuming {path} needs the data and the settings it was trained with, but this differs: "
+        f"{', '.join(differ)}."
+    )
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> Iterator[str]:

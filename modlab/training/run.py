@@ -226,6 +226,8 @@ class Run:
             row |= {f"p_{i}": p for i, p in self.model.mod.thresholds.items()}
         if self.config.kl:
             row["kl"] = means["kl"]
+        if means["balance"]:
+            row["balance"] = means["balance"]
         row["lr"] = stepping.optimizer.param_groups[0]["lr"]
         row["grad_norm"] = means["grad_norm"]
         row["tokens_per_s"] = self.clock.tokens_per_second(self.tokens)

@@ -24,7 +24,7 @@ from modlab.training import objectives
 from modlab.training.checks import check_length
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batch
-from modlab.training.model import forward, parameter_groups, real_of
+from modlab.training.model import balancing_loss, forward, parameter_groups, real_of
 from modlab.training.objectives import IGNORE, Sums
 from modlab.training.processes import Processes
 from modlab.training.schedule import is_what_if, keep_target, lr_factor
@@ -90,7 +90,7 @@ class Step:
             parts: this process's, on its device.
 
         Returns:
-            this process's parts of loss, objective, kl and keep_<layer>, scalars.
+            this process's parts of loss, objective, kl, balance and keep_<layer>, scalars.
         """
         count = self._count(parts)
         whole = self._foresee(parts) if len(parts) > 1 and self.objective in OF_THE_WHOLE else None
@@ -147,9 +147,10 @@ class Step:
         """The part's share of the loss to minimise, and of the figures."""
         config = self.config
         with self.autocast(), self._recorded() as recording:
-            logits = forward(self.wrapped, part).logits
+            output = forward(self.wrapped, part)
+        logits = output.logits
         loss = objectives.next_token_loss(logits, targets_of(part), count.predicted)
-        regulariser = divergence = torch.zeros((), device=self.device)
+        regulariser = divergence = balance = torch.zeros((), device=self.device)
         kept: dict[str, Tensor] = {}
         if recording is not None:
             step = recording.steps[-1]
@@ -161,13 +162,15 @@ class Step:
                 of_all = own.over(self.processes.sum) if self.objective in OF_THE_WHOLE else own
                 whole = Sums(count.real, of_all.kept, of_all.gate)
             regulariser = objectives.routing_objective(self.objective, step, self.target, config, whole)
+        if (own_balance := balancing_loss(self.model, output)) is not None:
+            balance = own_balance * real_of(part).sum() / count.real  # each forward's own, by its tokens
         if config.kl:
             with torch.no_grad(), self.autocast():
                 taught = forward(self.teacher, part).logits
             divergence = objectives.kl_to_teacher(logits, taught, real_of(part), count.real)
-        figures = {"loss": loss, "objective": regulariser, "kl": divergence}
+        figures = {"loss": loss, "objective": regulariser, "kl": divergence, "balance": balance}
         figures = {name: value.detach() for name, value in figures.items()} | kept
-        return loss + regulariser + config.kl * divergence, figures
+        return loss + regulariser + config.kl * divergence + balance, figures
 
     def _count(self, parts: list[Batch]) -> Count:
         own = [torch.stack([(targets_of(p) != IGNORE).sum(), real_of(p).sum()]) for p in parts]

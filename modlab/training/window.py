@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FIGURES = ("loss", "objective", "kl", "grad_norm")
+FIGURES = ("loss", "objective", "kl", "balance", "grad_norm")
 
 
 class Window:

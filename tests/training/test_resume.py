@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.training.checkpoints import checkpoints
+from modlab.training.folder import RunFolder
 from modlab.training.loop import TrainConfig, train
 from tests.helpers.models import alternate_layers, scatter_gates
 from tests.helpers.training import same_weights, settings
@@ -109,3 +115,226 @@ def test_refuses_a_folder_that_is_taken(make: Callable[..., Any], rows: torch.Te
     (tmp_path / "file").write_text("")
     with pytest.raises(ModlabError, match="is a file"):
         train(make(), rows, TrainConfig(out=tmp_path / "file", **settings()))
+
+
+def groups_of_steps(**expected: Any) -> Any:
+    """A context in which each optimiser step must have these settings in its first parameter group."""
+    seen = []
+
+    def note(optimizer: Any, args: Any, kwargs: Any) -> None:
+        seen.append({name: optimizer.param_groups[0][name] for name in expected})
+
+    @contextlib.contextmanager
+    def noting() -> Iterator[None]:
+        handle = register_optimizer_step_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+        assert seen and all(found == expected for found in seen), seen
+
+    return noting()
+
+
+def test_settings_that_may_change_are_those_of_the_new_call(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    """The way out of a run that diverged: the same checkpoint, a lower rate."""
+    out = tmp_path / "run"
+    mod = alternate_layers()
+    config = settings(save_every=2, min_lr_ratio=1.0, warmup=0.0, steps=2)
+    train(make(mod=mod), rows, TrainConfig(out=out, **config))
+    config |= {"steps": 4, "lr": 1e-4, "router_lr": 1e-3, "weight_decay": 0.5, "betas": (0.5, 0.6)}
+    with groups_of_steps(lr=1e-4, weight_decay=0.5, betas=(0.5, 0.6), peak_lr=1e-4):
+        result = train(make(mod=mod), rows, TrainConfig(out=out, resume="auto", **config))
+    assert result.history["lr"].tolist() == [3e-3, 3e-3, 1e-4, 1e-4]
+    record = json.loads((out / "run.json").read_text())
+    assert (record["lr"], record["betas"], record["status"], record["model_step"]) == (
+        1e-4,
+        [0.5, 0.6],
+        "finished",
+        4,
+    )
+    (resumed,) = record["resumed"]
+    assert resumed["step"] == 2
+    assert resumed["changed"]["lr"] == [3e-3, 1e-4] and resumed["changed"]["weight_decay"] == [0.1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"rows": "other"}, "data.digest="),
+        ({"rows": "fewer"}, r"data.rows=80 \(was 160\)"),
+        ({"rows": "shorter"}, r"data.row_length=16 \(was 32\)"),
+        ({"rows": "blocks"}, r"data.kind=blocks \(was rows\)"),
+        ({"mod": {"skip": "kv", "keep_recent": 4}}, r"mod.skip=kv \(was layer\)"),
+        ({"mod": {"layers": "all"}}, r"mod.layers=all \(was alternate\)"),
+        ({"mod": {"p": 0.3}}, r"mod.p=0.3 \(was 0.5\)"),
+        ({"mod": None}, r"mod.skip=None \(was layer\)"),
+        ({"config": {"objective": "budget"}}, r"objective=budget \(was target\)"),
+        ({"config": {"freeze_base": True}}, r"freeze_base=True \(was False\)"),
+        ({"config": {"grad_accum": 2}}, r"grad_accum=2 \(was 1\)"),
+        ({"config": {"batch_size": 4}}, r"batch_size=4 \(was 8\)"),
+    ],
+)
+def test_what_breaks_the_runs_promise_is_refused(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, change: dict[str, Any], what: str
+) -> None:
+    out = tmp_path / "run"
+    config = settings(steps=2, save_every=2)
+    train(make(mod=alternate_layers()), rows, TrainConfig(out=out, **config))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    others = {"other": rows.flip(0), "fewer": rows[:80], "shorter": rows[:, :16]}
+    others["blocks"] = list(rows.split(8))
+    mod = change.get("mod", {})
+    model = make(mod=alternate_layers(**mod) if mod is not None else None)
+    again = TrainConfig(out=out, resume="auto", **config | {"steps": 4} | change.get("config", {}))
+    with pytest.raises(ModlabError, match=what):
+        train(model, others.get(change.get("rows", ""), rows), again)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_other_labels_are_other_data(make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path) -> None:
+    def labelled(labels: torch.Tensor) -> Dataset:
+        return Dataset.from_dict({"input_ids": rows.tolist(), "labels": labels.tolist()})
+
+    config = TrainConfig(out=tmp_path / "run", resume="auto", **settings(steps=1, save_every=1))
+    train(make(), labelled(rows), config)
+    with pytest.raises(ModlabError, match="data.digest"):
+        train(make(), labelled(rows.roll(1, 1)), config)
+    assert train(make(), labelled(rows), config).steps == 1
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def test_a_longer_run_that_was_killed_leaves_no_finished_model(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its last checkpoint and its model: that of the shorter run is not taken for it."""
+    out = tmp_path / "run"
+    config = settings(save_every=2, warmup=0.0, min_lr_ratio=1.0)
+    train(make(), rows, TrainConfig(out=out, **config | {"steps": 2}))
+
+    def die(*args: Any) -> None:
+        raise Killed
+
+    longer = TrainConfig(out=out, resume="auto", **config | {"steps": 4})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFolder, "save_model", die)
+        patch.setattr(RunFolder, "end", lambda *args: None)
+        train(make(), rows, longer)
+    assert [path.name for path in checkpoints(out)] == ["step_2", "step_4"]
+    assert not (out / "model").exists()
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+    result = train(make(seed=3), rows, longer)
+    whole = train(make(), rows, TrainConfig(**config | {"steps": 4, "save_every": 0}))
+    assert same_weights(result.model, whole.model)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out / "model"), whole.model)
+
+
+def test_a_longer_run_killed_before_a_checkpoint_of_its_own_goes_on(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = settings(warmup=0.0, min_lr_ratio=1.0)
+    train(make(), rows, TrainConfig(out=out, **config | {"steps": 2, "save_every": 2}))
+
+    class Kill:
+        def step(self, step: int, share: float) -> bool:
+            raise Killed
+
+        def log(self, row: dict[str, Any]) -> None:
+            pass
+
+    longer = TrainConfig(out=out, resume="auto", **config | {"steps": 4, "save_every": 4})
+    with pytest.raises(Killed):
+        train(make(), rows, longer, monitor=Kill())
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    result = train(make(seed=3), rows, longer)
+    assert result.history["step"].tolist() == [1, 2, 3, 4]
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out / "model"), result.model)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_with_auto(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = TrainConfig(out=out, resume="auto", **settings(steps=3, save_every=3))
+
+    class Kill:
+        def step(self, step: int, share: float) -> bool:
+            if step == 2:
+                raise Killed
+            return True
+
+        def log(self, row: dict[str, Any]) -> None:
+            pass
+
+    with pytest.raises(Killed):
+        train(make(), rows, config, monitor=Kill())
+    (out / "checkpoints" / ".step_3.tmp").mkdir(parents=True)  # what a full disk leaves
+    result = train(make(), rows, config)
+    assert result.history["step"].tolist() == [1, 2, 3]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_3"]
+    assert same_weights(result.model, train(make(), rows, TrainConfig(**settings(steps=3))).model)
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_overwritten(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(make(), rows, TrainConfig(out=out, **settings(steps=1)))
+    with pytest.raises(ModlabError, match="finished run but no complete checkpoint"):
+        train(make(), rows, TrainConfig(out=out, resume="auto", **settings(steps=2)))
+
+
+def test_an_earlier_checkpoint_takes_the_later_ones_place(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = settings(steps=6, save_every=2, keep_last=9)
+    train(make(), rows, TrainConfig(out=out, **config))
+    stop = Stop(after=3)
+    again = TrainConfig(out=out, resume=out / "checkpoints" / "step_2", **config | {"lr": 1e-4})
+    train(make(), rows, again, monitor=stop)
+    assert [path.name for path in checkpoints(out)] == ["step_2", "step_3"]
+    result = train(make(), rows, TrainConfig(out=out, resume="auto", **config | {"lr": 1e-4}))
+    assert same_weights(AutoModelForCausalLM.from_pretrained(out / "model"), result.model)
+    assert result.history["lr"].iloc[1] > 10 * result.history["lr"].iloc[2]
+
+
+class Stop:
+    """A monitor that ends the run."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def step(self, step: int, share: float) -> bool:
+        return step < self.after
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+
+def test_two_runs_do_not_share_a_folder(make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path) -> None:
+    """One that is at work holds it; one that is over is resumed, or left alone."""
+    out, refused = tmp_path / "run", []
+
+    class Meanwhile(Stop):
+        def step(self, step: int, share: float) -> bool:
+            with pytest.raises(ModlabError, match="in use by a training run") as error:
+                train(make(), rows, TrainConfig(out=out, resume="auto", **settings(steps=2)))
+            refused.append(str(error.value))
+            return True
+
+    train(make(), rows, TrainConfig(out=out, **settings(steps=2, save_every=2)), monitor=Meanwhile(2))
+    assert len(refused) == 2
+    other = tmp_path / "other"
+    train(make(), rows, TrainConfig(out=other, **settings(steps=2, save_every=2)))
+    log = (out / "log.jsonl").read_bytes()
+    with pytest.raises(ModlabError, match="is of another one"):
+        path = other / "checkpoints" / "step_2"
+        train(make(), rows, TrainConfig(out=out, resume=path, **settings(steps=4)))
+    assert (out / "log.jsonl").read_bytes() == log
