@@ -1,6 +1,7 @@
 """Writes notebooks/*.ipynb from scripts/notebooks/*.py, one file a notebook, in the percent format.
 
-`# %%` begins a code cell, `# %% [markdown]` one of text, whose lines are comments.
+`# %%` begins a code cell, `# %% folded` one whose source is folded away in JupyterLab, `# %% [markdown]` one
+of text, whose lines are comments.
 
     python scripts/make_notebooks.py              all: run in a real JupyterLab, save with pictures
     python scripts/make_notebooks.py 2_train      only this one
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "scripts" / "notebooks"
 FOLDER = ROOT / "notebooks"
 
+FOLDED = {"jupyter": {"source_hidden": True}}
+
 # What a path of the machine that saved the notebook looks like.
 MACHINE = re.compile(r"/home/|/root/|/tmp/|/work\b|/Users/|site-packages|C:\\\\")
 
@@ -37,7 +40,7 @@ def sources() -> dict[str, Path]:
 
 
 def cells(source: Path) -> list[tuple[str, str]]:
-    """(type, text) of each cell of a source."""
+    """(type, text) of each cell of a source; the type of a folded one is "folded"."""
     # Not with jupytext: it brings an extension into JupyterLab, and tests are to see what users see.
     found = []
     for part in re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.M)[1:]:
@@ -45,7 +48,7 @@ def cells(source: Path) -> list[tuple[str, str]]:
         if "[markdown]" in head:
             found.append(("markdown", re.sub(r"^# ?", "", text.strip(), flags=re.M)))
         else:
-            found.append(("code", text.strip()))
+            found.append(("folded" if "folded" in head else "code", text.strip()))
     return found
 
 
@@ -55,11 +58,11 @@ def build(parts: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for number, (kind, text) in enumerate(parts):
         cell: dict[str, Any] = {
             "id": f"cell-{number:02d}",
-            "cell_type": kind,
-            "metadata": {},
+            "cell_type": "code" if kind == "folded" else kind,
+            "metadata": FOLDED if kind == "folded" else {},
             "source": text,
         }
-        if kind == "code":
+        if kind != "markdown":
             cell |= {"execution_count": None, "outputs": []}
         made.append(cell)
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -108,7 +111,7 @@ def run(lab: Any, path: Path, notebook: dict[str, Any]) -> None:
     # State of widgets that no kernel backs would show a slider that measures nothing; the picture remains.
     saved["metadata"].pop("widgets", None)
     for cell in saved["cells"]:
-        cell["metadata"] = {}
+        cell["metadata"] = FOLDED if "jupyter" in cell["metadata"] else {}
         if cell["cell_type"] == "code":
             cell["outputs"] = [output for output in cell["outputs"] if is_kept(output)]
             add_png(lab.browser, cell["outputs"])

@@ -1,65 +1,33 @@
 # %% [markdown]
 # # modlab quickstart
 #
-# Which layers each token of your text runs through, what a threshold costs in loss, and what it saves.
+# Which tokens of your text stay in the KV cache of which layer, what that saves, and what it costs.
 #
-# In a **Mixture-of-Depths** model each routed layer has a small router that gives every token a gate between
-# 0 and 1. In this demo tokens with a gate below the threshold **p** pass the layer by: they cost no
-# computation there and leave nothing in its KV cache. (By default `modlab.convert` routes the cache alone:
-# every token runs, and below p its keys and values go once it is not recent. `"demo-kv"` is such a model;
-# it costs far less loss, and shows less.)
+# A language model keeps the keys and values of every token it has read, in every layer, although most are
+# hardly looked at again. modlab gives each layer a small router that decides **which tokens stay in the KV
+# cache**: below the threshold **p** a token's keys and values are dropped once it is no longer recent. This is
+# lossy. The explorer below shows what is dropped, what that saves, and what it costs: against the dense model,
+# and where something from far back is needed again.
 #
-# This is lossy: a higher p saves more and predicts worse. This notebook shows how much, on your text. Run
-# all cells (*Run > Run All Cells*); it takes less than a minute on a laptop, without GPU or network.
-# Jupyter then shows the end of the notebook; the best part is in the middle:
-# [the explorer](#4.-Steer-it). Put your own text in there.
-#
-# When you want to know more, there is a notebook for each question:
-#
-# | | |
-# | --- | --- |
-# | [1 · Convert](1_convert.ipynb) | What does conversion change in a model, and what not? |
-# | [2 · Train](2_train.ipynb) | How do routers learn? Watch it, pause it, resume it |
-# | [3 · Where tokens go](3_where_tokens_go.ipynb) | Which tokens skip which layers? Change one decision |
-# | [4 · Thresholds, live](4_thresholds.ipynb) | Which threshold fits a memory budget? What is written then? |
-# | [5 · What it buys](5_what_it_buys.ipynb) | How many bytes and milliseconds, for how much loss? |
-# | [6 · Many GPUs](6_many_gpus.ipynb) | Does it train and evaluate on several devices? |
-# | [7 · Your own experiment](7_your_own_experiment.ipynb) | How do I try a rule or build a view of my own? |
+# *Run > Run All Cells*: less than a minute on a laptop, without GPU or network. **Then drag the slider**, or put
+# a text of your own in.
 
-# %% [markdown]
-# ## 1. Load a model, or your own
-#
-# `"demo"` ships with modlab: a small model trained on Python source. `"demo-dense"` is its control: the
-# same start, trained on for as long without skipping. The last section tells how to use another model.
-
-# %%
-NAME, DENSE = "demo", "demo-dense"
-
-import modlab
-from modlab import measure
-
-model, tokenizer = modlab.load(NAME)
-if not modlab.is_converted(model):
-    modlab.convert(model)  # adds open routers for the cache: the output stays the same until they are trained
-
-print(f"{model.mod.num_layers} layers, routed: {model.mod.layers}")
-print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
-
-# %% [markdown]
-# ## 2. Trace a text
-#
-# Which layers does each token run through? The text can stay as it is for now: the explorer below takes
-# yours, pasted or from a file. The demo knows Python best.
-
-# %%
+# %% folded
+# The sample text: Python, which the demo models know best. The explorer takes yours, pasted or from a file.
 TEXT = '''\
-def read_table(path, delimiter=","):
+"""Tables in text files: read them, count what is in them, write a summary."""
+
+import json
+from pathlib import Path
+
+
+def read_table(path, delimiter=",", encoding="utf-8"):
     """Read a text file and return a list of rows.
 
-    Each row is a list of strings. Empty lines are ignored.
+    Each row is a list of strings. Empty lines and lines that begin with "#" are ignored.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=encoding) as file:
         for number, line in enumerate(file, start=1):
             line = line.strip()
             if not line or line.startswith("#"):
@@ -74,8 +42,10 @@ def read_table(path, delimiter=","):
 class Counter:
     """Count how often each key was seen."""
 
-    def __init__(self):
+    def __init__(self, keys=()):
         self.counts = {}
+        for key in keys:
+            self.add(key)
 
     def add(self, key, amount=1):
         self.counts[key] = self.counts.get(key, 0) + amount
@@ -83,71 +53,102 @@ class Counter:
     def most_common(self, n=10):
         items = sorted(self.counts.items(), key=lambda item: item[1], reverse=True)
         return items[:n]
+
+    def total(self):
+        return sum(self.counts.values())
+
+    def share(self, key):
+        total = self.total()
+        return self.counts.get(key, 0) / total if total else 0.0
+
+
+def column(rows, index):
+    """Return one column of a table, without its heading."""
+    return [row[index] for row in rows[1:]]
+
+
+def summary(path, delimiter=","):
+    """Return a dictionary with the most common values of each column."""
+    rows = read_table(path, delimiter=delimiter)
+    if not rows:
+        return {}
+    result = {}
+    for index, name in enumerate(rows[0]):
+        counter = Counter(column(rows, index))
+        result[name] = [
+            {"value": value, "count": count, "share": round(counter.share(value), 3)}
+            for value, count in counter.most_common(5)
+        ]
+    return result
+
+
+def write_summary(path, target=None, delimiter=","):
+    """Write the summary of a table as JSON and return the path of the new file."""
+    target = Path(target) if target else Path(path).with_suffix(".json")
+    with open(target, "w", encoding="utf-8") as file:
+        json.dump(summary(path, delimiter=delimiter), file, indent=2, ensure_ascii=False)
+    return target
+
+
+def main(arguments):
+    for path in arguments:
+        rows = read_table(path)
+        counter = Counter(column(rows, 0))
+        print(f"{path}: {len(rows) - 1} rows, {counter.total()} values")
 '''
 
-trace = modlab.trace(model, tokenizer, TEXT)
-print(trace)
-for layer, kept in zip(trace.layers, trace.keep_ratio):
-    print(f"layer {layer:2d} keeps {kept:6.1%} of the tokens")
-
-# %% [markdown]
-# ## 3. What does a threshold cost, what does it buy?
-#
-# `sweep` runs the text once for every p. At 0 every gate is open: the same weights, nothing skipped.
-# `kv_bytes` is what the cache really allocated. The demo's weights were trained at p = 0.5, so there is no
-# gain in quality to expect from going far below it, and above it the loss rises fast.
-
 # %%
-sweep = modlab.sweep(
-    model,
-    tokenizer,
-    [TEXT],
-    thresholds=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
-    repeats=0,  # 5, for example, adds prefill and decode times; they mean little on a short text
-    progress=False,
-)
-sweep[["threshold", "keep_ratio", "kv_bytes", "kv_saving", "loss", "perplexity"]].round(3)
+NAME, DENSE = "demo-kv", "demo-dense"  # or "demo", which skips whole layers; or a model of your own, section 3
 
-# %% [markdown]
-# ## 4. Steer it
-#
-# - **Use your own text**: paste it, or open a file. Everything below follows, the curves too.
-# - **Drag** the slider: a *preview*, made in the browser from the gates recorded in the last run.
-# - **Release** it: the model takes the new threshold and runs the text; the figures are then *measured*.
-# - **Find** the threshold for a memory budget: so many MiB of KV cache for so many tokens. The loss beside it
-#   says what that costs.
-# - Point at a cell or a token to see what each layer does with it; a click locks it, Escape frees it. Arrow
-#   keys work too, and a click on a layer's number colours the text by that layer.
+import modlab
 
-# %%
-explorer = modlab.widgets.explore(model, tokenizer, TEXT, sweep)
+model, tokenizer = modlab.load(NAME)
+dense, _ = modlab.load(DENSE)
+if not modlab.is_converted(model):
+    modlab.convert(model)  # adds open routers for the cache: the output stays the same until they are trained
+
+explorer = modlab.widgets.explore(model, tokenizer, TEXT, dense=dense)
+explorer.measure_curve()
 explorer
 
 # %% [markdown]
-# ## 5. Generate, and count the bytes
+# ## 1. What to look for
 #
-# `model.generate` works as always and stores keys and values of kept tokens only. `KVTracker` reads what
-# the cache allocates, for any Hugging Face model. Here both models continue the text of the explorer, yours
-# if you put one in, at the threshold that it was left at: run this cell again after a change. Neither is a
-# good programmer: they are very small.
+# - **Which layers hold on to what?** A full cell is a token whose keys and values stay, a thin line one whose go.
+#   Some layers keep nearly all, others nearly nothing but the first tokens, which are always kept (hatched).
+# - **Drag** the slider: a *preview*, made in the browser from the gates recorded in the last run. **Release** it:
+#   the model takes the new threshold and runs the text; the figures are then *measured*.
+# - **Where does it break?** The dashed lines are the dense model's. The mean loss moves little; the lower curve is
+#   the loss on passages that come a second time, far away, and shows sooner that something is missing.
+# - **What does it save?** *KV cache* is what is really allocated; *Measure the speed* times `generate`, dense and
+#   routed. *Find* looks for the threshold of a memory budget: so many MiB for so many tokens.
+# - **Use your own text**: everything follows, the curves too. Point at a cell or a token to see what each layer
+#   does with it; a click locks it, Escape frees it, arrow keys move.
+
+# %% [markdown]
+# ## 2. Generate, and count the bytes
+#
+# `model.generate` works as always and stores less. `KVTracker` reads what the cache allocates, for any Hugging
+# Face model. Both models continue the text of the explorer, yours if you put one in, at the threshold that it was
+# left at: run this cell again after a change. Neither is a good programmer: they have 9 million parameters.
 
 # %%
 import pandas as pd
+from modlab import measure
 
-dense_model, _ = modlab.load(DENSE)
-NEW_TOKENS = 80
+NEW_TOKENS = 60
 room = measure.context_length(model) - NEW_TOKENS
 inputs = tokenizer(explorer.text, return_tensors="pt", truncation=True, max_length=room)
 length = inputs["input_ids"].shape[1]
 
 rows = {}
-for label, which in (("dense", dense_model), ("Mixture-of-Depths", model)):
-    with modlab.KVTracker(which) as kv:
-        output = which.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+for label, which in (("dense", dense), ("routed", model)):
+    with modlab.KVTracker(which) as kv:  # min_new_tokens: a text that is complete would end at once
+        output = which.generate(**inputs, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)
     last = kv.frame().query("step == step.max()")
     rows[label] = dict(last[["kept_tokens", "kv_bytes", "dense_kv_bytes"]].sum())
     rows[label]["loss of the text"] = measure.loss(which, tokenizer, [explorer.text])
-    print(f"--- {label}")
+    print(f"--- {label} continues:")
     print(tokenizer.decode(output[0, length:], skip_special_tokens=True))
 
 table = pd.DataFrame(rows).T
@@ -156,18 +157,16 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 
 # %% [markdown]
 # `kept_tokens` counts tokens over all layers. A growing cache keeps a few free places for coming tokens;
-# `kv_bytes` includes them, so the saving is a little smaller than the share of kept tokens alone would
-# give.
+# `kv_bytes` includes them, so the saving is a little smaller than the share of kept tokens alone would give.
 #
-# ## 6. Your own model
+# ## 3. Your own model
 #
-# Change the names in the first code cell and run all cells again:
+# Change the names above the explorer and run all cells again:
 #
 # - `NAME`: a folder saved by modlab, any local folder of a `transformers` model, or a hub id such as
 #   `"Qwen/Qwen3-0.6B"` (needs network); `DENSE`: the model to compare with, for example the same name.
-# - A dense model is converted on the spot and, at first, keeps every token: its routers still have to
-#   learn. `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the
-#   result.
+# - A dense model is converted on the spot and, at first, keeps every token: its routers still have to learn.
+#   `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the result.
 #
 # Keep what you saw: `explorer.trace.save("my_text.npz")`, or a page that opens without Jupyter:
 
@@ -179,6 +178,16 @@ page.write_text(explorer.to_html(), encoding="utf-8")
 print(f"{page} written, {page.stat().st_size / 1e3:.0f} kB")
 
 # %% [markdown]
-# **Next:** [3 · Where tokens go](3_where_tokens_go.ipynb), which tokens skip and why it matters, or
-# [4 · Thresholds, live](4_thresholds.ipynb), a slider for each layer and what is written at two thresholds.
-# [All notebooks](README.md).
+# ## There is a notebook for each question
+#
+# | | |
+# | --- | --- |
+# | [1 · Convert](1_convert.ipynb) | What does conversion change in a model, and what not? |
+# | [2 · Train](2_train.ipynb) | How do routers learn? Watch it, pause it, resume it |
+# | [3 · Where tokens go](3_where_tokens_go.ipynb) | Which tokens skip which layers? Change one decision |
+# | [4 · Thresholds, live](4_thresholds.ipynb) | Which threshold fits a memory budget? What is written then? |
+# | [5 · What it buys](5_what_it_buys.ipynb) | How many bytes and milliseconds, for how much loss? |
+# | [6 · Many GPUs](6_many_gpus.ipynb) | Does it train and evaluate on several devices? |
+# | [7 · Your own experiment](7_your_own_experiment.ipynb) | How do I try a rule or build a view of my own? |
+#
+# [Back to the explorer](#modlab-quickstart), [all notebooks](README.md).

@@ -29,14 +29,14 @@ def test_it_runs_in_under_a_minute(nb: Notebook, shots: Path) -> None:
     nb.screenshot(shots / "quickstart")
     for css in (".modlab-threshold", "canvas.modlab-heatmap", ".modlab-text .mod-token"):
         nb.expect(css)
-    nb.expect("svg.modlab-curve", count=2)
+    nb.expect("svg.modlab-curve", count=3)
     assert not nb.page.locator(".modlab-error").is_visible() and "kept_tokens" in nb.text()
     assert all(re.search(promise, nb.text()) for promise in PROMISES["quickstart"])
     assert nb.timings["run all"] < 60
 
 
 def test_the_threshold_steers_picture_bytes_and_loss(nb: Notebook, shots: Path) -> None:
-    nb.python("widget = _4")  # the explorer is the fourth code cell's value
+    nb.python("widget = explorer")
     before = {what: read(nb, what) for what in ("kept", "kv", "loss")}
     heatmap, text = nb.pixels("canvas.modlab-heatmap"), nb.pixels(".modlab-text")
     p = nb.drag(".modlab-threshold", 0.6, release=False)

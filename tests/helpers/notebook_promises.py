@@ -2,8 +2,7 @@
 
 PROMISES = {
     "quickstart": [
-        r"12 layers, routed: \[1, 3, 5, 7, 9, 11\]",
-        r"--- Mixture-of-Depths",
+        r"--- dense continues:\n\s*\S[\s\S]{30,}--- routed continues:\n\s*\S[\s\S]{30,}",
         r"routing\.html written",
     ],
     "1_convert": [
