@@ -78,8 +78,12 @@ def _rotary_kinds(config: Any) -> set[str]:
 
 
 def model_name(model: Any) -> str:
-    """A short name to show: the last part of the folder or hub id, a demo's own name, or the class."""
-    name = str(getattr(model.config, "_name_or_path", "") or "")
+    """A short name to show: the last part of the folder or hub id, a demo's own name, or the class.
+
+    A model whose routers lie in a folder of their own has that folder's name, not its base's.
+    """
+    routers = getattr(getattr(model, "mod", None), "source", "")
+    name = str(routers or getattr(model.config, "_name_or_path", "") or "")
     return demo_named(name) or Path(name).name or type(model).__name__
 
 

@@ -73,6 +73,7 @@ class Routing:
             from torch's generator.
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
+        source: the folder or hub id that the routers were loaded from, "" if they were not.
         base_trained: whether other weights than the routers have been trained by modlab since the model was
             dense, or may have been: then routers alone are not the whole of it (`save_routers`).
     """
@@ -103,6 +104,7 @@ class Routing:
                 )
             self.common_thresholds.update(config.p)
         self.base_trained = False
+        self.source = ""
         self.what_if = True
         self.noise: Noise | None = None
         self.compile_layers = False  # set while training asks for it

@@ -91,7 +91,9 @@ def _load_once(name: str, source: str, asked: tuple[str, ...], kwargs: dict[str,
     model, tokenizer = base_loader(base, **kwargs)
     if is_converted(model):
         raise ModlabError(f"the base of {name!r}, {base!r}, is converted itself: routers need a dense one.")
-    return restore_routers(model, source, **download_arguments(kwargs)).eval(), tokenizer
+    model = restore_routers(model, source, **download_arguments(kwargs)).eval()
+    model.mod.source = source
+    return model, tokenizer
 
 
 def load_base(name: str, asked: tuple[str, ...] = (), **kwargs: Any) -> Loaded:

@@ -63,13 +63,14 @@ def far_recall(model: Any, tokenizer: Any, text: str) -> NDArray[np.float64]:
     """
     from modlab.probes.scoring import score
 
-    ids = encode(tokenizer, text)[0][: (context_length(model) or 1 << 30) - PASSAGE]
+    ids = encode(tokenizer, text)[0][: (context_length(model) or 1 << 30) - 2 * PASSAGE]
     if len(ids) < 4 * PASSAGE:
         return np.empty(0)
-    starts = (8, len(ids) // 2 - PASSAGE)
-    rows = [torch.tensor(ids + ids[start : start + PASSAGE]) for start in starts]
-    columns = range(len(ids) + 1, len(ids) + PASSAGE)  # nothing says that a copy begins: not its first token
-    return score(model, rows, columns, batch_size=1).loss.double().numpy().ravel()
+    row, columns = list(ids), list[int]()
+    for start in (8, len(ids) // 2 - PASSAGE):
+        columns += range(len(row) + 1, len(row) + PASSAGE)  # not its first: nothing says that a copy begins
+        row += ids[start : start + PASSAGE]
+    return score(model, [torch.tensor(row)], columns, batch_size=1).loss[0].double().numpy()
 
 
 def mean(values: NDArray[np.float64]) -> float:

@@ -5,12 +5,12 @@
 #
 # A language model keeps the keys and values of every token it has read, in every layer, although most are
 # hardly looked at again. modlab gives each layer a small router that decides **which tokens stay in the KV
-# cache**: below the threshold **p** a token's keys and values are dropped once it is no longer recent. This is
-# lossy. The explorer below shows what is dropped, what that saves, and what it costs: against the dense model,
-# and where something from far back is needed again.
+# cache**: below the threshold **p** a token's keys and values are dropped once it is no longer recent. This
+# is lossy. The explorer below shows what is dropped, what that saves, and what it costs: against the dense
+# model, and where something from far back is needed again.
 #
-# *Run > Run All Cells*: less than a minute on a laptop, without GPU or network. **Then drag the slider**, or put
-# a text of your own in.
+# *Run > Run All Cells*: less than a minute on a laptop, without GPU or network. **Then drag the slider**,
+# or put a text of your own in.
 
 # %% folded
 # The sample text: Python, which the demo models know best. The explorer takes yours, pasted or from a file.
@@ -98,7 +98,7 @@ def main(arguments):
 '''
 
 # %%
-NAME, DENSE = "demo-kv", "demo-dense"  # or "demo", which skips whole layers; or a model of your own, section 3
+NAME, DENSE = "demo-kv", "demo-dense"  # or "demo", which skips whole layers; your own model: section 3
 
 import modlab
 
@@ -114,26 +114,30 @@ explorer
 # %% [markdown]
 # ## 1. What to look for
 #
-# - **Which layers hold on to what?** A full cell is a token whose keys and values stay, a thin line one whose go.
-#   Some layers keep nearly all, others nearly nothing but the first tokens, which are always kept (hatched).
-# - **Drag** the slider: a *preview*, made in the browser from the gates recorded in the last run. **Release** it:
-#   the model takes the new threshold and runs the text; the figures are then *measured*.
-# - **Where does it break?** The dashed lines are the dense model's. The mean loss moves little; the lower curve is
-#   the loss on passages that come a second time, far away, and shows sooner that something is missing.
-# - **What does it save?** *KV cache* is what is really allocated; *Measure the speed* times `generate`, dense and
-#   routed. *Find* looks for the threshold of a memory budget: so many MiB for so many tokens.
-# - **Use your own text**: everything follows, the curves too. Point at a cell or a token to see what each layer
-#   does with it; a click locks it, Escape frees it, arrow keys move.
+# - **Which layers hold on to what?** A full cell is a token whose keys and values stay, a thin line one
+#   whose go. Some layers keep nearly all, others nearly nothing but the first tokens, which are always kept
+#   (hatched).
+# - **Drag** the slider: a *preview*, made in the browser from the gates recorded in the last run.
+#   **Release** it: the model takes the new threshold and runs the text; the figures are then *measured*.
+# - **Where does it break?** The dashed lines are the dense model's. The mean loss moves little; the lower
+#   curve is the loss on passages that come a second time, far away, and shows sooner that something is
+#   missing.
+# - **What does it save?** *KV cache* is what is really allocated; *Measure the speed* times `generate`,
+#   dense and routed. *Find* looks for the threshold of a memory budget: so many MiB for so many tokens.
+# - **Use your own text**: everything follows, the curves too. Point at a cell or a token to see what each
+#   layer does with it; a click locks it, Escape frees it, arrow keys move.
 
 # %% [markdown]
 # ## 2. Generate, and count the bytes
 #
-# `model.generate` works as always and stores less. `KVTracker` reads what the cache allocates, for any Hugging
-# Face model. Both models continue the text of the explorer, yours if you put one in, at the threshold that it was
-# left at: run this cell again after a change. Neither is a good programmer: they have 9 million parameters.
+# `model.generate` works as always and stores less. `KVTracker` reads what the cache allocates, for any
+# Hugging Face model. Both models continue the text of the explorer, yours if you put one in, at the
+# threshold that it was left at: run this cell again after a change. Neither is a good programmer: they have
+# 9 million parameters.
 
 # %%
 import pandas as pd
+
 from modlab import measure
 
 NEW_TOKENS = 60
@@ -144,7 +148,9 @@ length = inputs["input_ids"].shape[1]
 rows = {}
 for label, which in (("dense", dense), ("routed", model)):
     with modlab.KVTracker(which) as kv:  # min_new_tokens: a text that is complete would end at once
-        output = which.generate(**inputs, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)
+        output = which.generate(
+            **inputs, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
     last = kv.frame().query("step == step.max()")
     rows[label] = dict(last[["kept_tokens", "kv_bytes", "dense_kv_bytes"]].sum())
     rows[label]["loss of the text"] = measure.loss(which, tokenizer, [explorer.text])
@@ -157,7 +163,8 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 
 # %% [markdown]
 # `kept_tokens` counts tokens over all layers. A growing cache keeps a few free places for coming tokens;
-# `kv_bytes` includes them, so the saving is a little smaller than the share of kept tokens alone would give.
+# `kv_bytes` includes them, so the saving is a little smaller than the share of kept tokens alone would
+# give.
 #
 # ## 3. Your own model
 #
@@ -165,8 +172,9 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 #
 # - `NAME`: a folder saved by modlab, any local folder of a `transformers` model, or a hub id such as
 #   `"Qwen/Qwen3-0.6B"` (needs network); `DENSE`: the model to compare with, for example the same name.
-# - A dense model is converted on the spot and, at first, keeps every token: its routers still have to learn.
-#   `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the result.
+# - A dense model is converted on the spot and, at first, keeps every token: its routers still have to
+#   learn. `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the
+#   result.
 #
 # Keep what you saw: `explorer.trace.save("my_text.npz")`, or a page that opens without Jupyter:
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.hf.model import model_name
 from modlab.widgets import (
     RoutingExplorer,
     RoutingHeatmap,
@@ -266,3 +267,9 @@ def test_errors(routed_model: Any, word_tokenizer: Any, make_llama: Any) -> None
         RoutingHeatmap(make_trace(), threshold=1.0)
     with pytest.raises(ModlabError, match=r"100,000 tokens.*at most 65,536.*trace\.part"):
         RoutingHeatmap(make_trace(100_000, 2))
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-kv", "demo-dense"])
+def test_each_demo_shows_under_its_own_name(name: str) -> None:
+    """Routers in a folder of their own are not shown as the base that they are put on."""
+    assert model_name(modlab.load(name)[0]) == name

@@ -102,7 +102,7 @@ class _Bands:
         self.cell_h = float(np.clip(190 / trace.num_layers, 5, 16))
         self.height = round(trace.num_layers * self.cell_h) + 36
         count = max(1, int(room // self.cell_w))
-        bands = max(1, min(-(-tokens // count), 720 // self.height or 1))
+        bands = max(1, min(-(-tokens // count), 440 // self.height or 1))
         self.shown = min(tokens, bands * count)
         count = -(-self.shown // bands)  # bands of one width
         self.parts = [range(i, min(i + count, tokens)) for i in range(0, self.shown, count)]
@@ -168,29 +168,29 @@ def _text_line(picture: Picture, line: list[Piece], y: float) -> None:
         width = columns(text) * MONO
         if share and text:
             picture.rect(x, y, width, LINE_HEIGHT - 3, blue(share))
-        picture.code(x, y + 13, text, "#ffffff" if share > 0.5 else INK)
+        picture.code(x, y + 13, text, "#ffffff" if share > 0.75 else INK)
         x += width
 
 
 def _curves(picture: Picture, points: Sequence[Mapping[str, Any]], dense: float | None, top: float) -> None:
-    half = picture.width // 2 - 130
-    for key, title, x in (
-        ("kv_bytes", "KV cache of this text", 90),
-        ("loss", "loss, nats a token", picture.width // 2 + 80),
-    ):
+    drawn = [("kv_bytes", "KV cache of this text"), ("loss", "loss, nats a token")]
+    if all(d.get("recall") is not None for d in points):
+        drawn.append(("recall", "loss where a passage comes again"))
+    each = (picture.width - 20) // len(drawn)
+    for index, (key, title) in enumerate(drawn):
         line = [(float(d["p"]), float(d[key])) for d in points]
-        room, loss = list(line), key == "loss"
-        if loss and dense is not None:
+        room, loss = list(line), key != "kv_bytes"
+        if key == "loss" and dense is not None:
             room.append((line[0][0], dense))
         axes = Axes(
             picture,
-            (x, top + 40, half, 130),
+            (85 + index * each, top + 40, each - 110, 130),
             room,
             LEAST_LOSS if loss else 0.0,
             not loss,
             None if loss else byte_text,
         )
         axes.frame(title, "threshold p")
-        if loss and dense is not None:
+        if key == "loss" and dense is not None:
             axes.level(dense, "dense model")
         axes.line(line, dots=True)
