@@ -39,13 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
         stage.add_argument("--model", type=Path, required=True, help="the model's folder")
         stage.add_argument("--data", type=Path, required=True, help="what `texts` wrote")
         stage.add_argument("--device", default="cuda")
-    report = stages.add_parser("report", help="rows to a result file")
-    report.add_argument("--rows", type=Path, nargs="+", required=True)
-    report.add_argument("--device-name", required=True)
-    report.add_argument("--versions", required=True, help="JSON")
-    report.add_argument("--command", required=True)
-    report.add_argument("--date", required=True)
-    report.add_argument("--commit", required=True)
+    report = stages.add_parser("report", help="what runs have left, as one result file")
+    report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
+    report.add_argument(
+        "--origin", type=json.loads, required=True, help="JSON: date, device_name, commit, ..."
+    )
     for stage in (texts, run, report):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -105,13 +103,9 @@ def _speed(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    lines = [line for path in options.rows for line in path.read_text().splitlines()]
-    result = {
-        "what": "real", "date": options.date, "device_name": options.device_name, "commit": options.commit,
-        "command": options.command, "versions": json.loads(options.versions),
-        "rows": [json.loads(line) for line in lines],
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    from benchmarks.real_models.report import result
+
+    options.out.write_text(json.dumps(result(options.runs, options.origin), indent=1) + "\n")
 
 
 if __name__ == "__main__":

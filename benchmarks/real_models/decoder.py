@@ -23,8 +23,8 @@ class Routes:
     """What gates did in one pass.
 
     Attributes:
-        soft: by layer, the mean of sigmoid(z) of each gate, [A], with gradient; in training.
-        open: by layer, the share of z above 0, or kept, [A].
+        soft: by layer, the mean of sigmoid(z) of each gate, [B, A], with gradient; in training.
+        open: by layer, the share of z above 0, or kept, [B, A].
         kept_older: by layer, kept keys older than the window at the end of the row, [B, A]; hard passes.
     """
 
@@ -46,8 +46,8 @@ def _soft_gate(
     x_BTD: Tensor, weights: Any, noise_BAT: Tensor, shift_B: Tensor, form: GateForm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = gate_values(x_BTD, weights, form.ahead) - shift_B[:, None, None]
-    opened = (z > 0).float().mean((0, 2))
-    return soft_log_weights(z, noise_BAT, form), torch.sigmoid(z).mean((0, 2)), opened, z.detach()
+    opened = (z > 0).float().mean(2)
+    return soft_log_weights(z, noise_BAT, form), torch.sigmoid(z).mean(2), opened, z.detach()
 
 
 def dense_hidden(base: Base, ids_BT: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def hard_hidden(
         if seen is not None:
             seen.append(z)
         kept = z >= gates.threshold if keep is None else keep(i, z)
-        routes.open.append(kept.float().mean((0, 2)))
+        routes.open.append(kept.float().mean(2))
         older = kept[:, :, first : max(first, T - window)].float().sum(-1)
         routes.kept_older.append(older + min(first, max(0, T - window)))
         weight = hard_log_weights(kept, gates.form).expand(-1, base.shape.G, -1)

@@ -1,9 +1,10 @@
 """Distillation of gates: the same weights with routing off teach the routed pass; the base stays frozen.
 
-Two objectives. `anneal`: KL plus a pull towards a target share of open gates, which falls from 1 to
+Three objectives. `anneal`: KL plus a pull towards a target share of open gates, which falls from 1 to
 1/ratio over most of the run (DMS, arXiv 2506.05345). `spread`: every row of a batch draws its own ratio, and
 its threshold is put where the expected share is that ratio's, so no pull is needed and one set of gates
-learns all ratios at once.
+learns all ratios at once. `mixed`: half of the rows as in `anneal`, the others with thresholds for smaller
+ratios, so that the order of the keys that the pull has closed stays learnt.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class Plan:
         batch: tokens of a step.
         length: of most rows.
         long: length of the other rows, `long_share` of the steps.
-        objective: "anneal" or "spread".
+        objective: "anneal", "spread" or "mixed".
         ratio: the largest ratio aimed at.
         anneal: share of the run after which it is reached.
         pull: weight of the distance to the target share, a tenth of it once below the target.
         start: share of open gates to begin with.
+        gain: what fitted gates are multiplied by at the start, against the noise.
     """
 
     tokens: int
@@ -50,8 +52,9 @@ class Plan:
     anneal: float = 0.7
     pull: float = 2.0
     start: float = 0.9
+    gain: float = 1.0
     window: int = 128
-    rate: float = 1e-3
+    rate: float = 1e-2
     seed: int = 0
 
 
@@ -132,6 +135,7 @@ def _begin(base: Base, gates: Gates, mixture: Mixture, plan: Plan) -> Curve:
     """Shifts the gates so that `plan.start` of them are open."""
     ids = mixture.rows(max(1, plan.batch // plan.length), plan.length).to(base.device)
     seen: list[Tensor] = []
+    gates.scale(plan.gain)
     with torch.no_grad():
         soft_hidden(base, gates, ids, plan.window, torch.full((len(ids),), -60.0, device=base.device), seen)
     curve = Curve(sample(seen) - 60.0)  # the values seen have the shift taken off
@@ -147,44 +151,48 @@ def _step(
 ) -> dict[str, Tensor | float]:
     B = len(ids)
     seen: list[Tensor] = []
-    shift = share = None
-    ratio_B = torch.ones(B, device=base.device)
-    if plan.objective == "spread":
-        top = 2 + (1.25 * plan.ratio - 2) * min(1.0, progress / plan.anneal)
-        at = (torch.arange(B, device=base.device) + torch.rand(B, device=base.device)) / B
-        ratio_B = torch.exp(math.log(1.5) + at * (math.log(top) - math.log(1.5)))
-        shift = curve.shifts(1 / ratio_B)
-        share = ratio_B**-0.75
-        share = share / share.sum()
-    else:
-        share = torch.full((B,), 1 / B, device=base.device)
+    shift_B, share_B = _thresholds(B, plan, progress, curve)
     with torch.no_grad():
         teacher = dense_hidden(base, ids)
-    student, routes = soft_hidden(base, gates, ids, plan.window, shift, seen)
-    kl, slope = kl_with_slope(student.detach(), teacher, base.head_VD, share)
-    opened, soft = torch.stack(routes.open).mean(), torch.stack(routes.soft).mean()
-    facts: dict[str, Tensor | float] = {"kl": kl.mean(), "open": opened}
+    student, routes = soft_hidden(base, gates, ids, plan.window, shift_B, seen)
+    kl, slope = kl_with_slope(student.detach(), teacher, base.head_VD, share_B)
+    pulled = shift_B == 0
+    opened, soft = (torch.stack(part).mean((0, 2)) for part in (routes.open, routes.soft))
+    facts: dict[str, Tensor | float] = {"kl": kl.mean(), "open": opened.mean()}
     loss = (student.float() * slope.float()).sum()
-    if plan.objective == "spread":
-        drift = seen_values(seen, shift)
-        curve.values = drift
-        order = ratio_B.argsort()
-        facts |= {"kl_low": kl[order[: (B + 1) // 2]].mean(), "kl_high": kl[order[B // 2 :]].mean()}
-    else:
-        target = 1 / (1 + (plan.ratio - 1) * min(1.0, progress / plan.anneal))
-        kept = opened + soft - soft.detach()
+    if plan.objective != "anneal":
+        curve.values = sample([z + shift_B[:, None, None] for z in seen])
+    if plan.objective != "spread":
+        target = 1 / _ratio(plan, progress)
+        kept = (opened + soft - soft.detach())[pulled].mean()
         above, below = (kept - target).clamp(min=0), (target - kept).clamp(min=0)
         loss = loss + plan.pull * above + 0.1 * plan.pull * below
-        facts["target"] = target
+        facts |= {"kl": kl[pulled].mean(), "open": opened[pulled].mean(), "target": target}
+        if plan.objective == "mixed":
+            facts["kl_other"] = kl[~pulled].mean()
     loss.backward()
     return facts
 
 
-def seen_values(seen: list[Tensor], shift_B: Tensor | None) -> Tensor:
-    """Gate values without the rows' shifts."""
-    if shift_B is None:
-        return sample(seen)
-    return sample([z + shift_B[:, None, None] for z in seen])
+def _ratio(plan: Plan, progress: float) -> float:
+    """The ratio aimed at, 1 at first."""
+    return 1 + (plan.ratio - 1) * min(1.0, progress / plan.anneal)
+
+
+def _thresholds(B: int, plan: Plan, progress: float, curve: Curve) -> tuple[Tensor, Tensor]:
+    """Each row's threshold, 0 where the pull sets the ratio, and its share of the loss."""
+    device = curve.values.device
+    shift_B, share_B = torch.zeros(B, device=device), torch.full((B,), 1 / B, device=device)
+    if plan.objective == "anneal":
+        return shift_B, share_B
+    free = B if plan.objective == "spread" else B // 2
+    top = max(2.0, _ratio(plan, progress))
+    at = (torch.arange(free, device=device) + torch.rand(free, device=device)) / free
+    ratio = torch.exp(math.log(1.5) + at * (math.log(top) - math.log(1.5)))
+    shift_B[:free] = curve.shifts(1 / ratio)
+    if plan.objective == "spread":
+        share_B = ratio**-0.75 / (ratio**-0.75).sum()
+    return shift_B, share_B
 
 
 def _wait(base: Base) -> None:

@@ -132,6 +132,19 @@ class Gates(nn.Module):
         for i in range(self.shape.L):
             self.layer(i).bias.add_(by)
 
+    @torch.no_grad()
+    def scale(self, by: float) -> None:
+        """Multiplies every gate's value, so that noise weighs less."""
+        for i in range(self.shape.L):
+            for weight in (
+                self.layer(i).linear,
+                self.layer(i).bias,
+                self.layer(i).out_AK,
+                self.layer(i).later,
+            ):
+                if weight is not None:
+                    weight.mul_(by)
+
     def save(self, path: Path, facts: dict[str, Any]) -> int:
         """Writes fp16 weights with their form and `facts`; returns the file's bytes."""
         from safetensors.torch import save_file

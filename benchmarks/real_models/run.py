@@ -51,6 +51,7 @@ class Study:
             plan = Plan(tokens=tokens, seed=self.seed, window=WINDOW, **(arm.plan | changes))
             mixture = Mixture(self.data.stream, self.data.lines, self.seed)
             self.say(f"{arm_name}: {plan}")
+            facts["plan"] = dataclasses.asdict(plan)
             facts["distillation"] = distil(self.base, gates, mixture, plan, self.say, minutes)
         size = gates.save(self.out / f"gates_{arm_name}.safetensors", facts)
         facts["bytes"] = size
