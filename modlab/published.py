@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
-REAL = "real"  # loss and recall of real models; docs/results.md
+REAL = ("real", "real_gates")  # loss and recall of real models; docs/results.md, docs/log.md
 PROVENANCE = ("device_name", "dtype", "date", "command")
 
 
@@ -54,7 +54,7 @@ def benchmarks() -> pd.DataFrame:
     results = [read_result(path) for path in result_files()]
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=_date):
-        if result["what"] not in (QUALITY, REAL):
+        if result["what"] not in (QUALITY, *REAL):
             newest[result["what"], result["device_name"]] = result
     rows: list[dict[str, Any]] = []
     for _, result in sorted(newest.items()):
