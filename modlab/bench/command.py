@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip",
         default="layer",
-        choices=("layer", "attention", "mlp", "kv"),
+        choices=skips.names(),
         help="what a skipped token leaves out (layer; of the default conversion it is kv, nearest to "
         "which comes --skip kv --routed most)",
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from modlab.cache import bytes as kv_bytes
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.routing.record import Recording
+from modlab.routing.record import Recording, kept_share
 from modlab.routing.state import is_converted, record_routing
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class RoutingTally:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.tokens = 0
-        self.kept: dict[int, int] = {}
+        self.kept: dict[int, float] = {}
         self.kv_bytes = self.dense_kv_bytes = 0
 
     def __enter__(self) -> RoutingTally:
@@ -160,7 +160,7 @@ class RoutingTally:
         for step in self.recording.steps if self.recording else ():
             self.tokens += int(step.real.sum())
             for layer, keep in step.keep.items():
-                self.kept[layer] = self.kept.get(layer, 0) + int(keep.sum())
+                self.kept[layer] = self.kept.get(layer, 0.0) + float(kept_share(keep).sum())
         if self.recording:
             self.recording.steps.clear()
 

@@ -13,6 +13,7 @@ from modlab.data.batches import Batch
 from modlab.errors import ModlabError
 from modlab.hf.model import device_of, eval_mode
 from modlab.measure.pieces import batches_for
+from modlab.routing.record import by_gate, kept_share
 from modlab.routing.state import (
     record_routing,
     routing_of,
@@ -53,7 +54,11 @@ class _Gates:
     free: dict[int, torch.Tensor]
     real: int
     forced: int
-    kept: dict[int, int]
+    kept: dict[int, float]
+
+    def free_share(self, keep_ratio: float) -> float:
+        """Share of the gates in `free` that have to pass for `keep_ratio` of all tokens to be kept."""
+        return (keep_ratio * self.real - self.forced) / max(self.real - self.forced, 1)
 
     @property
     def by_layer(self) -> dict[int, float]:
@@ -73,7 +78,7 @@ def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
     routing = routing_of(model)
     decoder, device = model.get_decoder(), device_of(model)  # the head's logits are not needed
     free: dict[int, list[torch.Tensor]] = {layer: [] for layer in routing.layers}
-    kept = dict.fromkeys(routing.layers, 0)
+    kept = dict.fromkeys(routing.layers, 0.0)
     real = forced = 0
     for batch in batches:
         with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
@@ -83,8 +88,8 @@ def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
             real += int(step.real.sum())
             forced += int(always.sum())
             for layer in routing.layers:
-                kept[layer] += int(step.keep[layer].sum())
-                free[layer].append(step.gate[layer][step.real & ~always])
+                kept[layer] += float(kept_share(step.keep[layer]).sum())
+                free[layer].append(by_gate(step.gate[layer])[step.real & ~always].flatten())
     return _Gates(
         {layer: torch.cat(gates).sort(descending=True).values for layer, gates in free.items()},
         real,
@@ -93,9 +98,9 @@ def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
     )
 
 
-def _threshold_keeping(gates: torch.Tensor, count: int) -> float:
-    """A p that keeps the `count` highest of `gates` (descending; ties are kept or skipped together)."""
-    count = min(max(count, 0), gates.numel())
+def _threshold_keeping(gates: torch.Tensor, wanted: float) -> float:
+    """A p that keeps the `wanted` highest of `gates` (descending; ties are kept or skipped together)."""
+    count = min(max(round(wanted), 0), gates.numel())
     above = 1.0 if count == 0 else float(gates[count - 1])
     below = 0.0 if count == gates.numel() else float(gates[count])
     return min(max((above + below) / 2, 1e-6), 1 - 1e-6)
@@ -174,8 +179,7 @@ def _calibrate_global(
     low, high = (0.0, 1.0), (1.0, gates.forced / gates.real)  # (p, ratio there): keeps too much, too little
     for turn in range(max_passes):
         pooled = torch.cat(list(gates.free.values())).sort(descending=True).values
-        count = round((keep_ratio * gates.real - gates.forced) * len(gates.free))
-        p = _threshold_keeping(pooled, count)
+        p = _threshold_keeping(pooled, gates.free_share(keep_ratio) * pooled.numel())
         if turn % 3 == 2 or not low[0] < p < high[0]:  # an aimed step may creep; halving the bracket cannot
             p = (low[0] + high[0]) / 2
         if not low[0] < p < high[0]:
@@ -204,8 +208,9 @@ def _calibrate_layers(
     for index, layer in enumerate(routing.layers):
         if index:
             gates = _read_gates(model, batches)
-        count = round(keep_ratio * gates.real) - gates.forced
-        set_threshold(model, _threshold_keeping(gates.free[layer], count), layers=[layer])
+        free = gates.free[layer]
+        p = _threshold_keeping(free, gates.free_share(keep_ratio) * free.numel())
+        set_threshold(model, p, layers=[layer])
     gates = _read_gates(model, batches)
     for layer, got in gates.by_layer.items():
         if abs(got - keep_ratio) > tolerance:

@@ -21,6 +21,7 @@ from modlab.data.batches import IGNORE, Batch
 from modlab.errors import ModlabError
 from modlab.hf.model import device_of, eval_mode
 from modlab.measure.pieces import iter_batches_for
+from modlab.routing.record import kept_share
 from modlab.routing.state import is_converted, record_routing, routing_of
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def evaluate_batches(
         for step in recording.steps if recording else []:
             sums[4] += step.real.sum()
             for i, layer in enumerate(layers, 5):
-                sums[i] += step.keep[layer].sum()
+                sums[i] += kept_share(step.keep[layer]).sum()
     if world > 1:
         sums = accelerator.reduce(sums, "sum")
     return _evaluation(sums.tolist(), layers)

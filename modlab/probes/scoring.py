@@ -19,6 +19,7 @@ from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.model import eval_mode
 from modlab.measure import LOSS_CHUNK
+from modlab.routing.record import kept_share
 from modlab.routing.state import is_converted, record_routing
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Scores:
         loss: fp32 [M, C], nats of each chosen token given those before it; NaN past the end of a row.
         correct: bool [M, C], whether the token was the likeliest one, as greedy search picks it.
         real: bool [M, T], False past the end of a row.
-        keep: by routed layer, bool [M, T]; empty for a dense model.
+        keep: share of each routed layer's gates that keep a token, [M, T]; empty for a dense model.
     """
 
     loss: Tensor
@@ -44,7 +45,7 @@ class Scores:
     def keep_ratio_by_layer(self, rows: int | slice, columns: slice) -> dict[int, float]:
         """Share of the real tokens of these rows and columns that each routed layer kept."""
         count = max(1, int(self.real[rows, columns].sum()))
-        return {layer: int(keep[rows, columns].sum()) / count for layer, keep in self.keep.items()}
+        return {layer: float(keep[rows, columns].sum()) / count for layer, keep in self.keep.items()}
 
 
 def mean_keep_ratio(by_layer: dict[int, float]) -> float:
@@ -102,8 +103,8 @@ def score(
         scores.correct[here, inside_C] = correct_Bc & scored_Bc
         for step in recording.steps if recording else []:
             for layer, keep_BT in step.keep.items():
-                kept_NT = scores.keep.setdefault(layer, torch.zeros_like(scores.real))
-                kept_NT[here, :width] = keep_BT.cpu()
+                kept_NT = scores.keep.setdefault(layer, torch.zeros(scores.real.shape))
+                kept_NT[here, :width] = kept_share(keep_BT).cpu()
         if bar is not None:
             bar.update(len(ids_BT))
     scores.keep = dict(sorted(scores.keep.items()))

@@ -55,6 +55,11 @@ def by_gate(value: Tensor) -> Tensor:
     return value if value.dim() == 3 else value[..., None]
 
 
+def kept_share(keep: Tensor) -> Tensor:
+    """Share of a layer's gates that keep each token, fp32 [B, T]: 0 or 1 where it has one gate."""
+    return by_gate(keep).float().mean(-1)
+
+
 @dataclass
 class Recording:
     """Every forward inside a `record_routing` block, oldest first."""

@@ -201,6 +201,8 @@ def over(value_BT: Tensor, gate: Tensor) -> Tensor:
 
 def _overridden(override: OverrideFn, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
     keep = override(layer_idx, gate, position_ids)
+    if isinstance(keep, Tensor) and keep.shape == gate.shape[:2] and gate.dim() == 3:
+        keep = keep[..., None].expand_as(gate)  # one answer for all gates of a layer
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != gate.shape:
         got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
         raise ModlabError(
@@ -279,8 +281,9 @@ def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
     Args:
         model: a converted model.
         fn: ``fn(layer_idx, gate, position_ids) -> keep`` with gate fp32 [B, T], position_ids long [B, T]
-            (index among the row's real tokens) and keep bool [B, T]. First tokens are not kept unless `fn`
-            keeps them; padding is never kept whatever it says.
+            (index among the row's real tokens) and keep bool [B, T]; of a layer with several gates [B, T, G],
+            or [B, T] for all of them. First tokens are not kept unless `fn` keeps them; padding is never kept
+            whatever it says.
     """
     of_thread = routing_of(model).of_thread
     before = of_thread.override

@@ -19,6 +19,7 @@ from modlab.data.pieces import encode
 from modlab.errors import ModlabError
 from modlab.hf.model import eval_mode, model_name, vocabulary_size
 from modlab.measure import piece_length
+from modlab.routing.record import by_gate
 from modlab.routing.state import record_routing, routing_of
 from modlab.traces.token_classes import CLASSES, classify
 
@@ -160,7 +161,8 @@ def aggregate_routing(
     ):
         with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
             decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-        keep_TR = torch.stack([recording.steps[-1].keep[i][0] for i in layers], dim=1).cpu().numpy()
+        keep = recording.steps[-1].keep  # of several gates any one
+        keep_TR = torch.stack([by_gate(keep[i])[0].any(-1) for i in layers], dim=1).cpu().numpy()
         classes = np.asarray(classify(tokens))
         np.add.at(result.class_tokens, classes, 1)
         np.add.at(result.class_kept, classes, keep_TR)

@@ -3,7 +3,8 @@
 Pictures are drawn by `modlab.widgets.pictures`, which needs no widget library; it is imported when one is
 asked for, so that a trace can draw itself and this module stays plain NumPy.
 
-Shape letters: T tokens of the one text, R routed layers, L decoder layers (R <= L).
+Shape letters: T tokens of the one text, R gates of the routed layers (one a layer, unless
+a skip has more), L decoder layers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class RoutingTrace:
         token_ids: int64[T].
         gate: float32[R, T], sigmoid of the router logit.
         keep: bool[R, T], the decision that was executed.
-        layers: index of the decoder layer of each of the R rows, ascending.
+        layers: index of the decoder layer of each of the R rows, ascending; a layer with several gates has as
+            many rows.
         num_layers: L, routed and dense layers together.
         thresholds: float32[R], the p of each row at the time of the run.
         keep_first: the first so many tokens are kept whatever their gate.
@@ -76,7 +78,7 @@ class RoutingTrace:
                     f"{T} tokens need {shape}."
                 )
         layers = list(self.layers)
-        if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.num_layers:
+        if layers != sorted(layers) or layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ModlabError(
                 f"RoutingTrace.layers must ascend in 0..{self.num_layers - 1}, not {self.layers}."
             )

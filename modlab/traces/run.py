@@ -18,6 +18,7 @@ from modlab.data.pieces import encode
 from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import context_length, device_of, eval_mode, model_name, vocabulary_size
+from modlab.routing.record import by_gate
 from modlab.routing.state import is_converted, record_routing
 from modlab.traces.routing_trace import RoutingTrace
 
@@ -54,12 +55,14 @@ def run_traced(model: Any, tokenizer: Any, text: Any) -> tuple[RoutingTrace, Any
     with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
         output = model(ids_BT, use_cache=True)
     step, routing = recording.steps[-1], model.mod
-    layers, cache = list(routing.layers), given_cache(output)
+    cache = given_cache(output)
+    gates = {i: by_gate(step.gate[i])[0].T.cpu().numpy() for i in routing.layers}
+    layers = [i for i in routing.layers for _ in gates[i]]
     return RoutingTrace(
         tokens=tokens,
         token_ids=np.asarray(ids),
-        gate=np.stack([step.gate[i][0].cpu().numpy() for i in layers]),
-        keep=np.stack([step.keep[i][0].cpu().numpy() for i in layers]),
+        gate=np.concatenate([gates[i] for i in routing.layers]),
+        keep=np.concatenate([by_gate(step.keep[i])[0].T.cpu().numpy() for i in routing.layers]),
         layers=layers,
         num_layers=routing.num_layers,
         thresholds=np.asarray([routing.thresholds[i] for i in layers]),
