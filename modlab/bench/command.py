@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from modlab import skips
 from modlab.bench.models import SHAPES
 from modlab.bench.registry import CASES, Settings, Skipped
 from modlab.bench.results import finish, free_path, plot, report, table, write
