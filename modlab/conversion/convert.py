@@ -10,6 +10,7 @@ from modlab.config import MoDConfig
 from modlab.conversion.extend import extend, foreign_forward, restore
 from modlab.conversion.routed_model import RoutedModel
 from modlab.conversion.selection import Selection, select
+from modlab.conversion.soundness import check_decoder
 from modlab.conversion.survey import Survey, survey
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedLayer, RoutedModule
@@ -37,7 +38,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
 
     Raises:
         ModlabError: not a causal LM, no routable layers, an index out of range, a branch that cannot be
-            skipped on its own, or already converted.
+            skipped on its own, already converted, or a model that is no causal decoder with a cache of keys.
     """
     config = MoDConfig() if config is None else config
     if is_converted(model):
@@ -64,6 +65,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
             f"this {type(model).__name__} has no weights yet (they are on the meta device): load it first."
         )
     found = survey(model)
+    check_decoder(found)
     selection = select(found, config)
     _refuse_foreign_forwards(selection)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import Any
 
 from torch import nn
@@ -24,12 +25,15 @@ from modlab.hf.arguments import MASK_NAMES, forward_signature
 from modlab.hf.cache_argument import CACHE_ARGUMENTS
 
 NO_ATTENTION = "it has no softmax attention"
+NO_MASK_SLIDES = "its sliding window is the cache's, not the mask's"
 NO_KEYS = "its layers take neither an attention mask nor a cache of keys and values"
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 """Names under which wrappers hold the module that they call."""
 
 NORM = re.compile(r"norm(\d+d)?$", re.IGNORECASE)
+TOWER = re.compile(r"vision|visual|image|audio", re.IGNORECASE)
+"""Names of what reads something else than text; it may have as many layers."""
 MLP = re.compile(r"mlp|feedforward|ffn|moe|expert", re.IGNORECASE)
 
 
@@ -50,10 +54,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """
     decoder = decoder_of(model)
     count = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for module in decoder.modules():
+    for name, module in decoder.named_modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == count
+            and not TOWER.search(name)
             and any(attention_name(m) for m in module)
         ):
             return [unwrapped(layer) for layer in module]
@@ -135,6 +140,7 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
     # before.
     picks = [*(getattr(config, "indexer_types", None) or [None] * num_layers), None]
     windows: dict[int, int | None | str] = {}
+    slides = masks_slide(decoder_of(model))
     for index in range(num_layers):
         layer = cache_layers[index] if index < len(cache_layers) else None
         if types[index] == "chunked_attention":
@@ -142,7 +148,10 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
         elif "shared" in picks[index : index + 2]:
             windows[index] = "its sparse attention shares its pick of keys with a neighbour"
         elif type(layer) is DynamicSlidingWindowLayer:
-            windows[index] = int(layer.sliding_window)
+            slides = masks_slide(decoder_of(model))
+            windows[index] = (
+                int(layer.sliding_window) if slides else "its sliding window is the cache's, not the mask's"
+            )
         elif type(layer) is DynamicLayer or (
             indexed(layer) and not hasattr(config, "indexer_compress_ratio")
         ):
@@ -150,6 +159,16 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
         else:
             windows[index] = _no_plain_cache(layer)
     return windows
+
+
+def masks_slide(decoder: nn.Module) -> bool:
+    """Whether the decoder can make masks of a sliding window, as far as its module imports what makes them.
+
+    Moshi has a window in its config, hence a cache that forgets, and masks that know nothing of it: what it
+    computes depends on where a text is cut.
+    """
+    modules = [sys.modules.get(base.__module__) for base in type(decoder).__mro__]
+    return any("sliding" in name for module in modules if module is not None for name in vars(module))
 
 
 def indexed(cache_layer: Any) -> bool:

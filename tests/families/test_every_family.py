@@ -78,7 +78,7 @@ UNSUPPORTED = {
     "mamba": RECURRENT,
     "mamba2": RECURRENT,
     "minimax": "MiniMax uses cache of its own",
-    "moshi": UPSTREAM,  # its sliding window is the cache's, not the mask's
+    "moshi": "its sliding window is the cache's, not the mask's",
     "musicgen": "several audio codes a step",
     "musicgen_melody": "several audio codes a step",
     "openai-gpt": "no cache of keys and values",
@@ -97,7 +97,7 @@ UNSUPPORTED = {
 """type: a regular expression that its reason must match."""
 
 
-REFUSALS = ("mamba", "falcon_h1", "dory", "cpmant")
+REFUSALS = ("mamba", "falcon_h1", "dory", "cpmant", "moshi", "git")
 """Refused types that are tested by default."""
 
 
@@ -107,7 +107,6 @@ OLDER = {
     "cohere_compass_text": "no tiny model of it works: RuntimeError: The expanded size",
     "doge": "transformers' own sdpa attention differs from its eager one",
     "megatron-bert": NOT_CAUSAL,
-    "moshi": NOT_CAUSAL,
     "rembert": NOT_CAUSAL,
     "roformer": NOT_CAUSAL,
 }
@@ -123,6 +122,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model_type" in metafunc.fixturenames:
         chosen = [name for name in families.causal_types() if everything or fast(name)]
         metafunc.parametrize("model_type", chosen)
+    elif "refused_type" in metafunc.fixturenames:
+        known = set(families.causal_types()) & set(UNSUPPORTED) - WITHOUT_TINY_MODEL
+        metafunc.parametrize("refused_type", sorted(n for n in known if everything or n in REFUSALS))
     elif "supported_type" in metafunc.fixturenames:
         names = [name for name in families.causal_types() if name not in {"gemma3n", *UNSUPPORTED}]
         metafunc.parametrize("supported_type", [n for n in names if everything or n in BRANCHES])
@@ -150,6 +152,16 @@ def test_family(model_type: str, fresh: FreshProcess) -> None:
         pytest.fail(f"{model_type} is supported now: take it out of UNSUPPORTED ({expected!r}).")
     else:
         assert re.search(expected, reason), f"{model_type} is refused, but not because {expected!r}: {reason}"
+
+
+WITHOUT_TINY_MODEL = {"gemma3n", "gemma4_assistant", "musicgen", "musicgen_melody", "reformer"}
+
+
+@pytest.mark.parametrize("skip", ["layer", "kv"])
+def test_convert_refuses_what_the_report_refuses(refused_type: str, skip: str) -> None:
+    """At conversion, not in the first forward, and never by being wrong."""
+    with pytest.raises(ModlabError):
+        modlab.convert(tiny_model(refused_type), modlab.MoDConfig(skip=skip, layers="all"))
 
 
 # What the same type can be by its config, besides its default.

@@ -29,9 +29,6 @@ FORMS = [(s, g) for s in ("layer", "attention", "mlp") for g in ("straight-throu
 FORMS += [("kv", "straight-through")]
 
 
-LEAK = pytest.mark.xfail(strict=True, reason="documents told apart by positions see each other through sdpa")
-
-
 def dense(kind: str, attention: str) -> Any:
     """A tiny dense model whose layers all slide ("mistral"), or do not."""
     if kind == "mistral":
@@ -119,10 +116,8 @@ def test_sliding_windows(attention: str, skip: str, padding: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("skip", ["layer", "attention", "mlp", "kv"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_documents_of_one_row(request, attention: str, skip: str, kind: str, documents: str) -> None:
+def test_documents_of_one_row(attention: str, skip: str, kind: str, documents: str) -> None:
     """Told apart by positions that start again, as padding-free training packs them."""
-    if attention == "sdpa" and skip != "mlp":
-        request.applymarker(LEAK)
     oracle = dense(kind, attention)
     hold(converted(oracle, skip), oracle, batch(documents), cached=False)
 
@@ -130,10 +125,8 @@ def test_documents_of_one_row(request, attention: str, skip: str, kind: str, doc
 @pytest.mark.parametrize("skip", ["layer", "attention", "kv"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
-def test_a_document_is_what_it_is_alone(request, attention: str, skip: str) -> None:
+def test_a_document_is_what_it_is_alone(attention: str, skip: str) -> None:
     """Logits and decisions, those about its own first tokens included."""
-    if attention == "sdpa":
-        request.applymarker(LEAK)
     model = converted(dense("llama", attention), skip)
     inputs = batch("two")
     with modlab.record_routing(model) as recording:
@@ -154,8 +147,6 @@ def test_training_forwards_have_its_values(
     request, attention: str, kind: str, skip: str, what_if: bool
 ) -> None:
     """What-if passes differ in gradient alone (but for skip="kv", which weighs keys by chance)."""
-    if (attention, kind) == ("sdpa", "two") and skip != "mlp":
-        request.applymarker(LEAK)
     oracle = dense("llama", attention)
     model = converted(oracle, skip).train()
     model.mod.what_if = what_if
