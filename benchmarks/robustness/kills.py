@@ -1,8 +1,8 @@
-"""Kills a process while it overwrites a folder, again and again; what lies there afterwards is one of the two
-savings, whole, and the user's own files with it.
+"""Kills a process while it overwrites a folder, again and again, and looks at what lies there afterwards.
 
-A victim is forked from a process that has everything loaded (`python -m benchmarks.robustness.kills FOLDER
-KIND`), saves one model and the other in turn, and is killed at a random moment of that.
+That must be one of the two savings, whole, and the user's own files as they were. A victim is forked from a
+process that has everything loaded (`python -m benchmarks.robustness.kills FOLDER KIND`), saves one model and
+the other in turn, and is killed at a random moment of that.
 """
 
 from __future__ import annotations

@@ -191,8 +191,7 @@ class SegmentedBuffer:
             target[self.free_places(rows, S)] = values_RS
 
     def noted(self, name: str, rows: list[int]) -> Tensor:
-        """What the tensor `name` says of all tokens of `rows`, [R, K]; of a row's last one again beyond its
-        length."""
+        """What the tensor `name` says of all tokens of `rows`, [R, K]; past a row's end, its last one."""
         target: Tensor = getattr(self, name)
         if len(rows) == 1:
             start = self.starts[rows[0]]

@@ -54,9 +54,7 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
     # One forward: begin, then stage and write for each group of rows, then finish
 
     def begin(self, counts: list[int], num_columns: int, device: torch.device) -> None:
-        """Makes room for `counts[b]` new tokens in each row b; `num_columns` tokens of each row have now been
-        seen.
-        """
+        """Makes room for `counts[b]` new tokens in row b; `num_columns` tokens of each row have been seen."""
         self.make_room(counts, device)
         # Counted afterwards: what a new layout drops is what the first of the new tokens no longer sees.
         self.cumulative_length += num_columns
@@ -75,8 +73,7 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         return self.key_columns(rows)
 
     def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores K/V [R, G, S, H] of the tokens just staged; returns all keys and values of these rows [R, G,
-        K, H].
+        """Stores K/V [R, G, S, H] of the tokens just staged; returns all K/V of these rows [R, G, K, H].
 
         K is the longest row's length; beyond a shorter row's length its last token is repeated (finite,
         masked).
@@ -100,9 +97,7 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         return self.keys[heads_G1, places_R1K], self.values[heads_G1, places_R1K]
 
     def write_indexer(self, rows: list[int], keys_RSH: Tensor) -> Tensor:
-        """As `write`, for the one key a token by which sparse attention picks: [R, S, H] in, [R, K, H]
-        out.
-        """
+        """As `write`, for the one key a token by which sparse attention picks: [R, S, H] to [R, K, H]."""
         if self.indexer_keys is None:
             self.indexer_keys = keys_RSH.new_empty(self.capacity, keys_RSH.shape[-1])
         self.indexer_keys[self.last_places(rows, keys_RSH.shape[1])] = keys_RSH
@@ -145,9 +140,7 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         return slice(self.starts[row] + self._stale(row), self.starts[row] + self.lengths[row])
 
     def _stale(self, row: int) -> int:
-        """How many of the row's oldest tokens no later token can attend to (one host sync for a sliding
-        layer).
-        """
+        """How many of the row's oldest tokens no later token sees (one host sync for a sliding layer)."""
         if self.sliding_window is None or self.record_past or self.columns is None or not self.lengths[row]:
             return 0
         columns = self.columns[self.starts[row] : self.starts[row] + self.lengths[row]]
@@ -181,9 +174,7 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         return -1 if self.sliding_window is None else self.sliding_window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Key length and offset for the mask of *unrouted* layers of the same kind; routed ones build their
-        own.
-        """
+        """Key length and offset for the mask of *unrouted* layers of this kind; routed ones build theirs."""
         seen = self.cumulative_length
         if self.sliding_window is None:
             return seen + query_length, 0

@@ -1,8 +1,7 @@
-"""The KV cache of a converted model: per layer and row only the tokens that the layer keeps (with skip="kv"
-the latest ones too).
+"""A KV cache that stores, by layer and row, only the tokens that the layer keeps.
 
-Routed layers have the cache layer that their skip names, by default a `RaggedLayer`; unrouted ones the layer
-types that `transformers.DynamicCache` would give them.
+With `skip="kv"` it stores the latest ones too. Routed layers have the cache layer that their skip names, by
+default a `RaggedLayer`; unrouted ones the layer types that `transformers.DynamicCache` would give them.
 
 Shape letters: B batch rows, R rows of one group, S new kept tokens, K keys of a row, G kv heads, H head dim,
 L layers.
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 
 class RaggedCache(Cache):
-    """The KV cache of a converted model: what `model.generate` and `model(..., use_cache=True)` use without
-    asking.
+    """A converted model's KV cache: `model.generate` and `model(..., use_cache=True)` use it unasked.
 
     `get_seq_length` counts seen tokens, so positions stay right; reorder, repeat, select, crop, reset and
     `copy.deepcopy` work as on a `DynamicCache`.
@@ -100,9 +98,7 @@ class RaggedCache(Cache):
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of K/V that a dense cache would hold for the same columns (sliding windows counted as
-        windows).
-        """
+        """Bytes of K/V that a dense cache would hold for the same columns (of a sliding window's at most)."""
         return sum(row["dense_kv_bytes"] for row in kv_bytes.snapshot(self))
 
     @property
@@ -136,9 +132,7 @@ def _check_crop(layer: Any) -> None:
 
 
 class PackedView(Cache):
-    """What a routed layer sees as its cache while it runs one group of rows: `update` stores into those rows
-    only.
-    """
+    """A routed layer's cache while it runs one group of rows: `update` stores into those rows only."""
 
     def __init__(self, cache: RaggedCache, layer: RaggedLayer, rows: list[int]) -> None:
         super().__init__(layers=cache.layers)

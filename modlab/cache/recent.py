@@ -44,9 +44,7 @@ class RecentLayer(RaggedLayer):
         return super().stage(rows, columns_RS)
 
     def key_kept(self, rows: list[int]) -> Tensor:
-        """Whether the keys stored for `rows` are kept ones, bool [R, K]; means nothing beyond a row's
-        length.
-        """
+        """Whether the keys stored for `rows` are kept ones, bool [R, K]; meaningless past a row's end."""
         return self.noted("kept", rows)
 
     def finish(self) -> None:

@@ -166,8 +166,6 @@ def store(part: LayerPrefill, k_GSH: Tensor, v_GSH: Tensor) -> None:
 
 
 def register() -> None:
-    """Makes both functions known to transformers (an addition under new names; done when the engine is first
-    enabled).
-    """
+    """Makes both functions known to transformers, under new names, when the engine is first enabled."""
     AttentionInterface.register(PREFILL, prefill_attention)
     AttentionInterface.register(DECODE, decode_attention_function)

@@ -39,9 +39,7 @@ class Branch:
     name: str
 
     def run_if(self, graph: Any, flag_1: Tensor, body: Body) -> None:
-        """Runs `body` where the bool `flag_1` [1] is true: now, or at the replay of the `graph` being
-        captured.
-        """
+        """Runs `body` where the bool `flag_1` [1] is true: now, or when the captured `graph` is replayed."""
         raise NotImplementedError
 
     def decide(self, graph: Any, call: RouterCall) -> Any:
@@ -99,9 +97,7 @@ class CudaPythonBranch(Branch):
         self._capture_node(handle, body)
 
     def decide(self, graph: Any, call: RouterCall) -> Any:
-        """One kernel decides and sets the condition of a node to come: 2 us a layer less than two
-        (docs/log.md).
-        """
+        """One kernel decides and sets a later node's condition: 2 us a layer less than two (docs/log.md)."""
         if graph is None:
             return super().decide(graph, call)
         handle, x_BD = self._new_handle(), call.x_BD

@@ -1,5 +1,4 @@
-"""torch.compile for the parts of a decoding step, and for the norms of a prefill; what it cannot take runs as
-it is, and says so.
+"""torch.compile for parts of a decoding step and norms of a prefill; what it cannot take runs as it is.
 
 Shape letters: S tokens of all rows in one line, D model dim.
 """

@@ -1,6 +1,4 @@
-"""What the engine lends to a model for the length of one forward: functions that run instead of a module's
-own forward, values that its attention reads, faster linear maps.
-"""
+"""What the engine lends to a model for one forward: functions, linear maps, values for its attention."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from modlab.routing.table import RoutingTable
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
 
+
 @torch.no_grad()
 def prefill(
     engine: Engine, ids_BT: Tensor, mask_BT: Tensor | None

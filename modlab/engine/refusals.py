@@ -1,5 +1,6 @@
-"""What fast generation refuses: whole models, and single calls, which then run without it; and which
-forward hooks in a model are no reason to refuse.
+"""What fast generation refuses: whole models, and single calls, which then run without it.
+
+Forward hooks that are no reason to refuse are told apart here too.
 
 Shape letters: B rows, T tokens in.
 """

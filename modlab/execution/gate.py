@@ -1,5 +1,4 @@
-"""How the gate enters a routed module's output: the three gate forms, shared by reference and packed
-execution.
+"""How the gate enters a routed module's output: the gate forms, shared by reference and packed execution.
 
 Shape letters: B rows, T tokens (all of them, or the kept ones), P parallel streams, D model dim.
 """
@@ -38,9 +37,7 @@ def over(value_BT: Tensor, y: Tensor) -> Tensor:
 
 
 def straight_through(g: Tensor) -> Tensor:
-    """Zero in value, the gate in gradient. Its sum with a 0/1 mask is that mask, exactly, whatever the
-    rounding.
-    """
+    """Zero in value, the gate in gradient. A 0/1 mask plus this is exactly the mask, whatever is rounded."""
     return g - g.detach()
 
 

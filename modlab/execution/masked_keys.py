@@ -1,5 +1,4 @@
-"""Masked execution where routing decides about the cache alone (`skip="kv"`): its specification, and what
-trains it.
+"""Masked execution where routing decides about the cache alone (`skip="kv"`): the reference and its training.
 
 Every token passes the layer in full. Who is hidden from whom is one mask: a token attends to kept tokens not
 after it and to its latest `keep_recent` tokens, kept or not. Packed execution (`packed.py`) must agree with

@@ -14,8 +14,7 @@ from torch import Tensor
 
 
 def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | None = None) -> Tensor:
-    """True where a kept query may attend to a kept key: not later, and inside the sliding window if there is
-    one.
+    """True where a kept query may attend to a kept key: not later than itself, and inside a sliding window.
 
     Args:
         query_columns_RS: columns of the queries.

@@ -1,5 +1,4 @@
-"""Packed execution of a routed module: kept tokens are gathered, run, and put back; skipped tokens cost
-nothing.
+"""Packed execution of a routed module: kept tokens are gathered, run and put back; skipped ones cost nothing.
 
 Outside training no projection, attention or MLP row is computed for a skipped token or for padding: rows of a
 batch that keep the same number of tokens run together, others on their own (in decoding all rows that keep
@@ -7,8 +6,8 @@ run together). In training all rows run together, right-padded to the longest, w
 
 The number of kept tokens shapes the tensors, so each routed layer costs one host sync a forward.
 
-Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, D model dim,
-N kept tokens of all rows.
+Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens (of a row, or
+of all rows in one line), K keys, D model dim.
 """
 
 from __future__ import annotations
@@ -59,9 +58,7 @@ class Group:
 
 
 def exact_groups(keep_BT: Tensor, counts: list[int], one_row_each: bool = False) -> list[Group]:
-    """Rows grouped by how many tokens they keep, kept tokens in order; rows that keep nothing are in no
-    group.
-    """
+    """Rows grouped by how many tokens they keep, these in order; rows that keep nothing are in no group."""
     if len(counts) == 1:
         return [Group([0], keep_BT[0].nonzero()[None, :, 0])] if counts[0] else []
     rows_by_count: dict[Any, list[int]] = {}
@@ -185,8 +182,7 @@ def attention_kernels(x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _cache_changes(
     arguments: LayerArguments, site: Site, cache: RaggedCache | None, layer: RaggedLayer | None, group: Group
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Replaces the cache by a view on the group's rows; returns it and the columns of the keys [R, K].
-    """
+    """Puts a view on the group's rows where the cache was; returns it and its keys' columns [R, K]."""
     name = arguments.cache_name()
     if cache is None or layer is None or name is None:
         return {}, None
@@ -240,8 +236,7 @@ def _group_mask(
 
 
 def _places(group: Group, layer: RaggedLayer | None, columns_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the queries and the keys of a group stand among the tokens held of their row: [R or 1, S] and
-    [1, K].
+    """Places of a group's queries and keys among their row's held tokens: [R or 1, S] and [1, K].
 
     Of two tokens of which the earlier one is not kept, these places are as far apart as the tokens are in the
     text, whatever the padding: had one between them been dropped, the earlier one would have been dropped
@@ -294,12 +289,12 @@ def run_packed_mlp(
 ) -> tuple[Tensor, Any]:
     """Runs an MLP on the kept tokens of all rows at once: no token of it looks at another."""
     x_BTD, keep, gate = arguments.hidden, site.decision.keep, site.decision.gate
-    kept_N = keep.flatten().nonzero()[:, 0]
-    if not len(kept_N):
+    kept_S = keep.flatten().nonzero()[:, 0]
+    if not len(kept_S):
         return torch.zeros_like(x_BTD), site.empty_rest
-    picked_1ND = x_BTD.flatten(0, 1).index_select(0, kept_N)[None]
-    y_1ND, rest = arguments.run(dense, {arguments.hidden_name: picked_1ND})
-    gate_1N = gate.flatten().index_select(0, kept_N)[None]
-    y_1ND = gated_output(site.form, y_1ND, 0.0, gate_1N, module.training)
-    out = torch.zeros_like(x_BTD).flatten(0, 1).index_copy(0, kept_N, y_1ND[0].to(x_BTD.dtype))
+    picked_1SD = x_BTD.flatten(0, 1).index_select(0, kept_S)[None]
+    y_1SD, rest = arguments.run(dense, {arguments.hidden_name: picked_1SD})
+    gate_1S = gate.flatten().index_select(0, kept_S)[None]
+    y_1SD = gated_output(site.form, y_1SD, 0.0, gate_1S, module.training)
+    out = torch.zeros_like(x_BTD).flatten(0, 1).index_copy(0, kept_S, y_1SD[0].to(x_BTD.dtype))
     return out.view_as(x_BTD), tuple(None for _ in rest)

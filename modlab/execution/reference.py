@@ -32,15 +32,13 @@ from modlab.execution.what_if_attention import (
 from modlab.hf.arguments import LayerArguments
 
 if TYPE_CHECKING:
-
     from modlab.execution.site import Site
 
 
 def run_masked(
     module: nn.Module, dense: Callable[..., Any], arguments: LayerArguments, site: Site
 ) -> tuple[Tensor, Any]:
-    """Runs `module` on all tokens; kept tokens attend to kept tokens only, skipped tokens come out as if
-    skipped.
+    """Runs `module` on all tokens; kept ones attend to kept ones alone, the others come out as if skipped.
 
     Args:
         module: the routed layer, attention or MLP.

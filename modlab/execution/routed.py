@@ -1,5 +1,7 @@
-"""Routed modules: mixins that a layer's own class, or that of its attention or MLP, is extended with, one
-object at a time (see `conversion/extend.py`)."""
+"""Routed modules: mixins for a layer, its attention or its MLP, one object at a time.
+
+`conversion/extend.py` extends the classes of these objects with them.
+"""
 
 from __future__ import annotations
 
@@ -124,8 +126,7 @@ class SkippableLayer(RoutedLayer):
 
 
 class RoutedBranch(RoutedModule):
-    """An attention module that runs for the tokens that its layer's router keeps, and adds nothing to the
-    others."""
+    """An attention module that runs for the tokens that its layer's router keeps, and for no others."""
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +136,7 @@ class RoutedBranch(RoutedModule):
 
 
 class RoutedKeys(RoutedBranch):
-    """An attention module that runs for every token; its layer's router decides whose keys and values
-    stay."""
+    """An attention module that runs for every token; a router decides whose keys and values stay."""
 
     mod_masked = staticmethod(run_masked_keys)
 

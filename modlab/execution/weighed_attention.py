@@ -1,5 +1,4 @@
-"""Attention of what-if passes where routing decides about the cache alone (`skip="kv"`), when training on a
-GPU: the keys' log-weights join the scores inside flex attention's kernel.
+"""Attention of what-if passes with `skip="kv"` on a GPU: keys' log-weights join the scores in flex attention.
 
 As a tensor [B, 1, T, T] they keep sdpa off its flash kernel, and so does their gradient, which has the size
 of all scores. Here recent keys, which have no weight, and earlier ones, which have, are attended to
@@ -7,7 +6,7 @@ separately, and the two results are joined by their log-sum-exps (as in ring att
 The weight of an earlier key is one more entry of the key, read by a query's entry that is 1: its gradient
 comes out of the kernel's own product for the keys. `masked_keys.log_weights` stays the specification.
 
-Shape letters: B batch rows, T tokens, H heads, K heads of keys and values, E entries of a head.
+Shape letters: B batch rows, T tokens, N query heads, G kv heads, H head dim.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class WeighedKeys:
 def weighed_keys(
     log_weight_BT: Tensor, real_BT: Tensor, recent: int, documents_BT: Tensor | None = None
 ) -> WeighedKeys:
-    """The two parts of what a token sees: its latest `recent` tokens, and all before them. Padding and other
-    documents of the row are hidden."""
+    """What a token sees of its document, in two parts: its latest `recent` tokens, and all before them."""
     T = real_BT.shape[1]
     document_BT = torch.zeros_like(real_BT, dtype=torch.long) if documents_BT is None else documents_BT
 
@@ -102,17 +100,17 @@ def weighed_attention(
             raise ModlabError(
                 f"weighed keys do not know the attention's {name}: set model.mod.supports_flex = False."
             )
-    query_BHTE, key_BKTE, value_BKTE = as_autocast(query, key, value)
+    query_BNTH, key_BGTH, value_BGTH = as_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weighed: WeighedKeys = attention_mask
     attend = functools.partial(_flex(), scale=scale, return_aux=AuxRequest(lse=True), enable_gqa=True)
-    out_BHTE, near = attend(query_BHTE, key_BKTE, value_BKTE, block_mask=weighed.recent)
+    out_BNTH, near = attend(query_BNTH, key_BGTH, value_BGTH, block_mask=weighed.recent)
     if weighed.earlier is not None:
-        longer_query, longer_key = _with_weights(query_BHTE, key_BKTE, weighed.log_weight_BT / scale)
-        far_BHTE, far = attend(longer_query, longer_key, value_BKTE, block_mask=weighed.earlier)
-        share_BHT1 = torch.sigmoid(far.lse - near.lse)[..., None]  # 0 where there is no earlier key
-        out_BHTE = out_BHTE + share_BHT1.to(out_BHTE.dtype) * (far_BHTE - out_BHTE)
-    return out_BHTE.transpose(1, 2).contiguous(), None
+        longer_query, longer_key = _with_weights(query_BNTH, key_BGTH, weighed.log_weight_BT / scale)
+        far_BNTH, far = attend(longer_query, longer_key, value_BGTH, block_mask=weighed.earlier)
+        share_BNT1 = torch.sigmoid(far.lse - near.lse)[..., None]  # 0 where there is no earlier key
+        out_BNTH = out_BNTH + share_BNT1.to(out_BNTH.dtype) * (far_BNTH - out_BNTH)
+    return out_BNTH.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, weighed_attention)  # an addition under a new name, once for all passes

@@ -1,11 +1,10 @@
-"""Attention of passes in masked form when training on a GPU: flex attention, which evaluates the mask's rule
-in its kernel.
+"""Attention of masked passes in training on a GPU: flex attention, with the mask as a rule in its kernel.
 
 As a tensor [B, 1, T, T] the mask keeps sdpa off its flash kernel and has to be read: at 4,096 tokens a
 what-if pass then takes about three packed ones (H200, docs/log.md). `masked_reference_mask` stays the
 specification.
 
-Shape letters: B batch rows, T tokens, L blocks of tokens.
+Shape letters: B batch rows, T tokens, Z blocks of tokens.
 """
 
 from __future__ import annotations
@@ -113,24 +112,24 @@ def band_block_mask(
 
     It is asked in all of them: which blocks hold no kept token is not worth finding out.
     """
-    counts_L, blocks_LL = _band_blocks(T, nearest, past, device)
+    counts_Z, blocks_ZZ = _band_blocks(T, nearest, past, device)
     return BlockMask.from_kv_blocks(
-        counts_L, blocks_LL, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(T, T)
+        counts_Z, blocks_ZZ, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(T, T)
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _band_blocks(T: int, nearest: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each block of queries in how many blocks of keys the band lies [1, 1, L], and in which
-    [1, 1, L, L]."""
+    """For each block of queries in how many blocks of keys the band lies [1, 1, Z], and in which
+    [1, 1, Z, Z]."""
     with torch.inference_mode(False):  # kept for steps of training
         return _band(-(-T // BLOCK), nearest, past, device)
 
 
-def _band(L: int, nearest: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    queries = torch.arange(L, device=device) * BLOCK
+def _band(Z: int, nearest: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    queries = torch.arange(Z, device=device) * BLOCK
     first = ((queries - past + 1).clamp(min=0)) // BLOCK  # of the block's first query
     last = (queries + BLOCK - 1 - nearest) // BLOCK  # of its last query; negative: none
     counts = (last - first + 1).clamp(min=0)
-    blocks = (first[:, None] + torch.arange(L, device=device)).clamp(max=L - 1)
+    blocks = (first[:, None] + torch.arange(Z, device=device)).clamp(max=Z - 1)
     return counts.int()[None, None], blocks.int()[None, None].contiguous()

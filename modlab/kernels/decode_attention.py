@@ -176,9 +176,7 @@ if triton is not None:
         PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, RING: tl.constexpr,
         IEEE: tl.constexpr,
     ):  # fmt: skip
-        """One part of one live row's keys, for the M query heads of one kv head: softmax sums and their
-        log-sum.
-        """
+        """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
         rows = tl.arange(0, BLOCK_B)
         running = _running(keep_ptr, rows, B, RING)
         live = tl.sum(running, 0)

@@ -1,12 +1,11 @@
-"""Causal attention of a prefill where routing decides about the cache alone (`skip="kv"`): a query sees its
-latest W tokens, kept or not, and of those before them the kept ones.
+"""Causal attention of a prefill with `skip="kv"`: to the latest W tokens, and to kept ones before them.
 
 Rows lie one after another in one line, without padding. The kernel reads kept keys from a gathered copy (what
 the cache is going to hold anyway) and passes over the others: its work is that of the kept keys and of a band
 of W.
 
-Shape letters: S tokens of all rows, B rows, N query heads, G kv heads, H head dim, K kept tokens of all rows,
-L blocks of queries.
+Shape letters: S tokens of all rows, B rows, N query heads, G kv heads, H head dim, K kept keys of all rows,
+Q blocks of queries.
 """
 
 from __future__ import annotations
@@ -212,11 +211,11 @@ def kept_attention(
     half = q_1NSH.element_size() == 2
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q_1NSH, k_1GSH, v_1GSH))
     block_q, block_k = (BLOCK, 64) if half and max(HK, HV) <= 128 else (32, 32)
-    blocks_L3 = query_blocks(counts, bounds, block_q)
+    blocks_Q3 = query_blocks(counts, bounds, block_q)
     out = torch.empty(1, S, N, HV, dtype=q.dtype, device=q.device)
     base = HK**-0.5 if scale is None else scale
-    _attend_kept[(len(blocks_L3), N)](
-        q, k, v, kept.keys, kept.values, kept.at_K, kept.before_S, blocks_L3, out,
+    _attend_kept[(len(blocks_Q3), N)](
+        q, k, v, kept.keys, kept.values, kept.at_K, kept.before_S, blocks_Q3, out,
         q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
         base * 1.4426950408889634, kept.keys.shape[1],
         N=N, M=N // G, HK=HK, HV=HV,
@@ -229,10 +228,10 @@ def kept_attention(
 
 def query_blocks(counts: list[int], bounds: Tensor, size: int) -> Tensor:
     """Blocks of `size` queries that lie in one row each: where a block begins, where its row begins and ends;
-    int32 [L, 3]. The host only counts them."""
+    int32 [Q, 3]. The host only counts them."""
     per_row = [-(-n // size) for n in counts]
     blocks_B = -(-(bounds[1:] - bounds[:-1]) // size)
-    row_L = torch.repeat_interleave(blocks_B, output_size=sum(per_row))
-    rank_L = torch.arange(sum(per_row), device=bounds.device) - (blocks_B.cumsum(0) - blocks_B)[row_L]
-    begin_L = bounds[:-1][row_L]
-    return torch.stack([begin_L + rank_L * size, begin_L, bounds[1:][row_L]], dim=1).int()
+    row_Q = torch.repeat_interleave(blocks_B, output_size=sum(per_row))
+    rank_Q = torch.arange(sum(per_row), device=bounds.device) - (blocks_B.cumsum(0) - blocks_B)[row_Q]
+    begin_Q = bounds[:-1][row_Q]
+    return torch.stack([begin_Q + rank_Q * size, begin_Q, bounds[1:][row_Q]], dim=1).int()

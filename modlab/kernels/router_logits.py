@@ -1,5 +1,6 @@
-"""A router's logits for many tokens at once, without the fp32 copy of the hidden states that a linear map
-takes: 0.5 GB to write and to read in each routed layer, for 32,768 tokens of width 4,096.
+"""A router's logits for many tokens at once, without an fp32 copy of the hidden states.
+
+That copy is 0.5 GB to write and to read in each routed layer, for 32,768 tokens of width 4,096.
 
 Shape letters: B batch rows, T tokens in, S tokens in all, D model dim.
 """

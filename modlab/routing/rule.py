@@ -2,6 +2,8 @@
 
 Training, prefill, decoding, calibration, previews and pictures call it; decode kernels have tested copies.
 
+Training, prefill, decoding, calibration, previews and pictures call it; decode kernels have tested copies.
+
 Works on tensors of torch and arrays of NumPy alike.
 
 Shape letters: B rows, T tokens, G gates of a layer.

@@ -67,8 +67,9 @@ def calibrate_trained(
 def calibration_batches(
     source: Batches, config: TrainConfig, latest: list[Batch], world: int, device: torch.device
 ) -> list[Batch]:
-    """Training batches, the same tokens however many processes share a batch and whether or not the run was
-    resumed: the first eight batches' rows, or the last step's where the data can be had only once (none for
+    """Training batches, the same tokens in any number of processes, resumed or not.
+
+    They are the first eight batches' rows, or the last step's where the data can be had only once (none for
     several processes).
 
     Args:

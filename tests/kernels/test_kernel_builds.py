@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modlab.ops import decode_attention, decode_linear, decode_router, kept_attention, router_logits
+from modlab.kernels import decode_attention, decode_linear, decode_router, kept_attention, router_logits
 
 
 def build(kernel, signature, constants, **options):
