@@ -1,6 +1,6 @@
 """Properties of every routing, batch, padding and chunking; hypothesis looks for one where they do not hold.
 
-The yardstick is the masked reference (`execution/reference.py`) and, for cache operations, recomputing uncached.
+The yardstick is the masked reference (`execution/reference.py`); for cache operations, a run without a cache.
 """
 
 from __future__ import annotations
