@@ -88,7 +88,7 @@ def test_scores_are_the_models_own(demo, tmp_path, documents) -> None:
     assert result.scores["local_choice"]["acc"] == pytest.approx(expected)
     assert set(result.keep_ratio_by_layer) == set(model.mod.layers)
     assert 0.05 < result.keep_ratio < 0.9 and result.kv_saving > 1.1
-    assert not model.mod.recordings and dict(model._forward_hooks) == hooks
+    assert not model.mod.of_thread.recordings and dict(model._forward_hooks) == hooks
 
 
 def test_a_dense_model_keeps_everything(tmp_path, documents) -> None:

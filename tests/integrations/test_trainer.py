@@ -147,7 +147,7 @@ def test_keep_ratio_reaches_its_target(small, tmp_path, checkpointing) -> None:
     assert len(history) == 6 and history[0]["keep_ratio"] > 0.8  # the ramp is on its way
     assert evaluate(small, [ROWS]).keep_ratio == pytest.approx(0.5, abs=0.2)
     assert history[-1]["loss"] < history[0]["loss"]
-    assert small.mod.what_if and not small.mod.recordings
+    assert small.mod.what_if and not small.mod.of_thread.recordings
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_with_its_routers(make_llama, tmp_path) -> None:
