@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from benchmarks.robustness.fuzz import fuzz, parsers
+from benchmarks.robustness.fuzz import folder_parsers, fuzz, parsers
 from benchmarks.robustness.kills import KINDS, kill_savers
 from modlab.bench.results import circumstances, source_commit
 
@@ -26,6 +27,8 @@ def main() -> int:
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/robustness"), help="folder")
     given = options.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     result: dict[str, Any] = {
         "what": "robustness",
         "command": shlex.join(["python", "-m", "benchmarks.robustness", *sys.argv[1:]]),
@@ -54,8 +57,8 @@ def _killed(kind: str, kills: int) -> dict[str, Any]:
 
 def _fuzzed(inputs: int) -> list[dict[str, Any]]:
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, parser in parsers(Path(folder)).items():
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as model:
+        for name, parser in {**parsers(Path(folder)), **folder_parsers(Path(model))}.items():
             rows.append(dataclasses.asdict(fuzz(name, parser, inputs)))
             print({**rows[-1], "traceback": ""}, file=sys.stderr)
     return rows

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import modlab
+from benchmarks.robustness.kills import make_model, tensors_of_all, tokenizer_into
 from benchmarks.robustness.mutations import mutated, mutated_json
 from modlab import MoDConfig, ModlabError, RoutingTrace, published
 from modlab.saving.description import FORMAT, Description, read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import sha256_of
+from modlab.saving.json_files import read_object
 from modlab.saving.routers import read_routers
 
 
@@ -33,12 +36,14 @@ class Parser:
         read: reads one.
         right: whether what was read of a damaged file is right all the same.
         damage: makes it one.
+        one_in: a slow reader gets one of so many inputs.
     """
 
     file: Path
     read: Callable[[Path], Any]
     right: Callable[[Any], bool]
     damage: Callable[[bytes, Random], bytes] = mutated
+    one_in: int = 1
 
 
 @dataclasses.dataclass
@@ -66,7 +71,8 @@ class Outcome:
 
 
 def fuzz(name: str, parser: Parser, inputs: int, first_seed: int = 0) -> Outcome:
-    """Reads `inputs` damaged files."""
+    """Reads `inputs` damaged files, fewer if the reader is slow."""
+    inputs = -(-inputs // parser.one_in)
     parser.read(parser.file)  # undamaged, it is read
     original, outcome = parser.file.read_bytes(), Outcome(name, inputs)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +131,34 @@ def parsers(folder: Path) -> dict[str, Parser]:
     }
 
 
+def folder_parsers(folder: Path) -> dict[str, Parser]:
+    """`modlab.load` of a whole model of which one file is damaged, also those that are transformers' own."""
+    model = make_model(0)
+    model.save_pretrained(folder)
+    tokenizer_into(folder)
+    saved = tensors_of_all(model)
+    made = {}
+    for name in sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
+        made[f"folder with {name}"] = Parser(
+            folder / name,
+            lambda file: _load_with(folder, file),
+            lambda found: _same(tensors_of_all(found), saved),
+            mutated_json if name.endswith("json") else mutated,
+            one_in=50,
+        )
+    return made
+
+
+def _load_with(folder: Path, file: Path) -> Any:
+    """What `folder` gives with this file in the place of its own."""
+    own, whole = folder / file.name, (folder / file.name).read_bytes()
+    try:
+        own.write_bytes(file.read_bytes())
+        return modlab.load(folder)[0]
+    finally:
+        own.write_bytes(whole)
+
+
 def _description(digest: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -157,8 +191,6 @@ def _trace() -> RoutingTrace:
 
 
 def _read_config(file: Path) -> MoDConfig:
-    from modlab.saving.json_files import read_object
-
     return MoDConfig.from_dict(read_object(file, "write it again"))
 
 

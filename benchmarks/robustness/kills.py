@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
 from modlab import ModlabError
+from modlab.saving.demos import DEMO_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("model", "model in shards", "routers")
@@ -86,15 +87,15 @@ def kill_savers(kind: str, kills: int, folder: Path, seed: int = 0) -> Killed:
     killed, random, wanted = (
         Killed(kind, kills),
         Random(f"{kind} {seed}"),
-        [_tensors(make_model(i)) for i in (0, 1)],
+        [tensors_of_all(make_model(i)) for i in (0, 1)],
     )
     base, target = folder / "base", folder / "target"
     dense = modlab.revert(make_model(0))
     dense.save_pretrained(base)
-    _tokenizer_into(base)
+    tokenizer_into(base)
     save = saver(kind, folder)
     save(0)
-    _tokenizer_into(target)
+    tokenizer_into(target)
     mine = _own_files(target)
     with _victims(kind, folder) as kill_one:
         for number in range(kills):
@@ -117,9 +118,9 @@ def _judge(killed: Killed, number: int, target: Path, wanted: list[dict[str, Any
     except ModlabError:
         killed.refused.append(number)
         return
-    found = [_equal(_tensors(model), one) for one in wanted]
+    found = [_equal(tensors_of_all(model), one) for one in wanted]
     if killed.kind == "routers":  # on the base of the first
-        found = [_equal(_routers(_tensors(model)), _routers(one)) for one in wanted]
+        found = [_equal(_routers(tensors_of_all(model)), _routers(one)) for one in wanted]
     if found[0]:
         killed.first += 1
     elif found[1]:
@@ -128,7 +129,7 @@ def _judge(killed: Killed, number: int, target: Path, wanted: list[dict[str, Any
         killed.mixed.append(number)
 
 
-def _tensors(model: Any) -> dict[str, Any]:
+def tensors_of_all(model: Any) -> dict[str, Any]:
     """All that makes a model, by name: weights, routers, thresholds."""
     thresholds = torch.tensor([*model.mod.thresholds.values()])
     return {**model.state_dict(), "thresholds of mod_router": thresholds}
@@ -142,9 +143,8 @@ def _equal(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def _tokenizer_into(folder: Path) -> None:
-    from modlab.saving.demos import DEMO_FOLDER
-
+def tokenizer_into(folder: Path) -> None:
+    """A tokenizer, without which no folder loads."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_FOLDER / "dense" / name, folder)
 

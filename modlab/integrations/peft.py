@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from modlab.integrations.trainer import converted_model
+from modlab.routing.router import is_router
 from modlab.saving import load_adapters
 from modlab.saving.atomic import atomic_directory
 from modlab.saving.load import load, load_base
 from modlab.saving.load_adapters import import_peft
-from modlab.saving.routers import is_added, tensors_of
+from modlab.saving.routers import tensors_of
 from modlab.saving.save_adapters import describe_adapters
 
 
@@ -35,7 +36,7 @@ def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
     Raises:
         ModlabError: the model is dense, or peft is not installed.
     """
-    added = filter(is_added, tensors_of(converted_model(model)))
+    added = filter(is_router, tensors_of(converted_model(model)))
     ours = {next(part for part in name.split(".") if part.startswith("mod_")) for name in added}
     saved = [*(settings.pop("modules_to_save", None) or ()), *sorted(ours)]
     settings = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings}

@@ -1,6 +1,6 @@
 """A quick hash of weight files: tells two savings apart without reading gigabytes. Light.
 
-Whole for files up to a mebibyte; of larger ones the length, the beginning (where safetensors says what the
+Whole for files up to 64 MiB; of larger ones the length, the beginning (where safetensors says what the
 file holds) and 256 blocks of 4 KiB evenly spread. Training changes every weight, so any of the blocks shows
 it; one flipped bit between them is the disk's business and stays unseen.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 from modlab.errors import ModlabError
 from modlab.saving.files import weight_files
 
-WHOLE = 2**20
+WHOLE = 2**26
+BEGINNING = 2**18
 BLOCK = 4096
 BLOCKS = 256
 CHOSEN_FIRST = ("model.safetensors", "model.safetensors.index.json")
@@ -34,7 +35,7 @@ def fingerprint(file: Path) -> str:
         if size <= WHOLE:
             digest.update(stream.read())
         else:
-            digest.update(stream.read(WHOLE // 4))
+            digest.update(stream.read(BEGINNING))
             for block in range(BLOCKS):
                 stream.seek((size - BLOCK) * block // (BLOCKS - 1))
                 digest.update(stream.read(BLOCK))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modlab.errors import ModlabError
+from modlab.routing.router import is_router
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import sha256_of
 
@@ -25,17 +26,12 @@ if TYPE_CHECKING:
 PEFTS_OWN = ("modules_to_save", "original_module")
 
 
-def is_added(name: str) -> bool:
-    """Whether this names a tensor that conversion added."""
-    return ".mod_" in f".{name}"
-
-
 def added_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of a state dict what conversion added, under the names of a model without adapters, on the CPU."""
     added = {}
     for name, tensor in state.items():
         parts = name.split(".")
-        if is_added(name) and not any(part in PEFTS_OWN or part.startswith("lora_") for part in parts):
+        if is_router(name) and not any(part in PEFTS_OWN or part.startswith("lora_") for part in parts):
             plain = ".".join(part for part in parts if part != "base_layer")
             added[plain] = tensor.detach().cpu().contiguous()
     return added
@@ -105,7 +101,7 @@ def fill_routers(
     Raises:
         ModlabError: it is another model's.
     """
-    own = {key: tensor for key, tensor in tensors_of(model).items() if is_added(key)}
+    own = {key: tensor for key, tensor in tensors_of(model).items() if is_router(key)}
     needed = {key for key in own if not set(key.split(".")).intersection(elsewhere)}
     if not needed <= routers.keys() <= own.keys():
         first = min((routers.keys() - own.keys()) | (needed - routers.keys()))

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from benchmarks.robustness import __main__ as command
-from benchmarks.robustness.fuzz import Parser, fuzz, parsers
+from benchmarks.robustness.fuzz import Parser, folder_parsers, fuzz, parsers
 from benchmarks.robustness.kills import KINDS, kill_savers
 from benchmarks.robustness.mutations import mutated, mutated_json
 from modlab import ModlabError
@@ -34,6 +34,14 @@ def test_damaged_files_are_refused_or_read_rightly(name, inputs, tmp_path) -> No
     assert not outcome.crashed, outcome.traceback
     assert not outcome.wrong
     assert outcome.refused + outcome.read == inputs and outcome.refused > inputs / 10
+
+
+@pytest.mark.timeout(1800)
+def test_damaged_folders_are_refused_or_are_the_model_that_was_saved(inputs, tmp_path) -> None:
+    for name, parser in folder_parsers(tmp_path).items():
+        outcome = fuzz(name, parser, inputs)
+        assert not outcome.crashed, f"{name}: {outcome.traceback}"
+        assert not outcome.wrong, name
 
 
 @pytest.mark.timeout(1800)
@@ -74,6 +82,7 @@ def test_damage_is_the_same_for_one_seed() -> None:
 
 def test_the_command_writes_what_it_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "KINDS", ())
+    monkeypatch.setattr(command, "folder_parsers", lambda folder: {})
     monkeypatch.setattr("sys.argv", ["robustness", "--inputs", "3", "--out", str(tmp_path)])
     assert command.main() == 0
     (file,) = tmp_path.glob("robustness_cpu_*.json")
