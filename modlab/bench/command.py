@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 from modlab import skips
 from modlab.bench.models import SHAPES
 from modlab.bench.registry import CASES, Settings, Skipped
-from modlab.bench.results import finish, free_path, plot, report, table, write
+from modlab.bench.results import finish, free_path, plot, read, report, table, write
 from modlab.errors import ModlabError
 
 
@@ -83,6 +82,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         ("--batch", options.batch),
         ("--repeats", options.repeats),
         ("--context", min(options.context)),
+        ("--decode-tokens", options.decode_tokens),
+        ("--layers", 1 if options.layers is None else options.layers),
     ):
         if value < 1:
             raise ModlabError(f"{flag} {value}: must be at least 1.")
@@ -118,12 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
     if options.plot:
-        try:
-            result = json.loads(options.plot.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModlabError(f"--plot {options.plot}: not a readable result file ({error}).") from error
         page = options.plot.with_suffix(".html")
-        plot(result).write_html(page, include_plotlyjs=True)
+        plot(read(options.plot)).write_html(page, include_plotlyjs=True)
         print(f"wrote {page}")
         return 0
     if not options.cases:

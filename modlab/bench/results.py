@@ -134,6 +134,34 @@ def write(result: dict[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+PLOTTED = {"case": str, "shape": str, "context": int, "batch": int, "routed": str}  # names a curve
+FIGURES = ("keep_ratio", "speedup", "ideal")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file as `write` left it, with all that `plot` reads.
+
+    Raises:
+        ModlabError: it cannot be read, or is something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModlabError(f"{path}: not a readable result file ({type(error).__name__}: {error}).") from error
+    if not isinstance(result, dict) or not isinstance(rows := result.get("rows"), list):
+        raise ModlabError(f"{path}: not a result of `modlab bench`, which is an object with rows.")
+    wrong = [name for name in ("what", "device_name", "dtype", "date") if type(result.get(name)) is not str]
+    for row in rows:
+        row = row if isinstance(row, dict) else {}
+        wrong += [name for name, kind in PLOTTED.items() if type(row.get(name)) is not kind]
+        wrong += [name for name in FIGURES if type(row.get(name)) not in (int, float)]
+    if wrong:
+        raise ModlabError(
+            f"{path}: not a result of `modlab bench`: {wrong[0]} is missing or of another type."
+        )
+    return result
+
+
 COLUMNS = {
     "case": ("case", 10),
     "context": ("context", 8),

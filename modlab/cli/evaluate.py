@@ -37,7 +37,7 @@ def add(command: Command) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    if (options.data is None) == (options.tasks is None):
+    if bool(options.data) == bool(options.tasks):
         raise ModlabError("what to measure on? Give --data SOURCE or --tasks NAME, one of them.")
     return _run_tasks(options) if options.tasks else _run_data(options)
 

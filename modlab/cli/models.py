@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,9 @@ def rows_of(options: argparse.Namespace, model: Any, tokenizer: Any) -> Rows:
 
     split = options.split or ("all" if Path(options.data).exists() else "heldout")
     length = row_length(options, model)
-    limit = options.limit_tokens if options.limit_tokens is None else max(options.limit_tokens, length)
+    limit = options.limit_tokens
+    if limit is not None:
+        limit = max(check_count("--limit-tokens", limit), length)
     dataset = packed(
         options.data, tokenizer, seq_len=length, split=None if split == "all" else split, limit_tokens=limit
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from modlab.data.texts import is_chat, token_ids, unwrapped
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 
 KEYS = ("input_ids", "attention_mask", "labels", "position_ids")  # of a batch
 IGNORE = -100  # the label of a token that is not to be predicted
@@ -64,8 +64,8 @@ def iter_batches(
     vocabulary: int | None = None,
 ) -> Iterator[Batch]:
     """As `as_batches`, one batch at a time; nothing at all is no error here."""
-    if batch_size is not None and batch_size < 1:
-        raise ModlabError(f"batch_size={batch_size}: a batch has at least one row.")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
 
     def pieces() -> Iterator[Batch]:
         for number, item in enumerate(items_of(data)):

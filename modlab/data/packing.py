@@ -16,7 +16,7 @@ import numpy as np
 
 from modlab.data.sources import HELDOUT_FRACTION, Source, documents, named, processes
 from modlab.data.texts import text_of
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,9 +64,9 @@ def packed(
     """
     from datasets import Features, List, Value, concatenate_datasets
 
-    if seq_len < 2:
-        raise ModlabError(f"seq_len is {seq_len}; a row needs at least 2 tokens to predict one from another.")
-    if limit_tokens is not None and limit_tokens < seq_len:
+    check_count("seed", seed, 0)
+    check_count("seq_len", seq_len, 2)  # to predict one token from another
+    if limit_tokens is not None and check_count("limit_tokens", limit_tokens) < seq_len:
         raise ModlabError(
             f"limit_tokens={limit_tokens} is less than one row (seq_len={seq_len}): raise it or shorten rows."
         )

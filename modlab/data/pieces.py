@@ -23,6 +23,8 @@ def encode(tokenizer: Any, item: Any) -> tuple[list[int], list[str]]:
         ModlabError: an empty text, or something else than a text, a chat or one row of ids.
     """
     item = unwrapped(item)
+    if tokenizer is None:
+        raise ModlabError("The tokenizer is needed, also of token ids: it says what text each stands for.")
     if not isinstance(item, str) and not is_chat(item):
         ids = _row_of_ids(item)
         return ids, decoded_pieces(tokenizer, ids)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from modlab.data.texts import checked
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,12 +57,19 @@ def documents(
     """
     if split not in SPLITS:
         raise ModlabError(f"split={split!r} is not one of {SPLITS}.")
-    if not 0.0 < heldout_fraction < 1.0:
+    if not 0.0 < check_number("heldout_fraction", heldout_fraction) < 1.0:
         raise ModlabError(
             f"heldout_fraction={heldout_fraction}: it has to lie between 0 and 1, such as 0.02."
         )
+    if source == "":
+        raise ModlabError('The source is empty: give a file, a folder, a data set of the hub, or "python".')
     if isinstance(source, (list, tuple)):
         docs = _described(_of_texts(source), num_proc)
+    elif not isinstance(source, (str, os.PathLike)) and not hasattr(source, "column_names"):
+        raise ModlabError(
+            f"The source is a {type(source).__name__}: give a file or folder, a list of texts, a data set, "
+            'or "python".'
+        )
     elif not isinstance(source, (str, os.PathLike)):
         docs = _described(_with_text(source, text_column, "The data set"), num_proc)
     elif os.fspath(source) in ("python", "python-stdlib"):

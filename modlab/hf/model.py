@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from modlab.errors import ModlabError
 from modlab.saving.demos import demo_named
 
 
@@ -24,6 +25,13 @@ def device_of(module: Any) -> torch.device:
             if (where := getattr(one, "execution_device", None)) is not None:
                 return torch.device(where)
     return device
+
+
+def check_model(model: Any) -> None:
+    """Raises ModlabError for what is no model, such as the name of one."""
+    if not (hasattr(model, "parameters") and hasattr(model, "config")):
+        name = f": load it first, modlab.load({model!r:.60})" if isinstance(model, str) else ""
+        raise ModlabError(f"a model of transformers is needed, not {type(model).__name__}{name}.")
 
 
 def context_length(model: Any) -> int | None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.data.batches import Batch
-from modlab.errors import ModlabError
-from modlab.hf.model import device_of, eval_mode
+from modlab.errors import ModlabError, check_count, check_number
+from modlab.hf.model import check_model, device_of, eval_mode
 from modlab.measure.pieces import batches_for
 from modlab.routing.record import by_gate, kept_share
 from modlab.routing.state import (
@@ -140,11 +140,15 @@ def calibrate(
         ModlabError: `keep_ratio` outside (0, 1), or not reachable on these batches; the thresholds are then
             as before.
     """
+    check_model(model)
     routing = routing_of(model)
-    if not 0.0 < keep_ratio < 1.0:
+    if not 0.0 < check_number("keep_ratio", keep_ratio) < 1.0:
         raise ModlabError(
             f"keep_ratio={keep_ratio} is not in (0, 1); for example 0.25 keeps a quarter of the tokens."
         )
+    if check_number("tolerance", tolerance) <= 0:
+        raise ModlabError(f"tolerance={tolerance}: a share above 0, such as 0.01.")
+    check_count("max_passes", max_passes)
     pieces = [_inputs(batch) for batch in batches_for(model, batches, tokenizer)]
     search = _calibrate_layers if per_layer else _calibrate_global
     with thresholds_restored_on_error(model):

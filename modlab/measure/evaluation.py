@@ -18,7 +18,7 @@ from torch import nn
 
 from modlab.cache.tracker import KVTracker
 from modlab.data.batches import IGNORE, Batch
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 from modlab.hf.model import device_of, eval_mode
 from modlab.measure.pieces import iter_batches_for
 from modlab.routing.record import kept_share
@@ -117,6 +117,7 @@ def evaluate_batches(
     forward: Callable[..., Any] | None = None,
 ) -> Evaluation:
     """As `evaluate`, over batches that are made already."""
+    check_count("max_batches", max_batches, 0)
     layers: list[int] = list(routing_of(model).layers) if is_converted(model) else []
     device = device_of(model)
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from modlab.data.batches import Batch, as_batches, iter_batches
-from modlab.errors import ModlabError
-from modlab.hf.model import context_length, vocabulary_size
+from modlab.errors import check_count
+from modlab.hf.model import check_model, context_length, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,8 @@ def piece_length(model: PreTrainedModel, tokenizer: Any, seq_len: int | None) ->
     By default texts are cut at `TEXT_PIECE`, because their logits take tokens x vocabulary; token batches are
     taken as their maker cut them.
     """
-    if seq_len is not None and seq_len < 2:
-        raise ModlabError(f"seq_len={seq_len}: a piece needs at least 2 tokens, one to predict the other.")
+    check_model(model)
+    if seq_len is not None:
+        seq_len = check_count("seq_len", seq_len, 2)  # one token to predict the other
     wanted = TEXT_PIECE if seq_len is None and tokenizer is not None else seq_len
     return min((n for n in (wanted, context_length(model)) if n is not None), default=None)

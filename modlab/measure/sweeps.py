@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.data.batches import Batch
-from modlab.errors import ModlabError
-from modlab.hf.model import context_length, eval_mode
+from modlab.errors import ModlabError, check_count, check_number
+from modlab.hf.model import check_model, context_length, eval_mode
 from modlab.measure.evaluation import evaluate_batches
 from modlab.measure.pieces import batches_for
 from modlab.measure.timing import time_generate
@@ -92,8 +92,14 @@ def sweep(
     import pandas as pd
     from tqdm.auto import tqdm
 
+    check_model(model)
     routing = routing_of(model)
-    wanted = [float(p) for p in thresholds]
+    if isinstance(thresholds, str) or not isinstance(thresholds, Iterable):
+        raise ModlabError(f"thresholds={thresholds!r}: give several, for example [0.0, 0.3, 0.5, 0.7].")
+    check_count("repeats", repeats, 0)
+    check_count("prompt_tokens", prompt_tokens)
+    check_count("decode_tokens", decode_tokens)
+    wanted = [check_number("threshold", p) for p in thresholds]
     for p in wanted:
         if not 0.0 <= p < 1.0:
             raise ModlabError(

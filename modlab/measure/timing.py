@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 from modlab.hf.model import device_of
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def time_generate(
     Raises:
         ModlabError: something ended the text early (a stopping criterion, a time limit): no fair time.
     """
+    check_count("decode_tokens", decode_tokens, 0)
     generate: Any = model.generate
     device = device_of(model)
     pad = getattr(getattr(model, "generation_config", None), "pad_token_id", None)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 from modlab.hf.model import context_length
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def fitting(
         ModlabError: no distance fits, or one is below `shortest`.
     """
     context = context_length(model)
-    wanted = sorted({int(distance) for distance in distances})
+    if isinstance(distances, str) or not isinstance(distances, Iterable):
+        raise ModlabError(f"distances={distances!r}: give several, for example (256, 1024).")
+    wanted = sorted({check_count("distance", distance) for distance in distances})
     if not wanted:
         raise ModlabError("no distances given; give some in tokens, for example (256, 1024).")
     if wanted[0] < shortest:

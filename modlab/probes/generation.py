@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.model import context_length, eval_mode
 from modlab.probes import repetition
 from modlab.probes.material import token_stream, windows
@@ -152,11 +152,11 @@ def generation_health(
     """
     from tqdm.auto import tqdm
 
-    if min(prompt_tokens, new_tokens, n, batch_size) < 1 or not temperature > 0:
-        raise ModlabError(
-            f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens}, n={n} and batch_size={batch_size} must "
-            f"be 1 or more, temperature={temperature} above 0."
-        )
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "n": n, "batch_size": batch_size}
+    for name, count in counts.items():
+        check_count(name, count)
+    if check_number("temperature", temperature) <= 0:
+        raise ModlabError(f"temperature={temperature}: give a number above 0.")
     length = prompt_tokens + new_tokens
     for one in filter(None, (model, judge)):
         context = context_length(one)

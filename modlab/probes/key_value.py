@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 from modlab.probes.distances import DISTANCES, fitting, note_left_out
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
@@ -79,10 +79,11 @@ def retrieval(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    if not 1 <= pairs <= len(NAMES):
+    if not check_count("pairs", pairs) <= len(NAMES):
         raise ModlabError(f"pairs={pairs}: a row holds 1 to {len(NAMES)} assignments.")
-    if rows < 1 or lead < 0:
-        raise ModlabError(f"rows={rows} and lead={lead}: give one row or more, and no negative lead.")
+    check_count("rows", rows)
+    check_count("lead", lead, 0)
+    check_count("batch_size", batch_size)
     questions = [_Question.draw(tokenizer, pairs, random.Random(f"{seed}/{row}")) for row in range(rows)]
     longest = max(len(question.line) for question in questions)
     fits, left_out = fitting(

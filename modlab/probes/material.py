@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from modlab.data.batches import as_batches
-from modlab.errors import ModlabError
-from modlab.hf.model import vocabulary_size
+from modlab.errors import ModlabError, check_count
+from modlab.hf.model import check_model, vocabulary_size
 
 
-def token_stream(data: Any, tokenizer: Any = None, model: Any = None) -> Tensor:
+def token_stream(data: Any, tokenizer: Any, model: Any) -> Tensor:
     """All real tokens of `data` in order, long [M]: texts follow each other, padding is left out.
 
     Args:
@@ -24,7 +24,8 @@ def token_stream(data: Any, tokenizer: Any = None, model: Any = None) -> Tensor:
         model: whose vocabulary the tokens have to be of.
     """
     parts = []
-    known = None if model is None else vocabulary_size(model)
+    check_model(model)
+    known = vocabulary_size(model)
     for batch in as_batches(data, tokenizer, vocabulary=known):
         if unused := sorted(set(batch) - {"input_ids", "attention_mask"}):
             raise ModlabError(
@@ -52,8 +53,7 @@ def windows(stream_M: Tensor, count: int, length: int, apart: int, seed: int) ->
     Raises:
         ModlabError: the stream is too short for so many.
     """
-    if count < 1:
-        raise ModlabError(f"{count} rows asked for: at least one is needed.")
+    check_count("rows", count)
     places = max(0, (len(stream_M) - length) // apart + 1)
     if places < count:
         needed = length + (count - 1) * apart

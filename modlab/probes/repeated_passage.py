@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modlab.errors import ModlabError
+from modlab.errors import check_count
 from modlab.probes.distances import DISTANCES, fitting, note_left_out
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
@@ -77,10 +77,9 @@ def recall(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    if passage < 2:
-        raise ModlabError(f"passage={passage}: its first token is not scored, so it needs 2 or more.")
-    if prefix < 0:
-        raise ModlabError(f"prefix={prefix}: give 0 tokens or more.")
+    check_count("passage", passage, 2)  # its first token is not scored
+    check_count("prefix", prefix, 0)
+    check_count("batch_size", batch_size)
     fits, left_out = fitting(
         model, distances, passage, prefix + passage, f"prefix {prefix} + distance + passage {passage}"
     )

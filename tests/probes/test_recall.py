@@ -188,7 +188,7 @@ def test_what_cannot_be_measured_is_refused(stream):
         modlab.recall(model, stream, distances=(40,), batch_size=0, **SMALL)
     with pytest.raises(ModlabError, match="no distances given"):
         modlab.recall(model, stream, distances=(), **SMALL)
-    with pytest.raises(ModlabError, match="0 rows"):
+    with pytest.raises(ModlabError, match="rows=0"):
         modlab.recall(model, stream, distances=(40,), **SMALL | {"rows": 0})
 
 
