@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from modlab.errors import ModlabError
+from modlab.routing.noise import Noise
 from modlab.routing.record import Recording
 from modlab.routing.router import is_router
 from modlab.routing.state import is_converted, record_routing
@@ -30,13 +32,14 @@ from modlab.saving.save_adapters import describe_adapters
 from modlab.training import objectives
 from modlab.training.checks import choose_objective, nothing_to_learn
 from modlab.training.config import Objective, TrainConfig
-from modlab.training.objectives import routing_objective
+from modlab.training.objectives import Sums, routing_objective
 from modlab.training.schedule import is_what_if, ramped_target
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
+    from modlab.routing.record import RoutingStep
     from modlab.routing.state import Routing
 
 IGNORE = objectives.IGNORE
@@ -109,6 +112,7 @@ class MoDCallback(TrainerCallback):
                 "modlab.integrations.peft.lora_config(model)."
             )
         self.what_if_before = self.routing.what_if
+        self.seed, self.world, self.rank = args.seed, args.world_size, args.process_index
         self.open = contextlib.ExitStack()
         self.recording: Recording | None = None
         self.target = 1.0
@@ -133,6 +137,7 @@ class MoDCallback(TrainerCallback):
         progress = state.global_step / max(state.max_steps, 1)
         self.target = ramped_target(self.config.keep_ratio, progress, self.config.ramp)
         self.routing.what_if = is_what_if(self.config.what_if, state.global_step)
+        self.step, self.rows = state.global_step, 0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,7 +179,7 @@ class MoDCallback(TrainerCallback):
     ) -> None:
         self._remark_on_short_rows()
         self._remove_hooks()
-        self.routing.what_if = self.what_if_before
+        self.routing.what_if, self.routing.noise = self.what_if_before, None
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and self.model is kwargs["model"]:
             load_routers(self.model, Path(best, ROUTER_FILE))
@@ -188,6 +193,7 @@ class MoDCallback(TrainerCallback):
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module.training:
+            self.routing.noise = self._noise(args, kwargs)
             self.recording = self.open.enter_context(record_routing(self.model, detach=False))
 
     def _add_objective(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -196,16 +202,51 @@ class MoDCallback(TrainerCallback):
         step = self.recording.steps[-1]
         if self.longest is not None:
             self.longest = max(self.longest, next(iter(step.gate.values())).shape[1])
-        term = routing_objective(self.objective, step, self.target, self.config)
+        whole, share = self._whole(step, kwargs)
+        term = routing_objective(self.objective, step, self.target, self.config, whole)
         if self.objective != "none" and not term.requires_grad:
             raise ModlabError(
                 "the routers get no gradient, because gradient checkpointing is reentrant: set "
                 "use_reentrant=False among its arguments."
             )
         self.added = True
-        self.logged.append((term.detach(), objectives.keep_ratios(step).mean()))
-        output.loss = output.loss + term.to(output.loss.dtype) * _share_of_step(kwargs)
+        of_all = term.detach() * whole.real / step.real.sum().clamp(min=1)
+        self.logged.append((of_all, objectives.keep_ratios(step, whole).mean()))
+        output.loss = output.loss + term.to(output.loss.dtype) * share
         return output
+
+    def _whole(self, step: RoutingStep, inputs: dict[str, Any]) -> tuple[Sums, Tensor | float]:
+        """What the routers did in this forward of all processes, and the weight of this process's part of the
+        objective in the loss that it returns.
+
+        A trainer that accumulates gradients says how many tokens its optimiser step predicts, and the model's
+        loss is divided by that: then a forward counts by its tokens. The trainer averages over processes,
+        where the parts of the objective have to be added up.
+        """
+        sums = Sums.of(step)
+        items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+        if items is None or labels is None:
+            return sums.over(self._summed), float(self.world)
+        predicted = (labels[:, 1:] != IGNORE).sum().to(sums.real)
+        counts = torch.stack([predicted, torch.as_tensor(items).to(sums.real)])
+        predicted, items = self._summed(counts).unbind()
+        # Either each process knows the number of all, and the trainer multiplies the loss by the number of
+        # processes; or each knows its own number, and it does not: both come to this.
+        return sums.over(self._summed), predicted * self.world / items
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        return reduce(value, "sum") if self.world > 1 else value
+
+    def _noise(self, args: Any, kwargs: dict[str, Any]) -> Noise | None:
+        """Rows of an optimiser step lie one after another: first those of all processes' first forward."""
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        ids = next((value for value in given if isinstance(value, Tensor)), None)
+        if ids is None:
+            return None
+        first = self.world * self.rows + self.rank * len(ids)
+        self.rows += len(ids)
+        return Noise(self.seed, self.step, torch.arange(first, first + len(ids), device=ids.device))
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         self.open.close()
@@ -231,12 +272,3 @@ def converted_model(model: nn.Module) -> PreTrainedModel:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", f"checkpoint-{state.global_step}")
-
-
-def _share_of_step(inputs: dict[str, Any]) -> Tensor | float:
-    """How much of an optimiser step these inputs are: a trainer that accumulates gradients says how many
-    tokens the whole step predicts, and the model's loss is divided by that."""
-    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
-    if items is None or labels is None:
-        return 1.0
-    return (labels[:, 1:] != IGNORE).sum() / items

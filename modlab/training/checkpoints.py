@@ -135,7 +135,7 @@ def load_checkpoint(
     Raises:
         ModlabError: it is damaged, or of another model.
     """
-    with _readable(path):
+    with readable(path):
         _, files = _read(path)
         for name in (MODEL, OPTIMIZER, f"random_{processes.rank}.json"):
             if name not in files:
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[State, dict[str, str]]:
     """State, and digests of files by name, of which none is outside the folder."""
-    with _readable(path):
+    with readable(path):
         found = read_json(path / STATE)
         if found.pop("format", None) != FORMAT:
             raise ValueError(f"{STATE} is not of format {FORMAT}")
@@ -205,10 +205,12 @@ def _read(path: Path) -> tuple[State, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Whatever a checkpoint holds, what goes wrong inside is a ModlabError that names it."""
+    wrong = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
+    except (*wrong, SafetensorError) as error:
         if isinstance(error, ModlabError):
             raise
         raise ModlabError(

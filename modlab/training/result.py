@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,7 +62,7 @@ class TrainResult:
         )
         for name in ("loss", "eval_loss"):
             if name in frame:
-                line = frame[["tokens", name]].dropna()
+                line = frame[["tokens", name]][frame[name].map(math.isfinite)]
                 mode = "lines" if name == "loss" else "lines+markers"
                 figure.add_trace(
                     go.Scatter(x=line["tokens"], y=line[name], name=name, mode=mode), row=1, col=1
@@ -84,7 +86,7 @@ class TrainResult:
 
     def _repr_html_(self) -> str:
         head = f"{self.stopped}: {self.steps:,} steps, {self.tokens:,} tokens, {self.seconds:,.0f} s"
-        where = f" · {self.out}" if self.out is not None else ""
+        where = f" · {html.escape(str(self.out))}" if self.out is not None else ""
         columns = [
             c
             for c in ("step", "tokens", "loss", "keep_ratio", "target", "lr", "tokens_per_s", "eval_loss")

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,14 @@ from modlab.errors import ModlabError
 from modlab.measure.evaluation import evaluate_batches
 from modlab.routing.state import is_converted
 from modlab.training.calibration import calibrate_trained, calibration_batches
-from modlab.training.checkpoints import State, checkpoints, load_checkpoint, read_state, write_checkpoint
+from modlab.training.checkpoints import (
+    State,
+    checkpoints,
+    load_checkpoint,
+    read_state,
+    readable,
+    write_checkpoint,
+)
 from modlab.training.checks import (
     check_fit,
     check_processes,
@@ -324,17 +332,18 @@ class Run:
             disable=not self.processes.is_main or self.monitor is not None,
         )
 
-    def _restore(self, checkpoint: Any) -> None:
+    def _restore(self, checkpoint: Path) -> None:
         stepping, processes = self.stepping, self.processes
         routing = load_checkpoint(checkpoint, self.model, stepping.adamw, processes)
         state = read_state(checkpoint)
-        if stepping.control is not None:
-            if routing is None:
-                raise ModlabError(f"The checkpoint {checkpoint} lacks what objective='budget' goes on from.")
-            stepping.control.restore(routing)
+        with readable(checkpoint):
+            if stepping.control is not None:
+                if routing is None:
+                    raise ValueError("it lacks what objective='budget' goes on from")
+                stepping.control.restore(routing)
+            self.window.restore(state.window, state.window_steps, processes.is_main)
         self.step, self.tokens = state.step, state.tokens
         self.clock.restore({"seconds": state.seconds, "share": state.share})
-        self.window.restore(state.window, state.window_steps, processes.is_main)
 
     def _read_window(self) -> dict[str, float]:
         """Sums since the last log line.

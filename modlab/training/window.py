@@ -43,7 +43,13 @@ class Window:
         self.steps = 0
 
     def restore(self, sums: dict[str, float], steps: int, is_main: bool) -> None:
-        """From a checkpoint: what `read` gave. One process has it all, the others begin at 0."""
+        """From a checkpoint: what `read` gave. One process has it all, the others begin at 0.
+
+        Raises:
+            ValueError: those are other figures.
+        """
+        if set(sums) != set(self.names):
+            raise ValueError(f"its window has the figures {sorted(sums)}")
         for name, value in self.sums.items():
             value.fill_(sums[name] if is_main else 0.0)
         self.steps = steps

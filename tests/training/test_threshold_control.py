@@ -166,3 +166,27 @@ def test_a_stopped_budget_run_leaves_plain_thresholds(
     config = settings(steps=20, objective="budget", keep_ratio=0.4, ramp=0.0, log_every=10)
     assert train(model, rows, TrainConfig(**config), monitor=Stop()).interrupted
     model.save_pretrained(tmp_path / "model")
+
+
+def test_a_failed_budget_run_leaves_a_model_that_can_be_saved(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    """It fails within a step, whose thresholds are tensors; also before its first step is done."""
+    for step in (1, 3):
+        model = make(mod=modlab.MoDConfig(skip="layer", layers=[1, 2]))
+        scatter_gates(model)
+        calls: list[int] = []
+
+        def fail(*args: Any, calls: list[int] = calls, step: int = step) -> None:
+            calls.append(1)
+            if len(calls) == step:
+                raise RuntimeError("out of memory")
+
+        hook = model.lm_head.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            config = settings(steps=9, objective="budget", keep_ratio=0.4, ramp=0.0)
+            train(model, rows, TrainConfig(**config))
+        hook.remove()
+        assert all(type(p) is float and 0 < p < 1 for p in model.mod.thresholds.values())
+        model.save_pretrained(tmp_path / str(step))
+        assert not model.training and model.mod.what_if and model.mod.noise is None
