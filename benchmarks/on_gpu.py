@@ -27,8 +27,7 @@ STUDY = ["-m", "benchmarks.quality"]
 STEPS = {
     "tests": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py",
               "tests/kernels/test_decode_kernels.py", "tests/engine/test_engine.py",
-              "tests/engine/test_prefill.py", "tests/engine/test_step.py", "tests/engine/test_sublayers.py",
-              "tests/engine/test_kept_keys.py"],
+              "tests/engine/test_prefill.py", "tests/engine/test_step.py", "tests/engine/test_forms.py"],
     "flex": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py"],
     "speed": [*BENCH, "speed", *ON_8B],
     "overhead": [*BENCH, "overhead", *ON_8B],
