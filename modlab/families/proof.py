@@ -31,6 +31,7 @@ from transformers import DynamicCache
 import modlab
 from modlab.cache import bytes as kv_bytes
 from modlab.cache.layer import RaggedLayer
+from modlab.families.oracle import Decisions, NotHidden, oracle_logits
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument
@@ -38,6 +39,8 @@ from modlab.routing.state import masked_execution, record_routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from modlab.routing.record import RoutingStep
 
 ROW_LENGTHS = (17, 12, 7)
 """Real tokens in each row of the batch. A prime, and longer than the tiny models' sliding windows."""
@@ -75,7 +78,7 @@ def prove(model_type: str, folder: Path, fresh: FreshProcess, **changes: Any) ->
         Exception: whatever the type's own class raises.
     """
     with quiet():
-        model = tiny_model(model_type, **changes)
+        model, twin = (tiny_model(model_type, **changes) for _ in range(2))  # twin stays dense
         names = attention_implementations(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         batch = Batch(model)
@@ -99,9 +102,10 @@ def prove(model_type: str, folder: Path, fresh: FreshProcess, **changes: Any) ->
         modlab.convert(model, modlab.MoDConfig(skip="layer", layers="all"))
         for name in names:
             model.set_attn_implementation(name)
+            twin.set_attn_implementation(name)
             with _claims_of(name):
                 _lossless(batch, *dense[name], leaks[name])
-                _skipping(batch, dense[name][1])
+                _skipping(batch, dense[name][1], twin, leaks[name])
         _reloads(batch, folder, fresh)
         modlab.revert(model)
         model.set_attn_implementation(names[0])
@@ -176,15 +180,16 @@ class Batch:
 
     def logits(self, start: int = 0, stop: int | None = None, cache: Any = None) -> Tensor:
         """Logits [B, T', V] of the columns from `start` to `stop`, through `cache` if there is one."""
+        extra = {cache_argument(self.model): cache} if cache is not None else {}
+        return self.model(**self.inputs(start, stop), use_cache=cache is not None, **extra).logits
+
+    def inputs(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+        """What the model is called with for the columns from `start` to `stop`, a cache aside."""
         stop = self.ids_BT.shape[1] if stop is None else stop
-        extra = {"position_ids": self.positions_BT[:, start:stop]} if self.takes_positions else {}
-        return self.model(
-            input_ids=self.ids_BT[:, start:stop],
-            attention_mask=self.mask_BT[:, :stop],
-            use_cache=cache is not None,
-            **({cache_argument(self.model): cache} if cache is not None else {}),
-            **extra,
-        ).logits
+        given = {"input_ids": self.ids_BT[:, start:stop], "attention_mask": self.mask_BT[:, :stop]}
+        if self.takes_positions:
+            given["position_ids"] = self.positions_BT[:, start:stop]
+        return given
 
     def logits_in_steps(self, cache: Any) -> Tensor:
         """Logits [B, T, V] by a prefill, one more chunk, and one token a forward, through `cache`."""
@@ -243,7 +248,26 @@ def _lossless(batch: Batch, row_1TV: Tensor, dense_BTV: Tensor, leaks: bool) -> 
     batch.agree("the ragged cache differs from the dense model", steps_BTV, dense_BTV, STEPS_TOLERANCE)
 
 
-def _skipping(batch: Batch, dense_BTV: Tensor) -> None:
+def as_the_oracle_says(
+    batch: Batch, dense: PreTrainedModel, step: RoutingStep, leaks: bool, **logits_BTV: Tensor
+) -> None:
+    """Holds logits of the converted model, named by how it ran, to the oracle.
+
+    Args:
+        dense: the model before conversion, an object of its own.
+        step: the decisions of one of these forwards.
+        leaks: whether padding leaks in the dense model; the batch's first row has none then.
+    """
+    try:
+        wanted_BTV = oracle_logits(dense, Decisions.recorded(batch.model, step), **batch.inputs())
+    except NotHidden as problem:
+        raise Unproven(f"the oracle cannot say what is right: {problem}") from problem
+    rows = slice(1 if leaks else None)
+    for name, got_BTV in logits_BTV.items():
+        batch.agree(f"{name} execution differs from the oracle", got_BTV[rows], wanted_BTV[rows])
+
+
+def _skipping(batch: Batch, dense_BTV: Tensor, twin: PreTrainedModel, leaks: bool) -> None:
     model = batch.model
     with modlab.routing_override(model, some_tokens):
         with masked_execution(model), record_routing(model) as recording:
@@ -254,7 +278,9 @@ def _skipping(batch: Batch, dense_BTV: Tensor) -> None:
                 raise Unproven(f"the forced routing keeps all tokens or none in layer {layer}: no proof")
         if batch.difference(masked_BTV, dense_BTV) < DIFFERENT:
             raise Unproven("skipping tokens does not change the logits: the routers do not reach the layers")
-        batch.agree("packed execution differs from the masked reference", batch.logits(), masked_BTV)
+        packed_BTV = batch.logits()
+        batch.agree("packed execution differs from the masked reference", packed_BTV, masked_BTV)
+        as_the_oracle_says(batch, twin, recording.steps[0], leaks, masked=masked_BTV, packed=packed_BTV)
 
         cache = modlab.RaggedCache(model)
         batch.agree("a prefill with cache differs from the reference", batch.logits(cache=cache), masked_BTV)

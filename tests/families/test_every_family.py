@@ -218,7 +218,7 @@ REFUSED_BRANCHES: dict[str, dict[str, str]] = {
     "attention": dict.fromkeys((*BERT_LIKE, "bloom"), NO_RESIDUAL),
     "mlp": dict.fromkeys((*BERT_LIKE, *BART_LIKE, "ctrl", "nemotron_h"), NO_MODULE)
     | dict.fromkeys(("bloom", "mpt"), NO_RESIDUAL)
-    | {"granitemoehybrid": "a second MLP next tos"},
+    | {"granitemoehybrid": "a second MLP besides"},
     "kv": dict.fromkeys(("mpt", "doge"), "does not add its mask"),
 }
 """By what is skipped, type: a regular expression that its reason must match."""

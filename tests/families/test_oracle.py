@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import modlab
+from modlab.execution import masks, packed, reference
 from modlab.families import oracle as oracle_module
 from modlab.families.oracle import Decisions, NotHidden, oracle_logits
 from modlab.families.tiny_models import tiny_model
@@ -181,6 +182,22 @@ def test_one_decision_turned_round_is_noticed(attention: str, skip: str) -> None
     keep[0, 5] = ~keep[0, 5]
     decisions.keep = {**decisions.keep, 2: keep}
     assert (oracle_logits(oracle, decisions, **inputs) - logits)[0].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_mistake_that_reference_and_packed_execution_share_is_noticed(monkeypatch) -> None:
+    """They agree with each other, and with nobody else."""
+    real_mask = masks.visible_mask
+    for taking in (reference, packed):
+        monkeypatch.setattr(taking, "visible_mask", lambda *args: real_mask(*args) | True)
+    oracle = dense("llama", "eager")
+    model, inputs = converted(oracle, "layer"), batch("none")
+    with modlab.record_routing(model) as recording:
+        got = model(**inputs, use_cache=False).logits
+        with masked_execution(model):
+            assert_same(model(**inputs, use_cache=False).logits, got, None)
+    expected = oracle_logits(oracle, Decisions.recorded(model, recording.steps[0]), **inputs)
+    assert (got - expected).abs().max() > 1e-2
 
 
 @torch.no_grad()

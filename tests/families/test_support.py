@@ -91,8 +91,8 @@ def test_a_conversion_that_changes_the_model_is_noticed(monkeypatch: pytest.Monk
 
 
 def test_a_packed_mask_that_hides_too_little_is_noticed(monkeypatch: pytest.MonkeyPatch, fresh) -> None:
-    real = packed.packed_mask
-    monkeypatch.setattr(packed, "packed_mask", lambda *args: real(*args) | True)
+    real = packed.visible_mask
+    monkeypatch.setattr(packed, "visible_mask", lambda *args: real(*args) | True)
     assert "differ" in refusal(fresh)
 
 

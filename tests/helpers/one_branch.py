@@ -22,11 +22,12 @@ from modlab.families.proof import (
     TOLERANCE,
     Batch,
     Unproven,
+    as_the_oracle_says,
     some_tokens,
 )
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.hf.anatomy import NORM, attention_name, decoder_layers, mlp_name
-from modlab.routing.state import masked_execution
+from modlab.routing.state import masked_execution, record_routing
 
 RECENT = 3
 """`keep_recent`: shorter than the rows, longer than nothing."""
@@ -62,14 +63,17 @@ def prove_one_branch(model_type: str, skip: Any) -> None:
             batch.agree("with nothing kept, packed differs from masked", packed_BTV, batch.logits())
     batch.agree("open gates differ from the dense model", batch.logits()[: len(dense_BTV)], dense_BTV)
     with modlab.routing_override(branch, some_tokens):
-        packed_BTV = batch.logits()
+        with record_routing(branch) as recording:
+            packed_BTV = batch.logits()
         with masked_execution(branch):
             masked_BTV = batch.logits()
+        step = recording.steps[0]
+        as_the_oracle_says(batch, dense, step, leaks, packed=packed_BTV, masked=masked_BTV)
         steps_BTV = batch.logits_in_steps(modlab.RaggedCache(branch))
     batch.agree("packed execution differs from the masked reference", packed_BTV, masked_BTV)
     batch.agree("cached steps differ from one forward", steps_BTV, masked_BTV, STEPS_TOLERANCE)
 
-    if skip == "kv":  # what that is by hand, tests/test_kept_keys.py tells of the attention alone
+    if skip == "kv":
         if batch.difference(masked_BTV[: len(dense_BTV)], dense_BTV) < 10 * TOLERANCE:
             raise Unproven("hiding keys does not change the logits")
         learns(batch, branch)
