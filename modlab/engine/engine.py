@@ -18,6 +18,7 @@ from modlab.engine.compiled import Compiler
 from modlab.engine.forms import form_of
 from modlab.engine.lending import attention_modules
 from modlab.engine.step import Step
+from modlab.engine.turns import Turns
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedKeys
 from modlab.hf.anatomy import decoder_layers
@@ -87,7 +88,7 @@ class Engine:
             {id(m.config): m.config for m in model.modules() if _has_config(m)}.values()
         )
         self.steps: dict[int, Step] = {}
-        self.lock = threading.RLock()  # one generation at a time: it lends functions to the model
+        self.turns = Turns()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.last: dict[str, Any] = {}
 

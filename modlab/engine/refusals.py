@@ -71,8 +71,8 @@ def call_refusal(
         return "a forward hook is registered, which would see all rows in one line, or nothing"
     if torch.is_autocast_enabled(engine.device.type):
         return "autocast is on, and a captured step would keep its types: cast the model instead"
-    if model.training:
-        return "the model is in training mode"
+    if any(module.training and ".mod_" not in name for name, module in model.named_modules()):
+        return "the model, or a part of it, is in training mode"
     if synced_gpus:
         return "several processes generate in step"
     if generation_config.return_dict_in_generate:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modlab.conversion.extend import Extended, extend, restore
+from modlab.conversion.extend import extend, restore
 from modlab.engine.attention import CannotCapture
 from modlab.engine.branch import HostBranch
 from modlab.engine.engine import Engine
 from modlab.engine.loop import generate_tokens
 from modlab.engine.prefill import prefill
 from modlab.engine.refusals import call_refusal, idle_aside, model_refusal
+from modlab.engine.turns import TURNS, TakesTurns
 from modlab.errors import ModlabError
+from modlab.hf.anatomy import decoder_of
 from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import eval_mode
 
@@ -28,7 +30,7 @@ PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
 
 
-class FastModel(Extended):
+class FastModel(TakesTurns):
     """Mixed into the class of a model with fast generation (of that object only): `generate` comes here for
     greedy search and sampling, and goes to transformers' own loop for all that the engine does not do.
     """
@@ -53,11 +55,13 @@ class FastModel(Extended):
     ) -> Any:
         """transformers' hook for greedy search and sampling."""
         engine: Engine = self.__dict__["mod_engine"]
-        with engine.lock, on_device(engine.device):
-            # Asked inside the lock: a generation that is under way has hooks of its own in the layers.
-            reason = call_refusal(self, engine, generation_config, synced_gpus, input_ids, model_kwargs)
-            engine.last = {"fast": reason is None, "why": reason or ""}
-            if reason is None:
+        with engine.turns.generation() as why_not, on_device(engine.device):
+            # Asked when the model is ours: a generation that is under way has hooks of its own in the layers.
+            reason = why_not or call_refusal(
+                self, engine, generation_config, synced_gpus, input_ids, model_kwargs
+            )
+            engine.last = {"fast": not reason, "why": reason or ""}
+            if not reason:
                 try:
                     with idle_aside(self):
                         tokens = generate_tokens(
@@ -73,12 +77,6 @@ class FastModel(Extended):
             synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
         )  # fmt: skip
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ModlabError(
-            "a model with fast generation holds captured CUDA graphs, which cannot be copied: "
-            "modlab.disable_fast_generation(model) first."
-        )
-
 
 def enable_fast_generation(
     model: PreTrainedModel, compile: bool | str = True, check: bool = True
@@ -92,7 +90,8 @@ def enable_fast_generation(
     `fast_generation_report` says which way the latest call went and why.
 
     Works for dense models too, so that the two can be compared on equal terms. Generations in several threads
-    wait for each other; other forwards of the model must not run at the same time.
+    wait for each other, and other forwards of the model for a generation (see `turns`); while this function
+    itself runs there must be none.
 
     Args:
         model: dense or converted, on one device, in eval mode.
@@ -125,7 +124,12 @@ def enable_fast_generation(
     if engine.routing is not None and engine.form is None:
         why = engine.routing.skip.why_no_engine(engine.routing.config)
         warnings.warn(f"model.generate will run without the engine: {why}", stacklevel=2)
+    decoder = decoder_of(model)
+    if decoder is not model:
+        extend(decoder, TakesTurns)
+        decoder.__dict__[TURNS] = engine.turns
     extend(model, FastModel)
+    model.__dict__[TURNS] = engine.turns
     model.__dict__["mod_engine"] = engine
     return model
 
@@ -135,6 +139,10 @@ def disable_fast_generation(model: PreTrainedModel) -> PreTrainedModel:
     if is_fast(model):
         restore(model)
         model.__dict__.pop("mod_engine", None)
+        for module in {model, decoder_of(model)}:
+            if isinstance(module, TakesTurns):
+                restore(module)
+            module.__dict__.pop(TURNS, None)
     return model
 
 
