@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens (all of them, or the kept ones), P parallel stre
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +55,11 @@ def scaled_branches(module: nn.Module, ends: list[str], weight_BT: Tensor | None
         def scaled(y: Tensor) -> Tensor:  # [B, T, D], or [B·T, D] as Llama 4's experts return it
             return y * weight_BT.to(y.dtype).reshape(*y.shape[:-1], 1)
 
+        mine = threading.get_ident()
+
         def scale(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if threading.get_ident() != mine:  # another thread's forward passes this hook, with its own gates
+                return output
             return (scaled(output[0]), *output[1:]) if isinstance(output, tuple) else scaled(output)
 
         handles = [module.get_submodule(name).register_forward_hook(scale) for name in ends]
