@@ -42,7 +42,8 @@ def template() -> go.layout.Template:
             "yaxis": axis,
             "colorscale": {"sequential": "Viridis"},
             "coloraxis": {"colorbar": {"thickness": 12, "outlinewidth": 0}},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+            # Below the picture: plotly's buttons come up over its upper right corner.
+            "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
             "margin": {"t": 60, "r": 20, "b": 50, "l": 60},
             "height": 380,
         }

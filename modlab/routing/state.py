@@ -119,6 +119,11 @@ class Routing:
         self.__dict__.update(state)
         self.of_thread = _OfThread()
 
+    def __repr__(self) -> str:
+        p = sorted({round(value, 4) for value in self.thresholds.values()})
+        said = f"p = {p[0]:g}" if len(p) == 1 else f"p from {p[0]:g} to {p[-1]:g}"
+        return f"Routing({self.skip.words.routed} of layers {self.layers} of {self.num_layers}, {said})"
+
     @property
     def thresholds(self) -> dict[int, float]:
         """Current p by routed layer, in this thread."""

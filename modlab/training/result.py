@@ -50,10 +50,16 @@ class TrainResult:
     def plot(self) -> go.Figure:
         """Loss over tokens, and the keep ratio of each routed layer where there are any."""
         import plotly.graph_objects as go
+        from plotly.colors import sample_colorscale
         from plotly.subplots import make_subplots
 
         frame = self.history
         kept = [c for c in frame.columns if c.startswith("keep_")]
+        layers = [c for c in kept if c != "keep_ratio"]  # from dark to light with the depth, none twice
+        shades = sample_colorscale(
+            "Viridis", [0.85 * i / max(1, len(layers) - 1) for i in range(len(layers))]
+        )
+        colours = dict(zip(layers, shades, strict=True))
         figure = make_subplots(
             rows=2 if kept else 1,
             cols=1,
@@ -68,9 +74,9 @@ class TrainResult:
                     go.Scatter(x=line["tokens"], y=line[name], name=name, mode=mode), row=1, col=1
                 )
         for name in kept:
-            width = 3 if name == "keep_ratio" else 1
+            line = {"color": colours[name], "width": 1} if name in colours else {"width": 3}
             figure.add_trace(
-                go.Scatter(x=frame["tokens"], y=frame[name], name=name, mode="lines", line={"width": width}),
+                go.Scatter(x=frame["tokens"], y=frame[name], name=name, mode="lines", line=line),
                 row=2,
                 col=1,
             )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets as t
 
+from modlab.errors import ModlabError
 from modlab.hf.cache_argument import given_cache
-from modlab.hf.model import context_length, device_of
+from modlab.hf.model import context_length, device_of, model_name
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
@@ -35,11 +36,14 @@ class RoutingExplorer(SteeredView, view="explorer"):
     pasted, or opened from a file, in the widget; a curve that was there is measured again for it.
 
     Attributes:
+        forms: what each of the models routes, as the switch names it; form: the one that shows.
         speed: once measured, p, tokens (of the prompt), device, and for "routed" and, if there is one,
             "dense": first_ms (to the first token of `generate`) and next_ms (for each further one).
     """
 
     speed = t.Dict().tag(sync=True)
+    forms = t.List(t.Unicode()).tag(sync=True)
+    form = t.Unicode("").tag(sync=True)
 
     def __init__(
         self,
@@ -48,11 +52,40 @@ class RoutingExplorer(SteeredView, view="explorer"):
         text: str,
         sweep: pd.DataFrame | None = None,
         dense: Any = None,
+        others: Sequence[Any] = (),
     ) -> None:
         points = curve(sweep)
+        self._by_form = _by_form([model, *others])
         self._wanted = [point["p"] for point in points]
         self._found: dict[float, dict[str, float]] = {}  # points of a curve that is not complete yet
-        super().__init__(model, tokenizer, text, dense=dense, points=points)
+        forms = list(self._by_form)
+        super().__init__(model, tokenizer, text, dense=dense, points=points, forms=forms, form=forms[0])
+
+    def switch(self, form: str) -> None:
+        """Show what another of the models does with the text, and steer that one.
+
+        Args:
+            form: one of `forms`.
+
+        Raises:
+            ModlabError: there is no such model.
+        """
+        self._switch(form, None)
+
+    def _switch(self, form: str, job: Job | None) -> None:
+        if form not in self._by_form:
+            raise ModlabError(f"no model here routes {form!r}; there are {', '.join(self.forms)}.")
+        model = self._by_form[form]
+        with using(model, job, f"Running the text, {form} routed"):
+            trace, output = run_traced(model, self._tokenizer, self.text)
+            if job is not None:
+                job.check()
+            with self.hold_sync():
+                self._model, self.form = model, form
+                self.cursor, self.locked, self.layer = -1, False, -1
+                self._take(trace, output)
+                self.budget = self._budget()
+        self._refine(job)
 
     def run(self, p: float) -> None:
         """Set the model to threshold p, run the text, show what was measured.
@@ -174,6 +207,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
             return lambda job: self._measure(float(content["p"]), job)
         if content.get("type") == "curve":
             return lambda job: self._start_curve(CURVE, job)
+        if content.get("type") == "form":
+            return lambda job: self._switch(str(content["form"]), job)
         if content.get("type") == "speed":
             return self._measure_speed
         return super()._work(content)
@@ -193,6 +228,7 @@ def explore(
     text: str,
     sweep: pd.DataFrame | None = None,
     dense: Any = None,
+    others: Sequence[Any] = (),
 ) -> RoutingExplorer:
     """See which layer runs which token of the text, and steer the threshold.
 
@@ -204,8 +240,20 @@ def explore(
         dense: a dense model of the same tokenizer, to compare loss, far recall and time with: the one that
             was converted, or a control that was trained on for as long. Without it, the same weights with
             nothing skipped are compared with.
+        others: further converted models of the same tokenizer: a switch changes between them.
 
     Raises:
         ModlabError: dense model, empty or too long text, a sweep without the columns needed.
     """
-    return RoutingExplorer(model, tokenizer, text, sweep, dense)
+    return RoutingExplorer(model, tokenizer, text, sweep, dense, others)
+
+
+def _by_form(models: Sequence[Any]) -> dict[str, Any]:
+    """Models by what they route, with their names where two route the same."""
+    from modlab.routing.state import routing_of
+
+    found: dict[str, Any] = {}
+    for number, model in enumerate(models, start=1):
+        form = routing_of(model).skip.words.routed
+        found[form if form not in found else f"{form}, {model_name(model)} ({number})"] = model
+    return found

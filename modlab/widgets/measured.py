@@ -82,7 +82,7 @@ class MeasuredView(TraceView, ModelView):
         self._trace = trace
         with self.hold_sync():
             new = payload(trace)
-            for name in ("tokens", "gates", "losses", "keep_first", "threshold"):
+            for name in ("tokens", "gates", "losses", "layers", "num_layers", "keep_first", "threshold"):
                 setattr(self, name, new[name])
             if self.layer_thresholds:
                 self.layer_thresholds = measured["ps"]

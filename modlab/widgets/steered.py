@@ -41,21 +41,23 @@ class SteeredView(MeasuredView):
         dense: Any = None,
         **traits: Any,
     ) -> None:
-        from modlab.hf.model import context_length
-        from modlab.measure import TEXT_PIECE
-
         self._texts = texts if texts is None else list(texts)
         self._dense = dense
         self._open: Yardstick | None = None  # the text with nothing skipped
         self._control: Yardstick | None = None  # the text in the dense model
         super().__init__(model, tokenizer, text, **traits)
-        context = context_length(model) or TEXT_PIECE
-        trace = self._trace
-        routed = len(trace.layers)
-        each = trace.kv_bytes_per_token
+        self.budget = self._budget()
+
+    def _budget(self) -> dict[str, Any]:
+        """What `budget` holds for the present model: at first, the cache of a quarter of the tokens."""
+        from modlab.hf.model import context_length
+        from modlab.measure import TEXT_PIECE
+
+        trace, context = self._trace, context_length(self._model) or TEXT_PIECE
+        routed, each = len(trace.layers), trace.kv_bytes_per_token
         dense = (trace.num_layers - routed) * each
         quarter = dense + 0.25 * routed * (each + named(trace.skip).index_bytes)
-        self.budget = {
+        return {
             "mib": float(f"{quarter * context / MIB:.3g}"),
             "context": context,
             "token_bytes": words(trace.skip)["saves"] * each,

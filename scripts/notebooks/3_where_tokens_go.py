@@ -60,7 +60,7 @@ if not modlab.is_converted(model):
 #
 # Each column of the picture is a token, each row a routed layer. A full cell ran; a thin line passed by;
 # the colour is the gate. Point at a cell or a word: the same token is marked everywhere on this page, and
-# *its* path through the depth is drawn. A click locks it, Escape lets go. Drag the threshold for a preview,
+# *its* path through the depth is drawn. A click locks it, Escape frees it. Drag the threshold for a preview,
 # release it to measure. *Use your own text* puts another one in; run the cells below again then.
 
 # %%
@@ -84,7 +84,7 @@ pd.concat([words.head(8), words.tail(8)]).round(2)
 # ## A corpus
 #
 # One text is an anecdote. Below, some thousand tokens of Python's own standard library are run and counted,
-# by the class of each token and by its position. Every number has its count beside it: do not read much
+# by the class of each token and by its position. Every number comes with its count: do not read much
 # into a class of ten tokens. Put your own texts into `CORPUS`.
 
 # %%

@@ -65,9 +65,7 @@ for (name, frame), colour in zip(frames.items(), figures.COLOURS):
     figure.add_bar(
         x=last.layer, y=last.kv_bytes / 2**10, name=name, marker_color=colour, showlegend=False, row=1, col=2
     )
-figure.update_layout(
-    template=figures.template(), title="Key/value cache", bargap=0.25, margin_t=110, legend_y=1.16
-)
+figure.update_layout(template=figures.template(), title="Key/value cache", bargap=0.25, margin_t=90)
 figure.update_xaxes(title_text="forward step (0 reads the prompt)", col=1)
 figure.update_xaxes(title_text="layer", dtick=1, col=2)
 figure.update_yaxes(title_text="MiB", rangemode="tozero", col=1)
@@ -191,7 +189,7 @@ for column, case in enumerate(("prefill", "decode"), start=1):
     figure.add_hline(y=1, line={"color": figures.TEXT, "width": 1}, row=1, col=column)
 figure.update_xaxes(title_text="kept in the routed layers", tickformat=".0%")
 figure.update_yaxes(title_text="times faster than dense", col=1)
-figure.update_layout(template=figures.template(), margin_t=80, legend_y=1.12)
+figure.update_layout(template=figures.template(), margin_t=50)
 figure
 
 # %%
@@ -257,7 +255,7 @@ for (arm, label), colour in zip(RECIPES.items(), figures.COLOURS):
     )
 figure.update_xaxes(title_text="KV cache, times smaller")
 figure.update_yaxes(title_text="loss above dense, nats a token", range=[-0.03, 0.6])
-figure.update_layout(template=figures.template(), margin_t=80)
+figure.update_layout(template=figures.template(), margin_t=30)
 figure
 
 # %% [markdown]

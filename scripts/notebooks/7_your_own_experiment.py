@@ -197,6 +197,6 @@ display(my_bars)
 #
 # `mine.save("mine.npz")` stores the arrays, `modlab.RoutingTrace.load` reads them without a model, and
 # `mine.to_html()` is a page that anybody can open. To *train* under another rule, write it as an objective
-# or an operator and send it: modlab's routing is `modlab/routing.py`, and it is short.
+# or an operator and send it: the rule that routers follow is `modlab/routing/rule.py`, and it is short.
 #
 # [All notebooks](README.md).

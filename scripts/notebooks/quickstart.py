@@ -98,16 +98,17 @@ def main(arguments):
 '''
 
 # %%
-NAME, DENSE = "demo-kv", "demo-dense"  # or "demo", which skips whole layers; your own model: section 3
+NAME, DENSE, OTHERS = "demo-kv", "demo-dense", ["demo"]  # your own model: section 3
 
 import modlab
 
 model, tokenizer = modlab.load(NAME)
 dense, _ = modlab.load(DENSE)
+others = [modlab.load(name)[0] for name in OTHERS]  # "demo" skips whole layers: it saves time, and loses more
 if not modlab.is_converted(model):
     modlab.convert(model)  # adds open routers for the cache: the output stays the same until they are trained
 
-explorer = modlab.widgets.explore(model, tokenizer, TEXT, dense=dense)
+explorer = modlab.widgets.explore(model, tokenizer, TEXT, dense=dense, others=others)
 explorer.measure_curve()
 explorer
 
@@ -122,6 +123,7 @@ explorer
 # - **Where does it break?** The dashed lines are the dense model's. The mean loss moves little; the lower
 #   curve is the loss on passages that come a second time, far away, and shows sooner that something is
 #   missing.
+# - **What is routed?** The switch next to the title shows a model that skips whole layers instead.
 # - **What does it save?** *KV cache* is what is really allocated; *Measure the speed* times `generate`,
 #   dense and routed. *Find* looks for the threshold of a memory budget: so many MiB for so many tokens.
 # - **Use your own text**: everything follows, the curves too. Point at a cell or a token to see what each
@@ -171,7 +173,8 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 # Change the names above the explorer and run all cells again:
 #
 # - `NAME`: a folder saved by modlab, any local folder of a `transformers` model, or a hub id such as
-#   `"Qwen/Qwen3-0.6B"` (needs network); `DENSE`: the model to compare with, for example the same name.
+#   `"Qwen/Qwen3-0.6B"` (needs network); `DENSE`: the model to compare with, for example the same name;
+#   `OTHERS`: further models of the same tokenizer, or `[]`.
 # - A dense model is converted on the spot and, at first, keeps every token: its routers still have to
 #   learn. `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the
 #   result.

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.browser
 
 SETUP = f"""\
 {MODEL}text = "the router decides which token runs and which token skips, 日本 🙂\\n" * 4
-explorer = modlab.widgets.explore(model, tokenizer, text)
+from tests.helpers.models import dense_llama
+other = routed_llama(skip="kv")
+explorer = modlab.widgets.explore(model, tokenizer, text, dense=dense_llama(), others=[other])
 explorer"""
 SINGLE = """\
 from modlab.widgets import RoutingHeatmap, TokenText, link
@@ -306,6 +308,78 @@ def test_the_curve_is_asked_for_and_drawn(nb: Notebook) -> None:
     nb.page.mouse.up()
     nb.page.wait_for_function("() => document.querySelector('.modlab-badge').dataset.state === 'measured'")
     nb.wait_idle()
+
+
+def test_the_curve_has_far_recall_and_the_dense_model(nb: Notebook, shots: Path) -> None:
+    nb.python("explorer.set_text(text * 6); explorer.wait(); explorer.measure_curve([0.2, 0.5, 0.8])")
+    nb.wait_idle()
+    curves = nb.page.locator(".mod-curve").first.locator("svg.modlab-curve")
+    assert curves.count() == 3
+    for key in ("loss", "recall"):
+        curve = nb.page.locator(f"svg[data-curve={key}]").first
+        assert curve.locator(".mod-reference-line").count() == 1 and "dense model" in curve.text_content()
+        assert curve.locator(".mod-error-bar").count() == 3
+    assert "against the dense model" in read(nb, "loss >> xpath=..")
+    nb.screenshot(shots / "explorer-curve")
+
+
+def test_progress_shows_where_it_was_asked_for(nb: Notebook) -> None:
+    nb.python(
+        "import time\n"
+        "slow = lambda *_: time.sleep(0.05)\n"
+        "hooks = [layer.register_forward_pre_hook(slow) for layer in model.get_decoder().layers]\n"
+        "explorer.set_text(text); explorer.wait(); explorer.points = []"
+    )
+    curve = nb.page.locator(".mod-curve").first
+    curve.get_by_role("button", name="run the text at ten thresholds").click()
+    curve.locator(".modlab-job progress[value]").wait_for(timeout=60_000)
+    assert "Measuring" in curve.locator(".mod-job-text").inner_text()
+    curve.get_by_role("button", name="stop this computation").click()
+    nb.page.wait_for_function("() => document.querySelector('.modlab-job').dataset.state === 'cancelled'")
+    nb.python("[hook.remove() for hook in hooks]")
+    nb.page.locator(".modlab-want-ratio").first.fill("200")
+    nb.page.locator(".modlab-calibrate-ratio").first.click()
+    nb.page.wait_for_function("() => /below 100 %/.test(document.querySelector('.modlab-error').innerText)")
+    below = """e => e.getBoundingClientRect().top
+      - document.querySelector('.mod-calibrate').getBoundingClientRect().bottom"""
+    assert 0 <= nb.page.locator(".modlab-error").first.evaluate(below) < 120  # where Find was pressed
+    nb.page.locator(".modlab-want-ratio").first.fill("50")
+    nb.page.locator(".modlab-calibrate-ratio").first.click()
+    nb.python("explorer.wait()")
+    nb.wait_idle()
+
+
+def test_the_speed_is_measured_on_request(nb: Notebook) -> None:
+    assert read(nb, "speed") == "–"
+    nb.page.locator(".modlab-measure-speed").first.click()
+    nb.page.wait_for_function(
+        "() => /tok/.test(document.querySelector('.modlab-speed').innerText)", timeout=120_000
+    )
+    nb.python("explorer.wait()")
+    nb.wait_idle()
+    said = nb.page.locator(".modlab-speed >> xpath=..").first.inner_text()
+    assert "dense" in said and "first token" in said and "cpu" in said
+
+
+def test_first_tokens_that_are_always_kept_are_named(nb: Notebook) -> None:
+    assert "always kept" in nb.page.locator(".mod-key").first.inner_text()
+
+
+def test_the_switch_shows_another_model(nb: Notebook, shots: Path) -> None:
+    nb.page.locator(".modlab-form").first.select_option("keys and values")
+    nb.page.wait_for_function(
+        "() => document.querySelector('.mod-heat h3').innerText.includes('keys and values')"
+    )
+    nb.python("explorer.wait()")
+    nb.wait_idle()
+    assert "dropped" in nb.page.locator(".mod-key").first.inner_text()
+    assert kernel(nb, "explorer.form") == "keys and values"
+    p = nb.drag(".modlab-threshold", 0.65)
+    wait_measured(nb, p)
+    assert float(kernel(nb, "other.mod.thresholds[1]")) == p != float(kernel(nb, "model.mod.thresholds[1]"))
+    nb.python("explorer.switch('whole layers'); explorer.wait()")
+    nb.wait_idle()
+    assert "skips" in nb.page.locator(".mod-key").first.inner_text()
 
 
 def test_a_busy_model_is_told(nb: Notebook) -> None:

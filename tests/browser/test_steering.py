@@ -68,6 +68,8 @@ def test_a_click_flips_a_cell(nb: Notebook) -> None:
     assert "keeps" not in box.locator(".modlab-error").inner_text()
     rows = box.locator(".modlab-next tbody tr")
     assert rows.count() == 8
+    assert f"token {token}" in box.locator(".modlab-next h3").inner_text()  # what may follow the flipped one
+    assert int(kernel(nb, "flip.effect['at']")) == token
     box.locator(".modlab-flips button").first.click()
     nb.page.wait_for_timeout(400)
     settled(nb, "flip")
@@ -139,6 +141,20 @@ def test_a_layers_slider_previews_then_measures(nb: Notebook) -> None:
     settled(nb, "thresholds")
     assert box.locator(".modlab-badge").inner_text() == "measured"
     assert kernel(nb, "thresholds.thresholds") == f"{{1: 0.5, 3: {p}, 5: 0.5}}"
+
+
+def test_layer_sliders_fit_and_their_words_are_whole(nb: Notebook) -> None:
+    size = nb.page.viewport_size
+    nb.page.set_viewport_size({"width": 1280, "height": 800})
+    nb.python("before = thresholds.thresholds; thresholds.apply(0.01)")  # "keeps 100 %", the longest
+    nb.wait_idle()
+    cut = """() => [...document.querySelectorAll('.mod-layer-sliders, .mod-layer-slider *')]
+      .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.className)"""
+    assert nb.page.evaluate(cut) == []
+    assert "keeps 100 %" in view(nb, "thresholds").locator(".mod-layer-kept").first.inner_text()
+    nb.python("thresholds.apply(before)")
+    nb.page.set_viewport_size(size)
+    nb.wait_idle()
 
 
 def test_the_global_slider_moves_all(nb: Notebook) -> None:

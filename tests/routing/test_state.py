@@ -1,10 +1,13 @@
 """Thresholds are live, decisions are causal and private to a row, and everything can be seen and forced."""
 
+import threading
+
 import pytest
 import torch
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.routing.state import thresholds_restored, thresholds_restored_on_error
 from tests.helpers.models import alternate_layers, spread_gates
 
 IDS = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(3))
@@ -25,6 +28,31 @@ def test_threshold_is_live_and_monotone(tiny_llama) -> None:
         assert torch.equal(step.keep[first], expected)
         kept.append(int(step.keep[first].sum()))
     assert kept[0] > kept[1] > kept[2] > 0
+
+
+def test_it_says_what_is_routed_where(tiny_llama) -> None:
+    assert repr(tiny_llama.mod) == "Routing(whole layers of layers [1, 3, 5] of 6, p = 0.5)"
+    modlab.set_threshold(tiny_llama, 0.25, layers=[3])
+    assert repr(tiny_llama.mod).endswith("p from 0.25 to 0.5)")
+
+
+def test_thresholds_of_a_block_are_its_threads_own(tiny_llama) -> None:
+    seen: list[dict[int, float]] = []
+    with thresholds_restored(tiny_llama):
+        modlab.set_threshold(tiny_llama, 0.9)
+        other = threading.Thread(target=lambda: seen.append(dict(tiny_llama.mod.thresholds)))
+        other.start()
+        other.join(60)
+        assert set(tiny_llama.mod.thresholds.values()) == {0.9}
+    assert set(seen[0].values()) == {0.5} == set(tiny_llama.mod.thresholds.values())
+    with thresholds_restored_on_error(tiny_llama):
+        modlab.set_threshold(tiny_llama, 0.9)
+        assert set(tiny_llama.mod.common_thresholds.values()) == {0.5}
+    assert set(tiny_llama.mod.thresholds.values()) == {0.9}
+    with pytest.raises(KeyboardInterrupt), thresholds_restored_on_error(tiny_llama):
+        modlab.set_threshold(tiny_llama, 0.2)
+        raise KeyboardInterrupt
+    assert set(tiny_llama.mod.thresholds.values()) == {0.9}
 
 
 @torch.no_grad()

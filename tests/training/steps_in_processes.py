@@ -1,6 +1,6 @@
 """Run by `accelerate launch` in test_step.py: the gradient of one step, in as many processes as there are.
 
-    steps_in_processes.py OUT BATCH_SIZE GRAD_ACCUM CASE...
+steps_in_processes.py OUT BATCH_SIZE GRAD_ACCUM CASE...
 """
 
 from __future__ import annotations

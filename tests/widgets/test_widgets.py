@@ -24,7 +24,7 @@ from modlab.widgets import (
 )
 from modlab.widgets.pictures import page
 from modlab.widgets.yardsticks import PASSAGE, far_recall, token_losses
-from tests.helpers.models import dense_llama
+from tests.helpers.models import dense_llama, routed_llama
 from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
@@ -242,6 +242,25 @@ def test_the_speed_is_measured_when_asked_for(routed_model: Any, word_tokenizer:
     explorer.wait(60)
     assert explorer.speed == {}
     assert "dense" not in explore(routed_model, word_tokenizer, TEXT).measure_speed()
+
+
+def test_a_switch_changes_between_what_is_routed(routed_model: Any, word_tokenizer: Any) -> None:
+    other = routed_llama(skip="kv")
+    explorer = explore(routed_model, word_tokenizer, TEXT, others=[other])
+    assert explorer.forms == ["whole layers", "keys and values"] and explorer.form == "whole layers"
+    explorer.measure_curve([0.2, 0.6])
+    explorer._handle_custom_msg({"type": "form", "form": "keys and values", "id": 1}, [])
+    explorer.wait(60)
+    want = modlab.trace(other, word_tokenizer, TEXT)
+    assert explorer.form == "keys and values" and np.array_equal(explorer.trace.keep, want.keep)
+    assert explorer.summary["words"]["past"] == "dropped" and explorer.layers == want.layers
+    assert [point["p"] for point in explorer.points] == [0.2, 0.6]  # measured again, of this model
+    before = dict(routed_model.mod.thresholds)
+    explorer.run(0.7)  # the slider steers the model that shows
+    assert set(other.mod.thresholds.values()) == {0.7} and routed_model.mod.thresholds == before
+    with pytest.raises(ModlabError, match=r"routes 'MLPs'.*whole layers, keys and values"):
+        explorer.switch("MLPs")
+    assert explorer.form == "keys and values"
 
 
 def test_views_of_one_text_share_a_group() -> None:

@@ -13,10 +13,30 @@ class ExplorerControls extends Controls {
   }
 }
 
+// Which of several models shows: the switch is next to the title.
+class Forms {
+  constructor(store, parent) {
+    this.store = store;
+    this.label = el(parent.querySelector(".mod-title"), "label", "mod-choice", "routed: ");
+    this.choice = el(this.label, "select", "modlab-form");
+    ownKeys(this.choice);
+    this.choice.addEventListener("change", () => store.job.ask({ type: "form", form: this.choice.value }));
+    for (const name of ["form", "forms"]) store.listen("change:" + name, () => store.update());
+  }
+
+  draw() {
+    const { model, job } = this.store, forms = model.get("forms") || [];
+    this.label.hidden = forms.length < 2;
+    if (this.choice.options.length !== forms.length) this.choice.replaceChildren(...forms.map((name) => new Option(name, name)));
+    if (!job.running) this.choice.value = model.get("form");
+    this.choice.disabled = !model.get("can_run") || job.running;
+  }
+}
+
 VIEWS.explorer = {
   scene: Store, title: "Routing explorer", about,
   parts: (model) => {
     const can = model.get("can_run"), curve = can || model.get("points").length;
-    return [OwnText, ExplorerControls, [[Heatmap, TokenText], [...(curve ? [Curve] : []), TokenPath]], ...(can ? [Budget] : [])];
+    return [Forms, OwnText, ExplorerControls, [[Heatmap, TokenText], [...(curve ? [Curve] : []), TokenPath]], ...(can ? [Budget] : [])];
   },
 };

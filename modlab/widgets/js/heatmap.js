@@ -10,15 +10,8 @@ class Heatmap {
     this.store = store;
     this.box = el(parent, "section", "mod-heat");
     const head = el(this.box, "div", "mod-head");
-    const { words } = store;
-    el(head, "h3", "", words.title);
-    const key = el(head, "span", "mod-key");
-    const always = store.keepFirst ? [["always", "always kept"]] : [];
-    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ...always, ["dense", "dense layer"]]) {
-      const sample = el(key, "i", "mod-key-" + name);
-      if (name === "runs") this.sample = sample;
-      el(key, "span", "", text);
-    }
+    this.title = el(head, "h3");
+    this.key = el(head, "span", "mod-key");
     this.zooms = el(head, "span", "mod-zooms");
     for (const [sign, text, factor] of [["−", "zoom out", 1 / 1.5], ["+", "zoom in", 1.5], ["⇔", "show all tokens", 0]])
       button(this.zooms, sign, text, () => this.zoom(factor));
@@ -56,6 +49,19 @@ class Heatmap {
   }
 
   destroy() { this.observer.disconnect(); }
+
+  // What the cells mean; another model may route something else.
+  drawKey() {
+    const { store } = this, { words } = store;
+    this.title.textContent = words.title;
+    this.key.replaceChildren();
+    const always = store.keepFirst ? [["always", "always kept"]] : [];
+    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ...always, ["dense", "dense layer"]]) {
+      const sample = el(this.key, "i", "mod-key-" + name);
+      if (name === "runs") this.sample = sample;
+      el(this.key, "span", "", text);
+    }
+  }
 
   // Sizes in CSS pixels; null while the widget is hidden.
   layout() {
@@ -143,7 +149,11 @@ class Heatmap {
     this.drawCursor(g, m, shift);
     g.restore();
     this.drawLabels(g, m);
-    if (this.stamp !== store.stamp) { this.stamp = store.stamp; this.drawLegend(); }
+    if (this.stamp !== store.stamp) {
+      this.stamp = store.stamp;
+      this.drawKey();
+      this.drawLegend();
+    }
     this.drawTip(m, shift, end);
     this.canvas.dataset.kept = store.keepRatio.toFixed(4);
     this.canvas.dataset.theme = theme.dark ? "dark" : "light";

@@ -41,7 +41,7 @@ class Plot {
   // A dashed line all across, with its name: what the curve is compared with.
   level(y, name) {
     node(this.svg, "line", { x1: this.box.left, x2: this.end, y1: this.up(y), y2: this.up(y), class: "mod-reference-line" });
-    this.text(this.end, this.up(y) - 5, name, "mod-tick", "end");
+    this.text(this.end, this.up(y) + 14, name, "mod-tick", "end");
   }
 
   // How far the value may be off: a bar up and down.

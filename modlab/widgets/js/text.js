@@ -45,6 +45,13 @@ class TokenText {
   // Spans are made once for a text; a new run of the same text only recolours them.
   build() {
     const { store } = this;
+    if (this.options !== String(store.layers)) {
+      this.options = String(store.layers);
+      this.choice.replaceChildren();
+      this.option(-1, "number of routed layers that keep it");
+      for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or ${store.words.past}`);
+      this.stamp = "";
+    }
     if (this.built === store.tokens) return;
     this.built = store.tokens;
     this.chunks = [];
@@ -61,9 +68,6 @@ class TokenText {
       }
       this.chunks.push({ node, start, end, stale: true });
     }
-    this.choice.replaceChildren();
-    this.option(-1, "number of routed layers that keep it");
-    for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or ${store.words.past}`);
   }
 
   option(value, text) { el(this.choice, "option", "", text).value = value; }

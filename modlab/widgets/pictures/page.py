@@ -112,7 +112,7 @@ def trace_page(trace: RoutingTrace) -> str:
     """The explorer of one trace, without a kernel."""
     values = {**payload(trace), "can_run": False, "points": [], "runs": [], "job": {}}
     values |= {"layer_thresholds": [], "cursor": -1, "locked": False, "layer": -1}
-    values |= {"budget": {}, "text_note": ""}
+    values |= {"budget": {}, "text_note": "", "forms": []}
     title = f"Routing of {len(trace.tokens):,} tokens, {trace.model or 'model'}"
     return html_page("explorer", values, title)
 
