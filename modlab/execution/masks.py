@@ -68,9 +68,11 @@ def visible_mask(
     return held & (given.values() == allowing)
 
 
-def stored_mask(keep_BT: Tensor, real_BT: Tensor, recent: int = 1) -> Tensor:
-    """True where routing leaves a key to a query: it is kept, or among the query's latest `recent` tokens of
-    its row; never for padding. bool [B, 1, T, T]."""
+def stored_mask(keep_BT: Tensor, real_BT: Tensor, recent: int | None = None) -> Tensor:
+    """True where routing leaves a key to a query: it is kept, or not older than the query's latest `recent`
+    tokens of its row; never for padding. bool [B, 1, T, T]."""
+    if recent is None:
+        return (keep_BT & real_BT)[:, None, None, :]
     tokens_BT = real_BT.cumsum(1)  # padding inside a row is no part of its recent past
     latest = recent_mask(tokens_BT, tokens_BT, recent) & real_BT[:, None, :, None]
     return (keep_BT[:, None, None, :] | latest) & real_BT[:, None, None, :]
@@ -80,7 +82,7 @@ def masked_reference_mask(
     keep_BT: Tensor,
     real_BT: Tensor,
     window: int | None = None,
-    recent: int = 1,
+    recent: int | None = None,
     visible: Tensor | None = None,
 ) -> Tensor:
     """True where a token may attend in the masked reference: to what the model lets it see, of that to kept

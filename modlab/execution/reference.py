@@ -101,11 +101,11 @@ def hiding_mask(
 ) -> tuple[Any, contextlib.AbstractContextManager[None]]:
     """`masked_reference_mask` in the form that the attention takes, and the block in which it takes it: as a
     rule for flex attention where that is allowed and possible."""
-    keep, real, recent = site.decision.keep, site.call.real, site.recent or 1
+    keep, real = site.decision.keep, site.call.real
     if may_flex and takes_flex(site, given, keep.device):
-        blocks = what_if_block_mask(keep, real, recent, site.call.documents)
+        blocks = what_if_block_mask(keep, real, site.recent or 1, site.call.documents)
         return blocks, flex_attention(site.routing.model_config)
     visible = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
-    allowed = masked_reference_mask(keep, real, recent=recent, visible=visible)
+    allowed = masked_reference_mask(keep, real, recent=site.recent, visible=visible)
     mask = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
     return mask, contextlib.nullcontext()

@@ -228,9 +228,14 @@ class _Call:
         kwargs = self.kwargs
         if not self.args:
             args, kwargs = (), {**kwargs, self.hidden_name: hidden}
+        compiled = [(m, m._compiled_call_impl) for m in layer.modules() if m._compiled_call_impl is not None]
         try:
+            for module, _ in compiled:  # a compiled module runs past hooks
+                module._compiled_call_impl = None
             output = layer(*args, **kwargs)
         finally:
+            for module, call in compiled:
+                module._compiled_call_impl = call
             for hook in hooks:
                 hook.remove()
         return output[0] if isinstance(output, (tuple, list)) else output

@@ -20,6 +20,7 @@ import modlab
 from modlab import skips
 from modlab.bench import command
 from modlab.execution.routed import RoutedBranch, RoutedLayer, RoutedMLP
+from modlab.measure import evaluate
 from modlab.routing.record import Decision
 from modlab.skips.base import Skip, Words
 from tests.helpers.models import tiny_config
@@ -196,7 +197,7 @@ def test_it_is_traced_measured_and_calibrated(make_llama, name: str, word_tokeni
     assert trace.layers == [layer for layer in (1, 3) for _ in range(rows)]
     assert (trace.kv_saving == 1) == (name == "toy-positions")
     assert trace.to_html() and replace(trace, model="other")
-    found = modlab.measure.evaluate(model, [{"input_ids": IDS}])
+    found = evaluate(model, [{"input_ids": IDS}])
     assert 0 < found.keep_ratio < 1
     if name == "toy-sublayers":
         reached = modlab.calibrate(model, [{"input_ids": IDS}], keep_ratio=0.5, tolerance=0.05)
