@@ -23,7 +23,9 @@ class TrainConfig:
         max_minutes: with `steps` or `tokens`: this call stops after so many minutes, with a checkpoint to
             resume from. Alone: the run is that long, and all schedules follow the clock.
         batch_size: rows per process and forward.
-        grad_accum: forwards per optimiser step. A step sees batch_size * grad_accum * processes rows.
+        grad_accum: forwards per optimiser step. A step sees batch_size * grad_accum * processes rows, and its
+            gradient is that of one forward over all of them. With more than one, objectives of the whole
+            batch ("target", "budget", "load") take a second forward of each part, without gradient.
         lr: peak learning rate.
         router_lr: peak learning rate of the routers; None means `lr`.
         warmup: linear warm-up, in steps, or as a share of the run if below 1.
@@ -65,7 +67,9 @@ class TrainConfig:
         save_every: steps between two checkpoints; 0 saves one only when the run is cut short.
         keep_last: checkpoints kept.
         resume: None starts afresh and refuses a folder that holds a run; "auto" takes up the newest
-            checkpoint in `out` if there is one; a path names the checkpoint.
+            checkpoint in `out`, or starts if there is none yet; a path names the checkpoint, and later ones in
+            `out` are deleted. Data, conversion, objective, batch and seed have to be as before; lengths,
+            rates, weight decay, betas and other settings may change, which run.json notes.
         compile: torch.compile a dense model; of a converted one the layers, each by itself.
         num_workers: loader processes for data that is not preloaded.
     """
