@@ -67,8 +67,8 @@ class TrainConfig:
         save_every: steps between two checkpoints; 0 saves one only when the run is cut short.
         keep_last: checkpoints kept.
         resume: None starts afresh and refuses a folder that holds a run; "auto" takes up the newest
-            checkpoint in `out`, or starts if there is none yet; a path names the checkpoint, and later ones in
-            `out` are deleted. Data, conversion, objective, batch and seed have to be as before; lengths,
+            checkpoint in `out`, or starts if there is none yet; a path names the checkpoint, and later ones
+            in `out` are deleted. Data, conversion, objective, batch and seed have to be as before; lengths,
             rates, weight decay, betas and other settings may change, which run.json notes.
         compile: torch.compile a dense model; of a converted one the layers, each by itself.
         num_workers: loader processes for data that is not preloaded.
