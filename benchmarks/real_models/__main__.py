@@ -64,8 +64,7 @@ def _texts(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from benchmarks.real_models import base
-    from benchmarks.real_models.gates import Gates
+    from benchmarks.real_models import base, pack
     from benchmarks.real_models.run import Study, known_arm
     from benchmarks.real_models.texts import Data
 
@@ -83,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
         gates = study.train(name, int(options.tokens * 1e6), options.minutes, **dict(changes))
         study.measure(name, gates, ratios, checked, int(options.tokens * 1e6))
     for path in options.gates:
-        gates = Gates.load(path, options.device)
+        gates = pack.load(path).to(options.device)
         study.measure(path.stem.removeprefix("gates_"), gates, ratios, checked, int(options.tokens * 1e6))
 
 

@@ -154,15 +154,3 @@ class Gates(nn.Module):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, str(path), {"gates": json.dumps(words)})
         return path.stat().st_size
-
-    @staticmethod
-    def load(path: Path, device: str | torch.device = "cpu") -> Gates:
-        """What `save` wrote."""
-        from safetensors import safe_open
-
-        with safe_open(str(path), "pt") as file:
-            words = json.loads(file.metadata()["gates"])
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        gates = Gates(Shape(**words["shape"]), GateForm(**words["form"]))
-        gates.load_state_dict(state)
-        return gates.to(device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.real_models import pack
 from benchmarks.real_models.base import Base
 from benchmarks.real_models.gates import (
     GONE,
@@ -49,7 +50,7 @@ def test_saved_gates_say_the_same(base: Base, tmp_path: Path) -> None:
     for weight in gates.parameters():
         weight.data = torch.randn_like(weight).half().float()
     assert gates.save(tmp_path / "gates.safetensors", {"data": "noise"}) < 20_000
-    again = Gates.load(tmp_path / "gates.safetensors")
+    again = pack.load(tmp_path / "gates.safetensors")
     x = torch.randn(1, 9, base.shape.D)
     assert again.form == gates.form
     torch.testing.assert_close(gate_values(x, again.of(1), 2), gate_values(x, gates.of(1), 2))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.real_models import evaluate, scores
+from benchmarks.real_models import evaluate, pack, scores
 from benchmarks.real_models.base import Base
 from benchmarks.real_models.controls import chance, controls, largest, scaled
 from benchmarks.real_models.gates import GateForm, Gates
@@ -82,4 +82,4 @@ def test_an_arm_leaves_gates_and_rows(base: Base, data: Data, tmp_path: Path) ->
     needed = {"model", "arm", "granularity", "tokens", "seed", "ratio_asked", "ratio", "kl_far", "tasks"}
     needed |= {"recall_gap", "retrieval", "retrieval_dense", "keep_by_text"}
     assert all(needed <= set(row) for row in rows)
-    assert Gates.load(tmp_path / "gates_head.safetensors").form == gates.form
+    assert pack.load(tmp_path / "gates_head.safetensors").form == gates.form
