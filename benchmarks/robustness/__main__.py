@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +30,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     result: dict[str, Any] = {
         "what": "robustness",
-        "command": shlex.join(["python", "-m", "benchmarks.robustness", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.robustness --kills {given.kills} --inputs {given.inputs}",
         "commit": source_commit(),
         **circumstances(torch.device("cpu"), torch.float32),
         "kills": [_killed(kind, given.kills) for kind in KINDS],

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from modlab.errors import ModlabError
 from modlab.integrations.trainer import converted_model
 from modlab.routing.router import is_router
 from modlab.saving import load_adapters
 from modlab.saving.atomic import atomic_directory
+from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.load import load, load_base
 from modlab.saving.load_adapters import import_peft
 from modlab.saving.routers import tensors_of
@@ -53,7 +55,9 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
         folder: `modlab.load` reads it, `PeftModel.from_pretrained` too, given the base converted.
     """
     converted = converted_model(model)
-    with atomic_directory(folder) as temporary:
+    if holds_model(Path(folder)):
+        raise ModlabError(f"{str(folder)!r} holds a model: give the adapters a folder of their own.")
+    with atomic_directory(folder, replaces=(ROUTER_FILE,)) as temporary:
         model.save_pretrained(temporary)
         describe_adapters(converted, temporary)
 

@@ -87,7 +87,7 @@ def model_card(
     if known:
         base = f" of [{hub_base}](https://huggingface.co/{hub_base})" if hub_base else f" of {code(known)}"
     config: MoDConfig = routing.config
-    values = sorted({round(p, 4) for p in routing.thresholds.values()})
+    values = sorted({round(float(p), 4) for p in routing.thresholds.values()})
     thresholds = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}, one a layer"
     lines = [
         f"# {plain(name)}",

@@ -15,7 +15,7 @@ from modlab.saving.atomic import atomic_directory
 from modlab.saving.card import write_card
 from modlab.saving.demos import folder_named
 from modlab.saving.description import write_description
-from modlab.saving.files import MARKER, WEIGHT_PATTERNS, holds_model
+from modlab.saving.files import ADAPTER_CONFIG, MARKER, WEIGHT_PATTERNS, holds_model
 from modlab.saving.fingerprint import fingerprints
 from modlab.saving.gguf import check_saving
 from modlab.saving.routers import added_in, tensors_of, write_routers
@@ -45,7 +45,6 @@ def save_converted(
     """
     if not is_main_process:
         return
-    check_saving(model)
     if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter: transformers saves those alone
         with atomic_directory(save_directory) as folder:
             save_dense(folder, state_dict=state_dict, **kwargs)
@@ -97,6 +96,8 @@ def save_routers(
         raise ModlabError(
             f"{str(target)!r} holds a model, which routers alone would not go with: give another folder."
         )
+    if (target / ADAPTER_CONFIG).is_file():
+        raise ModlabError(f"{str(target)!r} holds adapters: give the routers a folder of their own.")
     came_from: Any = model.mod_base_model
     base: str | None = base_model or came_from
     if base is None:

@@ -16,13 +16,21 @@ from typing import Any
 from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
 from modlab.saving.description import write_description
+from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.routers import added_in, tensors_of, write_routers
 
 
 def describe_adapters(model: Any, folder: Path) -> None:
-    """Adds to a folder of PEFT's how the model was converted, and the routers unless PEFT saved them."""
+    """Adds to a folder of PEFT's how the model was converted, and the routers unless PEFT saved them.
+
+    A folder that holds a model, into which PEFT writes if it is told to, has a description of its own.
+    """
+    if holds_model(folder):
+        return
     if added := added_in(tensors_of(model)):
         write_routers(added, folder)
+    else:
+        (folder / ROUTER_FILE).unlink(missing_ok=True)  # of adapters that lay there before
     write_description(model, folder)
 
 

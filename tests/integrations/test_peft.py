@@ -202,6 +202,33 @@ def test_a_config_is_an_ordinary_one_elsewhere(base, make_llama, tmp_path) -> No
     assert [path.name for path in (tmp_path / "reverted").iterdir()] == ["adapter_config.json"]
 
 
+@torch.no_grad()
+def test_folders_of_other_things_are_not_mixed_with_adapters(base, tmp_path) -> None:
+    """Neither a model, nor routers alone, nor adapters that brought their routers in another file."""
+    plain = peft.get_peft_model(scatter_gates(converted(base)), peft.LoraConfig(**PLAIN)).eval()
+    trained = peft.get_peft_model(
+        modlab.convert(
+            AutoModelForCausalLM.from_pretrained(base), modlab.MoDConfig(skip="layer", layers=[0])
+        ),
+        peft.LoraConfig(**PLAIN, modules_to_save=["mod_router"]),
+    ).eval()
+    for save in (save_adapter, lambda model, folder: model.save_pretrained(folder)):
+        for model in (plain, trained):
+            save(model, tmp_path / "adapter")
+            again, _ = modlab.load(tmp_path / "adapter")
+            assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+    with pytest.raises(ModlabError, match="holds adapters"):
+        modlab.save_routers(converted(base), tmp_path / "adapter", base_model=base)
+    routed = scatter_gates(converted(base))
+    routed.save_pretrained(tmp_path / "mod")
+    make_tokenizer().save_pretrained(tmp_path / "mod")
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "mod").glob("modlab*")}
+    with pytest.raises(ModlabError, match="holds a model"):
+        save_adapter(trained, tmp_path / "mod")
+    trained.save_pretrained(tmp_path / "mod")  # PEFT does as it is told
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mod").glob("modlab*")} == ours
+
+
 def test_a_model_with_adapters_is_not_saved_under_changed_names(base, tmp_path) -> None:
     """Its weights would load as random ones."""
     model = adapted(base)
