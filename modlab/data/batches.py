@@ -127,8 +127,8 @@ def batch_of(item: Any, what: str = "a batch") -> Batch:
         raise ModlabError(f"{what} is None; give a text, a chat, token ids or a batch of them.")
     if unused := sorted(set(given) - set(KEYS)):
         raise ModlabError(
-            f"{what} has {', '.join(map(str, unused))}, which nothing here would use: leave it out. Used are "
-            f"{', '.join(KEYS)}."
+            f"{what} has {', '.join(map(str, unused))}, which nothing here would use: leave it out (of a "
+            f"data set by remove_columns). Used are {', '.join(KEYS)}."
         )
     batch = {name: _tensor(value, f"{what}: {name}", name) for name, value in given.items()}
     ids = batch["input_ids"]

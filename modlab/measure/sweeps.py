@@ -30,6 +30,17 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
+COLUMNS = (
+    "threshold",
+    "keep_ratio",
+    "kv_bytes",
+    "dense_kv_bytes",
+    "kv_saving",
+    "loss",
+    "perplexity",
+    "prefill_ms",
+    "decode_ms",
+)
 DEFAULT_THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -60,6 +71,7 @@ def sweep(
     decode_tokens: int = 32,
     per_layer: bool = False,
     progress: bool = True,
+    accelerator: Any = None,
 ) -> pd.DataFrame:
     """One row a threshold: what it costs in loss, and what it buys in memory and time.
 
@@ -80,6 +92,8 @@ def sweep(
         decode_tokens: tokens generated in each timed call, after the first.
         per_layer: add columns `keep_ratio_<layer>`.
         progress: show a progress bar.
+        accelerator: an `accelerate.Accelerator`: its processes share the batches, and each gets the table of
+            all of them; times are means over the processes. All have to pass the same arguments.
 
     Returns:
         DataFrame with columns threshold, keep_ratio (mean over routed layers), kv_bytes (allocated for all
@@ -124,45 +138,58 @@ def sweep(
             stacklevel=2,
         )
 
-    rows: list[dict[str, float]] = []
-    rounds = repeats + 1 if repeats else 0
+    rounds = repeats + 1 if repeats else 0  # the first warms up
+    quiet = not progress or not (accelerator is None or accelerator.is_main_process)
     with (
         thresholds_restored(model),
-        tqdm(total=len(wanted) * (len(batches) + rounds), desc="sweep", disable=not progress) as bar,
+        tqdm(total=len(wanted) * (len(batches) + rounds), desc="sweep", disable=quiet) as bar,
     ):
+        rows = [_costs(model, p, batches, per_layer, accelerator, bar) for p in wanted]
+        times = _times(model, wanted, prompt, decode_tokens, rounds, bar)
+    if rounds and accelerator is not None and accelerator.num_processes > 1:
+        times = accelerator.reduce(torch.tensor(times).to(accelerator.device), "mean").tolist()
+    for row, (prefill_ms, decode_ms) in zip(rows, times, strict=True):
+        row |= {"prefill_ms": prefill_ms, "decode_ms": decode_ms}
+    return pd.DataFrame(rows, columns=[*COLUMNS, *(name for name in rows[0] if name not in COLUMNS)])
 
-        def counted(items: list[Batch]) -> Iterator[Batch]:
-            for item in items:
-                yield item
-                bar.update()
 
-        for p in wanted:
-            with _at_threshold(model, p):
-                result = evaluate_batches(model, counted(batches))
-            rows.append(
-                {
-                    "threshold": p,
-                    "keep_ratio": result.keep_ratio,
-                    "kv_bytes": result.kv_bytes,
-                    "dense_kv_bytes": result.dense_kv_bytes,
-                    "kv_saving": result.kv_saving,
-                    "loss": result.loss,
-                    "perplexity": result.perplexity,
-                    "prefill_ms": math.nan,
-                    "decode_ms": math.nan,
-                }
-            )
-            if per_layer:
-                rows[-1] |= {f"keep_ratio_{layer}": r for layer, r in result.keep_ratio_by_layer.items()}
-        times: list[list[tuple[float, float]]] = [[] for _ in wanted]
-        for turn, (index, p) in itertools.product(range(rounds), enumerate(wanted)):
-            with eval_mode(model), torch.no_grad(), _at_threshold(model, p):
-                timed = time_generate(model, prompt, decode_tokens)
-            if turn:  # the first round warms up
-                times[index].append(timed)
+def _costs(
+    model: Any, p: float, batches: list[Batch], per_layer: bool, accelerator: Any, bar: Any
+) -> dict[str, float]:
+    """Loss, keep ratio and bytes at one threshold."""
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
             bar.update()
-        for row, measured in zip(rows, times, strict=True):
-            if measured:
-                row["prefill_ms"] = statistics.median(t[0] for t in measured)
-                row["decode_ms"] = statistics.median(t[1] for t in measured)
-    return pd.DataFrame(rows)
+
+    with _at_threshold(model, p):
+        result = evaluate_batches(model, counted(), accelerator=accelerator)
+    row = {
+        "threshold": p,
+        "keep_ratio": result.keep_ratio,
+        "kv_bytes": result.kv_bytes,
+        "dense_kv_bytes": result.dense_kv_bytes,
+        "kv_saving": result.kv_saving,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+    }
+    if per_layer:
+        row |= {f"keep_ratio_{layer}": ratio for layer, ratio in result.keep_ratio_by_layer.items()}
+    return row
+
+
+def _times(
+    model: Any, thresholds: list[float], prompt: torch.Tensor, decode_tokens: int, rounds: int, bar: Any
+) -> list[tuple[float, float]]:
+    """(prefill_ms, decode_ms) at each threshold: medians over all rounds but the first, NaN without any."""
+    times: list[list[tuple[float, float]]] = [[] for _ in thresholds]
+    for turn, (index, p) in itertools.product(range(rounds), enumerate(thresholds)):
+        with eval_mode(model), torch.no_grad(), _at_threshold(model, p):
+            timed = time_generate(model, prompt, decode_tokens)
+        if turn:
+            times[index].append(timed)
+        bar.update()
+    if not rounds:
+        return [(math.nan, math.nan) for _ in thresholds]
+    return [(statistics.median(t[0] for t in each), statistics.median(t[1] for t in each)) for each in times]

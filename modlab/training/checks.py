@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from modlab.data.batches import check_vocabulary
 from modlab.errors import ModlabError
-from modlab.hf.model import context_length
+from modlab.hf.model import context_length, vocabulary_size
 from modlab.routing.state import is_converted
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
@@ -56,7 +57,7 @@ def check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
         raise ModlabError("The teacher is the model itself. Load it a second time: its KL would always be 0.")
     if is_converted(teacher):
         raise ModlabError("The teacher is converted; a dense model is needed (modlab.revert gives it back).")
-    ours, theirs = _vocabulary(model), _vocabulary(teacher)
+    ours, theirs = vocabulary_size(model), vocabulary_size(teacher)
     if ours != theirs:
         raise ModlabError(
             f"The teacher has {theirs} tokens in its vocabulary and the model {ours}: they have to agree."
@@ -69,12 +70,7 @@ def check_fit(model: Any, source: Batches, what: str) -> None:
     check_length(model, ids.shape[1], what)
     if ids.shape[1] < 2:
         raise ModlabError(f"{what} has rows of one token; two are needed to predict one from another.")
-    vocabulary, low, high = _vocabulary(model), int(ids.min()), int(ids.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ModlabError(
-            f"{what} holds token ids from {low} to {high}, but the model has {vocabulary} tokens: "
-            "was it made with another tokenizer?"
-        )
+    check_vocabulary({**source.first, "input_ids": ids}, vocabulary_size(model), what)
 
 
 def nothing_to_learn(model: Any, length: int) -> str:
@@ -125,12 +121,3 @@ def check_processes(config: TrainConfig, model: Any, source: Batches, world: int
             f"The data has {len(source.data)} rows, fewer than a batch of {need} "
             f"({config.batch_size} in each of {world} process(es)). Give more data or a smaller batch_size."
         )
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _vocabulary(model: Any) -> int | None:
-    return getattr(_text_config(model), "vocab_size", None)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modlab.data.batches import KEYS, Batch
+from modlab.data.batches import Batch, batch_of
+from modlab.data.texts import is_chat, unwrapped
 from modlab.errors import ModlabError
 
 PRELOAD_BYTES = 8 * 2**30
@@ -202,39 +203,13 @@ def _is_row(item: Any) -> bool:
 
 
 def _as_batch(item: Any) -> Batch:
-    """A dict of int64 [B, T] tensors from a tensor, array, list or mapping of these; a row gets B = 1."""
-    if isinstance(item, (str, bytes)):
+    """A batch as `modlab.data.batches` reads it, of token ids; texts are to be packed first."""
+    item = unwrapped(item)
+    if isinstance(item, str) or is_chat(item):
         raise ModlabError(
             f"The data holds texts ({str(item)[:40]!r}): give modlab.data.packed(texts, tokenizer)."
         )
-    if not isinstance(item, Mapping):
-        item = {"input_ids": item}
-    given = {name: value for name, value in item.items() if value is not None}
-    if "input_ids" not in given:
-        raise ModlabError(
-            f"A batch has no input_ids, only {sorted(item)}. Tokenise it first (modlab.data.packed)."
-        )
-    if unused := sorted(set(given) - set(KEYS)):
-        raise ModlabError(
-            f"The data has {', '.join(unused)}, which training would not use: leave it out "
-            f"(data.remove_columns({unused!r})). Used are {', '.join(KEYS)}."
-        )
-    batch = {name: _as_tensor(name, value) for name, value in given.items()}
-    shapes = {name: tuple(value.shape) for name, value in batch.items()}
-    if len(set(shapes.values())) != 1 or batch["input_ids"].dim() != 2:
-        raise ModlabError(f"A batch needs tensors of one shape [B, T]; got {shapes}.")
-    return batch
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError) as error:
-        raise ModlabError(f"{name} cannot be made a tensor ({error}): are rows of equal length?") from None
-    if tensor.is_floating_point():
-        raise ModlabError(f"{name} holds {tensor.dtype} values; token ids are integers.")
-    tensor = tensor.long()
-    return tensor if tensor.dim() > 1 else tensor[None]
+    return batch_of(item, "the data")
 
 
 def _same(a: Batch, b: Batch) -> bool:

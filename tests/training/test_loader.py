@@ -124,7 +124,7 @@ def test_labels_and_masks_travel() -> None:
         ("some text", "is the text"),
         (7, "is a int"),
         ([{"ids": [1, 2]}], "no input_ids"),
-        ([torch.randn(2, 4)], "token ids are integers"),
+        ([torch.randn(2, 4)], "whole numbers are needed"),
         ([{"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(2, 3).long()}], "one shape"),
         (iter([torch.arange(4)]), "single rows"),
     ],

@@ -1,0 +1,59 @@
+"""What `test_processes` launches: measures over the processes of an accelerator, one report each."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import modlab
+from modlab import measure
+from tests.helpers.models import routed_llama
+
+ROWS = torch.randint(3, 500, (7, 48), generator=torch.Generator().manual_seed(4))
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Five batches of unequal size: one with padding, one with labels."""
+    mask = torch.ones_like(ROWS[2:4])
+    mask[0, :11] = 0
+    mask[1, 20:25] = 0
+    labels = ROWS[4:5].clone()
+    labels[:, :40] = -100
+    return [
+        {"input_ids": ROWS[:2]},
+        {"input_ids": ROWS[2:4], "attention_mask": mask},
+        {"input_ids": ROWS[4:5], "labels": labels},
+        {"input_ids": ROWS[5:6, :9]},
+        {"input_ids": ROWS[6:]},
+    ]
+
+
+def report() -> dict[str, object]:
+    """What this process has to say."""
+    model, accelerator = routed_llama(), Accelerator(cpu=True)
+    found = measure.evaluate(model, batches(), accelerator=accelerator)
+    rows = measure.evaluate(model, ROWS, batch_size=2, max_batches=3, accelerator=accelerator)
+    table = modlab.sweep(
+        model, None, batches(), [0.0, 0.4, 0.8], repeats=1, prompt_tokens=8, decode_tokens=2,
+        per_layer=True, progress=False, accelerator=accelerator,
+    )  # fmt: skip
+    timed = table[["prefill_ms", "decode_ms"]]
+    assert bool((timed > 0).all().all())
+    return {
+        "processes": accelerator.num_processes,
+        "evaluate": vars(found) | {"keep_ratio_by_layer": list(found.keep_ratio_by_layer.values())},
+        "rows": [rows.loss, rows.predicted_tokens],
+        "sweep": table.drop(columns=timed.columns).to_dict("list"),
+        "times": timed.to_numpy().tolist(),
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    result = report()
+    rank = Accelerator(cpu=True).process_index
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(result))
