@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from modlab.data.batches import batch_of
+from modlab.data.batches import batch_of, check_vocabulary
 from modlab.data.texts import is_chat, text_of, tokenised, unwrapped
 from modlab.errors import ModlabError
 
@@ -47,6 +47,7 @@ def encode(tokenizer: Any, item: Any) -> tuple[list[int], list[str]]:
 
 def _row_of_ids(item: Any) -> list[int]:
     batch = batch_of(item, "the text")
+    check_vocabulary(batch, None, "the text")
     if unused := sorted(set(batch) - {"input_ids", "attention_mask"}):
         raise ModlabError(f"{', '.join(unused)}: of one text only its input_ids are used. Leave it out.")
     if len(batch["input_ids"]) != 1:

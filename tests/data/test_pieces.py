@@ -135,6 +135,7 @@ def test_padding_of_a_row_is_left_out(tokenizers: dict[str, Any]) -> None:
         (None, "None"),
         (2.5, "whole numbers|shape"),
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "no token ids"),
+        ([1, -1], "from -1"),
     ],
 )
 def test_other_things_are_refused(item: Any, says: str, tokenizers: dict[str, Any]) -> None:
