@@ -18,7 +18,7 @@ from modlab.bench.models import converted_twin, dense_model, depth, random_routi
 from modlab.bench.registry import Row, Settings, Skipped, case
 from modlab.bench.rows import cache_facts, make_row
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import cache_argument, given_cache
+from modlab.hf.names import cache_argument, given_cache
 from modlab.measure import as_batches, context_length, evaluate, time_generate
 from modlab.skips import named
 

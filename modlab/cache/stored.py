@@ -9,7 +9,7 @@ import torch
 from modlab.cache import bytes as kv_bytes
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
+from modlab.hf.names import given_cache
 from modlab.routing.state import routing_of
 
 MIB = 2**20

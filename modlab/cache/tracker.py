@@ -19,7 +19,7 @@ from torch import nn
 
 from modlab.cache import bytes as kv_bytes
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
+from modlab.hf.names import given_cache
 
 if TYPE_CHECKING:
     import pandas as pd

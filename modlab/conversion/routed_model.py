@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modlab.cache.ragged import RaggedCache
 from modlab.conversion.extend import Extended
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import cache_argument, given_cache
+from modlab.hf.names import cache_argument, given_cache
 from modlab.integrations.fsdp import give_groups
 from modlab.saving.hub import UPLOAD_ARGUMENTS
 from modlab.saving.save import save_converted

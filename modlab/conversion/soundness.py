@@ -21,8 +21,8 @@ from transformers import DynamicCache
 from modlab.conversion.survey import Survey
 from modlab.errors import ModlabError
 from modlab.hf.arguments import hidden_name
-from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument
 from modlab.hf.model import device_of, eval_mode, vocabulary_size
+from modlab.hf.names import CACHE_ARGUMENTS, cache_argument
 
 B, T = 2, 3
 TOLERANCE = 1e-3

@@ -22,8 +22,7 @@ from modlab.engine.turns import Turns
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedKeys
 from modlab.hf.anatomy import decoder_layers
-from modlab.hf.attention_name import attention_named
-from modlab.hf.cache_argument import cache_argument
+from modlab.hf.names import attention_named, cache_argument
 from modlab.routing.state import Routing, is_converted, routing_override
 from modlab.routing.table import RoutingTable
 

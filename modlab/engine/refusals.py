@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
-from modlab.hf.cache_argument import CACHE_ARGUMENTS
 from modlab.hf.model import context_length
+from modlab.hf.names import CACHE_ARGUMENTS
 from modlab.routing.router import ROUTER
 from modlab.routing.table import RoutingTable
 

@@ -23,8 +23,8 @@ from modlab.engine.refusals import call_refusal, idle_aside, model_refusal
 from modlab.engine.turns import TURNS, TakesTurns
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_of
-from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import eval_mode
+from modlab.hf.names import given_cache
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3

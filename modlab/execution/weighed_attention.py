@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 
 from modlab.errors import ModlabError
 from modlab.execution.what_if_attention import as_autocast, band_block_mask
-from modlab.hf.attention_name import attention_named
+from modlab.hf.names import attention_named
 
 NAME = "modlab_weighed"
 """Under which transformers knows `weighed_attention`."""

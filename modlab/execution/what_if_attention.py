@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from modlab.hf.attention_name import attention_named
+from modlab.hf.names import attention_named
 
 if TYPE_CHECKING:
     from modlab.execution.masks import MaskValues

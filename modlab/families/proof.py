@@ -34,7 +34,7 @@ from modlab.cache.layer import RaggedLayer
 from modlab.families.oracle import Decisions, NotHidden, oracle_logits
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.hf.anatomy import decoder_layers
-from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument
+from modlab.hf.names import CACHE_ARGUMENTS, cache_argument
 from modlab.routing.state import masked_execution, record_routing
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from modlab.errors import ModlabError
 from modlab.hf.arguments import MASK_NAMES, forward_signature
-from modlab.hf.cache_argument import CACHE_ARGUMENTS
+from modlab.hf.names import CACHE_ARGUMENTS
 
 NO_ATTENTION = "it has no softmax attention"
 NO_MASK_SLIDES = "its sliding window is the cache's, not the mask's"

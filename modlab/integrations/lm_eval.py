@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from modlab.cache import bytes as kv_bytes
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
+from modlab.hf.names import given_cache
 from modlab.routing.record import Recording, kept_share
 from modlab.routing.state import is_converted, record_routing
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from modlab.cache.ragged import RaggedCache
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
-from modlab.hf.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
 from modlab.hf.model import beyond_context, context_length
+from modlab.hf.names import CACHE_ARGUMENTS, cache_argument, given_cache
 from modlab.routing.record import ForwardCall, RoutingStep
 from modlab.routing.state import Routing, eager
 

@@ -16,8 +16,8 @@ from modlab.cache import bytes as kv_bytes
 from modlab.data.batches import check_vocabulary
 from modlab.data.pieces import encode
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import context_length, device_of, eval_mode, model_name, vocabulary_size
+from modlab.hf.names import given_cache
 from modlab.routing.record import by_gate
 from modlab.routing.state import is_converted, record_routing
 from modlab.traces.routing_trace import RoutingTrace

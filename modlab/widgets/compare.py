@@ -10,8 +10,8 @@ import torch
 import traitlets as t
 
 from modlab.data.pieces import encode
-from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import eval_mode, model_name
+from modlab.hf.names import given_cache
 from modlab.routing.threshold import check_threshold
 from modlab.traces.run import check_length
 from modlab.widgets.jobs import REPORT_EVERY, Job

@@ -11,8 +11,8 @@ import numpy as np
 import traitlets as t
 
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import context_length, device_of, model_name
+from modlab.hf.names import given_cache
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job

@@ -7,8 +7,8 @@ from typing import Any
 import traitlets as t
 
 from modlab.data.pieces import encode
-from modlab.hf.cache_argument import given_cache
 from modlab.hf.model import context_length
+from modlab.hf.names import given_cache
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job

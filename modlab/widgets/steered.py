@@ -10,7 +10,7 @@ import traitlets as t
 
 from modlab.cache.stored import MIB, keep_ratio_for, recent_share
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
+from modlab.hf.names import given_cache
 from modlab.skips import named
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced

@@ -79,7 +79,7 @@ def stored_bytes(model: Any, rows: Any, batch_size: int) -> dict[str, float]:
     import torch
 
     from modlab import RaggedCache
-    from modlab.hf.cache_argument import cache_argument
+    from modlab.hf.names import cache_argument
     from modlab.training.loader import open_batches
 
     stored = dense = 0

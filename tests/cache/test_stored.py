@@ -8,7 +8,7 @@ import torch
 import modlab
 from modlab.cache.stored import MIB, keep_ratio_for, token_bytes
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
+from modlab.hf.names import given_cache
 from tests.helpers.models import alternate_layers
 
 CONTEXT = 200

@@ -23,7 +23,7 @@ from transformers import (
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import cache_argument
+from modlab.hf.names import cache_argument
 from modlab.routing.state import masked_execution
 from tests.helpers.routing import random_routing
 

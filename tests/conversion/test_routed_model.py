@@ -6,7 +6,7 @@ from transformers import TextStreamer
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import cache_argument
+from modlab.hf.names import cache_argument
 from tests.helpers.routing import IDS, MASK, expected_kept, random_routing
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -23,7 +23,7 @@ from modlab.engine.prefill import lines
 from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
-from modlab.hf.cache_argument import cache_argument
+from modlab.hf.names import cache_argument
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,

@@ -28,7 +28,7 @@ from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedBranch, RoutedKeys, RoutedModule
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import attention_name, decoder_layers, mlp_name
-from modlab.hf.cache_argument import cache_argument
+from modlab.hf.names import cache_argument
 from modlab.skips.layer import LayerSkip
 from tests.helpers.fast_generation import (
     DEVICE,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import modlab
 from modlab.data.pieces import encode
 from modlab.errors import ModlabError
-from modlab.hf.cache_argument import given_cache
+from modlab.hf.names import given_cache
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from tests.helpers.models import scatter_gates

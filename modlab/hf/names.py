@@ -1,0 +1,44 @@
+"""Names that transformers gives things, and changes: of the KV cache among a model's arguments (`cache` since
+5.24, `past_key_values` before), of the attention function in a config."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from modlab.hf.arguments import forward_signature
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""Newest first: where a version knows both, the older one is deprecated."""
+
+
+def cache_argument(model: Any) -> str:
+    """The name that `model`'s forward (a causal LM's or its decoder's) takes its cache under."""
+    model_class: Any = type(model)
+    names = forward_signature(model_class).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in names), CACHE_ARGUMENTS[-1])
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a call or the fields of a model's output, or None."""
+    return next((arguments[n] for n in CACHE_ARGUMENTS if n in arguments and arguments[n] is not None), None)
+
+
+@contextlib.contextmanager
+def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """Inside this block modules with one of these configs attend by the function registered under `name`.
+
+    Args:
+        configs: each gets back the name that it had. Their sub-configs are left alone: transformers' public
+            setter writes to those too, and would give them all the same name back.
+        name: as given to `AttentionInterface.register`.
+    """
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
