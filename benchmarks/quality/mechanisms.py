@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modlab.routing.router import Router
-from modlab.routing.state import routing_override
+from modlab.routing.state import masked_execution, routing_override
 
 Mechanism = Callable[[Any, float], contextlib.AbstractContextManager[None]]
 """``mechanism(model, keep_ratio)``: active inside the context."""
@@ -208,14 +208,13 @@ def shared_kv(model: Any, keep_ratio: float) -> Iterator[None]:
 
     AttentionInterface.register(SHARED, attend)
     AttentionMaskInterface.register(SHARED, sdpa_mask)
-    before, masked = model.config._attn_implementation, model.mod.masked
+    before = model.config._attn_implementation
     model.set_attn_implementation(SHARED)
-    model.mod.masked = True
     try:
-        yield
+        with masked_execution(model):
+            yield
     finally:
         model.set_attn_implementation(before)
-        model.mod.masked = masked
 
 
 MECHANISMS: dict[str, Mechanism] = {
