@@ -186,12 +186,15 @@ def test_one_decision_turned_round_is_noticed(attention: str, skip: str) -> None
 
 @torch.no_grad()
 def test_a_mistake_that_reference_and_packed_execution_share_is_noticed(monkeypatch) -> None:
-    """They agree with each other, and with nobody else."""
-    real_mask = masks.visible_mask
+    """Masks rebuilt from columns once let documents see each other, in both of them alike."""
+
+    def by_columns(given, queries, keys, window, attention):
+        return masks.packed_mask(queries, keys, window)
+
     for taking in (reference, packed):
-        monkeypatch.setattr(taking, "visible_mask", lambda *args: real_mask(*args) | True)
-    oracle = dense("llama", "eager")
-    model, inputs = converted(oracle, "layer"), batch("none")
+        monkeypatch.setattr(taking, "visible_mask", by_columns)
+    oracle = dense("llama", "sdpa")
+    model, inputs = converted(oracle, "layer"), batch("two")
     with modlab.record_routing(model) as recording:
         got = model(**inputs, use_cache=False).logits
         with masked_execution(model):
