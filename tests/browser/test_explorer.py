@@ -311,7 +311,7 @@ def test_the_curve_is_asked_for_and_drawn(nb: Notebook) -> None:
 
 
 def test_the_curve_has_far_recall_and_the_dense_model(nb: Notebook, shots: Path) -> None:
-    nb.python("explorer.set_text(text * 6); explorer.wait(); explorer.measure_curve([0.2, 0.5, 0.8])")
+    nb.python("explorer.set_text(text * 6); explorer.wait(); explorer.measure_curve([0.5, 0.6, 0.8])")
     nb.wait_idle()
     curves = nb.page.locator(".mod-curve").first.locator("svg.modlab-curve")
     assert curves.count() == 3

@@ -192,7 +192,8 @@ def test_zoom_shows_all_tokens_and_single_ones(show: Callable[..., Any]) -> None
     heatmap.press("0")
     settle(page)
     assert scroll.evaluate(width) == pytest.approx(1)
-    heatmap.hover(position={"x": 58 + 400, "y": 4 + 9 * 1.5})  # several tokens a pixel
+    middle = heatmap.bounding_box()["width"] / 2
+    heatmap.hover(position={"x": middle, "y": 4 + 9 * 1.5})  # several tokens a pixel
     settle(page)
     assert 3000 < int(page.locator(".mod-on").get_attribute("data-t")) < 4600
     for _ in range(20):
@@ -212,7 +213,8 @@ def test_zoom_shows_all_tokens_and_single_ones(show: Callable[..., Any]) -> None
 CELLS = """e => {
   const g = e.getContext('2d'), scale = e.width / e.clientWidth, at = (x, y) =>
     g.getImageData(Math.round(x * scale), Math.round(y * scale), 1, 1).data[3] > 200;
-  return [...Array(20).keys()].map(t => at(58 + 26 * t + 13, 4 + 22 + 4)); }"""
+  const w = Math.min(26, (e.clientWidth - 108) / 20);
+  return [...Array(20).keys()].map(t => at(58 + w * (t + 0.5), 4 + 22 + 4)); }"""
 
 
 def test_pixels_show_the_decisions(show: Callable[..., Any]) -> None:

@@ -17,7 +17,7 @@ class ExplorerControls extends Controls {
 class Forms {
   constructor(store, parent) {
     this.store = store;
-    this.label = el(parent.querySelector(".mod-title"), "label", "mod-choice", "routed: ");
+    this.label = el(parent.querySelector(".mod-title"), "label", "mod-form", "routed: ");
     this.choice = el(this.label, "select", "modlab-form");
     ownKeys(this.choice);
     this.choice.addEventListener("change", () => store.job.ask({ type: "form", form: this.choice.value }));
