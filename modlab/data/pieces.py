@@ -45,6 +45,14 @@ def encode(tokenizer: Any, item: Any) -> tuple[list[int], list[str]]:
     return ids, pieces
 
 
+def as_text(tokenizer: Any, item: Any) -> str:
+    """A text, chat or row of ids as the one string that a view shows and a reader may change."""
+    item = unwrapped(item)
+    if isinstance(item, str) or is_chat(item):
+        return text_of(item, tokenizer)[0]
+    return "".join(encode(tokenizer, item)[1])
+
+
 def _row_of_ids(item: Any) -> list[int]:
     batch = batch_of(item, "the text")
     check_vocabulary(batch, None, "the text")

@@ -48,10 +48,8 @@ def run_traced(model: Any, tokenizer: Any, text: Any) -> tuple[RoutingTrace, Any
             "Call modlab.convert(model) first."
         )
     ids, tokens = encode(tokenizer, text)
-    check_length(model, ids)
-    ids_BT = torch.tensor([ids])
-    check_vocabulary({"input_ids": ids_BT}, vocabulary_size(model), "the text")
-    ids_BT = ids_BT.to(device_of(model))
+    check_ids(model, ids)
+    ids_BT = torch.tensor([ids], device=device_of(model))
     with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
         output = model(ids_BT, use_cache=True)
     step, routing = recording.steps[-1], model.mod
@@ -75,8 +73,9 @@ def run_traced(model: Any, tokenizer: Any, text: Any) -> tuple[RoutingTrace, Any
     ), output
 
 
-def check_length(model: Any, ids: list[int]) -> None:
-    """Raises ModlabError if the model cannot read so many tokens."""
+def check_ids(model: Any, ids: list[int]) -> None:
+    """Raises ModlabError if the model cannot read so many tokens, or does not know one of them."""
+    check_vocabulary({"input_ids": torch.tensor(ids)}, vocabulary_size(model), "the text")
     limit = context_length(model)
     if limit and len(ids) > limit:
         raise ModlabError(

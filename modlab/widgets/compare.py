@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import traitlets as t
 
-from modlab.data.pieces import encode
+from modlab.data.pieces import as_text, encode
 from modlab.hf.model import eval_mode, model_name
 from modlab.hf.names import given_cache
 from modlab.routing.threshold import check_threshold
-from modlab.traces.run import check_length
+from modlab.traces.run import check_ids
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.panels import compare_svg
@@ -55,7 +55,7 @@ class Compare(ModelView, view="compare"):
         routing_of(model)
         self._model, self._tokenizer = model, tokenizer
         super().__init__(
-            prompt=prompt,
+            prompt=as_text(tokenizer, prompt),
             ps=[check_threshold(x) for x in p],
             max_new_tokens=max_new_tokens,
             summary={"model": model_name(model)},
@@ -93,7 +93,7 @@ class Compare(ModelView, view="compare"):
 
     def _encode(self, prompt: str) -> torch.Tensor:
         ids = encode(self._tokenizer, prompt)[0]
-        check_length(self._model, ids)
+        check_ids(self._model, ids)
         return torch.tensor([ids], device=self._model.device)
 
     def _one(

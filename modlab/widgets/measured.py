@@ -6,7 +6,7 @@ from typing import Any
 
 import traitlets as t
 
-from modlab.data.pieces import encode
+from modlab.data.pieces import as_text, encode
 from modlab.hf.model import context_length
 from modlab.hf.names import given_cache
 from modlab.traces.routing_trace import RoutingTrace
@@ -30,6 +30,7 @@ class MeasuredView(TraceView, ModelView):
 
     def __init__(self, model: Any, tokenizer: Any, text: str, **traits: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
+        text = as_text(tokenizer, text)
         with using(model):
             trace, output = run_traced(model, tokenizer, text)
         super().__init__(trace, **traits)
@@ -46,7 +47,7 @@ class MeasuredView(TraceView, ModelView):
 
     def _change_text(self, text: str, job: Job | None) -> None:
         with using(self._model, job, "Running the text"):
-            shown, note = fitting(self._model, self._tokenizer, text)
+            shown, note = fitting(self._model, self._tokenizer, as_text(self._tokenizer, text))
             trace, output = run_traced(self._model, self._tokenizer, shown)
             if job is not None:
                 job.check()

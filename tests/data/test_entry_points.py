@@ -155,3 +155,21 @@ def test_training_refuses_the_same(what: str, model: Any) -> None:
 def test_training_sends_texts_to_be_packed(data: Any) -> None:
     with pytest.raises(ModlabError, match=r"modlab\.data\.packed"):
         modlab.train(routed_llama(), data, modlab.TrainConfig(steps=1))
+
+
+def test_views_show_them_as_text(model: Any, tokenizer: Any) -> None:
+    told = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    ids = token_ids(WORDS, tokenizer)
+    for item, text in (
+        (WORDS, WORDS),
+        (CHAT, told),
+        ({"messages": CHAT}, told),
+        (ids, tokenizer.decode(ids)),
+    ):
+        assert modlab.widgets.Thresholds(model, tokenizer, item).text == text
+        assert modlab.widgets.Compare(model, tokenizer, item).prompt == text
+    for wrong in ("\ud800", b"text", None):
+        with pytest.raises(ModlabError):
+            modlab.widgets.Thresholds(model, tokenizer, wrong)
+        with pytest.raises(ModlabError):
+            modlab.widgets.Compare(model, tokenizer, wrong)

@@ -28,3 +28,10 @@ def spread_gates(model, seed=1, scale=1.0):
             if "router" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
+
+
+class Letters:
+    """A tokenizer of a letter a token."""
+
+    def __call__(self, text, **settings):
+        return {"input_ids": [ord(c) % VOCAB for c in text]}

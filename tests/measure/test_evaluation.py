@@ -1,6 +1,7 @@
 """The one held-out loss, held to a computation by hand: padding wherever it stands, labels, ranks."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -187,3 +188,34 @@ def test_ranks_share_the_batches_and_forward_equally_often(world):
 def test_what_teaches_nothing_is_refused(batch, message):
     with pytest.raises(ModlabError, match=message):
         measure.evaluate(dense_model(), [batch])
+
+
+def test_loss_is_the_models_own(batches):
+    model = dense_model()
+    with torch.no_grad():
+        expected = torch.stack([model(b, labels=b).loss for b in batches]).mean()
+    assert measure.loss(model, None, batches) == pytest.approx(float(expected), rel=1e-6)
+    result = measure.evaluate(model, batches)
+    assert result.keep_ratio == 1.0
+    assert result.predicted_tokens == 3 * 2 * 99
+    assert result.kv_saving == 1.0
+    assert result.perplexity == pytest.approx(math.exp(float(expected)), rel=1e-5)
+
+
+def test_loss_ignores_padding(batches):
+    model = dense_model()
+    ids = batches[0][:1, :20]
+    alone = measure.loss(model, None, ids)
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 7, dtype=torch.long), torch.ones_like(ids)], 1)
+    got = measure.evaluate(model, {"input_ids": padded, "attention_mask": mask})
+    assert got.loss == pytest.approx(alone, rel=1e-5)
+    assert got.predicted_tokens == 19
+    after = {name: value.flip(1) for name, value in {"input_ids": padded, "attention_mask": mask}.items()}
+    assert measure.evaluate(model, after).predicted_tokens == 19
+
+
+def test_modes_are_restored(batches):
+    model = dense_model().train()
+    measure.loss(model, None, batches)
+    assert model.training
