@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,8 +59,8 @@ def scaled_branches(module: nn.Module, ends: list[str], weight_BT: Tensor | None
         mine = threading.get_ident()
 
         def scale(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if threading.get_ident() != mine:  # another thread's forward passes this hook, with its own gates
-                return output
+            if not torch.compiler.is_compiling() and threading.get_ident() != mine:
+                return output  # another thread's forward passes this hook, with gates of its own
             return (scaled(output[0]), *output[1:]) if isinstance(output, tuple) else scaled(output)
 
         handles = [module.get_submodule(name).register_forward_hook(scale) for name in ends]
