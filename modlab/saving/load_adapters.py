@@ -19,7 +19,7 @@ from modlab.saving.description import Description, read_description
 from modlab.saving.files import ADAPTER_CONFIG, CONFIG_FILE, ROUTER_FILE
 from modlab.saving.json_files import read_object
 from modlab.saving.restore import convert_as, set_described_thresholds
-from modlab.saving.routers import fill_routers, read_routers
+from modlab.saving.routers import fill_routers, read_routers, room_for
 
 Load = Callable[..., tuple[Any, Any]]
 
@@ -64,7 +64,8 @@ def _restore(model: Any, description: Description, folder: Path, described: dict
     file, name = folder / ROUTER_FILE, str(folder)
     if description.routers and not file.is_file():
         raise ModlabError(f"{name!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
-    routers = read_routers(file, name, description.routers) if file.is_file() else {}
+    room = room_for(model)
+    routers = read_routers(file, name, description.routers, room) if file.is_file() else {}
     fill_routers(model, routers, name, elsewhere=described.get("modules_to_save") or ())
 
 

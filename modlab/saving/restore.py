@@ -13,7 +13,7 @@ from modlab.saving.description import Description, read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import check_fingerprints
 from modlab.saving.hub import file_of
-from modlab.saving.routers import fill_routers, read_routers
+from modlab.saving.routers import fill_routers, read_routers, room_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,20 +38,15 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     description = read_description(Path(described), source)
     if weights is None:
         raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
-    routers = read_routers(Path(weights), source, description.routers)
     _check_weights(description, Path(described), source)
     convert_as(model, description, source)
     try:
+        routers = read_routers(Path(weights), source, description.routers, room_for(model))
         fill_routers(model, routers, source)
     except ModlabError:
         revert(model)
         raise
     return model
-
-
-def convert_as_described(model: PreTrainedModel, folder: Path) -> None:
-    """Converts a dense model as modlab_config.json in `folder` says; the routers are new."""
-    convert_as(model, read_description(folder / CONFIG_FILE, str(folder)), str(folder))
 
 
 def convert_as(model: PreTrainedModel, description: Description, name: str) -> None:
@@ -94,7 +89,7 @@ def load_routers(model: PreTrainedModel, file: Path) -> None:
         raise ModlabError(f"there are no routers at {str(file)!r}: copy the whole checkpoint there.")
     described, name = file.parent / CONFIG_FILE, str(file.parent)
     expected = read_description(described, name).routers if described.is_file() else None
-    fill_routers(model, read_routers(file, name, expected), name)
+    fill_routers(model, read_routers(file, name, expected, room_for(model)), name)
 
 
 def _check_weights(description: Description, described: Path, source: str) -> None:

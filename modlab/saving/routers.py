@@ -58,18 +58,28 @@ def write_routers(added: dict[str, Tensor], folder: Path) -> None:
     save_file(added, folder / ROUTER_FILE)
 
 
-def read_routers(file: Path, name: str, expected: str | None = None) -> dict[str, Tensor]:
+def room_for(model: nn.Module) -> int:
+    """Bytes that a file of what was added to a converted model takes at most: as float64, with its header."""
+    return 2**20 + 8 * sum(t.numel() for name, t in tensors_of(model).items() if is_router(name))
+
+
+def read_routers(
+    file: Path, name: str, expected: str | None = None, largest: int = 2**30
+) -> dict[str, Tensor]:
     """The tensors of a routers' file.
 
     Args:
         file: what to read.
         name: of the folder, for errors.
         expected: its SHA-256; not compared if None.
+        largest: bytes; a larger file is refused unread.
 
     Raises:
-        ModlabError: it is damaged, holds other things than finite floats, or has another hash.
+        ModlabError: it is too large or damaged, holds other things than finite floats, or has another hash.
     """
     try:
+        if (size := file.stat().st_size) > largest:
+            raise ValueError(f"{size:,} bytes, where at most {largest:,} are expected")
         routers = load_file(file)
         found = sha256_of(file) if expected else None
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:

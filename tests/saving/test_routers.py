@@ -54,6 +54,24 @@ def test_wrong_routers_are_refused(saved, how, hashed) -> None:
         modlab.load(saved)
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_file_larger_than_the_routers_can_be_is_refused_unread(saved, monkeypatch, hashed) -> None:
+    """As one of zeros that takes no place on the disk."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**34], "data_offsets": [0, 2**36]}}).encode()
+    change(saved, every(lambda t: t), hashed)
+    with (saved / ROUTERS).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(2**36 + 8 + len(header))
+
+    def read(*_: object) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("modlab.saving.routers.load_file", read)
+    monkeypatch.setattr("modlab.saving.routers.sha256_of", read)
+    with pytest.raises(ModlabError, match="at most"):
+        modlab.load(saved)
+
+
 def test_routers_of_another_save_are_refused(saved, tmp_path) -> None:
     """Alike in all but their values: only the hash tells."""
     change(saved, every(lambda t: t + 1), hashed=True)
