@@ -184,7 +184,7 @@ class Executed:
 def execute(notebook: Path, timeout_s: int = 600, progress: bool = True) -> Executed:
     """Run every cell of `notebook` in this Python, with its folder as working directory.
 
-    The notebook itself is not touched: `NAME.executed.ipynb` and `NAME.html` are written beside it,
+    The notebook itself is not touched: `NAME.executed.ipynb` and `NAME.html` are written next to it,
     also when a cell fails (with all outputs so far and the error).
 
     Args:

@@ -150,7 +150,7 @@ def folder_parsers(folder: Path) -> dict[str, Parser]:
 
 
 def _load_with(folder: Path, file: Path) -> Any:
-    """What `folder` gives with this file in the place of its own."""
+    """What `folder` gives with this file instead of its own."""
     own, whole = folder / file.name, (folder / file.name).read_bytes()
     try:
         own.write_bytes(file.read_bytes())

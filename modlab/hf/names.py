@@ -1,5 +1,7 @@
-"""Names that transformers gives things, and changes: of the KV cache among a model's arguments (`cache` since
-5.24, `past_key_values` before), of the attention function in a config."""
+"""Names that transformers gives to the KV cache and to attention functions, and changes.
+
+The cache is `cache` among a model's arguments since 5.24, `past_key_values` before.
+"""
 
 from __future__ import annotations
 

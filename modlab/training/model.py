@@ -31,8 +31,7 @@ def forward(model: Any, batch: Batch, **more: Any) -> Any:
 
 
 def balancing_loss(model: Any, output: Any) -> Tensor | None:
-    """What a mixture of experts adds to its own loss to balance its experts, scalar; None where it adds
-    nothing.
+    """What a mixture of experts adds to its loss to balance its experts, scalar; None if nothing.
 
     It does if `config.output_router_logits` is set.
 

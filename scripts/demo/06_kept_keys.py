@@ -175,7 +175,7 @@ Share of held-out tokens whose keys and values each of these layers keeps (the o
 {"|---" * (len(kept) + 2)}|
 | kept | {" | ".join(f"{v:.3f}" for v in kept.values())} | {kv["keep_ratio"]:.3f} |
 
-Loss on the second copy of a passage, so many tokens after the first one, beside the held-out loss and with controls on
+Loss on the second copy of a passage, so many tokens after the first one, next to the held-out loss and with controls on
 the same weights, in which the routers decide nothing:
 
 | who decides | KV saving | held-out loss | {" | ".join(f"{d:,}" for d in distances)} |

@@ -1,6 +1,4 @@
-"""Cropping a cache: what follows is as if the tokens had never come, or the crop is refused and nothing has
-changed.
-"""
+"""Cropping a cache: what follows is as if the tokens had never come, or nothing has changed."""
 
 from __future__ import annotations
 

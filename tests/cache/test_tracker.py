@@ -1,5 +1,4 @@
-"""KVTracker: allocated bytes against hand computation, on dense caches of every kind and on the ragged
-cache."""
+"""KVTracker: allocated bytes against hand computation, on dense caches of every kind and the ragged one."""
 
 import pandas as pd
 import pytest

@@ -1,6 +1,4 @@
-"""Packed execution equals the masked reference: over families, skipped parts, gate forms, batches and
-paddings.
-"""
+"""Packed execution equals the masked reference, over families, parts, gate forms, batches, paddings."""
 
 import pytest
 import torch

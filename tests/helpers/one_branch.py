@@ -1,5 +1,4 @@
-"""What a model must compute where a token skips one branch of a layer, by hand: without modlab's own way of
-skipping it.
+"""What a model must compute where a token skips one branch of a layer, by hand.
 
 A skipped token passes the dense layer with all weights of the branch at zero: whatever the branch does with
 the residual, it does here too. A kept token passes the dense layer; where it is the attention that is

@@ -1,5 +1,4 @@
-"""The scripts that make the demo pair, all stages for real on a small text; what ships loads and says what it
-is."""
+"""The scripts that make the demo pair, all stages for real on a small text, and what ships."""
 
 from __future__ import annotations
 

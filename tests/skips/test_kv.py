@@ -1,5 +1,4 @@
-"""skip="kv": every token passes the layer, its router decides whether its keys and values outlive the latest
-tokens.
+"""`skip="kv"`: every token passes the layer, a router decides whether its keys and values stay.
 
 Shape letters: B rows, T tokens, L layers.
 """
