@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.robustness.decoding import CASES, decode
 from benchmarks.robustness.fuzz import folder_parsers, fuzz, parsers
 from benchmarks.robustness.kills import KINDS, kill_savers
 from modlab.bench.results import circumstances, source_commit
@@ -23,6 +24,7 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__)
     options.add_argument("--kills", type=int, default=200, help="of each kind of folder")
     options.add_argument("--inputs", type=int, default=5000, help="damaged files for each parser")
+    options.add_argument("--tokens", type=int, default=100_000, help="decoded in each case of a long text")
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/robustness"), help="folder")
     given = options.parse_args()
     torch.set_num_threads(1)
@@ -35,6 +37,7 @@ def main() -> int:
         **circumstances(torch.device("cpu"), torch.float32),
         "kills": [_killed(kind, given.kills) for kind in KINDS],
         "fuzz": _fuzzed(given.inputs),
+        "decoding": [_decoded(case, given.tokens) for case in CASES],
     }
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"robustness_cpu_{result['date'][:10]}.json"
@@ -44,12 +47,19 @@ def main() -> int:
         row for row in result["kills"] if row["mixed"] or row["refused"] or row["lost"] or row["leftovers"]
     ]
     bad += [row for row in result["fuzz"] if row["wrong"] or row["crashed"]]
+    bad += [row for row in result["decoding"] if row["grew"]]
     return 1 if bad else 0
 
 
 def _killed(kind: str, kills: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         row = dataclasses.asdict(kill_savers(kind, kills, Path(folder)))
+    print(row, file=sys.stderr)
+    return row
+
+
+def _decoded(case: str, tokens: int) -> dict[str, Any]:
+    row = dataclasses.asdict(decode(case, tokens))
     print(row, file=sys.stderr)
     return row
 

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from benchmarks.robustness import __main__ as command
+from benchmarks.robustness.decoding import CASES, SAMPLES, Decoded, decode, growth
 from benchmarks.robustness.fuzz import Parser, folder_parsers, fuzz, parsers
 from benchmarks.robustness.kills import KINDS, kill_savers
 from benchmarks.robustness.mutations import mutated, mutated_json
@@ -72,6 +73,26 @@ def test_a_parser_that_crashes_or_reads_wrongly_is_noticed(tmp_path) -> None:
     assert outcome.refused and outcome.wrong and outcome.crashed and "too short" in outcome.traceback
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_long_decoding_holds_what_it_may(case: str) -> None:
+    found = decode(case, 1000)
+    assert not found.grew and len(found.samples) == SAMPLES
+    assert 0 < found.samples[-1][2] <= found.bound < 250
+
+
+def test_growth_is_noticed() -> None:
+    """Of tokens in a layer, of the cache's bytes, of the process."""
+
+    def grown(stored: int = 0, cache: int = 0, process: int = 0) -> str:
+        samples = [(1000 * i, 100 + cache * i, 10 + stored * i, 10**8 + process * i) for i in range(SAMPLES)]
+        return growth(Decoded("case", 20_000, bound=20, samples=samples))
+
+    assert not grown()
+    assert grown(stored=1).startswith("a layer stored 29 tokens")
+    assert grown(cache=30).startswith("the cache grew from 250 to 670 bytes")
+    assert grown(process=2**22).startswith("the process grew by")
+
+
 def test_damage_is_the_same_for_one_seed() -> None:
     text = json.dumps({"a": [1, 2, {"b": None}], "c": "d"}).encode()
     for damage in (mutated, mutated_json):
@@ -83,9 +104,10 @@ def test_damage_is_the_same_for_one_seed() -> None:
 def test_the_command_writes_what_it_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "KINDS", ())
     monkeypatch.setattr(command, "folder_parsers", lambda folder: {})
-    monkeypatch.setattr("sys.argv", ["robustness", "--inputs", "3", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["robustness", "--inputs", "3", "--tokens", "40", "--out", str(tmp_path)])
     assert command.main() == 0
     (file,) = tmp_path.glob("robustness_cpu_*.json")
     result = json.loads(file.read_text())
     assert [row["parser"] for row in result["fuzz"]] == [*NAMES] and result["kills"] == []
+    assert [(row["tokens"], row["grew"]) for row in result["decoding"]] == [(40, "")] * len(CASES)
     assert all(row["inputs"] == 3 for row in result["fuzz"]) and result["versions"]["torch"]
