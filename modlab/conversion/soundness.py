@@ -97,6 +97,9 @@ class _Probe:
         extra = {} if cache is None else {cache_argument(self.model): cache}
         if self.takes_positions:
             extra["position_ids"] = self.positions[:, start:stop]
+        if "output_router_logits" in inspect.signature(type(self.model).forward).parameters:
+            # as `generate` does: a balancing loss takes the mask of all columns for that of the new tokens
+            extra["output_router_logits"] = False
         output = self.model(
             input_ids=self.ids[:, start:stop],
             attention_mask=self.mask[:, :stop],
