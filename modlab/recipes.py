@@ -82,9 +82,15 @@ def recipe(
     from modlab.cache.stored import keep_ratio_for_saving
     from modlab.conversion.selection import select
     from modlab.conversion.survey import survey
+    from modlab.routing.state import is_converted
 
     if name not in RECIPES:
         raise ModlabError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
+    if is_converted(model):
+        raise ModlabError(
+            f"this {type(model).__name__} is converted already, and a recipe is for a dense model: call it "
+            "before modlab.convert, or modlab.revert(model) first."
+        )
     chosen = RECIPES[name]
     config = replace(chosen.mod)  # the caller's own
     fields = {**chosen.train, **train}

@@ -54,3 +54,8 @@ def test_refusals_say_what_to_do(make_llama: Any) -> None:
         modlab.recipe("memory", model, steps=1, kv_saving=0)
     with pytest.raises(ModlabError, match="How long to train"):
         modlab.recipe("memory", model)
+
+
+def test_a_converted_model_is_told_so(tiny_llama) -> None:
+    with pytest.raises(ModlabError, match="is converted already, and a recipe is for a dense model"):
+        modlab.recipe("default", tiny_llama)
