@@ -55,6 +55,8 @@ def load_model(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
     import modlab
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("meta"):
+        raise ModlabError(f"--device {device}: nothing is computed there.")
     loaded: tuple[Any, Any] = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))
     model, tokenizer = loaded
     try:

@@ -192,3 +192,29 @@ def test_errors_of_modlab_itself_are_not_dressed_up_as_the_users(monkeypatch: py
     monkeypatch.setattr(lab, "copy_notebooks", bug)
     with pytest.raises(KeyError):
         cli.main(["lab"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("eval", "DENSE", "--data", "python-stdlib", "--limit-tokens", "-1"), "--limit-tokens=-1"),
+        (("eval", "DENSE", "--data", "python-stdlib", "--limit-tokens", "0"), "--limit-tokens=0"),
+        (("eval", "DENSE", "--data", ""), "--data SOURCE or --tasks NAME"),
+        (("eval", "DENSE", "--tasks", ""), "--data SOURCE or --tasks NAME"),
+        (("probe", "DENSE", "--data", ""), "source is empty"),
+        (("sweep", "DENSE", "--text", "\udce9 w1 w2"), "half a surrogate pair"),
+        (("eval", "DENSE", "--data", "python-stdlib", "--device", "nosuch"), "--device nosuch"),
+        (("eval", "DENSE", "--data", "python-stdlib", "--device", "meta"), "--device meta"),
+        (("bench", "decode", "--decode-tokens", "0"), "--decode-tokens 0"),
+        (("bench", "prefill", "--layers", "0"), "--layers 0"),
+        (("bench", "prefill", "--ratios", "nan"), "--ratios nan"),
+        (("bench", "--plot", "absent.json"), "absent.json"),
+    ],
+)
+def test_values_that_mean_nothing(refused, dense, tmp_path, words, says: str) -> None:
+    """Each ends in a sentence that names the flag; nothing is read as 0, as the default or as `.`."""
+    if "sweep" in words:  # of a converted model
+        assert cli.main(["convert", str(dense), str(tmp_path / "mod")]) == 0
+        assert says in refused("sweep", "mod", *words[2:], leaves=("mod",))
+        return
+    assert says in refused(*(dense if word == "DENSE" else word for word in words))

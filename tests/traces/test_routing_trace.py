@@ -119,6 +119,15 @@ def test_loading_something_else(tmp_path: Path) -> None:
             RoutingTrace.load(tmp_path / name)
 
 
+def test_a_skip_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    """A trace of a newer modlab, or of a skip of one's own that is not imported here."""
+    trace = make_trace(20)
+    object.__setattr__(trace, "skip", "sideways")
+    path = trace.save(tmp_path / "a.npz")
+    with pytest.raises(ModlabError, match=r"a\.npz.*'sideways'.*kv"):
+        RoutingTrace.load(path)
+
+
 def test_trace_records_what_the_model_did(model: Any, tokenizer: Any) -> None:
     modlab.set_threshold(model, {1: 0.4, 3: 0.5, 5: 0.6})
     trace, output = run_traced(model, tokenizer, TEXT)
