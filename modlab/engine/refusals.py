@@ -71,7 +71,7 @@ def call_refusal(
         return "a forward hook is registered, which would see all rows in one line, or nothing"
     if torch.is_autocast_enabled(engine.device.type):
         return "autocast is on, and a captured step would keep its types: cast the model instead"
-    if any(module.training and ".mod_" not in name for name, module in model.named_modules()):
+    if model.training or any(_is_training(layer) for layer in engine.layers):
         return "the model, or a part of it, is in training mode"
     if synced_gpus:
         return "several processes generate in step"
@@ -115,6 +115,11 @@ def call_refusal(
         if routing.override is not None and not isinstance(routing.override, RoutingTable):
             return "routing_override's function is not a RoutingTable"
     return None
+
+
+def _is_training(layer: nn.Module) -> bool:
+    """Whether a layer, or anything in it but what routing has added, is in training mode."""
+    return any(part.training for name, part in layer.named_modules() if not name.startswith("mod_"))
 
 
 def _rotary_refusal(engine: Engine, max_length: int, rows: int, columns: int) -> str | None:
