@@ -92,6 +92,8 @@ def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
         own = set(facts.layer._modules)
         skip.add_modules(facts.layer, facts, config, device)
         added = [name for name in facts.layer._modules if name not in own]
+        for name in added:
+            facts.layer.get_submodule(name).train(facts.layer.training)
         for part in dict.fromkeys(("layer", *skip.parts)):
             form = selection.forms[index].get(part, PartForm())
             module: Any = facts.module(part)
