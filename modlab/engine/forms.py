@@ -26,6 +26,7 @@ from modlab.engine.step_layers import (
     WholeLayerStep,
 )
 from modlab.execution.routed import RoutedLayer
+from modlab.routing.rule import BY_THRESHOLD
 from modlab.routing.state import Routing
 from modlab.skips.base import Part
 
@@ -56,6 +57,8 @@ def form_of(routing: Routing | None) -> Form | None:
         return Form()
     if routing.skip.why_no_engine(routing.config):
         return None
+    if routing.skip.decides_itself or routing.config.operator not in BY_THRESHOLD:
+        return None  # decoding steps decide in a kernel, by the threshold
     return KEPT_KEYS if routing.skip.runs_all else FORMS.get(routing.skip.parts)
 
 

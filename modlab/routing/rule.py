@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BY_THRESHOLD = ("threshold", "topk")
+"""Operators that decide by `kept` outside training; the decode kernels know no other rule."""
+
+
 def protected(position: Any, keep_first: int) -> Any:
     """True for the first `keep_first` tokens of a text, which are kept whatever their gate.
 

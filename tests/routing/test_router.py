@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import modlab
+from modlab import skips
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.routing.router import Router
+from modlab.skips.layer import LayerSkip
 
 
 def test_gate_starts_open_and_equal_for_every_token() -> None:
@@ -108,3 +110,24 @@ def test_another_router_form_is_one_class_and_the_kernels_do_not_read_it(
     modlab.revert(model)
     assert not [name for name, _ in model.named_parameters() if "mod_" in name]
     assert Router(8, 0.5).in_kernels and not Router(8, 0.5, gates=2).in_kernels
+
+
+class EveryOther(LayerSkip):
+    """A whole layer, decided by position; it says nothing about fast generation."""
+
+    name = "every-other"
+    decides_itself = True
+
+    def decide(self, gate, logit, call, layer_idx):
+        return (call.position_ids % 2 == 0).expand_as(gate)
+
+
+def test_a_rule_that_the_kernels_do_not_know_is_not_run_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(skips._REGISTERED, "every-other", EveryOther())
+    model = modlab.convert(tiny_model("llama"), modlab.MoDConfig(skip="every-other", layers="all"))
+    inputs = {"input_ids": torch.arange(3, 23)[None], "max_new_tokens": 6, "do_sample": False}
+    want = model.generate(**inputs)
+    modlab.enable_fast_generation(model, compile=False)
+    assert torch.equal(model.generate(**inputs), want)
+    last = modlab.fast_generation_report(model)["last"]
+    assert not last["fast"] and last["why"]
