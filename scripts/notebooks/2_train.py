@@ -59,8 +59,8 @@ print(f"{len(ROWS)} rows of {SEQ_LEN} tokens to train on, {len(HELDOUT)} held ou
 # %% [markdown]
 # ## Choose a recipe
 #
-# - `default`: every token passes every layer, routers decide whose keys and values stay in the cache. Of these
-#   recipes the least lossy on the demo (on a real model it costs verbatim recall, see the README); it saves
+# - `default`: every token passes every layer, routers decide whose keys and values stay in the cache. Of
+#   these the least lossy on the demo (on a real model it costs verbatim recall, see the README); it saves
 #   memory and hardly any time. A two-sided target with a ramp; what is left out tells its router, too, what
 #   it would have been worth.
 # - `routers only`: the same, and the other weights stay as they are. For a model that is done learning: a few

@@ -12,6 +12,7 @@ from scripts.pages import (
     models,
     quality,
     results,
+    robustness,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,7 @@ PAGES = (
     "docs/commands.md",
     "docs/fast_generation.md",
     "docs/architecture.md",
+    "docs/robustness.md",
 )
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "why": costs.why,
@@ -40,6 +42,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "command table": commands.overview,
     "commands": commands.reference,
     "tree": architecture.tree,
+    "robustness": robustness.block,
 }
 """What stands between a block's markers, from the files below a root."""
 
