@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StoppingCriteria
 
 import modlab
+from modlab.hf.names import cache_argument
 
 CASES = ("keys and values, recent ones alone", "whole layers, sliding window")
 SAMPLES = 20
@@ -52,7 +53,7 @@ def decode(case: str, tokens: int) -> Decoded:
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         max_new_tokens=tokens,
         do_sample=False,
         stopping_criteria=[watch],
