@@ -20,7 +20,8 @@ from modlab.errors import ModlabError
 
 def register_cases() -> None:
     """Imports every module of this folder: each registers the cases that it holds, a new one, too."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+    folder = sys.modules[str(__package__)].__path__
+    for module in pkgutil.iter_modules(folder, f"{__package__}."):
         importlib.import_module(module.name)
 
 
@@ -124,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {page}")
         return 0
     if not options.cases:
-        for name, run in CASES.items():
+        for name, run in sorted(CASES.items()):
             print(f"{name:10} {(run.__doc__ or '').splitlines()[0]}")
         print("\nrun them with: modlab bench CASE ... (modlab bench --help lists sizes and devices)")
         return 0
-    names = list(CASES) if options.cases == ["all"] else options.cases
+    names = sorted(CASES) if options.cases == ["all"] else options.cases
     for name in names:
         if name not in CASES:
-            raise ModlabError(f"there is no benchmark {name!r}; there are {', '.join(CASES)}.")
+            raise ModlabError(f"there is no benchmark {name!r}; there are {', '.join(sorted(CASES))}.")
     settings = _settings(options)
     ran = 0
     for name in names:

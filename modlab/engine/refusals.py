@@ -20,6 +20,7 @@ from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, ind
 from modlab.hf.model import context_length
 from modlab.hf.names import CACHE_ARGUMENTS
 from modlab.routing.router import ROUTER
+from modlab.routing.state import is_converted
 from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
@@ -44,9 +45,11 @@ def model_refusal(model: PreTrainedModel) -> str | None:
     for index, window in windows.items():
         if window is not None:
             return f"layer {index}: " + (window if isinstance(window, str) else "it has a sliding window")
+    routing: Any = model.mod if is_converted(model) else None
+    has_form = routing is None or not routing.skip.why_no_engine(routing.config)
     for index, layer in enumerate(decoder_layers(model)):
         router = getattr(layer, ROUTER, None)
-        if router is not None and not router.in_kernels:
+        if has_form and router is not None and not router.in_kernels:
             return f"layer {index}: its router is no linear map to one gate ({type(router).__name__})"
     decoder_config = decoder_of(model).config.get_text_config(decoder=True)
     if any(indexed(layer) for layer in DynamicCache(config=decoder_config).layers):

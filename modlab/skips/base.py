@@ -68,6 +68,7 @@ class Skip:
         words: for cards, pictures and tables.
         stores_all: whether every token's keys and values stay, so that nothing is saved in the cache.
         runs_all: whether a token that is not kept passes the layer in full all the same.
+        several_gates: whether a layer may have more than one gate (`gates`).
         index_bytes: bytes that a routed layer's cache holds for a token next to its keys and values.
     """
 
@@ -76,6 +77,7 @@ class Skip:
     words: ClassVar[Words]
     stores_all: ClassVar[bool] = False
     runs_all: ClassVar[bool] = False
+    several_gates: ClassVar[bool] = False
     index_bytes: ClassVar[int] = INDEX_BYTES
 
     # Settings

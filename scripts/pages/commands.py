@@ -54,7 +54,8 @@ def _cases() -> list[str]:
     from modlab.bench.registry import CASES
 
     register_cases()
-    return [f"| `{name}` | {_cell((run.__doc__ or '').splitlines()[0])} |" for name, run in CASES.items()]
+    cases = sorted(CASES.items())  # not in the order in which somebody imported them
+    return [f"| `{name}` | {_cell((run.__doc__ or '').splitlines()[0])} |" for name, run in cases]
 
 
 def _form(action: argparse.Action) -> str:

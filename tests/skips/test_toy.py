@@ -35,6 +35,7 @@ class Sublayers(Skip):
 
     name = "toy-sublayers"
     parts = ("attention", "mlp")
+    several_gates = True
     words = Words(routed="attention and MLP apart", part="the layer's attention and its MLP, each on its own")
 
     def gates(self, facts, config) -> int:

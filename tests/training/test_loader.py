@@ -168,7 +168,7 @@ def test_every_key_is_used_or_refused() -> None:
     assert torch.equal(batch["position_ids"], positions)
     for item in ({"text": "a"}, {"token_type_ids": ROWS[:2]}, {"image": None, "length": [4, 4]}):
         unused = [name for name, value in item.items() if value is not None]
-        with pytest.raises(ModlabError, match=f"has {unused[0]}, which training would not use"):
+        with pytest.raises(ModlabError, match=f"has {unused[0]}, which nothing here would use: leave it out"):
             open_batches([{"input_ids": ROWS[:2], **item}])
     with pytest.raises(ModlabError, match="holds texts.*modlab.data.packed"):
         open_batches(["one text", "another text"])
