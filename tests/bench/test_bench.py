@@ -201,7 +201,7 @@ def test_rows_of_models_that_skip_a_part(skip):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nonsense"], "there are generate"),
+        (["nonsense"], "there are decode, demo, generate"),
         (["prefill", "--ratios", "0"], "keep ratio"),
         (["prefill", "--batch", "0"], "--batch 0"),
         (["prefill", "--device", "cuda:99"], "--device cuda:99"),
