@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modlab.routing.state import (
         is_converted,
         record_routing,
+        routing_off,
         routing_override,
         set_threshold,
     )
@@ -49,6 +50,7 @@ _HOME: dict[str, str | None] = {
     "revert": "conversion.convert",
     "is_converted": "routing.state",
     "record_routing": "routing.state",
+    "routing_off": "routing.state",
     "routing_override": "routing.state",
     "set_threshold": "routing.state",
     "RoutingTable": "routing.table",
@@ -103,6 +105,7 @@ __all__ = [
     "record_routing",
     "retrieval",
     "revert",
+    "routing_off",
     "routing_override",
     "save_routers",
     "set_threshold",

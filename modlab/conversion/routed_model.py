@@ -40,7 +40,8 @@ class RoutedModel(Extended):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """`generate` asks this method of transformers for a cache; the converted model's is ragged."""
-        wants_cache = generation_config.use_cache is not False
+        off: bool = self.mod.is_off  # type: ignore[assignment, union-attr]
+        wants_cache = generation_config.use_cache is not False and not off
         if not wants_cache or given_cache(model_kwargs) is not None:
             dense: Any = super()
             return dense._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -111,6 +111,8 @@ def call_refusal(
         return "the prompt is longer than the model's context"
     routing = engine.routing
     if routing is not None:
+        if routing.is_off:
+            return "routing is off"
         if routing.of_thread.recordings:
             return "routing is being recorded"
         if routing.masked:

@@ -31,8 +31,9 @@ class Carried:
     """A forward's call among a layer's arguments. FSDP2 takes dataclasses apart in training, and would hand
     the layer a copy."""
 
-    def __init__(self, call: ForwardCall | None) -> None:
+    def __init__(self, call: ForwardCall | None, off: bool = False) -> None:
         self.call = call
+        self.off = off
 
 
 class RoutedModule(Extended):
@@ -80,16 +81,21 @@ class RoutedLayer(RoutedModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The call travels with the arguments: gradient checkpointing keeps them for its recompute in the
         # backward pass, by when the model may have begun other forwards, and which may be another thread's.
-        kwargs.setdefault(CALL, Carried(self.mod_plan.routing.call))
+        routing = self.mod_plan.routing
+        kwargs.setdefault(CALL, Carried(routing.call, routing.is_off))
         return super().__call__(*args, **kwargs)
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.mod_plan.routing
-        call = kwargs.pop(CALL, Carried(None)).call or routing.require_call()
+        carried = kwargs.pop(CALL, None) or Carried(None, routing.is_off)
+        if carried.off:
+            with routing.turned(off=True):  # a recompute comes when the caller's block has ended
+                return self.dense_forward()(*args, **kwargs)
+        call = carried.call or routing.require_call()
         rows, time = call.real.shape
         arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
-        with routing.within(call.on(arguments.hidden.device)):
+        with routing.turned(off=False), routing.within(call.on(arguments.hidden.device)):
             self._check(tuple(arguments.hidden.shape[:2]), (rows, time))
             router, index = self.mod_router, self.mod_plan.layer_idx
             decision = routing.decide(index, router, arguments.residual_BTD, self.training)
@@ -130,8 +136,10 @@ class RoutedBranch(RoutedModule):
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = LayerArguments(self.dense_class, args, kwargs)
         plan = self.mod_plan
+        if plan.routing.is_off:
+            return self.dense_forward()(*args, **kwargs)
+        arguments = LayerArguments(self.dense_class, args, kwargs)
         return self.run_decided(arguments, plan.routing.require_call().decisions[plan.layer_idx])
 
 

@@ -51,6 +51,8 @@ class ForwardHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the model: notes the caller's attention_mask. Router logits of experts that the
         config alone asks for, and no loss needs, are left out where not all tokens pass the experts."""
+        if self.routing.is_off:
+            return args, kwargs
         given = _arguments(module, args, kwargs)
         self.routing.of_thread.caller_mask = (given.get("attention_mask"),)
         asked = given.get(ROUTER_LOGITS) is None and given.get("labels") is None
@@ -72,6 +74,13 @@ class ForwardHooks:
         if routing.of_thread.bypass:
             return args, kwargs
         given = _arguments(module, args, kwargs)
+        if routing.is_off:
+            if isinstance(given_cache(given), RaggedCache):
+                raise ModlabError(
+                    "the cache is a RaggedCache, and routing is off (routing_off): what it has dropped is "
+                    "gone. Begin without a cache inside the block, and do not take its cache out of it."
+                )
+            return args, kwargs
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None:
             return args, kwargs  # the model's own error says it best
@@ -204,7 +213,7 @@ class ForwardHooks:
             ModlabError: a routed part did not run where the forward ended well: it is routed in name only.
         """
         call = self.routing.of_thread.call
-        if call is None or self.routing.of_thread.bypass:
+        if call is None or self.routing.of_thread.bypass or self.routing.is_off:
             return
         decided, ran = call.decisions, call.ran
         for one in (call, *call.elsewhere.values()):

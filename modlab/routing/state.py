@@ -52,6 +52,7 @@ class _OfThread(threading.local):
         self.recordings: tuple[Recording, ...] = ()
         self.thresholds: dict[int, float] | None = None  # its own, in a block that takes them back
         self.masked = False  # everything runs through the masked reference, see execution/reference.py
+        self.off = False  # routed modules run as dense ones, see `routing_off`
         self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
 
 
@@ -141,6 +142,11 @@ class Routing:
         return self.of_thread.masked
 
     @property
+    def is_off(self) -> bool:
+        """Whether this thread runs the model as a dense one (`routing_off`)."""
+        return self.of_thread.off
+
+    @property
     def override(self) -> OverrideFn | None:
         """What decides in this thread instead of the thresholds, or None."""
         return self.of_thread.override
@@ -187,6 +193,16 @@ class Routing:
                 "a routed layer was called on its own: call the model (or its base decoder) instead."
             )
         return self.call
+
+    @contextlib.contextmanager
+    def turned(self, off: bool) -> Iterator[None]:
+        """Inside this block this thread runs the model without its routing, or with it."""
+        before = self.of_thread.off
+        self.of_thread.off = off
+        try:
+            yield
+        finally:
+            self.of_thread.off = before
 
     @contextlib.contextmanager
     def within(self, call: ForwardCall | None) -> Iterator[None]:
@@ -297,6 +313,20 @@ def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
         yield
     finally:
         of_thread.override = before
+
+
+@contextlib.contextmanager
+def routing_off(model: PreTrainedModel) -> Iterator[None]:
+    """Inside this block the model computes, in this thread, what it would if it were dense: no router is
+    asked, no gate enters an output, caches are the dense model's. The same weights, no second model.
+
+    A base whose weights have been trained is dense with those weights.
+
+    Raises:
+        ModlabError: the model is dense already.
+    """
+    with routing_of(model).turned(off=True):
+        yield
 
 
 @contextlib.contextmanager
