@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 
 Objective = Literal["auto", "target", "budget", "load", "bce", "none"]
 Precision = Literal["auto", "bf16", "no"]
+
+LARGEST_SEED = 2**31
+"""Each process counts its rank on top, and NumPy takes 32 bits."""
 
 
 @dataclass
@@ -121,17 +124,15 @@ class TrainConfig:
             raise ModlabError(f"Both steps={self.steps} and tokens={self.tokens} are set; give one of them.")
         if self.steps is None and self.tokens is None and self.max_minutes is None:
             raise ModlabError("How long to train? Set one of steps, tokens or max_minutes.")
-        for name in ("steps", "tokens", "max_minutes", "router_lr"):
+        self._check_counts()
+        for name in ("max_minutes", "router_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ModlabError(f"{name}={value} has to be above 0.")
-        for name in ("batch_size", "grad_accum", "lr", "max_grad_norm", "log_every", "keep_last"):
+        for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ModlabError(f"{name}={getattr(self, name)} has to be above 0.")
-        for name in (
-            *("warmup", "weight_decay", "lam", "alpha", "bce", "kl"),
-            *("eval_every", "eval_batches", "save_every", "num_workers"),
-        ):
+        for name in ("warmup", "weight_decay", "lam", "alpha", "bce", "kl"):
             if not getattr(self, name) >= 0:
                 raise ModlabError(f"{name}={getattr(self, name)} has to be 0 or more.")
         for name in ("hold", "ramp", "what_if", "min_lr_ratio"):
@@ -163,6 +164,18 @@ class TrainConfig:
             raise ModlabError(f"betas={self.betas} has to be two numbers in [0, 1).")
         if self.out is None and (self.save_every or self.resume is not None):
             raise ModlabError(f"save_every={self.save_every}, resume={self.resume!r} need a folder: set out.")
+
+    def _check_counts(self) -> None:
+        """Whole numbers; generators of random numbers take no seed below 0 nor beyond 32 bits."""
+        for name in ("steps", "tokens"):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value)
+        for name in ("batch_size", "grad_accum", "log_every", "keep_last"):
+            check_count(name, getattr(self, name))
+        for name in ("seed", "eval_every", "eval_batches", "save_every", "num_workers"):
+            check_count(name, getattr(self, name), least=0)
+        if self.seed >= LARGEST_SEED:
+            raise ModlabError(f"seed={self.seed}: give a whole number below {LARGEST_SEED:,}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
