@@ -14,6 +14,7 @@ from modlab.routing.threshold import check_threshold
 
 Operator = Literal["threshold", "topk"]
 Gate = Literal["straight-through", "paper", "fused"]
+Gates = Literal["layer", "kv_head"]
 
 FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
@@ -52,6 +53,11 @@ class MoDConfig:
             Texts that are not longer save nothing; layers whose sliding window is not longer are not routed.
         keep_first: that many first real tokens of every row are always kept (attention sinks).
         init_gate: gate value of every token right after conversion, in (0, 1).
+        gates: ``"layer"``: one gate a layer decides for all of its KV heads. ``"kv_head"``, with
+            ``skip="kv"`` alone: each KV head has a gate of its own, and keeps other tokens than its
+            neighbours.
+        router_hidden: units of a hidden layer inside each router, which all gates of a layer share; 0: a
+            router is linear.
     """
 
     layers: str | Sequence[int] = "inner"
@@ -63,11 +69,13 @@ class MoDConfig:
     keep_recent: int = 128
     keep_first: int = 4
     init_gate: float = 0.88
+    gates: Gates = "layer"
+    router_hidden: int = 0
     format_version: int = field(default=FORMAT_VERSION, repr=False)
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name, allowed in (("operator", Operator), ("gate", Gate)):
+        for name, allowed in (("operator", Operator), ("gate", Gate), ("gates", Gates)):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ModlabError(
@@ -97,6 +105,13 @@ class MoDConfig:
             raise ModlabError(
                 f"MoDConfig(keep_recent={self.keep_recent}): at least 1, each token attends to itself."
             )
+        if self.router_hidden < 0:
+            raise ModlabError(f"MoDConfig(router_hidden={self.router_hidden}): must be 0 or more units.")
+        if self.gates == "kv_head" and not skips.named(self.skip).by_head:
+            raise ModlabError(
+                f"MoDConfig(skip={self.skip!r}, gates='kv_head'): KV heads apart can only be dropped from "
+                "the cache. Use skip='kv', or gates='layer' (the default)."
+            )
         skips.named(self.skip).check(self)
         if not 0 < self.init_gate < 1:
             raise ModlabError(
@@ -105,7 +120,7 @@ class MoDConfig:
 
     def _check_types(self) -> None:
         """Settings may come from a file: what would only fail, or be rounded, much later is refused here."""
-        for name in ("keep_recent", "keep_first", "format_version"):
+        for name in ("keep_recent", "keep_first", "router_hidden", "format_version"):
             setattr(self, name, _whole(name, getattr(self, name)))
         for name in ("capacity", "init_gate"):
             value = getattr(self, name)

@@ -87,9 +87,12 @@ def _keys_and_values(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def stored_tokens(layer: Any) -> list[int]:
-    """Tokens that a cache layer stores for each row; [] before its first use, and for layers without K/V."""
+    """Tokens that a cache layer stores for each row; [] before its first use, and for layers without K/V.
+    Where KV heads store tokens of their own, as many as they are on the mean of the heads, rounded up."""
     if _is_ragged(layer):
-        return list(layer.lengths)
+        heads = getattr(layer, "heads", 1)
+        by_row = zip(*[iter(layer.lengths)] * heads, strict=True)
+        return [-(-sum(lengths) // heads) for lengths in by_row]
     pair = _keys_and_values(layer)
     if pair is None or not pair[0].shape[-2]:
         return []
@@ -108,7 +111,8 @@ def token_nbytes(layer: Any) -> int:
         return 0
     index = getattr(layer, "indexer_keys", None)
     index_bytes = 0 if index is None else index.shape[-1] * index.element_size()
-    return sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) + index_bytes
+    apart = getattr(layer, "heads", 1)  # heads that the flat buffer has one after another
+    return apart * sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) + index_bytes
 
 
 def snapshot(cache: Any) -> list[dict[str, Any]]:

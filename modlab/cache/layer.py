@@ -111,6 +111,10 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         if any(n > limit + self.slack(limit) for n in self.lengths):
             self.rearrange(self.rows)
 
+    def held(self, rows: list[int]) -> list[int]:
+        """How many keys `write` returns for each of `rows`, those beyond its length left aside."""
+        return [self.lengths[row] for row in rows]
+
     def key_columns(self, rows: list[int]) -> Tensor:
         """Columns of the keys stored for `rows`, int32 [R, K]; `NO_KEY` beyond a row's length."""
         columns_RK = self.noted("columns", rows)

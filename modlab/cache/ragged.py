@@ -51,7 +51,8 @@ class RaggedCache(Cache):
             # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
             sliding = getattr(layers[index], "is_sliding", False)
             window = routing.windows[index] if sliding else None
-            layers[index] = routing.skip.cache_layer(routing.config, window) or layers[index]
+            own = routing.skip.cache_layer(routing.config, window, routing.gates[index])
+            layers[index] = own or layers[index]
         super().__init__(layers=layers)
 
     def reset(self) -> None:

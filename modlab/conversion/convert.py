@@ -84,6 +84,7 @@ def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
         list(selection.facts),
         len(found.facts),
         {index: facts.window for index, facts in selection.facts.items()},
+        {index: skip.gates(facts, config) for index, facts in selection.facts.items()},
         decoder.config,
         supports_flex=bool(getattr(decoder, "_supports_flex_attn", False)),
     )
@@ -105,6 +106,7 @@ def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
                 needs_mask=facts.needs_mask,
                 in_tuple=form.in_tuple,
                 extra_outputs=form.extra_outputs,
+                query_heads=form.query_heads,
                 added=added if part == "layer" else [],
             )
             extend(module, skip.mixin(part) if part in skip.parts else RoutedLayer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modlab import skips
 from modlab.config import MoDConfig
@@ -42,10 +42,15 @@ def select(found: Survey, config: MoDConfig) -> Selection:
     skip = skips.named(config.skip)
     indices = _routable(found, skip, config)
     forms = _forms(found, indices, skip, config)
-    facts = {index: found.facts[index] for index in forms}
+    facts = {index: replace(found.facts[index], kv_heads=_kv_heads(forms[index])) for index in forms}
     scaled = any(skip.gate_form(config, part) == "scaled" for part in skip.parts)
     ends = {i: branch_ends(found.model, f) for i, f in facts.items()} if scaled else {}
     return Selection(skip, facts, forms, ends)
+
+
+def _kv_heads(forms: dict[Part, PartForm]) -> int:
+    """Heads of a layer's keys and values, where that was asked; else 1."""
+    return max((form.kv_heads for form in forms.values()), default=1)
 
 
 def _routable(found: Survey, skip: Skip, config: MoDConfig) -> list[int]:
@@ -77,7 +82,7 @@ def _forms(
             if found.facts[index].name_of(part) is None:
                 kind = type(found.layers[index]).__name__
                 raise ModlabError(f"skip={skip.name!r}: {kind} has no {NAMES[part]} module of its own.")
-    forms = part_forms(found, indices, skip)
+    forms = part_forms(found, indices, skip, by_head=config.gates == "kv_head")
     refused = {i: (p, f.refusal) for i, parts in forms.items() for p, f in parts.items() if f.refusal}
     if isinstance(config.layers, str) and len(refused) < len(forms):
         return {index: parts for index, parts in forms.items() if index not in refused}

@@ -23,6 +23,7 @@ class LayerFacts:
         refusal: why it cannot be routed, whatever is skipped; "" if it can.
         needs_mask: whether its attention needs a mask where a kernel's own causal flag would do.
         hidden_size: D of the residual stream.
+        kv_heads: heads of its keys and values in the cache, G; 1 unless it was asked (`gates="kv_head"`).
     """
 
     index: int
@@ -33,6 +34,7 @@ class LayerFacts:
     refusal: str
     needs_mask: bool
     hidden_size: int
+    kv_heads: int = 1
 
     def name_of(self, part: Part) -> str | None:
         """Name of a part inside the layer, "" for the layer itself; None if it has no such part."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modlab.routing.rule import over
+
 
 def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, training: bool) -> Tensor:
     """Output of kept tokens.
@@ -31,11 +33,6 @@ def gated_output(form: str, y: Tensor, skipped: Tensor | float, gate: Tensor, tr
     if form == "fused":
         return skipped + g * (y - skipped)
     return y + straight_through(g) * (y - skipped) if training else y
-
-
-def over(value_BT: Tensor, y: Tensor) -> Tensor:
-    """One value a token, shaped to be multiplied with (or to choose from) y, [B, T, D] or [B, T, P, D]."""
-    return value_BT[(..., *[None] * (y.dim() - value_BT.dim()))]
 
 
 def straight_through(g: Tensor) -> Tensor:

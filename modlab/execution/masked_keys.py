@@ -10,7 +10,7 @@ with logistic noise and at a low temperature: a relaxed coin whose odds are the 
 et al., arXiv 1611.00712); DMS (arXiv 2506.05345) trains evictions from a cache that way. Beyond the recent
 tokens its logarithm is added to the attention scores.
 
-Shape letters: B batch rows, T tokens.
+Shape letters: B batch rows, T tokens, N query heads, G gates of a layer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modlab.execution.gate import over
 from modlab.execution.masks import (
     MaskValues,
     as_attention_mask,
     masked_reference_mask,
+    of_keys,
     recent_mask,
     visible_mask,
 )
@@ -36,6 +36,7 @@ from modlab.execution.weighed_attention import weighed_keys, weighing_attention
 from modlab.execution.what_if_attention import takes_flex
 from modlab.hf.arguments import LayerArguments
 from modlab.routing.router import logit_of
+from modlab.routing.rule import over, protected
 
 if TYPE_CHECKING:
     from modlab.execution.site import Site
@@ -103,13 +104,14 @@ def weighing_mask(
 
 def key_log_weight(site: Site) -> Tensor:
     """Logarithm of the weight that each token's key has in a what-if pass, at most 0, for protected tokens 0;
-    [B, T], fp32, with gradient. What is drawn follows from `Routing.noise`, or is another in each call."""
+    [B, T] or [B, T, G], fp32, with gradient. What is drawn follows from `Routing.noise`, or is another in
+    each call."""
     logit = site.decision.logit - logit_of(site.call.thresholds[site.layer_idx])
     uniform = _uniform(logit, site).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)
     log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)
-    protected = site.call.position_ids < site.routing.config.keep_first
-    return log_weight.masked_fill(protected, 0.0)
+    first = protected(site.call.position_ids, site.routing.config.keep_first)
+    return log_weight.masked_fill(over(first, log_weight), 0.0)
 
 
 def _uniform(logit: Tensor, site: Site) -> Tensor:
@@ -118,12 +120,10 @@ def _uniform(logit: Tensor, site: Site) -> Tensor:
     return site.call.noise.uniform(site.layer_idx, site.call.real, logit[0, 0].numel()).view_as(logit)
 
 
-def log_weights(log_weight_BT: Tensor, site: Site) -> Tensor:
-    """What a what-if pass adds to the attention scores: each key's log-weight, 0 for recent keys;
-    [B, 1, T, T]."""
+def log_weights(log_weight: Tensor, site: Site) -> Tensor:
+    """What a what-if pass adds to the attention scores: each key's log-weight, [B, T] or [B, T, G], and 0 for
+    recent keys; [B, 1 or N, T, T]."""
     assert site.recent is not None
     tokens_BT = site.call.real.cumsum(1)
     recent = recent_mask(tokens_BT, tokens_BT, site.recent)
-    return torch.where(
-        recent, torch.zeros_like(log_weight_BT[:1, :1, None, None]), log_weight_BT[:, None, None]
-    )
+    return torch.where(recent, log_weight.new_zeros(()), of_keys(log_weight, site.query_heads))

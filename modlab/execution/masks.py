@@ -1,7 +1,7 @@
 """Causal masks among kept tokens, by the columns where the tokens stood in the padded batch.
 
 Shape letters: B batch rows, R rows of one group, T tokens in, S kept tokens, K keys, C columns, N query
-heads.
+heads, G gates of a layer.
 """
 
 from __future__ import annotations
@@ -68,22 +68,35 @@ def visible_mask(
     return held & (given.values() == allowing)
 
 
-def stored_mask(keep_BT: Tensor, real_BT: Tensor, recent: int | None = None) -> Tensor:
+def of_keys(value: Tensor, query_heads: int = 1) -> Tensor:
+    """What is said of each key [R, K], or of each key in each KV head [R, K, G], laid out as attention scores
+    are: [R, 1 or N, 1, K]. The query heads of a KV head stand next to each other."""
+    if value.dim() == 2:
+        return value[:, None, None, :]
+    return value.transpose(1, 2).repeat_interleave(query_heads // value.shape[2], dim=1)[:, :, None, :]
+
+
+def stored_mask(keep: Tensor, real_BT: Tensor, recent: int | None = None, query_heads: int = 1) -> Tensor:
     """True where routing leaves a key to a query: it is kept, or not older than the query's latest `recent`
-    tokens of its row; never for padding. bool [B, 1, T, T]."""
-    if recent is None:
-        return (keep_BT & real_BT)[:, None, None, :]
-    tokens_BT = real_BT.cumsum(1)  # padding inside a row is no part of its recent past
-    latest = recent_mask(tokens_BT, tokens_BT, recent) & real_BT[:, None, :, None]
-    return (keep_BT[:, None, None, :] | latest) & real_BT[:, None, None, :]
+    tokens of its row; never for padding. bool [B, 1 or N, T or 1, T].
+
+    Args:
+        keep: bool [B, T], or [B, T, G].
+    """
+    kept = of_keys(keep, query_heads)
+    if recent is not None:
+        tokens_BT = real_BT.cumsum(1)  # padding inside a row is no part of its recent past
+        kept = kept | recent_mask(tokens_BT, tokens_BT, recent) & real_BT[:, None, :, None]
+    return kept & real_BT[:, None, None, :]
 
 
 def masked_reference_mask(
-    keep_BT: Tensor,
+    keep: Tensor,
     real_BT: Tensor,
     window: int | None = None,
     recent: int | None = None,
     visible: Tensor | None = None,
+    query_heads: int = 1,
 ) -> Tensor:
     """True where a token may attend in the masked reference: to what the model lets it see, of that to kept
     tokens and to the latest `recent` tokens of its row, and to itself.
@@ -92,17 +105,19 @@ def masked_reference_mask(
     only, so that no softmax runs over nothing.
 
     Args:
+        keep: bool [B, T], or [B, T, G].
         visible: what the model lets it see (`visible_mask`), [B, N or 1, T, T]; causal by default.
+        query_heads: N, of which each gate's share attends to its keys.
 
     Returns:
         bool [B, N or 1, T, T].
     """
-    T, device = keep_BT.shape[1], keep_BT.device
+    T, device = keep.shape[1], keep.device
     if visible is None:
         columns = torch.arange(T, device=device)[None]
         visible = packed_mask(columns, columns, window)
     itself = torch.eye(T, dtype=torch.bool, device=device)
-    return (visible & stored_mask(keep_BT, real_BT, recent)) | itself
+    return (visible & stored_mask(keep, real_BT, recent, query_heads)) | itself
 
 
 def as_attention_mask(
@@ -111,7 +126,7 @@ def as_attention_mask(
     """The mask in the form that an attention implementation of transformers takes.
 
     Args:
-        allowed: bool [R, 1, S, K].
+        allowed: bool [R, N or 1, S, K].
         attention: `config._attn_implementation`.
         dtype: dtype of the hidden states.
         given: the mask that the model itself made for the layer. An additive one may carry more than who sees

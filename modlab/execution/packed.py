@@ -25,14 +25,17 @@ from modlab.cache.layer import RaggedLayer
 from modlab.cache.ragged import PackedView, RaggedCache
 from modlab.cache.recent import RecentLayer
 from modlab.errors import ModlabError
-from modlab.execution.gate import gated_output, over, scaled_branches
+from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.masks import (
     MaskValues,
     as_attention_mask,
+    of_keys,
     recent_mask,
     visible_mask,
 )
 from modlab.hf.arguments import LayerArguments, take_tokens
+from modlab.routing.record import by_gate
+from modlab.routing.rule import over
 
 if TYPE_CHECKING:
     from modlab.execution.site import Site
@@ -223,9 +226,9 @@ def _group_mask(
     allowed = visible_mask(values, queries_RS, columns_RK, site.window, site.attention)
     if hidden:
         assert site.recent is not None
-        kept_RK = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)
+        kept = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)
         at_RS, at_RK = _places(group, layer, columns_RK)
-        allowed = allowed & (kept_RK[:, None, None] | recent_mask(at_RS, at_RK, site.recent))
+        allowed = allowed & (of_keys(kept, site.query_heads) | recent_mask(at_RS, at_RK, site.recent))
     if group.padded:
         # The slots behind a row's kept tokens hold skipped ones, which nobody attends to but they themselves.
         counts_R1 = site.runs.sum(1)[rows_R1]
@@ -243,7 +246,7 @@ def _places(group: Group, layer: RaggedLayer | None, columns_RK: Tensor) -> tupl
     before.
     """
     S, device = group.index_RS.shape[1], columns_RK.device
-    held = [S] * len(group.rows) if layer is None else [layer.lengths[row] for row in group.rows]
+    held = [S] * len(group.rows) if layer is None else layer.held(group.rows)
     at_RK = torch.arange(columns_RK.shape[1], device=device)[None]
     if len(set(held)) == 1:
         return torch.arange(held[0] - S, held[0], device=device)[None], at_RK
@@ -258,17 +261,18 @@ def _in_chunks(group: Group) -> list[Group]:
 
 
 def _counts(site: Site) -> tuple[list[int], list[int]]:
-    """How many tokens of each row run, and how many are kept: one host sync."""
+    """How many tokens of each row run, and how many are kept, by all gates of the layer: one host sync."""
     keep, runs = site.decision.keep, site.runs
     if runs is keep:
         counts: list[int] = keep.sum(1).tolist()
         return counts, counts
+    keep = by_gate(keep).all(-1)
     both: list[list[int]] = torch.stack([runs.sum(1), keep.sum(1)]).tolist()
     return both[0], both[1]
 
 
 def _kept(site: Site, group: Group) -> Tensor:
-    """Which tokens of a group are kept, bool [R, S]."""
+    """Which tokens of a group are kept, bool [R, S], or [R, S, G] by the layer's gates."""
     keep = site.decision.keep
     rows_R1 = torch.tensor(group.rows, device=keep.device)[:, None]
     return keep[rows_R1, group.index_RS]

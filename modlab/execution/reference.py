@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modlab.errors import ModlabError
-from modlab.execution.gate import gated_output, over, scaled_branches, straight_through
+from modlab.execution.gate import gated_output, scaled_branches, straight_through
 from modlab.execution.masks import (
     MaskValues,
     as_attention_mask,
@@ -30,6 +30,7 @@ from modlab.execution.what_if_attention import (
     what_if_block_mask,
 )
 from modlab.hf.arguments import LayerArguments
+from modlab.routing.rule import over
 
 if TYPE_CHECKING:
     from modlab.execution.site import Site
@@ -90,9 +91,9 @@ def given_mask(arguments: LayerArguments, site: Site) -> MaskValues:
             "what-if passes and the masked reference need a mask, which flash attention does not take: "
             f"use model.set_attn_implementation('sdpa'){packs}."
         )
-    keep = site.decision.keep
-    rows_B1 = torch.arange(len(keep), device=keep.device)[:, None]
-    columns_BT = site.call.columns.expand_as(keep)  # no cache: time positions and columns are the same
+    real = site.call.real
+    rows_B1 = torch.arange(len(real), device=real.device)[:, None]
+    columns_BT = site.call.columns.expand_as(real)  # no cache: time positions and columns are the same
     return MaskValues(arguments.mask(), rows_B1, columns_BT, columns_BT, site.call.num_columns)
 
 
@@ -103,9 +104,13 @@ def hiding_mask(
     rule for flex attention where that is allowed and possible."""
     keep, real = site.decision.keep, site.call.real
     if may_flex and takes_flex(site, given, keep.device):
-        blocks = what_if_block_mask(keep, real, site.recent or 1, site.call.documents)
+        blocks = what_if_block_mask(
+            keep, real, site.recent or 1, site.call.documents, query_heads=site.query_heads
+        )
         return blocks, flex_attention(site.routing.model_config)
     visible = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
-    allowed = masked_reference_mask(keep, real, recent=site.recent, visible=visible)
+    allowed = masked_reference_mask(
+        keep, real, recent=site.recent, visible=visible, query_heads=site.query_heads
+    )
     mask = as_attention_mask(allowed, site.attention, arguments.hidden.dtype, given)
     return mask, contextlib.nullcontext()

@@ -26,6 +26,7 @@ class Plan:
         needs_mask: whether its attention needs a mask where a kernel's own causal flag would do.
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
+        query_heads: N, where its KV heads have gates of their own; else 1.
         added: names of the modules that conversion added to this one.
     """
 
@@ -36,6 +37,7 @@ class Plan:
     needs_mask: bool = False
     in_tuple: bool = False
     extra_outputs: int = 0
+    query_heads: int = 1
     added: list[str] = field(default_factory=list)
 
     @property
@@ -58,6 +60,7 @@ class Plan:
             form=self.gate_form,
             residual=self.part == "layer",
             recent=routing.skip.recent(routing.config),
+            query_heads=self.query_heads,
             branch_ends=self.branch_ends,
             empty_rest=(None,) * self.extra_outputs,
         )
@@ -78,6 +81,7 @@ class Site:
         residual: True if a skipped token passes through (a layer), False if it adds nothing (a branch).
         recent: None where a skipped token does not run; else it runs, and the number of latest tokens that
             every token may attend to, kept or not.
+        query_heads: N, where masks differ from one KV head to the next; else 1.
         branch_ends: submodules whose output the paper's gate multiplies.
         empty_rest: what stands in for the rest of the output tuple when no token ran.
     """
@@ -92,6 +96,7 @@ class Site:
     form: GateForm
     residual: bool
     recent: int | None
+    query_heads: int
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
 

@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 from modlab.errors import ModlabError
 from modlab.execution.what_if_attention import as_autocast, band_block_mask
 from modlab.hf.names import attention_named
+from modlab.routing.record import by_gate
 
 NAME = "modlab_weighed"
 """Under which transformers knows `weighed_attention`."""
@@ -39,18 +40,19 @@ class WeighedKeys:
     """What a layer passes instead of a mask.
 
     Attributes:
-        log_weight_BT: added to the scores of keys that are not recent, at most 0; with gradient.
+        log_weight: added to the scores of keys that are not recent, at most 0, [B, T] or [B, T, G]; with
+            gradient.
         recent: block mask of the keys that are; every token sees itself.
         earlier: block mask of the others, None where no row is longer than the recent past.
     """
 
-    log_weight_BT: Tensor
+    log_weight: Tensor
     recent: BlockMask
     earlier: BlockMask | None
 
 
 def weighed_keys(
-    log_weight_BT: Tensor, real_BT: Tensor, recent: int, documents_BT: Tensor | None = None
+    log_weight: Tensor, real_BT: Tensor, recent: int, documents_BT: Tensor | None = None
 ) -> WeighedKeys:
     """What a token sees of its document, in two parts: its latest `recent` tokens, and all before them."""
     T = real_BT.shape[1]
@@ -67,7 +69,7 @@ def weighed_keys(
 
     device = real_BT.device
     return WeighedKeys(
-        log_weight_BT,
+        log_weight,
         band_block_mask(near, T, 0, recent, device),
         band_block_mask(far, T, recent, T, device) if recent < T else None,
     )
@@ -106,7 +108,7 @@ def weighed_attention(
     attend = functools.partial(_flex(), scale=scale, return_aux=AuxRequest(lse=True), enable_gqa=True)
     out_BNTH, near = attend(query_BNTH, key_BGTH, value_BGTH, block_mask=weighed.recent)
     if weighed.earlier is not None:
-        longer_query, longer_key = _with_weights(query_BNTH, key_BGTH, weighed.log_weight_BT / scale)
+        longer_query, longer_key = _with_weights(query_BNTH, key_BGTH, weighed.log_weight / scale)
         far_BNTH, far = attend(longer_query, longer_key, value_BGTH, block_mask=weighed.earlier)
         share_BNT1 = torch.sigmoid(far.lse - near.lse)[..., None]  # 0 where there is no earlier key
         out_BNTH = out_BNTH + share_BNT1.to(out_BNTH.dtype) * (far_BNTH - out_BNTH)
@@ -116,10 +118,10 @@ def weighed_attention(
 AttentionInterface.register(NAME, weighed_attention)  # an addition under a new name, once for all passes
 
 
-def _with_weights(query: Tensor, key: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
+def _with_weights(query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys with more entries, so that their product is q·k + weight of the key."""
     ones = F.pad(query.new_ones(*query.shape[:-1], 1), (0, MORE_ENTRIES - 1))
-    weights = weight_BT[:, None, :, None].expand(*key.shape[:-1], 1).to(key.dtype)
+    weights = by_gate(weight).transpose(1, 2)[..., None].expand(*key.shape[:-1], 1).to(key.dtype)
     weights = F.pad(weights, (0, MORE_ENTRIES - 1))
     return torch.cat([query, ones], -1), torch.cat([key, weights], -1)
 

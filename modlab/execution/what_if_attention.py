@@ -20,6 +20,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from modlab.hf.names import attention_named
+from modlab.routing.record import by_gate
+from modlab.routing.rule import over
 
 if TYPE_CHECKING:
     from modlab.execution.masks import MaskValues
@@ -87,21 +89,31 @@ AttentionInterface.register(NAME, what_if_attention)  # an addition under a new 
 
 
 def what_if_block_mask(
-    keep_BT: Tensor, real_BT: Tensor, recent: int = 1, documents_BT: Tensor | None = None
+    keep: Tensor,
+    real_BT: Tensor,
+    recent: int = 1,
+    documents_BT: Tensor | None = None,
+    query_heads: int = 1,
 ) -> BlockMask:
     """`masked_reference_mask` without a window, as a block mask: kept tokens not after the query, its latest
     `recent` tokens, and itself; of its own document where a row packs several.
+
+    Args:
+        keep: bool [B, T], or [B, T, G].
+        query_heads: N, of which each gate's share attends to its keys.
     """
-    kept_BT = keep_BT & real_BT
-    document_BT = torch.zeros_like(keep_BT, dtype=torch.long) if documents_BT is None else documents_BT
+    kept_BTG = by_gate(keep & over(real_BT, keep))
+    sharing = query_heads // kept_BTG.shape[2] if keep.dim() == 3 else None
+    document_BT = torch.zeros_like(real_BT, dtype=torch.long) if documents_BT is None else documents_BT
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        stored = kept_BT[row, key] | ((query - key < recent) & real_BT[row, key])
+        kept = kept_BTG[row, key, head // sharing if sharing else 0]
+        stored = kept | ((query - key < recent) & real_BT[row, key])
         together = document_BT[row, key] == document_BT[row, query]
         return ((query >= key) & stored & together) | (query == key)
 
-    T = keep_BT.shape[1]
-    return band_block_mask(allowed, T, 0, T, keep_BT.device)
+    T = keep.shape[1]
+    return band_block_mask(allowed, T, 0, T, keep.device)
 
 
 def band_block_mask(

@@ -8,7 +8,7 @@ which the masked reference and packed execution may share, shows here.
 Hidden are keys only: whatever else the model says about who may see whom (a sliding window, another document,
 padding) stays as the dense model has it.
 
-Shape letters: B rows, T tokens, K keys, N query heads, D model dim, P parallel streams.
+Shape letters: B rows, T tokens, K keys, N query heads, G gates of a layer, D model dim, P parallel streams.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Decisions:
 
     Attributes:
         real: True where a token is no padding, [B, T].
-        keep: True where a layer keeps the token, by layer index, [B, T] each.
-        gate: its gate, [B, T] each.
+        keep: True where a layer keeps the token, by layer index, [B, T] each; [B, T, G] where each KV head
+            has a gate.
+        gate: its gate, of the same shape.
         skip, form: of the MoDConfig: what a token skips, and how its gate enters.
         recent: with skip="kv", the number of latest tokens that are seen whether or not they are kept.
         ends: with gate="paper" on whole layers, by layer index the submodules whose output the gate scales.
@@ -69,8 +70,15 @@ class Decisions:
         return cls(step.real, step.keep, step.gate, config.skip, config.gate, config.keep_recent, ends)
 
     def hidden(self, layer: int) -> Tensor:
-        """True where a query must not see a key: bool [B, T, T]. Every token sees itself."""
-        T, keep = self.real.shape[1], self.keep[layer]
+        """True where a query must not see a key: bool [B, T, T], or [B, G, T, T] where it is another in each
+        KV head. Every token sees itself."""
+        keep = self.keep[layer]
+        if keep.dim() == 3:
+            return torch.stack([self._hidden(head_BT) for head_BT in keep.unbind(2)], dim=1)
+        return self._hidden(keep)
+
+    def _hidden(self, keep: Tensor) -> Tensor:
+        T = self.real.shape[1]
         seen_BTT = keep[:, None, :] | torch.eye(T, dtype=torch.bool, device=keep.device)
         if self.skip == "kv":
             place_BT = self.real.cumsum(1)
@@ -104,7 +112,7 @@ class HidingKeys(TorchFunctionMode):
     """While `hidden` is set, keys are hidden inside the functions with which attentions weigh and pick them.
 
     Attributes:
-        hidden: bool [B, T, T] or None.
+        hidden: bool [B, T, T], [B, G, T, T], or None.
         met: how many times scores were met since it was set.
     """
 
@@ -158,15 +166,27 @@ class HidingKeys(TorchFunctionMode):
 
         Columns beyond the T keys, such as an attention sink, stay seen."""
         assert self.hidden is not None
-        hidden_BTK, (B, T, _) = self.hidden, self.hidden.shape
+        hidden_BTK, B, T = self.hidden, self.hidden.shape[0], self.hidden.shape[-1]
         if len(shape) < 3 or shape[-2] not in (T, 1) or shape[-1] < T:
             return None
+        if hidden_BTK.dim() == 4:
+            return _by_head(F.pad(hidden_BTK, (0, shape[-1] - T)), shape)
         hidden_BTK = F.pad(hidden_BTK, (0, shape[-1] - T))
         if len(shape) == 3 and shape[0] != B and shape[0] % B == 0:
             return hidden_BTK.repeat_interleave(shape[0] // B, 0)
         if shape[0] != B:
             return None
         return hidden_BTK.view(B, *[1] * (len(shape) - 3), T, -1)
+
+
+def _by_head(hidden_BGTK: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """For scores [B, N, T, K] or [B·N, T, K], where each N / G of the queries' heads share a KV head."""
+    B, G = hidden_BGTK.shape[:2]
+    N = shape[1] if len(shape) == 4 and shape[0] == B else shape[0] // B
+    if len(shape) not in (3, 4) or N % G or not N:
+        return None
+    hidden_BNTK = torch.stack([hidden_BGTK[:, n * G // N] for n in range(N)], dim=1)
+    return hidden_BNTK if len(shape) == 4 else hidden_BNTK.flatten(0, 1)
 
 
 def _last(dim: Any, scores: Tensor) -> bool:
@@ -194,7 +214,8 @@ def _routed(layer: nn.Module, index: int, decisions: Decisions, hiding: HidingKe
     else:
         name = mlp if skip == "mlp" else attention
         assert name is not None
-        weight_BT = gate_BT if skip != "kv" and form in ("fused", "paper") else torch.ones_like(gate_BT)
+        weighs = skip != "kv" and form in ("fused", "paper")
+        weight_BT = gate_BT if weighs else torch.ones(decisions.real.shape, device=gate_BT.device)
         runs_BT = decisions.real if skip == "kv" else keep_BT
         handles.append(_changes(layer.get_submodule(name), _scaled(torch.where(runs_BT, weight_BT, 0.0))))
     try:

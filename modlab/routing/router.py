@@ -1,6 +1,6 @@
 """The router: one gate a token, always in fp32.
 
-Shape letters: B rows, T tokens in, D model dim, G gates of a layer.
+Shape letters: B rows, T tokens in, D model dim, G gates of a layer, K units of a hidden layer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def is_router(name: str) -> bool:
 
 
 def make_router(config: MoDConfig, hidden_size: int, gates: int, device: torch.device | None) -> Router:
-    """The router of one layer, as the settings want it. There is one form yet; another is a subclass of
-    `Router` in this file, chosen here by a setting.
+    """The router of one layer, as the settings want it.
 
     Args:
         hidden_size: D.
         gates: G.
     """
+    if config.router_hidden:
+        return HiddenRouter(hidden_size, config.init_gate, config.router_hidden, device=device, gates=gates)
     return Router(hidden_size, config.init_gate, device=device, gates=gates)
 
 
@@ -92,3 +93,49 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         gates = self.bias.numel()
         return f"in_features={self.weight.shape[-1]}, gates={gates}, dtype={self.weight.dtype}"
+
+
+class HiddenRouter(Router):
+    """Linear plus a hidden layer, on the normalised residual stream n: w·n + b + out·gelu(into·n).
+
+    n is the state over its root mean square, so that a logit says the same of tokens whose states are larger.
+    All gates of the layer share the hidden units. Right after conversion `out` is zero: every gate is open.
+
+    Args:
+        hidden: K, at least 1.
+        hidden_size, init_gate, device, gates: as of `Router`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        init_gate: float,
+        hidden: int,
+        device: torch.device | None = None,
+        gates: int = 1,
+    ) -> None:
+        super().__init__(hidden_size, init_gate, device, gates)
+        # From a generator of its own: conversion leaves the caller's random numbers alone.
+        into_KD = torch.randn(hidden, hidden_size, generator=torch.Generator().manual_seed(0))
+        self.into = nn.Parameter((into_KD * hidden_size**-0.5).to(device))
+        self.out = nn.Parameter(torch.zeros(gates, hidden, device=device))
+
+    @property
+    def in_kernels(self) -> bool:
+        return False
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Router logits, fp32 [B, T] or [B, T, G]."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            n_BTD = normalised(x_BTD)
+            more = F.linear(F.gelu(F.linear(n_BTD, self.into)), self.out)
+            return super().forward(n_BTD) + (more.squeeze(-1) if self.weight.dim() == 1 else more)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, hidden={len(self.into)}"
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Root mean square 1 over the last dimension, fp32."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)

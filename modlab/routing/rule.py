@@ -2,8 +2,6 @@
 
 Training, prefill, decoding, calibration, previews and pictures call it; decode kernels have tested copies.
 
-Training, prefill, decoding, calibration, previews and pictures call it; decode kernels have tested copies.
-
 Works on tensors of torch and arrays of NumPy alike.
 
 Shape letters: B rows, T tokens, G gates of a layer.
@@ -19,6 +17,12 @@ if TYPE_CHECKING:
 
 BY_THRESHOLD = ("threshold", "topk")
 """Operators that decide by `kept` outside training; the decode kernels know no other rule."""
+
+
+def over(value: Any, like: Any) -> Any:
+    """`value`, which has the first axes of `like`, with as many axes more as it takes to combine the two: one
+    value a token [B, T] for gates [B, T, G] or states [B, T, D]."""
+    return value[(..., *[None] * (like.ndim - value.ndim))]
 
 
 def protected(position: Any, keep_first: int) -> Any:
@@ -42,8 +46,7 @@ def kept(gate: Any, p: float | Any, position: Any, keep_first: int) -> Any:
     Returns:
         bool, of the shape of `gate`.
     """
-    first = protected(position, keep_first)
-    return (gate >= p) | first[(..., *[None] * (gate.ndim - first.ndim))]
+    return (gate >= p) | over(protected(position, keep_first), gate)
 
 
 def top_k(logit: Tensor, real_BT: Tensor, capacity: float) -> Tensor:
@@ -55,6 +58,6 @@ def top_k(logit: Tensor, real_BT: Tensor, capacity: float) -> Tensor:
     Returns:
         bool, of the shape of `logit`.
     """
-    real = real_BT[(..., *[None] * (logit.ndim - 2))]
+    real = over(real_BT, logit)
     ranks = logit.masked_fill(~real, -float("inf")).argsort(dim=1, descending=True, stable=True)
     return ranks.argsort(dim=1) < (real.sum(1, keepdim=True) * capacity).ceil()

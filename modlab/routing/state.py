@@ -65,6 +65,7 @@ class Routing:
         layers: indices of the routed layers, ascending.
         num_layers: number of decoder layers, routed or not.
         windows: sliding window by routed layer, in tokens; None where the layer attends to everything.
+        gates: how many gates each routed layer has.
         thresholds: current p by routed layer; write through `modlab.set_threshold`. The same in all threads
             (`common_thresholds`), but for one in `thresholds_restored`: what it sets there is its own.
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
@@ -85,6 +86,7 @@ class Routing:
         layers: list[int],
         num_layers: int,
         windows: dict[int, int | None],
+        gates: dict[int, int],
         model_config: PreTrainedConfig,
         supports_flex: bool = False,
     ) -> None:
@@ -95,6 +97,7 @@ class Routing:
         self.layers = layers
         self.num_layers = num_layers
         self.windows = windows
+        self.gates = gates
         default = config.p if not isinstance(config.p, dict) else 0.5
         self.common_thresholds = dict.fromkeys(layers, default)
         if isinstance(config.p, dict):
@@ -174,10 +177,10 @@ class Routing:
             keep = self.skip.decide(gate.detach(), logit.detach(), call, layer_idx)
         elif config.operator == "topk" and training and call.cache is None:
             first = rule.protected(call.position_ids, config.keep_first)
-            keep = rule.top_k(logit.detach(), call.real, config.capacity) | over(first, gate)
+            keep = rule.top_k(logit.detach(), call.real, config.capacity) | rule.over(first, gate)
         else:
             keep = rule.kept(gate.detach(), call.thresholds[layer_idx], call.position_ids, config.keep_first)
-        decision = Decision(logit, gate, keep & over(call.real, gate))
+        decision = Decision(logit, gate, keep & rule.over(call.real, gate))
         call.decisions[layer_idx] = decision
         for recording, step in call.steps:
             here = step.real.device  # layers may be spread over devices, a recording is in one place
@@ -213,11 +216,6 @@ class Routing:
             yield
         finally:
             self.of_thread.call = before
-
-
-def over(value_BT: Tensor, gate: Tensor) -> Tensor:
-    """One value a token, shaped to be combined with gates [B, T] or [B, T, G]."""
-    return value_BT[(..., *[None] * (gate.dim() - value_BT.dim()))]
 
 
 def _overridden(override: OverrideFn, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:

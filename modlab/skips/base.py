@@ -69,6 +69,7 @@ class Skip:
         stores_all: whether every token's keys and values stay, so that nothing is saved in the cache.
         runs_all: whether a token that is not kept passes the layer in full all the same.
         several_gates: whether a layer may have more than one gate (`gates`).
+        by_head: whether each KV head may have a gate of its own (`MoDConfig.gates`).
         index_bytes: bytes that a routed layer's cache holds for a token next to its keys and values.
     """
 
@@ -78,6 +79,7 @@ class Skip:
     stores_all: ClassVar[bool] = False
     runs_all: ClassVar[bool] = False
     several_gates: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     index_bytes: ClassVar[int] = INDEX_BYTES
 
     # Settings
@@ -155,11 +157,12 @@ class Skip:
 
     # The cache
 
-    def cache_layer(self, config: MoDConfig, window: int | None) -> CacheLayerMixin | None:
+    def cache_layer(self, config: MoDConfig, window: int | None, gates: int) -> CacheLayerMixin | None:
         """The cache layer of one routed layer; None for the one that the dense model has.
 
         Args:
             window: sliding window in tokens, or None.
+            gates: of this layer, as `gates` said.
         """
         if self.stores_all:
             return None

@@ -35,6 +35,8 @@ class KeyValueSkip(Skip):
         legend_left="dropped from the cache",
     )
     runs_all = True
+    several_gates = True
+    by_head = True
     index_bytes = INDEX_BYTES + KEPT_BYTES
 
     def check(self, config: MoDConfig) -> None:
@@ -65,6 +67,10 @@ class KeyValueSkip(Skip):
     def recent(self, config: MoDConfig) -> int | None:
         return config.keep_recent
 
+    def gates(self, facts: LayerFacts, config: MoDConfig) -> int:
+        """One, or one a KV head."""
+        return facts.kv_heads if config.gates == "kv_head" else 1
+
     def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
         """A sliding window that is not longer than the recent past has nothing to drop."""
         if facts.window is not None and facts.window <= config.keep_recent:
@@ -80,10 +86,13 @@ class KeyValueSkip(Skip):
 
         return RoutedKeys
 
-    def cache_layer(self, config: MoDConfig, window: int | None) -> CacheLayerMixin:
+    def cache_layer(self, config: MoDConfig, window: int | None, gates: int) -> CacheLayerMixin:
+        from modlab.cache.heads import HeadsLayer
         from modlab.cache.recent import RecentLayer
 
-        return RecentLayer(config.keep_recent, window)
+        if gates == 1:
+            return RecentLayer(config.keep_recent, window)
+        return HeadsLayer(gates, config.keep_recent, window)
 
     def tokens_to_learn(self, config: MoDConfig) -> int:
         """The first token that may be dropped follows the protected ones; a recent past later one may miss
@@ -91,4 +100,6 @@ class KeyValueSkip(Skip):
         return config.keep_first + config.keep_recent + 2
 
     def why_no_engine(self, config: MoDConfig) -> str:
-        return ""
+        if config.gates == "kv_head":
+            return "gates='kv_head' has no form in the engine yet"
+        return "router_hidden has no form in the engine's kernels yet" if config.router_hidden else ""

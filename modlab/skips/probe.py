@@ -24,6 +24,7 @@ from modlab.hf.arguments import LayerArguments, hidden_name
 from modlab.hf.model import eval_mode
 from modlab.hf.up_to import TOKENS, Reached, run_up_to
 from modlab.skips.base import Part, Skip
+from modlab.skips.heads import heads_of
 
 if TYPE_CHECKING:
     from modlab.conversion.survey import LayerFacts, Survey
@@ -39,15 +40,20 @@ class PartForm:
         refusal: why the part cannot be routed on its own; "" if it can.
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
+        kv_heads, query_heads: G and N, where the part's KV heads were asked for; else 1.
     """
 
     refusal: str = ""
     in_tuple: bool = False
     extra_outputs: int = 0
+    kv_heads: int = 1
+    query_heads: int = 1
 
 
 @torch.no_grad()
-def part_forms(found: Survey, indices: Iterable[int], skip: Skip) -> dict[int, dict[Part, PartForm]]:
+def part_forms(
+    found: Survey, indices: Iterable[int], skip: Skip, by_head: bool = False
+) -> dict[int, dict[Part, PartForm]]:
     """The form of each part that follows the decision in each of these layers: one forward of a few tokens up
     to the last of them, then a few of each layer alone.
 
@@ -55,16 +61,19 @@ def part_forms(found: Survey, indices: Iterable[int], skip: Skip) -> dict[int, d
         found: the dense model; its layers have the parts.
         indices: the layers to look at.
         skip: what a token may skip.
+        by_head: whether the KV heads of a part have gates of their own.
     """
     with eval_mode(found.model):
         calls = _layer_calls(found.model, found.layers, set(indices))
         return {
-            index: {part: _form(found.facts[index], part, skip, calls.get(index)) for part in skip.parts}
+            index: {
+                part: _form(found.facts[index], part, skip, calls.get(index), by_head) for part in skip.parts
+            }
             for index in indices
         }
 
 
-def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None) -> PartForm:
+def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head: bool) -> PartForm:
     if call is None:
         return PartForm(NOT_REACHED)
     if part == "layer":
@@ -98,6 +107,9 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None) -> Part
         return replace(form, refusal=f"{name} does not add its mask to its scores, to weigh keys by")
     if asks == "gives zero" and not _gives_zero(module, args, kwargs):
         return replace(form, refusal=f"{name} adds the residual itself, not the layer")
+    if by_head:
+        heads = heads_of(module, args, kwargs)
+        return replace(form, refusal=heads.refusal, kv_heads=heads.kv, query_heads=heads.query)
     return form
 
 

@@ -133,8 +133,8 @@ class CellFlip(MeasuredView, view="flip"):
         self._tell({}, trace, cache, at, self._before_next[at])
 
     def _forced_run(self, flips: Flips) -> tuple[RoutingTrace, Any]:
-        from modlab.routing.rule import kept
-        from modlab.routing.state import over, routing_override
+        from modlab.routing.rule import kept, over
+        from modlab.routing.state import routing_override
 
         routing = self._model.mod
 

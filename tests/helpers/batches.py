@@ -21,6 +21,7 @@ VOCAB, LAYERS, HEADS_KV, HEAD_DIM, LONGEST = 64, 4, 2, 8, 24
 WINDOW, RECENT = 6, 3
 
 # (architecture, attention, skip, routed layers): layer 0 routed or not, a sliding window shorter than rows.
+# "kv by head": the cache, a gate a KV head, routers with a hidden layer.
 MODELS = [
     ("llama", "sdpa", "layer", (1, 3)),
     ("llama", "eager", "layer", (0, 1, 2, 3)),
@@ -31,7 +32,11 @@ MODELS = [
     ("llama", "sdpa", "kv", (0, 1, 2, 3)),
     ("llama", "eager", "kv", (1, 2)),
     ("mistral", "sdpa", "kv", (0, 1)),
+    ("llama", "sdpa", "kv by head", (0, 1, 2, 3)),
+    ("llama", "eager", "kv by head", (1, 2)),
+    ("mistral", "sdpa", "kv by head", (0, 1)),
 ]
+BY_HEAD = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip == "kv by head"]
 FULL = [i for i, (name, *_) in enumerate(MODELS) if name == "llama"]
 DROPPING = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip in ("layer", "attention")]
 SIDES = ("none", "left", "right", "inside")
@@ -74,7 +79,10 @@ def dense(which: int) -> Any:
 def build(which: int) -> Any:
     """The converted model, with spread-out gates."""
     _, _, skip, layers = MODELS[which]
-    config = modlab.MoDConfig(skip=skip, layers=list(layers), keep_first=1, keep_recent=RECENT)
+    what: dict[str, Any] = {"skip": skip}
+    if which in BY_HEAD:
+        what = {"skip": "kv", "gates": "kv_head", "router_hidden": 3}
+    config = modlab.MoDConfig(**what, layers=list(layers), keep_first=1, keep_recent=RECENT)
     model = modlab.convert(copy.deepcopy(dense(which)), config)
     generator = torch.Generator().manual_seed(which)
     with torch.no_grad():
@@ -113,7 +121,7 @@ class Batch:
     def forgets(self) -> bool:
         """Whether the cache lets go of tokens that an earlier one would still see."""
         name, _, skip, _ = MODELS[self.which]
-        return name == "mistral" or skip == "kv"
+        return name == "mistral" or skip.startswith("kv")
 
     @property
     def ids(self) -> Tensor:
@@ -150,10 +158,11 @@ class Batch:
         }
 
     def keep(self, layer: int) -> Tensor:
-        """Which positions of a row this layer is told to keep, bool [more than T]: the same in each row, so
-        that rows may change places."""
+        """Which positions of a row this layer is told to keep, bool [more than T], or [more than T, G] by
+        head: the same in each row, so that rows may change places."""
         generator = torch.Generator().manual_seed(1000 * self.seed + layer)
-        return torch.rand(4 * LONGEST, generator=generator) < self.share
+        heads = [HEADS_KV] if self.which in BY_HEAD else []
+        return torch.rand(4 * LONGEST, *heads, generator=generator) < self.share
 
     def forced(self) -> contextlib.AbstractContextManager[Any]:
         """The override: by layer and position among the row's real tokens."""
