@@ -42,7 +42,8 @@ class MoDConfig:
             any time.
         skip: what a skipped token leaves out: ``"kv"``, its place in the cache (it passes the layer in full,
             but its keys and values are dropped once `keep_recent` tokens have come, itself counted), the
-            whole ``"layer"``, its ``"attention"``, or its ``"mlp"``. Only the last three save operations.
+            whole ``"layer"``, its ``"attention"``, its ``"mlp"``, or, for tokens of a ``"prompt"`` but the
+            last of each row, all layers above `leave_after`. All but the first save operations.
         gate: how the gate g enters the output of a kept token.
             ``"straight-through"``: not at all in value, g only receives the gradient (lossless on
                 conversion);
@@ -52,6 +53,9 @@ class MoDConfig:
         keep_recent: with ``skip="kv"``, how many of the latest tokens every token may attend to, kept or not.
             Texts that are not longer save nothing; layers whose sliding window is not longer are not routed.
         keep_first: that many first real tokens of every row are always kept (attention sinks).
+        leave_after: with ``skip="prompt"``, the share of the layers that all tokens run, in (0, 1).
+        leave_rank: with ``skip="prompt"``, the rank of what is added to the projections of the layers above;
+            0 trains whole copies of them.
         init_gate: gate value of every token right after conversion, in (0, 1).
         gates: ``"layer"``: one gate a layer decides for all of its KV heads. ``"kv_head"``, with
             ``skip="kv"`` alone: each KV head has a gate of its own, and keeps other tokens than its
@@ -68,6 +72,8 @@ class MoDConfig:
     capacity: float = 0.25
     keep_recent: int = 128
     keep_first: int = 4
+    leave_after: float = 2 / 3
+    leave_rank: int = 0
     init_gate: float = 0.88
     gates: Gates = "layer"
     router_hidden: int = 0
@@ -112,6 +118,10 @@ class MoDConfig:
                 f"MoDConfig(skip={self.skip!r}, gates='kv_head'): KV heads apart can only be dropped from "
                 "the cache. Use skip='kv', or gates='layer' (the default)."
             )
+        if not 0 < self.leave_after < 1:
+            raise ModlabError(f"MoDConfig(leave_after={self.leave_after}): a share strictly between 0 and 1.")
+        if self.leave_rank < 0:
+            raise ModlabError(f"MoDConfig(leave_rank={self.leave_rank}): 0 (whole copies) or a rank.")
         skips.named(self.skip).check(self)
         if not 0 < self.init_gate < 1:
             raise ModlabError(
@@ -120,9 +130,9 @@ class MoDConfig:
 
     def _check_types(self) -> None:
         """Settings may come from a file: what would only fail, or be rounded, much later is refused here."""
-        for name in ("keep_recent", "keep_first", "router_hidden", "format_version"):
+        for name in ("keep_recent", "keep_first", "leave_rank", "router_hidden", "format_version"):
             setattr(self, name, _whole(name, getattr(self, name)))
-        for name in ("capacity", "init_gate"):
+        for name in ("capacity", "leave_after", "init_gate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise ModlabError(f"MoDConfig({name}={value!r}): must be a number.")

@@ -58,8 +58,8 @@ def _routable(found: Survey, skip: Skip, config: MoDConfig) -> list[int]:
     kind = type(found.model).__name__
     reasons = {f.index: f.refusal or skip.cannot_route(f, config) for f in found.facts}
     reasons = {index: reason for index, reason in reasons.items() if reason}
-    wanted = config.resolve_layers(len(found.facts))
-    if not isinstance(config.layers, str):
+    wanted = skip.layers(config, len(found.facts))
+    if _each_must(skip, config):
         for index in (i for i in wanted if i in reasons):
             raise ModlabError(f"layer {index} of {kind} cannot be routed: {reasons[index]}.")
     # In a hybrid the layers asked for may all be recurrent ones: those with attention are routed then.
@@ -84,7 +84,7 @@ def _forms(
                 raise ModlabError(f"skip={skip.name!r}: {kind} has no {NAMES[part]} module of its own.")
     forms = part_forms(found, indices, skip, by_head=config.gates == "kv_head")
     refused = {i: (p, f.refusal) for i, parts in forms.items() for p, f in parts.items() if f.refusal}
-    if isinstance(config.layers, str) and len(refused) < len(forms):
+    if not _each_must(skip, config) and len(refused) < len(forms):
         return {index: parts for index, parts in forms.items() if index not in refused}
     for index, (part, reason) in refused.items():
         others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
@@ -96,3 +96,8 @@ def _forms(
             f"{reason}.{instead or ' Leave it out'}{others}."
         )
     return forms
+
+
+def _each_must(skip: Skip, config: MoDConfig) -> bool:
+    """Whether each layer that is asked for has to be routable."""
+    return skip.all_or_none or not isinstance(config.layers, str)

@@ -97,9 +97,14 @@ class RoutedLayer(RoutedModule):
         arguments = LayerArguments(self.dense_class, args, kwargs, (rows, time))
         with routing.turned(off=False), routing.within(call.on(arguments.hidden.device)):
             self._check(tuple(arguments.hidden.shape[:2]), (rows, time))
-            router, index = self.mod_router, self.mod_plan.layer_idx
-            decision = routing.decide(index, router, arguments.residual_BTD, self.training)
+            index = self.mod_plan.layer_idx
+            decision = routing.decide(index, self.router_logits, arguments.residual_BTD, self.training)
             return self.run_layer(arguments, decision, args, kwargs)
+
+    def router_logits(self, x_BTD: Tensor) -> Tensor:
+        """What the router says, fp32 [B, T] or [B, T, G]."""
+        logits: Tensor = self.mod_router(x_BTD)
+        return logits
 
     def run_layer(
         self, arguments: LayerArguments, decision: Decision, args: tuple[Any, ...], kwargs: dict[str, Any]

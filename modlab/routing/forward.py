@@ -49,20 +49,23 @@ class ForwardHooks:
     def enter_model(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook of the model: notes the caller's attention_mask. Router logits of experts that the
-        config alone asks for, and no loss needs, are left out where not all tokens pass the experts."""
+        """Forward pre-hook of the model: notes the caller's attention_mask, and whose logits it wants. Router
+        logits of experts that the config alone asks for, and no loss needs, are left out where not all tokens
+        pass the experts."""
         if self.routing.is_off:
             return args, kwargs
         given = _arguments(module, args, kwargs)
         self.routing.of_thread.caller_mask = (given.get("attention_mask"),)
+        self.routing.of_thread.logits_to_keep = _logits_to_keep(module, given)
         asked = given.get(ROUTER_LOGITS) is None and given.get("labels") is None
         if asked and getattr(module.config, ROUTER_LOGITS, False) and not self._runs_all_experts(module):
             kwargs = {**kwargs, ROUTER_LOGITS: False}
         return args, kwargs
 
     def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the model: that mask is no other forward's."""
+        """Forward hook of the model: what it noted is no other forward's."""
         self.routing.of_thread.caller_mask = None
+        self.routing.of_thread.logits_to_keep = 0
 
     @eager
     def enter(
@@ -180,6 +183,7 @@ class ForwardHooks:
             override=of_thread.override,
             padding_mask=mask,
             documents=documents,
+            asked=_asked(of_thread.logits_to_keep, T, tokens.device),
         )
 
     def _padding_mask(self, mask: Any, tokens: Tensor, seen: int) -> Tensor | None:
@@ -218,6 +222,8 @@ class ForwardHooks:
         decided, ran = call.decisions, call.ran
         for one in (call, *call.elsewhere.values()):
             one.cache, one.steps, one.decisions, one.ran, one.masks = None, [], {}, set(), {}
+            if not module.training:  # gradient checkpointing enters layers once more
+                one.entered = {}
         if output is not None:  # None: an exception is on its way
             self._check_ran(module, decided, ran)
 
@@ -242,6 +248,29 @@ def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     module_class: Any = type(module)
     bound = dict(forward_signature(module_class).bind_partial(*args, **kwargs).arguments)
     return {**bound.pop("kwargs", {}), **bound}
+
+
+def _logits_to_keep(module: Any, given: dict[str, Any]) -> int | Tensor:
+    """How many of the latest tokens (or which ones) the caller wants logits of; 0 for all. A loss wants all,
+    training too; hidden states are all tokens'."""
+    hidden = given.get("output_hidden_states")
+    if hidden is None:
+        hidden = getattr(module.config, "output_hidden_states", False)
+    if module.training or hidden or given.get("labels") is not None:
+        return 0
+    wanted: int | Tensor | None = given.get("logits_to_keep")
+    return 0 if wanted is None else wanted
+
+
+def _asked(logits_to_keep: int | Tensor, T: int, device: torch.device) -> Tensor | None:
+    """The tokens of a forward whose logits are wanted, bool [T]; None where that is all of them."""
+    if isinstance(logits_to_keep, Tensor):
+        asked = torch.zeros(T, dtype=torch.bool, device=device)
+        asked[logits_to_keep.to(device)] = True
+        return asked
+    if not 0 < logits_to_keep < T:
+        return None
+    return torch.arange(T, device=device) >= T - logits_to_keep
 
 
 def _is_padding_mask(mask: Any) -> bool:

@@ -88,6 +88,9 @@ class ForwardCall:
         decisions: by layer index.
         ran: the parts that have run, as (layer index, part).
         elsewhere: this call on other devices (`on`).
+        asked: bool [T], the tokens whose output the caller asked for (`logits_to_keep`); None: all of them.
+        entered: by layer index, the state with which all tokens entered that layer, where those above it need
+            it once more.
     """
 
     real: Tensor
@@ -107,6 +110,8 @@ class ForwardCall:
     decisions: dict[int, Decision] = field(default_factory=dict)
     ran: set[tuple[int, str]] = field(default_factory=set)
     elsewhere: dict[torch.device, ForwardCall] = field(default_factory=dict)
+    asked: Tensor | None = None
+    entered: dict[int, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def has_gaps(self) -> bool:
@@ -125,7 +130,7 @@ class ForwardCall:
         if known is None:
             moved: dict[str, Any] = {
                 name: None if value is None else value.to(device)
-                for name in ("real", "position_ids", "columns", "padding_mask", "documents")
+                for name in ("real", "position_ids", "columns", "padding_mask", "documents", "asked")
                 for value in [getattr(self, name)]
             }
             known = self.elsewhere[device] = replace(self, **moved, elsewhere={})

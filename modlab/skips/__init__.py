@@ -14,6 +14,7 @@ from modlab.skips.base import Skip
 from modlab.skips.branch import AttentionSkip, MLPSkip
 from modlab.skips.kv import KeyValueSkip
 from modlab.skips.layer import LayerSkip
+from modlab.skips.leave import LeaveSkip
 
 __all__ = ["Skip", "named", "names", "register"]
 
@@ -43,5 +44,5 @@ def named(name: str) -> Skip:
     return skip
 
 
-for _skip in (KeyValueSkip(), LayerSkip(), AttentionSkip(), MLPSkip()):
+for _skip in (KeyValueSkip(), LayerSkip(), AttentionSkip(), MLPSkip(), LeaveSkip()):
     register(_skip)

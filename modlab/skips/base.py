@@ -68,6 +68,7 @@ class Skip:
         words: for cards, pictures and tables.
         stores_all: whether every token's keys and values stay, so that nothing is saved in the cache.
         runs_all: whether a token that is not kept passes the layer in full all the same.
+        all_or_none: whether each layer that is asked for has to be routable, named one by one or not.
         several_gates: whether a layer may have more than one gate (`gates`).
         by_head: whether each KV head may have a gate of its own (`MoDConfig.gates`).
         index_bytes: bytes that a routed layer's cache holds for a token next to its keys and values.
@@ -80,6 +81,7 @@ class Skip:
     runs_all: ClassVar[bool] = False
     several_gates: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
+    all_or_none: ClassVar[bool] = False
     index_bytes: ClassVar[int] = INDEX_BYTES
 
     # Settings
@@ -114,6 +116,10 @@ class Skip:
 
     # Conversion
 
+    def layers(self, config: MoDConfig, num_layers: int) -> list[int]:
+        """Ascending indices of the layers that are asked for, in a model of `num_layers` decoder layers."""
+        return config.resolve_layers(num_layers)
+
     def gates(self, facts: LayerFacts, config: MoDConfig) -> int:
         """Gates of one layer. With more than one, gates and decisions are [B, T, G]."""
         return 1
@@ -122,7 +128,7 @@ class Skip:
         """Why this layer cannot be routed, beyond what holds for every skip; "" if it can."""
         return ""
 
-    def probe(self, part: Part) -> Literal["gives zero", "adds its mask", "nothing"]:
+    def probe(self, part: Part) -> Literal["gives zero", "adds its mask", "takes given keys", "nothing"]:
         """What the part must prove on random numbers before it is routed, see `skips/probe.py`."""
         return "nothing" if part == "layer" else "gives zero"
 

@@ -1,0 +1,107 @@
+"""The top of the model: tokens of a prompt leave it early, all but those whose output is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from modlab.errors import ModlabError
+from modlab.skips.base import GateForm, Part, Skip, Words
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from modlab.config import MoDConfig
+    from modlab.conversion.survey import LayerFacts
+    from modlab.execution.routed import RoutedModule
+    from modlab.routing.record import ForwardCall
+
+
+class LeaveSkip(Skip):
+    """`skip="prompt"`: above layer `leave_after` keys and values of every token are projected from the state
+    that it had there, by trained copies of the projections; so prompt tokens leave there, and only each row's
+    last one goes on (published as SwiftKV, arXiv 2410.03960).
+
+    Leaving changes no number: whoever goes on computes the same. Generated tokens, training, losses and
+    whatever else asks for the logits of all tokens run all layers.
+    """
+
+    name = "prompt"
+    parts = ("layer", "attention")
+    words = Words(
+        routed="the upper layers, by position",
+        part="the layer",
+        title="Which token runs which layer",
+        left="has left",
+        past="gone",
+        legend_left="token has left",
+    )
+    stores_all = True
+    index_bytes = 0
+    all_or_none = True
+    decides_itself = True
+
+    def check(self, config: MoDConfig) -> None:
+        """Nothing is learnt about who leaves, so nothing about gates can be set."""
+        for name, value in (("operator", "threshold"), ("gate", "straight-through"), ("layers", "inner")):
+            if getattr(config, name) != value:
+                raise ModlabError(
+                    f"MoDConfig(skip='prompt', {name}={getattr(config, name)!r}): who leaves follows from "
+                    f"the position alone, and where from leave_after. Leave {name} out."
+                )
+
+    def layers(self, config: MoDConfig, num_layers: int) -> list[int]:
+        """Those above the point of leaving, at least one on either side of it."""
+        first = min(max(round(config.leave_after * num_layers), 1), num_layers - 1)
+        if num_layers < 2:
+            raise ModlabError("skip='prompt' needs two decoder layers: one to leave after, one to leave out.")
+        return list(range(first, num_layers))
+
+    def decides(self, config: MoDConfig) -> str:
+        return (
+            "whether it runs: prompt tokens leave below it, all but the last of each row, while generated "
+            "tokens, training and whatever needs the logits of all tokens run it. Keys and values come from "
+            f"the state after {config.leave_after:.3g} of the layers, by projections trained for it"
+        )
+
+    def gate_form(self, config: MoDConfig, part: Part) -> GateForm:
+        """The gate changes no output."""
+        return "stored"
+
+    def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
+        from modlab.execution.leaving import cache_name
+        from modlab.execution.projections import why_not_copied
+
+        if facts.attention is None:
+            return ""  # said better elsewhere
+        attention = facts.module("attention")
+        if cache_name(type(facts.layer), attention) is None:
+            return "it takes no cache of keys and values"
+        return why_not_copied(attention, config.leave_rank)
+
+    def probe(self, part: Part) -> Literal["gives zero", "adds its mask", "takes given keys", "nothing"]:
+        return "takes given keys" if part == "attention" else "nothing"
+
+    def add_modules(
+        self, layer: nn.Module, facts: LayerFacts, config: MoDConfig, device: torch.device
+    ) -> None:
+        """Trained projections, and no router."""
+        from modlab.execution.projections import PROJECTIONS, Projections
+
+        layer.add_module(PROJECTIONS, Projections(facts.module("attention"), config.leave_rank, facts.index))
+
+    def mixin(self, part: Part) -> type[RoutedModule]:
+        from modlab.execution.leaving import LeavingLayer, ProjectedAttention
+
+        return LeavingLayer if part == "layer" else ProjectedAttention
+
+    def decide(self, gate: Tensor, logit: Tensor, call: ForwardCall, layer_idx: int) -> Tensor:
+        """Tokens whose output is asked for, and each row's last one; bool [B, T]."""
+        if call.asked is None:
+            return call.real
+        behind_BT = call.real.flip(1).cumsum(1).flip(1)
+        return (call.asked | (behind_BT == 1)) & call.real
+
+    def pairs(self, length: float, keep_ratio: float, config: MoDConfig) -> float:
+        """The tokens that go on are the latest: each sees the whole row."""
+        return keep_ratio * length * (length - keep_ratio * length / 2)
