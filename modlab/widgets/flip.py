@@ -31,7 +31,8 @@ class CellFlip(MeasuredView, view="flip"):
     """The heatmap of a text whose cells can be flipped, the loss and the next-token probabilities next to it.
 
     A click on a cell forces the token through the layer, or past it; a second click undoes that. Everything
-    that follows is computed again by the model: other layers may decide differently, too.
+    that follows is computed again by the model: other layers may decide differently, too. A layer with
+    several gates is forced as a whole.
 
     Attributes:
         flips: [layer, token, keep] for each forced cell.
@@ -153,7 +154,7 @@ class CellFlip(MeasuredView, view="flip"):
         before, cache_before = self._before
         differs = trace.keep != before.keep
         for layer, token in flips:
-            differs[trace.layers.index(layer), token] = False
+            differs[[row for row, of in enumerate(trace.layers) if of == layer], token] = False
         with self.hold_sync():
             self._show(trace, cache)
             self.deltas = np.nan_to_num(trace.loss - before.loss).astype("<f4").tobytes()

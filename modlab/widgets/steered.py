@@ -54,7 +54,7 @@ class SteeredView(MeasuredView):
         from modlab.measure import TEXT_PIECE
 
         trace, context = self._trace, context_length(self._model) or TEXT_PIECE
-        routed, each = len(trace.layers), trace.kv_bytes_per_token
+        routed, each = len(set(trace.layers)), trace.kv_bytes_per_token
         dense = (trace.num_layers - routed) * each
         quarter = dense + 0.25 * routed * (each + named(trace.skip).index_bytes)
         return {

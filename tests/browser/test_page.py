@@ -11,7 +11,7 @@ from modlab.traces.routing_trace import RoutingTrace
 from modlab.widgets import RoutingHeatmap, TokenPath, TokenText
 from tests.browser.helpers import CONTRASTS, settle
 from tests.browser.notebook_browser import JupyterLab
-from tests.helpers.traces import make_trace
+from tests.helpers.traces import head_trace, make_trace
 
 pytestmark = pytest.mark.browser
 HEATMAP = "canvas.modlab-heatmap"
@@ -130,9 +130,9 @@ def test_clicking_a_layer_colours_the_text_by_it(show: Callable[..., Any]) -> No
     assert none.count() == int((~trace.keep.any(0)).sum())
     page.mouse.click(box["x"] + 44, box["y"] + 4 + 22 * 3.5)  # the number of layer 3
     settle(page)
-    assert page.locator(".mod-choice select").input_value() == "3"
+    assert page.locator(".mod-choice select").input_value() == "3:-1"
     assert none.count() == int((~trace.keep[trace.layers.index(3)]).sum())
-    page.locator(".mod-choice select").select_option("-1")
+    page.locator(".mod-choice select").select_option("-1:-1")
     settle(page)
     assert none.count() == int((~trace.keep.any(0)).sum())
 
@@ -243,10 +243,56 @@ def test_where_the_cache_alone_is_routed_every_token_runs(show: Callable[..., An
         page = show(make_trace(50, skip=skip))
         page.locator(".mod-token").nth(30).click()
         settle(page)
-        way = page.locator(".modlab-path .mod-way").get_attribute("d")
-        assert way and ("Q" in way) == (skip == "layer")
+        way = page.locator(".modlab-path .mod-way")
+        if skip == "layer":
+            assert "Q" in (way.get_attribute("d") or "")
+        else:
+            assert way.count() == 0
         said = page.locator("body").inner_text()
         assert ("skips" in said) == (skip == "layer") and ("dropped" in said) == (skip == "kv")
+
+
+def test_each_kv_head_has_a_line(show: Callable[..., Any]) -> None:
+    trace = head_trace(20, 4)
+    page = show(trace)
+    heatmap = page.locator(HEATMAP)
+    lanes = [4 + 22 * lane + 4 for lane in (1, 2, 4, 5)]  # 0 and 3 are layers without a router
+    drawn = [heatmap.evaluate(CELLS.replace("4 + 22 + 4", str(y))) for y in lanes]
+    assert drawn == trace.keep.tolist()
+    set_threshold(page, 0.8)
+    want = trace.preview_keep(0.8)
+    assert [heatmap.evaluate(CELLS.replace("4 + 22 + 4", str(y))) for y in lanes] == want.tolist()
+    assert float(heatmap.get_attribute("data-kept")) == pytest.approx(want.mean(), abs=6e-5)
+    assert f"{trace.preview_saving(0.8):.2f}x smaller" in page.locator(".mod-figures").inner_text()
+    assert "4 KV heads" in page.locator(".mod-figures").inner_text()
+
+
+def test_a_kv_head_is_pointed_at_and_colours_the_text(show: Callable[..., Any]) -> None:
+    trace = head_trace(20, 4)
+    page = show(trace)
+    heatmap, tip, choice = page.locator(HEATMAP), page.locator(".mod-tip"), page.locator(".mod-choice select")
+    heatmap.hover(position={"x": 58 + 200, "y": 4 + 22 * 2.5})
+    settle(page)
+    t = int(page.locator(".mod-on").get_attribute("data-t"))
+    assert f"layer 1, KV head 1: gate {trace.gate[1, t]:.3f}" in tip.inner_text()
+    assert f"kept by {trace.keep[:, t].sum()} of 4 KV heads" in tip.inner_text()
+    heatmap.focus()
+    heatmap.press("ArrowDown")  # over the dense layer to the first head of the next one
+    heatmap.press("ArrowDown")
+    settle(page)
+    assert "layer 3, KV head 0" in tip.inner_text()
+    none = page.locator(".modlab-text .mod-none")
+    for value, rows in (("3:1", [3]), ("1:-1", [0, 1]), ("-1:-1", [0, 1, 2, 3])):
+        choice.select_option(value)
+        settle(page)
+        assert none.count() == int((~trace.keep[rows].any(0)).sum())
+
+
+def test_ninety_lines_fit(show: Callable[..., Any]) -> None:
+    page = show(head_trace(400, 45, heads=3))  # 22 layers of three heads, 23 without a router
+    assert page.locator(HEATMAP).evaluate("e => e.clientHeight") < 330
+    first = "() => document.querySelector('.mod-row').getBoundingClientRect().bottom"
+    assert page.evaluate(first) < 660
 
 
 def test_a_view_that_cannot_be_drawn_says_so(show: Callable[..., Any]) -> None:

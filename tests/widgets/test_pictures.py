@@ -14,7 +14,7 @@ from modlab.widgets.pictures import panels, script
 from modlab.widgets.pictures.svg import LINE, colour_of
 from modlab.widgets.pictures.trace import curve_svg
 from modlab.widgets.views import VIEWS
-from tests.helpers.traces import make_trace
+from tests.helpers.traces import head_trace, make_trace
 
 for name in widgets.__all__:
     getattr(widgets, name)  # loads the module that holds it, which registers its views
@@ -108,6 +108,19 @@ def test_a_still_picture_shows_kept_and_skipped_cells() -> None:
     thin = [box for box in boxes(picture, LINE) if box[3] < 2 and box[2] > 21]
     assert [round((x - 62) / 22) for x, *_ in sorted(full)] == list(range(0, 20, 2))
     assert [round((x - 62) / 22) for x, *_ in sorted(thin)] == list(range(1, 20, 2))
+
+
+def test_a_still_picture_has_a_line_for_each_kv_head() -> None:
+    trace = head_trace(20, 4)
+    trace.gate[:] = 0.9
+    picture = read(trace.to_svg())
+    full = [box for box in boxes(picture, colour_of(22 / 24)) if box[3] > 10 and 20 < box[2] < 22]
+    lanes = sorted({round(y) for _, y, *_ in full})
+    assert len(lanes) == 4  # layers 0 and 2 have no router
+    found = [sorted(round((x - 62) / 22) for x, y, *_ in full if round(y) == lane) for lane in lanes]
+    assert found == [np.flatnonzero(row).tolist() for row in trace.keep]
+    said = [e.text for e in picture.iter(f"{SVG}text")]
+    assert f"{100 * trace.keep[:2].mean():.0f} %" in said and said.count("dense") == 2
 
 
 def test_a_still_picture_holds_the_text() -> None:

@@ -31,33 +31,34 @@ class Curve {
     this.plots.replaceChildren();
     this.title.textContent = swept ? "What a threshold costs and buys" : "Your runs so far";
     if (points.length < 2) {
-      el(this.plots, "p", "mod-note",
+      el(this.plots, "p", "mod-note mod-look",
         "Every release of the slider at another threshold adds a point here; Measure the curve runs the text at ten.");
       return;
     }
-    const { summary } = store, each = width >= 560 ? (width - 24) / 2 : width, far = points.every((d) => Number.isFinite(d.recall));
-    this.plot(points, each, "kv_bytes", "KV cache", byteText);
-    this.plot(points, each, "loss", "loss, nats a token", (v) => v.toFixed(3), reference(summary, "loss"));
-    if (!far) return;
-    this.plot(points, each, "recall", "loss where a passage comes again", (v) => v.toFixed(3), reference(summary, "recall"));
-    el(this.plots, "p", "mod-note mod-recall-note", "Two passages of the text come again after its end: a model that still has them in "
-      + "its cache predicts them easily. The mean loss hides this. Bars: standard error of the difference from the dashed line.");
+    const { summary } = store, far = points.every((d) => Number.isFinite(d.recall)), nats = (v) => v.toFixed(3);
+    const wanted = [["kv_bytes", "KV cache", byteText, null], ["loss", "loss, nats a token", nats, reference(summary, "loss")]];
+    if (far) wanted.push(["recall", "loss where a passage comes again", nats, reference(summary, "recall")]);
+    this.narrow = width < 560; // one below the other: the lowest has the scale of all
+    wanted.forEach((what, i) => this.plot(points, this.narrow ? width : (width - 24) / 2, !this.narrow || i === wanted.length - 1, ...what));
+    if (far) el(this.plots, "p", "mod-note mod-look", "Look for the p at which the last curve leaves its dashed line: two passages of the text come "
+      + "again after its end, and what the cache lost of them the mean loss hides. Bars: standard error.");
   }
 
-  plot(points, width, key, title, format, base = null) {
+  plot(points, width, scale, key, title, format, base) {
     const { store } = this, p = store.threshold, fromZero = key === "kv_bytes", error = (d) => d[`${key}_stderr`] || 0;
     const values = points.flatMap((d) => [d[key] - error(d), d[key] + error(d)]).concat(base ? [base.value] : []);
     const y = fromZero ? [0, Math.max(...values) * 1.08] : span(values, LEAST_LOSS);
     const x = [Math.min(points[0].p, p), Math.max(points[points.length - 1].p, p)];
-    const plot = new Plot(this.plots, title, { width, height: 150, left: 64, right: 14, top: 30, bottom: 36 }, x, y), { svg } = plot;
-    plot.frame((fromZero ? byteTicks : ticks)(...y, 3), fromZero ? byteText : number, ticks(...x, 6), number, "threshold p");
+    const plot = new Plot(this.plots, title, { width, left: 64, right: 14, ...this.size(scale) }, x, y), { svg } = plot;
+    const below = scale ? ticks(...x, 6) : [];
+    plot.frame((fromZero ? byteTicks : ticks)(...y, 3), fromZero ? byteText : number, below, number, scale ? "threshold p" : "");
     if (base) plot.level(base.value, base.name);
     plot.line(points.map((d) => [d.p, d[key]]), "mod-line");
     for (const d of points) {
       if (error(d)) plot.error(d.p, d[key], error(d));
       node(plot.dot(d.p, d[key], "mod-dot", 3), "title", {}, `p ${number(d.p)}: ${format(d[key])}${error(d) ? ` ± ${format(error(d))}` : ""}`);
     }
-    node(svg, "line", { x1: plot.across(p), x2: plot.across(p), y1: 24, y2: plot.base, class: "mod-marker" });
+    node(svg, "line", { x1: plot.across(p), x2: plot.across(p), y1: 20, y2: plot.base, class: "mod-marker" });
     const at = interpolate(points, p, key);
     if (at !== null) plot.dot(p, at, "mod-here", 5);
     const about = points.some((d) => d.p === p) ? "" : "≈ ";
@@ -65,6 +66,11 @@ class Curve {
     plot.text(plot.end, 14, says, "mod-here-text", "end");
     svg.dataset.curve = key;
     svg.setAttribute("aria-label", `${title} against threshold. ${says}` + (base ? `; ${base.name} ${format(base.value)}` : ""));
+  }
+
+  size(scale) {
+    if (!this.narrow) return { height: 150, top: 30, bottom: 36 };
+    return { height: scale ? 118 : 88, top: 24, bottom: scale ? 36 : 8 };
   }
 }
 

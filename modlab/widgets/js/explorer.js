@@ -37,6 +37,6 @@ VIEWS.explorer = {
   scene: Store, title: "Routing explorer", about,
   parts: (model) => {
     const can = model.get("can_run"), curve = can || model.get("points").length;
-    return [Forms, OwnText, ExplorerControls, [[Heatmap, TokenText], [...(curve ? [Curve] : []), TokenPath]], ...(can ? [Budget] : [])];
+    return [Forms, OwnText, ExplorerControls, [[Heatmap], curve ? [Curve] : []], [[TokenText], [TokenPath]], ...(can ? [Budget] : [])];
   },
 };

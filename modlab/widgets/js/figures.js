@@ -6,13 +6,13 @@ class Figures {
     this.box = el(parent, "div", "mod-figures");
     this.kept = figure(this.box, "kept in the routed layers", "modlab-kept");
     this.kv = figure(this.box, "KV cache of this text", "modlab-kv");
-    this.loss = figure(this.box, "loss of this text", "modlab-loss");
+    this.loss = figure(this.box, "loss, nats a token", "modlab-loss");
   }
 
   draw() {
     const { store } = this, { summary, preview } = store, kv = store.kvBytes();
     this.kept.value.textContent = percent(store.keepRatio);
-    this.kept.more.textContent = `${store.R} of ${store.numLayers} layers are routed`;
+    this.kept.more.textContent = `${store.routed} of ${store.numLayers} layers are routed` + (store.several ? `, ${store.R} ${store.words.gate}s` : "");
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
     this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller`
       + (preview ? "" : ", allocated");
@@ -22,7 +22,7 @@ class Figures {
     this.loss.more.textContent = summary.loss === null ? "one token predicts nothing"
       : preview ? (swept === null ? "" : "by the curve · ")
         + `${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}`
-      : "nats a token" + versus(summary);
+      : versus(summary);
     this.box.dataset.state = preview ? "preview" : "measured";
   }
 }
@@ -30,11 +30,11 @@ class Figures {
 // What the skipping costs: the loss against the dense model's, and against that of the same weights with nothing skipped.
 function versus({ loss, dense_loss: dense, open_loss: open }) {
   const against = [[dense, "the dense model"], [open, "nothing skipped"]].filter(([base]) => base !== undefined);
-  if (!against.length) return ", lower is better";
-  return against.map(([base, name]) => ` · ${loss < base ? "−" : "+"}${Math.abs(loss - base).toFixed(3)} against ${name}`).join("");
+  if (!against.length) return "lower is better";
+  return against.map(([base, name]) => `${loss < base ? "−" : "+"}${Math.abs(loss - base).toFixed(3)} against ${name}`).join(" · ");
 }
 
-// A box with a name, a large value and a line that says more.
+// A box with a name, a large value next to it and a line that says more.
 function figure(parent, name, cls) {
   const box = el(parent, "div", "mod-figure");
   el(box, "div", "mod-name", name);

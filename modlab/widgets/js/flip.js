@@ -11,24 +11,24 @@ class FlipStore extends Store {
 
   force() {
     this.note = "";
-    this.forced = new Map(this.model.get("flips").map(([layer, t, keep]) => [this.rowOf[layer] * this.T + t, keep]));
+    this.forced = new Map(this.model.get("flips").flatMap(([layer, t, keep]) => this.rowsOf[layer].map((row) => [row * this.T + t, keep])));
     this.stale = true;
     this.update();
   }
 
   choose(token, layer) {
-    const row = this.rowOf[layer];
-    this.selection.set({ token, layer });
+    const head = this.selection.layer === layer ? this.selection.head : 0;
+    this.selection.set({ token, layer, head });
     if (layer < 0) return false;
-    if (row < 0) { this.note = `Layer ${layer} is dense: it has no router, every token runs.`; this.update(); return true; }
-    this.flip(layer, token);
+    if (!this.rowsOf[layer].length) { this.note = `Layer ${layer} is dense: it has no router, every token runs.`; this.update(); return true; }
+    this.flip(layer, token, head);
     return true;
   }
 
-  // Away from what the model decided on its own, or back to it.
-  flip(layer, token) {
+  // Away from what the model decided on its own, or back to it; all gates of a layer go the way of the one clicked.
+  flip(layer, token, head = 0) {
     const flips = this.model.get("flips"), others = flips.filter(([l, t]) => l !== layer || t !== token);
-    const next = others.length < flips.length ? others : [...flips, [layer, token, !this.kept(this.rowOf[layer], token)]];
+    const next = others.length < flips.length ? others : [...flips, [layer, token, !this.kept(this.rowsOf[layer][head], token)]];
     this.setFlips(next);
   }
 

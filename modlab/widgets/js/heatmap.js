@@ -1,9 +1,10 @@
 // Tokens from left to right, layers from top to bottom. A full cell is a token that the layer ran, a thin line
-// one that passed by; so the decision shows without colour, and colour shows the gate. Only what is in view is
-// drawn, as pixels (raster.js).
+// one that passed by; so the decision shows without colour, and colour shows the gate. A layer with several gates
+// has a line for each. Only what is in view is drawn, as pixels (raster.js).
 // uses: store raster
 
 const WIDEST = 40; // CSS pixels of a token, zoomed in
+const TALL = 216; // of all lines together, where each can have three: slider, figures and heatmap share a screen
 
 class Heatmap {
   constructor(store, parent) {
@@ -11,8 +12,8 @@ class Heatmap {
     this.box = el(parent, "section", "mod-heat");
     const head = el(this.box, "div", "mod-head");
     this.title = el(head, "h3");
-    this.key = el(head, "span", "mod-key");
     this.zooms = el(head, "span", "mod-zooms");
+    this.key = el(head, "span", "mod-key");
     for (const [sign, text, factor] of [["−", "zoom out", 1 / 1.5], ["+", "zoom in", 1.5], ["⇔", "show all tokens", 0]])
       button(this.zooms, sign, text, () => this.zoom(factor));
     this.legend = el(head, "canvas", "mod-legend");
@@ -26,6 +27,7 @@ class Heatmap {
     this.canvas.setAttribute("role", "img");
     this.tip = el(frame, "div", "mod-tip");
     this.tip.hidden = true;
+    this.look = el(this.box, "p", "mod-note mod-look");
     this.live = el(this.box, "div", "mod-unseen");
     this.live.setAttribute("aria-live", "polite");
     this.scroll.addEventListener("scroll", () => store.update());
@@ -40,7 +42,9 @@ class Heatmap {
     this.canvas.addEventListener("keydown", (e) => {
       const factor = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[e.key];
       if (factor !== undefined && !e.ctrlKey && !e.metaKey) { e.preventDefault(); e.stopPropagation(); return this.zoom(factor); }
-      if (store.key(e)) this.live.textContent = store.cursor < 0 ? "" : store.describe(store.cursor, store.pointer.layer).join(", ");
+      if (!store.key(e)) return;
+      const { token, layer, head } = store.pointer;
+      this.live.textContent = token < 0 ? "" : store.describe(token, layer, head).join(", ");
     });
     this.canvas.addEventListener("blur", () => { if (!store.locked) store.point(-1); });
     // Also fires when a cell that was hidden gets its size.
@@ -54,6 +58,7 @@ class Heatmap {
   drawKey() {
     const { store } = this, { words } = store;
     this.title.textContent = words.title;
+    this.look.textContent = `Look for ${store.several ? `${words.gate}s` : "layers"} that keep everything and for those that keep next to nothing.`;
     this.key.replaceChildren();
     const always = store.keepFirst ? [["always", "always kept"]] : [];
     for (const [name, text] of [["runs", words.kept], ["skips", words.left], ...always, ["dense", "dense layer"]]) {
@@ -65,11 +70,11 @@ class Heatmap {
 
   // Sizes in CSS pixels; null while the widget is hidden.
   layout() {
-    const { T, numLayers } = this.store, width = this.scroll.clientWidth;
+    const { T, lanes } = this.store, width = this.scroll.clientWidth;
     if (width < 120) return null;
-    const left = 58, right = 50, top = 4, h = Math.floor(clamp(288 / numLayers, 6, 22)), view = width - left - right;
+    const left = 58, right = 50, top = 4, h = Math.round(clamp(TALL / lanes.length, 3, 22)), view = width - left - right;
     const least = Math.min(view / T, 7), w = clamp(this.scale ?? clamp(view / T, 7, 26), least, Math.max(WIDEST, least));
-    const bottom = top + numLayers * h;
+    const bottom = top + lanes.length * h;
     return { width, left, right, top, bottom, height: bottom + 34, w, h, view, full: w * T, least };
   }
 
@@ -89,16 +94,16 @@ class Heatmap {
     const m = this.layout(), r = this.canvas.getBoundingClientRect();
     if (!m) return null;
     const x = event.clientX - r.left - m.left, y = event.clientY - r.top - m.top;
-    const layer = Math.floor(y / m.h), token = Math.floor((x + this.scroll.scrollLeft) / m.w);
-    if (layer < 0 || layer >= this.store.numLayers || x >= m.view) return null;
-    if (x < 0) return { token: -1, layer };
-    return token < this.store.T ? { token, layer } : null;
+    const lane = this.store.lanes[Math.floor(y / m.h)], token = Math.floor((x + this.scroll.scrollLeft) / m.w);
+    if (!lane || x >= m.view) return null;
+    if (x < 0) return { ...lane, token: -1 };
+    return token < this.store.T ? { ...lane, token } : null;
   }
 
   hover(event) {
     const cell = this.cellAt(event);
-    this.canvas.style.cursor = cell && (cell.token >= 0 || this.store.rowOf[cell.layer] >= 0) ? "pointer" : "default";
-    if (!this.store.locked) this.store.point(cell ? cell.token : -1, cell ? cell.layer : -1);
+    this.canvas.style.cursor = cell && (cell.token >= 0 || cell.row >= 0) ? "pointer" : "default";
+    if (!this.store.locked) this.store.point(cell ? cell.token : -1, cell ? cell.layer : -1, cell ? cell.head : 0);
   }
 
   click(event) {
@@ -106,12 +111,12 @@ class Heatmap {
     if (!cell) return store.lock(false);
     if (cell.token >= 0 && store.choose(cell.token, cell.layer)) return;
     if (cell.token < 0) { // a layer's number: colour the text by it, or by all again
-      if (store.rowOf[cell.layer] >= 0) store.selectLayer(store.textLayer === cell.layer ? -1 : cell.layer);
+      if (cell.row >= 0) store.selectLayer(store.textLayer === cell.layer ? -1 : cell.layer);
       return;
     }
-    const again = store.locked && store.pointer.token === cell.token && store.pointer.layer === cell.layer;
-    if (again) store.lock(false);
-    else store.selection.set({ token: cell.token, layer: cell.layer, locked: true });
+    const { token, layer, head } = store.pointer;
+    if (store.locked && token === cell.token && layer === cell.layer && head === cell.head) store.lock(false);
+    else store.selection.set({ token: cell.token, layer: cell.layer, head: cell.head, locked: true });
   }
 
   draw() {
@@ -160,7 +165,8 @@ class Heatmap {
     this.canvas.dataset.threshold = number(store.threshold);
     this.canvas.dataset.state = store.preview ? "preview" : "measured";
     this.canvas.setAttribute("aria-label",
-      `Routing heatmap, ${T} tokens by ${store.numLayers} layers, ${store.R} of them routed. At threshold ${number(store.threshold)} ` +
+      `Routing heatmap, ${T} tokens by ${store.numLayers} layers, ${store.routed} of them routed` +
+      `${store.several ? `, ${store.R} ${store.words.gate}s` : ""}. At threshold ${number(store.threshold)} ` +
       `${percent(store.keepRatio)} of the tokens are kept in the routed layers. Arrow keys move over the cells, Enter locks, ` +
       "Escape clears, plus and minus zoom, 0 shows all.");
   }
@@ -187,10 +193,9 @@ class Heatmap {
     g.strokeStyle = css(store.theme.groundRgb);
     g.lineWidth = 1.5;
     for (let t = first; t <= Math.min(last, store.keepFirst - 1); t++)
-      for (const layer of store.layers) {
-        const row = store.rowOf[layer];
-        if (!store.kept(row, t) || store.gate(row, t) >= store.p(row)) continue;
-        const x = m.left + t * m.w - shift, y = m.top + layer * m.h + 1, w = m.w - 1, h = m.h - 2;
+      for (const [lane, { row }] of store.lanes.entries()) {
+        if (row < 0 || !store.kept(row, t) || store.gate(row, t) >= store.p(row)) continue;
+        const x = m.left + t * m.w - shift, y = m.top + lane * m.h + 1, w = m.w - 1, h = m.h - 2;
         g.save();
         g.beginPath();
         g.rect(x, y, w, h);
@@ -206,9 +211,9 @@ class Heatmap {
   drawForced(g, m, first, last, shift) {
     const { store } = this;
     for (const i of store.forced.keys()) {
-      const t = i % store.T, layer = store.layers[Math.floor(i / store.T)];
+      const t = i % store.T, row = Math.floor(i / store.T), lane = store.lanes.findIndex((l) => l.row === row);
       if (t < first || t > last) continue;
-      const x = m.left + (t + 0.5) * m.w - shift, y = m.top + (layer + 0.5) * m.h, r = clamp(Math.min(m.w, m.h) / 2 - 1, 3.5, 6);
+      const x = m.left + (t + 0.5) * m.w - shift, y = m.top + (lane + 0.5) * m.h, r = clamp(Math.min(m.w, m.h) / 2 - 1, store.several ? 2 : 3.5, 6);
       g.beginPath();
       g.arc(x, y, r, 0, 7);
       g.fillStyle = css(store.theme.groundRgb);
@@ -220,7 +225,7 @@ class Heatmap {
   }
 
   drawCursor(g, m, shift) {
-    const { store } = this, t = store.cursor, { layer } = store.pointer;
+    const { store } = this, t = store.cursor, { layer, head } = store.pointer;
     if (t < 0 || t >= store.T) return;
     const x = m.left + t * m.w - shift;
     g.strokeStyle = store.theme.accent;
@@ -230,7 +235,7 @@ class Heatmap {
     if (layer < 0 || store.pointer.token !== t) return;
     g.lineWidth = 2.5;
     g.strokeStyle = store.theme.ink;
-    g.strokeRect(x - 0.5, m.top + layer * m.h, wide, m.h);
+    g.strokeRect(x - 0.5, m.top + store.lane(layer, head) * m.h, wide, m.h);
   }
 
   drawLabels(g, m) {
@@ -238,17 +243,17 @@ class Heatmap {
     const chosen = (layer) => store.textLayer === layer || store.pointer.layer === layer;
     g.textBaseline = "middle";
     // Where not every layer has room for its number, the one pointed at comes first, then routed ones.
-    for (const wanted of [chosen, (layer) => store.rowOf[layer] >= 0, () => true])
+    for (const wanted of [chosen, (layer) => store.rowsOf[layer].length > 0, () => true])
       for (let layer = 0; layer < store.numLayers; layer++) {
-        const row = store.rowOf[layer], y = m.top + (layer + 0.5) * m.h;
+        const count = store.rowsOf[layer].length, y = m.top + (store.laneFrom[layer] + Math.max(1, count) / 2) * m.h;
         if (!wanted(layer) || placed.some((other) => Math.abs(other - y) < 12)) continue;
         placed.push(y);
-        g.fillStyle = row < 0 ? theme.faint : theme.ink;
+        g.fillStyle = count ? theme.ink : theme.faint;
         g.font = `${chosen(layer) ? "bold " : ""}11px ${theme.font}`;
         g.textAlign = "right";
         g.fillText(String(layer), m.left - 8, y);
         g.textAlign = "left";
-        g.fillText(row < 0 ? "dense" : percent(store.ratio[row]), m.width - m.right + 8, y);
+        g.fillText(count ? percent(store.layerRatio(layer)) : "dense", m.width - m.right + 8, y);
       }
     g.fillStyle = theme.faint;
     g.textBaseline = "top";
@@ -266,7 +271,7 @@ class Heatmap {
 
   // The distribution of the gates in the colours of the cells: thin under p, full from p on.
   drawLegend() {
-    const { store } = this, { theme, low, high, bins } = store, width = 260, height = 44, left = 42, span = 160, base = 30;
+    const { store } = this, { theme, low, high, bins } = store, width = 224, height = 36, left = 42, span = 160, base = 22;
     const g = sharp(this.legend, width, height), x = (v) => left + ((v - low) / (high - low)) * span;
     const most = Math.max(...bins, 1), p = store.threshold;
     for (let i = 0; i < 50; i++) {
@@ -298,14 +303,14 @@ class Heatmap {
   }
 
   drawTip(m, shift, end) {
-    const { store, tip } = this, { token, layer } = store.pointer, x = m.left + (token + 0.5) * m.w - shift;
+    const { store, tip } = this, { token, layer, head } = store.pointer, x = m.left + (token + 0.5) * m.w - shift;
     tip.hidden = token < 0 || layer < 0 || x < m.left || x > end;
     if (tip.hidden) return;
     tip.replaceChildren();
-    store.describe(token, layer).forEach((line, i) => el(tip, "div", i ? "" : "mod-tip-token", line));
+    store.describe(token, layer, head).forEach((line, i) => el(tip, "div", i ? "" : "mod-tip-token", line));
     const room = m.width - m.right, size = tip.getBoundingClientRect();
     tip.style.left = (x + 14 + size.width > room ? Math.max(0, x - 14 - size.width) : x + 14) + "px";
-    tip.style.top = clamp(m.top + (layer + 1) * m.h + 4, 0, Math.max(0, m.height - size.height)) + "px";
+    tip.style.top = clamp(m.top + (store.lane(layer, head) + 1) * m.h + 4, 0, Math.max(0, m.height - size.height)) + "px";
   }
 }
 

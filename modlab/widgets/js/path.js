@@ -43,25 +43,26 @@ class TokenPath {
   }
 
   sentence(t) {
-    const { store } = this, ran = store.numLayers - store.R + store.count[t], bytes = store.summary.token_bytes;
+    const { store } = this, layers = store.numLayers - store.routed + store.held[t], bytes = store.summary.token_bytes;
+    const ran = number(Number(layers.toFixed(1))), left = `${byteText(layers * bytes)} of ${byteText(store.numLayers * bytes)}`;
     const loss = t > 0 && Number.isFinite(store.losses[t]) ? ` Its loss was ${store.losses[t].toFixed(2)} nats.` : "";
     if (store.words.runs)
       return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran} `
-        + `when it is not recent, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}.${loss}`
+        + `when it is not recent, ${left}.${loss}`
         + (store.preview ? " (preview)" : "");
-    const left = bytes ? `left keys and values in ${ran} of them, ${byteText(ran * bytes)} of ${byteText(store.numLayers * bytes)}`
-      : "left keys and values in all of them";
-    return `${store.name(t)}, token ${t.toLocaleString("en")}, ran ${ran} of ${store.numLayers} layers and ${left}.${loss}` +
+    const kept = bytes ? `left keys and values in ${ran} of them, ${left}` : "left keys and values in all of them";
+    return `${store.name(t)}, token ${t.toLocaleString("en")}, ran ${ran} of ${store.numLayers} layers and ${kept}.${loss}` +
       (store.preview ? " (preview)" : "");
   }
 
   drawWay(t, width, chosen) {
     const { store } = this, { theme, numLayers } = store;
     const left = 58, right = 50, each = (width - left - right) / numLayers, box = clamp(each * 0.56, 3, 20);
-    const gateTop = 8, gateBase = 62, way = 92, cache = 124, height = 156;
+    // Where every token runs every layer there is no way to draw.
+    const all = store.words.runs, gateTop = 8, gateBase = 58, way = 86, cache = all ? 76 : 116, height = cache + 30;
     const svg = node(this.plot, "svg", { width, height, role: "img", class: "modlab-path" });
     svg.setAttribute("aria-label", t < 0 ? "No token chosen" : this.sentence(t));
-    for (const [y, text] of [[gateBase - 22, "gate"], [way + 4, "runs"], [cache + 4, "K/V left"], [height - 4, "layer"]])
+    for (const [y, text] of [[gateBase - 22, "gate"], ...(all ? [] : [[way + 4, "runs"]]), [cache + 4, "K/V left"], [height - 4, "layer"]])
       node(svg, "text", { x: left - 8, y, "text-anchor": "end", class: "mod-tick" }, text);
     for (const [v, y] of [[1, gateTop], [0, gateBase]]) {
       node(svg, "line", { x1: left, x2: width - right, y1: y, y2: y, class: "mod-grid" });
@@ -71,34 +72,36 @@ class TokenPath {
     let path = `M ${left - 4} ${way}`;
     const everyLabel = [1, 2, 4, 5, 10, 20].find((n) => n * each >= 18) || 40;
     for (let i = 0; i < numLayers; i++) {
-      const row = store.rowOf[i], dense = row < 0, kept = t >= 0 && (dense || store.kept(row, t));
+      const rows = store.rowsOf[i], dense = !rows.length, share = t < 0 ? 0 : store.share(i, t), kept = share > 0;
       if (i % everyLabel === 0 || i === chosen)
         node(svg, "text", { x: x(i), y: height - 4, "text-anchor": "middle", class: i === chosen ? "mod-plot-title" : "mod-tick" }, String(i));
-      const runs = kept || store.words.runs;
-      if (t < 0 || runs) path += ` L ${x(i)} ${way}`;
+      if (t < 0 || kept) path += ` L ${x(i)} ${way}`;
       else path += ` L ${x(i) - each / 2} ${way} Q ${x(i)} ${way - 26} ${x(i) + each / 2} ${way}`; // passes by
       if (t < 0) continue;
       const group = node(svg, "g", { class: "mod-station" });
+      rows.forEach((row, head) => { // the gates of one layer share its width
+        const gate = store.gate(row, t), y = gateY(gate), on = store.kept(row, t), part = box / rows.length;
+        const bar = { x: x(i) - box / 2 + head * part, y, width: part, height: Math.max(1, gateBase - y) };
+        node(group, "rect", { ...bar, class: on ? "" : "mod-hollow", fill: on ? store.colour(gate) : "none" });
+      });
       if (!dense) {
-        const gate = store.gate(row, t), y = gateY(gate), p = store.p(row);
-        node(group, "rect", { x: x(i) - box / 2, y, width: box, height: Math.max(1, gateBase - y), class: kept ? "" : "mod-hollow",
-          fill: kept ? store.colour(gate) : "none" });
+        const p = store.p(rows[0]);
         node(group, "line", { x1: x(i) - box / 2 - 3, x2: x(i) + box / 2 + 3, y1: gateY(p), y2: gateY(p), class: "mod-level" });
       }
       const ink = dense ? theme.faint : theme.accent;
-      node(group, "rect", { x: x(i) - box / 2, y: way - box / 2, width: box, height: box, rx: 3,
-        ...(runs ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
-      const stays = kept || !store.summary.token_bytes;
-      const filled = stays ? { fill: theme.ink } : { class: "mod-hollow" };
-      node(group, "rect", { x: x(i) - box / 2, y: cache - 6, width: box, height: 12, rx: 1, ...filled });
+      if (!all) node(group, "rect", { x: x(i) - box / 2, y: way - box / 2, width: box, height: box, rx: 3,
+        ...(kept ? { fill: ink } : { class: "mod-hollow", "stroke-dasharray": "2 2" }) });
+      const stays = store.summary.token_bytes ? share : 1;
+      node(group, "rect", { x: x(i) - box / 2, y: cache - 6, width: box, height: 12, rx: 1, class: "mod-hollow" });
+      const filled = { x: x(i) - box / 2, y: cache + 6 - 12 * stays, width: box, height: 12 * stays, rx: 1 };
+      if (stays) node(group, "rect", { ...filled, fill: theme.ink });
       if (i === chosen) node(group, "rect", { x: x(i) - each / 2, y: 2, width: each, height: height - 18, class: "mod-chosen" });
-      const text = dense ? `layer ${i}: dense, every token runs` : store.describe(t, i)[2];
+      const text = dense ? `layer ${i}: dense, every token runs` : store.describe(t, i, -1)[2];
       node(group, "title", {}, text);
       const hit = node(group, "rect", { x: x(i) - each / 2, y: 0, width: each, height, fill: "transparent" });
-      hit.addEventListener("click", () => store.selection.set({ layer: i, locked: true }));
+      hit.addEventListener("click", () => store.selection.set({ layer: i, head: 0, locked: true }));
     }
-    const line = node(svg, "path", { d: path + ` L ${width - right + 4} ${way}`, class: "mod-way" });
-    svg.prepend(line);
+    if (!all) svg.prepend(node(svg, "path", { d: path + ` L ${width - right + 4} ${way}`, class: "mod-way" }));
   }
 }
 

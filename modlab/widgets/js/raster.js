@@ -6,7 +6,7 @@ class Raster {
 
   paint(canvas, m, first, last, shift) {
     const { store } = this, scale = canvas.width / m.width, rowHeight = Math.round(m.h * scale);
-    const x0 = Math.round(m.left * scale), width = Math.round(m.view * scale), height = rowHeight * store.numLayers;
+    const x0 = Math.round(m.left * scale), width = Math.round(m.view * scale), height = rowHeight * store.lanes.length;
     if (width < 1) return;
     if (!this.image || this.image.width !== width || this.image.height !== height) {
       this.image = new ImageData(width, height);
@@ -18,10 +18,11 @@ class Raster {
     this.painted = key;
     this.pixels.fill(0);
     const colours = this.colours(), full = new Uint32Array(width), thin = new Uint32Array(width);
-    const pad = rowHeight > 9 * scale ? Math.round(scale) : 1, line = Math.max(1, Math.round(Math.max(1.5, m.h * 0.14) * scale));
+    const wide = rowHeight > 9 * scale ? Math.round(scale) : 1, line = Math.max(1, Math.round(Math.max(1.5, m.h * 0.14) * scale));
     const lineFrom = Math.floor((rowHeight - line) / 2), w = m.w * scale, from = shift * scale;
-    for (let layer = 0; layer < store.numLayers; layer++) {
-      const row = store.rowOf[layer];
+    for (const [lane, { layer, row, head }] of store.lanes.entries()) {
+      // Low lines of one layer touch each other: what lies between two is between two layers.
+      const above = rowHeight > 5 * scale || head === 0 ? wide : 0, below = rowHeight > 5 * scale ? wide : 0;
       full.fill(0);
       thin.fill(0);
       if (row < 0) {
@@ -29,8 +30,8 @@ class Raster {
         thin.set(full);
       } else if (w >= 1.5) this.cells(row, first, last, w, from, full, thin, colours, w > 9 * scale ? Math.round(scale) : w >= 4 ? 1 : 0);
       else this.shares(row, w, from, full, thin, colours);
-      const top = layer * rowHeight;
-      for (let y = pad; y < rowHeight - pad; y++)
+      const top = lane * rowHeight;
+      for (let y = above; y < rowHeight - below; y++)
         this.pixels.set(y >= lineFrom && y < lineFrom + line ? thin : full, (top + y) * width);
     }
     put();

@@ -7,6 +7,8 @@ class Selection extends EventTarget {
   constructor() {
     super();
     this.token = this.layer = this.textLayer = -1; // the cell pointed at; the layer that colours the text
+    this.head = 0; // which of the layer's gates the cell is
+    this.textHead = -1; // which of its gates colours the text, -1 for all of them
     this.locked = false;
   }
 

@@ -15,9 +15,11 @@ class Speed {
   draw() {
     const { store } = this, { routed, dense, p, tokens, device } = store.model.get("speed") || {};
     this.ask.disabled = store.job.running || !store.model.get("can_run");
-    this.ask.textContent = routed ? "Measure again" : "Measure the speed";
+    this.ask.textContent = routed ? "↻" : "Measure the speed";
+    this.ask.title = routed ? "measure again: time generate on this text" : "time generate on this text";
+    this.ask.setAttribute("aria-label", this.ask.title);
+    this.value.hidden = !routed;
     if (!routed) {
-      this.value.textContent = "–";
       this.more.textContent = "tokens a second, time to the first token";
       return;
     }

@@ -12,7 +12,7 @@ class TokenText {
     const label = el(head, "label", "mod-choice", "coloured by ");
     this.choice = el(label, "select");
     ownKeys(this.choice);
-    this.choice.addEventListener("change", () => store.selectLayer(Number(this.choice.value)));
+    this.choice.addEventListener("change", () => store.selectLayer(...this.choice.value.split(":").map(Number)));
     this.legend = el(head, "span", "mod-swatches");
     this.text = el(this.box, "div", "modlab-text");
     this.text.tabIndex = 0;
@@ -39,7 +39,8 @@ class TokenText {
     const { store } = this, again = store.locked && store.cursor === token;
     if (token < 0 || again) return store.lock(false);
     store.reveal = true;
-    store.selection.set({ token, layer: store.pointer.token === token ? store.pointer.layer : -1, locked: true });
+    const { layer, head } = store.pointer.token === token ? store.pointer : { layer: -1, head: 0 };
+    store.selection.set({ token, layer, head, locked: true });
   }
 
   // Spans are made once for a text; a new run of the same text only recolours them.
@@ -48,8 +49,11 @@ class TokenText {
     if (this.options !== String(store.layers)) {
       this.options = String(store.layers);
       this.choice.replaceChildren();
-      this.option(-1, "number of routed layers that keep it");
-      for (const layer of store.layers) this.option(layer, `layer ${layer}: kept or ${store.words.past}`);
+      this.option(-1, -1, `number of ${store.several ? `${store.words.gate}s` : "routed layers"} that keep it`);
+      for (const [layer, rows] of store.rowsOf.entries()) {
+        if (rows.length > 1) this.option(layer, -1, `layer ${layer}: number of its ${store.words.gate}s`);
+        rows.forEach((row, head) => this.option(layer, rows.length > 1 ? head : -1, `${store.rowName(row)}: kept or ${store.words.past}`));
+      }
       this.stamp = "";
     }
     if (this.built === store.tokens) return;
@@ -70,14 +74,20 @@ class TokenText {
     }
   }
 
-  option(value, text) { el(this.choice, "option", "", text).value = value; }
+  option(layer, head, text) { el(this.choice, "option", "", text).value = `${layer}:${head}`; }
+
+  // Rows of the trace that colour the text.
+  get rows() {
+    const { store } = this, { textLayer: layer, textHead: head } = store, rows = store.rowsOf[layer] || [];
+    return head >= 0 && head < rows.length ? [rows[head]] : rows;
+  }
 
   draw() {
     const { store } = this;
     this.build();
     if (this.stamp !== store.stamp) { // recolouring is expensive: not for every token that the mouse passes
       this.stamp = store.stamp;
-      this.choice.value = String(store.textLayer);
+      this.choice.value = `${store.textLayer}:${store.textHead}`;
       for (const chunk of this.chunks) chunk.stale = true;
       this.paint();
       this.drawLegend();
@@ -90,8 +100,8 @@ class TokenText {
       span.classList.toggle("mod-locked", store.locked);
       if (store.locked || document.activeElement !== this.text) this.bring(span);
     }
-    this.note.textContent = span ? store.describe(t, store.textLayer).join(" · ") + (store.locked ? " · locked, Escape frees it" : "")
-      : "Point at a token; click to lock it.";
+    this.note.textContent = span ? store.describe(t, store.textLayer, store.textHead).join(" · ") + (store.locked ? " · locked, Escape frees it" : "")
+      : "Look for kinds of words that stay and kinds that go. Point at a token; a click locks it.";
   }
 
   // Scroll the text box, never the notebook.
@@ -103,8 +113,8 @@ class TokenText {
   }
 
   share(t) { // 0..1
-    const { store } = this, row = store.textLayer < 0 ? -1 : store.rowOf[store.textLayer];
-    return row < 0 ? store.count[t] / Math.max(1, store.R) : store.kept(row, t) ? 1 : 0;
+    const { store } = this, { rows } = this;
+    return rows.length ? store.share(store.textLayer, t, rows) : store.count[t] / Math.max(1, store.R);
   }
 
   paint() {
@@ -121,8 +131,8 @@ class TokenText {
   }
 
   drawLegend() {
-    const { store } = this, single = store.textLayer >= 0 || store.R < 2;
-    const steps = single ? [[0, store.words.past], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${store.R} of ${store.R}`]];
+    const { store } = this, count = this.rows.length || store.R;
+    const steps = count < 2 ? [[0, store.words.past], [1, "kept"]] : [[0, "0"], [0.5, ""], [1, `${count} of ${count}`]];
     this.legend.replaceChildren();
     for (const [share, text] of steps) {
       const sample = el(this.legend, "span", "mod-token mod-swatch", "a");

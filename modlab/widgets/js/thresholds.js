@@ -14,14 +14,14 @@ class ThresholdSliders {
     this.badge = el(all, "span", "modlab-badge");
     this.badge.setAttribute("role", "status");
     this.rows = el(parent, "section", "mod-layer-sliders");
-    this.each = store.layers.map((layer, row) => {
+    this.each = store.rowsOf.map((rows, layer) => ({ rows, layer })).filter(({ rows }) => rows.length).map(({ rows, layer }) => {
       const line = el(this.rows, "label", "mod-layer-slider");
       el(line, "span", "mod-layer-name", `layer ${layer}`);
       const bins = el(line, "canvas", "mod-layer-bins");
       bins.setAttribute("aria-hidden", "true");
-      const set = (p) => this.set(this.ps.map((old, i) => (i === row ? p : old)));
+      const set = (p) => this.set(this.ps.map((old, i) => (rows.includes(i) ? p : old)));
       const slider = this.slider(line, "modlab-layer-threshold", `threshold of layer ${layer}`, set);
-      return { slider, bins, value: el(line, "output", "mod-layer-p"), kept: el(line, "span", "mod-layer-kept") };
+      return { slider, bins, rows, layer, value: el(line, "output", "mod-layer-p"), kept: el(line, "span", "mod-layer-kept") };
     });
     this.figures = new Figures(store, parent);
   }
@@ -57,22 +57,23 @@ class ThresholdSliders {
     this.how.textContent = preview ? `Preview from the gates of the last run; in a real run the gates of later layers change too. ${how}`
       : "Measured: the model ran this text with these thresholds.";
     this.how.hidden = running;
-    this.each.forEach(({ slider, value, kept, bins }, row) => {
-      if (document.activeElement !== slider || Math.abs(Number(slider.value) - ps[row]) > 0.0026) slider.value = ps[row];
-      value.textContent = number(ps[row]);
-      kept.textContent = `keeps ${percent(store.ratio[row])}`;
-      slider.setAttribute("aria-valuetext", `${number(ps[row])}, keeps ${percent(store.ratio[row])}`);
-      this.drawBins(bins, row, ps[row]);
-    });
+    for (const { slider, value, kept, bins, rows, layer } of this.each) {
+      const p = ps[rows[0]], share = percent(store.layerRatio(layer));
+      if (document.activeElement !== slider || Math.abs(Number(slider.value) - p) > 0.0026) slider.value = p;
+      value.textContent = number(p);
+      kept.textContent = `keeps ${share}`;
+      slider.setAttribute("aria-valuetext", `${number(p)}, keeps ${share}`);
+      this.drawBins(bins, rows, p);
+    }
     this.job.draw();
     this.figures.draw();
   }
 
-  // The layer's gates over 0..1, under its slider: full from p on.
-  drawBins(canvas, row, p) {
+  // The layer's gates (its rows lie next to each other) over 0..1, under its slider: full from p on.
+  drawBins(canvas, rows, p) {
     const { store } = this, { T, cells, theme } = store, width = canvas.clientWidth || 200, height = 22, count = 50;
     if (this.loaded !== store.cells) { this.loaded = store.cells; this.counts = []; }
-    const counts = this.counts[row] ||= countLevels(cells, row * T, T, count), most = Math.max(...counts, 1);
+    const counts = this.counts[rows[0]] ||= countLevels(cells, rows[0] * T, rows.length * T, count), most = Math.max(...counts, 1);
     const key = [p, width, theme.key, store.decided].join();
     if (canvas.drawnFor === key) return;
     canvas.drawnFor = key;

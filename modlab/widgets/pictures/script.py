@@ -27,10 +27,12 @@ _USES = re.compile(r"^// uses: (.+)$", re.M)
 
 @cache
 def script(view: str) -> str:
-    """The ES module that draws `view`: its file and those it uses; no more, each saved widget has a copy."""
+    """The ES module that draws `view`: the code of its file and of those it uses, without comments and indents;
+    no more, each saved widget has a copy."""
     head = {"VIEW": view, "GRID": GRID, "RAMP": RAMP, "VIEWS": {}}
     constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in head.items())
-    return constants + "\n".join(_read(name) for name in files(view))
+    lines = (line.strip() for name in files(view) for line in _read(name).splitlines())
+    return constants + "".join(f"{line}\n" for line in lines if line and not line.startswith("//"))
 
 
 def files(view: str) -> list[str]:

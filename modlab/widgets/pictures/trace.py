@@ -99,8 +99,9 @@ class _Bands:
         self.trace, room = trace, width - LEFT - RIGHT
         tokens = len(trace.tokens)
         self.cell_w = float(np.clip(room / tokens, 6, 22))
-        self.cell_h = float(np.clip(190 / trace.num_layers, 5, 16))
-        self.height = round(trace.num_layers * self.cell_h) + 36
+        self.lanes = _lanes(trace)
+        self.cell_h = float(np.clip(190 / len(self.lanes), 2.5, 16))
+        self.height = round(len(self.lanes) * self.cell_h) + 36
         count = max(1, int(room // self.cell_w))
         bands = max(1, min(-(-tokens // count), 440 // self.height or 1))
         self.shown = min(tokens, bands * count)
@@ -109,37 +110,59 @@ class _Bands:
 
     def draw(self, picture: Picture, part: range, top: float) -> None:
         trace, end = self.trace, LEFT + len(part) * self.cell_w
-        every = 1 if self.cell_h >= 12 else 2 if self.cell_h >= 7 else 4
-        rows: dict[int, int] = {layer: row for row, layer in enumerate(trace.layers)}
         boxes: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
-        for layer in range(trace.num_layers):
-            y, row = top + layer * self.cell_h, rows.get(layer)
-            if layer % every == 0:
-                base = y + self.cell_h / 2 + 4
-                kept = "dense" if row is None else f"{100 * trace.keep[row].mean():.0f} %"
-                picture.text(LEFT - 8, base, str(layer), FAINT if row is None else INK, 1.0)
-                picture.text(end + 8, base, kept, FAINT)
+        self._labels(picture, end, top)
+        for lane, (layer, row) in enumerate(self.lanes):
+            # Low lines of one layer touch: what lies between two is between two layers.
+            gap = 1.0 if self.cell_h >= 5 else 0.6 * (lane == 0 or self.lanes[lane - 1][0] != layer)
+            y, height = top + lane * self.cell_h + gap, self.cell_h - gap * (2 if self.cell_h >= 5 else 1)
             if row is None:
-                boxes[DENSE].append((LEFT, y + 1, len(part) * self.cell_w - 1, self.cell_h - 2))
+                boxes[DENSE].append((LEFT, y, len(part) * self.cell_w - 1, height))
             else:
-                self._cells(row, part, y, boxes)
+                self._cells(row, part, (y, height), boxes)
         for colour, found in boxes.items():
             picture.rects(colour, found)
-        bottom = top + trace.num_layers * self.cell_h
+        bottom = top + len(self.lanes) * self.cell_h
         step = next((s for s in (5, 10, 20, 50, 100) if s * self.cell_w >= 60), 200)
         for column, t in enumerate(part):
             if t % step == 0:
                 picture.text(LEFT + (column + 0.5) * self.cell_w, bottom + 15, f"{t:,}", FAINT, 0.5)
         picture.text(LEFT - 8, bottom + 15, "layer", FAINT, 1.0)
 
-    def _cells(self, row: int, part: range, y: float, boxes: dict[str, list[Any]]) -> None:
+    def _labels(self, picture: Picture, end: float, top: float) -> None:
+        """Number and keep ratio of every layer, or of as many as there is room for."""
+        last = -12.0
+        for layer in range(self.trace.num_layers):
+            of = [(lane, row) for lane, (other, row) in enumerate(self.lanes) if other == layer]
+            base = (of[0][0] + len(of) / 2) * self.cell_h + 4
+            if base - last < 12:
+                continue
+            last, rows = base, [row for _, row in of if row is not None]
+            kept = f"{100 * self.trace.keep[rows].mean():.0f} %" if rows else "dense"
+            picture.text(LEFT - 8, top + base, str(layer), INK if rows else FAINT, 1.0)
+            picture.text(end + 8, top + base, kept, FAINT)
+
+    def _cells(
+        self, row: int, part: range, across: tuple[float, float], boxes: dict[str, list[Any]]
+    ) -> None:
+        y, height = across
         for column, t in enumerate(part):
             x = LEFT + column * self.cell_w
             if self.trace.keep[row, t]:
                 shade = round(float(self.trace.gate[row, t]) * SHADES) / SHADES
-                boxes[colour_of(shade)].append((x, y + 1, self.cell_w - 1, self.cell_h - 2))
+                boxes[colour_of(shade)].append((x, y, self.cell_w - 1, height))
             else:
-                boxes[LINE].append((x, y + self.cell_h / 2 - 0.8, self.cell_w, 1.6))
+                thin = min(1.6, height / 3)
+                boxes[LINE].append((x, y + (height - thin) / 2, self.cell_w, thin))
+
+
+def _lanes(trace: RoutingTrace) -> list[tuple[int, int | None]]:
+    """(layer, row of the trace) of each line that is drawn: one a gate; a layer without has one, of no row."""
+    found: list[tuple[int, int | None]] = []
+    for layer in range(trace.num_layers):
+        rows = [row for row, of in enumerate(trace.layers) if of == layer]
+        found += [(layer, row) for row in rows] or [(layer, None)]
+    return found
 
 
 Piece = tuple[str, float]  # text, share of the routed layers that keep it

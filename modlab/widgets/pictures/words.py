@@ -13,7 +13,13 @@ def words(skip: str) -> dict[str, Any]:
 
     Returns:
         the fields of `skips.base.Words`, and runs: whether a token that is not kept runs the layer all the
-        same; saves: whether it leaves no keys and values there once it is not recent.
+        same; saves: whether it leaves no keys and values there once it is not recent; gate: what one of
+        several gates of a layer stands for.
     """
     chosen = named(skip)
-    return {**asdict(chosen.words), "runs": chosen.runs_all, "saves": not chosen.stores_all}
+    more = {
+        "runs": chosen.runs_all,
+        "saves": not chosen.stores_all,
+        "gate": "KV head" if chosen.runs_all else "gate",
+    }
+    return {**asdict(chosen.words), **more}
