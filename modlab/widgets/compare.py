@@ -10,20 +10,20 @@ import torch
 import traitlets as t
 
 from modlab.data.pieces import as_text, encode
-from modlab.hf.model import eval_mode, model_name
-from modlab.hf.names import given_cache
+from modlab.hf.model import model_name
 from modlab.routing.threshold import check_threshold
 from modlab.traces.run import check_ids
 from modlab.widgets.jobs import REPORT_EVERY, Job
 from modlab.widgets.model_access import using
 from modlab.widgets.pictures.panels import compare_svg
 from modlab.widgets.views import ModelView
+from modlab.widgets.writing import Writing, write_in_turns
 
 
 class Compare(ModelView, view="compare"):
-    """A prompt continued greedily at two thresholds, side by side.
+    """A prompt continued greedily at two thresholds, side by side, a token of each in turn.
 
-    The model's own thresholds are in place again afterwards.
+    The model's own thresholds are not touched. With fast generation, one side is written after the other.
 
     Args:
         model: a converted model.
@@ -33,8 +33,9 @@ class Compare(ModelView, view="compare"):
         max_new_tokens: at most so many tokens each.
 
     Attributes:
-        sides: what was generated: p, prompt, pieces (text of each token), same (whether the other side has
-            the token, too, in the same order), kv_bytes and dense_bytes of the cache at the end, seconds.
+        sides: what was generated so far: p, prompt, pieces (text of each token), same (whether the other side
+            has the token, too, in the same order), done, kv_bytes (allocated) and dense_bytes of its cache,
+            seconds (spent on this side alone), first_s (to the first token), tokens_per_s (after it).
     """
 
     prompt = t.Unicode("").tag(sync=True, echo_update=False)
@@ -80,13 +81,23 @@ class Compare(ModelView, view="compare"):
 
     def _generate(self, prompt: str, ps: list[float], count: int, job: Job | None) -> None:
         before = list(self.sides)
-        sides: list[_Side] = [_Side(self._tokenizer, prompt, check_threshold(p)) for p in ps]
+        writings = [Writing(self._tokenizer, check_threshold(p)) for p in ps]
+        told = time.monotonic()
+
+        def after() -> None:
+            nonlocal told
+            if job is None:
+                return
+            written = sum(len(writing.ids) for writing in writings)
+            job.report(f"{written} of {2 * count} tokens", written / (2 * count))
+            if time.monotonic() - told > REPORT_EVERY:  # show them as they grow
+                told = time.monotonic()
+                self._tell(prompt, writings)
+
         try:
             with using(self._model, job, by_layer=False):
-                ids = self._encode(prompt)
-                for index, side in enumerate(sides):
-                    self._one(side, ids, count, job, sides, index)
-            self._tell(sides)
+                write_in_turns(self._model, writings, self._encode(prompt), count, after)
+            self._tell(prompt, writings)
         except BaseException:
             self.sides = before
             raise
@@ -96,79 +107,36 @@ class Compare(ModelView, view="compare"):
         check_ids(self._model, ids)
         return torch.tensor([ids], device=self._model.device)
 
-    def _one(
-        self, side: _Side, ids_BT: torch.Tensor, count: int, job: Job | None, sides: list[_Side], index: int
-    ) -> None:
-        from modlab.routing.state import set_threshold, thresholds_restored
-
-        model, told = self._model, time.monotonic()
-        pad = getattr(model.generation_config, "pad_token_id", None)
-
-        def each(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            nonlocal told
-            side.take(ids[0, ids_BT.shape[1] :].tolist())
-            if job is not None:
-                done = (index + len(side.ids) / count) / len(sides)
-                job.report(f"p {side.p:g}: token {len(side.ids)} of {count}", done)
-                if time.monotonic() - told > REPORT_EVERY:  # show it as it grows
-                    told = time.monotonic()
-                    self._tell(sides)
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-        with thresholds_restored(model), eval_mode(model), torch.no_grad():
-            set_threshold(model, side.p)
-            start = time.perf_counter()
-            output = model.generate(
-                ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
-                return_dict_in_generate=True,
-                max_new_tokens=count,
-                do_sample=False,
-                pad_token_id=0 if pad is None else pad,
-                stopping_criteria=[each],
-            )
-            side.seconds = time.perf_counter() - start
-        cache = given_cache(output)
-        side.kv_bytes, side.dense_bytes = int(cache.nbytes), int(cache.dense_nbytes)
-
-    def _tell(self, sides: list[_Side]) -> None:
-        match = SequenceMatcher(None, sides[0].ids, sides[1].ids, autojunk=False)
-        growing = not sides[1].seconds  # until both are there, nothing is missing from the other one
-        same = [[growing] * len(side.ids) for side in sides]
-        for a, b, size in match.get_matching_blocks():
-            same[0][a : a + size] = same[1][b : b + size] = [True] * size
-        self.sides = [side.as_dict(flags) for side, flags in zip(sides, same, strict=True)]
+    def _tell(self, prompt: str, writings: list[Writing]) -> None:
+        same = _same([writing.ids for writing in writings], all(writing.done for writing in writings))
+        self.sides = [_side(prompt, w, flags) for w, flags in zip(writings, same, strict=True)]
 
     def _svg(self) -> str:
         return compare_svg(self.sides)
 
 
-class _Side:
-    """One continuation as it grows."""
+def _same(ids: list[list[int]], done: bool) -> list[list[bool]]:
+    """Whether the other side has each token, too, in the same order. While they grow, what one side is ahead
+    of the other is not missing there."""
+    end = None if done else min(map(len, ids))
+    match = SequenceMatcher(None, ids[0][:end], ids[1][:end], autojunk=False)
+    same = [[end is not None and i >= end for i in range(len(side))] for side in ids]
+    for a, b, size in match.get_matching_blocks():
+        same[0][a : a + size] = same[1][b : b + size] = [True] * size
+    return same
 
-    def __init__(self, tokenizer: Any, prompt: str, p: float) -> None:
-        self.tokenizer, self.prompt, self.p = tokenizer, prompt, p
-        self.ids: list[int] = []
-        self.pieces: list[str] = []
-        self.seconds = 0.0
-        self.kv_bytes = self.dense_bytes = 0
 
-    def take(self, ids: list[int]) -> None:
-        """The tokens so far; each new one is what it adds to the text."""
-        for count in range(len(self.ids) + 1, len(ids) + 1):
-            text = self.tokenizer.decode(ids[:count])
-            done = sum(len(piece) for piece in self.pieces)
-            # Half a character decodes to U+FFFD: its text comes with the token that completes it.
-            self.pieces.append("" if text.endswith("\ufffd") else text[done:])
-        self.ids = ids
-
-    def as_dict(self, same: list[bool]) -> dict[str, Any]:
-        return {
-            "p": self.p,
-            "prompt": self.prompt,
-            "pieces": list(self.pieces),
-            "same": same,
-            "seconds": self.seconds,
-            "kv_bytes": self.kv_bytes,
-            "dense_bytes": self.dense_bytes,
-        }
+def _side(prompt: str, writing: Writing, same: list[bool]) -> dict[str, Any]:
+    kv_bytes, dense_bytes = writing.bytes
+    return {
+        "p": writing.p,
+        "prompt": prompt,
+        "pieces": list(writing.pieces),
+        "same": same,
+        "done": writing.done,
+        "seconds": writing.seconds,
+        "first_s": writing.first_s,
+        "tokens_per_s": writing.tokens_per_s,
+        "kv_bytes": kv_bytes,
+        "dense_bytes": dense_bytes,
+    }

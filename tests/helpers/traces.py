@@ -35,7 +35,9 @@ def make_trace(
     return RoutingTrace(**{**made, **fields})  # type: ignore[arg-type]
 
 
-def head_trace(count: int = 60, depth: int = 6, heads: int = 2, p: float = 0.5, seed: int = 3) -> RoutingTrace:
+def head_trace(
+    count: int = 60, depth: int = 6, heads: int = 2, p: float = 0.5, seed: int = 3
+) -> RoutingTrace:
     """As `make_trace`, with a gate for each of so many KV heads: rows of a layer lie next to each other."""
     layers = [layer for layer in range(1, depth, 2) for _ in range(heads)]
     gate = np.random.default_rng(seed).uniform(0.02, 0.98, (len(layers), count)).astype(np.float32)

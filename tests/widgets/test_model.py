@@ -13,7 +13,9 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 from modlab.widgets import CellFlip, ClassHeatmap, Compare, Frontier, Thresholds, TokenPath
+from modlab.widgets import compare
 from modlab.widgets.model_access import lock_of
+from modlab.widgets.writing import Writing, write_in_turns
 from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
@@ -211,6 +213,56 @@ def test_compare_marks_what_differs(routed_model: Any, word_tokenizer: Any) -> N
     a, b = widget.run()
     kept = [[piece for piece, same in zip(s["pieces"], s["same"], strict=True) if same] for s in (a, b)]
     assert kept[0] == kept[1] and not all(a["same"])
+
+
+def test_compare_writes_both_sides_in_turns(
+    routed_model: Any, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "REPORT_EVERY", 0.0)
+    widget = Compare(routed_model, word_tokenizer, "the router decides", p=(0.05, 0.95), max_new_tokens=10)
+    told: list[list[dict[str, Any]]] = []
+    widget.observe(lambda change: told.append(change.new), "sides")
+    send(widget, type="generate", prompt="the router decides", ps=[0.05, 0.95], max_new_tokens=10, id=1)
+    counts = [tuple(len(side["pieces"]) for side in sides) for sides in told]
+    assert counts[:4] == [(1, 0), (1, 1), (2, 1), (2, 2)]
+    running, over = told[7], told[-1]
+    assert not any(side["done"] for side in running) and all(side["done"] for side in over)
+    for side in running:  # what a side is ahead of the other is not called a difference
+        assert side["kv_bytes"] > 0 and side["dense_bytes"] > 0 and side["tokens_per_s"] > 0
+    assert told[2][0]["same"][-1] and len(told[2][1]["pieces"]) == 1
+    assert [side["dense_bytes"] for side in over] > [side["dense_bytes"] for side in running]
+    assert all(side["seconds"] >= side["first_s"] > 0 for side in over)
+
+
+def test_an_error_in_one_continuation_ends_the_others(routed_model: Any, word_tokenizer: Any) -> None:
+    writings = [Writing(word_tokenizer, p) for p in (0.2, 0.5, 0.8)]
+    ids = torch.tensor([word_tokenizer("the router decides")["input_ids"]])
+
+    def after() -> None:
+        if len(writings[1].ids) == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_in_turns(routed_model, writings, ids, 10, after)
+    assert [len(writing.ids) for writing in writings] == [3, 3, 2]
+    assert not any(thread.name == "modlab-write" for thread in threading.enumerate())
+    assert not routed_model.get_decoder()._forward_hooks and not any(w.done for w in writings)
+
+
+def test_continuations_of_unequal_length(routed_model: Any, word_tokenizer: Any) -> None:
+    """One that ends early leaves the turns to the others."""
+    prompt = torch.tensor([word_tokenizer("the router decides")["input_ids"]])
+    alone = Writing(word_tokenizer, 0.2)
+    write_in_turns(routed_model, [alone], prompt, 8, lambda: None)
+    eos = routed_model.generation_config.eos_token_id
+    routed_model.generation_config.eos_token_id = alone.ids[2]
+    try:
+        both = [Writing(word_tokenizer, 0.2), Writing(word_tokenizer, 0.97)]
+        write_in_turns(routed_model, both, prompt, 8, lambda: None)
+    finally:
+        routed_model.generation_config.eos_token_id = eos
+    assert both[0].ids == alone.ids[: alone.ids.index(alone.ids[2]) + 1] and all(w.done for w in both)
+    assert routed_model.mod.thresholds[1] == 0.5
 
 
 def test_compare_stops_and_fails_without_a_trace(routed_model: Any, word_tokenizer: Any) -> None:

@@ -1,5 +1,5 @@
 // The same prompt continued at two thresholds, side by side; what differs is marked.
-// uses: job
+// uses: job figures
 
 class Compare {
   constructor(scene, parent) {
@@ -24,6 +24,7 @@ class Compare {
       if (this.length.checkValidity() && this.length.value) model.set("max_new_tokens", Number(this.length.value));
     });
     this.job = new Job(scene, parent);
+    el(parent, "p", "mod-note mod-look", "Look for the first token that differs, and for what the smaller cache is paid with after it.");
     this.sum = el(parent, "p", "modlab-compare-sum");
     this.sum.setAttribute("aria-live", "polite");
     const columns = el(parent, "section", "mod-columns");
@@ -42,11 +43,13 @@ class Compare {
     slider.setAttribute("aria-label", `threshold p of the ${i ? "right" : "left"} side`);
     ownKeys(slider);
     slider.addEventListener("input", () => model.set("ps", model.get("ps").map((p, k) => (k === i ? Number(slider.value) : p))));
-    const value = el(label, "output", "modlab-p"), text = el(box, "div", "modlab-side-text");
+    const value = el(label, "output", "modlab-p"), figures = el(box, "div", "mod-figures");
+    const kv = figure(figures, "KV cache", "modlab-side-kv"), speed = figure(figures, "speed", "modlab-side-speed");
+    const bar = el(kv.box, "div", "mod-bar"), filled = el(bar, "i"), text = el(box, "div", "modlab-side-text");
     text.tabIndex = 0;
     ownKeys(text);
     text.setAttribute("role", "group");
-    return { slider, value, text, note: el(box, "p", "mod-note") };
+    return { slider, value, figures, kv, speed, bar, filled, text, note: el(box, "p", "mod-note") };
   }
 
   ask() {
@@ -64,8 +67,9 @@ class Compare {
       column.value.textContent = number(ps[i]);
       const side = sides[i], fresh = side && side.p === ps[i] && side.prompt === prompt;
       column.text.dataset.state = fresh || !side ? "measured" : "preview";
-      if (side !== column.shown) { column.shown = side; this.write(column, side); }
-      column.note.textContent = side ? this.about(side) + (fresh ? "" : " Generate again for the present settings.") : "Nothing generated yet.";
+      if (side !== column.shown) { column.shown = side; this.write(column, side); this.count(column, side); }
+      column.note.textContent = !side ? "Nothing generated yet."
+        : `${side.pieces.length} tokens at p ${number(side.p)}${side.done ? "" : " …"}` + (fresh ? "" : ". Generate again for the present settings.");
     });
     this.sum.textContent = this.sentence(sides);
   }
@@ -82,9 +86,18 @@ class Compare {
     column.text.setAttribute("aria-label", `Continuation at p ${number(side.p)}, ${differ} of ${side.pieces.length} tokens differ`);
   }
 
-  about(side) {
-    const speed = side.seconds > 0 ? `, ${(side.pieces.length / side.seconds).toFixed(1)} tokens/s` : "";
-    return `At p ${number(side.p)}: ${side.pieces.length} tokens${speed}; KV cache ${byteText(side.kv_bytes)}, dense ${byteText(side.dense_bytes)}.`;
+  // What the side takes so far: bytes against those of a dense cache, and how fast it is written.
+  count({ figures, kv, speed, bar, filled }, side) {
+    figures.hidden = !side;
+    if (!side) return;
+    const { kv_bytes: stored, dense_bytes: dense, tokens_per_s: rate, first_s: first } = side;
+    figures.dataset.state = side.done ? "measured" : "preview";
+    kv.value.textContent = dense ? byteText(stored) : "–";
+    kv.more.textContent = dense ? `of ${byteText(dense)} dense, ${(dense / stored).toFixed(2)}x smaller` : "";
+    bar.hidden = !dense;
+    filled.style.width = `${Math.min(100, (100 * stored) / (dense || 1))}%`;
+    speed.value.textContent = rate ? `${rate.toFixed(1)} tok/s` : "–";
+    speed.more.textContent = first ? `first token ${milliseconds(1000 * first)}` : "";
   }
 
   sentence(sides) {

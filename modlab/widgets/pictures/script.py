@@ -27,8 +27,8 @@ _USES = re.compile(r"^// uses: (.+)$", re.M)
 
 @cache
 def script(view: str) -> str:
-    """The ES module that draws `view`: the code of its file and of those it uses, without comments and indents;
-    no more, each saved widget has a copy."""
+    """The ES module that draws `view`: the code of its file and of those it uses, without comments and
+    indents, and no more: each saved widget has a copy."""
     head = {"VIEW": view, "GRID": GRID, "RAMP": RAMP, "VIEWS": {}}
     constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in head.items())
     lines = (line.strip() for name in files(view) for line in _read(name).splitlines())

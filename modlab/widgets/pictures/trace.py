@@ -109,7 +109,7 @@ class _Bands:
         self.parts = [range(i, min(i + count, tokens)) for i in range(0, self.shown, count)]
 
     def draw(self, picture: Picture, part: range, top: float) -> None:
-        trace, end = self.trace, LEFT + len(part) * self.cell_w
+        end = LEFT + len(part) * self.cell_w
         boxes: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
         self._labels(picture, end, top)
         for lane, (layer, row) in enumerate(self.lanes):
@@ -142,9 +142,7 @@ class _Bands:
             picture.text(LEFT - 8, top + base, str(layer), INK if rows else FAINT, 1.0)
             picture.text(end + 8, top + base, kept, FAINT)
 
-    def _cells(
-        self, row: int, part: range, across: tuple[float, float], boxes: dict[str, list[Any]]
-    ) -> None:
+    def _cells(self, row: int, part: range, across: tuple[float, float], boxes: dict[str, list[Any]]) -> None:
         y, height = across
         for column, t in enumerate(part):
             x = LEFT + column * self.cell_w
@@ -157,7 +155,7 @@ class _Bands:
 
 
 def _lanes(trace: RoutingTrace) -> list[tuple[int, int | None]]:
-    """(layer, row of the trace) of each line that is drawn: one a gate; a layer without has one, of no row."""
+    """(layer, row of the trace) of each line that is drawn: one a gate, and one of no row for other layers."""
     found: list[tuple[int, int | None]] = []
     for layer in range(trace.num_layers):
         rows = [row for row, of in enumerate(trace.layers) if of == layer]
