@@ -69,7 +69,8 @@ class Compare {
       column.text.dataset.state = fresh || !side ? "measured" : "preview";
       if (side !== column.shown) { column.shown = side; this.write(column, side); this.count(column, side); }
       column.note.textContent = !side ? "Nothing generated yet."
-        : `${side.pieces.length} tokens at p ${number(side.p)}${side.done ? "" : " …"}` + (fresh ? "" : ". Generate again for the present settings.");
+        : `${side.pieces.length} tokens at p ${number(side.p)}${side.done ? "" : " …"}`
+          + (fresh ? "" : ". Generate again for the present settings.");
     });
     this.sum.textContent = this.sentence(sides);
   }

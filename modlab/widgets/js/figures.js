@@ -12,7 +12,8 @@ class Figures {
   draw() {
     const { store } = this, { summary, preview } = store, kv = store.kvBytes();
     this.kept.value.textContent = percent(store.keepRatio);
-    this.kept.more.textContent = `${store.routed} of ${store.numLayers} layers are routed` + (store.several ? `, ${store.R} ${store.words.gate}s` : "");
+    this.kept.more.textContent = `${store.routed} of ${store.numLayers} layers are routed`
+      + (store.several ? `, ${store.R} ${store.words.gate}s` : "");
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
     this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller`
       + (preview ? "" : ", allocated");

@@ -100,7 +100,8 @@ class TokenText {
       span.classList.toggle("mod-locked", store.locked);
       if (store.locked || document.activeElement !== this.text) this.bring(span);
     }
-    this.note.textContent = span ? store.describe(t, store.textLayer, store.textHead).join(" · ") + (store.locked ? " · locked, Escape frees it" : "")
+    const frees = store.locked ? " · locked, Escape frees it" : "";
+    this.note.textContent = span ? store.describe(t, store.textLayer, store.textHead).join(" · ") + frees
       : "Look for kinds of words that stay and kinds that go. Point at a token; a click locks it.";
   }
 

@@ -155,7 +155,7 @@ class _Bands:
 
 
 def _lanes(trace: RoutingTrace) -> list[tuple[int, int | None]]:
-    """(layer, row of the trace) of each line that is drawn: one a gate, and one of no row for other layers."""
+    """(layer, row of the trace) of each line that is drawn: one a gate; one of no row for other layers."""
     found: list[tuple[int, int | None]] = []
     for layer in range(trace.num_layers):
         rows = [row for row, of in enumerate(trace.layers) if of == layer]

@@ -20,6 +20,6 @@ def words(skip: str) -> dict[str, Any]:
     more = {
         "runs": chosen.runs_all,
         "saves": not chosen.stores_all,
-        "gate": "KV head" if chosen.runs_all else "gate",
+        "gate": "KV head" if chosen.by_head else "gate",
     }
     return {**asdict(chosen.words), **more}
