@@ -36,14 +36,12 @@ class Parser:
         read: reads one.
         right: whether what was read of a damaged file is right all the same.
         damage: makes it one.
-        one_in: a slow reader gets one of so many inputs.
     """
 
     file: Path
     read: Callable[[Path], Any]
     right: Callable[[Any], bool]
     damage: Callable[[bytes, Random], bytes] = mutated
-    one_in: int = 1
 
 
 @dataclasses.dataclass
@@ -71,8 +69,7 @@ class Outcome:
 
 
 def fuzz(name: str, parser: Parser, inputs: int, first_seed: int = 0) -> Outcome:
-    """Reads `inputs` damaged files, fewer if the reader is slow."""
-    inputs = -(-inputs // parser.one_in)
+    """Reads `inputs` damaged files."""
     parser.read(parser.file)  # undamaged, it is read
     original, outcome = parser.file.read_bytes(), Outcome(name, inputs)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +141,6 @@ def folder_parsers(folder: Path) -> dict[str, Parser]:
             lambda file: _load_with(folder, file),
             lambda found: _same(tensors_of_all(found), saved),
             mutated_json if name.endswith("json") else mutated,
-            one_in=50,
         )
     return made
 

@@ -229,6 +229,8 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
 
     def _cropped_length(self, tokens_to_remove: int) -> int:
         """Columns that `crop` leaves."""
+        # transformers 5.17 counts in a tensor: a length that is one would change wherever it was noted.
+        tokens_to_remove = int(tokens_to_remove)
         target = tokens_to_remove if tokens_to_remove > 0 else self.cumulative_length + tokens_to_remove
         return min(max(target, 0), self.cumulative_length)
 

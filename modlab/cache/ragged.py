@@ -70,7 +70,7 @@ class RaggedCache(Cache):
         Raises:
             ModlabError: a layer could not go on from there (`RaggedLayer.check_crop`).
         """
-        seen = self.get_seq_length()
+        seen, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)
         target = min(max(tokens_to_remove if tokens_to_remove > 0 else seen + tokens_to_remove, 0), seen)
         layers: list[Any] = self.layers
         for layer in layers:

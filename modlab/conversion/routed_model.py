@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from modlab.cache.ragged import RaggedCache
 from modlab.conversion.extend import Extended
 from modlab.errors import ModlabError
-from modlab.hf.names import cache_argument, given_cache
+from modlab.hf.names import cache_argument, drops_caches, given_cache
 from modlab.integrations.fsdp import give_groups
+from modlab.routing.state import generating
 from modlab.saving.hub import UPLOAD_ARGUMENTS
 from modlab.saving.save import save_converted
 from modlab.saving.save_adapters import let_routers_travel
@@ -35,6 +36,14 @@ class RoutedModel(Extended):
         """As torch's. FSDP2 sets itself up in the first forward: routers get groups of their own before."""
         give_groups(self)
         return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. In train mode it decides as in eval mode, with a cache and without."""
+        model: Any = self
+        if drops_caches(model, gradients=False) and given_cache(kwargs) is None:
+            kwargs["use_cache"] = False  # else each forward would see the newest token alone
+        with generating(model):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

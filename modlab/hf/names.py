@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from modlab.hf.arguments import forward_signature
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -25,6 +27,21 @@ def cache_argument(model: Any) -> str:
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the keyword arguments of a call or the fields of a model's output, or None."""
     return next((arguments[n] for n in CACHE_ARGUMENTS if n in arguments and arguments[n] is not None), None)
+
+
+def drops_caches(model: Any, gradients: bool) -> bool:
+    """Whether the layers of `model` would run without the cache that they are given.
+
+    They do in train mode with gradient checkpointing; in newer versions only where gradients are computed.
+    """
+    always = "__call__" in vars(GradientCheckpointingLayer)
+    if not (gradients or always):
+        return False
+    return any(
+        layer.gradient_checkpointing and layer.training
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from modlab.cache.ragged import RaggedCache
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.model import beyond_context, context_length
-from modlab.hf.names import CACHE_ARGUMENTS, cache_argument, given_cache
+from modlab.hf.names import CACHE_ARGUMENTS, cache_argument, drops_caches, given_cache
 from modlab.routing.record import ForwardCall, RoutingStep
 from modlab.routing.state import Routing, eager
 
@@ -126,7 +126,11 @@ class ForwardHooks:
     def _runs_all_experts(self, module: Any) -> bool:
         """Whether all tokens pass all MLPs in this forward."""
         routing = self.routing
-        return routing.skip.runs(0.5)[1] == 1 or routing.masked or (module.training and routing.what_if)
+        return routing.skip.runs(0.5)[1] == 1 or routing.masked or (module.training and self._what_if)
+
+    @property
+    def _what_if(self) -> bool:
+        return self.routing.what_if and not self.routing.of_thread.generates
 
     def _cache(
         self, module: Any, given: dict[str, Any], kwargs: dict[str, Any]
@@ -145,6 +149,11 @@ class ForwardHooks:
             raise ModlabError(
                 f"the cache is a {type(cache).__name__}, but a routed layer stores only the tokens it "
                 "keeps: pass modlab.RaggedCache(model), or nothing and let the model make one."
+            )
+        if cache is not None and module.training and drops_caches(module, torch.is_grad_enabled()):
+            raise ModlabError(
+                "transformers drops the cache of a model in train mode with gradient checkpointing: new "
+                "tokens would not see earlier ones. Call model.eval(), or leave the cache out."
             )
         return cache, kwargs
 
@@ -177,7 +186,8 @@ class ForwardHooks:
         return ForwardCall(
             *(real, position_ids, columns, seen + T, cache, steps),
             thresholds=dict(routing.thresholds),
-            what_if=routing.what_if,
+            what_if=self._what_if,
+            generates=of_thread.generates,
             noise=routing.noise,
             masked=of_thread.masked,
             override=of_thread.override,

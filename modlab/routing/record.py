@@ -82,6 +82,7 @@ class ForwardCall:
         steps: the open recordings, each with its entry for this forward.
         thresholds, what_if, masked, override, noise: the routing's, as they stood when the forward began: a
             gradient-checkpoint recompute decides as the forward did.
+        generates: whether it is one of `generate`: it decides as in eval mode, and `what_if` is False.
         padding_mask: bool [B, K] over all columns seen, False for padding; None where there is none.
         documents: long [B, T], the document of each token where a row packs several; None where it does not.
         masks: the layers' own masks that were looked at, with what was found, by id.
@@ -104,6 +105,7 @@ class ForwardCall:
     masked: bool
     override: OverrideFn | None
     noise: Noise | None = None
+    generates: bool = False
     padding_mask: Tensor | None = None
     documents: Tensor | None = None
     masks: dict[int, MaskFacts] = field(default_factory=dict)

@@ -54,6 +54,7 @@ class _OfThread(threading.local):
         self.thresholds: dict[int, float] | None = None  # its own, in a block that takes them back
         self.masked = False  # everything runs through the masked reference, see execution/reference.py
         self.off = False  # routed modules run as dense ones, see `routing_off`
+        self.generates = False  # inside `generate`: decides as in eval mode, whatever the mode is
         self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
 
 
@@ -176,7 +177,7 @@ class Routing:
             keep = _overridden(call.override, layer_idx, gate.detach(), call.position_ids)
         elif self.skip.decides_itself:
             keep = self.skip.decide(gate.detach(), logit.detach(), call, layer_idx)
-        elif config.operator == "topk" and training and call.cache is None:
+        elif config.operator == "topk" and training and call.cache is None and not call.generates:
             first = rule.protected(call.position_ids, config.keep_first)
             keep = rule.top_k(logit.detach(), call.real, config.capacity) | rule.over(first, gate)
         else:
@@ -346,6 +347,18 @@ def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Reco
         yield recording
     finally:
         of_thread.recordings = tuple(r for r in of_thread.recordings if r is not recording)
+
+
+@contextlib.contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside this block the model decides in this thread as in eval mode, also in train mode and without a
+    cache: no what-if pass, no noise, no rule that looks ahead."""
+    of_thread = routing_of(model).of_thread
+    before, of_thread.generates = of_thread.generates, True
+    try:
+        yield
+    finally:
+        of_thread.generates = before
 
 
 @contextlib.contextmanager

@@ -318,9 +318,7 @@ class Run:
         self.folder.end(stopped)
         self.processes.wait()
         history = pd.DataFrame(self.history)
-        return TrainResult(
-            history, self.model, self.folder.path, self.step, self.tokens, seconds, stopped
-        )
+        return TrainResult(history, self.model, self.folder.path, self.step, self.tokens, seconds, stopped)
 
     def progress_bar(self) -> Any:
         """Of this call's steps, in the main process; a monitor takes its place."""

@@ -38,7 +38,8 @@ def test_damaged_files_are_refused_or_read_rightly(name, inputs, tmp_path) -> No
 
 
 @pytest.mark.timeout(1800)
-def test_damaged_folders_are_refused_or_are_the_model_that_was_saved(inputs, tmp_path) -> None:
+def test_damaged_folders_are_refused_or_are_the_model_that_was_saved(request, tmp_path) -> None:
+    inputs = 5_000 if request.config.getoption("--long") else 3
     for name, parser in folder_parsers(tmp_path).items():
         outcome = fuzz(name, parser, inputs)
         assert not outcome.crashed, f"{name}: {outcome.traceback}"

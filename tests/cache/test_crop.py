@@ -80,6 +80,23 @@ def test_a_cache_that_records_its_past_goes_back_behind_the_window(skip: str, la
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("skip", ["layer", "kv"])
+def test_a_number_of_tokens_in_a_tensor_is_a_number(skip: str) -> None:
+    """transformers 5.17 crops by one; a length that stays a tensor grows wherever it was noted."""
+    model = windowed(skip)
+    with modlab.routing_override(model, random_routing(0.3)):
+        cache = forward(model, 0, 30).past_key_values
+        for first in (30, 32, 34, 36):
+            cache.activate_past_recording()
+            forward(model, first, first + 5, cache)
+            cache.crop(torch.tensor(-3))
+            assert all(type(layer.get_seq_length()) is int for layer in cache.layers)
+        got = forward(model, 38, 40, cache).logits
+        want = model(IDS[:, :40], use_cache=False).logits[:, 38:]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_window_that_is_not_full_can_be_cropped_anywhere() -> None:
     model = windowed("layer")
     with modlab.routing_override(model, random_routing(0.6)):

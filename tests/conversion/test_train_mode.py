@@ -36,8 +36,28 @@ def test_the_same_tokens_come_in_train_mode(
     model.mod.what_if = what_if
     got = model.generate(IDS, **call, eos_token_id=None, use_cache=True)
     assert torch.equal(got, want) and model.training
-    model.generation_config.cache_implementation = None
     assert torch.equal(model.generate(IDS, **call, eos_token_id=None, num_beams=1), want)
+    without = model.generate(IDS, **call, eos_token_id=None, use_cache=False)  # as Trainer leaves the config
+    assert torch.equal(without, want)
+
+
+def test_a_forward_that_would_lose_its_cache_is_refused(make_llama: Any) -> None:
+    model = modlab.convert(make_llama(), modlab.MoDConfig(layers=[1, 3], keep_recent=3))
+    cache = model(IDS[:, :8], use_cache=True).past_key_values
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(modlab.ModlabError, match="drops the cache"):
+        model(IDS[:, 8:], past_key_values=cache)
+    assert model(IDS, use_cache=True).logits.requires_grad, "a training forward needs no cache"
+
+
+def test_a_what_if_pass_comes_back_after_a_generation_that_failed(make_llama: Any) -> None:
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip="kv", layers="all", keep_recent=3)).train()
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(IDS, max_new_tokens=0)
+    assert not model.mod.of_thread.generates
+    first, second = model(IDS).logits, model(IDS).logits
+    assert not torch.equal(first, second), "a training forward draws noise"
 
 
 def test_a_training_step_follows_a_generation(make_llama: Any) -> None:

@@ -1,6 +1,6 @@
 """Run by `accelerate launch` in test_fsdp.py: models sharded by FSDP2, in each process a share of the rows.
 
-    shard_in_processes.py OUT
+shard_in_processes.py OUT
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run by `accelerate launch` in test_trainer_processes.py: the first step of a Trainer, in several processes.
 
-    train_in_processes.py OUT ROWS_A_FORWARD ACCUMULATED
+train_in_processes.py OUT ROWS_A_FORWARD ACCUMULATED
 """
 
 from __future__ import annotations
