@@ -42,8 +42,10 @@ class MoDConfig:
             any time.
         skip: what a skipped token leaves out: ``"kv"``, its place in the cache (it passes the layer in full,
             but its keys and values are dropped once `keep_recent` tokens have come, itself counted), the
-            whole ``"layer"``, its ``"attention"``, its ``"mlp"``, or, for tokens of a ``"prompt"`` but the
-            last of each row, all layers above `leave_after`. All but the first save operations.
+            whole ``"layer"``, its ``"attention"``, its ``"mlp"``; attention and MLP with its keys and values
+            ``"written"`` for others all the same, or these ``"sublayers"`` apart; or, for tokens of a
+            ``"prompt"`` but the last of each row, all layers above `leave_after`. All but the first save
+            operations.
         gate: how the gate g enters the output of a kept token.
             ``"straight-through"``: not at all in value, g only receives the gradient (lossless on
                 conversion);

@@ -15,6 +15,7 @@ from modlab.skips.branch import AttentionSkip, MLPSkip
 from modlab.skips.kv import KeyValueSkip
 from modlab.skips.layer import LayerSkip
 from modlab.skips.leave import LeaveSkip
+from modlab.skips.written import SublayerSkip, WrittenSkip
 
 __all__ = ["Skip", "named", "names", "register"]
 
@@ -44,5 +45,13 @@ def named(name: str) -> Skip:
     return skip
 
 
-for _skip in (KeyValueSkip(), LayerSkip(), AttentionSkip(), MLPSkip(), LeaveSkip()):
+for _skip in (
+    KeyValueSkip(),
+    LayerSkip(),
+    AttentionSkip(),
+    MLPSkip(),
+    LeaveSkip(),
+    WrittenSkip(),
+    SublayerSkip(),
+):
     register(_skip)

@@ -32,6 +32,9 @@ Part = Literal["layer", "attention", "mlp"]
 GateForm = Literal["straight-through", "fused", "scaled", "stored"]
 """How a gate enters the output of a kept token, see `execution/gate.py`."""
 
+Proof = Literal["gives zero", "adds its mask", "takes given keys", "takes given keys, gives zero", "nothing"]
+"""What a part has to show on random numbers before it is routed, see `skips/probe.py`."""
+
 INDEX_BYTES = 4
 """A ragged cache notes the column of every key that it stores."""
 
@@ -128,7 +131,7 @@ class Skip:
         """Why this layer cannot be routed, beyond what holds for every skip; "" if it can."""
         return ""
 
-    def probe(self, part: Part) -> Literal["gives zero", "adds its mask", "takes given keys", "nothing"]:
+    def probe(self, part: Part) -> Proof:
         """What the part must prove on random numbers before it is routed, see `skips/probe.py`."""
         return "nothing" if part == "layer" else "gives zero"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from modlab.errors import ModlabError
-from modlab.skips.base import GateForm, Part, Skip, Words
+from modlab.skips.base import GateForm, Part, Proof, Skip, Words
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class LeaveSkip(Skip):
         return "stored"
 
     def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
-        from modlab.execution.leaving import cache_name
+        from modlab.execution.given_keys import cache_name
         from modlab.execution.projections import why_not_copied
 
         if facts.attention is None:
@@ -79,7 +79,7 @@ class LeaveSkip(Skip):
             return "it takes no cache of keys and values"
         return why_not_copied(attention, config.leave_rank)
 
-    def probe(self, part: Part) -> Literal["gives zero", "adds its mask", "takes given keys", "nothing"]:
+    def probe(self, part: Part) -> Proof:
         return "takes given keys" if part == "attention" else "nothing"
 
     def add_modules(

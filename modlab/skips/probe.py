@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modlab.errors import ModlabError
-from modlab.execution.leaving import why_not_given_keys
+from modlab.execution.given_keys import why_not_given_keys
 from modlab.execution.masked_keys import with_gradient
 from modlab.execution.masks import as_attention_mask, packed_mask
 from modlab.hf import anatomy
@@ -106,9 +106,9 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head
     asks = skip.probe(part)
     if asks == "adds its mask" and not _adds_its_mask(module, args, kwargs):
         return replace(form, refusal=f"{name} does not add its mask to its scores, to weigh keys by")
-    if asks == "takes given keys" and (reason := why_not_given_keys(module, args, kwargs)):
+    if asks.startswith("takes given keys") and (reason := why_not_given_keys(module, args, kwargs)):
         return replace(form, refusal=reason)
-    if asks == "gives zero" and not _gives_zero(module, args, kwargs):
+    if asks.endswith("gives zero") and not _gives_zero(module, args, kwargs):
         return replace(form, refusal=f"{name} adds the residual itself, not the layer")
     if by_head:
         heads = heads_of(module, args, kwargs)
