@@ -11,14 +11,13 @@ always kept included. Times are taken around `model.generate`, as a user calls i
 from modlab.data.batches import as_batches, iter_batches
 from modlab.hf.model import context_length
 from modlab.measure.calibration import Calibration, calibrate
-from modlab.measure.evaluation import LOSS_CHUNK, Evaluation, evaluate, loss
+from modlab.measure.evaluation import Evaluation, evaluate, loss
 from modlab.measure.pieces import TEXT_PIECE, piece_length
 from modlab.measure.sweeps import DEFAULT_THRESHOLDS, sweep
 from modlab.measure.timing import synchronize, time_generate
 
 __all__ = [
     "DEFAULT_THRESHOLDS",
-    "LOSS_CHUNK",
     "TEXT_PIECE",
     "Calibration",
     "Evaluation",

@@ -19,6 +19,7 @@ from torch import nn
 from modlab.cache.tracker import KVTracker
 from modlab.data.batches import IGNORE, Batch
 from modlab.errors import ModlabError, check_count
+from modlab.hf.logits import LOSS_CHUNK
 from modlab.hf.model import device_of, eval_mode
 from modlab.measure.pieces import iter_batches_for
 from modlab.routing.record import kept_share
@@ -26,8 +27,6 @@ from modlab.routing.state import is_converted, record_routing, routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOSS_CHUNK = 512  # tokens whose logits are widened to fp32 at once
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
+from modlab.hf.logits import LOSS_CHUNK
 from modlab.hf.model import eval_mode
-from modlab.measure import LOSS_CHUNK
 from modlab.routing.record import kept_share
 from modlab.routing.state import is_converted, record_routing
 

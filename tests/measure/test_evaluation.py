@@ -9,7 +9,7 @@ import torch
 import modlab
 from modlab import measure
 from modlab.errors import ModlabError
-from modlab.measure.evaluation import LOSS_CHUNK
+from modlab.hf.logits import LOSS_CHUNK
 from tests.helpers.models import alternate_layers
 from tests.measure.models import VOCAB, dense_model, spread_gates
 

@@ -1,0 +1,115 @@
+"""A probe on a converted model and on its dense self: paired differences and their standard errors.
+
+The standard error is that of the paired difference: the spread of how much one row changes, not of how hard
+rows are, which is several times larger.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from modlab.probes.key_value import retrieval
+from modlab.probes.repeated_passage import recall
+from modlab.routing.state import routing_of, routing_off
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel
+
+
+def recall_gap(model: PreTrainedModel, data: Any, tokenizer: Any = None, **settings: Any) -> pd.DataFrame:
+    """What routing costs in recall, by distance: loss on the second copy of a passage above the dense one's.
+
+    Args:
+        model: a converted model, at its present thresholds; the dense side is the same weights with routing
+            off.
+        data: as for `recall`.
+        tokenizer: for texts.
+        settings: further arguments of `recall`.
+
+    Returns:
+        DataFrame, one line a distance: `distance`, `passages`; `dense` and `routed`, loss on the second copy
+        in nats a token; `gap`, their difference, and its `stderr` over passages; `keep_ratio` of the first
+        copy. `frame.attrs["left_out"]` as in `recall`.
+    """
+    table = _both(recall, model, data, tokenizer, settings)
+    table["gap"] = table["second_loss"] - table["second_loss_dense"]
+    groups = table.groupby("distance")
+    return _with_left_out(
+        {
+            "passages": groups["row"].count(),
+            "dense": groups["second_loss_dense"].mean(),
+            "routed": groups["second_loss"].mean(),
+            "gap": groups["gap"].mean(),
+            "stderr": _stderr(groups["gap"]),
+            "keep_ratio": groups["first_keep_ratio"].mean(),
+        },
+        table,
+    )
+
+
+def retrieval_gap(model: PreTrainedModel, data: Any, tokenizer: Any, **settings: Any) -> pd.DataFrame:
+    """What routing costs in retrieval, by distance: of the values that the dense model gives, which remain.
+
+    Args:
+        model: as for `recall_gap`.
+        data: as for `retrieval`.
+        tokenizer: the model's.
+        settings: further arguments of `retrieval`.
+
+    Returns:
+        DataFrame, one line a distance: `distance`, `questions`; `dense` and `routed`, share of them that are
+        answered; `difference`, routed less dense, and its `stderr` over questions; `dense_right`, how many
+        the dense model answers, and `of_dense`, the share of these that the routed one answers too (NaN
+        where there are none); `keep_ratio` of the asked assignment. `frame.attrs["left_out"]` as in `recall`.
+    """
+    table = _both(retrieval, model, data, tokenizer, settings)
+    table["both"] = table["right"] & table["right_dense"]
+    table["difference"] = table["right"].astype(float) - table["right_dense"].astype(float)
+    groups = table.groupby("distance")
+    dense_right = groups["right_dense"].sum()
+    return _with_left_out(
+        {
+            "questions": groups["row"].count(),
+            "dense": groups["right_dense"].mean(),
+            "routed": groups["right"].mean(),
+            "difference": groups["difference"].mean(),
+            "stderr": _stderr(groups["difference"]),
+            "dense_right": dense_right,
+            "of_dense": groups["both"].sum() / dense_right.where(dense_right > 0),
+            "keep_ratio": groups["keep_ratio"].mean(),
+        },
+        table,
+    )
+
+
+def _both(
+    probe: Callable[..., Any], model: Any, data: Any, tokenizer: Any, settings: dict[str, Any]
+) -> pd.DataFrame:
+    """Row by row of the routed model, with the dense one's figures under `..._dense`."""
+    routing_of(model)
+    asked = {**settings, "by_row": True}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*distances left out")  # said once, by the second run
+        with routing_off(model):
+            dense = probe(model, data, tokenizer, **asked)
+    routed = probe(model, data, tokenizer, **asked)
+    table = routed.merge(dense, on=["distance", "row"], suffixes=("", "_dense"), validate="one_to_one")
+    table.attrs["left_out"] = routed.attrs["left_out"]
+    return table
+
+
+def _with_left_out(columns: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    found = pd.DataFrame(columns).reset_index()
+    found.attrs["left_out"] = table.attrs["left_out"]
+    return found
+
+
+def _stderr(groups: Any) -> Any:
+    """Of a group's mean; NaN where a group has a single row."""
+    return groups.std() / groups.count().map(math.sqrt)
