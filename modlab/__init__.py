@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         record_routing,
         routing_off,
         routing_override,
+        set_kv_saving,
         set_threshold,
     )
     from modlab.routing.table import RoutingTable
@@ -52,6 +53,7 @@ _HOME: dict[str, str | None] = {
     "record_routing": "routing.state",
     "routing_off": "routing.state",
     "routing_override": "routing.state",
+    "set_kv_saving": "routing.state",
     "set_threshold": "routing.state",
     "RoutingTable": "routing.table",
     "enable_fast_generation": "engine",
@@ -108,6 +110,7 @@ __all__ = [
     "routing_off",
     "routing_override",
     "save_routers",
+    "set_kv_saving",
     "set_threshold",
     "sweep",
     "trace",

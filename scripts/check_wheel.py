@@ -29,6 +29,8 @@ REQUIRED = (
     "modlab/demo/mod/modlab_router.safetensors",
     "modlab/demo/kv/modlab_config.json",
     "modlab/demo/kv/modlab_router.safetensors",
+    "modlab/routers/smollm2-kv/modlab_router.safetensors",
+    "modlab/routers/coder-0.5b-kv/modlab_router.safetensors",
 )
 
 

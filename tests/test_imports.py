@@ -21,7 +21,7 @@ def module_name(path: Path) -> str:
 MODULES = {
     module_name(path): path
     for path in (ROOT / "modlab").rglob("*.py")
-    if not {"_notebooks", "_results", "demo"} & set(path.parts)
+    if not {"_notebooks", "_results", "demo", "routers"} & set(path.parts)
 }
 
 

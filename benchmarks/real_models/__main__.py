@@ -44,10 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
     report.add_argument(
         "--origin", type=json.loads, required=True, help="JSON: date, device_name, commit, ..."
     )
-    for stage in (texts, run, report):
+    ship = stages.add_parser("ship", help="packed gates as routers that ship with modlab")
+    ship.add_argument("--gates", type=Path, required=True, help="packed, with their card next to them")
+    ship.add_argument("--base", type=Path, required=True, help="folder of the model that they are for")
+    ship.add_argument("--hub-id", required=True, help="where others get that model")
+    for stage in (texts, run, report, ship):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    {"texts": _texts, "run": _run, "speed": _speed, "report": _report}[options.stage](options)
+    verbs = {"texts": _texts, "run": _run, "speed": _speed, "report": _report, "ship": _ship}
+    verbs[options.stage](options)
 
 
 def _texts(options: argparse.Namespace) -> None:
@@ -105,6 +110,12 @@ def _report(options: argparse.Namespace) -> None:
     from benchmarks.real_models.report import result
 
     options.out.write_text(json.dumps(result(options.runs, options.origin), indent=1) + "\n")
+
+
+def _ship(options: argparse.Namespace) -> None:
+    from benchmarks.real_models.ship import ship
+
+    ship(options.gates, options.base, options.hub_id, options.out)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="modlab",
         description="Turn a causal language model into a Mixture-of-Depths model; train and measure it.",
-        epilog="`modlab COMMAND --help` explains one. MODEL is 'demo', 'demo-dense', a folder or a hub id.",
+        epilog="`modlab COMMAND --help` explains one. MODEL is 'demo', 'smollm2-kv', a folder or a hub id.",
     )
     parser.add_argument("--version", action="version", version=f"modlab {__version__}")
     # Accepted before and after the command: SUPPRESS keeps the second from undoing the first.

@@ -1,5 +1,6 @@
 """What a threshold costs and buys: loss, keep ratio, KV bytes, time; thresholds for a wanted keep ratio.
 
+    divergence(model, texts, tokenizer)          KL to the dense model by position, bytes (routed models)
     evaluate(model, batches)                     one pass: loss, keep ratio, KV bytes (dense models too)
     sweep(model, tokenizer, texts, thresholds)   one row a threshold
     calibrate(model, batches, keep_ratio=0.25)   finds and sets the thresholds that keep this share of tokens
@@ -11,6 +12,7 @@ always kept included. Times are taken around `model.generate`, as a user calls i
 from modlab.data.batches import as_batches, iter_batches
 from modlab.hf.model import context_length
 from modlab.measure.calibration import Calibration, calibrate
+from modlab.measure.divergence import divergence
 from modlab.measure.evaluation import Evaluation, evaluate, loss
 from modlab.measure.pieces import TEXT_PIECE, piece_length
 from modlab.measure.sweeps import DEFAULT_THRESHOLDS, sweep
@@ -24,6 +26,7 @@ __all__ = [
     "as_batches",
     "calibrate",
     "context_length",
+    "divergence",
     "evaluate",
     "iter_batches",
     "loss",

@@ -117,7 +117,8 @@ def evaluate_batches(
 ) -> Evaluation:
     """As `evaluate`, over batches that are made already."""
     check_count("max_batches", max_batches, 0)
-    layers: list[int] = list(routing_of(model).layers) if is_converted(model) else []
+    routed = is_converted(model) and not routing_of(model).is_off
+    layers: list[int] = list(routing_of(model).layers) if routed else []
     device = device_of(model)
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     # loss, predicted tokens, bytes, bytes of dense caches, real tokens, tokens kept by each routed layer

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from modlab.hf.model import eval_mode
 
 
-class _SeededSampling(LogitsProcessor):
+class SeededSampling(LogitsProcessor):
     """Makes greedy search a draw from softmax(logits / temperature), with a random stream for each row.
 
     The argmax of logits less the logarithm of exponential noise is such a draw (torch.multinomial does the
@@ -58,7 +58,7 @@ def write(
         processors = LogitsProcessorList()
         if temperature is not None:
             seeds = [seed * 2**20 + start + row for row in range(len(ids_BP))]
-            processors.append(_SeededSampling(temperature, seeds))
+            processors.append(SeededSampling(temperature, seeds))
         with eval_mode(model), _plain_generation(model):
             made_BT = model.generate(
                 ids_BP,

@@ -25,6 +25,7 @@ from modlab.errors import ModlabError
 from modlab.routing import rule
 from modlab.routing.record import Decision, ForwardCall, OverrideFn, Recording
 from modlab.routing.threshold import check_threshold
+from modlab.routing.trained import Trained
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -78,6 +79,7 @@ class Routing:
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
         source: the folder or hub id that the routers were loaded from, "" if they were not.
+        trained: what is known of the routers: data, and thresholds by KV saving; None if nothing is.
         base_trained: whether other weights than the routers have been trained by modlab since the model was
             dense, or may have been: then routers alone are not the whole of it (`save_routers`).
     """
@@ -111,6 +113,7 @@ class Routing:
             self.common_thresholds.update(config.p)
         self.base_trained = False
         self.source = ""
+        self.trained: Trained | None = None
         self.what_if = True
         self.noise: Noise | None = None
         self.compile_layers = False  # set while training asks for it
@@ -271,6 +274,26 @@ def set_threshold(
         if layer not in routing.thresholds:
             raise ModlabError(f"layer {layer} is not routed; routed layers are {routing.layers}.")
     routing.thresholds.update(new)
+
+
+def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
+    """Sets the threshold that gives a KV saving, as the routers' training left it (`Routing.trained`).
+
+    Args:
+        model: a converted model whose routers know thresholds by saving, such as `modlab.load("smollm2-kv")`.
+        kv_saving: dense cache bytes over allocated ones, in long texts; a text may get more or less.
+
+    Returns:
+        the threshold, the same for all routed layers.
+
+    Raises:
+        ModlabError: no thresholds are known, or the saving lies outside the range trained for. Nothing is
+            changed then.
+    """
+    routing = routing_of(model)
+    p = (routing.trained or Trained()).threshold_for(kv_saving)
+    set_threshold(model, p)
+    return p
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modlab.config import MoDConfig
 from modlab.routing.state import routing_of
+from modlab.routing.trained import Trained
 from modlab.saving.files import CARD_FILE, is_hub_id
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def model_card(
         f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
         f"| routing | {config.operator}, {routing.skip.words.routed}, gate {config.gate} |\n"
         f"| threshold p | {thresholds} |" + _figures(evaluation),
-        _measured(evaluation, name),
+        _measured(evaluation, name) + _trained(routing.trained),
         "## How to load",
         python_block(
             "import modlab\n\n"
@@ -147,6 +148,24 @@ def _measured(evaluation: Evaluation | None, name: str) -> str:
         + "".join(f"; {part}" for part in (where, versions) if part)
         + "."
     )
+
+
+def _trained(trained: Trained | None) -> str:
+    """What is known of the routers, as further paragraphs."""
+    if trained is None:
+        return ""
+    known = ", ".join(f"{saving:g}x at p = {p:.4g}" for saving, p in sorted(trained.savings.items()))
+    said = [
+        f"Thresholds by KV saving, for `modlab.set_kv_saving(model, ...)`: {known}; over texts of "
+        f"{trained.seq_len:,} tokens, of which one may get more or less."
+        if known
+        else "",
+        f"The routers were trained on the weights of: {plain(trained.weights)}." if trained.weights else "",
+        f"Their data, {trained.tokens:,} tokens: {plain(trained.data)}." if trained.data else "",
+        f"How: {plain(trained.method)}." if trained.method else "",
+        f"Measured: {plain(trained.results)}." if trained.results else "",
+    ]
+    return "".join(f"\n\n{paragraph}" for paragraph in said if paragraph)
 
 
 def _results(evaluation: Evaluation) -> list[EvalResult]:

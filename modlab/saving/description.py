@@ -8,6 +8,8 @@ base_trained   whether other weights than those that conversion adds have been t
 routers        SHA-256 of modlab_router.safetensors; null where the routers are in PEFT's file
 weights        fingerprint of each weight file: of the folder, or for routers alone of their base, if that
                is a folder; empty where nothing can be said
+base           of routers alone: what their base has to look like (`base_check.py`)
+trained        what is known of the routers, thresholds by KV saving among it (`Trained`); may be null
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.routing.state import routing_of
 from modlab.routing.threshold import check_threshold
+from modlab.routing.trained import Trained
+from modlab.saving.base_check import read_base
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import sha256_of
 from modlab.saving.json_files import read_object
@@ -44,6 +48,8 @@ class Description(NamedTuple):
     base_trained: bool
     routers: str | None
     weights: dict[str, str]
+    base: dict[str, Any]
+    trained: Trained | None
 
 
 def write_description(
@@ -51,12 +57,14 @@ def write_description(
     folder: Path,
     base_model: str | None = None,
     weights: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
     """Describes a converted model in `folder`; the routers' file, if it has one, lies there already.
 
     Args:
         base_model: what routers alone are for; by default where the model came from.
         weights: fingerprints of the weights that go with the routers.
+        base: what the base of routers alone looks like.
     """
     routing = routing_of(model)
     routers = folder / ROUTER_FILE
@@ -68,6 +76,8 @@ def write_description(
         "base_trained": routing.base_trained,
         "routers": sha256_of(routers) if routers.is_file() else None,
         "weights": dict(weights or {}),
+        "base": dict(base or {}),
+        "trained": routing.trained.to_dict() if routing.trained else None,
     }
     text = json.dumps(described, indent=2, allow_nan=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -99,6 +109,8 @@ def read_description(file: Path, name: str) -> Description:
         _flag(saved.get("base_trained", True), "base_trained", name),  # earlier versions did not say
         _hash(saved.get("routers"), "routers", name),
         _weights(saved.get("weights", {}), name),
+        _base(saved.get("base", {}), name),
+        _trained(saved.get("trained"), name),
     )
 
 
@@ -143,6 +155,20 @@ def _hash(found: Any, field: str, name: str) -> str | None:
     if found is not None and (not isinstance(found, str) or not HASH.fullmatch(found)):
         raise _wrong(name, f"{field}={found!r:.60} is no SHA-256")
     return found
+
+
+def _base(found: Any, name: str) -> dict[str, Any]:
+    try:
+        return read_base(found)
+    except ModlabError as error:
+        raise _wrong(name, str(error)) from error
+
+
+def _trained(found: Any, name: str) -> Trained | None:
+    try:
+        return None if found is None else Trained.from_dict(found)
+    except ModlabError as error:
+        raise _wrong(name, str(error).rstrip(".")) from error
 
 
 def _weights(found: Any, name: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
 from modlab.saving import gguf
-from modlab.saving.demos import DEMOS, folder_named
+from modlab.saving.demos import DEMOS, SHIPPED, folder_named
 from modlab.saving.depth import check_depth
 from modlab.saving.description import read_description
 from modlab.saving.files import (
@@ -34,21 +34,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Loaded = tuple[Any, Any]
+NAMES = ", ".join(map(repr, SHIPPED))
 CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
 OF_THE_NAMED = ("revision", "subfolder", *CODE_ARGUMENTS)
 """Arguments that are for what the user named, never for the base that its files name."""
 
 
 def load(
-    name_or_path: str | os.PathLike[str], **kwargs: Any
+    name_or_path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer, converted if the folder was saved converted.
 
     Args:
         name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
-            twin), ``"demo-kv"`` (that twin with routers for its cache), a local folder, or a hub id. A folder
-            of PEFT adapters gives a `PeftModel` on its base; routers alone (`save_routers`) are put into the
-            base that they name.
+            twin), ``"demo-kv"`` (that twin with routers for its cache), ``"smollm2-kv"`` and
+            ``"coder-0.5b-kv"`` (routers that ship with modlab, for the cache of SmolLM2-135M-Instruct and
+            Qwen2.5-Coder-0.5B-Instruct), a local folder, or a hub id. A folder of PEFT adapters gives a
+            `PeftModel` on its base; routers alone (`save_routers`) are put into the base that they name.
+        base: for routers alone: a folder or hub id to take the base from instead of what they name. Its type,
+            sizes and input embedding have to be those that the routers were trained on; another dtype and
+            quantised copies are fine.
         kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, gguf_file, ...). The
             demos load in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
             `trust_remote_code=True` is for code of `name_or_path` alone, not of a base that its files name.
@@ -60,7 +65,8 @@ def load(
         ModlabError: no such folder, no weights in it, corrupt or missing weights, or a hub id that cannot be
             reached.
     """
-    return _load(str(name_or_path), (), **kwargs)
+    given = {} if base is None else {"base": os.fspath(base)}
+    return _load(str(name_or_path), (), **given, **kwargs)
 
 
 def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> Loaded:
@@ -79,21 +85,34 @@ def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> Loaded:
 
 
 def _load_once(name: str, source: str, asked: tuple[str, ...], kwargs: dict[str, Any]) -> Loaded:
+    kwargs = dict(kwargs)
+    given: str | None = kwargs.pop("base", None)
     base_loader = functools.partial(load_base, asked=asked)
     if Path(source, ADAPTER_CONFIG).is_file() and not Path(source, "config.json").is_file():
+        if given is not None:
+            raise _no_routers_alone(name, given)
         return load_adapter(Path(source), base_loader, **kwargs)
     try:
-        base = _base_of_routers(source, kwargs)
+        base = _base_of_routers(source, kwargs, given)
     except OSError as error:  # of the hub: no such repository or revision, no access
         raise ModlabError(_explain(name, error)) from error
     if base is None:
+        if given is not None:
+            raise _no_routers_alone(name, given)
         return _load_whole(name, source, kwargs)
     model, tokenizer = base_loader(base, **kwargs)
     if is_converted(model):
         raise ModlabError(f"the base of {name!r}, {base!r}, is converted itself: routers need a dense one.")
-    model = restore_routers(model, source, **download_arguments(kwargs)).eval()
+    model = restore_routers(model, source, given, **download_arguments(kwargs)).eval()
     model.mod.source = source
     return model, tokenizer
+
+
+def _no_routers_alone(name: str, base: str) -> ModlabError:
+    return ModlabError(
+        f"base={base!r} is for routers alone, and {name!r} has weights of its own: leave base out, or load "
+        f"{base!r} and convert it."
+    )
 
 
 def load_base(name: str, asked: tuple[str, ...] = (), **kwargs: Any) -> Loaded:
@@ -158,8 +177,9 @@ def _with_findings(source: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return from_pretrained(source, config=config, quantization_config=quantization, **kwargs)
 
 
-def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
-    """The base model that a source of routers alone names; None for any other source.
+def _base_of_routers(source: str, kwargs: dict[str, Any], given: str | None) -> str | None:
+    """The base model of a source of routers alone: the one given, or else the one named there; None for any
+    other source.
 
     Raises:
         ModlabError: the routers do not name it.
@@ -177,11 +197,11 @@ def _base_of_routers(source: str, kwargs: dict[str, Any]) -> str | None:
         if found is None:
             return None
         described = found
-    base = read_description(Path(described), source).base_model
+    base = given or read_description(Path(described), source).base_model
     if base is None:
         raise ModlabError(
-            f"{source!r} holds routers alone and does not name their base model: load that, and then "
-            f"modlab.saving.restore.restore_routers(model, {source!r})."
+            f"{source!r} holds routers alone and does not name their base model: name it, "
+            f"modlab.load({source!r}, base=FOLDER)."
         )
     return base
 
@@ -202,9 +222,7 @@ def _check_folder(source: str, kwargs: dict[str, Any]) -> None:
         _check_hub(source, download_arguments(kwargs))
         return
     if not folder.is_dir():
-        raise ModlabError(
-            f"{source!r} is not a folder: give a model folder, a hub id, 'demo', 'demo-dense' or 'demo-kv'."
-        )
+        raise ModlabError(f"{source!r} is not a folder: give a model folder, a hub id, or one of {NAMES}.")
     if kwargs.get("gguf_file"):
         gguf.check_file(folder, str(kwargs["gguf_file"]))
         return
@@ -233,5 +251,5 @@ def _explain(name: str, error: Exception) -> str:
         return f"the model in {name!r} cannot be loaded: {first}"
     return (
         f"{name!r} is neither a local folder nor a model that the hub gave: {first} "
-        "Check the name and the network, or give a local folder, 'demo', 'demo-dense' or 'demo-kv'."
+        f"Check the name and the network, or give a local folder, or one of {NAMES}."
     )

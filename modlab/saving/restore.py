@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from modlab.conversion.convert import convert, revert
 from modlab.errors import ModlabError
 from modlab.routing.state import routing_of, set_threshold
+from modlab.saving.base_check import check_base
 from modlab.saving.demos import folder_named
 from modlab.saving.description import Description, read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -> PreTrainedModel:
+def restore_routers(
+    model: PreTrainedModel, source: str, base: str | None = None, **hub_arguments: Any
+) -> PreTrainedModel:
     """Converts a model that was loaded dense, if its folder says so, and loads its routers.
 
     Args:
         model: dense, with the weights of `source`, or of the base that `source` names.
         source: local folder or hub id.
+        base: where the weights came from, if not from what `source` names.
         hub_arguments: revision, token, cache_dir ... of a hub id.
 
     Raises:
@@ -38,7 +42,9 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     description = read_description(Path(described), source)
     if weights is None:
         raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
-    _check_weights(description, Path(described), source)
+    if base is None:
+        _check_weights(description, Path(described), source)
+    check_base(model, description.base, source)
     convert_as(model, description, source)
     try:
         routers = read_routers(Path(weights), source, description.routers, room_for(model))
@@ -46,6 +52,8 @@ def restore_routers(model: PreTrainedModel, source: str, **hub_arguments: Any) -
     except ModlabError:
         revert(model)
         raise
+    if base is not None:
+        model.mod_base_model = base  # type: ignore[assignment]
     return model
 
 
@@ -64,6 +72,7 @@ def convert_as(model: PreTrainedModel, description: Description, name: str) -> N
         raise
     model.mod_base_model = description.base_model  # type: ignore[assignment]
     routing_of(model).base_trained = description.base_trained
+    routing_of(model).trained = description.trained
 
 
 def set_described_thresholds(model: PreTrainedModel, description: Description, name: str) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
+from modlab.saving.bits import unpack_routers
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import sha256_of
 
@@ -80,9 +81,9 @@ def read_routers(
     try:
         if (size := file.stat().st_size) > largest:
             raise ValueError(f"{size:,} bytes, where at most {largest:,} are expected")
-        routers = load_file(file)
+        routers = unpack_routers(load_file(file))
         found = sha256_of(file) if expected else None
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ModlabError) as error:
         raise ModlabError(
             f"{ROUTER_FILE} in {name!r} is corrupt ({error}): copy the folder again."
         ) from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modlab.errors import ModlabError
 from modlab.routing.state import routing_of
 from modlab.saving.atomic import atomic_directory
+from modlab.saving.base_check import describe_base
 from modlab.saving.card import write_card
 from modlab.saving.demos import folder_named
 from modlab.saving.description import write_description
@@ -110,7 +111,8 @@ def save_routers(
     at = folder_named(base)
     with atomic_directory(save_directory) as folder:
         write_routers(added_in(tensors_of(model)), folder)
-        write_description(model, folder, base, fingerprints(at) if at.is_dir() else None)
+        of_base = fingerprints(at) if at.is_dir() else None
+        write_description(model, folder, base, of_base, describe_base(model))
         write_card(model, folder, target, evaluation, routers_of=base)
 
 

@@ -8,7 +8,7 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.probes.generation import _SeededSampling
+from modlab.probes.writing import SeededSampling
 from tests.helpers.handmade import HandMade, bigram, following_llama
 from tests.helpers.models import alternate_layers, scatter_gates
 
@@ -143,7 +143,7 @@ def test_keep_ratios_are_those_of_generation_itself(routed, stream):
 def test_samples_follow_the_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     draws = torch.zeros(4)
-    sampler = _SeededSampling(0.7, [5])
+    sampler = SeededSampling(0.7, [5])
     for _ in range(4000):
         draws[sampler(torch.zeros(1, 1), logits[None]).argmax()] += 1
     expected = (logits / 0.7).softmax(0)

@@ -119,5 +119,5 @@ def test_a_base_that_is_converted_or_another_model_is_refused(model, base, tmp_p
         modlab.load(tmp_path / "routers")
     make_llama(hidden_size=32).save_pretrained(base)
     modlab.save_routers(model, tmp_path / "routers", base_model=str(base))
-    with pytest.raises(ModlabError, match="routers for another model"):
+    with pytest.raises(ModlabError, match="hidden_size=64, and this base has 32"):
         modlab.load(tmp_path / "routers")

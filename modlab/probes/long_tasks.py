@@ -1,4 +1,4 @@
-"""RULER-kind tasks at several lengths, dense and routed side by side: written answers, not the likeliest token.
+"""RULER-kind tasks at several lengths, dense and routed side by side: answers that a model writes.
 
     ruler(model, data, tokenizer, lengths=(4096, 8192))
 

@@ -1,0 +1,77 @@
+"""Packed gates of this study as routers that ship with modlab: the same bits under the product's names."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import modlab
+from modlab.routing.state import set_kv_saving
+from modlab.routing.trained import Trained
+from modlab.saving.base_check import describe_base
+from modlab.saving.bits import GROUP
+from modlab.saving.card import model_card
+from modlab.saving.description import write_description
+from modlab.saving.files import CARD_FILE, ROUTER_FILE
+
+NAMES = {"linear": "weight", "bias": "bias", "into_KD": "into", "out_AK": "out"}
+SAFE = 2.0
+"""KV saving at which shipped routers are loaded."""
+
+
+def renamed(state: dict[str, torch.Tensor], D: int) -> dict[str, torch.Tensor]:
+    """A gates file's tensors under the names of a converted Llama or Qwen2."""
+    found = {}
+    for name, tensor in state.items():
+        layer, _, rest = name.removeprefix("layers.").partition(".")
+        part, _, kind = rest.partition(".")
+        if kind == "scales":
+            tensor = tensor.view(-1, D // GROUP)
+        found[f"model.layers.{layer}.mod_router.{NAMES[part]}{'.' * bool(kind)}{kind}"] = tensor.contiguous()
+    return found
+
+
+def trained(card: dict[str, Any]) -> Trained:
+    """What a gates file's card says, in the product's words."""
+    made = card["trained_on"]
+    savings = {float(ratio): 1 / (1 + math.exp(-z)) for ratio, z in card["thresholds"].items()}
+    return Trained(
+        savings=savings,
+        seq_len=8192,
+        tokens=made["distillation_tokens"],
+        weights=card["base"],
+        data=f"{made['texts']}; {made['rows']}",
+        method=(
+            f"scores of one pass over {made['score_tokens']:,} tokens, then KL to the base with routing off, "
+            f"{made['objective']}, learning rate {made['rate']}; {card['form']}; stored with "
+            f"{card['bits']['hidden']} and {card['bits']['linear']} bits"
+        ),
+        results=card["results"],
+    )
+
+
+def ship(gates: Path, base: Path, hub_id: str, out: Path) -> None:
+    """Writes the folder that `modlab.load` knows by its name.
+
+    Args:
+        gates: a packed file, with its card (.json) next to it.
+        base: folder of the model that they were trained on.
+        hub_id: where others get that model from.
+        out: folder; its name is the routers' name.
+    """
+    card = json.loads(gates.with_suffix(".json").read_text(encoding="utf-8"))
+    config = modlab.MoDConfig(layers="all", gates="kv_head", router_hidden=16, keep_recent=128, keep_first=4)
+    model: Any = modlab.load(base)[0]
+    facts = describe_base(model)
+    modlab.convert(model, config)
+    model.mod.trained = trained(card)
+    set_kv_saving(model, SAFE)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(renamed(load_file(gates), model.config.hidden_size), out / ROUTER_FILE)
+    write_description(model, out, hub_id, base=facts)
+    (out / CARD_FILE).write_text(model_card(model, out.name, routers_of=hub_id), encoding="utf-8")

@@ -1,0 +1,128 @@
+"""What is known of a model's routers: on which weights and texts they were made, which threshold gives what.
+
+    modlab.set_kv_saving(model, 4)  # thresholds for a cache a quarter of the dense one
+
+Light: a description of files is read before torch is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from modlab.errors import ModlabError, check_number
+from modlab.routing.threshold import check_threshold
+
+TEXTS = ("weights", "data", "method", "results")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known of routers; saved and loaded with them.
+
+    Attributes:
+        savings: threshold p by KV saving (dense bytes over allocated ones), as calibrated over several texts
+            together; one text may get more or less.
+        seq_len: tokens of the texts on which it was. Shorter ones save less, as the latest `keep_recent`
+            tokens are always there.
+        tokens: that the routers were trained on.
+        weights: the weights under the routers then, in words.
+        data: the texts of the training, in words.
+        method: how they were trained, in words.
+        results: where the measured figures are.
+    """
+
+    savings: dict[float, float] = field(default_factory=dict)
+    seq_len: int = 0
+    tokens: int = 0
+    weights: str = ""
+    data: str = ""
+    method: str = ""
+    results: str = ""
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Smallest and largest KV saving with a known threshold."""
+        return (min(self.savings), max(self.savings)) if self.savings else None
+
+    def threshold_for(self, saving: float) -> float:
+        """The threshold of a KV saving, between known ones by their logits over the saving's logarithm.
+
+        Raises:
+            ModlabError: none is known, or the saving lies outside their range.
+        """
+        check_number("kv_saving", saving)
+        if self.range is None:
+            raise ModlabError(
+                "these routers know no thresholds by KV saving: modlab.calibrate(model, texts, "
+                "keep_ratio=...) finds the threshold of a keep ratio."
+            )
+        low, high = self.range
+        if not low <= saving <= high:
+            raise ModlabError(
+                f"kv_saving={saving:g}: these routers were trained for {low:g}x to {high:g}x, "
+                "and their threshold moves within that. modlab.calibrate(model, texts, keep_ratio=...) goes "
+                "beyond all the same."
+            )
+        known = sorted(self.savings.items())
+        if len(known) == 1:
+            return known[0][1]
+        (s0, p0), (s1, p1) = next(pair for pair in pairwise(known) if saving <= pair[1][0])
+        share = math.log(saving / s0) / math.log(s1 / s0)
+        logit = (1 - share) * math.log(p0 / (1 - p0)) + share * math.log(p1 / (1 - p1))
+        return 1 / (1 + math.exp(-logit))
+
+    def warning_for(self, p: float) -> str:
+        """What is to be said of a threshold beyond that of the largest saving trained for; "" if nothing."""
+        if self.range is None:
+            return ""
+        largest = self.savings[self.range[1]]
+        if p <= largest * (1 + 1e-6):
+            return ""
+        return (
+            f"threshold {p:.4g} lies beyond {largest:.4g}, that of {self.range[1]:g}x, the largest KV saving "
+            "that these routers were trained for: a threshold moves well below it, not beyond. Measure far "
+            "recall (modlab.probes.recall_gap)."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` reads it back."""
+        return asdict(self) | {"savings": {f"{saving:g}": p for saving, p in sorted(self.savings.items())}}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Trained:
+        """What `to_dict` wrote.
+
+        Raises:
+            ModlabError: it is something else.
+        """
+        if not isinstance(values, dict) or (unknown := sorted(set(values) - set(cls.__dataclass_fields__))):
+            what = f"has {unknown[0]!r}" if isinstance(values, dict) else f"is {values!r:.60}"
+            raise ModlabError(f"what is said of the routers' training {what}, which cannot be read")
+        for name in TEXTS:
+            if not isinstance(values.get(name, ""), str):
+                raise ModlabError(f"{name}={values[name]!r:.60} of the routers' training is no text")
+        for name in ("seq_len", "tokens"):
+            if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
+                raise ModlabError(f"{name}={values[name]!r:.60} of the routers' training is no count")
+        return cls(**{**values, "savings": _savings(values.get("savings", {}))})
+
+
+def _savings(found: Any) -> dict[float, float]:
+    if not isinstance(found, Mapping):
+        raise ModlabError(f"savings={found!r:.60} of the routers' training are not thresholds by saving")
+    read = {}
+    for saving, p in found.items():
+        try:
+            number = float(saving)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 1 <= number < math.inf:
+            raise ModlabError(f"the routers' training names a KV saving {saving!r:.60}: a number from 1 on")
+        read[number] = check_threshold(p)
+    if any(later <= earlier for (_, earlier), (_, later) in pairwise(sorted(read.items()))):
+        raise ModlabError(f"savings={found!r:.80} of the routers' training do not rise with their thresholds")
+    return read

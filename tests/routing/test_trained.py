@@ -1,0 +1,58 @@
+"""What is known of routers: thresholds by KV saving, set and saved, and what lies beyond them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.routing.trained import Trained
+from tests.helpers.models import routed_llama
+
+KNOWN = Trained(savings={2.0: 0.1, 8.0: 0.9}, seq_len=8192, tokens=10, weights="some", data="texts")
+
+
+def test_a_saving_between_two_known_ones_lies_between_their_logits() -> None:
+    assert KNOWN.threshold_for(2) == pytest.approx(0.1)
+    assert KNOWN.threshold_for(8) == pytest.approx(0.9)
+    assert KNOWN.threshold_for(4) == pytest.approx(0.5)  # half-way, by the logarithm
+    assert Trained(savings={3.0: 0.2}).threshold_for(3) == 0.2
+
+
+@pytest.mark.parametrize("saving", [1.9, 8.1, 0, -1])
+def test_a_saving_outside_the_range_is_refused_and_nothing_changes(saving) -> None:
+    model = routed_llama(skip="kv")
+    model.mod.trained = KNOWN
+    before = dict(model.mod.thresholds)
+    with pytest.raises(ModlabError, match="trained for 2x to 8x"):
+        modlab.set_kv_saving(model, saving)
+    assert model.mod.thresholds == before
+    assert modlab.set_kv_saving(model, 4) == pytest.approx(0.5)
+    assert set(model.mod.thresholds.values()) == {KNOWN.threshold_for(4)}
+
+
+def test_routers_that_know_nothing_say_what_to_do() -> None:
+    with pytest.raises(ModlabError, match=r"modlab.calibrate\(model, texts, keep_ratio"):
+        modlab.set_kv_saving(routed_llama(skip="kv"), 2)
+
+
+def test_only_a_threshold_beyond_the_largest_saving_is_warned_of() -> None:
+    assert "beyond 0.9, that of 8x" in KNOWN.warning_for(0.95)
+    assert not KNOWN.warning_for(0.9) and not KNOWN.warning_for(0.01) and not Trained().warning_for(0.99)
+
+
+def test_it_comes_back_from_its_dict() -> None:
+    assert Trained.from_dict(KNOWN.to_dict()) == KNOWN
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, {"surprise": 1}, {"savings": [2]}, {"savings": {"two": 0.5}}, {"savings": {"2": 1.5}},
+     {"savings": {"0.5": 0.5}}, {"savings": {"nan": 0.5}}, {"savings": {"2": 0.5, "4": 0.4}},
+     {"tokens": -1}, {"tokens": True}, {"weights": 3}, {"savings": {"2": math.inf}}],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(wrong) -> None:
+    with pytest.raises(ModlabError):
+        Trained.from_dict(wrong)
