@@ -2,6 +2,7 @@
 
 modlab.widgets.explore(model, tokenizer, text)     the one to begin with: slider, heatmap, text, figures
 RoutingHeatmap(trace), TokenText(trace), TokenPath(trace), ThresholdCurve(sweep)     one view each
+CacheView(model, tokenizer, text)                  the cache by layer and KV head, while text is written
 CellFlip, Thresholds, Compare, Frontier            steer a model and see what it does
 TrainingPanel(model, batches, config)              a training run while it goes
 ClassHeatmap(aggregate)                            which kinds of tokens are kept, over a corpus
@@ -15,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modlab.widgets.cache_view import CacheView
     from modlab.widgets.classes import ClassHeatmap
     from modlab.widgets.compare import Compare
     from modlab.widgets.explorer import RoutingExplorer, explore
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 # public name -> the module that holds it: loaded when asked for, so that `pictures` needs no widget library
 _HOME = {
+    "CacheView": "cache_view",
     "CellFlip": "flip",
     "ClassHeatmap": "classes",
     "Compare": "compare",
@@ -43,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CacheView",
     "CellFlip",
     "ClassHeatmap",
     "Compare",

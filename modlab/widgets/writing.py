@@ -20,7 +20,7 @@ class Writing:
 
     Args:
         tokenizer: the model's.
-        p: the threshold.
+        p: the threshold; None: those that the model has in this thread.
 
     Attributes:
         ids: the new tokens so far; pieces: what each adds to the text.
@@ -28,7 +28,7 @@ class Writing:
         cache: what `generate` fills, once there is one.
     """
 
-    def __init__(self, tokenizer: Any, p: float) -> None:
+    def __init__(self, tokenizer: Any, p: float | None) -> None:
         self.tokenizer, self.p = tokenizer, p
         self.ids: list[int] = []
         self.pieces: list[str] = []
@@ -78,7 +78,8 @@ class Writing:
         hook = decoder_of(model).register_forward_hook(look)
         try:
             with thresholds_restored(model), torch.no_grad():
-                set_threshold(model, self.p)
+                if self.p is not None:
+                    set_threshold(model, self.p)
                 output = model.generate(
                     ids_BT,
                     attention_mask=torch.ones_like(ids_BT),

@@ -12,7 +12,7 @@ import pytest
 from modlab import widgets
 from modlab.widgets.pictures import panels, script
 from modlab.widgets.pictures.svg import LINE, colour_of
-from modlab.widgets.pictures.trace import curve_svg
+from modlab.widgets.pictures.trace import curve_svg, trace_svg
 from modlab.widgets.views import VIEWS
 from tests.helpers.traces import head_trace, make_trace
 
@@ -121,6 +121,12 @@ def test_a_still_picture_has_a_line_for_each_kv_head() -> None:
     assert found == [np.flatnonzero(row).tolist() for row in trace.keep]
     said = [e.text for e in picture.iter(f"{SVG}text")]
     assert f"{100 * trace.keep[:2].mean():.0f} %" in said and said.count("dense") == 2
+
+
+def test_a_still_picture_has_notes_below_the_text() -> None:
+    plain, noted = make_trace(30).to_svg(), trace_svg(make_trace(30), notes=["one: 1.0", "two <: 3.1"])
+    assert "two &lt;: 3.1" in noted
+    assert int(read(noted).get("height", 0)) == int(read(plain).get("height", 0)) + 40
 
 
 def test_a_still_picture_holds_the_text() -> None:

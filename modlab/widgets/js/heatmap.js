@@ -73,10 +73,13 @@ class Heatmap {
     const { T, lanes } = this.store, width = this.scroll.clientWidth;
     if (width < 120) return null;
     const left = 58, right = 50, top = 4, h = Math.round(clamp(TALL / lanes.length, 3, 22)), view = width - left - right;
-    const least = Math.min(view / T, 7), w = clamp(this.scale ?? clamp(view / T, 7, 26), least, Math.max(WIDEST, least));
+    const least = Math.min(view / T, 7), w = clamp(this.scale ?? this.usual(view / T), least, Math.max(WIDEST, least));
     const bottom = top + lanes.length * h;
     return { width, left, right, top, bottom, height: bottom + 34, w, h, view, full: w * T, least };
   }
+
+  // Pixels of a token as long as nobody zooms, where all would have `each`.
+  usual(each) { return clamp(each, 7, 26); }
 
   // Make tokens so many times as wide (0: as narrow as shows all), the one at `x` staying where it is.
   zoom(factor, x = null) {

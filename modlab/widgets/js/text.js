@@ -57,11 +57,14 @@ class TokenText {
       this.stamp = "";
     }
     if (this.built === store.tokens) return;
+    const before = this.built || [], grown = before.length && before.every((piece, t) => piece === store.tokens[t]);
     this.built = store.tokens;
-    this.chunks = [];
-    this.spans = [];
-    this.text.replaceChildren();
-    for (let start = 0; start < store.T; start += CHUNK) {
+    if (!grown) { // else the text goes on
+      this.chunks = [];
+      this.spans = [];
+      this.text.replaceChildren();
+    }
+    for (let start = this.spans.length; start < store.T; start += CHUNK) {
       const node = el(this.text, "span"), end = Math.min(store.T, start + CHUNK);
       for (let t = start; t < end; t++) {
         const piece = store.tokens[t], span = el(node, "span", "mod-token", piece);

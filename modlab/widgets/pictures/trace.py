@@ -34,6 +34,7 @@ def trace_svg(
     trace: RoutingTrace,
     points: Sequence[Mapping[str, Any]] = (),
     dense: float | None = None,
+    notes: Sequence[str] = (),
     width: int = 960,
 ) -> str:
     """Tokens by layers, a full cell where the layer kept the token and a thin line where it did not.
@@ -43,13 +44,15 @@ def trace_svg(
     Args:
         points: of `page.curve`, drawn below if there are two or more.
         dense: loss of a dense model on the text, a dashed line there.
+        notes: lines to write below the text.
     """
     bands = _Bands(trace, width)
     lines = _lines(trace, int((width - LEFT - RIGHT) / MONO))
     top = 78
     below = top + len(bands.parts) * bands.height
     curves = list(points) if len(points) > 1 else []
-    height = below + 34 + len(lines) * LINE_HEIGHT + (230 if curves else 0)
+    end = below + 34 + (len(lines) + len(notes)) * LINE_HEIGHT
+    height = end + (230 if curves else 0)
     picture = Picture(width, height, f"Routing of {len(trace.tokens):,} tokens")
     picture.text(LEFT, 26, _heading(trace, bands.shown), INK, bold=True)
     _legend(picture, 48, words(trace.skip))
@@ -58,8 +61,10 @@ def trace_svg(
     picture.text(LEFT, below + 12, "The text, darker where more routed layers keep a token", FAINT)
     for index, line in enumerate(lines):
         _text_line(picture, line, below + 22 + index * LINE_HEIGHT)
+    for index, note in enumerate(notes):
+        picture.text(LEFT, below + 40 + (len(lines) + index) * LINE_HEIGHT, note, FAINT)
     if curves:
-        _curves(picture, curves, dense, below + 34 + len(lines) * LINE_HEIGHT)
+        _curves(picture, curves, dense, end)
     return picture.svg()
 
 
