@@ -13,8 +13,12 @@ its latest W tokens, the token at position p in slot p modulo W, and behind it t
 A new token takes the slot of the one that has just become too old, which moves behind the ring if it is kept
 and is forgotten if not: nothing is ever swept, and no key is read that may not be seen.
 
+Where each KV head keeps tokens of its own, a head of a row is a row by itself: B x G rows of one KV head,
+each with its ring and segment (`fold`). Rows then differ in length as heads do, some of which keep everything
+and most hardly anything, so the keys of all rows are cut into parts of about one length.
+
 Shape letters: B rows, N query heads, G kv heads, H head dim, C capacity of the flat buffer, K keys of a row,
-P parts that a row's keys are split into, W tokens of a ring.
+W tokens of a ring, U rows whose heads are rows.
 """
 
 from __future__ import annotations
@@ -34,8 +38,9 @@ KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
 """Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
 
 ADDRESS_SLOTS = 4
-MIN_PARTS = 6
-MAX_PARTS = 64
+LEAST_PARTS = 6
+"""Parts that a head's keys are cut into on the mean, at least: one program runs on a multiprocessor at a time, and
+the last wave of them should be nearly full."""
 
 
 def reference_decode_attention(
@@ -92,22 +97,25 @@ def reference_decode_ring_attention(
 ) -> Tensor:
     """Plain torch: what the kernels below compute where routing decides about the cache alone.
 
+    Where heads are rows (`fold`), B counts those.
+
     Args:
         buffers: the layer's keys [G, C, H] and values [G, C, H]; written in place.
         lengths_B: tokens stored in each row, int32: those of its ring, then older ones that are kept. One
             more afterwards, unless the token that leaves a full ring is not kept.
         keep_B: bool, whether the new token's key and value outlive the ring.
         ring_kept_BW: the same of the tokens in the ring, bool; written in place.
-        position_B: index of the new token among the real tokens of its row, long.
+        position_B: index of the new token among the real tokens of its row, long; of [B / G] rows whose heads
+            are the rows here.
 
     The rest as in `reference_decode_attention`; returns attention output [B, N, H].
     """
     keys, values = buffers
     B, N, _ = q_BNH.shape
-    W = ring_kept_BW.shape[1]
+    W, gates = ring_kept_BW.shape[1], B // len(position_B)
     out = q_BNH.new_zeros(B, N, v_BGH.shape[2])
     for row, start in enumerate(starts):
-        position, end = int(position_B[row]), start + int(lengths_B[row])
+        position, end = int(position_B[row // gates]), start + int(lengths_B[row])
         slot = start + position % W
         if position < W:  # the ring fills: slot == end
             lengths_B[row] += 1
@@ -130,15 +138,14 @@ def _softmax_row(q_NH: Tensor, k_GKH: Tensor, v_GKH: Tensor, scale: float) -> Te
     return (scores_N1K.softmax(-1) @ v_NKH)[:, 0].to(q_NH.dtype)
 
 
-def parts_of(live_rows: int, kv_heads: int, multiprocessors: int) -> int:
-    """How many parts each row's keys are split into: as many as fill the last wave of programs.
+def fold(x_BNH: Tensor, rows: int) -> Tensor:
+    """[U, N / heads, H] for a cache of `rows` U, the heads of a row one after another; as it is where U is B."""
+    return x_BNH if len(x_BNH) == rows else x_BNH.reshape(rows, -1, x_BNH.shape[2])
 
-    One program runs on a multiprocessor at a time. 9 live rows of 8 heads in 4 parts are 288 programs: three
-    waves of 132, the third one nearly empty.
-    """
-    programs = max(live_rows, 1) * kv_heads
-    waves = -(-MIN_PARTS * programs // multiprocessors)
-    return min(MAX_PARTS, waves * multiprocessors // programs)
+
+def most_programs(rows: int, kv_heads: int, multiprocessors: int) -> int:
+    """How many programs share the keys of a step in which all rows run: whole waves of them."""
+    return -(-LEAST_PARTS * rows * kv_heads // multiprocessors) * multiprocessors
 
 
 @functools.cache
@@ -150,13 +157,6 @@ def multiprocessors_of(device: torch.device) -> int:
 if triton is not None:
 
     @triton.jit
-    def _live_parts(live, G: tl.constexpr, PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
-        """`parts_of`, on the device: only there is it known how many rows keep."""
-        programs = tl.maximum(live, 1) * G
-        waves = tl.cdiv(LEAST * programs, PROCESSORS)
-        return tl.minimum(MOST, waves * PROCESSORS // programs)
-
-    @triton.jit
     def _running(keep_ptr, rows, B: tl.constexpr, RING: tl.constexpr):
         """1 for rows that attend: those that keep their token; all, where only the cache is decided about."""
         if RING:
@@ -166,30 +166,52 @@ if triton is not None:
         return running
 
     @triton.jit
+    def _parts(
+        lengths_ptr, keep_ptr, rows,
+        B: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr,
+    ):  # fmt: skip
+        """Into how many parts a head of each row is cut, and of how many blocks a part is; on the device, as only
+        there is it known how long rows are and which of them keep.
+
+        The smallest parts, all of one size, that are not more than `most_programs`. Rows of one length could
+        do with the mean; of others each leaves a part that is not full.
+        """
+        running = _running(keep_ptr, rows, B, RING)
+        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+        blocks = tl.cdiv(lengths + 1, BLOCK_K) * running  # with this token
+        programs = tl.maximum(tl.cdiv(LEAST * tl.sum(running, 0) * G, PROCESSORS), 1) * PROCESSORS
+        size = tl.maximum(tl.cdiv(tl.sum(blocks, 0) * G, programs), 1)
+        while tl.sum(tl.cdiv(blocks, size), 0) * G > programs:
+            size += tl.cdiv(size, 16)
+        return tl.cdiv(blocks, size), size
+
+    @triton.jit
     def _attend_part(
         q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
-        ring_ptr, position_ptr,
+        share_ptr, ring_ptr, position_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        B: tl.constexpr, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, RING: tl.constexpr,
-        IEEE: tl.constexpr,
+        B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, IEEE: tl.constexpr,
     ):  # fmt: skip
         """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
-        rows = tl.arange(0, BLOCK_B)
-        running = _running(keep_ptr, rows, B, RING)
-        live = tl.sum(running, 0)
-        parts = _live_parts(live, G, PROCESSORS, LEAST, MOST)
-        rank = tl.program_id(0) // (parts * G)  # of the row among those that keep
-        if rank >= live:
+        rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
+        parts_B, size = _parts(lengths_ptr, keep_ptr, rows, B, G, BLOCK_K, PROCESSORS, LEAST, RING)
+        ends_B = tl.cumsum(parts_B, 0) * G  # of each row's programs
+        row = tl.sum((ends_B <= program).to(tl.int32), 0)
+        if row >= B:
             return
-        row = tl.sum(tl.where((running == 1) & (tl.cumsum(running, 0) == rank + 1), rows, 0), 0)
-        head, part = tl.program_id(0) // parts % G, tl.program_id(0) % parts
+        parts = tl.sum(tl.where(rows == row, parts_B, 0), 0)
+        begin = tl.sum(tl.where(rows == row, ends_B, 0), 0) - parts * G
+        if program == begin:  # for those who join them, by when lengths may have changed
+            tl.store(share_ptr + row * 2, begin)
+            tl.store(share_ptr + row * 2 + 1, parts)
+        head, part = (program - begin) // parts, (program - begin) % parts
         length = tl.load(lengths_ptr + row)  # before this token
-        per_part = tl.cdiv(tl.cdiv(length + 1, parts), BLOCK_K) * BLOCK_K
-        first = part * per_part
-        end = tl.minimum(first + per_part, length + 1)
+        first = part * size * BLOCK_K
+        end = tl.minimum(first + size * BLOCK_K, length + 1)
         element = q_ptr.dtype
         capacity = tl.load(table_ptr + 3)
         start = tl.load(table_ptr + 4 + row)
@@ -210,7 +232,7 @@ if triton is not None:
         stored = tl.minimum(end, length)
         hidden = -1  # slot of a token that may not be seen
         if RING:
-            position = tl.load(position_ptr + row)
+            position = tl.load(position_ptr + row // GATES)
             slot_new, full = position % RING, position >= RING
             stays = tl.load(ring_ptr + row * RING + slot_new).to(tl.int32)  # the one that was there
             if full & (stays == 0):
@@ -258,18 +280,17 @@ if triton is not None:
             top = new_top
         acc = acc / tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-30)), -1e30)
-        slot = (row * (G * M) + head * M + m_ids) * SLOTS + part
+        slot = program * M + m_ids
         tl.store(part_ptr + slot[:, None] * HV + hv[None, :], acc, mask=in_m[:, None] & in_hv[None, :])
         tl.store(part_lse_ptr + slot, lse, mask=in_m)
 
     @triton.jit
     def _join_parts(
-        part_ptr, part_lse_ptr, out_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr,
+        part_ptr, part_lse_ptr, share_ptr, out_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr,
         ring_ptr, position_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
         N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
-        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr,
-        B: tl.constexpr, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, RING: tl.constexpr,
+        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_P: tl.constexpr,
+        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
@@ -279,19 +300,26 @@ if triton is not None:
         if _running(keep_ptr, row, B, RING) == 0:
             tl.store(out, tl.zeros([BLOCK_HV], tl.float32).to(out_ptr.dtype.element_ty), mask=in_hv)
             return
-        rows, parts = tl.arange(0, BLOCK_B), tl.arange(0, SLOTS)
-        live = tl.sum(_running(keep_ptr, rows, B, RING), 0)
-        written = parts < _live_parts(live, G, PROCESSORS, LEAST, MOST)
-        slot = (row * N + head) * SLOTS + parts
-        lse = tl.load(part_lse_ptr + slot, mask=written, other=-float("inf"))
-        weights = tl.exp(lse - tl.max(lse, 0))
-        weights = weights / tl.sum(weights, 0)
-        acc = tl.load(
-            part_ptr + slot[:, None] * HV + hv[None, :], mask=written[:, None] & in_hv[None, :], other=0.0
-        )
-        tl.store(out, tl.sum(acc * weights[:, None], 0).to(out_ptr.dtype.element_ty), mask=in_hv)
+        M: tl.constexpr = N // G
+        parts = tl.load(share_ptr + row * 2 + 1)
+        first = tl.load(share_ptr + row * 2) + head // M * parts  # of the programs that had this head's keys
+        top, total, acc = -1e30, 0.0, tl.zeros([BLOCK_HV], tl.float32)
+        for begin in range(0, parts, BLOCK_P):
+            ids = begin + tl.arange(0, BLOCK_P)
+            slot = (first + ids) * M + head % M
+            lse = tl.load(part_lse_ptr + slot, mask=ids < parts, other=-float("inf"))
+            new_top = tl.maximum(top, tl.max(lse, 0))
+            weights, fade = tl.exp(lse - new_top), tl.exp(top - new_top)
+            part = tl.load(
+                part_ptr + slot[:, None] * HV + hv[None, :],
+                mask=(ids < parts)[:, None] & in_hv[None, :], other=0.0,
+            )  # fmt: skip
+            total = total * fade + tl.sum(weights, 0)
+            acc = acc * fade + tl.sum(part * weights[:, None], 0)
+            top = new_top
+        tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=in_hv)
         if RING:
-            position = tl.load(position_ptr + row)
+            position = tl.load(position_ptr + row // GATES)
             slot_new, full = position % RING, position >= RING
             if full & (head % (N // G) == 0):
                 kv_head, hk = head // (N // G), tl.arange(0, BLOCK_HK)
@@ -364,30 +392,29 @@ def _attend(
     G, HV = v_BGH.shape[1:]
     device, half = q_BNH.device, q_BNH.element_size() == 2
     processors = multiprocessors_of(device)
-    parts = [parts_of(live, G, processors) for live in range(1, B + 1)]
-    P = triton.next_power_of_2(max(parts))
+    programs = most_programs(B, G, processors)
     ring_kept, position = (lengths_B, lengths_B) if ring is None else ring  # not read without a ring
     layout: dict[str, int] = {
         "G": G, "HK": HK, "HV": HV, "BLOCK_HK": max(16, triton.next_power_of_2(HK)),
-        "B": B, "BLOCK_B": triton.next_power_of_2(B), "SLOTS": P,
-        "PROCESSORS": processors, "LEAST": MIN_PARTS, "MOST": MAX_PARTS,
-        "RING": 0 if ring is None else ring_kept.shape[1],
+        "B": B, "GATES": B // len(position), "RING": 0 if ring is None else ring_kept.shape[1],
     }  # fmt: skip
-    part = torch.empty(B * N * P, HV, dtype=torch.float32, device=device)
-    part_lse = torch.empty(B * N * P, dtype=torch.float32, device=device)
+    part = torch.empty(programs * (N // G), HV, dtype=torch.float32, device=device)
+    part_lse = torch.empty(programs * (N // G), dtype=torch.float32, device=device)
+    share = torch.empty(B, 2, dtype=torch.int32, device=device)
     out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=device)
     strides = (k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1))
-    _attend_part[(max((i + 1) * G * n for i, n in enumerate(parts)),)](
-        q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse, ring_kept, position,
+    _attend_part[(programs,)](
+        q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse, share, ring_kept, position,
         q_BNH.stride(0), q_BNH.stride(1), *strides, scale,
         M=N // G, BLOCK_HV=max(16, triton.next_power_of_2(HV)),
         BLOCK_M=max(16, triton.next_power_of_2(N // G)),
-        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, IEEE=not half, **layout,
+        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, BLOCK_B=triton.next_power_of_2(B),
+        PROCESSORS=processors, LEAST=LEAST_PARTS, IEEE=not half, **layout,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _join_parts[(B, N)](
-        part, part_lse, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, *strides,
-        N=N, BLOCK_HV=triton.next_power_of_2(HV), **layout, num_warps=2,
+        part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, *strides,
+        N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16, **layout, num_warps=2,
     )  # fmt: skip
     return out
 

@@ -6,6 +6,7 @@ kernels, not only their idea, is checked everywhere.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ from modlab.cache.buffer import SegmentedBuffer
 from modlab.kernels import decode_attention as attention
 from modlab.kernels import decode_linear as linear
 from modlab.kernels import decode_router as router
-from modlab.kernels import kept_attention, router_logits
+from modlab.kernels import kept_attention as kept
+from modlab.kernels import router_logits
+from modlab.kernels.kept_attention import Stored
 from modlab.routing.router import Router
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = triton.language
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter's dot misreads bfloat16
@@ -103,14 +107,42 @@ def test_attention_equals_its_reference(
         )
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 8, 32])
-def test_parts_fill_the_multiprocessors(kv_heads: int) -> None:
-    """However many rows keep, the last wave of programs is nearly full."""
-    for live in range(1, 65):
-        parts = attention.parts_of(live, kv_heads, multiprocessors=132)
-        waves = live * kv_heads * parts / 132
-        assert waves / -(-waves // 1) >= 0.84 or parts == attention.MAX_PARTS, (live, parts)
-        assert attention.MIN_PARTS <= parts <= attention.MAX_PARTS
+@triton.jit
+def _cut(lengths_ptr, keep_ptr, out_ptr, B: tl.constexpr, G: tl.constexpr, BLOCK_B: tl.constexpr) -> None:
+    rows = tl.arange(0, BLOCK_B)
+    parts, size = attention._parts(lengths_ptr, keep_ptr, rows, B, G, 128, 132, attention_least, 0)
+    tl.store(out_ptr + rows, parts, mask=rows < B)
+    tl.store(out_ptr + B, size)
+
+
+attention_least = tl.constexpr(attention.LEAST_PARTS)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 8, 32])
+@pytest.mark.parametrize("lengths", ["equal", "heads", "random", "one"])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_parts_fill_the_multiprocessors(rows: int, lengths: str, kv_heads: int) -> None:
+    """However many rows keep and however long they are: every key is in a part, and no part is much longer than
+    the mean that would keep all multiprocessors busy to the end."""
+    generator = torch.Generator().manual_seed(rows)
+    lengths_B = {
+        "equal": torch.full((rows,), 32768),
+        "heads": torch.where(torch.arange(rows) % 8 == 3, 32768, 2000),  # one of eight keeps everything
+        "random": torch.randint(0, 20000, (rows,), generator=generator),
+        "one": torch.full((rows,), 0).index_fill(0, torch.tensor([rows // 2]), 9000),
+    }[lengths].int()
+    keep_B = torch.rand(rows, generator=generator) < 0.8
+    keep_B[rows // 2] = True
+    out = torch.zeros(rows + 1, dtype=torch.int32, device=DEVICE)
+    block = triton.next_power_of_2(rows)
+    _cut[(1,)](lengths_B.to(DEVICE), keep_B.to(DEVICE), out, rows, kv_heads, block)
+    *parts, size = out.tolist()
+    blocks = [-(-(n + 1) // 128) * k for n, k in zip(lengths_B.tolist(), keep_B.tolist(), strict=True)]
+    assert parts == [-(-n // size) for n in blocks]
+    waves = -(-attention.LEAST_PARTS * int(keep_B.sum()) * kv_heads // 132)
+    assert sum(parts) * kv_heads <= 132 * waves <= attention.most_programs(rows, kv_heads, 132)
+    # a sixth of the programs may have a part that is not full, and sizes are tried in steps of a sixteenth
+    assert size <= max(1, sum(blocks) * kv_heads / (132 * waves) * 1.35 + 1)
 
 
 def test_attention_follows_a_buffer_that_moves() -> None:
@@ -183,6 +215,39 @@ def test_ring_attention_equals_its_reference(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
+def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
+    """Two rows of three KV heads, each head with its own ring, from empty to far longer than its neighbours."""
+    W, H, rows, G, M = 5, 16, 2, 3, 2
+    generator = torch.Generator().manual_seed(11)
+    older = [0, 300, 3, 40, 0, 0]
+    positions = torch.tensor([400, 3], device=DEVICE)
+    lengths = [n + W for n in older[:3]] + [3, 3, 3]
+    layers = [filled_layer(lengths, 1, H, H, dtype, seed=3) for _ in range(2)]
+    rings = [(torch.arange(rows * G * W).view(rows * G, W) % 3 == 0).to(DEVICE) for _ in range(2)]
+    counted = [torch.tensor(lengths, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    for step in range(8):
+        q, k, v = (
+            torch.randn(rows, heads, H, generator=generator).to(DEVICE, dtype) for heads in (G * M, G, G)
+        )
+        keep = (torch.rand(rows * G, generator=generator) < 0.5).to(DEVICE)
+        new = [attention.fold(t, rows * G) for t in (q, k, v)]
+        assert [t.shape[1] for t in new] == [M, 1, 1]
+        buffers = (layers[0].keys, layers[0].values)
+        want = attention.reference_decode_ring_attention(
+            *new, buffers, layers[0].starts, counted[0], keep, rings[0], positions + step, 0.3
+        )
+        got = attention.decode_ring_attention(
+            *new, address_table(layers[1]), counted[1], keep, rings[1], positions + step, 0.3
+        )
+        torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        assert torch.equal(*counted) and torch.equal(*rings)
+    for name in ("keys", "values"):
+        torch.testing.assert_close(
+            getattr(layers[1], name), getattr(layers[0], name), rtol=0, atol=0, equal_nan=True
+        )
+
+
 def test_a_ring_sees_recent_and_kept_tokens_and_no_others() -> None:
     """The reference against a softmax over the tokens that the rule names, told apart by their values."""
     W, T, H = 3, 20, 16
@@ -205,35 +270,83 @@ def test_a_ring_sees_recent_and_kept_tokens_and_no_others() -> None:
         assert int(lengths[0]) == len(seen)
 
 
+def laid_out(keep: Tensor, counts: list[int], G: int, HK: int, HV: int, W: int, like: Tensor) -> Stored:
+    """An empty cache for these kept tokens, its segments with a gap of NaN behind each."""
+    before = kept.kept_before(keep)
+    bounds = torch.tensor([0, *counts], device=DEVICE).cumsum(0)
+    older = kept.older_kept(before, bounds, W).tolist()
+    gates = len(before)
+    lengths = [min(n, W) + old for n, old in zip(np.repeat(counts, gates).tolist(), older, strict=True)]
+    starts = torch.tensor([0, *(n + 3 for n in lengths)]).cumsum(0)
+    keys, values = (
+        like.new_full((G if gates == 1 else 1, int(starts[-1]), H), torch.nan) for H in (HK, HV)
+    )
+    ring = torch.zeros(len(lengths), W, dtype=torch.bool, device=DEVICE)
+    return Stored(keys, values, starts[:-1].to(DEVICE), ring, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, "heads"])
 @pytest.mark.parametrize(
     ("counts", "W", "G", "M", "HK", "HV"),
     [
         ([1], 1, 1, 1, 16, 16),
         ([37, 1, 33], 4, 2, 2, 32, 32),
         ([150], 140, 1, 3, 16, 16),
-        ([70, 140], 9, 1, 2, 48, 24),
+        ([70, 140], 9, 3, 2, 48, 24),
     ],
     ids=["one", "rows", "wide-ring", "odd-heads"],
 )
 def test_prefill_with_kept_keys_equals_its_reference(
-    counts: list[int], W: int, G: int, M: int, HK: int, HV: int, share: float, dtype: torch.dtype
+    counts: list[int], W: int, G: int, M: int, HK: int, HV: int, share: float | str, dtype: torch.dtype
 ) -> None:
+    """One gate, or one a head that keeps from nothing to everything: the cache, and the attention to it."""
     generator, S = torch.Generator().manual_seed(sum(counts)), sum(counts)
     q, k, v = (
         torch.randn(1, S, heads, size, generator=generator).to(DEVICE, dtype).transpose(1, 2)
         for heads, size in ((G * M, HK), (G, HK), (G, HV))
     )
-    keep = (torch.rand(S, generator=generator) < share).to(DEVICE)
-    bounds = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
-    kept = kept_attention.gather_kept(k, v, keep, bounds, W)
-    rows = keep.split(counts)
-    assert kept.per_row == [int(row.sum()) for row in rows]
-    assert kept.older == [int(row[: max(len(row) - W, 0)].sum()) for row in rows]
-    got = kept_attention.kept_attention(q, k, v, kept, counts, bounds, W, None)
-    want = kept_attention.reference_kept_attention(q, k, v, keep, counts, W, None)
+    chance = torch.linspace(0, 1, G) if share == "heads" else torch.tensor(share)
+    keep = (torch.rand(S, G if share == "heads" else 1, generator=generator) < chance).to(DEVICE)
+    want_stored, got_stored = (laid_out(keep, counts, G, HK, HV, W, k) for _ in range(2))
+    kept.reference_store_kept(k, v, counts, want_stored)
+    size = kept.block_size(q, v)
+    blocks = kept.query_blocks(counts, size).to(DEVICE)
+    kept.store_kept(k, v, blocks, size, got_stored)
+    for name in ("keys", "values", "ring_kept_UW"):
+        torch.testing.assert_close(
+            getattr(got_stored, name), getattr(want_stored, name), rtol=0, atol=0, equal_nan=True
+        )
+    out = torch.full((1, S, G * M, HV), torch.nan, dtype=dtype, device=DEVICE)
+    heads = torch.arange(G, dtype=torch.int32, device=DEVICE)
+    got = kept.kept_attention(q, k, v, got_stored, blocks, size, None, heads, out)
+    want = kept.reference_kept_attention(q, k, v, keep, counts, W, None)
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_attention_to_kept_keys_of_some_heads_leaves_the_others_alone() -> None:
+    S, W, G, M, H = 40, 5, 3, 2, 16
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, S, H, generator=generator).to(DEVICE) for n in (G * M, G, G))
+    keep = (torch.rand(S, G, generator=generator) < 0.4).to(DEVICE)
+    stored = laid_out(keep, [S], G, H, H, W, k)
+    kept.reference_store_kept(k, v, [S], stored)
+    blocks = kept.query_blocks([S], 32).to(DEVICE)
+    out = torch.full((1, S, G * M, H), 7.0, device=DEVICE)
+    some = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    kept.kept_attention(q, k, v, stored, blocks, 32, None, some, out)
+    want = kept.reference_kept_attention(q, k, v, keep, [S], W, None)
+    want[:, :, M : 2 * M] = 7.0
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
+
+
+def test_query_blocks_cover_every_row_once() -> None:
+    blocks = kept.query_blocks([70, 1, 0, 64], 32).tolist()
+    covered = sorted(place for first, _, end, _ in blocks for place in range(first, min(first + 32, end)))
+    assert covered == list(range(135))
+    rows = {(begin, end, row) for _, begin, end, row in blocks}
+    assert rows == {(0, 70, 0), (70, 71, 1), (71, 135, 3)}
+    assert [first - begin for first, begin, _, _ in blocks] == [64, 32, 32, 0, 0, 0]  # most work first
 
 
 def router_call(B: int, D: int, forced: bool, bias: float = 0.1) -> router.RouterCall:

@@ -34,8 +34,8 @@ STRIDES = {f"stride_{name}": "i32" for name in ("qb", "qn", "kb", "kg", "vb", "v
 LINE_STRIDES = {f"stride_{name}": "i32" for name in ("qn", "qs", "kg", "ks", "vg", "vs")}
 for t in ("*bf16", "*fp32"):
     state = {"lengths_ptr": "*i32", "keep_ptr": "*i1"}
-    parts = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32"}
-    layout = {"G": 8, "B": 16, "BLOCK_B": 16, "SLOTS": 16, "PROCESSORS": 132, "LEAST": 6, "MOST": 64}
+    parts = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "share_ptr": "*i32"}
+    layout = {"G": 8, "B": 16, "GATES": 8}
     heads = {"HK": 128, "HV": 128, "BLOCK_HK": 128, "BLOCK_HV": 128}
     new = {"k_ptr": t, "v_ptr": t, "table_ptr": "*i64"}
     for ring in (0, 128):
@@ -43,14 +43,14 @@ for t in ("*bf16", "*fp32"):
         build(
             decode_attention._attend_part,
             {"q_ptr": t, **new, **state, "column_ptr": "*i32", **parts, **STRIDES, "scale": "fp32"},
-            {**layout, **heads, "RING": ring, "M": 4, "BLOCK_M": 16,
+            {**layout, **heads, "RING": ring, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "PROCESSORS": 132, "LEAST": 6,
              "BLOCK_K": 128 if t == "*bf16" else 32, "IEEE": t == "*fp32"},
             num_warps=4, num_stages=3,
         )
         strides = {name: kind for name, kind in STRIDES.items() if "_q" not in name}
         build(
             decode_attention._join_parts, {**parts, "out_ptr": t, **new, **state, **strides},
-            {**layout, **heads, "RING": ring, "N": 32}, num_warps=2,
+            {**layout, **heads, "RING": ring, "N": 32, "BLOCK_P": 16}, num_warps=2,
         )
     half = t == "*bf16"
     build(
