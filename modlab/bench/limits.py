@@ -80,6 +80,8 @@ def synthetic_caches(engine: Engine, lengths_LB: list[list[int]], ratio: float) 
     for like, lengths in zip(known, lengths_LB, strict=True):
         assert like.keys is not None and like.values is not None
         cache = type(like)()
+        if isinstance(like, RingBuffer) and isinstance(cache, RingBuffer):
+            cache.heads = like.heads
         cache.reserve([n + cache.slack(n) for n in lengths], like.keys, like.values)
         assert cache.keys is not None and cache.values is not None
         cache.keys.normal_()

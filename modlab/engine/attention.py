@@ -6,7 +6,8 @@ order, and rows do not see each other.
 
 Both store the new keys and values in the engine's ragged cache, which the model itself never touches.
 
-Shape letters: S tokens of all rows in one line, B rows, N query heads, G kv heads, H head dim.
+Shape letters: S tokens of all rows in one line, B rows, N query heads, G kv heads, H head dim, A gates of a
+layer (1, or G).
 """
 
 from __future__ import annotations
@@ -14,23 +15,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import LayerStep
+from modlab.engine.transfer import Fetched, sent
 from modlab.errors import ModlabError
 from modlab.kernels.decode_attention import (
     decode_attention,
     decode_ring_attention,
+    fold,
     reference_decode_attention,
     reference_decode_ring_attention,
 )
 from modlab.kernels.kept_attention import (
-    gather_kept,
+    Stored,
+    block_size,
     kept_attention,
+    kept_before,
+    older_kept,
+    query_blocks,
     reference_kept_attention,
+    reference_store_kept,
+    store_kept,
 )
 from modlab.kernels.varlen_attention import varlen_attention
 
@@ -40,6 +50,46 @@ UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "alibi")
 
 class CannotCapture(ModlabError):
     """The engine does not cover what this model or this call asks for; the message says what."""
+
+
+class LineBlocks:
+    """The blocks of queries in which kernels run a line, made once for all of its layers.
+
+    Args:
+        counts: tokens of each row.
+        device: of the model.
+    """
+
+    def __init__(self, counts: list[int], device: torch.device) -> None:
+        self.counts, self.device = counts, device
+        self._known: dict[int, Tensor] = {}
+
+    def of(self, size: int) -> Tensor:
+        """int32 [Q, 4], see `query_blocks`."""
+        if size not in self._known:
+            self._known[size] = sent(query_blocks(self.counts, size), self.device)
+        return self._known[size]
+
+
+class KeptKeys:
+    """Whose keys and values one layer of a prefill keeps.
+
+    Args:
+        keep: of each token, bool [S] or [S, A].
+        bounds: where each row begins, and the end of the last, int32 [B + 1].
+        recent: W, latest tokens that each token sees, kept or not.
+        blocks: of the line.
+
+    Attributes:
+        before: kept tokens before each place, int32 [A, S + 1].
+        older: how many each unit keeps that are not recent. The host has to know, to allocate: it asks when
+            the layer begins, and reads when its attention does and the GPU has the projections to run.
+    """
+
+    def __init__(self, keep: Tensor, bounds: Tensor, recent: int, blocks: LineBlocks) -> None:
+        self.keep, self.recent, self.blocks = keep, recent, blocks
+        self.before = kept_before(keep)
+        self.older = Fetched(older_kept(self.before, bounds, recent))
 
 
 @dataclass
@@ -52,9 +102,8 @@ class LayerPrefill:
         columns: columns of those tokens, one row after another, int32 [S].
         bounds: where in that line each row begins, and the end of the last, int32 [B + 1].
         varying: True if the layer runs other numbers of tokens than its neighbours.
-        recent: None, or where routing decides about the cache alone the number of latest tokens that each
-            token may attend to, kept or not; then the layer runs all tokens, and `keep`, bool [S], says which
-            of them are kept.
+        kept: where routing decides about the cache alone, whose keys and values stay; then the layer runs all
+            tokens.
     """
 
     buffer: SegmentedBuffer
@@ -62,8 +111,7 @@ class LayerPrefill:
     columns: Tensor
     bounds: Tensor
     varying: bool
-    recent: int | None = None
-    keep: Tensor | None = None
+    kept: KeptKeys | None = None
 
 
 def prefill_attention(
@@ -82,8 +130,8 @@ def prefill_attention(
     """
     check_supported(kwargs)
     part: LayerPrefill = module.mod_prefill  # type: ignore[assignment]
-    if part.recent is not None:
-        return _keep_keys(part, part.recent, query, key, value, scaling), None
+    if part.kept is not None:
+        return _keep_keys(part, part.kept, query, key, value, scaling), None
     store(part, key[0], value[0])
     return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying), None
 
@@ -121,27 +169,81 @@ def decode_attention_function(
 
 
 def _decode_ring(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
-    """The same where routing decides about the cache alone; `new` are q [B, N, H], k and v [B, G, H]."""
-    position_B = step.position[:, 0]
-    if new[0].is_cuda:
-        return decode_ring_attention(*new, step.table, step.lengths, step.keep, ring, position_B, scale)
-    keys, values, starts = step.stored()
-    return reference_decode_ring_attention(
-        *new, (keys, values), starts, step.lengths, step.keep, ring, position_B, scale
-    )
+    """The same where routing decides about the cache alone; `new` are q [B, N, H], k and v [B, G, H]. A KV
+    head with a gate of its own is a row of the cache."""
+    position_B, shape = step.position[:, 0], new[0].shape
+    q, k, v = (fold(t, len(step.lengths)) for t in new)
+    if q.is_cuda:
+        out = decode_ring_attention(q, k, v, step.table, step.lengths, step.keep, ring, position_B, scale)
+    else:
+        keys, values, starts = step.stored()
+        out = reference_decode_ring_attention(
+            q, k, v, (keys, values), starts, step.lengths, step.keep, ring, position_B, scale
+        )
+    return out.view(*shape[:2], -1)
 
 
 def _keep_keys(
-    part: LayerPrefill, recent: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
-    keep_S, bounds = part.keep, part.bounds
-    assert keep_S is not None and isinstance(part.buffer, RingBuffer)
-    kept = gather_kept(key, value, keep_S, bounds, recent)
-    part.buffer.fill(key[0], value[0], part.counts, keep_S, kept, recent)
+    assert isinstance(part.buffer, RingBuffer)
+    older = kept.older.read()
+    stored = part.buffer.lay_out(part.counts, older, kept.before, kept.recent, key[0], value[0])
+    whole_A = keep_everything(part.counts, older, kept.recent)
     if query.is_cuda:
-        return kept_attention(query, key, value, kept, part.counts, bounds, recent, scaling)
-    return reference_kept_attention(query, key, value, keep_S, part.counts, recent, scaling)
+        size = block_size(query, value)
+        store_kept(key, value, kept.blocks.of(size), size, stored)
+        return attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
+    reference_store_kept(key, value, part.counts, stored)
+    if all(whole_A):
+        return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
+    return reference_kept_attention(query, key, value, kept.keep, part.counts, kept.recent, scaling)
+
+
+def keep_everything(counts: list[int], older: list[int], recent: int) -> list[bool]:
+    """Of each gate, whether it keeps every token that later ones could miss.
+
+    Args:
+        counts: tokens of each row.
+        older: kept tokens of each unit that are not among its row's latest `recent`.
+    """
+    gates = len(older) // len(counts)
+    most = [max(n - recent, 0) for n in counts]
+    return [older[gate::gates] == most for gate in range(gates)]
+
+
+def attend_by_head(
+    part: LayerPrefill,
+    blocks: LineBlocks,
+    stored: Stored,
+    whole_A: list[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    """Heads that keep everything by the dense kernels, which are faster where they have the same work to do,
+    the others by the kernel that passes over what is not kept.
+
+    Args:
+        whole_A: which gates keep everything.
+    """
+    if all(whole_A):
+        return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
+    (N, S), G = query.shape[1:3], key.shape[1]
+    heads = [head for head in range(G) if not whole_A[head % len(whole_A)]]
+    size, device = block_size(query, value), query.device
+    out = query.new_empty(1, S, N, value.shape[3])
+    some = sent(torch.tensor(heads, dtype=torch.int32), device)
+    kept_attention(query, key, value, stored, blocks.of(size), size, scaling, some, out)
+    if len(heads) < G:
+        whole = sent(torch.tensor([head for head in range(G) if head not in heads]), device)
+        queries = (whole[:, None] * (N // G) + torch.arange(N // G, device=device)).flatten()
+        q, k, v = query[:, queries], key[:, whole], value[:, whole]
+        dense = varlen_attention(q, k, v, part.counts, part.bounds, scaling, part.varying)
+        out.index_copy_(2, queries, dense)
+    return out
 
 
 def check_supported(kwargs: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class CudaPythonBranch(Branch):
 
     def decide(self, graph: Any, call: RouterCall) -> Any:
         """One kernel decides and sets a later node's condition: 2 us a layer less than two (docs/log.md)."""
-        if graph is None:
+        if graph is None or call.is_wide:  # its kernel reads one linear map
             return super().decide(graph, call)
         handle, x_BD = self._new_handle(), call.x_BD
         rows, size = x_BD.shape
@@ -106,8 +106,8 @@ class CudaPythonBranch(Branch):
         numbers = (KINDS[x_BD.dtype], x_BD.stride(0), rows, size, warps)
         number_types = (ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_int)
         pointer = ctypes.c_void_p
-        inputs = (call.weight_D, call.bias_1, call.threshold_1, call.position_B)
-        outputs = (call.forced_2, call.gate_B, call.keep_B, call.any_1)
+        inputs = (call.weight, call.bias_A, call.threshold_1, call.position_B)
+        outputs = (call.forced_3, call.gate, call.keep, call.any_1)
         self._launch(
             self.kernel_route, BLOCK, (int(handle), ctypes.c_ulonglong), (x_BD.data_ptr(), pointer),
             *zip(numbers, number_types, strict=True), *((t.data_ptr(), pointer) for t in inputs),
@@ -117,7 +117,7 @@ class CudaPythonBranch(Branch):
 
     def run_decided(self, graph: Any, decided: Any, body: Body) -> None:
         """The IF node whose condition `decide` has set."""
-        if graph is None:
+        if graph is None or isinstance(decided, Tensor):
             super().run_decided(graph, decided, body)
         else:
             self._capture_node(decided, body)

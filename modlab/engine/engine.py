@@ -114,7 +114,8 @@ class Engine:
         return [] if self.routing is None else self.routing.layers
 
     def deciding(self, keep: dict[int, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Inside this block these tables bool [B, P] decide, a routed layer each, instead of gates."""
+        """Inside this block these tables, bool [B, P] or [B, P, G], decide instead of gates, a routed layer
+        each."""
         if self.routing is None:
             return contextlib.nullcontext()
         return routing_override(self.model, RoutingTable(keep))

@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from modlab.cache.bytes import allocated_bytes
 from modlab.engine.choice import MAX_ENDS, choose
 from modlab.engine.prefill import prefill
+from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import Tables
 from modlab.routing.table import RoutingTable
 
@@ -82,7 +83,10 @@ def generate_tokens(
         "new_tokens": len(new),
         "seconds": time.perf_counter() - started,
         "kv_bytes": allocated_bytes([vars(buffer) for buffer in buffers]),
-        "kept_tokens": [list(buffer.lengths) for buffer in buffers],
+        "kept_tokens": [
+            buffer.row_lengths if isinstance(buffer, RingBuffer) else list(buffer.lengths)
+            for buffer in buffers
+        ],
         "tokens_chosen": chooser.where,
     }
     return torch.cat([ids_BT, torch.stack(new, 1).to(ids_BT.device)], dim=1)

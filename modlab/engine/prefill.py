@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
-from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill
+from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill, LineBlocks
 from modlab.engine.compiled import norm_forwards
 from modlab.engine.forms import prefill_forwards
 from modlab.engine.lending import lent, lent_values, unrouted
@@ -79,10 +79,9 @@ def _prefill_line(
     ringed = engine.routed if engine.keep_recent else []
     buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
     layers = [LayerPrefill(buffer, counts, columns_S, bounds.int(), varying=False) for buffer in buffers]
-    for index in ringed:
-        layers[index].recent = engine.keep_recent
     assert engine.form is not None, "calls are refused before"
-    forwards = prefill_forwards(engine.form, engine.layers, engine.routing, layers, bounds[1:] - 1)
+    blocks = LineBlocks(counts, engine.device)
+    forwards = prefill_forwards(engine.form, engine.layers, engine.routing, layers, bounds[1:] - 1, blocks)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
     with (

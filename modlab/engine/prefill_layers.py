@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modlab.engine.attention import LayerPrefill
+from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks
 from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedModule
 from modlab.hf.anatomy import attention_name, mlp_name
@@ -42,10 +42,12 @@ class PrefillLine:
     Attributes:
         routing: of the model; None for a dense one.
         last: last position of each row in the line, long [B].
+        blocks: the line as kernels cut it.
     """
 
     routing: Routing | None
     last: Tensor
+    blocks: LineBlocks
 
 
 class DensePrefill:
@@ -211,10 +213,14 @@ class MLPPrefill(SublayerPrefill):
 class KeptKeysPrefill(RoutedPrefill):
     """The layer runs on all tokens; its attention is told whose keys and values stay."""
 
+    def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
+        super().__init__(layer, index, part, line)
+        self.recent = self.routing.skip.recent(self.routing.config)
+
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
         arguments = super().decide(args, kwargs)
-        assert self.decision is not None
-        self.part.keep = self.decision.keep[0]
+        assert self.decision is not None and self.recent is not None
+        self.part.kept = KeptKeys(self.decision.keep[0], self.part.bounds, self.recent, self.line.blocks)
         return arguments
 
 

@@ -50,7 +50,7 @@ def model_refusal(model: PreTrainedModel) -> str | None:
     for index, layer in enumerate(decoder_layers(model)):
         router = getattr(layer, ROUTER, None)
         if has_form and router is not None and not router.in_kernels:
-            return f"layer {index}: its router is no linear map to one gate ({type(router).__name__})"
+            return f"layer {index}: the engine's kernels do not know its router ({type(router).__name__})"
     decoder_config = decoder_of(model).config.get_text_config(decoder=True)
     if any(indexed(layer) for layer in DynamicCache(config=decoder_config).layers):
         return "its sparse attention picks keys by an index of its own"

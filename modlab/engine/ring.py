@@ -1,10 +1,12 @@
 """How the engine lays out a layer's K/V where routing decides about the cache alone.
 
-Shape letters: B rows, S tokens of all rows in one line, G kv heads, H head dim, W tokens of a ring.
+Shape letters: B rows, S tokens of all rows in one line, G kv heads, H head dim, A gates (1, or G), U units
+(B x A), C capacity, W tokens of a ring.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
@@ -12,65 +14,81 @@ import torch
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
-from modlab.kernels.kept_attention import KeptKeys
+from modlab.engine.transfer import sent
+from modlab.kernels.kept_attention import Stored
 
 
 class RingBuffer(SegmentedBuffer):
     """Each row's segment is a ring of its latest W tokens and, behind it, the older tokens that are kept; see
-    `kernels/decode_attention.py`, which goes on with it.
+    `kernels/decode_attention.py`, which goes on with it. Where each KV head has a gate, the heads of a row
+    have segments of their own, one after another: `starts`, `lengths` and `capacities` are of B x G.
 
     Attributes:
-        ring_kept: which tokens of the ring are kept, bool [B, W]; False where there is none yet.
+        heads: A, segments of a row.
+        ring_kept: which tokens of each ring are kept, bool [U, W]; False where there is none yet.
     """
 
     notes: ClassVar[dict[str, torch.dtype]] = {}
     """Nobody asks in which column a token of a ring stood."""
 
+    heads: int = 1
     ring_kept: Tensor
 
-    def fill(
+    def lay_out(
         self,
+        counts: list[int],
+        older: list[int],
+        before_AS: Tensor,
+        recent: int,
         k_GSH: Tensor,
         v_GSH: Tensor,
-        counts: list[int],
-        keep_S: Tensor,
-        kept: KeptKeys,
-        recent: int,
-    ) -> None:
-        """Lays the layer out with room for decoding.
+    ) -> Stored:
+        """Makes room for a prefill's tokens and for decoding; what a kernel then fills.
 
         Args:
-            k_GSH, v_GSH: keys and values of the rows one after another.
             counts: tokens of each row.
-            keep_S: which tokens are kept, bool.
-            kept: those.
+            older: kept tokens of each unit that are not among the latest of its row.
+            before_AS: see `kernels/kept_attention.py`.
             recent: W.
+            k_GSH, v_GSH: keys and values of the rows one after another, for their heads and type.
         """
-        lengths = [min(n, recent) + old for n, old in zip(counts, kept.older, strict=True)]
-        self.reserve([n + self.slack(n) for n in lengths], k_GSH[None], v_GSH[None])
-        self.ring_kept = keep_S.new_zeros(len(counts), recent)
+        self.heads = len(before_AS)
+        latest = [min(n, recent) for n in counts for _ in range(self.heads)]
+        lengths = [ring + old for ring, old in zip(latest, older, strict=True)]
+        heads = slice(None) if self.heads == 1 else slice(1)
+        self.reserve([n + self.slack(n) for n in lengths], k_GSH[heads], v_GSH[heads])
         assert self.keys is not None and self.values is not None
-        first, first_kept = 0, 0
-        for row, (start, n, old) in enumerate(zip(self.starts, counts, kept.older, strict=True)):
-            end, ring = first + n, min(n, recent)
-            turned = n % recent if n > recent else 0  # place of the oldest token in the ring
-            pieces = [(end - ring, turned, ring - turned), (end - turned, 0, turned)]
-            for buffer, line, gathered in (
-                (self.keys, k_GSH, kept.keys),
-                (self.values, v_GSH, kept.values),
-            ):
-                for source, place, size in pieces:
-                    into = slice(start + place, start + place + size)
-                    buffer[:, into] = line[:, source : source + size]
-                buffer[:, start + ring : start + ring + old] = gathered[:, first_kept : first_kept + old]
-            for source, place, size in pieces:
-                self.ring_kept[row, place : place + size] = keep_S[source : source + size]
-            first, first_kept = end, first_kept + kept.per_row[row]
         self.lengths = lengths
+        self.ring_kept = torch.zeros(len(lengths), recent, dtype=torch.bool, device=k_GSH.device)
+        starts_U = sent(torch.tensor(self.starts), k_GSH.device)
+        return Stored(self.keys, self.values, starts_U, self.ring_kept, before_AS)
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row; of its heads on the mean, rounded up."""
+        by_row = zip(*[iter(self.lengths)] * self.heads, strict=True)
+        return [-(-sum(lengths) // self.heads) for lengths in by_row]
+
+    def grow(self) -> None:
+        """As of any buffer, but all segments, of which there may be hundreds, are moved at once."""
+        assert self.keys is not None and self.values is not None
+        capacities = [n + self.slack(n) for n in self.lengths]
+        *starts, total = itertools.accumulate(capacities, initial=0)
+        device = self.keys.device
+        moved_U = sent(
+            torch.tensor([old - new for old, new in zip(self.starts, starts, strict=True)]), device
+        )
+        room_U = sent(torch.tensor(capacities), device)
+        # A free place takes over what is behind the segment, or the buffer's last place: nobody reads it.
+        at_C = torch.arange(total, device=device) + moved_U.repeat_interleave(room_U, output_size=total)
+        at_C = at_C.clamp_max(self.keys.shape[1] - 1)
+        self.keys, self.values = self.keys.index_select(1, at_C), self.values.index_select(1, at_C)
+        self.starts, self.capacities = starts, capacities
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """The rows of several buffers, one after another, in one."""
         whole = super().joined(parts)
+        whole.heads = parts[0].heads
         whole.ring_kept = torch.cat([part.ring_kept for part in parts])
         return whole

@@ -44,7 +44,10 @@ class Step:
         assert engine.form is not None, "calls are refused before"
         self.form = engine.form
         skips_keys = routing is not None and not routing.skip.stores_all
-        self.tables = Tables(len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent)
+        gates = routing.gates if routing is not None else {}
+        self.tables = Tables(
+            len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent, gates
+        )
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor

@@ -22,6 +22,7 @@ from modlab.execution.routed import CALL, RoutedLayer
 from modlab.hf.anatomy import attention_name, mlp_name
 from modlab.hf.arguments import LayerArguments
 from modlab.kernels.decode_router import RouterCall
+from modlab.routing.router import HiddenRouter
 from modlab.routing.state import Routing
 from modlab.skips.base import Part
 
@@ -127,19 +128,22 @@ class RoutedStep(DenseStep):
         self.step.branch.run_decided(self.step.graph, decided, body)
 
     def _router_call(self, arguments: LayerArguments) -> RouterCall:
-        tables, router = self.step.tables, self.router
+        tables, router, weights = self.step.tables, self.router, self.layer.mod_router
+        hidden = isinstance(weights, HiddenRouter)
         return RouterCall(
             x_BD=arguments.residual_BTD[:, 0],
-            weight_D=self.layer.mod_router.weight,
-            bias_1=self.layer.mod_router.bias,
+            weight=weights.weight,
+            bias_A=weights.bias,
             threshold_1=router.threshold,
             position_B=tables.position[:, 0],
             keep_first=self.routing.config.keep_first,
-            forced_BP=tables.forced.get(self.index),
-            forced_2=router.forced,
-            gate_B=router.gate,
-            keep_B=router.keep,
+            forced=tables.forced.get(self.index),
+            forced_3=router.forced,
+            gate=router.gate,
+            keep=router.keep,
             any_1=router.any,
+            into_KD=weights.into if hidden else None,
+            out_AK=weights.out if hidden else None,
         )
 
 

@@ -159,7 +159,8 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
         not in a better way); compiled (True, False or "layers"), and uncompiled: the parts that torch.compile
         failed on, with the reason; batch_sizes captured; last: fast, why (not), rows,
         prompt_tokens a row, new_tokens, tokens_chosen ("in the step" or "on the host"), seconds, kv_bytes
-        allocated, kept_tokens [L][B]: those whose keys and values are stored.
+        allocated, kept_tokens [L][B]: those whose keys and values are stored (of KV heads with gates of their
+        own the mean, rounded up).
     """
     if not is_fast(model):
         return {"enabled": False}

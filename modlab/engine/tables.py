@@ -3,7 +3,8 @@
 A CUDA graph knows addresses, not tensors. The tables below never move; what they point to may: a KV buffer
 that grows is entered again, and the captured graph goes on.
 
-Shape letters: B rows, L layers, G kv heads, H head dim, P positions of a routing table.
+Shape letters: B rows, L layers, G kv heads, H head dim, A gates of a layer, U rows of a layer's cache (B, or
+B x G where each KV head has a gate), P positions of a routing table.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ class LayerStep:
     """One layer's state, as its attention sees it while decoding.
 
     Attributes:
-        table: int64 [4 + B], addresses, capacity and row starts; see `kernels/decode_attention.py`.
-        lengths: int32 [B], tokens stored; the kernels count it up.
-        keep: bool [B], rows that run this attention in this step.
+        table: int64 [4 + U], addresses, capacity and row starts; see `kernels/decode_attention.py`.
+        lengths: int32 [U], tokens stored; the kernels count it up.
+        keep: bool [U], rows that run this attention in this step.
         column: int32 [B], column of the new token, shared by all layers.
         ring: where routing decides about the cache alone, which tokens of each row's ring are kept, bool
-            [B, W]; then all rows run, and `keep` says whose new token outlives the ring.
+            [U, W]; then all rows run, and `keep` says whose new token outlives the ring.
         position: long [B, 1], index of the new token among the real ones of its row, shared by all layers.
         buffer: what `table` points to while a generation is under way.
     """
@@ -51,8 +52,8 @@ class LayerStep:
 
 @dataclass
 class RouterState:
-    """One routed layer's decision in this step: gate fp32 [B], keep bool [B], any bool [1]; its threshold
-    fp32 [1] and the address and length of a forced table, int64 [2].
+    """One routed layer's decision in this step: gate fp32 [B] or [B, A], keep bool of that shape, any bool
+    [1]; its threshold fp32 [1] and what kernels know of a forced table, int64 [3] (`RouterCall.forced_3`).
     """
 
     gate: Tensor
@@ -73,6 +74,7 @@ class Tables:
         skips_keys: whether a row that skips leaves out attention, and with it the new key and value; False
             where routers decide for MLPs alone.
         recent: W, where routers decide about the cache alone.
+        gates: A of each routed layer; one by default.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Tables:
         device: torch.device,
         skips_keys: bool = True,
         recent: int | None = None,
+        gates: dict[int, int] | None = None,
     ) -> None:
         def full(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -92,27 +95,32 @@ class Tables:
         self.position = full(0, batch, 1, dtype=torch.long)
         self.choice = Choice.on(device, batch)
         everyone = full(1, batch, dtype=torch.bool)
+        numbers = dict.fromkeys(routed, 1) | (gates or {})
+        shapes = {layer: (batch, *[n] * (n > 1)) for layer, n in numbers.items()}
         self.routers = {
             layer: RouterState(
-                gate=full(0, batch, dtype=torch.float32),
-                keep=full(0, batch, dtype=torch.bool),
+                gate=full(0, *shape, dtype=torch.float32),
+                keep=full(0, *shape, dtype=torch.bool),
                 any=full(0, 1, dtype=torch.bool),
                 threshold=full(0, 1, dtype=torch.float32),
-                forced=full(0, 2, dtype=torch.long),
+                forced=full(0, 3, dtype=torch.long),
             )
-            for layer in routed
+            for layer, shape in shapes.items()
         }
-        self.layers = [
-            LayerStep(
-                table=full(0, ADDRESS_SLOTS + batch, dtype=torch.long),
-                lengths=full(0, batch, dtype=torch.int32),
-                keep=self.routers[layer].keep if skips_keys and layer in self.routers else everyone,
+
+        def layer_step(layer: int) -> LayerStep:
+            routed_here = layer in self.routers
+            keep = self.routers[layer].keep.view(-1) if skips_keys and routed_here else everyone
+            return LayerStep(
+                table=full(0, ADDRESS_SLOTS + len(keep), dtype=torch.long),
+                lengths=full(0, len(keep), dtype=torch.int32),
+                keep=keep,
                 column=self.column,
-                ring=full(0, batch, recent, dtype=torch.bool) if recent and layer in self.routers else None,
+                ring=full(0, len(keep), recent, dtype=torch.bool) if recent and routed_here else None,
                 position=self.position,
             )
-            for layer in range(num_layers)
-        ]
+
+        self.layers = [layer_step(layer) for layer in range(num_layers)]
         self.bounds: list[int] = []
         self.thresholds: dict[int, float] = {}
         self.forced: dict[int, Tensor] = {}
@@ -171,9 +179,9 @@ class Tables:
 
     def read_lengths(self) -> None:
         """Brings the buffers' own lengths up to date (a host sync)."""
-        lengths_LB = torch.stack([layer.lengths for layer in self.layers]).tolist()
-        for buffer, lengths in zip(self.buffers, lengths_LB, strict=True):
-            buffer.lengths = lengths
+        lengths = torch.cat([layer.lengths for layer in self.layers]).tolist()
+        for layer, buffer in zip(self.layers, self.buffers, strict=True):
+            buffer.lengths, lengths = lengths[: len(layer.lengths)], lengths[len(layer.lengths) :]
 
     def set_thresholds(self, thresholds: dict[int, float]) -> None:
         """Takes over live thresholds; nothing is copied while they stand still."""
@@ -183,7 +191,8 @@ class Tables:
             self.thresholds = dict(thresholds)
 
     def force(self, tables: dict[int, Tensor]) -> None:
-        """Lets tables bool [B, P] decide instead of gates; an empty dict gives the decision back."""
+        """Lets tables bool [B, P] or [B, P, A] decide instead of gates; an empty dict gives the decision
+        back."""
         if not tables and not self.forced:
             return
         self.forced = tables  # kept alive: the kernels hold addresses only
@@ -212,5 +221,7 @@ def _addresses(buffer: SegmentedBuffer) -> list[int]:
 
 
 def _place(table: Tensor | None) -> list[int]:
-    """Address and positions of a routing table; address 0 lets the gate decide."""
-    return [0, 0] if table is None else [table.data_ptr(), table.shape[1]]
+    """What `RouterCall.forced_3` says of a routing table."""
+    if table is None:
+        return [0, 0, 0]
+    return [table.data_ptr(), table.shape[1], table.shape[2] if table.dim() == 3 else 1]

@@ -39,8 +39,8 @@ KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
 
 ADDRESS_SLOTS = 4
 LEAST_PARTS = 6
-"""Parts that a head's keys are cut into on the mean, at least: one program runs on a multiprocessor at a time, and
-the last wave of them should be nearly full."""
+"""Parts that a head's keys are cut into on the mean, at least: a multiprocessor runs one program at a time,
+and the last wave of them should be nearly full."""
 
 
 def reference_decode_attention(
@@ -139,7 +139,7 @@ def _softmax_row(q_NH: Tensor, k_GKH: Tensor, v_GKH: Tensor, scale: float) -> Te
 
 
 def fold(x_BNH: Tensor, rows: int) -> Tensor:
-    """[U, N / heads, H] for a cache of `rows` U, the heads of a row one after another; as it is where U is B."""
+    """[U, N / heads, H] for a cache of `rows` U, the heads of a row one after another; as it is if U is B."""
     return x_BNH if len(x_BNH) == rows else x_BNH.reshape(rows, -1, x_BNH.shape[2])
 
 
@@ -171,8 +171,8 @@ if triton is not None:
         B: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
         PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr,
     ):  # fmt: skip
-        """Into how many parts a head of each row is cut, and of how many blocks a part is; on the device, as only
-        there is it known how long rows are and which of them keep.
+        """Into how many parts a head of each row is cut, and of how many blocks a part is: on the device, as
+        only there is it known how long rows are and which of them keep.
 
         The smallest parts, all of one size, that are not more than `most_programs`. Rows of one length could
         do with the mean; of others each leaves a part that is not full.

@@ -78,7 +78,7 @@ def block_size(q: Tensor, v: Tensor) -> int:
 
 def query_blocks(counts: list[int], size: int) -> Tensor:
     """Blocks of `size` tokens that lie in one row each: where a block begins, where its row begins and ends,
-    which row that is; int32 [Q, 4], on the host. The last of their rows, which have most to do, come first."""
+    which row that is; int32 [Q, 4], on the host. Those with most tokens before them come first."""
     blocks, begin = [], 0
     for row, n in enumerate(counts):
         blocks += [(first, begin, begin + n, row) for first in range(begin, begin + n, size)]
@@ -294,7 +294,8 @@ def store_kept(k_1GSH: Tensor, v_1GSH: Tensor, blocks_Q4: Tensor, size: int, sto
     before = stored.before_AS
     _store[(len(blocks_Q4), G)](
         k, v, before, blocks_Q4, stored.starts_U, stored.keys, stored.values,
-        stored.ring_kept_UW.view(torch.int8), k.stride(1), k.stride(2), v.stride(1), v.stride(2), before.shape[1], stored.keys.shape[1],
+        stored.ring_kept_UW.view(torch.int8), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
+        before.shape[1], stored.keys.shape[1],
         A=len(before), HK=HK, HV=HV, BLOCK_HK=triton.next_power_of_2(HK),
         BLOCK_HV=triton.next_power_of_2(HV), BLOCK_S=size, W=stored.ring_kept_UW.shape[1], num_warps=4,
     )  # fmt: skip

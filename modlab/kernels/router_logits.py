@@ -2,7 +2,8 @@
 
 That copy is 0.5 GB to write and to read in each routed layer, for 32,768 tokens of width 4,096.
 
-Shape letters: B batch rows, T tokens in, S tokens in all, D model dim.
+Shape letters: B batch rows, T tokens in, S tokens in all, D model dim, A gates of a layer, K units of a
+hidden layer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modlab.routing.router import Router
+from modlab.routing.router import HiddenRouter, Router
 
 try:
     import triton
@@ -21,9 +22,13 @@ except ImportError:  # see decode_attention
 BLOCK_S = 16
 """Tokens of one program; each is read once, so this only has to keep the memory busy."""
 
+WIDE_BLOCK_S = 64
+"""The same where a router has several gates or a hidden layer, whose weights every program reads."""
+
 
 def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
-    """Router logits, fp32 [B, T]: by the kernel on a GPU, else by the router's own forward, the reference."""
+    """Router logits, fp32 [B, T] or [B, T, A]: by a kernel on a GPU, else by the router's own forward, the
+    reference."""
     half = x_BTD.dtype in (torch.bfloat16, torch.float16)
     if not x_BTD.is_cuda or not half or x_BTD.stride(-1) != 1:
         return router(x_BTD)
@@ -31,15 +36,26 @@ def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
 
 
 def kernel_router_logits(router: Router, x_BTD: Tensor) -> Tensor:
-    """`Router.forward` by one Triton kernel; the innermost dimension of x must be contiguous."""
+    """`router.forward` by one Triton kernel; the innermost dimension of x must be contiguous."""
     x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
     S, D = x_SD.shape
-    out_S = torch.empty(S, dtype=torch.float32, device=x_SD.device)
-    _logits[(triton.cdiv(S, BLOCK_S),)](
-        x_SD, router.weight, router.bias, out_S, x_SD.stride(0), S,
-        D=D, BLOCK_S=BLOCK_S, BLOCK_D=min(triton.next_power_of_2(D), 512), num_warps=4,
+    A, hidden = len(router.bias), isinstance(router, HiddenRouter)
+    shape = (*x_BTD.shape[:-1], *router.weight.shape[:-1])
+    out = torch.empty(shape, dtype=torch.float32, device=x_SD.device)
+    if A == 1 and not hidden:
+        _logits[(triton.cdiv(S, BLOCK_S),)](
+            x_SD, router.weight, router.bias, out, x_SD.stride(0), S,
+            D=D, BLOCK_S=BLOCK_S, BLOCK_D=min(triton.next_power_of_2(D), 512), num_warps=4,
+        )  # fmt: skip
+        return out
+    into, back = (router.into, router.out) if isinstance(router, HiddenRouter) else (router.weight,) * 2
+    K = len(into) if hidden else 0
+    _wide_logits[(triton.cdiv(S, WIDE_BLOCK_S),)](
+        x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
+        A=A, K=K, D=D, BLOCK_A=max(16, triton.next_power_of_2(A)),
+        BLOCK_K=max(16, triton.next_power_of_2(K or 1)), BLOCK_S=WIDE_BLOCK_S, BLOCK_D=64, num_warps=4,
     )  # fmt: skip
-    return out_S.view(x_BTD.shape[:-1])
+    return out
 
 
 if triton is not None:
@@ -60,3 +76,44 @@ if triton is not None:
             weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
             logit += tl.sum(values.to(tl.float32) * weight[None, :], 1)
         tl.store(out_ptr + row, logit + tl.load(bias_ptr), mask=inside)
+
+    @triton.jit
+    def _wide_logits(
+        x_ptr, weight_ptr, bias_ptr, into_ptr, back_ptr, out_ptr, stride_x, rows,
+        A: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """The gates of some tokens; x has half precision, so three passes of tf32 are as exact as fp32."""
+        row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+        inside = row < rows
+        a, k = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
+        x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_x
+        logit = tl.zeros([BLOCK_S, BLOCK_A], tl.float32)
+        hidden = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+        squares = tl.zeros([BLOCK_S], tl.float32)
+        for at in range(0, D, BLOCK_D):
+            d = at + tl.arange(0, BLOCK_D)
+            x = tl.load(x_rows + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            x = x.to(tl.float32)
+            weight = tl.load(
+                weight_ptr + a[None, :] * D + d[:, None], mask=(a < A)[None, :] & (d < D)[:, None], other=0.0
+            )
+            logit += tl.dot(x, weight, input_precision="tf32x3")
+            if K:
+                into = tl.load(
+                    into_ptr + k[None, :] * D + d[:, None],
+                    mask=(k < K)[None, :] & (d < D)[:, None], other=0.0,
+                )  # fmt: skip
+                hidden += tl.dot(x, into, input_precision="tf32x3")
+                squares += tl.sum(x * x, 1)
+        if K:
+            norm = tl.rsqrt(squares / D + 1e-6)[:, None]
+            hidden = hidden * norm
+            hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
+            back = tl.load(
+                back_ptr + a[None, :] * K + k[:, None], mask=(a < A)[None, :] & (k < K)[:, None], other=0.0
+            )
+            logit = logit * norm + tl.dot(hidden, back, input_precision="tf32x3")
+        logit += tl.load(bias_ptr + a, mask=a < A, other=0.0)[None, :]
+        at_out = row.to(tl.int64)[:, None] * A + a[None, :]
+        tl.store(out_ptr + at_out, logit, mask=inside[:, None] & (a < A)[None, :])

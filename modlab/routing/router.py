@@ -68,9 +68,9 @@ class Router(nn.Module):
 
     @property
     def in_kernels(self) -> bool:
-        """Whether fast generation's kernels can read it: one gate by one linear map. A subclass that computes
-        its logits in another way says False."""
-        return self.weight.dim() == 1
+        """Whether fast generation's kernels can read it. A subclass that computes its logits in another way
+        says False."""
+        return True
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Router logits, fp32 [B, T] or [B, T, G]; their sigmoid is the gate."""
@@ -119,10 +119,6 @@ class HiddenRouter(Router):
         into_KD = torch.randn(hidden, hidden_size, generator=torch.Generator().manual_seed(0))
         self.into = nn.Parameter((into_KD * hidden_size**-0.5).to(device))
         self.out = nn.Parameter(torch.zeros(gates, hidden, device=device))
-
-    @property
-    def in_kernels(self) -> bool:
-        return False
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Router logits, fp32 [B, T] or [B, T, G]."""

@@ -1,6 +1,6 @@
 """Routing decided beforehand: which tokens each layer keeps, as a table that a GPU kernel can read.
 
-Shape letters: B batch rows, T tokens in, P positions.
+Shape letters: B batch rows, T tokens in, P positions, G gates of a layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class RoutingTable:
 
     Args:
         keep: by routed layer, bool [B, P]: whether row b keeps its token at position p (counted among the
-            row's real tokens). Rows of a batch of 1 serve any batch.
+            row's real tokens); [B, P, G] where each gate of a layer has an answer of its own. Rows of a batch
+            of 1 serve any batch.
 
     Raises:
         ModlabError: tables of other types or of different shapes.
@@ -26,13 +27,17 @@ class RoutingTable:
 
     def __init__(self, keep: dict[int, Tensor]) -> None:
         shapes = {tuple(table.shape) for table in keep.values()}
-        if len(shapes) != 1 or any(t.dtype != torch.bool or t.dim() != 2 for t in keep.values()):
-            raise ModlabError("a RoutingTable takes bool tensors [rows, positions], all of one shape.")
+        if len(shapes) != 1 or any(t.dtype != torch.bool or t.dim() not in (2, 3) for t in keep.values()):
+            raise ModlabError(
+                "a RoutingTable takes bool tensors [rows, positions] or [rows, positions, gates], all of one "
+                "shape."
+            )
         self.keep = keep
-        self.rows, self.positions = shapes.pop()
+        self.rows, self.positions, *_ = shapes.pop()
 
     def lookup(self, layer_idx: int, row: Tensor, position: Tensor) -> Tensor:
-        """Keep of the tokens at `position` (long, any shape) of rows `row` (broadcastable)."""
+        """Keep of the tokens at `position` (long, any shape) of rows `row` (broadcastable), with the gates as
+        a last axis where the table has them."""
         table = self.keep.get(layer_idx)
         if table is None:
             raise ModlabError(f"the RoutingTable has no layer {layer_idx}; it has {sorted(self.keep)}.")
@@ -41,7 +46,8 @@ class RoutingTable:
         return table[row.clamp_max(self.rows - 1), position.clamp(0, self.positions - 1)]
 
     def __call__(self, layer_idx: int, gate: Tensor, position_ids: Tensor) -> Tensor:
-        """Keep [B, T] of the tokens at `position_ids` [B, T]; the last position serves all later ones."""
+        """Keep [B, T] or [B, T, G] of the tokens at `position_ids` [B, T]; the last position serves all later
+        ones."""
         self._check_rows(gate.shape[0])
         rows_B1 = torch.arange(gate.shape[0], device=position_ids.device)[:, None]
         return self.lookup(layer_idx, rows_B1, position_ids)
@@ -51,6 +57,7 @@ class RoutingTable:
             raise ModlabError(f"the RoutingTable has {self.rows} rows, the batch has {batch}.")
 
     def for_rows(self, layer_idx: int, batch: int, device: torch.device) -> Tensor:
-        """The layer's table, bool [B, P], contiguous on `device`."""
+        """The layer's table, bool [B, P] or [B, P, G], contiguous on `device`."""
         self._check_rows(batch)
-        return self.keep[layer_idx].to(device).expand(batch, -1).contiguous()
+        table = self.keep[layer_idx].to(device)
+        return table.expand(batch, *table.shape[1:]).contiguous()

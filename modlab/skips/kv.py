@@ -100,6 +100,4 @@ class KeyValueSkip(Skip):
         return config.keep_first + config.keep_recent + 2
 
     def why_no_engine(self, config: MoDConfig) -> str:
-        if config.gates == "kv_head":
-            return "gates='kv_head' has no form in the engine yet"
-        return "router_hidden has no form in the engine's kernels yet" if config.router_hidden else ""
+        return ""

@@ -95,8 +95,11 @@ def test_a_skip_without_a_form_runs_without_the_engine(monkeypatch: pytest.Monke
     [
         *((skip, {"gate": gate}) for skip in SUBLAYERS for gate in ("straight-through", "fused", "paper")),
         *(("kv", {"keep_recent": recent}) for recent in (1, RECENT, 16, 200)),
+        *(("kv", {"keep_recent": recent, "gates": "kv_head"}) for recent in (1, RECENT, 16, 200)),
+        *((skip, {"router_hidden": 5}) for skip in SKIPS),
+        ("kv", {"router_hidden": 5, "gates": "kv_head"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else str(*value.values()),
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_same_tokens_as_the_ordinary_path(
     skip: str, fields: dict[str, Any], lengths: tuple[int, ...]

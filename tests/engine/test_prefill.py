@@ -13,9 +13,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 import modlab
+from modlab.engine import attention as attention_module
 from modlab.engine import compiled as compiled_module
 from modlab.engine.compiled import Compiler, norm_forwards
 from modlab.engine.prefill import prefill
+from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import Tables
 from modlab.families.tiny_models import tiny_model
 from modlab.kernels import varlen_attention as varlen
@@ -51,6 +53,17 @@ class Waits(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def leave_references_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for a kernel on a machine without a GPU asks for values as it likes."""
+    reference = attention_module.reference_store_kept
+
+    def uncounted(*args: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            reference(*args)
+
+    monkeypatch.setattr(attention_module, "reference_store_kept", uncounted)
+
+
 def test_the_counter_sees_what_waits() -> None:
     x = torch.arange(4)
     with Waits() as waits:
@@ -60,30 +73,63 @@ def test_the_counter_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "skip"),
+    ("gate", "skip", "gates"),
     [
-        ("straight-through", "layer"),
-        ("straight-through", "attention"),
-        ("straight-through", "kv"),
-        ("paper", "layer"),
-        ("paper", "attention"),
+        ("straight-through", "layer", "layer"),
+        ("straight-through", "attention", "layer"),
+        ("straight-through", "kv", "layer"),
+        ("straight-through", "kv", "kv_head"),
+        ("paper", "layer", "layer"),
+        ("paper", "attention", "layer"),
     ],
 )
 @pytest.mark.parametrize("lengths", [(30,), (30, 3, 12)], ids=str)
-def test_prefill_waits_once_a_routed_layer(gate: str, skip: str, lengths: tuple[int, ...]) -> None:
-    model, inputs = llama_on_device(gate=gate, skip=skip), prompts(*lengths)
+def test_prefill_waits_once_a_routed_layer(
+    gate: str, skip: str, gates: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_references_out(monkeypatch)
+    model, inputs = llama_on_device(gate=gate, skip=skip, gates=gates), prompts(*lengths)
     modlab.enable_fast_generation(model, compile=False)
     engine = model.__dict__["mod_engine"]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with Waits() as waits:
         _, caches, counts = prefill(engine, ids, mask)
-        tables = Tables(6, model.mod.layers, len(lengths), DEVICE, recent=engine.keep_recent)
+        tables = Tables(6, model.mod.layers, len(lengths), DEVICE, True, engine.keep_recent, model.mod.gates)
         before = waits.calls.copy()
         tables.attach(caches, ids.shape[1], counts)
-    assert any(n < sum(lengths) for n in map(sum, (cache.lengths for cache in caches))), "nothing was skipped"
+    stored = [cache.row_lengths if isinstance(cache, RingBuffer) else cache.lengths for cache in caches]
+    assert any(sum(rows) < sum(lengths) for rows in stored), "nothing was skipped"
     assert before == {"tolist": 1 + len(model.mod.layers)}  # the mask, then each decision
     assert waits.calls == before
     assert tables.position.flatten().tolist() == list(lengths)
+
+
+class Order(Waits):
+    """Notes waits and linear maps as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITING or func is torch.nn.functional.linear:
+            self.seen.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="routers run as kernels there")
+@pytest.mark.parametrize("gates", ["layer", "kv_head"])
+def test_the_wait_for_kept_keys_comes_once_the_gpu_has_projections_to_run(
+    gates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_references_out(monkeypatch)
+    model, inputs = llama_on_device(skip="kv", gates=gates), prompts(30)
+    modlab.enable_fast_generation(model, compile=False)
+    with Order() as order:
+        prefill(model.__dict__["mod_engine"], inputs["input_ids"], None)
+    text = " ".join(order.seen).replace("linear", "x")
+    # a routed layer: its router, q, k, v; the wait; output projection, MLP
+    assert text.count("x x x x tolist x x x x") == text.count("tolist") == len(model.mod.layers)
 
 
 def test_a_dense_prefill_waits_for_nothing(make_llama: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
-from modlab.routing.router import Router
+from modlab.routing.router import HiddenRouter, Router
 
 
 def tiny_config(**changes: object) -> LlamaConfig:
@@ -44,6 +44,8 @@ def routed_llama(
     gate: Any = "straight-through",
     skip: Any = "layer",
     keep_recent: int = 4,
+    gates: Any = "layer",
+    router_hidden: int = 0,
     scale: float = 1.0,
     device: torch.device | str = "cpu",
     **changes: Any,
@@ -51,13 +53,16 @@ def routed_llama(
     """The tiny converted Llama with random routers: its gates differ from token to token.
 
     Args:
-        gate, skip, keep_recent: of its MoDConfig, which routes layers 1, 3 and 5.
+        gate, skip, keep_recent, gates, router_hidden: of its MoDConfig, which routes layers 1, 3 and 5.
         scale: how far apart the gates are, see `scatter_gates`.
         device: where it is.
         changes: made to the dense model's config.
     """
     model = modlab.convert(
-        dense_llama(**changes), alternate_layers(gate=gate, skip=skip, keep_recent=keep_recent)
+        dense_llama(**changes),
+        alternate_layers(
+            gate=gate, skip=skip, keep_recent=keep_recent, gates=gates, router_hidden=router_hidden
+        ),
     )
     return scatter_gates(model, scale).to(device)
 
@@ -66,7 +71,7 @@ def scatter_gates(model: Any, scale: float = 1.0, seed: int = 0) -> Any:
     """Random router weights in a converted model, so that its gates differ from token to token.
 
     Args:
-        scale: norm of each router's weight, so about the standard deviation of its logits.
+        scale: norm of each gate's weight, so about the standard deviation of its logits.
 
     Returns:
         The model.
@@ -75,8 +80,12 @@ def scatter_gates(model: Any, scale: float = 1.0, seed: int = 0) -> Any:
     for module in model.modules():
         if isinstance(module, Router):
             weight = torch.randn(module.weight.shape, generator=generator)
-            module.weight.data.copy_(weight * scale / weight.norm())
+            module.weight.data.copy_(weight * scale / weight.norm(dim=-1, keepdim=True))
             module.bias.data.zero_()
+        if isinstance(module, HiddenRouter):  # its input is normalised, and so larger
+            module.weight.data.mul_(module.weight.shape[-1] ** -0.5)
+            out = torch.randn(module.out.shape, generator=generator)
+            module.out.data.copy_(out * scale / out.norm(dim=-1, keepdim=True))
     return model
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import modlab
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.kernels import decode_attention as attention
 from modlab.kernels import decode_linear as linear
@@ -18,7 +19,7 @@ from modlab.kernels import decode_router as router
 from modlab.kernels import kept_attention as kept
 from modlab.kernels import router_logits
 from modlab.kernels.kept_attention import Stored
-from modlab.routing.router import Router
+from modlab.routing.router import HiddenRouter, make_router
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
@@ -122,8 +123,8 @@ attention_least = tl.constexpr(attention.LEAST_PARTS)
 @pytest.mark.parametrize("lengths", ["equal", "heads", "random", "one"])
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_parts_fill_the_multiprocessors(rows: int, lengths: str, kv_heads: int) -> None:
-    """However many rows keep and however long they are: every key is in a part, and no part is much longer than
-    the mean that would keep all multiprocessors busy to the end."""
+    """However many rows keep and however long they are: every key is in a part, and no part is much longer
+    than the mean that would keep all multiprocessors busy to the end."""
     generator = torch.Generator().manual_seed(rows)
     lengths_B = {
         "equal": torch.full((rows,), 32768),
@@ -217,7 +218,7 @@ def test_ring_attention_equals_its_reference(
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
-    """Two rows of three KV heads, each head with its own ring, from empty to far longer than its neighbours."""
+    """Two rows of three KV heads, each with a ring of its own, from empty to far longer than others."""
     W, H, rows, G, M = 5, 16, 2, 3, 2
     generator = torch.Generator().manual_seed(11)
     older = [0, 300, 3, 40, 0, 0]
@@ -278,9 +279,7 @@ def laid_out(keep: Tensor, counts: list[int], G: int, HK: int, HV: int, W: int, 
     gates = len(before)
     lengths = [min(n, W) + old for n, old in zip(np.repeat(counts, gates).tolist(), older, strict=True)]
     starts = torch.tensor([0, *(n + 3 for n in lengths)]).cumsum(0)
-    keys, values = (
-        like.new_full((G if gates == 1 else 1, int(starts[-1]), H), torch.nan) for H in (HK, HV)
-    )
+    keys, values = (like.new_full((G if gates == 1 else 1, int(starts[-1]), H), torch.nan) for H in (HK, HV))
     ring = torch.zeros(len(lengths), W, dtype=torch.bool, device=DEVICE)
     return Stored(keys, values, starts[:-1].to(DEVICE), ring, before)
 
@@ -349,40 +348,72 @@ def test_query_blocks_cover_every_row_once() -> None:
     assert [first - begin for first, begin, _, _ in blocks] == [64, 32, 32, 0, 0, 0]  # most work first
 
 
-def router_call(B: int, D: int, forced: bool, bias: float = 0.1) -> router.RouterCall:
+def router_call(
+    B: int, D: int, forced: str, bias: float = 0.1, gates: int = 1, hidden: int = 0
+) -> router.RouterCall:
+    """Of random weights; `forced` by no table ("gate"), by one for all gates, or one for each."""
     P = 40
     generator = torch.Generator().manual_seed(B)
-    table = (torch.rand(B, P, generator=generator) < 0.4).to(DEVICE)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE) * 0.2
+
+    answers = gates if forced == "each" else 1
+    table = (torch.rand(B, P, *[answers] * (answers > 1), generator=generator) < 0.4).to(DEVICE)
+    by_table = forced != "gate"
+    shape = (B,) if gates == 1 else (B, gates)
     return router.RouterCall(
-        x_BD=torch.randn(B, D, generator=generator).to(DEVICE, HALF),
-        weight_D=torch.randn(D, generator=generator).to(DEVICE) * 0.2,
-        bias_1=torch.tensor([bias], device=DEVICE),
+        x_BD=torch.randn(B, D, generator=generator).to(DEVICE, HALF) * 3,
+        weight=random(D) if gates == 1 else random(gates, D),
+        bias_A=torch.full((gates,), bias, device=DEVICE) + random(gates) * 0.01,
         threshold_1=torch.tensor([0.5], device=DEVICE),
         position_B=(torch.arange(B) * 7).to(DEVICE),  # beyond the table from row 6 on
         keep_first=4,
-        forced_BP=table if forced else None,
-        forced_2=torch.tensor([table.data_ptr(), P] if forced else [0, 0], device=DEVICE),
-        gate_B=torch.full((B,), torch.nan, device=DEVICE),
-        keep_B=torch.zeros(B, dtype=torch.bool, device=DEVICE),
+        forced=table if by_table else None,
+        forced_3=torch.tensor([table.data_ptr(), P, answers] if by_table else [0, 0, 0], device=DEVICE),
+        gate=torch.full(shape, torch.nan, device=DEVICE),
+        keep=torch.zeros(shape, dtype=torch.bool, device=DEVICE),
         any_1=torch.zeros(1, dtype=torch.bool, device=DEVICE),
+        into_KD=random(hidden, D) if hidden else None,
+        out_AK=random(gates, hidden) * 5 if hidden else None,
     )
 
 
+WIDE = [(1, 0), (1, 16), (3, 0), (8, 16), (5, 7)]
+"""Gates and hidden units."""
+
+
+@pytest.mark.parametrize(("gates", "hidden"), WIDE, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 17])
-@pytest.mark.parametrize("forced", [False, True], ids=["gate", "forced"])
-def test_router_equals_its_reference(B: int, forced: bool) -> None:
-    got, want = (router_call(B, 100, forced) for _ in range(2))
+@pytest.mark.parametrize("forced", ["gate", "all", "each"])
+def test_router_equals_its_reference(B: int, forced: str, gates: int, hidden: int) -> None:
+    got, want = (router_call(B, 100, forced, gates=gates, hidden=hidden) for _ in range(2))
     router.decode_router(got)
     router.reference_decode_router(want)
-    torch.testing.assert_close(got.gate_B, want.gate_B, atol=1e-5, rtol=1e-5)
-    assert got.keep_B.tolist() == want.keep_B.tolist()
+    torch.testing.assert_close(got.gate, want.gate, atol=1e-5, rtol=1e-5)
+    assert got.keep.tolist() == want.keep.tolist()
     assert bool(got.any_1) == bool(want.any_1)
+    assert B < 3 or 0 < int(want.keep.sum()) < want.keep.numel(), "some should be kept"
+
+
+@pytest.mark.parametrize(("gates", "hidden"), WIDE, ids=str)
+def test_a_step_decides_as_the_router_of_the_model_does(gates: int, hidden: int) -> None:
+    call = router_call(5, 64, "gate", gates=gates, hidden=hidden)
+    made = make_router(modlab.MoDConfig(router_hidden=hidden), 64, gates, DEVICE)
+    made.weight.data, made.bias.data = call.weight, call.bias_A
+    if isinstance(made, HiddenRouter) and call.into_KD is not None and call.out_AK is not None:
+        made.into.data, made.out.data = call.into_KD, call.out_AK
+    router.reference_decode_router(call)
+    with torch.no_grad():
+        want = made(call.x_BD[:, None])[:, 0].sigmoid()
+    torch.testing.assert_close(call.gate, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("B", [1, 2, 3, 17, 32, 40])
-@pytest.mark.parametrize("forced", [False, True], ids=["gate", "forced"])
-def test_router_inside_a_graph_equals_its_reference(B: int, forced: bool) -> None:
+@pytest.mark.parametrize("forced", ["gate", "all"])
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_router_inside_a_graph_equals_its_reference(B: int, forced: str, hidden: int) -> None:
     """The kernel that also sets the IF node's condition: whether the body ran is what it decided."""
     from modlab.engine.branch import HostBranch, choose_branch
 
@@ -390,7 +421,7 @@ def test_router_inside_a_graph_equals_its_reference(B: int, forced: bool) -> Non
     assert not isinstance(branch, HostBranch), note
     for D in (100, 4096):
         for bias in (0.1, -100.0):  # the second: nobody keeps, but for the first tokens
-            got, want = (router_call(B, D, forced, bias) for _ in range(2))
+            got, want = (router_call(B, D, forced, bias, hidden=hidden) for _ in range(2))
             ran = torch.zeros(1, device=DEVICE)
             ran.add_(1.0)  # loads its kernel, which a capture may not
             graph = torch.cuda.CUDAGraph()
@@ -401,18 +432,18 @@ def test_router_inside_a_graph_equals_its_reference(B: int, forced: bool) -> Non
             ran.zero_()
             graph.replay()
             router.reference_decode_router(want)
-            torch.testing.assert_close(got.gate_B, want.gate_B, atol=1e-5, rtol=1e-5)
-            assert got.keep_B.tolist() == want.keep_B.tolist()
+            torch.testing.assert_close(got.gate, want.gate, atol=1e-5, rtol=1e-5)
+            assert got.keep.tolist() == want.keep.tolist()
             assert bool(ran) == bool(got.any_1) == bool(want.any_1)
 
 
 def test_router_says_nobody_when_nobody_keeps() -> None:
-    call = router_call(2, 64, forced=False, bias=-100.0)
+    call = router_call(2, 64, "gate", bias=-100.0)
     call.position_B += 4
-    call.keep_B.fill_(True)
+    call.keep.fill_(True)
     call.any_1.fill_(True)
     router.decode_router(call)
-    assert not call.keep_B.any() and not call.any_1
+    assert not call.keep.any() and not call.any_1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
@@ -430,15 +461,20 @@ def test_linear_equals_its_reference(D: int, E: int, bias: bool, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
-@pytest.mark.parametrize(("S", "D"), [(1, 16), (15, 48), (16, 512), (17, 600), (50, 1024)])
-def test_logits_of_a_prefill_equal_the_routers_own(S: int, D: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("S", "D"), [(1, 16), (15, 48), (16, 512), (17, 600), (70, 1024)])
+@pytest.mark.parametrize(("gates", "hidden"), WIDE, ids=str)
+def test_logits_of_a_prefill_equal_the_routers_own(
+    gates: int, hidden: int, S: int, D: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(S)
-    own = Router(D, 0.7).to(DEVICE)
-    own.weight.data = torch.randn(D, generator=generator).to(DEVICE) * D**-0.5
+    own = make_router(modlab.MoDConfig(router_hidden=hidden, init_gate=0.7), D, gates, DEVICE)
+    for parameter in own.parameters():
+        scale = parameter.shape[-1] ** -0.5
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(DEVICE) * scale
     wide = torch.full((1, S, D + 8), torch.nan)
     wide[..., :D] = torch.randn(1, S, D, generator=generator)
     x = wide.to(DEVICE, dtype)[..., :D]  # rows with something else between them
     with torch.no_grad():
         got, want = router_logits.kernel_router_logits(own, x), own(x)
-    assert got.dtype == torch.float32 and got.shape == (1, S)
+    assert got.dtype == torch.float32 and got.shape == want.shape
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

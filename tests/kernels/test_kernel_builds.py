@@ -43,8 +43,8 @@ for t in ("*bf16", "*fp32"):
         build(
             decode_attention._attend_part,
             {"q_ptr": t, **new, **state, "column_ptr": "*i32", **parts, **STRIDES, "scale": "fp32"},
-            {**layout, **heads, "RING": ring, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "PROCESSORS": 132, "LEAST": 6,
-             "BLOCK_K": 128 if t == "*bf16" else 32, "IEEE": t == "*fp32"},
+            {**layout, **heads, "RING": ring, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "PROCESSORS": 132,
+             "LEAST": 6, "BLOCK_K": 128 if t == "*bf16" else 32, "IEEE": t == "*fp32"},
             num_warps=4, num_stages=3,
         )
         strides = {name: kind for name, kind in STRIDES.items() if "_q" not in name}
@@ -55,11 +55,11 @@ for t in ("*bf16", "*fp32"):
     half = t == "*bf16"
     build(
         kept_attention._attend_kept,
-        {"q_ptr": t, "k_ptr": t, "v_ptr": t, "kept_k_ptr": t, "kept_v_ptr": t, "at_ptr": "*i64",
-         "before_ptr": "*i32", "blocks_ptr": "*i32", "out_ptr": t, **LINE_STRIDES, "scale": "fp32",
-         "kept": "i32"},
-        {"N": 32, "M": 4, **heads, "BLOCK_Q": 128 if half else 32, "BLOCK_K": 64 if half else 32, "W": 128,
-         "IEEE": not half},
+        {"q_ptr": t, "k_ptr": t, "v_ptr": t, "keys_ptr": t, "values_ptr": t, "before_ptr": "*i32",
+         "starts_ptr": "*i64", "blocks_ptr": "*i32", "heads_ptr": "*i32", "out_ptr": t, **LINE_STRIDES,
+         "scale": "fp32", "places": "i32", "capacity": "i32"},
+        {"N": 32, "M": 4, "A": 8, **heads, "BLOCK_Q": 128 if half else 32, "BLOCK_K": 64 if half else 32,
+         "W": 128, "IEEE": not half},
         num_warps=8 if half else 4, num_stages=3 if half else 2,
     )
     build(
@@ -69,6 +69,33 @@ for t in ("*bf16", "*fp32"):
          "any_ptr": "*i8", "stride_x": "i32", "rows": "i32", "keep_first": "i32"},
         {"D": 4096, "BLOCK_B": 4, "BLOCK_D": 2048}, num_warps=8,
     )
+    build(
+        kept_attention._store,
+        {"k_ptr": t, "v_ptr": t, "before_ptr": "*i32", "blocks_ptr": "*i32", "starts_ptr": "*i64",
+         "keys_ptr": t, "values_ptr": t, "ring_ptr": "*i8", "places": "i32", "capacity": "i32",
+         **{name: kind for name, kind in LINE_STRIDES.items() if "_q" not in name}},
+        {"A": 8, **heads, "BLOCK_S": 128 if half else 32, "W": 128}, num_warps=4,
+    )
+    weights = {"weight_ptr": "*fp32", "stride_x": "i32", "rows": "i32"}
+    build(
+        decode_router._project, {"x_ptr": t, "into_ptr": "*fp32", "out_ptr": "*fp32", **weights},
+        {"A": 8, "UNITS": 24, "D": 4096, "NORMALISED": True, "BLOCK_B": 4, "BLOCK_D": 2048}, num_warps=8,
+    )
+    build(
+        decode_router._decide,
+        {**dict.fromkeys(("in_ptr", "bias_ptr", "out_ptr", "threshold_ptr", "gate_ptr"), "*fp32"),
+         "position_ptr": "*i64", "forced_ptr": "*i64", "keep_ptr": "*i8", "any_ptr": "*i8", "rows": "i32",
+         "keep_first": "i32"},
+        {"A": 8, "K": 16, "BLOCK_A": 8, "BLOCK_K": 16, "BLOCK_B": 4}, num_warps=8,
+    )
+    if half:
+        build(
+            router_logits._wide_logits,
+            {"x_ptr": t, **weights,
+             **dict.fromkeys(("bias_ptr", "into_ptr", "back_ptr", "out_ptr"), "*fp32")},
+            {"A": 8, "K": 16, "D": 4096, "BLOCK_A": 16, "BLOCK_K": 16, "BLOCK_S": 64, "BLOCK_D": 64},
+            num_warps=4,
+        )
     build(
         router_logits._logits,
         {"x_ptr": t, "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "stride_x": "i32",
@@ -97,4 +124,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split().count("True") == 18
+    assert run.stdout.split().count("True") == 25
