@@ -27,9 +27,11 @@ STUDY = ["-m", "benchmarks.quality"]
 STEPS = {
     "tests": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py",
               "tests/kernels/test_decode_kernels.py", "tests/engine/test_engine.py",
-              "tests/engine/test_prefill.py", "tests/engine/test_step.py", "tests/engine/test_forms.py"],
+              "tests/engine/test_prefill.py", "tests/engine/test_step.py", "tests/engine/test_forms.py",
+              "tests/engine/test_heads.py"],
     "flex": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py"],
     "speed": [*BENCH, "speed", *ON_8B],
+    "speed_kv": [*BENCH, "speed_kv", *ON_8B],
     "overhead": [*BENCH, "overhead", *ON_8B],
     "growth": [*BENCH, "growth", *ON_8B],
     "kept": [*BENCH, "generate", *ON_8B, "--skip", "kv", "--routed", "most", "--context", "32768",

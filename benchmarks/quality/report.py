@@ -1,7 +1,7 @@
 """The runs' JSON as one result file, and docs/quality.md with its pictures from that file alone.
 
-    python -m benchmarks.quality report          # rows: benchmarks/results/quality_<date>.json
-    python -m scripts.pages --pictures           # docs/quality.md, docs/quality_*.png
+python -m benchmarks.quality report          # rows: benchmarks/results/quality_<date>.json
+python -m scripts.pages --pictures           # docs/quality.md, docs/quality_*.png
 """
 
 from __future__ import annotations

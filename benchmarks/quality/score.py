@@ -90,9 +90,7 @@ def _point(model: Any, arm: Arm, corpus: Corpus, scale: Scale, device: str) -> P
     kept: dict[int, float] = {}
     for name, rows in corpus.heldout.items():
         torch.manual_seed(0)  # for random routing
-        found = evaluate(
-            model, rows, batch_size=EVAL_BATCH, cache=False, autocast=lambda: autocast(device)
-        )
+        found = evaluate(model, rows, batch_size=EVAL_BATCH, cache=False, autocast=lambda: autocast(device))
         losses[name], tokens[name] = found.loss, found.predicted_tokens
         for layer in model.mod.layers if is_converted(model) else []:
             share = len(rows) / sum(map(len, corpus.heldout.values()))

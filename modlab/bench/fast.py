@@ -180,10 +180,19 @@ def fast_models(
     dense = dense_model(settings, context)
     layers = {name: routed_layers(name, depth(settings)) for name in routed}
     twins = {name: converted_twin(dense, layers[name], settings.skip) for name in routed}
+    with fast_twins(settings, dense, twins, compile):
+        yield dense, twins
+
+
+@contextlib.contextmanager
+def fast_twins(
+    settings: Settings, dense: Any, twins: dict[str, Any], compile: bool | str = True
+) -> Iterator[None]:
+    """Inside this block a dense model and its twins are in fast generation with this `compile`."""
     try:
         for model in (dense, *twins.values()):
             enable_fast_generation(model, compile, check=False)
-        yield dense, twins
+        yield
     finally:
         for model in (dense, *twins.values()):
             disable_fast_generation(model)

@@ -26,6 +26,7 @@ from modlab.engine.prefill import scratch_buffers
 from modlab.engine.ring import RingBuffer
 from modlab.measure import time_generate
 from modlab.routing.state import routing_override
+from modlab.routing.table import RoutingTable
 
 SPARE = 4 * 2**30
 """Bytes left free when the largest batch is worked out: activations, logits, the graph's own memory."""
@@ -98,20 +99,36 @@ def synthetic_caches(engine: Engine, lengths_LB: list[list[int]], ratio: float) 
 def step_times(
     engine: Engine, batch: int, context: int, routed: list[int], ratio: float, seed: int, tokens: int
 ) -> tuple[Times, int]:
-    """ms of a decoding step on the GPU at a context, and the bytes that the caches take.
-
-    The prompt is left out: `synthetic_caches` stands in for it.
-    """
+    """ms of a decoding step on the GPU at a context, and the bytes that the caches take."""
     routing = engine.routing
     stored = context if routing is None else round(stored_tokens(context, ratio, routing.config))
-    lengths = [stored if i in routed else context for i in range(len(engine.layers))]
+    lengths = [[stored if i in routed else context] * batch for i in range(len(engine.layers))]
+    table = random_routing(routed, batch, [context, tokens], ratio, seed, engine.device) if routed else None
+    return step_times_of(engine, batch, context, lengths, table, ratio, tokens)
+
+
+def step_times_of(
+    engine: Engine,
+    batch: int,
+    context: int,
+    lengths: list[list[int]],
+    table: RoutingTable | None,
+    ratio: float,
+    tokens: int,
+) -> tuple[Times, int]:
+    """The same for caches of any lengths. The prompt is left out: `synthetic_caches` stands in for it.
+
+    Args:
+        lengths: tokens of each segment of each layer's cache.
+        table: decides in routed layers.
+        ratio: share of the tokens in a ring that are kept.
+    """
     step = engine.step(batch)
-    caches = synthetic_caches(engine, [[n] * batch for n in lengths], ratio)
+    caches = synthetic_caches(engine, lengths, ratio)
     tables = step.tables
     tables.attach(caches, context, [context] * batch)
-    if routed:
-        table = random_routing(routed, batch, [context, tokens], ratio, seed, engine.device)
-        tables.force({i: table.for_rows(i, batch, engine.device) for i in routed})
+    if table is not None:
+        tables.force({i: table.for_rows(i, batch, engine.device) for i in engine.routed})
     tables.choice.token.fill_(1)
     times = Times()
     for _ in range(tokens):

@@ -82,12 +82,13 @@ def dense_model(settings: Settings, context: int) -> Any:
     return dense.requires_grad_(False)
 
 
-def converted_twin(dense: Any, routed: list[int], skip: str = "layer") -> Any:
-    """The dense model with routers for `skip` in the layers `routed`, on the same weight tensors."""
+def converted_twin(dense: Any, routed: list[int], skip: str = "layer", **fields: Any) -> Any:
+    """The dense model with routers for `skip` in the layers `routed`, on the same weight tensors; `fields`
+    are other settings of its conversion."""
     from modlab.conversion.convert import convert
 
     twin = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
-    return convert(twin, MoDConfig(layers=routed, skip=skip)).eval()
+    return convert(twin, MoDConfig(layers=routed, skip=skip, **fields)).eval()
 
 
 def random_routing(

@@ -1,0 +1,93 @@
+"""The case `speed_kv` at a tiny size: what it keeps, what its rows say. Never a claim about time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from modlab.bench import limits, registry, speed_kv
+from modlab.bench.fast import Variant
+
+SIZES = speed_kv.Sizes(short=40, long=300, unequal=(30, 60, 200), new=6)
+
+
+@pytest.mark.parametrize("ratio", [0.125, 0.25, 0.5])
+def test_heads_keep_what_trained_gates_keep(ratio: float) -> None:
+    shares = speed_kv.head_shares(32, 8, ratio, seed=0)
+    assert shares.shape == (32, 8) and float(shares.mean()) == pytest.approx(ratio, abs=1e-6)
+    some = shares[shares < 1]
+    assert float(some.max()) <= 0.65 * ratio and float(some.min()) >= 0.18 * ratio
+    if ratio == 0.25:  # the distribution that the figures are asked for
+        assert 1 / 10 <= float((shares == 1).double().mean()) <= 1 / 5.9
+        assert float(some.min()) >= 0.045 and float(some.max()) <= 0.16
+
+
+def test_open_gates_are_open_in_all_heads() -> None:
+    assert bool((speed_kv.head_shares(4, 2, 1.0, seed=0) == 1).all())
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[tuple[registry.Settings, Any, dict[str, Any]]]:
+    settings = registry.Settings(shape="tiny", repeats=1, skip="kv")
+    with speed_kv.kept_models(settings, 400) as (dense, twins):
+        yield settings, dense, twins
+
+
+def test_rows_say_who_decides_and_count_bytes(models: Any) -> None:
+    settings, dense, twins = models
+    rows = list(speed_kv.generate_rows(settings, dense, twins, SIZES))
+    wanted = (
+        "case",
+        "context",
+        "batch",
+        "granularity",
+        "keep_ratio",
+        "dense_ms",
+        "mod_ms",
+        "speedup",
+        "ideal",
+    )
+    assert all(set(wanted) | {"kv_bytes", "dense_kv_bytes"} <= set(row) for row in rows)
+    assert [row["granularity"] for row in rows if row["case"] == "prefill"][:6] == ["layer", "kv_head"] * 3
+    quarter = {row["granularity"]: row for row in rows if row["context"] == 300 and row["keep_ratio"] == 0.25}
+    assert quarter["layer"]["ideal"] == quarter["kv_head"]["ideal"] > 1
+    for row in quarter.values():
+        # 128 recent tokens and a quarter of the others, as far as chance has it
+        assert row["kept_kv_bytes"] == pytest.approx(row["dense_kv_bytes"] * (128 + 44) / 305, rel=0.15)
+        assert row["kept_kv_bytes"] <= row["kv_bytes"]
+    skipped = [row for row in rows if row["skip"] == "layer"]
+    assert [row["routed"] for row in skipped] == ["alternate"] * 2
+    assert all(row["routed"] == "all" for row in rows if row["skip"] == "kv")
+
+
+def test_stored_lengths_are_those_of_a_prefill(models: Any) -> None:
+    """What decoding is timed with is what a prompt of that length leaves, by head."""
+    settings, dense, twins = models
+    mod, batch = twins["kv_head"].mod, 2
+    shares = torch.tensor([[1.0, 0.0]] * 4)
+    workload = speed_kv.KeptWorkload(settings, dense, twins, [300] * batch, 1)
+    table = speed_kv.table_of(mod.layers, shares, 301, settings)
+    from modlab.routing.state import routing_override
+
+    with routing_override(twins["kv_head"], table):
+        workload.timed(twins["kv_head"], workload.ids_BT, workload.mask_BT)
+    last = twins["kv_head"].__dict__["mod_engine"].last
+    lengths = speed_kv.stored_lengths(shares, batch, 300, mod.config.keep_recent)
+    assert lengths == [[300, 128] * batch] * 4
+    assert last["kept_tokens"] == [[214] * batch] * 4
+    caches = limits.synthetic_caches(twins["kv_head"].__dict__["mod_engine"], lengths, 0.5)
+    assert all(cache.lengths == [300, 128, 300, 128] and cache.heads == 2 for cache in caches)
+
+
+def test_a_workload_of_skipped_layers_is_judged_as_one(models: Any) -> None:
+    settings, dense, twins = models
+    workload = speed_kv.KeptWorkload(settings, dense, twins, [40], 3)
+    variant = Variant(speed_kv.SKIP_LAYERS, 0.25)
+    workload.times([variant], 1)
+    fields = workload.fields(variant, "prefill")
+    assert (fields["skip"], fields["routed"], fields["granularity"]) == ("layer", "alternate", "layer")
+    assert dataclasses.replace(settings, skip="layer") != workload.settings == settings
