@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from modlab.cli.flags import Command
-from modlab.cli.models import add_data_flags, add_model_flags, load_model, rows_of
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of
 from modlab.errors import ModlabError
 
 
@@ -46,6 +46,8 @@ def _run_tasks(options: argparse.Namespace) -> int:
     from modlab.bench.results import circumstances
     from modlab.integrations.lm_eval import evaluate_tasks
 
+    if launched() is not None:
+        raise ModlabError("--tasks runs in one process: start it without accelerate launch.")
     model, tokenizer = load_model(options, options.model)
     result = evaluate_tasks(
         model,
@@ -81,7 +83,7 @@ def _run_data(options: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(options, options.model)
     rows = rows_of(options, model, tokenizer)
-    result = measure.evaluate(model, rows, seq_len=rows.seq_len)
+    result = measure.evaluate(model, rows, seq_len=rows.seq_len, accelerator=launched())
     facts: dict[str, Any] = {
         "model": options.model,
         "data": options.data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,33 @@ def add_data_flags(
     parser.add_argument("--limit-tokens", metavar="N", type=int, default=tokens, help="use at most N tokens")
 
 
-def load_model(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
-    """The model, on its device and in eval mode, and its tokenizer."""
+def launched() -> Any:
+    """accelerate's `Accelerator` where `accelerate launch` started this process together with others; else
+    None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision="no")
+
+
+def _device(options: argparse.Namespace) -> str:
+    """Where the model is loaded: as asked for, or this process's own GPU. Weights that FSDP shards begin on
+    the CPU: they are whole nowhere else."""
     import torch
 
+    if options.device:
+        return str(options.device)
+    if (accelerator := launched()) is not None:
+        return "cpu" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else str(accelerator.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """The model, on its device and in eval mode, and its tokenizer."""
     import modlab
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
     if device.startswith("meta"):
         raise ModlabError(f"--device {device}: nothing is computed there.")
     loaded: tuple[Any, Any] = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 from modlab.cli.flags import Command, read_integers
-from modlab.cli.models import add_data_flags, add_model_flags, load_model, rows_of
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of
 from modlab.errors import ModlabError
 
 PROBES = ("recall", "retrieval", "generation")
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     judge = _judge(options, tokenizer) if options.judge else None
     rows = rows_of(options, model, tokenizer)
     data = list(rows)
-    shared = {"seed": options.seed, "batch_size": options.batch_size}
+    shared = {"seed": options.seed, "batch_size": options.batch_size, "accelerator": launched()}
     far: dict[str, Any] = {"rows": options.rows, "by_row": options.by_row, **shared}
     if options.distances:
         far["distances"] = options.distances

@@ -8,8 +8,11 @@ exit status 2; `--traceback` shows where it came from.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from modlab import __version__
@@ -28,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, passed_on = split_passed_on(arguments)
     options = build_parser().parse_args(arguments, argparse.Namespace(passed_on=passed_on))
     try:
-        status: int = options.run(options)
+        with _one_rank_prints():
+            status: int = options.run(options)
         return status
     except (ModlabError, OSError) as problem:
         if options.traceback:
@@ -38,6 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("modlab: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _one_rank_prints() -> Iterator[None]:
+    """Of the processes that `accelerate launch` started, the first one prints and warns for all; errors come
+    from whoever has them."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def split_passed_on(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

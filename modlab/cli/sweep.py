@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modlab.cli.flags import Command
-from modlab.cli.models import add_data_flags, add_model_flags, load_model, row_length, rows_of
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, row_length, rows_of
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         if not path.resolve().parent.is_dir():
             raise ModlabError(f"{path} cannot be written: there is no folder {path.resolve().parent}.")
 
+    accelerator = launched()
     model, tokenizer = load_model(options, options.model)
     source = rows_of(options, model, tokenizer) if options.data else texts
     table = modlab.sweep(
@@ -68,7 +69,10 @@ def run(options: argparse.Namespace) -> int:
         thresholds=options.thresholds,
         seq_len=row_length(options, model),
         repeats=options.repeats,
+        accelerator=accelerator,
     )
+    if accelerator is not None and not accelerator.is_main_process:
+        return 0
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     if options.csv:
         table.to_csv(options.csv, index=False)

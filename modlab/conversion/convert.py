@@ -16,6 +16,7 @@ from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedLayer, RoutedModule
 from modlab.execution.site import Plan
 from modlab.hf.model import device_of
+from modlab.integrations.fsdp import is_sharded
 from modlab.routing.forward import ForwardHooks
 from modlab.routing.state import Routing, is_converted, routing_of
 from modlab.saving.files import is_hub_id
@@ -63,6 +64,11 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     if device_of(model).type == "meta":
         raise ModlabError(
             f"this {type(model).__name__} has no weights yet (they are on the meta device): load it first."
+        )
+    if is_sharded(model):
+        raise ModlabError(
+            "FSDP2 has sharded this model already, and weights that conversion added now would be in no "
+            "group: convert first, then shard (fully_shard, accelerator.prepare)."
         )
     found = survey(model)
     check_decoder(found)
@@ -130,6 +136,10 @@ def _refuse_foreign_forwards(selection: Selection) -> None:
 def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes `convert`: the same object is the dense model again, bit for bit (with today's weights)."""
     routing = routing_of(model)
+    if is_sharded(model):
+        raise ModlabError(
+            "FSDP2 has sharded this model, routers included: save it, load it whole and revert that one."
+        )
     _end_fast_generation(model)
     if not isinstance(model, RoutedModel):
         raise ModlabError(

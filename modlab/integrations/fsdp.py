@@ -42,6 +42,11 @@ def give_groups(model: nn.Module) -> None:
         ) from error
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model or any of its modules."""
+    return any(hasattr(type(module), "_get_fsdp_state") for module in model.modules())
+
+
 def _shared_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """States of FSDP2 and their groups of more than one module."""
     seen = set()

@@ -4,6 +4,7 @@
     evaluate(model, batches)                     one pass: loss, keep ratio, KV bytes (dense models too)
     sweep(model, tokenizer, texts, thresholds)   one row a threshold
     calibrate(model, batches, keep_ratio=0.25)   finds and sets the thresholds that keep this share of tokens
+    over_ranks(work, batches, accelerator)       the same on the processes of `accelerate launch`, merged once
 
 Keep ratios count real tokens in routed layers: kept / (tokens x routed layers), the first tokens that are
 always kept included. Times are taken around `model.generate`, as a user calls it, and wait for the device.
@@ -11,6 +12,7 @@ always kept included. Times are taken around `model.generate`, as a user calls i
 
 from modlab.data.batches import as_batches, iter_batches
 from modlab.hf.model import context_length
+from modlab.hf.ranks import over_ranks
 from modlab.measure.calibration import Calibration, calibrate
 from modlab.measure.divergence import divergence
 from modlab.measure.evaluation import Evaluation, evaluate, loss
@@ -30,6 +32,7 @@ __all__ = [
     "evaluate",
     "iter_batches",
     "loss",
+    "over_ranks",
     "piece_length",
     "sweep",
     "synchronize",

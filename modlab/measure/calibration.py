@@ -12,6 +12,7 @@ import torch
 from modlab.data.batches import Batch
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.model import check_model, device_of, eval_mode
+from modlab.hf.ranks import over_ranks
 from modlab.measure.pieces import batches_for
 from modlab.routing.record import by_gate, kept_share
 from modlab.routing.state import (
@@ -74,27 +75,29 @@ def _inputs(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _read_gates(model: Any, batches: Sequence[Batch]) -> _Gates:
+def _read_gates(model: Any, batches: Sequence[Batch], accelerator: Any) -> _Gates:
     routing = routing_of(model)
     decoder, device = model.get_decoder(), device_of(model)  # the head's logits are not needed
-    free: dict[int, list[torch.Tensor]] = {layer: [] for layer in routing.layers}
-    kept = dict.fromkeys(routing.layers, 0.0)
-    real = forced = 0
-    for batch in batches:
+
+    def read(batch: Batch) -> _Gates:
         with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
             decoder(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
-        for step in recording.steps:
-            always = step.real & (step.position_ids < routing.config.keep_first)
-            real += int(step.real.sum())
-            forced += int(always.sum())
-            for layer in routing.layers:
-                kept[layer] += float(kept_share(step.keep[layer]).sum())
-                free[layer].append(by_gate(step.gate[layer])[step.real & ~always].flatten())
+        (step,) = recording.steps
+        always = step.real & (step.position_ids < routing.config.keep_first)
+        gates = {i: by_gate(step.gate[i])[step.real & ~always].flatten() for i in routing.layers}
+        return _Gates(
+            {i: free if accelerator is None else free.cpu() for i, free in gates.items()},
+            int(step.real.sum()),
+            int(always.sum()),
+            {i: float(kept_share(step.keep[i]).sum()) for i in routing.layers},
+        )
+
+    found = over_ranks(read, batches, accelerator)
     return _Gates(
-        {layer: torch.cat(gates).sort(descending=True).values for layer, gates in free.items()},
-        real,
-        forced,
-        kept,
+        {i: torch.cat([one.free[i] for one in found]).sort(descending=True).values for i in routing.layers},
+        sum(one.real for one in found),
+        sum(one.forced for one in found),
+        {i: sum(one.kept[i] for one in found) for i in routing.layers},
     )
 
 
@@ -115,6 +118,7 @@ def calibrate(
     tolerance: float = 0.01,
     tokenizer: Any = None,
     max_passes: int = 40,
+    accelerator: Any = None,
 ) -> Calibration:
     """Finds the thresholds that keep a wanted share of tokens on `batches`, sets them, and returns them.
 
@@ -132,6 +136,8 @@ def calibrate(
         tolerance: how far the share may be off, mean (one p) or of each layer (`per_layer`).
         tokenizer: for texts.
         max_passes: passes over the batches before giving up (one p only).
+        accelerator: an `accelerate.Accelerator`: its processes share the batches, and each sets the same
+            thresholds. All have to pass the same arguments.
 
     Returns:
         `{layer: p}` for all routed layers; attributes `keep_ratio` and `keep_ratio_by_layer` are as measured.
@@ -152,7 +158,7 @@ def calibrate(
     pieces = [_inputs(batch) for batch in batches_for(model, batches, tokenizer)]
     search = _calibrate_layers if per_layer else _calibrate_global
     with thresholds_restored_on_error(model):
-        gates = search(model, pieces, keep_ratio, tolerance, max_passes)
+        gates = search(model, pieces, keep_ratio, tolerance, max_passes, accelerator)
     result = Calibration(routing.thresholds)
     result.keep_ratio, result.keep_ratio_by_layer = gates.ratio, gates.by_layer
     return result
@@ -175,10 +181,15 @@ def _check_reachable(gates: _Gates, keep_ratio: float, tolerance: float, keep_fi
 
 
 def _calibrate_global(
-    model: Any, batches: Sequence[Batch], keep_ratio: float, tolerance: float, max_passes: int
+    model: Any,
+    batches: Sequence[Batch],
+    keep_ratio: float,
+    tolerance: float,
+    max_passes: int,
+    accelerator: Any,
 ) -> _Gates:
     """One p for all layers: bisection on p, each step aimed by the gates of the pass before."""
-    gates = _read_gates(model, batches)
+    gates = _read_gates(model, batches, accelerator)
     _check_reachable(gates, keep_ratio, tolerance, routing_of(model).config.keep_first)
     low, high = (0.0, 1.0), (1.0, gates.forced / gates.real)  # (p, ratio there): keeps too much, too little
     for turn in range(max_passes):
@@ -189,7 +200,7 @@ def _calibrate_global(
         if not low[0] < p < high[0]:
             break
         set_threshold(model, p)
-        gates = _read_gates(model, batches)
+        gates = _read_gates(model, batches, accelerator)
         if abs(gates.ratio - keep_ratio) <= tolerance:
             return gates
         if gates.ratio > keep_ratio:
@@ -203,19 +214,24 @@ def _calibrate_global(
 
 
 def _calibrate_layers(
-    model: Any, batches: Sequence[Batch], keep_ratio: float, tolerance: float, max_passes: int
+    model: Any,
+    batches: Sequence[Batch],
+    keep_ratio: float,
+    tolerance: float,
+    max_passes: int,
+    accelerator: Any,
 ) -> _Gates:
     """Each layer its own p: the quantile of its gates, given the thresholds already set before it."""
     routing = routing_of(model)
-    gates = _read_gates(model, batches)
+    gates = _read_gates(model, batches, accelerator)
     _check_reachable(gates, keep_ratio, tolerance, routing.config.keep_first)
     for index, layer in enumerate(routing.layers):
         if index:
-            gates = _read_gates(model, batches)
+            gates = _read_gates(model, batches, accelerator)
         free = gates.free[layer]
         p = _threshold_keeping(free, gates.free_share(keep_ratio) * free.numel())
         set_threshold(model, p, layers=[layer])
-    gates = _read_gates(model, batches)
+    gates = _read_gates(model, batches, accelerator)
     for layer, got in gates.by_layer.items():
         if abs(got - keep_ratio) > tolerance:
             raise ModlabError(

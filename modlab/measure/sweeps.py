@@ -16,6 +16,7 @@ import torch
 from modlab.data.batches import Batch
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.model import check_model, context_length, eval_mode
+from modlab.hf.ranks import is_quiet
 from modlab.measure.evaluation import evaluate_batches
 from modlab.measure.pieces import batches_for
 from modlab.measure.timing import time_generate
@@ -139,7 +140,7 @@ def sweep(
         )
 
     rounds = repeats + 1 if repeats else 0  # the first warms up
-    quiet = not progress or not (accelerator is None or accelerator.is_main_process)
+    quiet = is_quiet(progress, accelerator)
     with (
         thresholds_restored(model),
         tqdm(total=len(wanted) * (len(batches) + rounds), desc="sweep", disable=quiet) as bar,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.model import context_length
+from modlab.hf.ranks import is_quiet
 from modlab.probes import repetition
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
@@ -120,6 +121,7 @@ def generation_health(
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
+    accelerator: Any = None,
 ) -> GenerationHealth:
     """Lets a model continue held-out prompts, greedily and by sampling, and measures what it wrote.
 
@@ -142,6 +144,8 @@ def generation_health(
         seed: which prompts, and what is drawn.
         batch_size: rows a forward.
         progress: show a progress bar.
+        accelerator: an `accelerate.Accelerator`: its processes share the rows, and each gets the result of
+            all of them. All have to pass the same arguments.
 
     Raises:
         ModlabError: prompt and continuation exceed a model's context, too little data, or a judge whose
@@ -165,16 +169,18 @@ def generation_health(
     text_NT = windows(token_stream(data, tokenizer, model), prompts, length, length, seed)
     if judge is not None:
         _check_judge(model, judge)
+    quiet = is_quiet(progress, accelerator)
     rated = 3 if judge is None else 6
     total = (2 + rated) * prompts
-    with tqdm(total=total, desc="generation", unit="row", disable=not progress) as bar:
+    with tqdm(total=total, desc="generation", unit="row", disable=quiet) as bar:
+        shared = {"bar": bar, "accelerator": accelerator}
 
         def measured(rows: list[Tensor]) -> TextHealth:
-            return _measure(model, judge, rows, prompt_tokens, n, batch_size, bar)
+            return _measure(model, judge, rows, prompt_tokens, n, batch_size, shared)
 
         prompt_NP = text_NT[:, :prompt_tokens]
-        greedy = write(model, prompt_NP, new_tokens, None, seed, batch_size, bar)
-        sampled = write(model, prompt_NP, new_tokens, temperature, seed, batch_size, bar)
+        greedy = write(model, prompt_NP, new_tokens, None, seed, batch_size, **shared)
+        sampled = write(model, prompt_NP, new_tokens, temperature, seed, batch_size, **shared)
         return GenerationHealth(
             greedy=measured(greedy),
             sampled=measured(sampled),
@@ -191,14 +197,20 @@ def generation_health(
 
 
 def _measure(
-    model: Any, judge: Any, rows: list[Tensor], prompt_tokens: int, n: int, batch_size: int, bar: Any
+    model: Any,
+    judge: Any,
+    rows: list[Tensor],
+    prompt_tokens: int,
+    n: int,
+    batch_size: int,
+    shared: dict[str, Any],
 ) -> TextHealth:
     """The measures of the rows past their prompts."""
     texts = [row[prompt_tokens:].tolist() for row in rows]
     tokens = sum(map(len, texts))
     columns = range(prompt_tokens, max(map(len, rows)))
-    own = score(model, rows, columns, batch_size=batch_size, bar=bar)
-    judged = score(judge, rows, columns, batch_size=batch_size, bar=bar) if judge is not None else None
+    own = score(model, rows, columns, batch_size=batch_size, **shared)
+    judged = score(judge, rows, columns, batch_size=batch_size, **shared) if judge is not None else None
     loops = [repetition.in_loop(ids) for ids in texts]
     ends = set(end_tokens(model))
     return TextHealth(

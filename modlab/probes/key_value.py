@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modlab.errors import ModlabError, check_count
+from modlab.hf.ranks import is_quiet
 from modlab.probes.distances import DISTANCES, fitting, note_left_out
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
@@ -44,6 +45,7 @@ def retrieval(
     batch_size: int = 8,
     by_row: bool = False,
     progress: bool = True,
+    accelerator: Any = None,
 ) -> pd.DataFrame:
     """How often greedy search gives the value that was assigned so many tokens before.
 
@@ -63,6 +65,8 @@ def retrieval(
         batch_size: rows a forward.
         by_row: one line a distance and row instead of means, for paired comparisons.
         progress: show a progress bar.
+        accelerator: an `accelerate.Accelerator`: its processes share the rows, and each gets the result of
+            all of them. All have to pass the same arguments.
 
     Returns:
         DataFrame, one line a distance: `distance`, `rows`, `accuracy` (share of rows that are right),
@@ -94,8 +98,10 @@ def retrieval(
         f"lead {lead} + distance with {pairs} assignments + question {longest}",
     )
     text_NT = windows(token_stream(data, tokenizer, model), rows, lead + fits[-1], APART, seed)
+    quiet = is_quiet(progress, accelerator)
     lines: list[dict[str, Any]] = []
-    with tqdm(total=rows * len(fits), desc="retrieval", unit="row", disable=not progress) as bar:
+    with tqdm(total=rows * len(fits), desc="retrieval", unit="row", disable=quiet) as bar:
+        shared = {"bar": bar, "accelerator": accelerator}
         for distance in fits:
             row_NT = [
                 question.row(text_T, lead, distance)
@@ -103,7 +109,7 @@ def retrieval(
             ]
             asked = lead + distance  # column where the question begins, the same in all rows
             start = asked + min(question.known for question in questions)
-            scores = score(model, row_NT, range(start, asked + longest), batch_size=batch_size, bar=bar)
+            scores = score(model, row_NT, range(start, asked + longest), batch_size=batch_size, **shared)
             for row, question in enumerate(questions):
                 value = slice(asked + question.known - start, asked + len(question.line) - start)
                 line = slice(lead, lead + len(question.line))

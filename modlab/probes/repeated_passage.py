@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.errors import check_count
+from modlab.hf.ranks import is_quiet
 from modlab.probes.distances import DISTANCES, fitting, note_left_out
 from modlab.probes.material import token_stream, windows
 from modlab.probes.scoring import mean_keep_ratio, score
@@ -39,6 +40,7 @@ def recall(
     batch_size: int = 8,
     by_row: bool = False,
     progress: bool = True,
+    accelerator: Any = None,
 ) -> pd.DataFrame:
     """Loss on both copies of a repeated passage, for each distance between them.
 
@@ -62,6 +64,8 @@ def recall(
         batch_size: rows a forward.
         by_row: one line a distance and passage instead of the mean over passages, for paired comparisons.
         progress: show a progress bar.
+        accelerator: an `accelerate.Accelerator`: its processes share the rows, and each gets the result of
+            all of them. All have to pass the same arguments.
 
     Returns:
         DataFrame, one line a distance: `distance`; `tokens`, how many each loss is the mean of; `first_loss`
@@ -85,13 +89,15 @@ def recall(
     )
     text_NT = windows(token_stream(data, tokenizer, model), rows, prefix + fits[-1], passage, seed)
     copy_NP = text_NT[:, prefix : prefix + passage]
+    quiet = is_quiet(progress, accelerator)
     lines: list[dict[str, float]] = []
-    with tqdm(total=rows * len(fits), desc="recall", unit="row", disable=not progress) as bar:
+    with tqdm(total=rows * len(fits), desc="recall", unit="row", disable=quiet) as bar:
+        shared = {"bar": bar, "accelerator": accelerator}
         for distance in fits:
             first, second = prefix, prefix + distance
             row_NT = torch.cat([text_NT[:, :second], copy_NP], dim=1)
             scored = [*range(first + 1, first + passage), *range(second + 1, second + passage)]
-            scores = score(model, list(row_NT), scored, batch_size=batch_size, bar=bar)
+            scores = score(model, list(row_NT), scored, batch_size=batch_size, **shared)
             first_M, second_M = scores.loss.double().view(rows, 2, passage - 1).mean(2).unbind(1)
             for row in range(rows):
                 kept = [

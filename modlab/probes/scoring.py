@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.logits import LOSS_CHUNK
-from modlab.hf.model import eval_mode
+from modlab.hf.model import device_of, eval_mode
+from modlab.hf.ranks import over_ranks
 from modlab.routing.record import kept_share
 from modlab.routing.state import is_converted, record_routing
 
@@ -60,6 +61,7 @@ def score(
     *,
     batch_size: int,
     bar: Any = None,
+    accelerator: Any = None,
 ) -> Scores:
     """Runs rows through the model, padded on the right where their lengths differ.
 
@@ -70,6 +72,7 @@ def score(
             predicted from nothing. Only their logits are made, where the model's class allows it.
         batch_size: rows of one forward.
         bar: a tqdm bar that counts rows.
+        accelerator: an `accelerate.Accelerator`: its processes share the forwards, and each gets all scores.
     """
     if batch_size < 1:
         raise ModlabError(f"batch_size={batch_size}: at least one row a forward is needed.")
@@ -80,14 +83,13 @@ def score(
         correct=torch.zeros(len(rows), len(columns), dtype=torch.bool),
         real=torch.arange(T) < lengths_M[:, None],
     )
-    device = next(model.parameters()).device
-    for start in range(0, len(rows), batch_size):
-        here = slice(start, start + batch_size)
+    device = device_of(model)
+
+    def judged(here: slice) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         ids_BT = pad_sequence(list(rows[here]), batch_first=True)
         width = ids_BT.shape[1]
         real_BT = scores.real[here, :width]
-        inside_C = column_C < width
-        column_c = column_C[inside_C]
+        column_c = column_C[column_C < width]
         with contextlib.ExitStack() as stack:
             stack.enter_context(eval_mode(model))
             stack.enter_context(torch.no_grad())
@@ -99,14 +101,19 @@ def score(
         target_Bc = ids_BT[:, column_c]
         loss_Bc, correct_Bc = _judged(logits_BcV, target_Bc.to(logits_BcV.device))
         scored_Bc = real_BT[:, column_c]
-        scores.loss[here, inside_C] = loss_Bc.masked_fill(~scored_Bc, torch.nan)
-        scores.correct[here, inside_C] = correct_Bc & scored_Bc
-        for step in recording.steps if recording else []:
-            for layer, keep_BT in step.keep.items():
-                kept_NT = scores.keep.setdefault(layer, torch.zeros(scores.real.shape))
-                kept_NT[here, :width] = kept_share(keep_BT).cpu()
-        if bar is not None:
-            bar.update(len(ids_BT))
+        steps = recording.steps if recording else []
+        kept = {layer: kept_share(keep_BT).cpu() for step in steps for layer, keep_BT in step.keep.items()}
+        return loss_Bc.masked_fill(~scored_Bc, torch.nan), correct_Bc & scored_Bc, kept
+
+    parts = [slice(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
+    found = over_ranks(judged, parts, accelerator, bar=bar, size=lambda part: part.stop - part.start)
+    for here, (loss_Bc, correct_Bc, kept) in zip(parts, found, strict=True):
+        width = int(lengths_M[here].max())
+        scores.loss[here, column_C < width] = loss_Bc
+        scores.correct[here, column_C < width] = correct_Bc
+        for layer, share_BT in kept.items():
+            kept_NT = scores.keep.setdefault(layer, torch.zeros(scores.real.shape))
+            kept_NT[here, :width] = share_BT
     scores.keep = dict(sorted(scores.keep.items()))
     return scores
 

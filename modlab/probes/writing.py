@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from modlab.hf.model import eval_mode
+from modlab.hf.model import device_of, eval_mode
+from modlab.hf.ranks import over_ranks
 
 
 class SeededSampling(LogitsProcessor):
@@ -40,7 +41,8 @@ def write(
     temperature: float | None,
     seed: int,
     batch_size: int,
-    bar: Any,
+    bar: Any = None,
+    accelerator: Any = None,
 ) -> list[Tensor]:
     """Each prompt [P] with its continuation by `model.generate`, long [T] on the CPU, cut after the first end
     token.
@@ -48,12 +50,14 @@ def write(
     Args:
         temperature: of sampling; None for greedy search.
         seed: of sampling.
+        bar: a tqdm bar that counts prompts.
+        accelerator: an `accelerate.Accelerator`: its processes share the calls, and each gets all rows.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     ends = torch.tensor(end_tokens(model))
     prompt_tokens = prompt_NP.shape[1]
-    rows: list[Tensor] = []
-    for start in range(0, len(prompt_NP), batch_size):
+
+    def made(start: int) -> list[Tensor]:
         ids_BP = prompt_NP[start : start + batch_size].to(device)
         processors = LogitsProcessorList()
         if temperature is not None:
@@ -66,11 +70,17 @@ def write(
                 logits_processor=processors,
                 max_new_tokens=new_tokens,
             ).cpu()
+        rows = []
         for made_T in made_BT:
             ended = torch.isin(made_T[prompt_tokens:], ends).nonzero().flatten()
             rows.append(made_T[: prompt_tokens + int(ended[0]) + 1] if len(ended) else made_T)
-        bar.update(len(ids_BP))
-    return rows
+        return rows
+
+    starts = range(0, len(prompt_NP), batch_size)
+    parts = over_ranks(
+        made, starts, accelerator, bar=bar, size=lambda start: min(batch_size, len(prompt_NP) - start)
+    )
+    return [row for part in parts for row in part]
 
 
 @contextlib.contextmanager

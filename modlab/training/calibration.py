@@ -25,6 +25,7 @@ def calibrate_trained(
     batches: list[Batch],
     config: TrainConfig,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    accelerator: Any = None,
 ) -> None:
     """Makes the model keep `config.keep_ratio`; leaves it as trained, with a warning, where that cannot be
     had or is interrupted.
@@ -51,6 +52,7 @@ def calibrate_trained(
                 per_layer=config.per_layer,
                 tolerance=0.02 if config.per_layer else 0.004,
                 max_passes=15,
+                accelerator=accelerator,
             )
         if shifted:
             _shift(routers, {i: -logit_of(p) for i, p in found.items()})
@@ -69,24 +71,23 @@ def calibration_batches(
 ) -> list[Batch]:
     """Training batches, the same tokens in any number of processes, resumed or not.
 
-    They are the first eight batches' rows, or the last step's where the data can be had only once (none for
-    several processes).
+    They are the first eight batches' rows, or the last step's where the data can be had only once.
 
     Args:
         source: the run's data.
         config: its settings.
-        latest: the last step's batches.
+        latest: the last step's batches, of all processes.
         world: number of processes.
         device: the model's.
     """
     tokens = CALIBRATION_TOKENS if device.type == "cuda" else CALIBRATION_TOKENS // 16
     rows, length = source.first["input_ids"].shape
     if source.kind == "stream":
-        gathered = latest if world == 1 else []
+        gathered = latest
     elif source.kind == "rows":
         left = min(8 * config.batch_size * world, max(1, tokens // length))
         gathered = []
-        for batch in source.iterate(config.batch_size, seed=config.seed, epochs=1, drop_last=False):
+        for batch in source.iterate(config.batch_size, seed=config.seed, epochs=1):
             gathered.append({name: value[:left] for name, value in batch.items()})
             left -= len(batch["input_ids"])
             if left <= 0:

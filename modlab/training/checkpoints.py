@@ -6,7 +6,8 @@
     routing.safetensors     of objective="budget": what its thresholds follow
     random_<rank>.json      each process's random number generators
 
-They hold numbers only: nothing is executed when one is read.
+They hold numbers only: nothing is executed when one is read. Where FSDP2 shards the model, the files hold
+whole tensors all the same: a run goes on in any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.training.processes import Processes
+from modlab.training.sharding import gathered, is_part, like, put
 
 FORMAT = 1
 STATE = "state.json"
@@ -92,11 +94,13 @@ def write_checkpoint(
             temporary.mkdir(parents=True)
         processes.wait()
         write_json(temporary / f"random_{processes.rank}.json", _random_state())
-        if processes.is_main:
-            save_file(_unique(model), temporary / MODEL)
-            save_file(_optimizer_state(model, optimizer), temporary / OPTIMIZER)
-            if routing is not None:
-                save_file(routing, temporary / ROUTING)
+        for name, tensors in ((MODEL, _unique(model)), (OPTIMIZER, _optimizer_state(model, optimizer))):
+            full = gathered(tensors, keep=processes.is_main)
+            if processes.is_main:
+                save_file(full, temporary / name)
+            del full
+        if processes.is_main and routing is not None:
+            save_file(routing, temporary / ROUTING)
         processes.wait()
         if processes.is_main:
             files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
@@ -136,8 +140,10 @@ def load_checkpoint(
         ModlabError: it is damaged, or of another model.
     """
     with readable(path):
-        _, files = _read(path)
-        for name in (MODEL, OPTIMIZER, f"random_{processes.rank}.json"):
+        state, files = _read(path)
+        random_file = f"random_{processes.rank}.json"
+        as_many = state.run.get("processes") == processes.world  # else each process keeps its fresh numbers
+        for name in (MODEL, OPTIMIZER, *([random_file] if as_many else [])):
             if name not in files:
                 raise ValueError(f"it has no {name}")
         if processes.is_main:
@@ -146,7 +152,8 @@ def load_checkpoint(
                     raise ValueError(f"{name} is not as it was written")
         _load_unique(model, load_file(path / MODEL))
         _load_optimizer(model, optimizer, load_file(path / OPTIMIZER))
-        _set_random_state(read_json(path / f"random_{processes.rank}.json"))
+        if as_many:
+            _set_random_state(read_json(path / random_file))
         return load_file(path / ROUTING) if ROUTING in files else None
 
 
@@ -227,11 +234,13 @@ def _digest(path: Path) -> str:
 def _unique(model: nn.Module) -> dict[str, Tensor]:
     """The model's state by name, tensors that are tied under their first name."""
     first: dict[Any, str] = {}
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        place: Any = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if is_part(tensor):  # parts may be empty, and those have no place
+            place = id(tensor)
         first.setdefault(place if tensor.numel() else name, name)
-    return {name: state[name].contiguous() for name in first.values()}
+    return {name: state[name].detach() for name in first.values()}
 
 
 @torch.no_grad()
@@ -245,14 +254,13 @@ def _load_unique(model: nn.Module, saved: dict[str, Tensor]) -> None:
                 f"{name} is {saved[name].dtype} {tuple(saved[name].shape)}, in the model "
                 f"{tensor.dtype} {tuple(tensor.shape)}"
             )
-    targets = model.state_dict()
-    for name in own:
-        targets[name].copy_(saved[name])
+    for name, tensor in own.items():
+        put(tensor, saved[name])
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": value.contiguous()
+        f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -273,6 +281,8 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: d
         for kind, value in values.items():
             if value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"{kind} of {name} is {tuple(value.shape)}")
+            if value.dim():
+                values[kind] = like(parameter, value)
     optimizer.load_state_dict(
         {
             "state": {known[name]: values for name, values in state.items()},

@@ -108,13 +108,8 @@ def check_length(model: Any, length: int, what: str) -> None:
         )
 
 
-def check_processes(config: TrainConfig, model: Any, source: Batches, world: int) -> None:
-    """There is enough data, and work for every process in every layer."""
-    if world > 1 and is_converted(model) and model.mod.config.keep_first < 1:
-        raise ModlabError(
-            "keep_first=0 can leave a layer without a token on one process, which then waits for its "
-            "gradient for ever: convert with keep_first of at least 1, or train in one process."
-        )
+def check_processes(config: TrainConfig, source: Batches, world: int) -> None:
+    """There is enough data for every process."""
     need = config.batch_size * world
     if source.kind == "rows" and len(source.data) < need:
         raise ModlabError(

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from modlab.errors import ModlabError
 from modlab.training.checkpoints import checkpoints, read_json, replace_text, write_json
 
@@ -106,8 +108,14 @@ class RunFolder:
             if self.record["model_step"] is None and (self.path / "model").is_dir():
                 shutil.rmtree(self.path / "model")
 
-    def save_model(self, model: Any, tokenizer: Any, step: int) -> None:
-        """model/, whole or not at all, unless it is this step's already."""
+    def save_model(
+        self, model: Any, tokenizer: Any, step: int, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """model/, whole or not at all, unless it is this step's already.
+
+        Args:
+            state: the weights to save, by name, where the model itself is sharded.
+        """
         from modlab.saving.atomic import atomic_directory
 
         if self.path is None or not self.writes:
@@ -115,7 +123,9 @@ class RunFolder:
         if self.record["model_step"] == step and (self.path / "model").exists():
             return
         with atomic_directory(self.path / "model") as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+            if state is not None:
+                _note_dtype(temporary / "config.json", state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         self.record["model_step"] = step
@@ -161,6 +171,14 @@ class RunFolder:
     def _write_record(self) -> None:
         assert self.path is not None
         write_json(self.path / RECORD, self.record)
+
+
+def _note_dtype(config_json: Path, state: dict[str, Tensor]) -> None:
+    """transformers has written the dtype that a sharded model trains in, which is not that of the weights."""
+    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+    values = read_json(config_json)
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(config_json, values)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -2,18 +2,21 @@
 
 Three kinds of input become one stream of dicts of [B, T] tensors on the CPU:
 
-- rows: a `datasets.Dataset` or torch data set of single rows, shuffled again for each epoch; packed rows are
-  held in memory as one int32 tensor, other data sets go through a torch DataLoader;
+- rows: a `datasets.Dataset` or torch data set of single rows, shuffled again for each epoch; the last batch
+  of an epoch goes on with the next one's rows, so that none is left out. Packed rows are held in memory as
+  one int32 tensor, other data sets go through a torch DataLoader;
 - blocks: a list of ready batches, in their order, again from the start at its end;
 - a stream: any other iterable of ready batches; an iterator that can be run through only once ends the
   training.
 
 With several processes, consecutive pieces of the same global order go to rank 0, 1, ...: two processes with
-batches of 4 rows see the rows that one process with batches of 8 sees.
+batches of 4 rows see the rows that one process with batches of 8 sees. Every process has to be given all of
+the data; what is left of a one-time stream when it fills no global batch any more is not trained on.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +73,14 @@ class Batches:
         return self._shape | {"digest": digest.hexdigest()}
 
     @property
+    def outline(self) -> str:
+        """What processes that were given the same data agree on; rows that are made when they are asked for
+        need not be the same in all of them."""
+        if self.kind == "rows" and not self.preloaded:
+            return str(self._shape)
+        return str(self._shape | {name: value.tolist() for name, value in sorted(self.first.items())})
+
+    @property
     def _shape(self) -> dict[str, Any]:
         return {"kind": self.kind, "rows": self.rows, "row_length": self.first["input_ids"].shape[1]}
 
@@ -91,7 +102,6 @@ class Batches:
         world: int = 1,
         num_workers: int = 0,
         epochs: int | None = None,
-        drop_last: bool = True,
     ) -> Iterator[Batch]:
         """Batches of this rank from position `start` (counted in batches per rank) on.
 
@@ -101,11 +111,11 @@ class Batches:
             start: batches to skip.
             rank, world: which share of every global batch.
             num_workers: processes of the DataLoader where one is used.
-            epochs: stop after so many passes; None never stops (but a one-time stream does at its end).
-            drop_last: leave out the rows (rows only) at an epoch's end that fill no whole batch.
+            epochs: stop after so many passes, the last batch of each being shorter where rows do not fill it;
+                None never stops (but a one-time stream does at its end).
         """
         if self.kind == "rows":
-            picks = _picks(len(self.data), batch_size, seed, start, rank, world, epochs, drop_last)
+            picks = _picks(len(self.data), batch_size, seed, start, rank, world, epochs)
             if isinstance(self.data, Tensor):
                 return ({"input_ids": self.data[pick].long()} for pick in picks)
             return iter(
@@ -172,29 +182,29 @@ def open_batches(data: Any, what: str = "batches") -> Batches:
 
 
 def _picks(
-    n: int,
-    batch_size: int,
-    seed: int | None,
-    start: int,
-    rank: int,
-    world: int,
-    epochs: int | None,
-    drop_last: bool,
+    n: int, batch_size: int, seed: int | None, start: int, rank: int, world: int, epochs: int | None
 ) -> Iterator[list[int]]:
-    """Row indices of this rank's batches, epoch after epoch."""
+    """Row indices of this rank's batches. Without an end they are one line of rows, epoch after epoch: which
+    rows a step sees depends on how many all processes take in it, not on how these are shared."""
     per_step = batch_size * world
-    batches = n // per_step if drop_last else -(-n // per_step)
-    if batches == 0:
+    if epochs is None and n < per_step:
         raise ModlabError(
             f"{n} rows are fewer than a batch of {per_step} ({batch_size} in each of {world} process(es)): "
             "give more data or a smaller batch_size."
         )
-    for epoch in itertools.count(start // batches) if epochs is None else range(start // batches, epochs):
-        order = np.arange(n) if seed is None else np.random.default_rng([seed, epoch]).permutation(n)
-        for i in range(start % batches if epoch == start // batches else 0, batches):
-            begin = i * per_step + rank * batch_size
-            if begin < n:
-                yield order[begin : begin + batch_size].tolist()
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> Any:
+        return np.arange(n) if seed is None else np.random.default_rng([seed, epoch]).permutation(n)
+
+    each = -(-n // per_step) * per_step if epochs is not None else n  # places an epoch, some of them empty
+    for step in itertools.count(start):
+        first = step * per_step + rank * batch_size
+        if epochs is not None and step * per_step >= epochs * each:
+            return
+        places = (divmod(place, each) for place in range(first, first + batch_size))
+        if rows := [int(order(epoch)[row]) for epoch, row in places if row < n]:
+            yield rows
 
 
 def _is_row(item: Any) -> bool:

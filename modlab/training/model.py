@@ -16,6 +16,7 @@ from modlab.routing.router import is_router
 from modlab.routing.state import is_converted
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch
+from modlab.training.sharding import is_part
 
 
 def forward(model: Any, batch: Batch, **more: Any) -> Any:
@@ -113,33 +114,39 @@ def _routing_lent(routing: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _base_frozen(model: Any) -> Iterator[None]:
-    frozen = [p for name, p in model.named_parameters() if p.requires_grad and not is_router(name)]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if p.requires_grad and not is_router(name)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters():  # FSDP2 has put others in the place of some
+            parameter.requires_grad_(parameter.requires_grad or name in frozen)
 
 
 @contextlib.contextmanager
 def _trained_in_fp32(model: Any, freeze_base: bool) -> Iterator[None]:
-    """AdamW's steps are too small for bf16 weights. Those of a frozen base take none and stay as they are."""
+    """AdamW's steps are too small for bf16 weights. Those of a frozen base take none and stay as they are.
+
+    Weights that FSDP2 shards meanwhile stay in fp32.
+    """
     dtypes = {
-        parameter: parameter.dtype
-        for parameter in model.parameters()
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
         if parameter.is_floating_point()
         and parameter.dtype != torch.float32
         and (parameter.requires_grad or not freeze_base)
+        and not is_part(parameter)
     }
-    for parameter in dtypes:
-        parameter.data = parameter.data.float()
+    for name, parameter in model.named_parameters():
+        if name in dtypes:
+            parameter.data = parameter.data.float()
     try:
         yield
     finally:
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in model.named_parameters():
+            if name in dtypes and not is_part(parameter):
+                parameter.data = parameter.data.to(dtypes[name])
 
 
 class Compilation:

@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from modlab.errors import ModlabError
 from modlab.measure.evaluation import evaluate_batches
 from modlab.routing.state import is_converted
+from modlab.training.anchors import anchored, may_skip_all
 from modlab.training.calibration import calibrate_trained, calibration_batches
 from modlab.training.checkpoints import (
     State,
@@ -44,6 +46,7 @@ from modlab.training.monitor import Monitor
 from modlab.training.processes import Processes
 from modlab.training.result import Stopped, TrainResult
 from modlab.training.resume import check_resumable, find_checkpoint
+from modlab.training.sharding import whole_state
 from modlab.training.step import Step
 from modlab.training.window import FIGURES, Window
 
@@ -80,8 +83,14 @@ class Run:
             check_fit(model, self.eval_source, "eval_data")
         check_teacher(config, model, teacher)
         self.processes = Processes()
-        check_processes(config, model, self.source, self.processes.world)
+        check_processes(config, self.source, self.processes.world)
+        if not self.processes.agree((self.source.outline, config.to_dict())):
+            raise ModlabError(
+                "the processes were given other data or settings: each of them has to be given all rows, of "
+                "which modlab.train picks its own."
+            )
         self.steps = _steps(config, self.source, self.processes.world)
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.description = self._description()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
@@ -98,11 +107,15 @@ class Run:
             stack.enter_context(self.folder.held())
             lent = stack.enter_context(contextlib.ExitStack())
             lent.enter_context(lent_to_training(model, config))
+            if may_skip_all(model, self.source):
+                lent.enter_context(anchored(model))
             lent.callback(self._free)
             set_seed(config.seed + self.processes.rank)  # dropout of its own for each process's rows
-            model.to(self.processes.device)
             if teacher is not None and config.kl:
-                teacher.to(self.processes.device).eval()
+                teacher.eval()
+            for one in (model, teacher if config.kl else None):
+                if one is not None and not self.processes.shards:  # FSDP2 moves its parts
+                    one.to(self.processes.device)
             self.stepping = Step(model, config, self.objective, self.processes, teacher)
             self.window = Window(self.stepping.layers, self.processes.device)
             if checkpoint is not None:
@@ -132,6 +145,7 @@ class Run:
             **self.config.to_dict(),
             "objective": self.objective,
             "processes": self.processes.world,
+            "global_batch": rows_a_step(self.config, self.source, self.processes.world),
             "model": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "mod": routing.config.to_dict() if routing is not None else None,
@@ -236,7 +250,7 @@ class Run:
             row["kl"] = means["kl"]
         if means["balance"]:
             row["balance"] = means["balance"]
-        row["lr"] = stepping.optimizer.param_groups[0]["lr"]
+        row["lr"] = stepping.adamw.param_groups[0]["lr"]
         row["grad_norm"] = means["grad_norm"]
         row["tokens_per_s"] = self.clock.tokens_per_second(self.tokens)
         row["seconds"] = self.clock.seconds
@@ -261,7 +275,7 @@ class Run:
         with self.compilation.paused() if self.compilation is not None else contextlib.nullcontext():
             found = evaluate_batches(
                 self.model,
-                source.iterate(size, seed=None, epochs=1, drop_last=False),
+                source.iterate(size, seed=None, epochs=1),
                 max_batches=config.eval_batches,
                 cache=False,
                 accelerator=self.processes.accelerator,
@@ -314,11 +328,18 @@ class Run:
         self.processes.wait()
         self.lent.close()  # the model is saved in its own dtypes
         if complete:
-            self.folder.save_model(self.model, self.tokenizer, self.step)
+            state = self._whole_state() if self.folder.path is not None else None
+            self.folder.save_model(self.model, self.tokenizer, self.step, state)
         self.folder.end(stopped)
         self.processes.wait()
         history = pd.DataFrame(self.history)
         return TrainResult(history, self.model, self.folder.path, self.step, self.tokens, seconds, stopped)
+
+    def _whole_state(self) -> dict[str, Tensor] | None:
+        """Of a sharded model, on the main process: what is saved; all processes take part in gathering it."""
+        if not self.processes.shards:
+            return None
+        return whole_state(self.model, self.dtypes, keep=self.processes.is_main)
 
     def progress_bar(self) -> Any:
         """Of this call's steps, in the main process; a monitor takes its place."""
@@ -361,14 +382,16 @@ class Run:
         return sums
 
     def _calibrate(self) -> None:
+        latest = self.processes.gather(self.latest) if self.source.kind == "stream" else []
         batches = calibration_batches(
-            self.source, self.config, self.latest, self.processes.world, self.processes.device
+            self.source, self.config, latest, self.processes.world, self.processes.device
         )
         if not batches or self.config.keep_ratio == 1:
             return
         if self.compilation is not None:
             self.compilation.off()  # for good: no compilation for eval mode
-        calibrate_trained(self.model, batches, self.config, self.stepping.autocast)
+        accelerator = self.processes.accelerator if self.processes.world > 1 else None
+        calibrate_trained(self.model, batches, self.config, self.stepping.autocast, accelerator)
 
     def _free(self) -> None:
         self.processes.accelerator.free_memory()
@@ -381,10 +404,15 @@ def _repeatable(eval_data: Any) -> Batches | None:
     return None if eval_data is None else open_batches(eval_data, "eval_data")
 
 
+def rows_a_step(config: TrainConfig, source: Batches, world: int) -> int:
+    """Rows of a global batch; of ready-made batches, how many of them."""
+    return (config.batch_size if source.kind == "rows" else 1) * config.grad_accum * world
+
+
 def _steps(config: TrainConfig, source: Batches, world: int) -> int | None:
     """How many optimiser steps the run is long; None where the clock says."""
     if config.tokens is None:
         return config.steps
     first = source.first["input_ids"]
-    rows = config.batch_size if source.kind == "rows" else len(first)
-    return -(-config.tokens // (rows * first.shape[1] * config.grad_accum * world))
+    rows = rows_a_step(config, source, world) * (1 if source.kind == "rows" else len(first))
+    return -(-config.tokens // (rows * first.shape[1]))

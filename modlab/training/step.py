@@ -28,6 +28,7 @@ from modlab.training.model import balancing_loss, forward, parameter_groups, rea
 from modlab.training.objectives import IGNORE, Sums
 from modlab.training.processes import Processes
 from modlab.training.schedule import is_what_if, keep_target, lr_factor
+from modlab.training.sharding import shard, whole
 from modlab.training.threshold_control import ThresholdControl
 
 OF_THE_WHOLE = ("target", "budget", "load")  # objectives in which tokens' gradients depend on all the others
@@ -58,13 +59,19 @@ class Step:
         self.processes, self.device, self.teacher = processes, processes.device, teacher
         self.routing: Any = model.mod if is_converted(model) else None
         self.layers: list[int] = list(self.routing.layers) if self.routing is not None else []
+        self.wrapped: Any = model
+        if processes.shards:
+            for one in (model, teacher):
+                if one is not None:
+                    shard(one, processes, self._uses_bf16())
         self.adamw = torch.optim.AdamW(
             parameter_groups(model, config),
             lr=config.lr,
             betas=config.betas,
             fused=self.device.type == "cuda",
         )
-        self.wrapped, self.optimizer = processes.accelerator.prepare(model, self.adamw)
+        if not processes.shards:
+            self.wrapped = processes.accelerator.prepare_model(model)
         self.control = (
             ThresholdControl(self.layers, config.per_layer, self.device) if objective == "budget" else None
         )
@@ -75,7 +82,7 @@ class Step:
         """Sets what optimiser step `step` (from 0) is done with, `share` of the run being behind."""
         self.number = step
         factor = lr_factor(self.config, step, share)
-        for group in self.optimizer.param_groups:
+        for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.target = keep_target(self.config, step, share)
         if self.routing is not None:
@@ -106,10 +113,9 @@ class Step:
 
     def update(self) -> Tensor:
         """Takes the optimiser's step; this process's part of the gradient's norm, scalar."""
-        norm = self.processes.accelerator.clip_grad_norm_(
-            self.wrapped.parameters(), self.config.max_grad_norm
-        )
-        self.optimizer.step()
+        trained = [p for group in self.adamw.param_groups for p in group["params"]]
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
+        self.adamw.step()
         self.forget()
         if self.control is not None:
             self.control.advance(self.processes.sum)
@@ -117,7 +123,7 @@ class Step:
 
     def forget(self) -> None:
         """No gradient is left."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=True)
 
     def settle_thresholds(self) -> None:
         """The thresholds for `keep_ratio` as plain numbers, for all that comes between two steps."""
@@ -139,9 +145,12 @@ class Step:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast around a forward alone. Not accelerate's: that one replaces `model.forward`."""
+        bf16 = self._uses_bf16()
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def _uses_bf16(self) -> bool:
         wanted = self.config.mixed_precision
-        enabled = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+        return wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
 
     def _loss(self, part: Batch, count: Count, whole: Sums | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The part's share of the loss to minimise, and of the figures."""

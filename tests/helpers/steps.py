@@ -13,6 +13,7 @@ import modlab
 from tests.helpers.models import scatter_gates
 
 ROWS, LENGTH, VOCABULARY = 8, 24, 97
+HIGH = 80  # one row has the tokens from here on, the others those below
 
 AIM = {"keep_ratio": 0.3, "ramp": 0.0, "lam": 8.0}
 LAYERS = {"skip": "layer", "layers": "all", "keep_first": 1}
@@ -34,13 +35,22 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     ),
     "cache, with noise": (KEYS, {"objective": "target", **AIM}),
     "cache, hidden": (KEYS, {"objective": "load", "alpha": 1.0, "what_if": 0.0}),
+    "one row keeps": (
+        {"skip": "layer", "layers": "all", "keep_first": 0},
+        {"objective": "target", "what_if": 0.0, **AIM},
+    ),
+    "one row keeps and frozen": (
+        {"skip": "layer", "layers": "all", "keep_first": 0},
+        {"objective": "target", "what_if": 0.0, "freeze_base": True, **AIM},
+    ),
 }
 """By name: conversion (None: the model stays dense) and settings of the run."""
 
 
 def data() -> Dataset:
     """Rows whose labels and padding are uneven: long prompts with short answers and the other way round."""
-    ids = torch.randint(2, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, HIGH, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[2] = HIGH + ids[2] % (VOCABULARY - HIGH)
     labels, mask = ids.clone(), torch.ones_like(ids)
     for row in range(ROWS):
         labels[row, : 20 if row % 2 else 2] = -100
@@ -68,7 +78,19 @@ def model_of(conversion: dict[str, Any] | None, seed: int = 0) -> Any:
     if conversion is not None:
         modlab.convert(model, modlab.MoDConfig(**conversion))
         scatter_gates(model)
+        if model.mod.config.keep_first < 1:
+            _keep_high_tokens(model)
     return model
+
+
+@torch.no_grad()
+def _keep_high_tokens(model: Any) -> None:
+    """Gates open for the tokens of one row alone: whoever does not have it skips all layers altogether."""
+    high = torch.arange(VOCABULARY) >= HIGH
+    model.model.embed_tokens.weight[:, 0] = torch.where(high, 12.0, -12.0)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        layer.mod_router.weight.mul_(0.1)[0] = 0.3
 
 
 def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Run by `accelerate launch` in test_step.py: the gradient of one step, in as many processes as there are.
 
 steps_in_processes.py OUT BATCH_SIZE GRAD_ACCUM CASE...
+
+In a folder named "sharded" FSDP2 shards the model, with activation checkpointing.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.sharding import launched_with_fsdp, whole
 from tests.helpers.steps import gradient
 
 
-def main(out: str, batch_size: int, grad_accum: int, cases: list[str]) -> None:
+def main(out: Path, batch_size: int, grad_accum: int, cases: list[str]) -> None:
+    if out.name == "sharded":
+        launched_with_fsdp(activation_checkpointing=True)
     found = {case: gradient(case, batch_size, grad_accum) for case in cases}
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.save(found, Path(out) / f"rank_{rank}.pt")
+    found = {case: {name: whole(value) for name, value in of.items()} for case, of in found.items()}
+    torch.save(found, out / f"rank_{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

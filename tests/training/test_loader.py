@@ -69,13 +69,24 @@ def test_ranks_divide_the_batch_of_one_process() -> None:
         assert torch.equal(whole, torch.cat([first, second]))
 
 
-def test_last_rows_are_dropped_in_training_and_kept_for_evaluation() -> None:
-    assert [len(b) for b in take(ROWS, 99, batch_size=4, epochs=1)] == [4, 4]
-    kept = take(ROWS, 99, batch_size=4, seed=None, epochs=1, drop_last=False)
-    assert torch.equal(torch.cat(kept), ROWS)
-    per_rank = [
-        take(ROWS, 99, batch_size=4, seed=None, epochs=1, drop_last=False, rank=r, world=2) for r in (0, 1)
-    ]
+def test_no_row_is_left_out_or_seen_twice_however_the_rows_are_shared() -> None:
+    """Ten rows in batches of four: the third batch has the last two and the first two of the next epoch."""
+    alone = torch.cat(take(ROWS, 5, batch_size=4, seed=3))
+    for epoch in (alone[:10], alone[10:]):
+        assert sorted(epoch[:, 0].tolist()) == ROWS[:, 0].tolist()
+    for world, size in ((2, 2), (4, 1), (1, 2)):
+        ranks = [
+            take(ROWS, 20 // (world * size), batch_size=size, seed=3, rank=r, world=world)
+            for r in range(world)
+        ]
+        assert torch.equal(torch.cat([part for step in zip(*ranks, strict=True) for part in step]), alone)
+
+
+def test_an_evaluation_sees_every_row_once() -> None:
+    kept = take(ROWS, 99, batch_size=4, seed=None, epochs=1)
+    assert torch.equal(torch.cat(kept), ROWS) and [len(b) for b in kept] == [4, 4, 2]
+    assert [len(b) for b in take(ROWS, 99, batch_size=4, epochs=2)] == [4, 4, 2, 4, 4, 2]
+    per_rank = [take(ROWS, 99, batch_size=4, seed=None, epochs=1, rank=r, world=2) for r in (0, 1)]
     assert sorted(torch.cat(per_rank[0] + per_rank[1])[:, 0].tolist()) == ROWS[:, 0].tolist()
 
 

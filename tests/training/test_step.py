@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,31 @@ def test_accumulated_gradients_are_those_of_one_batch(case: str, batch_size: int
     assert_same_step(gradient(case, batch_size, grad_accum), gradient(case, ROWS, 1))
 
 
-def test_several_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
-    """Two processes, each in two parts, on rows with uneven labels and padding."""
-    launch(WORKER, 2, tmp_path, 2, 2, *CASES)
-    ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
-    for case in CASES:
+FEW = (
+    "distilled",
+    "target",
+    "budget",
+    "top-k",
+    "cache, with noise",
+    "one row keeps",
+    "one row keeps and frozen",
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "batch_size", "grad_accum", "cases"),
+    [("copies", 2, 2, 2, CASES), ("copies", 4, 2, 1, FEW), ("sharded", 2, 2, 2, FEW)],
+    ids=["two", "four", "two, sharded"],
+)
+def test_several_processes_give_the_gradient_of_one(
+    tmp_path: Path, kind: str, processes: int, batch_size: int, grad_accum: int, cases: Iterable[str]
+) -> None:
+    """Rows have uneven labels and padding; in some cases one process alone has tokens that run."""
+    out = tmp_path / kind
+    out.mkdir()
+    launch(WORKER, processes, out, batch_size, grad_accum, *cases)
+    ranks = [torch.load(out / f"rank_{rank}.pt") for rank in range(processes)]
+    for case in cases:
         expected = gradient(case, ROWS, 1)
         for rank in ranks:
             assert_same_step(rank[case], expected)

@@ -1,0 +1,125 @@
+"""A model in training whose weights are sharded over the processes, by FSDP2 (`torch.distributed.fsdp`).
+
+Sharded weights are `DTensor`s. What a run writes is whole: every process takes part in gathering it, tensor
+by tensor, so that no device holds more than one whole tensor more than it trains with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.errors import ModlabError
+from modlab.hf.anatomy import decoder_layers
+from modlab.integrations.fsdp import is_sharded
+
+if TYPE_CHECKING:
+    from modlab.training.processes import Processes
+
+
+def shard(model: Any, processes: Processes, bf16: bool) -> None:
+    """Shards weights layer by layer, with accelerate's settings; a model that is sharded stays as it is.
+
+    Routers get groups of their own, in fp32, in the first forward (`integrations/fsdp.py`).
+
+    Args:
+        model: whole, in each process the same; on the CPU it is never whole on a GPU.
+        processes: launched with FSDP2.
+        bf16: weights are gathered in bf16 (gradients are reduced in fp32).
+
+    Raises:
+        ModlabError: activation checkpointing is wanted of a model that has none.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if is_sharded(model):
+        return
+    plugin = processes.plugin
+    if plugin.activation_checkpointing:
+        _checkpoint_activations(model)
+    policy = MixedPrecisionPolicy()
+    if bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    settings = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
+    for layer in decoder_layers(model):
+        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **settings)
+    fully_shard(model, **settings)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ModlabError(
+            f"accelerate was launched with activation checkpointing, which {type(model).__name__} does not "
+            "have: leave --fsdp_activation_checkpointing out."
+        )
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; where it is sharded, every process has to ask for it."""
+    if hasattr(tensor, "full_tensor"):
+        full: Tensor = tensor.full_tensor()
+        return full
+    return tensor
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor into one that may be sharded: every process its part."""
+    target.copy_(like(target, value))
+
+
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, cut as `target` is."""
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    value = value.to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """All of the tensors on the CPU; every process has to take part.
+
+    Args:
+        tensors: by name, the same names in the same order in all processes.
+        keep: whether this process wants them; nothing is returned otherwise.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu().contiguous() if is_part(tensor) else full.contiguous()
+    return found
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_state(model: nn.Module, dtypes: dict[str, torch.dtype], keep: bool) -> dict[str, Tensor]:
+    """A sharded model's state as `save_pretrained` takes it; every process has to take part.
+
+    Args:
+        dtypes: of the weights before training, by name.
+        keep: whether this process wants it.
+    """
+    state = model.state_dict(keep_vars=True)
+    found: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        if id(tensor) in first:  # tied: one tensor under both names, as transformers expects it
+            if keep:
+                found[name] = found[first[id(tensor)]]
+            continue
+        first[id(tensor)] = name
+        found |= gathered({name: tensor}, keep)
+        if keep:
+            found[name] = found[name].to(dtypes.get(name, found[name].dtype))
+    return found

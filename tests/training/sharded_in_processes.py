@@ -1,0 +1,40 @@
+"""Run by `accelerate launch` in test_sharding.py: takes up a run that one process began, sharded by FSDP2.
+
+sharded_in_processes.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import modlab
+from modlab.errors import ModlabError
+from tests.helpers.sharding import launched_with_fsdp
+from tests.training.test_sharding import began, model_in_bf16, rows
+
+
+def main(out: Path) -> None:
+    launched_with_fsdp()
+    model = model_in_bf16()
+    result = modlab.train(model, rows(), began(out, batch_size=2), eval_data=rows()[:3])
+    refused = []
+    for action in (modlab.revert, modlab.convert):
+        try:
+            action(model)
+        except ModlabError as error:
+            refused.append(str(error))
+    report = {
+        "history": result.history.to_dict("list"),
+        "refused": refused,
+        "part": sum(p.to_local().numel() for p in model.parameters()),
+    }
+    rank = torch.distributed.get_rank()
+    (out / f"rank_{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

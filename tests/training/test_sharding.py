@@ -1,0 +1,110 @@
+"""Runs whose weights FSDP2 shards, taken up by more and by fewer processes, are one run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.training.processes import Processes
+from tests.helpers.launch import launch
+from tests.helpers.models import scatter_gates
+
+WORKER = Path(__file__).with_name("sharded_in_processes.py")
+
+
+def model_in_bf16() -> Any:
+    """Converted, with tied embeddings; dense and routed layers differ in class."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    modlab.convert(model, modlab.MoDConfig(layers=[0, 2], keep_recent=4))
+    scatter_gates(model)
+    return model
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(0, 61, (10, 16), generator=torch.Generator().manual_seed(1))
+
+
+def began(out: Path, batch_size: int) -> modlab.TrainConfig:
+    """The settings of all the runs here; ten rows, of which each step sees four."""
+    return modlab.TrainConfig(
+        out=out, steps=4, batch_size=batch_size, log_every=1, save_every=1, keep_last=9, resume="auto",
+        lr=3e-3, keep_ratio=0.5, what_if=0.5, calibrate=False, mixed_precision="no",
+    )  # fmt: skip
+
+
+def from_step(step: int, of: Path, to: Path) -> Path:
+    """A run's folder as it was after so many steps."""
+    shutil.copytree(of / "checkpoints" / f"step_{step}", to / "checkpoints" / f"step_{step}")
+    return to
+
+
+def test_a_sharded_run_is_one_run(tmp_path: Path) -> None:
+    """One process alone; its second step taken up by two that shard; their third one taken up by one."""
+    whole = modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 4), eval_data=rows()[:3])
+    shards = from_step(2, tmp_path / "one", tmp_path / "two")
+    printed = launch(WORKER, 2, shards)
+    assert not printed.strip()
+    pair = [json.loads((shards / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    assert sum(one["part"] for one in pair) == sum(p.numel() for p in whole.model.parameters())
+    assert max(one["part"] for one in pair) < 0.6 * sum(one["part"] for one in pair)
+    for one in pair:
+        assert "load it whole" in one["refused"][0] and len(one["refused"]) == 2
+    again = modlab.train(
+        model_in_bf16(), rows(), began(from_step(3, shards, tmp_path / "again"), 4), eval_data=rows()[:3]
+    )
+    wanted = whole.history.set_index("step")
+    for frame in (pair[0]["history"], again.history.to_dict("list")):
+        for column in ("loss", "keep_ratio", "objective", "grad_norm", "tokens", "lr", "eval_loss"):
+            for step, value in zip(frame["step"], frame[column], strict=True):
+                expected = pytest.approx(wanted.loc[step, column], rel=2e-3, abs=1e-5, nan_ok=True)
+                assert value == expected, (column, step)
+    assert pair[0]["history"]["step"] == [3, 4]
+    expected = whole.model.state_dict()
+    for folder in (shards, tmp_path / "again"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+        assert modlab.is_converted(loaded)
+        assert loaded.dtype == torch.bfloat16
+        for name, value in loaded.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-3)
+
+
+def test_checkpoints_of_other_global_batches_are_refused(tmp_path: Path) -> None:
+    modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 4))
+    with pytest.raises(ModlabError, match=r"global_batch=2 \(was 4\)"):
+        modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (DistributedType.DEEPSPEED, "its engine clips gradients"),
+        (DistributedType.MEGATRON_LM, "models of its own"),
+    ],
+)
+def test_other_ways_to_shard_are_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: DistributedType, why: str
+) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(ModlabError, match=f"{why}.*--fsdp_version 2"):
+        Processes()
