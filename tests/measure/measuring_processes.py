@@ -40,6 +40,22 @@ def report() -> dict[str, object]:
         model, None, batches(), [0.0, 0.4, 0.8], repeats=1, prompt_tokens=8, decode_tokens=2,
         per_layer=True, progress=False, accelerator=accelerator,
     )  # fmt: skip
+    probed = {
+        "recall": modlab.recall(
+            model, ROWS, distances=[12, 20], passage=6, prefix=2, rows=3, batch_size=2, progress=False,
+            accelerator=accelerator,
+        ).to_dict("list"),
+        "health": modlab.generation_health(
+            model, ROWS, prompts=3, prompt_tokens=8, new_tokens=6, batch_size=2, progress=False,
+            accelerator=accelerator,
+        ).to_dict(),
+        "calibrated": [
+            dict(modlab.calibrate(
+                model, batches(), keep_ratio=0.4, per_layer=per_layer, tolerance=0.1, accelerator=accelerator
+            ))
+            for per_layer in (False, True)
+        ],
+    }  # fmt: skip
     timed = table[["prefill_ms", "decode_ms"]]
     assert bool((timed > 0).all().all())
     return {
@@ -47,6 +63,7 @@ def report() -> dict[str, object]:
         "evaluate": vars(found) | {"keep_ratio_by_layer": list(found.keep_ratio_by_layer.values())},
         "rows": [rows.loss, rows.predicted_tokens],
         "sweep": table.drop(columns=timed.columns).to_dict("list"),
+        "probed": json.loads(json.dumps(probed)),
         "times": timed.to_numpy().tolist(),
     }
 

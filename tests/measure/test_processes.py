@@ -1,4 +1,4 @@
-"""evaluate and sweep over the processes of an accelerator are what one process finds."""
+"""Measures and probes over the processes of an accelerator are what one process finds."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for name in ("loss", "keep_ratio", "keep_ratio_by_layer"):
         assert found["evaluate"][name] == pytest.approx(alone["evaluate"][name], rel=1e-12)
     assert found["rows"] == pytest.approx(alone["rows"], rel=1e-12)
+    assert found["probed"] == alone["probed"]
     assert found["sweep"].keys() == alone["sweep"].keys()
     for name, values in alone["sweep"].items():
         assert found["sweep"][name] == pytest.approx(values, rel=1e-12), name
