@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from modlab.traces.routing_trace import RoutingTrace
     from modlab.traces.run import trace
     from modlab.training.config import TrainConfig
+    from modlab.training.fit import fit_routers
+    from modlab.training.fit_config import FitConfig
     from modlab.training.loop import train
     from modlab.training.result import TrainResult
 
@@ -71,6 +73,8 @@ _HOME: dict[str, str | None] = {
     "aggregate_routing": "traces.aggregate",
     "RoutingTrace": "traces.routing_trace",
     "trace": "traces.run",
+    "FitConfig": "training.fit_config",
+    "fit_routers": "training.fit",
     "TrainConfig": "training.config",
     "TrainResult": "training.result",
     "train": "training.loop",
@@ -80,6 +84,7 @@ _HOME: dict[str, str | None] = {
 }
 
 __all__ = [
+    "FitConfig",
     "GenerationHealth",
     "KVTracker",
     "MoDConfig",
@@ -98,6 +103,7 @@ __all__ = [
     "enable_fast_generation",
     "families",
     "fast_generation_report",
+    "fit_routers",
     "generation_health",
     "is_converted",
     "load",

@@ -9,10 +9,10 @@ import pytest
 import modlab
 from modlab.cache.stored import keep_ratio_for_saving
 from modlab.errors import ModlabError
-from modlab.recipes import RECIPES
+from modlab.recipes import TRAINED
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_recipe_converts_and_trains(make_llama: Any, name: str) -> None:
     import torch
 
@@ -31,6 +31,24 @@ def test_the_keep_ratio_gives_the_saving(make_llama: Any, name: str, saving: flo
     assert 8 / (8 - routed + routed * train_config.keep_ratio) == pytest.approx(saving)
 
 
+def test_the_quick_recipe_fits(make_llama: Any) -> None:
+    import torch
+
+    model = make_llama(num_hidden_layers=4)
+    mod_config, fit_config = modlab.recipe("quick", model, kv_saving=2, context=160)
+    assert (mod_config.layers, mod_config.gates, fit_config.keep_ratio) == ("all", "kv_head", 0.5)
+    rows = torch.randint(3, 512, (8, 160), generator=torch.Generator().manual_seed(0))
+    found = modlab.fit_routers(modlab.convert(model, mod_config), rows, fit_config, progress=False)
+    assert found.keep_ratio == pytest.approx(0.5, abs=0.011)
+
+
+def test_latent_heads_get_a_gate_a_layer() -> None:
+    from modlab.families.tiny_models import tiny_model
+
+    config, _ = modlab.recipe("quick", tiny_model("deepseek_v3"))
+    assert (config.gates, config.layers, config.router_hidden) == ("layer", "all", 16)
+
+
 def test_what_is_given_wins(make_llama: Any) -> None:
     model = make_llama(num_hidden_layers=8)
     _, config = modlab.recipe("memory", model, steps=7, keep_ratio=0.6, ramp=0.5)
@@ -40,7 +58,7 @@ def test_what_is_given_wins(make_llama: Any) -> None:
 
 def test_refusals_say_what_to_do(make_llama: Any) -> None:
     model = make_llama(num_hidden_layers=8)
-    with pytest.raises(ModlabError, match="no recipe 'fast': choose one of default, memory"):
+    with pytest.raises(ModlabError, match="no recipe 'fast': choose one of quick, default, memory"):
         modlab.recipe("fast", model, steps=1)
     with pytest.raises(ModlabError, match="5 of 8 layers are routed, which saves less than 2.67x"):
         modlab.recipe("default", model, steps=1, kv_saving=2.8)

@@ -1,4 +1,4 @@
-"""The command line: `modlab lab | convert | train | eval | probe | sweep | bench`, or `python -m modlab`.
+"""The command line: `modlab lab | convert | fit | train | ...`, or `python -m modlab`.
 
 One file a command, each with `add` (its parser) and `run`. Heavy modules are imported by `run`, so that
 `modlab --help` answers at once. A mistake the user can correct ends in a message of a few lines on stderr and
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from modlab import __version__
-from modlab.cli import bench, convert, evaluate, lab, probe, sweep, train
+from modlab.cli import bench, convert, evaluate, fit, lab, probe, sweep, train
 from modlab.cli.flags import BAD_INPUT, INTERRUPTED, HelpFormatter
 from modlab.errors import ModlabError
 
@@ -99,6 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for module in (lab, convert, train, evaluate, probe, sweep, bench):
+    for module in (lab, convert, fit, train, evaluate, probe, sweep, bench):
         module.add(command)
     return parser

@@ -13,7 +13,7 @@ from modlab.errors import ModlabError
 
 def add(command: Command) -> None:
     """The parser of this command."""
-    from modlab.recipes import RECIPES
+    from modlab.recipes import RECIPES, TRAINED
     from modlab.training.config import TrainConfig
 
     sub = command(
@@ -37,9 +37,9 @@ def add(command: Command) -> None:
         help="held-out tokens to evaluate on; 0: none",
     )
     sub.add_argument(
-        "--recipe", choices=list(RECIPES),
+        "--recipe", choices=TRAINED,
         help="how a dense MODEL is converted and trained (default: default); flags given with it win: "
-        + "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items()),
+        + "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items() if name in TRAINED),
     )  # fmt: skip
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,

@@ -12,7 +12,7 @@ import torch
 
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
-from modlab.measure import calibrate
+from modlab.measure import Calibration, calibrate
 from modlab.routing.router import Router, logit_of
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
@@ -23,16 +23,28 @@ CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 def calibrate_trained(
     model: Any,
     batches: list[Batch],
-    config: TrainConfig,
+    *,
+    keep_ratio: float,
+    per_layer: bool = False,
+    tolerance: float | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     accelerator: Any = None,
-) -> None:
-    """Makes the model keep `config.keep_ratio`; leaves it as trained, with a warning, where that cannot be
-    had or is interrupted.
+) -> Calibration | None:
+    """Makes the model keep `keep_ratio`; leaves it as trained, with a warning, where that cannot be had or is
+    interrupted.
 
     Where the gate only decides, its bias is shifted and the thresholds stay, which comes to the same: a user
     finds the model at the threshold it was trained with, not at 0.9998. Where the gate enters the output
     (paper, fused), or an adapter holds a copy of the router, the thresholds move.
+
+    Args:
+        batches: to read, on the model's device or not.
+        keep_ratio, per_layer: as of `calibrate`.
+        tolerance: 0.004 by default, 0.02 of each layer.
+        autocast: gives the context that forwards run in.
+
+    Returns:
+        what was measured, with thresholds as they were found before any shift; None after a warning.
     """
     routing, layers = model.mod, decoder_layers(model)
     routers: dict[int, Any] = {i: layers[i].mod_router for i in routing.layers}
@@ -48,18 +60,20 @@ def calibrate_trained(
             found = calibrate(
                 model,
                 batches,
-                keep_ratio=config.keep_ratio,
-                per_layer=config.per_layer,
-                tolerance=0.02 if config.per_layer else 0.004,
+                keep_ratio=keep_ratio,
+                per_layer=per_layer,
+                tolerance=tolerance or (0.02 if per_layer else 0.004),
                 max_passes=15,
                 accelerator=accelerator,
             )
         if shifted:
             _shift(routers, {i: -logit_of(p) for i, p in found.items()})
+        return found
     except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
         routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
         why = str(error) or type(error).__name__
         warnings.warn(f"The thresholds stay as trained: {why}", stacklevel=2)
+        return None
     finally:
         if shifted:
             _shift(routers, {i: logit_of(p) for i, p in before.items()})

@@ -390,8 +390,14 @@ class Run:
             return
         if self.compilation is not None:
             self.compilation.off()  # for good: no compilation for eval mode
-        accelerator = self.processes.accelerator if self.processes.world > 1 else None
-        calibrate_trained(self.model, batches, self.config, self.stepping.autocast, accelerator)
+        calibrate_trained(
+            self.model,
+            batches,
+            keep_ratio=self.config.keep_ratio,
+            per_layer=self.config.per_layer,
+            autocast=self.stepping.autocast,
+            accelerator=self.processes.accelerator if self.processes.world > 1 else None,
+        )
 
     def _free(self) -> None:
         self.processes.accelerator.free_memory()

@@ -23,7 +23,7 @@ from modlab.training.config import TrainConfig
 from tests.helpers.models import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("lab", "convert", "train", "eval", "probe", "sweep", "bench")
+COMMANDS = ("lab", "convert", "fit", "train", "eval", "probe", "sweep", "bench")
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Stack:\n    items: list = []\n"
 
 
@@ -76,6 +76,23 @@ def converted(source: Path) -> Path:
     assert done.returncode == 0, done.stderr
     assert "2 of 6 layers routed [1, 4]" in done.stdout
     return target
+
+
+def test_fit_leaves_a_folder_that_keeps_what_was_asked(source: Path, corpus: Path) -> None:
+    target = source.parent / "fitted"
+    done = modlab_process(
+        *("fit", source, target, "--data", corpus, "--context", "12", "--tokens", "960"),
+        *("--kv-saving", "2.5"),
+        cwd=source.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"fitted to 840 tokens in \d+ s, R² \S+, keep ratio 0\.4", done.stdout)
+    model, _ = modlab.load(target)
+    assert (model.mod.config.gates, model.mod.layers) == ("kv_head", list(range(6)))
+    again = modlab_process(
+        *("fit", target, target.with_name("no"), "--data", corpus, "--kv-saving", "2"), cwd=source.parent
+    )
+    assert again.returncode == 2 and "--keep-ratio" in again.stderr
 
 
 def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:

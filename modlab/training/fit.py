@@ -1,0 +1,197 @@
+"""`modlab.fit_routers`: routers in one forward pass over some text, without training.
+
+Each row is a text that is read twice. What the second copy reads of the first says what each key is worth
+(`scores.py`); linear gates are solved for in closed form, their hidden layer is fitted on what these leave
+(`regression.py`). Usable at 2x at once, and the start from which distillation goes further.
+
+Shape letters: C tokens of one copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modlab.errors import ModlabError
+from modlab.hf.anatomy import decoder_layers
+from modlab.hf.model import check_model, context_length, device_of, eval_mode
+from modlab.routing.router import Router
+from modlab.routing.state import Routing, routing_of, set_threshold
+from modlab.training.calibration import calibrate_trained
+from modlab.training.contexts import contexts, prompt_ids
+from modlab.training.fit_config import FitConfig
+from modlab.training.fit_pass import FitPass, sample_size
+
+ON_GPU = {"tokens": 196_608, "context": 2048, "batch_size": 4, "hidden_steps": 400}
+ON_CPU = {"tokens": 32_768, "context": 1024, "batch_size": 1, "hidden_steps": 0}
+CALIBRATION_TOKENS = 4096
+"""On a CPU, eight times as many on a GPU: read a few times for the thresholds."""
+
+
+@dataclass
+class Fit:
+    """What `fit_routers` has done.
+
+    Attributes:
+        tokens: of text that routers were fitted to.
+        r2: share of the variance of log scores within held-out rows that the gates explain.
+        r2_linear: the same of their linear part alone.
+        keep_ratio: share of held-out text that is kept now, mean over routed layers.
+        seconds: all of it.
+        keep_ratio_by_layer: of each routed layer.
+    """
+
+    tokens: int
+    r2: float
+    r2_linear: float
+    keep_ratio: float
+    seconds: float
+    keep_ratio_by_layer: dict[int, float] = field(default_factory=dict, repr=False)
+
+
+def fit_routers(
+    model: Any, data: Any, config: FitConfig | None = None, *, tokenizer: Any = None, progress: bool = True
+) -> Fit:
+    """Fits the routers of a converted model to what keys are worth, and sets thresholds; nothing is trained.
+
+    One forward pass a row of [text, "repeat it", text] with the model's own dense attention, then a system of
+    linear equations a layer. Works for every model type that `skip="kv"` routes, quantized bases included.
+    Memory: one forward, (D + 1)² numbers a layer, and `sample_mib` where a hidden layer is fitted.
+
+    Args:
+        model: converted with `skip="kv"`; its routers and thresholds are overwritten. What was studied is
+            `MoDConfig(layers="all", gates="kv_head", router_hidden=16)` (`modlab.recipe("quick", model)`).
+        data: text like that of later use: a source of `modlab.data.packed` (file, folder, data set of the
+            hub, "python"), a list of texts, or token rows.
+        config: see `FitConfig`.
+        tokenizer: for texts, and for what asks for the repetition; token rows can do without.
+        progress: show a progress bar, with R² on rows that were not fitted to yet.
+
+    Returns:
+        `Fit`: R² on held-out rows, and the keep ratio that the thresholds give there.
+
+    Raises:
+        ModlabError: a dense model, another skip, adapters around the routers, too little text. Routers and
+            thresholds are then as before, as they are after Ctrl-C.
+    """
+    config = FitConfig() if config is None else config
+    config.check()
+    check_model(model)
+    _check_routers(model, routing_of(model))
+    began = time.monotonic()
+    device = device_of(model)
+    on_gpu = device.type == "cuda"
+    chosen = (ON_GPU if on_gpu else ON_CPU) | _given(config)
+    prompt = prompt_ids(tokenizer).to(device)
+    length = _length(model, config.context, chosen["context"], len(prompt))
+    rows = contexts(model, data, tokenizer, length, chosen["tokens"], config.seed)
+    fitted = len(rows) - max(1, round(config.held_out * len(rows)))
+    steps = FitPass(
+        model, prompt, ridge=config.ridge, hidden_steps=chosen["hidden_steps"],
+        sample=sample_size(model, config.sample_mib), tokens=fitted * length, seed=config.seed,
+    )  # fmt: skip
+    with _undone_on_error(model):
+        with eval_mode(model), torch.no_grad():
+            _run(steps, rows, fitted, chosen["batch_size"], progress)
+        expected = steps.open(config.keep_ratio)
+        set_threshold(model, 0.5)
+        read = rows[fitted:][: max(1, CALIBRATION_TOKENS * (8 if on_gpu else 1) // length)]
+        kept = _calibrated(model, read.to(device), config.keep_ratio)
+    mean = statistics.fmean(kept.values()) if kept else expected
+    seconds = time.monotonic() - began
+    return Fit(fitted * length, steps.held.r2, steps.held_linear.r2, mean, seconds, kept)
+
+
+def _run(steps: FitPass, rows: Tensor, fitted: int, batch_size: int, progress: bool) -> None:
+    """All forwards, and the fits between."""
+    device = steps.prompt.device
+    with tqdm(total=len(rows), desc="Fitting routers", unit="row", disable=not progress) as bar:
+        done, solve_at = 0, batch_size
+        for part in rows[:fitted].split(batch_size):
+            steps.fit(part.to(device))
+            done += len(part)
+            bar.update(len(part))
+            bar.set_postfix_str(_shown(steps.ahead.r2))
+            if solve_at <= done < fitted:  # twice as many each time
+                steps.solve()
+                solve_at = 2 * done
+        steps.finish()
+        for part in rows[fitted:].split(batch_size):
+            steps.hold(part.to(device))
+            bar.update(len(part))
+            bar.set_postfix_str(_shown(steps.held.r2))
+
+
+def _shown(r2: float) -> str:
+    return "" if r2 != r2 else f"R² {r2:.3f}"
+
+
+def _given(config: FitConfig) -> dict[str, int]:
+    names = ("tokens", "batch_size", "hidden_steps")
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
+def _length(model: Any, asked: int | None, usual: int, prompt: int) -> int:
+    """Tokens of one copy, two of which fit into the model's context with the prompt between them."""
+    context = context_length(model)
+    most = None if context is None else (context - prompt) // 2
+    if asked is None:
+        return usual if most is None else min(usual, most)
+    if most is not None and asked > most:
+        raise ModlabError(
+            f"context={asked}: a row holds it twice, with {prompt} tokens between, and the model's context "
+            f"is {context}: give at most {most}."
+        )
+    return asked
+
+
+def _check_routers(model: Any, routing: Routing) -> None:
+    if routing.skip.gate_form(routing.config, routing.skip.parts[0]) != "stored":
+        raise ModlabError(
+            f"scores say what keys are worth, but this model routes {routing.skip.words.routed}: convert "
+            'with skip="kv".'
+        )
+    layers = decoder_layers(model)
+    for i in routing.layers:
+        router: Any = layers[i].mod_router
+        if not isinstance(router, Router):
+            raise ModlabError(
+                f"the router of layer {i} is a {type(router).__name__}: fit the routers before the model "
+                "gets adapters."
+            )
+
+
+def _calibrated(model: Any, rows: Tensor, keep_ratio: float) -> dict[int, float]:
+    """Corrects the gates by what dropping changes; keep ratios by layer, none where that could not be had."""
+    if keep_ratio == 1:
+        return {}
+    batches = [{"input_ids": row[None]} for row in rows]
+    found = calibrate_trained(
+        model, batches, keep_ratio=keep_ratio, tolerance=0.01, autocast=contextlib.nullcontext
+    )
+    return {} if found is None else found.keep_ratio_by_layer
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: Any) -> Iterator[None]:
+    """A block that fails or is stopped leaves routers and thresholds as they were."""
+    routing, layers = routing_of(model), decoder_layers(model)
+    routers: dict[int, Any] = {i: layers[i].mod_router for i in routing.layers}
+    before = {i: copy.deepcopy(router.state_dict()) for i, router in routers.items()}
+    thresholds = dict(routing.thresholds)
+    try:
+        yield
+    except BaseException:
+        for i, router in routers.items():
+            router.load_state_dict(before[i])
+        routing.thresholds.update(thresholds)
+        raise
