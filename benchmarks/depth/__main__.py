@@ -1,0 +1,130 @@
+"""python -m benchmarks.depth STAGE"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line and runs the stage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.depth", description="Less compute a token on real models."
+    )
+    stages = parser.add_subparsers(dest="stage", required=True)
+    run = stages.add_parser("run", help="convert, distil, measure")
+    run.add_argument("--arms", required=True, help="names with commas between them; `arms` lists them")
+    run.add_argument("--data", type=Path, required=True, help="what benchmarks.real_models texts wrote")
+    run.add_argument("--questions", type=Path, help="folder of the tasks' jsonl files")
+    run.add_argument("--items", type=int, default=1000, help="of each task")
+    run.add_argument("--measured", type=int, default=8, help="rows of each text")
+    run.add_argument("--tokens", type=float, default=10, help="millions, of distillation; 0 for none")
+    run.add_argument("--length", type=int, default=4096, help="of a training row")
+    run.add_argument("--rows", type=int, default=2, help="of a forward")
+    run.add_argument("--batch", type=int, default=32_768, help="tokens of a step")
+    run.add_argument("--minutes", type=float, help="cut each distillation to this")
+    run.add_argument("--seed", type=int, default=0)
+    prefill = stages.add_parser("prefill", help="time prompts through generate")
+    prefill.add_argument("--lengths", default="32768")
+    prefill.add_argument("--leave-after", type=float, default=2 / 3)
+    prefill.add_argument("--repeats", type=int, default=5)
+    prefill.add_argument("--shape", help="random weights of a shape of modlab.bench, such as llama-3-8b")
+    report = stages.add_parser("report", help="what runs have left, as one result file")
+    report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
+    report.add_argument("--origin", type=Path, help="origin.json of a run; by default the first run's")
+    stages.add_parser("arms", help="list the arms")
+    for stage in (run, prefill):
+        stage.add_argument("--model", type=Path, required=stage is run, help="the model's folder")
+        stage.add_argument("--device", default="cuda")
+        stage.add_argument("--commit", help="of the source tree, where git cannot be asked")
+    for stage in (run, prefill, report):
+        stage.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    options.argv = sys.argv[1:] if arguments is None else arguments
+    {"run": _run, "prefill": _prefill, "report": _report, "arms": _arms}[options.stage](options)
+
+
+def _arms(options: argparse.Namespace) -> None:
+    from benchmarks.depth.arms import ARMS
+
+    print("\n".join(ARMS))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from benchmarks.depth.arms import arm_named
+    from benchmarks.depth.distil import Plan
+    from benchmarks.depth.run import Study
+    from benchmarks.real_models.texts import Data
+
+    names = options.arms.split(",")
+    for name in names:
+        arm_named(name)
+    study = Study(
+        options.model, options.device, Data.load(options.data), options.out,
+        options.questions, options.items, options.measured,
+    )  # fmt: skip
+    _write_origin(options)
+    plan = Plan(int(options.tokens * 1e6), options.length, options.rows, options.batch, seed=options.seed)
+    for name in names:
+        study.run(name, plan, options.minutes)
+
+
+def _prefill(options: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks.depth.model import load
+    from benchmarks.depth.prefill import time_prompts
+
+    lengths = [int(length) for length in options.lengths.split(",")]
+    if options.shape:
+        from transformers import AutoModelForCausalLM
+
+        from modlab.bench.models import SHAPES
+
+        dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+        config = SHAPES[options.shape].config(max(lengths) + 1)
+        with torch.device(options.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = load(options.model, options.device)
+    name = options.shape or options.model.name
+    options.out.mkdir(parents=True, exist_ok=True)
+    _write_origin(options)
+    with (options.out / "prefill.jsonl").open("a") as file:
+        for row in time_prompts(model, lengths, options.repeats, options.leave_after):
+            file.write(json.dumps({"model": name, **row}) + "\n")
+            print(name, row, flush=True)
+
+
+def _write_origin(options: argparse.Namespace) -> None:
+    import torch
+
+    from modlab.bench.results import circumstances, source_commit
+
+    device = torch.device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    hidden = {str(value): value.name for value in vars(options).values() if isinstance(value, Path)}
+    said = [hidden.get(word, word) for word in options.argv]
+    origin: dict[str, Any] = {
+        **circumstances(device, dtype),
+        "commit": options.commit or source_commit(),
+        "command": shlex.join(["python", "-m", "benchmarks.depth", *said]),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from benchmarks.depth.report import result
+
+    path = options.origin or options.runs[0] / "origin.json"
+    origin = json.loads(path.read_text(encoding="utf-8"))
+    options.out.write_text(json.dumps(result(options.runs, origin), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The arms of the study: what is skipped, how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from modlab.errors import ModlabError
+
+Trains = Literal["added", "lora", "all"]
+Pull = Literal["none", "target", "load", "topk"]
+Removes = Literal["", "layer", "attention"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm.
+
+    Attributes:
+        mod: fields of `MoDConfig`; none for static removal.
+        trains: what conversion added alone, LoRA on the base too, or all weights.
+        pull: the term next to the KL: none where the position decides, a two-sided pull to `compute`, the
+            paper's load, top-k's.
+        compute: share of the layers' operations that is aimed at, where something pulls.
+        alpha: weight of the paper's load term.
+        scored: whether gates start from the relative size of the update (`scores.py`).
+        removes: what static removal takes out: whole layers, or attentions.
+        rate: learning rate of what conversion added.
+        base_rate: learning rate of the base's weights, where they train.
+    """
+
+    mod: dict[str, Any] = field(default_factory=dict)
+    trains: Trains = "added"
+    pull: Pull = "none"
+    compute: float = 1.0
+    alpha: float = 0.01
+    scored: bool = False
+    removes: Removes = ""
+    rate: float = 2e-4
+    base_rate: float = 3e-5
+
+
+def _leave(after: float, **fields: Any) -> Arm:
+    return Arm({"skip": "prompt", "leave_after": after, **fields})
+
+
+def _routed(skip: str, compute: float, scored: bool, trains: Trains) -> Arm:
+    mod = {"skip": skip, "layers": "inner", "router_hidden": 16}
+    return Arm(mod, trains, "target", compute, scored=scored, rate=2e-3)
+
+
+TRAINED: dict[str, tuple[bool, Trains]] = {
+    "": (False, "added"),
+    "-all": (False, "all"),
+    "-scored": (True, "added"),
+    "-scored-lora": (True, "lora"),
+    "-scored-all": (True, "all"),
+}
+"""Whether gates start from scores, and what trains."""
+
+
+REMOVED: tuple[Removes, ...] = ("layer", "attention")
+HEALED: dict[str, Trains] = {"": "all", "-lora": "lora"}
+
+ARMS: dict[str, Arm] = {
+    "leave-1/2": _leave(1 / 2),
+    "leave-2/3": _leave(2 / 3),
+    "leave-3/4": _leave(3 / 4),
+    **{f"leave-2/3-rank-{rank}": _leave(2 / 3, leave_rank=rank) for rank in (16, 64)},
+    **{
+        f"{skip}-{compute:g}{name}": _routed(skip, compute, scored, trains)
+        for compute in (0.9, 0.8)
+        for skip in ("written", "sublayers", "mlp")
+        for name, (scored, trains) in TRAINED.items()
+    },
+    **{
+        f"paper-alpha-{alpha:g}": Arm(
+            {"skip": "layer", "layers": "alternate", "gate": "paper", "init_gate": 0.5, "keep_first": 1},
+            trains="all", pull="load", alpha=alpha, rate=3e-4,
+        )
+        for alpha in (0.003, 0.01, 0.03)
+    },
+    "topk": Arm(
+        {"skip": "layer", "layers": "alternate", "operator": "topk", "gate": "fused"},
+        trains="all", pull="topk", rate=3e-4,
+    ),
+    **{
+        f"static-{what}-{compute:g}{name}": Arm(removes=what, compute=compute, trains=trains)
+        for what in REMOVED
+        for compute in (0.9, 0.8)
+        for name, trains in HEALED.items()
+    },
+}  # fmt: skip
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name.
+
+    Raises:
+        ModlabError: there is none.
+    """
+    if name not in ARMS:
+        raise ModlabError(f"no arm is called {name!r}; there are {', '.join(ARMS)}.")
+    return ARMS[name]

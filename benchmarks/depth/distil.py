@@ -1,0 +1,182 @@
+"""Distillation against the dense self: KL of every token, and what pulls the keep ratio.
+
+The teacher is the same model with routing off where its base is frozen, else a copy of the dense model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import modlab
+from benchmarks.depth import removal
+from benchmarks.depth.arms import Arm
+from benchmarks.depth.model import head, states
+from benchmarks.real_models.mixture import Mixture
+from modlab.routing.record import RoutingStep
+from modlab.routing.router import is_router
+from modlab.training.objectives import kl_to_teacher, load_objective, target_objective, topk_bce
+
+PULL = 4.0  # weight of the two-sided pull
+RAMP = 0.3  # share of the run in which the target falls from 1
+WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and on what.
+
+    Attributes:
+        tokens: of the whole run.
+        length: of a row.
+        rows: of a forward.
+        batch: tokens of a step.
+        keep: keep ratio that "target" pulls to.
+        seed: of rows and noise.
+    """
+
+    tokens: int
+    length: int = 4096
+    rows: int = 2
+    batch: int = 32_768
+    keep: float = 1.0
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / self.batch))
+
+    @property
+    def forwards(self) -> int:
+        """Of a step."""
+        return max(1, self.batch // (self.rows * self.length))
+
+
+def trainable(model: Any, arm: Arm) -> list[dict[str, Any]]:
+    """Parameter groups; what trains becomes fp32, all else is frozen."""
+    added: list[Any] = []
+    base: list[Any] = []
+    for name, parameter in model.named_parameters():
+        is_added = is_router(name)
+        wanted = is_added or arm.trains == "all" or (arm.trains == "lora" and "lora_" in name)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            parameter.data = parameter.data.float()
+            (added if is_added else base).append(parameter)
+    groups = [{"params": added, "rate": arm.rate}, {"params": base, "rate": arm.base_rate}]
+    return [group for group in groups if group["params"]]
+
+
+def distil(
+    model: Any,
+    arm: Arm,
+    mixture: Mixture,
+    plan: Plan,
+    say: Callable[[str], None],
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Trains in place; the model ends in eval mode.
+
+    Args:
+        model: converted, or dense with parts removed.
+        minutes: cuts the run.
+
+    Returns:
+        tokens, seconds and the curve of (tokens, kl, keep ratio).
+    """
+    device = next(model.parameters()).device
+    alone = arm.trains == "added"
+    teacher = None if alone else _teacher(model)
+    optimiser = torch.optim.AdamW(trainable(model, arm), betas=(0.9, 0.95), weight_decay=0.0)
+    torch.manual_seed(plan.seed)
+    model.train()
+    began, curve = time.monotonic(), []
+    for step in range(plan.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = group["rate"] * _share(step, plan.steps)
+        target = 1 - (1 - plan.keep) * min(1.0, (step + 1) / (RAMP * plan.steps))
+        total, kept = 0.0, 1.0
+        for _ in range(plan.forwards):
+            ids = mixture.rows(plan.rows, plan.length).to(device)
+            with torch.no_grad(), _dense(model, teacher) as dense:
+                told = states(dense, ids) @ head(dense).T
+            with recorded(model, detach=False) as steps:
+                said = _said(model, ids, told.dtype)
+            kl = kl_to_teacher(said, told, torch.ones_like(ids).bool())
+            loss = kl
+            if steps:
+                loss = loss + _pull(arm, steps[-1], target)
+                kept = torch.stack([k.float().mean() for k in steps[-1].keep.values()]).mean().item()
+            (loss / plan.forwards).backward()
+            total += kl.item() / plan.forwards
+        torch.nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        done = (step + 1) * plan.forwards * plan.rows * plan.length
+        curve.append((done, round(total, 5), round(kept, 4)))
+        if step % max(1, plan.steps // 10) == 0 or step == plan.steps - 1:
+            speed = done / (time.monotonic() - began)
+            say(f"step {step + 1}/{plan.steps} KL {total:.4f} kept {kept:.3f} {speed:,.0f} tokens/s")
+        if minutes and time.monotonic() - began > 60 * minutes:
+            break
+    model.eval()
+    return {"tokens": curve[-1][0], "seconds": round(time.monotonic() - began, 1), "curve": curve}
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the peak rate: a warm-up, then a cosine to a tenth."""
+    warm = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
+    return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _teacher(model: Any) -> Any:
+    """A dense copy with today's weights."""
+    other = copy.deepcopy(model)
+    if modlab.is_converted(other):
+        modlab.revert(other)
+    removal.forget(other)
+    return other.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _dense(model: Any, teacher: Any) -> Iterator[Any]:
+    if teacher is not None:
+        yield teacher
+        return
+    was = model.training
+    model.eval()
+    with modlab.routing_off(model):
+        yield model
+    model.train(was)
+
+
+@contextlib.contextmanager
+def recorded(model: Any, detach: bool = True) -> Iterator[list[RoutingStep]]:
+    """Inside this block every forward leaves a step, if the model is converted."""
+    if not modlab.is_converted(model):
+        yield []
+        return
+    with modlab.record_routing(model, detach) as recording:
+        yield recording.steps
+
+
+def _said(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of all tokens; weights that train are fp32, so autocast makes them what the base is."""
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        return states(model, ids) @ head(model).T
+
+
+def _pull(arm: Arm, step: RoutingStep, target: float) -> Tensor | float:
+    if arm.pull == "target":
+        return target_objective(step, target, PULL)
+    if arm.pull == "load":
+        return load_objective(step, arm.alpha)
+    return 0.01 * topk_bce(step) if arm.pull == "topk" else 0.0

@@ -1,0 +1,128 @@
+"""What an arm loses against its dense self: KL by position, copies and retrieval over distances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import modlab
+from benchmarks.depth import compute
+from benchmarks.depth.arms import Arm
+from benchmarks.depth.distil import recorded
+from benchmarks.depth.model import head, states
+from benchmarks.real_models.divergence import kl_and_agreement, logits
+from benchmarks.real_models.evaluate import MEASURED, gaps, shares
+from benchmarks.real_models.probes import Probe
+from benchmarks.real_models.texts import COUNTED, Data
+
+FAR = 1024  # positions from here on are far; half of the row where rows are not longer
+
+
+@dataclass
+class Dense:
+    """What the dense model itself does, measured once.
+
+    Attributes:
+        states: last states of the texts' rows, by text.
+        copies: loss of each passage's copy, in nats a token [S].
+        right: whether each question was answered [S].
+    """
+
+    states: dict[str, Tensor] = field(default_factory=dict)
+    copies: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    right: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+def _on(model: Any, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def dense(model: Any, data: Data, measured: int = MEASURED) -> Dense:
+    """Runs the dense model over texts and probes."""
+    found = Dense()
+    for name, rows in data.texts.items():
+        found.states[name] = torch.cat([states(model, _on(model, row[None])) for row in rows[:measured]])
+    found.copies, found.right = asked(model, data.recall)[0], asked(model, data.retrieval)[1]
+    return found
+
+
+@torch.no_grad()
+def asked(model: Any, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
+    """Of each span the mean loss, and whether all of its tokens were the likeliest."""
+    loss, right = np.zeros(len(probe.spans)), np.zeros(len(probe.spans), dtype=int)
+    weight = head(model)
+    for row, ids in enumerate(probe.rows):
+        own = np.flatnonzero(probe.spans[:, 0] == row)
+        if not len(own):
+            continue
+        state = states(model, _on(model, ids[None]))[0]
+        for span in own:
+            _, a, z, _ = probe.spans[span]
+            said = logits(state[a - 1 : z - 1], weight)
+            told = _on(model, ids[a:z])
+            loss[span] = F.cross_entropy(said, told).item()
+            right[span] = int(bool((said.argmax(-1) == told).all()))
+    return loss, right
+
+
+@torch.no_grad()
+def measure(model: Any, arm: Arm, data: Data, known: Dense, removed: list[int]) -> dict[str, Any]:
+    """The record of one arm, with the names of the result files."""
+    T = data.recall.rows.shape[1]
+    far_from = FAR if T >= 2 * FAR else T // 2
+    far, near, same, work, kept = {}, {}, {}, {}, {}
+    for name, rows in data.texts.items():
+        kl, agree, shares_by_row = [], [], []
+        for row, teacher in zip(rows, known.states[name], strict=False):
+            with recorded(model) as steps:
+                state = states(model, _on(model, row[None]))[0]
+            k, a = kl_and_agreement(state, teacher, head(model))
+            kl.append(k)
+            agree.append(a)
+            shares_by_row.append(_kept(steps))
+        kl_RT, same_RT = torch.stack(kl), torch.stack(agree).float()
+        far[name], near[name] = kl_RT[:, far_from:].mean().item(), kl_RT[:, :far_from].mean().item()
+        same[name] = same_RT[:, far_from:].mean().item()
+        by_layer = {
+            index: np.mean([row[index] for row in shares_by_row], axis=0).tolist()
+            for index in shares_by_row[0]
+        }
+        kept[name] = by_layer
+        work[name] = _compute(model, arm, T, by_layer, removed)
+    record: dict[str, Any] = {
+        "kl_far": sum(far[name] for name in COUNTED) / len(COUNTED), "far_from": far_from, "length": T,
+        "kl_far_by_text": far, "kl_near_by_text": near, "top1_far_by_text": same,
+        "compute": sum(work[name] for name in COUNTED) / len(COUNTED), "compute_by_text": work,
+        "keep_by_layer": kept, "ratio": 1.0,
+    }  # fmt: skip
+    record |= gaps(asked(model, data.recall)[0], known.copies, data.recall.spans[:, 3])
+    record |= shares(asked(model, data.retrieval)[1], known.right, data.retrieval.spans[:, 3])
+    return record
+
+
+def _kept(steps: list[Any]) -> dict[int, list[float]]:
+    """Share of kept tokens by layer, of each gate."""
+    if not steps:
+        return {}
+    return {
+        index: keep.float().reshape(-1, keep.shape[-1] if keep.dim() == 3 else 1).mean(0).tolist()
+        for index, keep in steps[-1].keep.items()
+    }
+
+
+def _compute(model: Any, arm: Arm, T: int, kept: dict[int, list[float]], removed: list[int]) -> float:
+    config = model.config
+    if arm.removes:
+        layers, attentions = (len(removed), 0) if arm.removes == "layer" else (0, len(removed))
+        return compute.removed(config, T, layers, attentions)
+    if not modlab.is_converted(model):
+        return 1.0
+    if arm.mod["skip"] == "prompt":
+        return compute.leaving(config, T, model.mod.layers[0])
+    return compute.routed(config, T, arm.mod["skip"], kept)

@@ -1,0 +1,40 @@
+"""What runs have left, as one result file: benchmarks/results/depth_<model>_<date>.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modlab.errors import ModlabError
+
+ORIGIN = ("date", "device_name", "dtype", "commit", "command", "versions")
+
+
+def result(folders: list[Path], origin: dict[str, Any]) -> dict[str, Any]:
+    """The file's content: where it comes from, and all rows.
+
+    Args:
+        folders: of runs, each with rows.jsonl, prefill.jsonl or both.
+        origin: what `ORIGIN` names.
+
+    Raises:
+        ModlabError: something of the origin is missing, or there is nothing to report.
+    """
+    if missing := [name for name in ORIGIN if not origin.get(name)]:
+        raise ModlabError(f"a result says where it comes from: give {', '.join(missing)} too.")
+    rows = [row for folder in folders for row in _lines(folder / "rows.jsonl")]
+    times = [row for folder in folders for row in _lines(folder / "prefill.jsonl")]
+    if not rows and not times:
+        raise ModlabError(f"no rows.jsonl and no prefill.jsonl in {', '.join(map(str, folders))}.")
+    speedup = {(row["model"], row["leave_after"]): row["speedup"] for row in times}
+    for row in rows:
+        after = row["arm_fields"]["mod"].get("leave_after") if "arm_fields" in row else None
+        row["prefill_speedup"] = speedup.get((row["model"], after))
+    return {"what": "depth", **origin, "rows": rows, "prefill": times}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,145 @@
+"""Runs arms on a model: convert, distil, set the threshold, measure; one line of JSON an arm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import modlab
+from benchmarks.depth import compute, removal, tasks
+from benchmarks.depth.arms import Arm, arm_named
+from benchmarks.depth.distil import Plan, distil
+from benchmarks.depth.measure import Dense, dense, measure
+from benchmarks.depth.model import load
+from benchmarks.depth.scores import start_from_scores
+from benchmarks.real_models.evaluate import MEASURED
+from benchmarks.real_models.mixture import Mixture
+from benchmarks.real_models.run import rounded
+from benchmarks.real_models.texts import Data
+
+CALIBRATED, SCORED = 4, 16
+"""Training rows on which a threshold is set or removal is chosen, and on which scores are regressed."""
+
+
+class Study:
+    """A model, its texts and where results go.
+
+    Args:
+        folder: of the model.
+        out: folder for rows.jsonl and trained weights.
+        questions: folder of the tasks' files, or None.
+        items: of each task.
+        measured: rows of each text.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        data: Data,
+        out: Path,
+        questions: Path | None = None,
+        items: int = 1000,
+        measured: int = MEASURED,
+    ) -> None:
+        self.folder, self.device, self.data, self.out = folder, device, data, out
+        self.questions, self.items, self.measured = questions, items, measured
+        self.begun = time.monotonic()
+        self.known: Dense | None = None
+        self.dense_right: dict[str, np.ndarray] = {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.begun:6.1f}] {self.folder.name} {text}", flush=True)
+
+    def run(self, name: str, plan: Plan, minutes: float | None = None) -> dict[str, Any]:
+        """One arm, from the dense model to its row."""
+        arm = arm_named(name)
+        model = load(self.folder, self.device)
+        self._know(model)
+        facts: dict[str, Any] = {"plan": dataclasses.asdict(plan), "arm_fields": dataclasses.asdict(arm)}
+        mixture = Mixture(self.data.stream, self.data.lines, plan.seed)
+        plain = Mixture(self.data.stream, self.data.lines, plan.seed + 1, 0.0, 0.0)
+        rows = plain.rows(CALIBRATED, plan.length).to(self.device)
+        removed: list[int] = []
+        if arm.removes:
+            removed = self._remove(model, arm, plan, rows)
+            facts["removed"] = removed
+        else:
+            modlab.convert(model, modlab.MoDConfig(**arm.mod))
+            model.mod.what_if = True
+        if arm.pull == "target":
+            skip, routed = arm.mod["skip"], len(model.mod.layers)
+            keep = compute.keep_for(model.config, plan.length, skip, routed, arm.compute)
+            plan = dataclasses.replace(plan, keep=keep)
+            facts["keep_asked"] = keep
+        if arm.scored:
+            facts["scores_r2"] = start_from_scores(
+                model, plain.rows(SCORED, plan.length).to(self.device).split(1), plan.keep
+            )
+        if arm.trains == "lora":
+            _add_lora(model)
+        if plan.tokens:
+            facts["distillation"] = distil(model, arm, mixture, plan, self.say, minutes)
+        if arm.pull in ("target", "topk"):
+            keep = plan.keep if arm.pull == "target" else model.mod.config.capacity
+            modlab.calibrate(model, [{"input_ids": rows}], keep_ratio=keep)
+        found = measure(model, arm, self.data, self._known(), removed)
+        row = {
+            "model": self.folder.name, "arm": name, "seed": plan.seed,
+            "tokens": facts.get("distillation", {}).get("tokens", 0),
+            "compute_asked": arm.compute if arm.pull == "target" or arm.removes else None,
+            **found, "tasks": self._tasks(model), **facts,
+        }  # fmt: skip
+        with (self.out / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(rounded(row)) + "\n")
+        if modlab.is_converted(model) and arm.trains == "added":
+            modlab.save_routers(model, self.out / f"added_{name.replace('/', '-')}", self.folder.name)
+        gap = " ".join(f"{value:+.3f}" for value in found["recall_gap"].values())
+        self.say(f"RESULT {name} compute {found['compute']:.3f} KL {found['kl_far']:.4f} recall {gap}")
+        return row
+
+    def _know(self, model: Any) -> None:
+        if self.known is None:
+            self.known = dense(model, self.data, self.measured)
+            if self.questions is not None:
+                self.dense_right = self._right(model)
+            self.say("dense measured")
+
+    def _known(self) -> Dense:
+        assert self.known is not None
+        return self.known
+
+    def _right(self, model: Any) -> dict[str, np.ndarray]:
+        from transformers import AutoTokenizer
+
+        assert self.questions is not None
+        return tasks.right(model, AutoTokenizer.from_pretrained(self.folder), self.questions, self.items)
+
+    def _tasks(self, model: Any) -> dict[str, Any]:
+        return {} if self.questions is None else tasks.paired(self._right(model), self.dense_right)
+
+    def _remove(self, model: Any, arm: Arm, plan: Plan, rows: torch.Tensor) -> list[int]:
+        """As many as bring the operations nearest to what is asked."""
+        L = model.config.num_hidden_layers
+        key = "layers" if arm.removes == "layer" else "attentions"
+        count = min(
+            range(L), key=lambda n: abs(compute.removed(model.config, plan.length, **{key: n}) - arm.compute)
+        )
+        chosen = removal.greedy(model, arm.removes, count, rows)
+        removal.remove(model, arm.removes, chosen)
+        return sorted(chosen)
+
+
+def _add_lora(model: Any) -> None:
+    """Adapters of rank 32 on all linear maps of the layers, inside the model."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(r=32, lora_alpha=64, target_modules=names), model)

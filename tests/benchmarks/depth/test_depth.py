@@ -1,0 +1,238 @@
+"""The depth study on a tiny model: every kind of arm from the dense model to its row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import modlab
+from benchmarks.depth import compute, removal, tasks
+from benchmarks.depth.__main__ import main
+from benchmarks.depth.arms import ARMS, Arm, arm_named
+from benchmarks.depth.distil import Plan
+from benchmarks.depth.measure import dense, measure
+from benchmarks.depth.model import states
+from benchmarks.depth.report import result
+from benchmarks.depth.run import Study
+from benchmarks.depth.scores import start_from_scores
+from benchmarks.real_models.probes import Probe
+from benchmarks.real_models.texts import Data
+from modlab.hf.anatomy import decoder_layers
+from tests.helpers.models import dense_llama, tiny_config
+from tests.helpers.tokenizers import make_tokenizer
+
+T = 48
+ORIGIN = {
+    "date": "2026-11-29", "device_name": "cpu", "dtype": "float32", "commit": "0" * 40, "command": "c",
+    "versions": {"torch": "2"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    dense_llama().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def data() -> Data:
+    random = np.random.default_rng(0)
+
+    def rows(n: int) -> np.ndarray:
+        return random.integers(3, 500, (n, T)).astype(np.int32)
+
+    def probe() -> Probe:
+        spans = [(row, at, at + 6, distance) for row in range(2) for at, distance in ((20, 8), (40, 16))]
+        return Probe(rows(2), np.array(spans, dtype=np.int32))
+
+    texts = {name: rows(12) for name in ("novels", "python", "wikitext", "headers")}
+    return Data(rows(40).reshape(-1), rows(4)[:, :8], texts, probe(), probe(), rows(1)[0])
+
+
+PLAN = Plan(tokens=2 * 4 * T, length=T, rows=2, batch=4 * T)
+
+KINDS = [
+    "leave-2/3", "leave-2/3-rank-16", "written-0.8-scored", "sublayers-0.9", "sublayers-0.8-scored-all",
+    "mlp-0.9-scored-lora", "paper-alpha-0.01", "topk", "static-layer-0.8", "static-attention-0.9-lora",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_arm_comes_to_its_row(name: str, folder: Path, data: Data, tmp_path: Path) -> None:
+    if "lora" in name:
+        pytest.importorskip("peft")
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2)
+    row = study.run(name, PLAN)
+    assert 0 <= row["kl_far"] < 20 and 0 < row["compute"] <= 1 and row["tokens"] == PLAN.tokens
+    assert set(row["recall_gap"]) == {"8", "16"} and row["tasks"] == {}
+    assert all(np.isfinite(kl) for _, kl, _ in row["distillation"]["curve"])
+    assert json.loads((tmp_path / "out" / "rows.jsonl").read_text())["arm"] == name
+    if ARMS[name].trains == "added" and not ARMS[name].removes:
+        (added,) = (tmp_path / "out").glob("added_*/*.safetensors")
+        assert all(".mod_" in tensor for tensor in load_file(added))
+
+
+def test_a_frozen_base_stays_the_teacher(folder: Path, data: Data, tmp_path: Path) -> None:
+    """Without training an arm that keeps everything has no KL; with leaving it has."""
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2)
+    idle = replace(PLAN, tokens=0)
+    assert study.run("leave-2/3", idle)["kl_far"] > 1e-4
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="written"))
+    found = measure(model, Arm({"skip": "written"}), data, dense(dense_llama(), data, 2), [])
+    assert found["kl_far"] == pytest.approx(0, abs=1e-6) and found["compute"] == 1
+
+
+def test_distillation_lowers_the_divergence(folder: Path, data: Data, tmp_path: Path) -> None:
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2)
+    plan = replace(PLAN, tokens=30 * 4 * T)
+    curve = study.run("leave-1/2", plan)["distillation"]["curve"]
+    first, last = (np.mean([kl for _, kl, _ in part]) for part in (curve[:5], curve[-5:]))
+    assert last < 0.8 * first
+
+
+def test_operations_are_those_that_hooks_count() -> None:
+    """Multiply-adds of linear maps and scores of a routed prefill against the analytic share."""
+    config = tiny_config()
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="prompt"))
+    ids = torch.randint(3, 500, (1, 200))
+
+    def count(**asked: int) -> int:
+        total = 0
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            nonlocal total
+            total += 2 * output.numel() * module.in_features
+
+        maps = [
+            m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, torch.nn.Linear)
+        ]
+        handles = [m.register_forward_hook(hook) for m in maps]
+        model(ids, use_cache=False, **asked)
+        for handle in handles:
+            handle.remove()
+        return total
+
+    upper = sum(p.numel() for n, p in model.named_parameters() if "mod_projections.q" in n or ".k_proj" in n)
+    assert upper
+    with modlab.routing_off(model):
+        whole = count()
+    each = compute.parts(config, 0)
+    assert whole == 200 * 6 * sum(each.values())
+    own = 200 * 2 * each["keys"] + 2 * (each["queries"] - each["queries"] / 2)  # copies are no nn.Linear
+    ran = count(logits_to_keep=1) + own
+    assert ran / whole == pytest.approx(compute.leaving(config, 0, 4), abs=0.005)
+
+
+def test_shares_of_the_routed_forms() -> None:
+    config = tiny_config()
+    each = compute.parts(config, 1000)
+    whole = sum(each.values())
+    assert compute.routed(config, 1000, "mlp", {2: [0.0]}) == pytest.approx(1 - each["mlp"] / whole / 6)
+    apart = compute.routed(config, 1000, "sublayers", {2: [0.0, 1.0]})
+    assert apart == pytest.approx(1 - each["queries"] / whole / 6)
+    assert compute.removed(config, 1000, layers=3) == pytest.approx(0.5)
+    for skip in ("written", "mlp", "layer"):
+        keep = compute.keep_for(config, 10, skip, 3, 0.85)
+        assert compute.routed(config, 10, skip, {i: [keep] for i in range(3)}) == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize("what", ["layer", "attention"])
+def test_removal_is_greedy_and_undone(what: str) -> None:
+    model, ids = dense_llama(), torch.randint(3, 500, (2, 30))
+    want = states(model, ids)
+    chosen = removal.greedy(model, what, 2, ids)
+    assert len(set(chosen)) == 2 and all(0 < index < 5 for index in chosen)
+    assert torch.equal(states(model, ids), want)
+    removal.remove(model, what, chosen)
+    ran = []
+    for index in chosen:
+        decoder_layers(model)[index].register_forward_hook(
+            lambda m, args, output: ran.append(torch.equal(args[0], output))
+        )
+    assert not torch.equal(states(model, ids), want)
+    assert ran == [what == "layer"] * 2
+    removal.restore(model)
+    assert torch.equal(states(model, ids), want)
+
+
+@pytest.mark.parametrize("skip", ["mlp", "written", "sublayers"])
+def test_scored_gates_keep_the_largest_updates(skip: str) -> None:
+    """On rows that they were fitted on, the share asked for, and more of what changes much."""
+    config = modlab.MoDConfig(skip=skip, layers=[2, 3], router_hidden=4, keep_first=0)
+    model = modlab.convert(dense_llama(), config)
+    rows = torch.randint(3, 500, (6, 60), generator=torch.Generator().manual_seed(0))
+    r2 = start_from_scores(model, rows.split(1), keep=0.5)
+    assert len(r2) == (4 if skip == "sublayers" else 2) and all(0 < value <= 1 for value in r2.values())
+    norms: dict[int, torch.Tensor] = {}
+
+    def note(index: int):
+        def hook(module: Any, args: Any, output: Any) -> None:
+            norms[index] = output.float().norm(dim=-1)
+
+        return hook
+
+    hooks = [model.model.layers[i].mlp.register_forward_hook(note(i)) for i in (2, 3)]
+    with modlab.routing_off(model):
+        states(model, rows)
+    for hook in hooks:
+        hook.remove()
+    with modlab.record_routing(model) as recording:
+        states(model, rows)
+    keep = torch.stack([recording.steps[0].keep[i] for i in (2, 3)]).float()
+    assert keep.mean().item() == pytest.approx(0.5, abs=0.15)
+    if skip == "mlp":
+        size = torch.stack([norms[i] for i in (2, 3)])
+        assert size[keep.bool()].mean() > size[~keep.bool()].mean()
+
+
+def test_tasks_are_compared_item_by_item(tmp_path: Path) -> None:
+    rows = [{"query": "w1 w2", "choices": [" w3", " w4"], "gold": i % 2} for i in range(6)]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "lambada_test.jsonl").write_text(json.dumps({"text": "w1 w2 w3"}))
+    found = tasks.right(dense_llama(), make_tokenizer(), tmp_path, 5)
+    assert {name: len(value) for name, value in found.items()} == {"piqa": 5, "lambada": 1}
+    assert found["piqa"].sum() in (2, 3), "one answer is right every other time"
+    other = {"piqa": 1 - found["piqa"]}
+    scored = tasks.paired({"piqa": found["piqa"]}, other)
+    assert scored["piqa"]["gap"] == pytest.approx(found["piqa"].mean() - other["piqa"].mean())
+    assert scored["mean"]["score"] == scored["piqa"]["score"]
+
+
+def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    common = ["--device", "cpu", "--out", str(out), "--commit", "0" * 40]
+    main(["prefill", "--model", str(folder), "--lengths", "40", "--repeats", "2", *common])
+    main(["report", "--runs", str(out), "--out", str(tmp_path / "depth.json")])
+    record = json.loads((tmp_path / "depth.json").read_text())
+    assert record["what"] == "depth" and record["prefill"][0]["speedup"] > 0
+    assert str(tmp_path) not in record["command"], "paths of a machine are not published"
+
+
+def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
+    arm = {"arm_fields": {"mod": {"leave_after": 0.5}}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"model": "m", "arm": "leave-1/2", **arm}) + "\n")
+    time = {"model": "m", "leave_after": 0.5, "speedup": 1.5}
+    (tmp_path / "prefill.jsonl").write_text(json.dumps(time) + "\n")
+    assert result([tmp_path], ORIGIN)["rows"][0]["prefill_speedup"] == 1.5
+    with pytest.raises(modlab.ModlabError, match="commit"):
+        result([tmp_path], {**ORIGIN, "commit": ""})
+    with pytest.raises(modlab.ModlabError, match="no rows.jsonl"):
+        result([tmp_path / "nothing"], ORIGIN)
+
+
+def test_arms_are_convertible() -> None:
+    for arm in ARMS.values():
+        if not arm.removes:
+            modlab.MoDConfig(**arm.mod)
+    with pytest.raises(modlab.ModlabError, match="no arm is called 'x'"):
+        arm_named("x")
+    assert isinstance(dense_llama(), LlamaForCausalLM)
