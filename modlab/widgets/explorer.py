@@ -17,7 +17,7 @@ from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
 from modlab.widgets.model_access import using
-from modlab.widgets.pictures.page import MAX_TOKENS, curve
+from modlab.widgets.pictures.page import MAX_TOKENS, by_ratio, curve, keeping_one_in
 from modlab.widgets.pictures.trace import trace_svg
 from modlab.widgets.steered import SteeredView
 from modlab.widgets.yardsticks import NEW_TOKENS, far_recall, mean, stderr, times
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RATIOS = (1.5, 2, 3, 4, 6, 8, 12, 16)
+"""One token in so many is kept: for gates of real models, among which p itself tells little."""
 
 
 class RoutingExplorer(SteeredView, view="explorer"):
@@ -95,18 +97,21 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """
         self._measure(float(p), None)
 
-    def measure_curve(self, thresholds: Sequence[float] = CURVE) -> None:
+    def measure_curve(self, thresholds: Sequence[float] | None = None) -> None:
         """Run the text at each of these thresholds, for the curve; the model's own are in place again after.
 
         Args:
-            thresholds: values in [0, 1); 0 stands for nothing skipped.
+            thresholds: values in [0, 1); 0 stands for nothing skipped. By default ten from 0 to 0.9, or,
+                where the slider asks which share is kept, those that keep one token in RATIOS.
 
         Raises:
             ModlabError: a threshold of another kind.
         """
         self._start_curve(thresholds, None)
 
-    def _start_curve(self, thresholds: Sequence[float], job: Job | None) -> None:
+    def _start_curve(self, thresholds: Sequence[float] | None, job: Job | None) -> None:
+        if thresholds is None:
+            thresholds = [0.0, *keeping_one_in(self._trace, RATIOS)] if by_ratio(self._trace) else CURVE
         self._wanted, self._found = sorted({float(p) for p in thresholds}), {}
         self._measure_curve(job)
 
@@ -158,6 +163,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         return {
             "p": p,
             "kv_bytes": kv_bytes,
+            "keep_ratio": float(trace.keep.mean()) if p else 1.0,
             "loss": trace.mean_loss,
             "loss_stderr": stderr(trace.loss[1:].astype(np.float64), base.loss_T),
             "recall": mean(recall_P) if len(recall_P) else None,
@@ -200,13 +206,13 @@ class RoutingExplorer(SteeredView, view="explorer"):
     def _point(measured: dict[str, Any]) -> list[dict[str, float]]:
         if measured["loss"] is None or measured["varies"]:
             return []
-        return [{name: measured[name] for name in ("p", "kv_bytes", "loss")}]
+        return [{name: measured[name] for name in ("p", "kv_bytes", "loss", "keep_ratio")}]
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") == "run":
             return lambda job: self._measure(float(content["p"]), job)
         if content.get("type") == "curve":
-            return lambda job: self._start_curve(CURVE, job)
+            return lambda job: self._start_curve(None, job)
         if content.get("type") == "form":
             return lambda job: self._switch(str(content["form"]), job)
         if content.get("type") == "speed":

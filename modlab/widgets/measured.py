@@ -82,9 +82,9 @@ class MeasuredView(TraceView, ModelView):
         measured["run"] = self.summary.get("run", 0) + 1
         self._trace = trace
         with self.hold_sync():
-            new = payload(trace)
-            for name in ("tokens", "gates", "losses", "layers", "num_layers", "keep_first", "threshold"):
-                setattr(self, name, new[name])
+            for name, value in payload(trace).items():
+                if name not in ("group", "summary"):  # the group may be another one; the summary is told last
+                    setattr(self, name, value)
             if self.layer_thresholds:
                 self.layer_thresholds = measured["ps"]
             self.summary = measured

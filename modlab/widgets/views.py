@@ -150,6 +150,7 @@ class _Routed(View):
 
     tokens = t.List(t.Unicode()).tag(sync=True)
     gates = t.Bytes(b"").tag(sync=True)  # page.gate_bytes
+    fine = t.Bytes(b"").tag(sync=True)  # page.fine_values
     losses = t.Bytes(b"").tag(sync=True)  # float32[T]
     layers = t.List(t.Int()).tag(sync=True)
     num_layers = t.Int(0).tag(sync=True)

@@ -99,8 +99,11 @@ def test_with_the_keyboard_alone(nb: Notebook) -> None:
     nb.page.wait_for_function("() => document.querySelector('.modlab-badge').dataset.state === 'measured'")
     nb.python("view.wait(60)")
     nb.wait_idle()
-    p = float(slider.input_value())
-    assert float(kernel(nb, "model.mod.thresholds[1]")) == p and kernel(nb, "view.written") == "{}"
+    p = float(kernel(nb, "view.threshold"))
+    assert float(kernel(nb, "model.mod.thresholds[1]")) == p != 0.5 and kernel(nb, "view.written") == "{}"
+    assert float(kernel(nb, "(view.trace.gate >= p).mean()".replace("p)", f"{p})"))) == pytest.approx(
+        2 ** -float(slider.input_value()), rel=0.1
+    )
     reached = []
     for _ in range(40):
         nb.page.keyboard.press("Tab")

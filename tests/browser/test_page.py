@@ -259,11 +259,18 @@ def test_each_kv_head_has_a_line(show: Callable[..., Any]) -> None:
     lanes = [4 + 22 * lane + 4 for lane in (1, 2, 4, 5)]  # 0 and 3 are layers without a router
     drawn = [heatmap.evaluate(CELLS.replace("4 + 22 + 4", str(y))) for y in lanes]
     assert drawn == trace.keep.tolist()
-    set_threshold(page, 0.8)
-    want = trace.preview_keep(0.8)
+    # The slider asks for a share: one token in 2 ** 2.5.
+    set_threshold(page, 2.5)
+    p = float(np.quantile(trace.gate, 1 - 2**-2.5, method="higher"))
+    want = trace.preview_keep(round(p - 5e-5, 4))
+    assert page.locator(".modlab-p").inner_text() == f"{1 / (trace.gate >= p).mean():.1f}"
+    assert "kept: one in" in page.locator(".mod-slider").inner_text()
     assert [heatmap.evaluate(CELLS.replace("4 + 22 + 4", str(y))) for y in lanes] == want.tolist()
     assert float(heatmap.get_attribute("data-kept")) == pytest.approx(want.mean(), abs=6e-5)
-    assert f"{trace.preview_saving(0.8):.2f}x smaller" in page.locator(".mod-figures").inner_text()
+    assert (
+        f"{trace.preview_saving(round(p - 5e-5, 4)):.2f}x smaller"
+        in page.locator(".mod-figures").inner_text()
+    )
     assert "4 KV heads" in page.locator(".mod-figures").inner_text()
 
 

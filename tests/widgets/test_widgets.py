@@ -25,7 +25,7 @@ from modlab.widgets import (
 from modlab.widgets.pictures import page
 from modlab.widgets.yardsticks import PASSAGE, far_recall, token_losses
 from tests.helpers.models import dense_llama, routed_llama
-from tests.helpers.traces import make_trace
+from tests.helpers.traces import head_trace, make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
 
@@ -36,9 +36,10 @@ def explorer(routed_model: Any, word_tokenizer: Any) -> RoutingExplorer:
 
 
 def shown(widget: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(level, keep) [R, T] as the browser will read them from the bytes."""
+    """(gate, keep) [R, T] as the browser will read them from the bytes."""
     cells = np.frombuffer(widget.gates, dtype="<u2").reshape(len(widget.layers), -1)
-    return cells & 0x3FFF, (cells & 0x8000) > 0
+    table = np.concatenate([[0], np.union1d(page.grid(), np.frombuffer(widget.fine, dtype="<f4"))])
+    return table[cells & 0x3FFF], (cells & 0x8000) > 0
 
 
 def ask(explorer: RoutingExplorer, p: Any, number: int = 1) -> None:
@@ -57,22 +58,56 @@ def test_bytes_decide_exactly_as_float32(level: int, side: int, p: int) -> None:
     for threshold in (level, p):
         trace = make_trace(1, 2, gate=np.array([[gate]]), keep=np.ones((1, 1)), keep_first=0)
         sent, _ = shown(RoutingHeatmapBytes(trace))
-        assert (sent[0, 0] >= threshold) == trace.preview_keep(threshold / page.GRID)[0, 0]
+        p = np.float32(threshold / page.GRID)
+        assert (sent[0, 0] >= p) == trace.preview_keep(threshold / page.GRID)[0, 0]
 
 
 class RoutingHeatmapBytes:
     """Only what `shown` reads: a whole widget for every example would be slow."""
 
     def __init__(self, trace: modlab.RoutingTrace) -> None:
-        self.gates, self.layers = page.gate_bytes(trace), trace.layers
+        self.gates, self.fine, self.layers = page.gate_bytes(trace), page.fine_values(trace), trace.layers
+
+
+def test_gates_close_to_zero_and_one_are_told_apart() -> None:
+    """Those of real models are: 0.0015 keeps half, 0.00002 nearly all."""
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.normal(-6.5, 2, (1, 900)), rng.normal(9, 3, (1, 900))])
+    gate = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    trace = make_trace(900, 4, gate=gate, keep=gate >= 0.0015, layers=[1, 3], thresholds=[0.0015, 0.0015])
+    sent, _ = shown(RoutingHeatmapBytes(trace))
+    for p in page.keeping_one_in(trace, [1.2, 1.5, 3, 4, 8, 16]):
+        assert not page.NEAR <= p <= 1 - page.NEAR
+        assert np.array_equal(sent >= np.float32(p), gate >= np.float32(p)), p
+    assert len(page.fine_values(trace)) <= page.FINE
+
+
+def test_more_gates_than_the_table_has_room_for() -> None:
+    rng = np.random.default_rng(1)
+    gate = (rng.uniform(0, 0.01, (3, 8000))).astype(np.float32)
+    trace = make_trace(8000, 6, gate=gate, keep=gate >= 0.005, thresholds=np.full(3, 0.00512345))
+    fine = page.fine_values(trace)
+    assert len(fine) <= page.FINE and np.float32(0.00512345) in fine
+    sent, _ = shown(RoutingHeatmapBytes(trace))
+    assert np.abs(sent - gate).max() < 1e-5
+    for p in (0.00512345, 0.0049, 0.0077):
+        assert np.array_equal(sent >= np.float32(p), gate >= np.float32(p))
+
+
+def test_a_slider_asks_for_p_or_for_a_share() -> None:
+    assert not page.by_ratio(make_trace()) and page.by_ratio(make_trace(p=0.0015))
+    assert page.by_ratio(head_trace()) and page.summary(head_trace())["by_ratio"]
+    trace = make_trace(4000)
+    for ratio, p in zip([16, 8, 4, 2], page.keeping_one_in(trace, [2, 4, 8, 16])[::-1], strict=True):
+        assert (trace.gate >= p).mean() == pytest.approx(1 / ratio, rel=0.01)
 
 
 def test_views_send_the_trace() -> None:
     trace = make_trace(80, 8)
     for view in (RoutingHeatmap(trace), TokenText(trace)):
-        level, keep = shown(view)
+        gate, keep = shown(view)
         assert np.array_equal(keep, trace.keep)
-        assert np.abs(level / page.GRID - trace.gate).max() < 1 / page.GRID
+        assert np.abs(gate - trace.gate).max() < 1 / page.GRID
         assert view.tokens == trace.tokens and view.layers == trace.layers and view.threshold == 0.5
         assert len(view.gates) == 2 * trace.gate.size
         sent = np.frombuffer(view.losses, dtype="<f4")

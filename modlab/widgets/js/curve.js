@@ -40,7 +40,7 @@ class Curve {
     if (far) wanted.push(["recall", "loss where a passage comes again", nats, reference(summary, "recall")]);
     this.narrow = width < 560; // one below the other: the lowest has the scale of all
     wanted.forEach((what, i) => this.plot(points, this.narrow ? width : (width - 24) / 2, !this.narrow || i === wanted.length - 1, ...what));
-    if (far) el(this.plots, "p", "mod-note mod-look", "Look for the p at which the last curve leaves its dashed line: two passages of the text come "
+    if (far) el(this.plots, "p", "mod-note mod-look", "Look for where the last curve leaves its dashed line: two passages of the text come "
       + "again after its end, and what the cache lost of them the mean loss hides. Bars: standard error.");
   }
 
@@ -48,21 +48,25 @@ class Curve {
     const { store } = this, p = store.threshold, fromZero = key === "kv_bytes", error = (d) => d[`${key}_stderr`] || 0;
     const values = points.flatMap((d) => [d[key] - error(d), d[key] + error(d)]).concat(base ? [base.value] : []);
     const y = fromZero ? [0, Math.max(...values) * 1.08] : span(values, LEAST_LOSS);
-    const x = [Math.min(points[0].p, p), Math.max(points[points.length - 1].p, p)];
+    const share = (d) => Math.log2(1 / Math.max(d.keep_ratio, 1e-4)), ratio = store.byRatio && points.every((d) => d.keep_ratio);
+    const across = ratio ? share : (d) => d.p, here = ratio ? share({ keep_ratio: store.keepRatio }) : p;
+    const all = [...points.map(across), here], x = [Math.min(...all), Math.max(...all)];
     const plot = new Plot(this.plots, title, { width, left: 64, right: 14, ...this.size(scale) }, x, y), { svg } = plot;
-    const below = scale ? ticks(...x, 6) : [];
-    plot.frame((fromZero ? byteTicks : ticks)(...y, 3), fromZero ? byteText : number, below, number, scale ? "threshold p" : "");
+    const below = scale ? ticks(...x, ratio ? 4 : 6) : [], name = ratio ? "kept: one token in" : "threshold p";
+    const below1 = ratio ? (v) => number(Number((2 ** v).toPrecision(2))) : number;
+    plot.frame((fromZero ? byteTicks : ticks)(...y, 3), fromZero ? byteText : number, below, below1, scale ? name : "");
     if (base) plot.level(base.value, base.name);
-    plot.line(points.map((d) => [d.p, d[key]]), "mod-line");
+    plot.line(points.map((d) => [across(d), d[key]]), "mod-line");
     for (const d of points) {
-      if (error(d)) plot.error(d.p, d[key], error(d));
-      node(plot.dot(d.p, d[key], "mod-dot", 3), "title", {}, `p ${number(d.p)}: ${format(d[key])}${error(d) ? ` ± ${format(error(d))}` : ""}`);
+      if (error(d)) plot.error(across(d), d[key], error(d));
+      node(plot.dot(across(d), d[key], "mod-dot", 3), "title", {}, `p ${chance(d.p)}: ${format(d[key])}${error(d) ? ` ± ${format(error(d))}` : ""}`);
     }
-    node(svg, "line", { x1: plot.across(p), x2: plot.across(p), y1: 20, y2: plot.base, class: "mod-marker" });
+    node(svg, "line", { x1: plot.across(here), x2: plot.across(here), y1: 20, y2: plot.base, class: "mod-marker" });
     const at = interpolate(points, p, key);
-    if (at !== null) plot.dot(p, at, "mod-here", 5);
+    if (at !== null) plot.dot(here, at, "mod-here", 5);
     const about = points.some((d) => d.p === p) ? "" : "≈ ";
-    const says = at === null ? `p ${number(p)} lies outside the sweep` : `p ${number(p)}: ${about}${format(at)}`;
+    const where = ratio ? `one in ${number(Number((2 ** here).toPrecision(2)))}` : `p ${number(p)}`;
+    const says = at === null ? `${where} lies outside the sweep` : `${where}: ${about}${format(at)}`;
     plot.text(plot.end, 14, says, "mod-here-text", "end");
     svg.dataset.curve = key;
     svg.setAttribute("aria-label", `${title} against threshold. ${says}` + (base ? `; ${base.name} ${format(base.value)}` : ""));

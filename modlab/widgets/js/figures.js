@@ -22,7 +22,7 @@ class Figures {
       : preview ? "≈ " + swept.toFixed(3) : summary.loss.toFixed(3);
     this.loss.more.textContent = summary.loss === null ? "one token predicts nothing"
       : preview ? (swept === null ? "" : "by the curve · ")
-        + `${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : number(summary.p)}`
+        + `${summary.loss.toFixed(3)} measured at p ${summary.varies ? "of each layer" : chance(summary.p)}`
       : versus(summary);
     this.box.dataset.state = preview ? "preview" : "measured";
   }

@@ -274,16 +274,14 @@ class Heatmap {
 
   // The distribution of the gates in the colours of the cells: thin under p, full from p on.
   drawLegend() {
-    const { store } = this, { theme, low, high, bins } = store, width = 224, height = 36, left = 42, span = 160, base = 22;
-    const g = sharp(this.legend, width, height), x = (v) => left + ((v - low) / (high - low)) * span;
-    const most = Math.max(...bins, 1), p = store.threshold;
-    for (let i = 0; i < 50; i++) {
-      const v = (i + 0.5) / 50;
-      if (v < low || v > high) continue;
-      const tall = bins[i] ? Math.max(2, Math.sqrt(bins[i] / most) * (base - 6)) : 0;
-      g.fillStyle = v >= p ? store.colour(v) : theme.line;
-      g.fillRect(x(i / 50), base - tall, span / 50 / (high - low) - 0.5, tall);
-    }
+    const { store } = this, { theme, levels } = store, { low, high, bins } = levels, p = store.threshold;
+    const width = 224, height = 36, left = 42, span = 160, base = 22, most = Math.max(...bins, 1);
+    const g = sharp(this.legend, width, height), x = (v) => left + levels.at(v) * span, says = (v) => (store.byRatio ? chance(v) : v.toFixed(1));
+    bins.forEach((count, i) => {
+      const tall = count ? Math.max(2, Math.sqrt(count / most) * (base - 6)) : 0, at = (i + 0.5) / 50;
+      g.fillStyle = at >= levels.at(p) ? css(ramp(at, theme.dark)) : theme.line;
+      g.fillRect(left + (i / 50) * span, base - tall, span / 50 - 0.5, tall);
+    });
     this.sample.style.background = `linear-gradient(90deg, ${store.colour(0.4 * high + 0.6 * low)}, ${store.colour(high)})`;
     g.fillStyle = theme.line;
     g.fillRect(left, base, span, 1);
@@ -291,12 +289,12 @@ class Heatmap {
     g.fillStyle = theme.faint;
     g.textBaseline = "top";
     g.textAlign = "center";
-    g.fillText(low.toFixed(1), x(low), base + 3);
-    g.fillText(high.toFixed(1), x(high), base + 3);
+    g.fillText(says(low), x(low), base + 3);
+    g.fillText(says(high), x(high), base + 3);
     g.textBaseline = "middle";
     g.textAlign = "right";
     g.fillText("gate", left - 10, base - 10);
-    this.legend.setAttribute("aria-label", `Gates from ${low.toFixed(1)} to ${high.toFixed(1)}`);
+    this.legend.setAttribute("aria-label", `Gates from ${says(low)} to ${says(high)}`);
     if (p < low || p > high) return;
     g.fillStyle = theme.ink;
     g.fillRect(x(p) - 0.75, 2, 1.5, base - 1);

@@ -13,7 +13,7 @@ class Raster {
       this.pixels = new Uint32Array(this.image.data.buffer);
     }
     const put = () => canvas.getContext("2d").putImageData(this.image, x0, Math.round(m.top * scale));
-    const key = [store.decided, store.theme.key, store.low, store.high, store.summary.run, m.w, shift, width, height].join();
+    const key = [store.decided, store.theme.key, store.summary.run, m.w, shift, width, height].join();
     if (key === this.painted) return put(); // only the mark moved
     this.painted = key;
     this.pixels.fill(0);
@@ -39,11 +39,11 @@ class Raster {
 
   // A cell a token: `full` is a pixel row of kept cells, `thin` the row in the middle, where skipped ones show too.
   cells(row, first, last, w, from, full, thin, colours, gap) {
-    const { store } = this, { T, cells, mask } = store, { low, high } = store, span = 255 / (high - low);
+    const { store } = this, { T, cells, mask } = store, { place } = store.levels;
     for (let t = first, i = row * T + first; t <= last; t++, i++) {
       const a = Math.max(0, Math.round(t * w - from)), b = Math.round((t + 1) * w - from);
       if (!mask[i]) { thin.fill(this.faint, a, b); continue; }
-      const colour = colours[clamp(((cells[i] & LEVEL) / GRID - low) * span, 0, 255) | 0];
+      const colour = colours[(place[cells[i] & LEVEL] * 255) | 0];
       full.fill(colour, a, b - gap);
       thin.fill(colour, a, b - gap);
     }
@@ -51,14 +51,14 @@ class Raster {
 
   // Many tokens a pixel: the colour of the mean gate of the kept ones, as strong as their share.
   shares(row, w, from, full, thin, colours) {
-    const { store } = this, { T, cells, mask } = store, { low, high } = store, span = 255 / (high - low), base = row * T;
+    const { store } = this, { T, cells, mask } = store, { place } = store.levels, base = row * T;
     const end = Math.min(full.length, Math.ceil(T * w - from));
     for (let x = 0; x < end; x++) {
       const a = Math.min(T - 1, Math.floor((x + from) / w)), b = Math.max(a + 1, Math.min(T, Math.floor((x + 1 + from) / w)));
       let kept = 0, sum = 0;
-      for (let i = base + a; i < base + b; i++) if (mask[i]) { kept++; sum += cells[i] & LEVEL; }
+      for (let i = base + a; i < base + b; i++) if (mask[i]) { kept++; sum += place[cells[i] & LEVEL]; }
       if (!kept) { thin[x] = this.faint; continue; }
-      const colour = colours[clamp((sum / kept / GRID - low) * span, 0, 255) | 0];
+      const colour = colours[((sum / kept) * 255) | 0];
       full[x] = thin[x] = (colour & 0xffffff) | (Math.round(255 * (0.15 + 0.85 * kept / (b - a))) << 24);
     }
   }

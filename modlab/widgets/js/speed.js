@@ -26,6 +26,6 @@ class Speed {
     const rate = ({ next_ms: ms }) => `${number(Number((1000 / ms).toPrecision(3)))} tok/s`, first = (t) => `first token ${milliseconds(t.first_ms)}`;
     this.value.textContent = rate(routed);
     this.more.textContent = `${first(routed)}` + (dense ? ` · dense ${rate(dense)}, ${first(dense)}` : "")
-      + ` · after ${tokens.toLocaleString("en")} tokens, ${device}` + (p === store.threshold ? "" : `, at p ${number(p)}`);
+      + ` · after ${tokens.toLocaleString("en")} tokens, ${device}` + (p === store.threshold ? "" : `, at p ${chance(p)}`);
   }
 }

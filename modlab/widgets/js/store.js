@@ -1,7 +1,8 @@
 // The state that all views of one trace share: the recorded gates, the thresholds, the decisions, the selection.
-// uses: selection
+// uses: selection levels
 
 const KEPT = 0x8000, LEVEL = 0x3fff;
+const LEAST_P = 0.01; // a slider for p goes no further, nor closer to 1
 
 class Store extends Scene {
   constructor(model, root) {
@@ -70,17 +71,8 @@ class Store extends Scene {
     // What is drawn one below the other: a line a gate, one for a layer without.
     this.lanes = this.rowsOf.flatMap((rows, layer) => (rows.length ? rows : [-1]).map((row, head) => ({ layer, row, head })));
     this.laneFrom = this.rowsOf.map((_, layer) => this.lanes.findIndex((lane) => lane.layer === layer));
-    let low = GRID, high = 0;
-    const bins = this.bins = new Uint32Array(50);
-    for (const cell of this.cells) {
-      const level = cell & LEVEL;
-      if (level < low) low = level;
-      if (level > high) high = level;
-      bins[Math.min(49, Math.floor((level * 50) / GRID))] += 1;
-    }
-    // The colours span the gates that occur, to the next tenth: most models use a part of 0..1 only.
-    this.low = Math.min(0.9, Math.floor((low / GRID) * 10) / 10);
-    this.high = Math.max(this.low + 0.1, Math.ceil((high / GRID) * 10) / 10);
+    this.byRatio = Boolean(this.summary.by_ratio); // pictures/page.py
+    this.levels = new Levels(this.cells, new Float32Array(bytes(m.get("fine"))), this.byRatio);
     this.stale = true;
   }
 
@@ -99,12 +91,12 @@ class Store extends Scene {
   }
 
   get preview() {
-    const own = this.model.get("layer_thresholds"), { summary } = this, at = (p) => Math.round(p * GRID);
+    const own = this.model.get("layer_thresholds"), { summary } = this, at = Math.fround;
     if (own?.length) return own.some((p, row) => at(p) !== at(summary.ps[row]));
     return at(this.threshold) !== at(summary.p);
   }
 
-  gate(row, t) { return (this.cells[row * this.T + t] & LEVEL) / GRID; }
+  gate(row, t) { return this.levels.value(this.cells[row * this.T + t] & LEVEL); }
   kept(row, t) { return this.mask[row * this.T + t] === 1; }
   // The part of its layer that a row is: all of it, or one KV head's.
   weight(row) { return 1 / this.rowsOf[this.layers[row]].length; }
@@ -113,7 +105,7 @@ class Store extends Scene {
   layerRatio(layer) { const rows = this.rowsOf[layer]; return rows.reduce((sum, row) => sum + this.ratio[row], 0) / rows.length; }
   // The lane of a cell, -1 for none.
   lane(layer, head = 0) { return layer < 0 ? -1 : this.laneFrom[layer] + Math.min(head, Math.max(0, this.rowsOf[layer].length - 1)); }
-  colour(gate) { return css(ramp((gate - this.low) / (this.high - this.low), this.theme.dark)); }
+  colour(gate) { return css(ramp(this.levels.at(gate), this.theme.dark)); }
 
   prepare() {
     const key = [this.threshold, ...(this.model.get("layer_thresholds") || [])].join();
@@ -129,7 +121,7 @@ class Store extends Scene {
     this.held = new Float32Array(T); // layers that keep the token, those with several gates in part
     this.ratio = new Float64Array(R);
     for (let row = 0; row < R; row++) {
-      const level = Math.round(this.p(row) * GRID), start = row * T;
+      const level = this.levels.of(this.p(row)), start = row * T;
       let sum = 0;
       for (let t = 0, i = start; t < T; t++, i++) {
         const keep = preview ? (cells[i] & LEVEL) >= level || t < keepFirst : (cells[i] & KEPT) !== 0;
@@ -224,9 +216,9 @@ class Store extends Scene {
     else if (row >= 0) {
       const gate = this.gate(row, t), kept = this.kept(row, t), p = this.p(row), forced = this.forced.get(row * this.T + t);
       const always = forced === undefined && t < this.keepFirst && gate < p;
-      const versus = always || forced !== undefined ? "" : ` ${gate >= p ? "≥" : "<"} p ${number(p)}`;
+      const versus = always || forced !== undefined ? "" : ` ${gate >= p ? "≥" : "<"} p ${chance(p)}`;
       const became = (kept ? "kept" : this.words.past) + (forced === undefined ? "" : " by you");
-      lines.push(`${this.rowName(row)}: gate ${gate.toFixed(3)}${versus}, ${became}`);
+      lines.push(`${this.rowName(row)}: gate ${this.byRatio ? chance(gate) : gate.toFixed(3)}${versus}, ${became}`);
       if (always) lines.push(`the first ${this.keepFirst} tokens are always kept`);
     }
     lines.push(this.countText(t));

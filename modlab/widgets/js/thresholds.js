@@ -71,9 +71,9 @@ class ThresholdSliders {
 
   // The layer's gates (its rows lie next to each other) over 0..1, under its slider: full from p on.
   drawBins(canvas, rows, p) {
-    const { store } = this, { T, cells, theme } = store, width = canvas.clientWidth || 200, height = 22, count = 50;
+    const { store } = this, { T, theme } = store, width = canvas.clientWidth || 200, height = 22, count = 50;
     if (this.loaded !== store.cells) { this.loaded = store.cells; this.counts = []; }
-    const counts = this.counts[rows[0]] ||= countLevels(cells, rows[0] * T, rows.length * T, count), most = Math.max(...counts, 1);
+    const counts = this.counts[rows[0]] ||= countLevels(store, rows[0] * T, rows.length * T, count), most = Math.max(...counts, 1);
     const key = [p, width, theme.key, store.decided].join();
     if (canvas.drawnFor === key) return;
     canvas.drawnFor = key;
@@ -86,9 +86,9 @@ class ThresholdSliders {
   }
 }
 
-function countLevels(cells, start, length, count) {
+function countLevels({ cells, levels }, start, length, count) {
   const counts = new Array(count).fill(0);
-  for (let i = start; i < start + length; i++) counts[Math.min(count - 1, Math.floor(((cells[i] & LEVEL) * count) / GRID))] += 1;
+  for (let i = start; i < start + length; i++) counts[Math.min(count - 1, Math.floor(levels.value(cells[i] & LEVEL) * count))] += 1;
   return counts;
 }
 

@@ -6,9 +6,11 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modlab.errors import ModlabError
 from modlab.widgets.pictures.script import GRID, script, styles
@@ -20,17 +22,34 @@ if TYPE_CHECKING:
     from modlab.traces.routing_trace import RoutingTrace
 
 MAX_TOKENS = 65_536
+NEAR, FINE = 0.01, 6000  # how close to 0 or 1 four decimals are too few; values sent besides them
 
 
-def gate_bytes(trace: RoutingTrace) -> bytes:
+def fine_values(trace: RoutingTrace) -> NDArray[np.float32]:
+    """float32[at most FINE], ascending: values that the browser needs besides all of four decimals, which
+    tell little apart close to 0 and 1, where gates of real models lie: gates there, and the thresholds."""
+    near = trace.gate[(trace.gate < NEAR) | (trace.gate > 1 - NEAR)]
+    values = np.setdiff1d(np.unique(near), grid())
+    values = values[(values > 0) & (values < 1)]
+    if len(values) > FINE - len(trace.layers):
+        values = values[np.linspace(0, len(values) - 1, FINE - len(trace.layers)).astype(int)]
+    return np.setdiff1d(np.union1d(values, trace.thresholds), grid()).astype("<f4")
+
+
+def grid() -> NDArray[np.float32]:
+    """float32[GRID]: all values of four decimals above 0."""
+    return (np.arange(1, GRID + 1) / GRID).astype(np.float32)
+
+
+def gate_bytes(trace: RoutingTrace, fine: NDArray[np.float32] | None = None) -> bytes:
     """Gates and decisions for the browser: two bytes a cell, row after row of uint16[R, T].
 
-    Bits 0..13: how many steps of 1/GRID lie at or under the gate. Comparing that with round(p * GRID)
-    decides exactly as `gate >= p` does in float32, for every p of at most four decimals.
+    Bits 0..13: how many values of the table (`grid` and `fine_values`) lie at or under the gate. Comparing
+    that with the place of p in the table decides exactly as `gate >= p` does in float32, for every p in it.
     Bit 15: the decision that was executed.
     """
-    steps = (np.arange(1, GRID + 1) / GRID).astype(np.float32)
-    level = np.searchsorted(steps, trace.gate.ravel(), side="right").astype("<u2")
+    table = np.union1d(grid(), fine_values(trace) if fine is None else fine)
+    level = np.searchsorted(table, trace.gate.ravel(), side="right").astype("<u2")
     return (level | (trace.keep.ravel().astype("<u2") << 15)).astype("<u2").tobytes()
 
 
@@ -45,10 +64,11 @@ def payload(trace: RoutingTrace) -> dict[str, Any]:
             f"The trace has {len(trace.tokens):,} tokens; the views draw at most {MAX_TOKENS:,}. "
             f"Show a part, trace.part(0, {MAX_TOKENS}), or work with trace.gate and trace.keep directly."
         )
-    p = representative_threshold(trace)
+    p, fine = representative_threshold(trace), fine_values(trace)
     return {
         "tokens": list(trace.tokens),
-        "gates": gate_bytes(trace),
+        "gates": gate_bytes(trace, fine),
+        "fine": fine.tobytes(),
         "losses": trace.loss.astype("<f4").tobytes(),
         "layers": [int(i) for i in trace.layers],
         "num_layers": int(trace.num_layers),
@@ -72,10 +92,26 @@ def summary(
         "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
         "token_bytes": said["saves"] * trace.kv_bytes_per_token,
         "recent": trace.keep_recent,
+        "keep_ratio": float(trace.keep.mean()),
+        "by_ratio": by_ratio(trace),
         "words": said,
         "loss": None if np.isnan(trace.mean_loss) else trace.mean_loss,
         "model": trace.model,
     }
+
+
+def by_ratio(trace: RoutingTrace) -> bool:
+    """Whether a slider asks which share is kept instead of p: gates that were fitted or distilled on a real
+    model, one a KV head, lie close to 0 or 1, where p itself says little."""
+    p = representative_threshold(trace)
+    return len(set(trace.layers)) < len(trace.layers) or not NEAR <= p <= 1 - NEAR
+
+
+def keeping_one_in(trace: RoutingTrace, ratios: Sequence[float]) -> list[float]:
+    """The thresholds at which the gates of this trace keep one token in each of `ratios`; ones that gates
+    cannot tell apart once."""
+    found = np.quantile(trace.gate, [1 - 1 / ratio for ratio in ratios], method="higher")
+    return sorted({float(p) for p in found if 0 < p < 1})
 
 
 def group_of(trace: RoutingTrace) -> str:
@@ -85,8 +121,10 @@ def group_of(trace: RoutingTrace) -> str:
 
 
 def representative_threshold(trace: RoutingTrace) -> float:
-    """One p for the slider: that of the rows if they agree, else their mean; four decimals."""
-    return round(float(trace.thresholds.mean()), 4) if len(trace.thresholds) else 0.5
+    """One p for the slider: that of the rows if they agree, else their mean; four decimals, or as exact as it
+    is where these say little."""
+    p = float(trace.thresholds[0] if np.ptp(trace.thresholds) == 0 else trace.thresholds.mean())
+    return round(p, 4) if NEAR <= p <= 1 - NEAR else p
 
 
 def curve(sweep: pd.DataFrame | None) -> list[dict[str, float]]:
