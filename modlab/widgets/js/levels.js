@@ -56,6 +56,7 @@ class Levels {
     const { above, table } = this;
     let a = 1, b = table.length;
     while (a < b) { const m = (a + b) >> 1; if (above[m] > share * above[0] + 0.5) a = m + 1; else b = m; }
-    return Math.min(table[a - 1], 0.9999999);
+    const found = Math.min(table[a - 1], 0.9999999), round = Math.round(found * GRID) / GRID;
+    return Math.fround(round) === found ? round : found; // as four decimals are written
   }
 }
