@@ -242,9 +242,63 @@ def _page(content: Any, title: str) -> str:
     """The notebook as one HTML page that asks no other machine for anything."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
+    exporter = HTMLExporter(
+        embed_images=True, mathjax_url="", require_js_url="", jquery_url="", raw_template=_TEMPLATE
+    )
     page, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": title}})
     return str(page)
+
+
+_TEMPLATE = """\
+{%- extends 'lab/index.html.j2' -%}
+{%- block input_group -%}
+{%- if cell.metadata.get('jupyter', {}).get('source_hidden') -%}
+<details><summary>{{ cell.source.splitlines()[0] | e }}</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock input_group -%}
+"""
+"""nbconvert's page, with code that is folded in JupyterLab folded under its first line there, too."""
+
+
+def quiet() -> None:
+    """For the first cell of a notebook: nothing red about optional packages, no bar for what takes a second.
+
+    transformers imports torchao where that is installed, which then tells of each of its parts that does not
+    fit the machine. Errors are told as before; only this process is concerned.
+    """
+    import logging
+
+    import torch.utils._pytree as pytree  # importing torch sets the levels of its loggers
+    from transformers.utils import logging as of_transformers
+
+    for name in ("torchao", pytree.__name__):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    of_transformers.disable_progress_bar()
+
+
+REAL = "MODLAB_SMOLLM2"
+"""Environment variable: a folder with SmolLM2-135M-Instruct, or "hub"."""
+
+
+def real_model() -> tuple[Any, Any] | None:
+    """SmolLM2-135M with the routers that ship with modlab, and its tokenizer, for the notebooks' last cells.
+
+    Returns:
+        None where the environment variable REAL is not set, after a line that says what to do.
+    """
+    import torch
+
+    import modlab
+
+    base = os.environ.get(REAL)
+    if not base:
+        print(
+            "No real model here. Get HuggingFaceTB/SmolLM2-135M-Instruct (270 MB), then, before this cell:\n"
+            f'import os; os.environ["{REAL}"] = FOLDER    # or "hub", which gets it from the hub'
+        )
+        return None
+    source = {} if base == "hub" else {"base": base}
+    return modlab.load("smollm2-kv", dtype=torch.float32, **source)  # two CPU cores are slow in bf16
 
 
 def _prefer_this_python() -> None:

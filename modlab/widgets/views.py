@@ -65,6 +65,10 @@ class View(anywidget.AnyWidget):
         super().send_state(key)
         answer_anywhere(self)
 
+    def scroll_here(self) -> None:
+        """Bring the view into sight, where it was shown: for the last cell of a notebook that ran whole."""
+        self.send({"type": "scroll"})
+
     def to_html(self) -> str:
         """One page with everything inside (data, styles, script): opens from a file, without network."""
         values = {name: getattr(self, name) for name in self.traits(sync=True) if name not in _OF_JUPYTER}

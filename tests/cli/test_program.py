@@ -390,6 +390,46 @@ def test_execute_writes_notebook_and_page_and_leaves_the_original(tmp_path: Path
     assert not re.search(r'<(script|link)[^>]+(src|href)="http', page), "the page must not need a network"
 
 
+def test_folded_code_is_folded_in_the_page_too(tmp_path: Path) -> None:
+    from modlab import lab
+
+    path = write_notebook(tmp_path / "quickstart.ipynb", "# A <long> text\nx = 1", "print('seen', 2)")
+    cells = json.loads(path.read_text())
+    cells["cells"][1]["metadata"] = {"jupyter": {"source_hidden": True}}
+    path.write_text(json.dumps(cells))
+    page = lab.execute(path, timeout_s=120, progress=False).page.read_text(encoding="utf-8")
+    assert page.count("<details><summary># A &lt;long&gt; text</summary>") == page.count("<details") == 1
+    assert page.index("</details>") < page.index("seen 2")
+
+
+def test_a_notebook_is_quiet_about_optional_packages(tmp_path: Path) -> None:
+    code = (
+        "from modlab import lab; lab.quiet()\n"
+        "import logging, torch\n"
+        "for name in ('torchao.x', 'torch.utils._pytree'): logging.getLogger(name).warning('HEARD')\n"
+        "logging.getLogger('torchao').error('AN ERROR')\n"
+        "import modlab; modlab.load('demo-kv')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.strip() == "AN ERROR"
+
+
+def test_the_real_model_of_the_notebooks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modlab import lab
+
+    asked: list[object] = []
+    monkeypatch.setattr("modlab.load", lambda *args, **more: asked.append((args, more)) or ("model", "words"))
+    monkeypatch.delenv(lab.REAL, raising=False)
+    assert lab.real_model() is None and lab.REAL in capsys.readouterr().out and not asked
+    for given, base in (("some/folder", {"base": "some/folder"}), ("hub", {})):
+        monkeypatch.setenv(lab.REAL, given)
+        assert lab.real_model() == ("model", "words")
+        args, more = asked[-1]
+        assert args == ("smollm2-kv",) and {**more, "dtype": None} == {**base, "dtype": None}
+
+
 def test_execute_keeps_what_ran_before_a_failing_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

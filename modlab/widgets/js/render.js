@@ -14,6 +14,7 @@ function show(model, parent) {
   }
   store.views.push(...view.parts(model).flatMap((part) => build(part, store, root)));
   store.update();
+  model.on("msg:custom", (message) => { if (message.type === "scroll") root.scrollIntoView({ block: "start" }); });
   // JupyterLab writes its theme on the body, and at some other time its colours arrive; a page of its own follows the
   // system. The ground has a transition (style.css), whose beginning tells that the colours are there.
   const follow = () => store.update();
