@@ -48,10 +48,19 @@ def main(arguments: list[str] | None = None) -> None:
     ship.add_argument("--gates", type=Path, required=True, help="packed, with their card next to them")
     ship.add_argument("--base", type=Path, required=True, help="folder of the model that they are for")
     ship.add_argument("--hub-id", required=True, help="where others get that model")
-    for stage in (texts, run, report, ship):
+    tasks = stages.add_parser(
+        "tasks", help="multiple-choice tasks of lm-evaluation-harness, from .jsonl files"
+    )
+    tasks.add_argument("--model", required=True, help="as for modlab.load")
+    tasks.add_argument("--gguf-file", help="of the folder")
+    tasks.add_argument("--base", type=Path, help="of routers alone")
+    tasks.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
+    tasks.add_argument("--tasks", default="hellaswag,piqa,arc_easy,arc_challenge")
+    tasks.add_argument("--limit", type=int, help="documents a task")
+    for stage in (texts, run, report, ship, tasks):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    verbs = {"texts": _texts, "run": _run, "speed": _speed, "report": _report, "ship": _ship}
+    verbs = {"texts": _texts, "run": _run, "speed": _speed, "report": _report, "ship": _ship, "tasks": _tasks}
     verbs[options.stage](options)
 
 
@@ -116,6 +125,15 @@ def _ship(options: argparse.Namespace) -> None:
     from benchmarks.real_models.ship import ship
 
     ship(options.gates, options.base, options.hub_id, options.out)
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from benchmarks.real_models import tasks
+
+    load = {"gguf_file": options.gguf_file, "base": options.base, "dtype": "float32"}
+    given = {name: value for name, value in load.items() if value is not None}
+    result = tasks.run(options.model, options.data, options.tasks.split(","), limit=options.limit, **given)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ from modlab.bench.results import finish, free_path, plot, read, report, table, w
 from modlab.errors import ModlabError
 
 
+def _path(text: str) -> Path:
+    """A file or folder; an empty name would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty ('.' is the current folder)")
+    return Path(text)
+
+
 def register_cases() -> None:
     """Imports every module of this folder: each registers the cases that it holds, a new one, too."""
     folder = sys.modules[str(__package__)].__path__
@@ -56,14 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for the result files"
+        "--out", type=_path, default=Path("benchmarks/results"), help="folder for the result files"
     )
     parser.add_argument(
         "--commit", metavar="HASH", help="commit of this source tree, where git is not there to ask"
     )
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument(
-        "--plot", type=Path, metavar="RESULT", help="draw a result file as an HTML page next to it"
+        "--plot", type=_path, metavar="RESULT", help="draw a result file as an HTML page next to it"
     )
     return parser
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
-from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_layers, read_thresholds
+from modlab.cli.flags import (
+    Command,
+    add_dataclass_flags,
+    given_flags,
+    read_layers,
+    read_name,
+    read_path,
+    read_thresholds,
+)
 from modlab.cli.models import add_model_flags, check_target, load_model, save_model
 
 
@@ -22,9 +29,9 @@ def add(command: Command) -> None:
         "are open and have to be trained (`modlab train`) before anything is left out. By default routers "
         "decide whose keys and values stay in the cache; with --skip layer, which tokens skip a layer.",
     )
-    sub.add_argument("source", metavar="SRC", help="model to convert: a hub id or a folder")
+    sub.add_argument("source", metavar="SRC", type=read_name, help="model to convert: a hub id or a folder")
     sub.add_argument(
-        "target", metavar="DST", type=Path, help="folder for the converted model and its tokenizer"
+        "target", metavar="DST", type=read_path, help="folder for the converted model and its tokenizer"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace what lies in DST")
     sub.add_argument(

@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import Any
 
-from modlab.cli.flags import Command
+from modlab.cli.flags import Command, read_name
 from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of
 from modlab.errors import ModlabError
 
@@ -16,7 +16,7 @@ from modlab.errors import ModlabError
 def add(command: Command) -> None:
     """The parser of this command."""
     sub = command("eval", run, "measure held-out loss, keep ratio of each layer and KV saving")
-    sub.add_argument("model", metavar="MODEL", help="model to measure, dense or converted")
+    sub.add_argument("model", metavar="MODEL", type=read_name, help="model to measure, dense or converted")
     add_data_flags(sub, required=False, tokens=65536)
     sub.add_argument(
         "--split",
@@ -27,7 +27,7 @@ def add(command: Command) -> None:
     tasks.add_argument(
         "--tasks", metavar="NAME[,NAME]", help="tasks that the harness knows, or task files (.yaml)"
     )
-    tasks.add_argument("--include-path", metavar="DIR", help="folder with more task files")
+    tasks.add_argument("--include-path", metavar="DIR", type=read_name, help="folder with more task files")
     tasks.add_argument("--limit", metavar="N", type=int, help="documents a task")
     tasks.add_argument("--num-fewshot", metavar="K", type=int, help="examples in the prompt")
     tasks.add_argument("--batch-size", metavar="B", type=int, default=1, help="rows a forward")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from modlab.cli.flags import Command, add_dataclass_flags, given_flags
+from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_name, read_path
 from modlab.cli.models import add_model_flags, check_target, load_model, save_model
 from modlab.errors import ModlabError
 
@@ -23,8 +22,8 @@ def add(command: Command) -> None:
         "says how much a later copy of it reads each key; routers are solved for in closed form. Good for 2x "
         "less K/V at once; `modlab train` goes further from there.",
     )
-    sub.add_argument("source", metavar="SRC", help="model, dense or converted with skip kv")
-    sub.add_argument("target", metavar="DST", type=Path, help="folder for the model and its tokenizer")
+    sub.add_argument("source", metavar="SRC", type=read_name, help="model, dense or converted with skip kv")
+    sub.add_argument("target", metavar="DST", type=read_path, help="folder for the model and its tokenizer")
     sub.add_argument("--overwrite", action="store_true", help="replace what lies in DST")
     sub.add_argument(
         "--data",

@@ -119,6 +119,18 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {problem}") from problem
 
 
+def read_path(text: str) -> Path:
+    """A file or folder. An empty name would mean the current folder, as when a shell variable is not set."""
+    return Path(read_name(text))
+
+
+def read_name(text: str) -> str:
+    """A model, a source of data: anything but nothing."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty ('.' is the current folder)")
+    return text
+
+
 def read_floats(text: str) -> tuple[float, ...]:
     """Numbers as in 0.9,0.95."""
     try:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from modlab.cli.flags import Command
+from modlab.cli.flags import Command, read_path
 
 
 def add(command: Command) -> None:
@@ -19,7 +19,7 @@ def add(command: Command) -> None:
         "JupyterLab gets what follows -- (`modlab lab DIR -- --port=9999`); only this machine can reach it.",
     )
     sub.add_argument(
-        "folder", metavar="DIR", nargs="?", type=Path, default=Path("modlab-notebooks"), help="folder"
+        "folder", metavar="DIR", nargs="?", type=read_path, default=Path("modlab-notebooks"), help="folder"
     )
     sub.add_argument("--list", action="store_true", help="say what each notebook shows, and do nothing else")
     sub.add_argument(

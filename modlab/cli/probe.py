@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import Any
 
-from modlab.cli.flags import Command, read_integers
+from modlab.cli.flags import Command, read_integers, read_name
 from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of
 from modlab.errors import ModlabError
 
@@ -25,7 +25,7 @@ def add(command: Command) -> None:
         "Run it on the converted model and on the dense one, with the same flags: both get the same rows, "
         "and the differences are what conversion costs.",
     )
-    sub.add_argument("model", metavar="MODEL", help="model to measure, dense or converted")
+    sub.add_argument("model", metavar="MODEL", type=read_name, help="model to measure, dense or converted")
     add_data_flags(sub, required=True, tokens=65536, rows=False)
     sub.add_argument(
         "--split",
@@ -36,7 +36,10 @@ def add(command: Command) -> None:
         "--only", choices=PROBES, nargs="+", default=[], help="some of the probes (default: all)"
     )
     sub.add_argument(
-        "--judge", metavar="MODEL", help="dense model of the same tokenizer that rates the generated text"
+        "--judge",
+        metavar="MODEL",
+        type=read_name,
+        help="dense model of the same tokenizer that rates the generated text",
     )
     far = sub.add_argument_group("recall and retrieval")
     far.add_argument(

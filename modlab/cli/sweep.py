@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modlab.cli.flags import Command
+from modlab.cli.flags import Command, read_name, read_path
 from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, row_length, rows_of
 from modlab.errors import ModlabError
 
@@ -22,9 +22,11 @@ def add(command: Command) -> None:
         "measure loss, memory and time of a converted model at several thresholds",
         "One row a threshold. Give --text, --text-file or --data.",
     )
-    sub.add_argument("model", metavar="MODEL", help="converted model")
+    sub.add_argument("model", metavar="MODEL", type=read_name, help="converted model")
     sub.add_argument("--text", metavar="TEXT", nargs="+", default=[], help="text to measure on")
-    sub.add_argument("--text-file", metavar="FILE", type=Path, nargs="+", default=[], help="UTF-8 text files")
+    sub.add_argument(
+        "--text-file", metavar="FILE", type=read_path, nargs="+", default=[], help="UTF-8 text files"
+    )
     add_data_flags(sub, required=False, tokens=8192)
     sub.add_argument("--split", choices=("heldout", "train", "all"), help="with --data: as for `modlab eval`")
     sub.add_argument(
@@ -38,14 +40,15 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--repeats", metavar="N", type=int, default=5, help="timed calls a threshold; 0: no times"
     )
-    sub.add_argument("--csv", metavar="FILE", type=Path, help="write the table to a CSV file")
-    sub.add_argument("--plot", metavar="FILE", type=Path, help="write a page with the curves (.html)")
+    sub.add_argument("--csv", metavar="FILE", type=read_path, help="write the table to a CSV file")
+    sub.add_argument("--plot", metavar="FILE", type=read_path, help="write a page with the curves (.html)")
     add_model_flags(sub)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     import modlab
+    from modlab.routing.state import routing_of
 
     if options.data and (options.text or options.text_file):
         raise ModlabError("give either --data or texts (--text, --text-file), not both.")
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
     accelerator = launched()
     model, tokenizer = load_model(options, options.model)
+    routing_of(model)  # a dense model is refused before minutes are spent on reading --data
     source = rows_of(options, model, tokenizer) if options.data else texts
     table = modlab.sweep(
         model,

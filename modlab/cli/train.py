@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from modlab.cli.flags import INTERRUPTED, Command, add_dataclass_flags, given_flags, read_floats
+from modlab.cli.flags import (
+    INTERRUPTED,
+    Command,
+    add_dataclass_flags,
+    given_flags,
+    read_floats,
+    read_name,
+    read_path,
+)
 from modlab.cli.models import add_data_flags, add_model_flags, load_model, row_length
 from modlab.errors import ModlabError
 
@@ -24,9 +31,9 @@ def add(command: Command) -> None:
         "Log, checkpoints and at the end the model (DIR/model) lie in DIR. Ctrl-C saves a checkpoint; "
         "the same command with --resume auto goes on from there.",
     )
-    sub.add_argument("model", metavar="MODEL", help="model to train")
+    sub.add_argument("model", metavar="MODEL", type=read_name, help="model to train")
     sub.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="folder for all that the run leaves"
+        "--out", metavar="DIR", type=read_path, required=True, help="folder for all that the run leaves"
     )
     add_data_flags(sub, required=True)
     sub.add_argument(
@@ -45,7 +52,7 @@ def add(command: Command) -> None:
         "--kv-saving", metavar="X", type=float,
         help="with --recipe: how many times smaller the K/V cache is to be (the recipe's own)",
     )  # fmt: skip
-    sub.add_argument("--teacher", metavar="MODEL", help="dense model for --kl")
+    sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     add_model_flags(sub)
     flags = sub.add_argument_group("TrainConfig")

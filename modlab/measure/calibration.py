@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from modlab.hf.model import check_model, device_of, eval_mode
 from modlab.hf.ranks import over_ranks
 from modlab.measure.pieces import batches_for
 from modlab.routing.record import by_gate, kept_share
+from modlab.routing.router import Router
 from modlab.routing.state import (
     record_routing,
     routing_of,
@@ -155,12 +157,15 @@ def calibrate(
     if check_number("tolerance", tolerance) <= 0:
         raise ModlabError(f"tolerance={tolerance}: a share above 0, such as 0.01.")
     check_count("max_passes", max_passes)
+    _check_trained(model, keep_ratio, tolerance)
     pieces = [_inputs(batch) for batch in batches_for(model, batches, tokenizer)]
     search = _calibrate_layers if per_layer else _calibrate_global
     with thresholds_restored_on_error(model):
         gates = search(model, pieces, keep_ratio, tolerance, max_passes, accelerator)
     result = Calibration(routing.thresholds)
     result.keep_ratio, result.keep_ratio_by_layer = gates.ratio, gates.by_layer
+    if routing.trained and (warning := routing.trained.warning_for(statistics.median(result.values()))):
+        warnings.warn(warning, stacklevel=2)
     return result
 
 
@@ -168,6 +173,26 @@ _ALIKE = (
     "Gates that are all alike, as right after conversion, cannot be split: train the routers first "
     "(modlab.train), use more tokens, or allow a larger tolerance."
 )
+
+
+@torch.no_grad()
+def _check_trained(model: Any, keep_ratio: float, tolerance: float) -> None:
+    """Refuses, before any pass over the batches, routers that say the same of every token."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        weight = router.weight
+        if weight.is_meta:
+            return
+        D = weight.shape[-1]
+        states = torch.randn(1, 8, D, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        gates = torch.sigmoid(router(states))
+        if not torch.equal(gates, gates[:, :1].expand_as(gates)):
+            return
+    if routers and keep_ratio + tolerance < 1:
+        raise ModlabError(
+            f"keep ratio {keep_ratio} is not reachable: the routers are as conversion made them and say the "
+            "same of every token.\n" + _ALIKE
+        )
 
 
 def _check_reachable(gates: _Gates, keep_ratio: float, tolerance: float, keep_first: int) -> None:

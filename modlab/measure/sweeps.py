@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import statistics
@@ -14,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modlab.data.batches import Batch
-from modlab.errors import ModlabError, check_count, check_number
+from modlab.errors import ModlabError, check_count
 from modlab.hf.model import check_model, context_length, eval_mode
 from modlab.hf.ranks import is_quiet
 from modlab.measure.evaluation import evaluate_batches
 from modlab.measure.pieces import batches_for
 from modlab.measure.timing import time_generate
+from modlab.probes.material import token_stream
+from modlab.probes.repeated_passage import recall
 from modlab.routing.state import (
     routing_of,
-    routing_override,
     set_threshold,
     thresholds_restored,
 )
+from modlab.routing.threshold import check_threshold
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,25 +40,14 @@ COLUMNS = (
     "kv_saving",
     "loss",
     "perplexity",
+    "recall_loss",
     "prefill_ms",
     "decode_ms",
 )
+RECALL_PASSAGE, RECALL_PREFIX = 64, 32
+RECALL_DISTANCES = (1024, 512, 256)
+"""Of the far recall, in tokens: the first that context and texts have room for."""
 DEFAULT_THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def _all_open(layer_idx: int, gate: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(gate, dtype=torch.bool)
-
-
-@contextlib.contextmanager
-def _at_threshold(model: Any, p: float) -> Iterator[None]:
-    """p for all routed layers; 0 stands for every gate open, which no p in (0, 1) can promise."""
-    if p == 0.0:
-        with routing_override(model, _all_open):
-            yield
-    else:
-        set_threshold(model, p)
-        yield
 
 
 def sweep(
@@ -70,6 +60,7 @@ def sweep(
     repeats: int = 5,
     prompt_tokens: int = 1024,
     decode_tokens: int = 32,
+    recall_rows: int = 8,
     per_layer: bool = False,
     progress: bool = True,
     accelerator: Any = None,
@@ -86,11 +77,12 @@ def sweep(
         model: a converted model.
         tokenizer: for texts; may be None for token batches.
         texts: texts or token batches, as `as_batches` takes them.
-        thresholds: values in (0, 1), and 0.0 for "every gate open" (what the dense layers would do).
+        thresholds: values in [0, 1); 0 keeps every token.
         seq_len: cut inputs into pieces of this many tokens; by default as `piece_length` says.
         repeats: timed calls a threshold, after one untimed; 0 leaves the two time columns NaN.
         prompt_tokens: the timed prompt is the first row of the first batch, at most this long.
         decode_tokens: tokens generated in each timed call, after the first.
+        recall_rows: passages of the texts that are repeated far on; 0 leaves the column NaN.
         per_layer: add columns `keep_ratio_<layer>`.
         progress: show a progress bar.
         accelerator: an `accelerate.Accelerator`: its processes share the batches, and each gets the table of
@@ -98,8 +90,10 @@ def sweep(
 
     Returns:
         DataFrame with columns threshold, keep_ratio (mean over routed layers), kv_bytes (allocated for all
-        texts), dense_kv_bytes, kv_saving, loss (nats a token), perplexity, prefill_ms (from the call of
-        `generate` to the first token) and decode_ms (mean of the later tokens), medians over the repeats.
+        texts), dense_kv_bytes, kv_saving, loss (nats a token), perplexity, recall_loss (on the second copy of
+        a passage, see `modlab.recall`: what the mean loss hides; NaN where the texts are too short),
+        prefill_ms (from the call of `generate` to the first token) and decode_ms (mean of the later tokens),
+        medians over the repeats. `frame.attrs["recall_distance"]`: tokens between the copies, or None.
 
     Raises:
         ModlabError: a dense model, a threshold outside [0, 1), an empty text.
@@ -114,12 +108,8 @@ def sweep(
     check_count("repeats", repeats, 0)
     check_count("prompt_tokens", prompt_tokens)
     check_count("decode_tokens", decode_tokens)
-    wanted = [check_number("threshold", p) for p in thresholds]
-    for p in wanted:
-        if not 0.0 <= p < 1.0:
-            raise ModlabError(
-                f"threshold {p} is not in [0, 1); 0.0 means every gate open, 0.5 is the paper's."
-            )
+    check_count("recall_rows", recall_rows, 0)
+    wanted = [check_threshold(p) for p in thresholds]
     if not wanted:
         raise ModlabError("no thresholds given; give values in [0, 1), for example [0.0, 0.3, 0.5, 0.7].")
     batches = batches_for(model, texts, tokenizer, seq_len)
@@ -145,13 +135,44 @@ def sweep(
         thresholds_restored(model),
         tqdm(total=len(wanted) * (len(batches) + rounds), desc="sweep", disable=quiet) as bar,
     ):
-        rows = [_costs(model, p, batches, per_layer, accelerator, bar) for p in wanted]
+        far = _recall_distance(model, batches, recall_rows)
+        rows = [
+            _costs(model, p, batches, per_layer, accelerator, bar)
+            | {"recall_loss": _recall_loss(model, batches, far, recall_rows, accelerator)}
+            for p in wanted
+        ]
         times = _times(model, wanted, prompt, decode_tokens, rounds, bar)
     if rounds and accelerator is not None and accelerator.num_processes > 1:
         times = accelerator.reduce(torch.tensor(times).to(accelerator.device), "mean").tolist()
     for row, (prefill_ms, decode_ms) in zip(rows, times, strict=True):
         row |= {"prefill_ms": prefill_ms, "decode_ms": decode_ms}
-    return pd.DataFrame(rows, columns=[*COLUMNS, *(name for name in rows[0] if name not in COLUMNS)])
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *(name for name in rows[0] if name not in COLUMNS)])
+    table.attrs["recall_distance"] = far
+    return table
+
+
+def _recall_distance(model: Any, batches: list[Batch], rows: int) -> int | None:
+    """The far distance that there is room for; None where there is none, or nothing is asked for."""
+    if not rows or any(batch.keys() - {"input_ids", "attention_mask"} for batch in batches):
+        return None
+    tokens = len(token_stream(batches, None, model))
+    others = RECALL_PREFIX + RECALL_PASSAGE
+    context = context_length(model) or sys.maxsize
+    for distance in RECALL_DISTANCES:
+        places = (tokens - distance - others) // RECALL_PASSAGE + 1
+        if distance + others <= context and places >= rows:
+            return distance
+    return None
+
+
+def _recall_loss(
+    model: Any, batches: list[Batch], distance: int | None, rows: int, accelerator: Any
+) -> float:
+    if distance is None:
+        return math.nan
+    asked = {"passage": RECALL_PASSAGE, "prefix": RECALL_PREFIX, "rows": rows, "batch_size": 1}
+    table = recall(model, batches, distances=[distance], progress=False, accelerator=accelerator, **asked)
+    return float(table["second_loss"][0])
 
 
 def _costs(
@@ -164,8 +185,8 @@ def _costs(
             yield batch
             bar.update()
 
-    with _at_threshold(model, p):
-        result = evaluate_batches(model, counted(), accelerator=accelerator)
+    set_threshold(model, p)
+    result = evaluate_batches(model, counted(), accelerator=accelerator)
     row = {
         "threshold": p,
         "keep_ratio": result.keep_ratio,
@@ -186,7 +207,8 @@ def _times(
     """(prefill_ms, decode_ms) at each threshold: medians over all rounds but the first, NaN without any."""
     times: list[list[tuple[float, float]]] = [[] for _ in thresholds]
     for turn, (index, p) in itertools.product(range(rounds), enumerate(thresholds)):
-        with eval_mode(model), torch.no_grad(), _at_threshold(model, p):
+        set_threshold(model, p)
+        with eval_mode(model), torch.no_grad():
             timed = time_generate(model, prompt, decode_tokens)
         if turn:
             times[index].append(timed)

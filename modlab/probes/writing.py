@@ -1,6 +1,6 @@
 """Text that a model writes: `model.generate` with its own cache and none of its generation config's filters.
 
-Shape letters: N prompts, B rows of one call, P tokens of a prompt, T tokens with the continuation.
+Shape letters: M prompts, B rows of one call, P tokens of a prompt, T tokens with the continuation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SeededSampling(LogitsProcessor):
 
 def write(
     model: Any,
-    prompt_NP: Tensor,
+    prompt_MP: Tensor,
     new_tokens: int,
     temperature: float | None,
     seed: int,
@@ -55,10 +55,10 @@ def write(
     """
     device = device_of(model)
     ends = torch.tensor(end_tokens(model))
-    prompt_tokens = prompt_NP.shape[1]
+    prompt_tokens = prompt_MP.shape[1]
 
     def made(start: int) -> list[Tensor]:
-        ids_BP = prompt_NP[start : start + batch_size].to(device)
+        ids_BP = prompt_MP[start : start + batch_size].to(device)
         processors = LogitsProcessorList()
         if temperature is not None:
             seeds = [seed * 2**20 + start + row for row in range(len(ids_BP))]
@@ -76,9 +76,9 @@ def write(
             rows.append(made_T[: prompt_tokens + int(ended[0]) + 1] if len(ended) else made_T)
         return rows
 
-    starts = range(0, len(prompt_NP), batch_size)
+    starts = range(0, len(prompt_MP), batch_size)
     parts = over_ranks(
-        made, starts, accelerator, bar=bar, size=lambda start: min(batch_size, len(prompt_NP) - start)
+        made, starts, accelerator, bar=bar, size=lambda start: min(batch_size, len(prompt_MP) - start)
     )
     return [row for part in parts for row in part]
 

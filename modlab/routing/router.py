@@ -39,8 +39,8 @@ def make_router(config: MoDConfig, hidden_size: int, gates: int, device: torch.d
 
 
 def logit_of(gate: float) -> float:
-    """The router logit of a gate, or of a threshold."""
-    return math.log(gate / (1 - gate))
+    """The router logit of a gate, or of a threshold; of the threshold 0, which every gate reaches, -inf."""
+    return math.log(gate / (1 - gate)) if gate else -math.inf
 
 
 class Router(nn.Module):

@@ -8,11 +8,11 @@ from modlab.errors import ModlabError
 
 
 def check_threshold(p: float) -> float:
-    """`p` (of Python or NumPy) as a float, or an error unless it lies strictly between 0 and 1: a sigmoid
-    never reaches either end."""
-    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 < p < 1:
+    """`p` (of Python or NumPy) as a float, or an error unless it lies in [0, 1): every gate reaches 0, and
+    none reaches 1."""
+    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p < 1:
         raise ModlabError(
-            f"threshold p={p!r}: it must lie strictly between 0 and 1 (0.5 is the paper's; lower keeps more "
-            "tokens)."
+            f"threshold p={p!r}: it must be at least 0 and below 1 (0 keeps every token, 0.5 is the paper's; "
+            "lower keeps more tokens)."
         )
     return float(p)

@@ -123,6 +123,10 @@ def _savings(found: Any) -> dict[float, float]:
         if not 1 <= number < math.inf:
             raise ModlabError(f"the routers' training names a KV saving {saving!r:.60}: a number from 1 on")
         read[number] = check_threshold(p)
+        if not read[number]:
+            raise ModlabError(
+                f"the routers' training gives {saving!r:.60} a threshold of 0, which saves nothing"
+            )
     if any(later <= earlier for (_, earlier), (_, later) in pairwise(sorted(read.items()))):
         raise ModlabError(f"savings={found!r:.80} of the routers' training do not rise with their thresholds")
     return read

@@ -65,6 +65,9 @@ def load(
         ModlabError: no such folder, no weights in it, corrupt or missing weights, or a hub id that cannot be
             reached.
     """
+    for said, value in (("name_or_path", name_or_path), ("base", base)):
+        if value is not None and not os.fspath(value).strip():
+            raise ModlabError(f"{said}={value!r} is empty: give a hub id or a folder ('.' is this one)")
     given = {} if base is None else {"base": os.fspath(base)}
     return _load(str(name_or_path), (), **given, **kwargs)
 

@@ -111,7 +111,7 @@ class RoutingTrace:
         bool[R, T]. A preview only: in a real run a token that skips one layer reaches the later routers
         with another state, so their gates change with p as well.
         """
-        values: list[Any] = [p] if np.ndim(p) == 0 else list(np.ravel(p))
+        values: list[Any] = [p] if np.ndim(p) == 0 else list(np.asarray(p, dtype=object).ravel())
         p_R1 = np.array([check_threshold(value) for value in values], dtype=np.float32)[:, None]
         if len(values) not in (1, len(self.layers)):
             raise ModlabError(f"preview_keep needs one p or {len(self.layers)} of them, not {len(values)}.")

@@ -50,7 +50,7 @@ def calibrate_trained(
     routers: dict[int, Any] = {i: layers[i].mod_router for i in routing.layers}
     before = dict(routing.thresholds)
     shifted = routing.config.gate == "straight-through" and all(
-        isinstance(router, Router) for router in routers.values()
+        isinstance(router, Router) and before[i] > 0 for i, router in routers.items()
     )
     try:
         if shifted:  # from here on the gates count from each layer's own threshold

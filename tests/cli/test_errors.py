@@ -76,9 +76,9 @@ def test_unknown_layer(refused, dense) -> None:
     assert "layer 7" in message and "0 to 1" in message
 
 
-@pytest.mark.parametrize("p", ["0", "1", "1.5", "-0.2", "nan"])
+@pytest.mark.parametrize("p", ["1", "1.5", "-0.2", "nan"])
 def test_threshold_outside_its_range(refused, dense, p: str) -> None:
-    assert "between 0 and 1" in refused("convert", dense, "out", f"--p={p}")
+    assert "at least 0 and below 1" in refused("convert", dense, "out", f"--p={p}")
 
 
 def test_model_without_routable_layers(refused, tmp_path) -> None:
@@ -218,3 +218,8 @@ def test_values_that_mean_nothing(refused, dense, tmp_path, words, says: str) ->
         assert says in refused("sweep", "mod", *words[2:], leaves=("mod",))
         return
     assert says in refused(*(dense if word == "DENSE" else word for word in words))
+
+
+def test_sweep_of_a_dense_model_fails_before_its_data_are_read(refused, dense, monkeypatch) -> None:
+    monkeypatch.setattr("modlab.cli.sweep.rows_of", None)
+    assert "is dense: call modlab.convert" in refused("sweep", dense, "--data", "python")

@@ -1,11 +1,14 @@
 """calibrate: thresholds for a wanted keep ratio, or why there are none."""
 
+import warnings
+
 import pytest
 import torch
 
 import modlab
 from modlab import measure
 from modlab.errors import ModlabError
+from modlab.routing.trained import Trained
 from tests.helpers.models import alternate_layers
 from tests.measure.models import dense_model
 
@@ -52,3 +55,20 @@ def test_calibrate_says_when_the_first_tokens_are_too_many(model):
 def test_calibrate_refuses_ratios_outside_the_unit_interval(model, batches, wanted):
     with pytest.raises(ModlabError, match=f"keep_ratio={wanted}"):
         modlab.calibrate(model, batches, keep_ratio=wanted)
+
+
+def test_routers_as_conversion_made_them_are_refused_before_any_pass(batches, monkeypatch):
+    fresh = modlab.convert(dense_model(), alternate_layers(skip="kv", gates="kv_head", router_hidden=4))
+    monkeypatch.setattr(fresh.model, "forward", None)  # would fail at once
+    with pytest.raises(ModlabError, match="as conversion made them.*\n.*train the routers"):
+        modlab.calibrate(fresh, batches, keep_ratio=0.5)
+
+
+def test_a_threshold_beyond_what_routers_were_trained_for_is_warned_of(model, batches):
+    largest = next(iter(modlab.calibrate(model, batches, keep_ratio=0.5).values()))
+    model.mod.trained = Trained(savings={2.0: largest / 2, 4.0: largest})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        modlab.calibrate(model, batches, keep_ratio=0.7, tolerance=0.02)
+    with pytest.warns(UserWarning, match="beyond .*, that of 4x"):
+        modlab.calibrate(model, batches, keep_ratio=0.3, tolerance=0.02)

@@ -6,12 +6,13 @@ import warnings
 import pandas as pd
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
 from modlab import measure
 from modlab.errors import ModlabError
 from tests.helpers.models import alternate_layers
-from tests.measure.models import dense_model, spread_gates
+from tests.measure.models import VOCAB, dense_model, spread_gates
 
 
 def test_sweep_columns_and_meaning(model, batches):
@@ -28,11 +29,12 @@ def test_sweep_columns_and_meaning(model, batches):
         "kv_saving",
         "loss",
         "perplexity",
+        "recall_loss",
         "prefill_ms",
         "decode_ms",
     ]
     assert set(named) <= set(frame.columns)
-    assert not frame[named].isna().any().any()
+    assert not frame[named].drop(columns="recall_loss").isna().any().any()  # 600 tokens are too few for it
     assert (frame[["prefill_ms", "decode_ms"]] > 0).all().all()
     assert frame.keep_ratio[0] == 1.0
     assert frame.keep_ratio.is_monotonic_decreasing
@@ -118,3 +120,26 @@ def test_a_real_model_and_its_tokenizer(data_dir):
     assert frame.keep_ratio[1] < 1.0 and frame.loss[1] > dense
     got = modlab.calibrate(model, texts, tokenizer=tokenizer, keep_ratio=0.5, tolerance=0.02)
     assert got.keep_ratio == pytest.approx(0.5, abs=0.02)
+
+
+def test_far_recall_has_a_column_because_the_mean_loss_hides_it(batches):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = spread_gates(
+        modlab.convert(LlamaForCausalLM(config).eval(), modlab.MoDConfig(layers="all", keep_recent=4))
+    )
+    rows = [torch.randint(0, VOCAB, (2, 500), generator=torch.Generator().manual_seed(2))]
+    frame = modlab.sweep(model, None, rows, [0.0, 0.7], repeats=0, recall_rows=3, progress=False)
+    assert frame.attrs["recall_distance"] == 256
+    for p, found in zip(frame.threshold, frame.recall_loss, strict=True):
+        modlab.set_threshold(model, p)
+        alone = modlab.recall(model, rows, distances=[256], rows=3, progress=False)
+        assert found == pytest.approx(alone.second_loss[0])
+    assert frame.recall_loss[0] != frame.recall_loss[1]
+    without = modlab.sweep(model, None, rows, [0.5], repeats=0, recall_rows=0, progress=False)
+    assert without.recall_loss.isna().all() and without.attrs["recall_distance"] is None
+    short = modlab.sweep(model, None, batches, [0.5], repeats=0, progress=False)
+    assert short.recall_loss.isna().all(), "600 tokens in all"

@@ -23,8 +23,8 @@ def model():
 WRONG = {
     "thresholds=0.5": lambda m: modlab.sweep(m, None, [ROWS], 0.5, repeats=0, **QUIET),
     "thresholds='0.5'": lambda m: modlab.sweep(m, None, [ROWS], "0.5", repeats=0, **QUIET),
-    "threshold='a'": lambda m: modlab.sweep(m, None, [ROWS], ["a"], repeats=0, **QUIET),
-    "threshold=nan": lambda m: modlab.sweep(m, None, [ROWS], [math.nan], repeats=0, **QUIET),
+    "threshold p='a'": lambda m: modlab.sweep(m, None, [ROWS], ["a"], repeats=0, **QUIET),
+    "threshold p=nan": lambda m: modlab.sweep(m, None, [ROWS], [math.nan], repeats=0, **QUIET),
     "repeats=-1": lambda m: modlab.sweep(m, None, [ROWS], [0.5], repeats=-1, **QUIET),
     "repeats=1.5": lambda m: modlab.sweep(m, None, [ROWS], [0.5], repeats=1.5, **QUIET),
     "prompt_tokens=0": lambda m: modlab.sweep(m, None, [ROWS], [0.5], prompt_tokens=0, **QUIET),

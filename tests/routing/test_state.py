@@ -64,9 +64,22 @@ def test_threshold_of_one_layer(tiny_llama) -> None:
     assert tiny_llama.mod.thresholds == {1: 0.2, 3: 0.99, 5: 0.3}
 
 
-@pytest.mark.parametrize("p", [0, 1, -0.5, 2.0, "0.5", None, float("nan"), True])
+@torch.no_grad()
+def test_the_threshold_0_keeps_every_token_whatever_its_gate(tiny_llama) -> None:
+    spread_gates(tiny_llama)
+    for layer in tiny_llama.model.layers:
+        if hasattr(layer, "mod_router"):
+            layer.mod_router.bias.fill_(-200.0)  # the gate of such a logit is 0 in fp32
+    modlab.set_threshold(tiny_llama, 0)
+    with modlab.record_routing(tiny_llama) as recording:
+        tiny_llama(torch.arange(3, 33)[None])
+    assert all(bool(keep.all()) for keep in recording.steps[0].keep.values())
+    assert all(float(gate.max()) == 0 for gate in recording.steps[0].gate.values())
+
+
+@pytest.mark.parametrize("p", [1, -0.5, 2.0, "0.5", None, float("nan"), True])
 def test_bad_thresholds_are_refused(tiny_llama, p) -> None:
-    with pytest.raises(ModlabError, match="strictly between 0 and 1"):
+    with pytest.raises(ModlabError, match="at least 0 and below 1"):
         modlab.set_threshold(tiny_llama, p)
     assert set(tiny_llama.mod.thresholds.values()) == {0.5}
 
