@@ -170,7 +170,12 @@ def _recall_loss(
 ) -> float:
     if distance is None:
         return math.nan
-    asked = {"passage": RECALL_PASSAGE, "prefix": RECALL_PREFIX, "rows": rows, "batch_size": 1}
+    asked: dict[str, Any] = {
+        "passage": RECALL_PASSAGE,
+        "prefix": RECALL_PREFIX,
+        "rows": rows,
+        "batch_size": 1,
+    }
     table = recall(model, batches, distances=[distance], progress=False, accelerator=accelerator, **asked)
     return float(table["second_loss"][0])
 
