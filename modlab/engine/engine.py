@@ -22,7 +22,8 @@ from modlab.engine.turns import Turns
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedKeys
 from modlab.hf.anatomy import decoder_layers
-from modlab.hf.names import attention_named, cache_argument
+from modlab.hf.attention_names import attention_named
+from modlab.hf.names import cache_argument
 from modlab.routing.state import Routing, is_converted, routing_override
 from modlab.routing.table import RoutingTable
 

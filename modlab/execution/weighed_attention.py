@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from modlab.errors import ModlabError
-from modlab.execution.what_if_attention import as_autocast, band_block_mask
-from modlab.hf.names import attention_named
+from modlab.execution.what_if_attention import as_autocast, as_sdpa, band_block_mask
+from modlab.hf.attention_names import attention_named
 from modlab.routing.record import by_gate
 
 NAME = "modlab_weighed"
@@ -92,11 +92,14 @@ def weighed_attention(
     attention_mask: Any,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Softmax over the recent keys' scores and the earlier keys' scores plus log-weights, times the values.
 
-    Arguments and result as of transformers' attention functions; `attention_mask` is a `WeighedKeys`.
+    Arguments and result as of transformers' attention functions; `attention_mask` is a `WeighedKeys`, or else
+    it is the call of a forward in another thread, which is sdpa's.
     """
+    if not isinstance(attention_mask, WeighedKeys):
+        return as_sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ModlabError(
@@ -115,7 +118,9 @@ def weighed_attention(
     return out_BNTH.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, weighed_attention)  # an addition under a new name, once for all passes
+# Additions under a new name, once for all passes; masks of forwards in other threads are sdpa's.
+AttentionInterface.register(NAME, weighed_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 def _with_weights(query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

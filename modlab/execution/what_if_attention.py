@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from modlab.hf.names import attention_named
+from modlab.hf.attention_names import attention_named
 from modlab.routing.record import by_gate
 from modlab.routing.rule import over
 
@@ -69,12 +69,21 @@ def what_if_attention(
     """transformers' flex attention, told of autocast: rotary tables in fp32 leave queries and keys in fp32,
     which sdpa would cast on its own.
 
-    Arguments and result as of transformers' attention functions; `attention_mask` is a `BlockMask`.
+    Arguments and result as of transformers' attention functions; `attention_mask` is a `BlockMask`, or else
+    it is the call of a forward in another thread, which is sdpa's.
     """
     from transformers.integrations.flex_attention import flex_attention_forward
 
+    if not isinstance(attention_mask, BlockMask):
+        return as_sdpa(module, query, key, value, attention_mask, **kwargs)
     query, key, value = as_autocast(query, key, value)
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def as_sdpa(module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What the model's own forward would have called: only models with sdpa come to flex attention."""
+    attended: tuple[Tensor, Tensor | None] = AttentionInterface()["sdpa"](module, *tensors, **kwargs)
+    return attended
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -85,7 +94,9 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-AttentionInterface.register(NAME, what_if_attention)  # an addition under a new name, once for all passes
+# Additions under a new name, once for all passes; masks of forwards in other threads are sdpa's.
+AttentionInterface.register(NAME, what_if_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 def what_if_block_mask(

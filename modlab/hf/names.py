@@ -1,12 +1,11 @@
-"""Names that transformers gives to the KV cache and to attention functions, and changes.
+"""Names that transformers gives to the KV cache, and changes.
 
 The cache is `cache` among a model's arguments since 5.24, `past_key_values` before.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -42,22 +41,3 @@ def drops_caches(model: Any, gradients: bool) -> bool:
         for layer in model.modules()
         if isinstance(layer, GradientCheckpointingLayer)
     )
-
-
-@contextlib.contextmanager
-def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
-    """Inside this block modules with one of these configs attend by the function registered under `name`.
-
-    Args:
-        configs: each gets back the name that it had. Their sub-configs are left alone: transformers' public
-            setter writes to those too, and would give them all the same name back.
-        name: as given to `AttentionInterface.register`.
-    """
-    before = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from modlab import skips
 from modlab.errors import ModlabError
+from modlab.hf.attention_names import attention_name
 from modlab.routing import rule
 from modlab.routing.record import Decision, ForwardCall, OverrideFn, Recording
 from modlab.routing.threshold import check_threshold
@@ -162,7 +163,7 @@ class Routing:
     @property
     def attention(self) -> str:
         """Name of the attention implementation in use; it may change after conversion."""
-        return self.model_config._attn_implementation or "eager"
+        return attention_name(self.model_config)
 
     def decide(
         self, layer_idx: int, router: Callable[[Tensor], Tensor], x_BTD: Tensor, training: bool
