@@ -45,7 +45,7 @@ class MoDConfig:
             whole ``"layer"``, its ``"attention"``, its ``"mlp"``; attention and MLP with its keys and values
             ``"written"`` for others all the same, or these ``"sublayers"`` apart; or, for tokens of a
             ``"prompt"`` but the last of each row, all layers above `leave_after`. All but the first save
-            operations.
+            operations. ``"kv+prompt"`` is the first and the last at once.
         gate: how the gate g enters the output of a kept token.
             ``"straight-through"``: not at all in value, g only receives the gradient (lossless on
                 conversion);
@@ -55,9 +55,10 @@ class MoDConfig:
         keep_recent: with ``skip="kv"``, how many of the latest tokens every token may attend to, kept or not.
             Texts that are not longer save nothing; layers whose sliding window is not longer are not routed.
         keep_first: that many first real tokens of every row are always kept (attention sinks).
-        leave_after: with ``skip="prompt"``, the share of the layers that all tokens run, in (0, 1).
-        leave_rank: with ``skip="prompt"``, the rank of what is added to the projections of the layers above;
-            0 trains whole copies of them.
+        leave_after: with ``skip="prompt"`` or ``"kv+prompt"``, the share of layers that all tokens run, in
+            (0, 1).
+        leave_rank: likewise, the rank of what is added to the projections of the layers above; 0 trains whole
+            copies of them.
         init_gate: gate value of every token right after conversion, in (0, 1).
         gates: ``"layer"``: one gate a layer decides for all of its KV heads. ``"kv_head"``, with
             ``skip="kv"`` alone: each KV head has a gate of its own, and keeps other tokens than its

@@ -23,6 +23,7 @@ class LayerFacts:
         refusal: why it cannot be routed, whatever is skipped; "" if it can.
         needs_mask: whether its attention needs a mask where a kernel's own causal flag would do.
         hidden_size: D of the residual stream.
+        depth: decoder layers of the model.
         kv_heads: heads of its keys and values in the cache, G; 1 unless it was asked (`gates="kv_head"`).
     """
 
@@ -34,6 +35,7 @@ class LayerFacts:
     refusal: str
     needs_mask: bool
     hidden_size: int
+    depth: int
     kv_heads: int = 1
 
     def name_of(self, part: Part) -> str | None:
@@ -92,6 +94,7 @@ def survey(model: PreTrainedModel) -> Survey:
                 refusal=_refusal(layer, attention, window),
                 needs_mask=attention is not None and anatomy.makes_masks(attention),
                 hidden_size=hidden_size,
+                depth=len(layers),
             )
         )
     return found

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from modlab.execution.masks import as_attention_mask, packed_mask
 from modlab.execution.packed import kept_first
-from modlab.execution.projections import Projections, why_not_copied
+from modlab.execution.projections import OWN, Projections, why_not_copied
 from modlab.hf.arguments import LayerArguments, forward_signature
 from modlab.hf.names import CACHE_ARGUMENTS
 from modlab.routing.record import ForwardCall
@@ -108,13 +108,18 @@ def _nothing(attention: nn.Module, name: str) -> Projection:
     return lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)
 
 
-def twin(attention: nn.Module, view: View) -> nn.Module:
-    """An object with the module's weights and submodules, whose projections are the view's. The module itself
-    stays as it is: another thread may run it."""
+def trained_projections(attention: nn.Module, trained: Projections) -> dict[str, Projection]:
+    """All three, by name."""
+    return _called(attention, trained, OWN)
+
+
+def twin(attention: nn.Module, projections: dict[str, Projection]) -> nn.Module:
+    """An object with the module's weights and submodules, but for these projections. The module itself stays
+    as it is: another thread may run it."""
     dense_class: Any = getattr(attention, "dense_class", type(attention))
     other: nn.Module = object.__new__(dense_class)
     other.__dict__.update(attention.__dict__)
-    other.__dict__.update(view.projections)
+    other.__dict__.update(projections)
     return other
 
 
@@ -185,7 +190,7 @@ def why_not_given_keys(attention: nn.Module, args: tuple[Any, ...], kwargs: dict
         return "its attention takes no cache of keys and values"
 
     def run(view: View) -> Tensor:
-        module: Any = twin(attention, view)
+        module: Any = twin(attention, view.projections)
         return arguments.run(module.forward, {name: view})[0]
 
     try:

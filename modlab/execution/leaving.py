@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,16 @@ from modlab.execution.given_keys import (
     writing,
 )
 from modlab.execution.packed import attention_kernels
-from modlab.execution.projections import Projections
+from modlab.execution.projections import Projections, why_not_copied
 from modlab.execution.routed import RoutedLayer, RoutedModule
-from modlab.hf.arguments import LayerArguments
+from modlab.hf.arguments import LayerArguments, forward_signature
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.rule import over
 from modlab.routing.state import eager
+
+if TYPE_CHECKING:
+    from modlab.config import MoDConfig
+    from modlab.conversion.survey import LayerFacts
 
 SURE = 8.0
 """Logit of a token that goes on; of one that leaves it is the negative."""
@@ -62,7 +66,7 @@ class ProjectedAttention(RoutedModule):
             )
         plan.routing.require_call().ran.add((plan.layer_idx, plan.part))
         dense_class: Any = self.dense_class
-        return dense_class.forward(twin(self, view), *args, **kwargs)
+        return dense_class.forward(twin(self, view.projections), *args, **kwargs)
 
 
 class LeavingLayer(RoutedLayer):
@@ -86,11 +90,7 @@ class LeavingLayer(RoutedLayer):
         plan = self.mod_plan
         call = plan.routing.require_call()
         call.ran.add((plan.layer_idx, plan.part))
-        first = plan.routing.layers[0]
-        if plan.layer_idx == first:
-            call.entered[first] = arguments.hidden
-        entered = call.entered[first].to(arguments.hidden.device)
-        states = self._written(arguments, entered)
+        states = self._written(arguments, self.entered(arguments.hidden))
         everybody = call.asked is None and call.override is None
         index_BS = None if everybody or self.runs_masked() else going_on(decision.keep)
         if index_BS is None or not can_gather(arguments, index_BS, plan.routing.attention):
@@ -100,6 +100,15 @@ class LeavingLayer(RoutedLayer):
         else:
             out, rest = self._run_some(arguments, decision.keep, index_BS, states, call)
         return self.joined(arguments.as_given(out), rest, arguments.in_tuple)
+
+    def entered(self, hidden_BTD: Tensor) -> Tensor:
+        """The state with which all tokens entered the first layer that they may leave out: `hidden_BTD`, if
+        that is this one."""
+        routing = self.mod_plan.routing
+        call, first = routing.require_call(), routing.first_left
+        if self.mod_plan.layer_idx == first:
+            call.entered[first] = hidden_BTD
+        return call.entered[first].to(hidden_BTD.device)
 
     def runs_masked(self) -> bool:
         """In training too: everybody's loss is wanted."""
@@ -157,3 +166,21 @@ class LeavingLayer(RoutedLayer):
         name = arguments.cache_name() or cache_name(self.dense_class, self._attention())
         assert name is not None, "convert refuses a layer without"
         return name
+
+
+def why_not_left(facts: LayerFacts, config: MoDConfig, needs_extras: bool = False) -> str:
+    """Why prompt tokens cannot leave this layer out; "" if they can.
+
+    Args:
+        needs_extras: whether its attention has to take an argument that it does not know.
+    """
+    if facts.attention is None:
+        return ""  # said better elsewhere
+    attention = facts.module("attention")
+    if cache_name(type(facts.layer), attention) is None:
+        return "it takes no cache of keys and values"
+    attention_class: Any = type(attention)
+    parameters = forward_signature(attention_class).parameters.values()
+    if needs_extras and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return "its attention takes no further arguments"
+    return why_not_copied(attention, config.leave_rank)

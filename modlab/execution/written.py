@@ -90,7 +90,7 @@ def run_written(
 
 def _twin_forward(module: nn.Module, view: Any) -> Callable[..., Any]:
     dense_class: Any = getattr(module, "dense_class", type(module))
-    other = twin(module, view)
+    other = twin(module, view.projections)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return dense_class.forward(other, *args, **kwargs)

@@ -233,7 +233,7 @@ class ForwardHooks:
         for one in (call, *call.elsewhere.values()):
             one.cache, one.steps, one.decisions, one.ran, one.masks = None, [], {}, set(), {}
             if not module.training:  # gradient checkpointing enters layers once more
-                one.entered = {}
+                one.entered, one.sources = {}, {}
         if output is not None:  # None: an exception is on its way
             self._check_ran(module, decided, ran)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from modlab.cache.ragged import RaggedCache
+    from modlab.execution.projections import Projections
     from modlab.routing.noise import Noise
 
 OverrideFn = Callable[[int, Tensor, Tensor], Tensor]
@@ -92,6 +93,8 @@ class ForwardCall:
         asked: bool [T], the tokens whose output the caller asked for (`logits_to_keep`); None: all of them.
         entered: by layer index, the state with which all tokens entered that layer, where those above it need
             it once more.
+        sources: by layer index, what its attention projects keys and values from, if not from its own input,
+            and the projections that do.
     """
 
     real: Tensor
@@ -114,6 +117,7 @@ class ForwardCall:
     elsewhere: dict[torch.device, ForwardCall] = field(default_factory=dict)
     asked: Tensor | None = None
     entered: dict[int, Tensor] = field(default_factory=dict)
+    sources: dict[int, tuple[Tensor, Projections]] = field(default_factory=dict)
 
     @functools.cached_property
     def has_gaps(self) -> bool:

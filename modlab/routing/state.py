@@ -141,6 +141,12 @@ class Routing:
         return self.common_thresholds if own is None else own
 
     @property
+    def first_left(self) -> int:
+        """Index of the first layer that prompt tokens leave out; the number of layers where they do not."""
+        first = self.skip.first_left(self.config, self.num_layers)
+        return self.num_layers if first is None else first
+
+    @property
     def call(self) -> ForwardCall | None:
         """The forward in progress in this thread (or its latest one)."""
         return self.of_thread.call

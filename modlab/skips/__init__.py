@@ -13,6 +13,7 @@ from modlab.errors import ModlabError
 from modlab.skips.base import Skip
 from modlab.skips.branch import AttentionSkip, MLPSkip
 from modlab.skips.kv import KeyValueSkip
+from modlab.skips.kv_leave import KeyValueLeaveSkip
 from modlab.skips.layer import LayerSkip
 from modlab.skips.leave import LeaveSkip
 from modlab.skips.written import SublayerSkip, WrittenSkip
@@ -51,6 +52,7 @@ for _skip in (
     AttentionSkip(),
     MLPSkip(),
     LeaveSkip(),
+    KeyValueLeaveSkip(),
     WrittenSkip(),
     SublayerSkip(),
 ):

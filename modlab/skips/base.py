@@ -32,7 +32,14 @@ Part = Literal["layer", "attention", "mlp"]
 GateForm = Literal["straight-through", "fused", "scaled", "stored"]
 """How a gate enters the output of a kept token, see `execution/gate.py`."""
 
-Proof = Literal["gives zero", "adds its mask", "takes given keys", "takes given keys, gives zero", "nothing"]
+Proof = Literal[
+    "gives zero",
+    "adds its mask",
+    "takes given keys",
+    "takes given keys, gives zero",
+    "takes given keys, adds its mask",
+    "nothing",
+]
 """What a part has to show on random numbers before it is routed, see `skips/probe.py`."""
 
 INDEX_BYTES = 4
@@ -122,6 +129,10 @@ class Skip:
     def layers(self, config: MoDConfig, num_layers: int) -> list[int]:
         """Ascending indices of the layers that are asked for, in a model of `num_layers` decoder layers."""
         return config.resolve_layers(num_layers)
+
+    def first_left(self, config: MoDConfig, num_layers: int) -> int | None:
+        """Index of the first layer that prompt tokens leave out, by position; None where they run all."""
+        return None
 
     def gates(self, facts: LayerFacts, config: MoDConfig) -> int:
         """Gates of one layer. With more than one, gates and decisions are [B, T, G]."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from modlab.errors import ModlabError
-from modlab.skips.base import INDEX_BYTES, GateForm, Part, Skip, Words
+from modlab.skips.base import INDEX_BYTES, GateForm, Part, Proof, Skip, Words
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -23,7 +23,7 @@ class KeyValueSkip(Skip):
     `MoDConfig.keep_recent` tokens have come, itself counted."""
 
     name = "kv"
-    parts = ("attention",)
+    parts: ClassVar[tuple[Part, ...]] = ("attention",)
     words = Words(
         routed="keys and values",
         part="its place in the cache",
@@ -77,7 +77,7 @@ class KeyValueSkip(Skip):
             return f"all of its sliding window of {facts.window} tokens is recent (keep_recent)"
         return ""
 
-    def probe(self, part: Part) -> Literal["gives zero", "adds its mask", "nothing"]:
+    def probe(self, part: Part) -> Proof:
         """Training weighs keys by the mask; the attention runs for all tokens, so it need not give zero."""
         return "adds its mask"
 

@@ -52,10 +52,10 @@ class LeaveSkip(Skip):
 
     def layers(self, config: MoDConfig, num_layers: int) -> list[int]:
         """Those above the point of leaving, at least one on either side of it."""
-        first = min(max(round(config.leave_after * num_layers), 1), num_layers - 1)
-        if num_layers < 2:
-            raise ModlabError("skip='prompt' needs two decoder layers: one to leave after, one to leave out.")
-        return list(range(first, num_layers))
+        return list(range(first_left(config, num_layers), num_layers))
+
+    def first_left(self, config: MoDConfig, num_layers: int) -> int | None:
+        return first_left(config, num_layers)
 
     def decides(self, config: MoDConfig) -> str:
         return (
@@ -69,15 +69,9 @@ class LeaveSkip(Skip):
         return "stored"
 
     def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
-        from modlab.execution.given_keys import cache_name
-        from modlab.execution.projections import why_not_copied
+        from modlab.execution.leaving import why_not_left
 
-        if facts.attention is None:
-            return ""  # said better elsewhere
-        attention = facts.module("attention")
-        if cache_name(type(facts.layer), attention) is None:
-            return "it takes no cache of keys and values"
-        return why_not_copied(attention, config.leave_rank)
+        return why_not_left(facts, config)
 
     def probe(self, part: Part) -> Proof:
         return "takes given keys" if part == "attention" else "nothing"
@@ -105,3 +99,16 @@ class LeaveSkip(Skip):
     def pairs(self, length: float, keep_ratio: float, config: MoDConfig) -> float:
         """The tokens that go on are the latest: each sees the whole row."""
         return keep_ratio * length * (length - keep_ratio * length / 2)
+
+
+def first_left(config: MoDConfig, num_layers: int) -> int:
+    """Index of the first layer that prompt tokens leave out; at least one is on either side.
+
+    Raises:
+        ModlabError: there is one layer alone.
+    """
+    if num_layers < 2:
+        raise ModlabError(
+            f"skip={config.skip!r} needs two decoder layers: one to leave after, one to leave out."
+        )
+    return min(max(round(config.leave_after * num_layers), 1), num_layers - 1)

@@ -104,7 +104,7 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head
         needs = "in addition to the hidden states" if form.extra_outputs else f"as a {type(output).__name__}"
         return replace(form, refusal=f"the layer needs what {name} returns {needs}")
     asks = skip.probe(part)
-    if asks == "adds its mask" and not _adds_its_mask(module, args, kwargs):
+    if asks.endswith("adds its mask") and not _adds_its_mask(module, args, kwargs):
         return replace(form, refusal=f"{name} does not add its mask to its scores, to weigh keys by")
     if asks.startswith("takes given keys") and (reason := why_not_given_keys(module, args, kwargs)):
         return replace(form, refusal=reason)
