@@ -102,13 +102,13 @@ def heads_of(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _shared(attention: nn.Module, G: int) -> str:
     """Why the heads in the cache are not the attention's own; "" if they are."""
+    weight = next(attention.parameters(), None)
+    if weight is not None and hasattr(weight, "device_mesh"):
+        return "its heads are shared across ranks, and each router sees those of all"
     config = getattr(attention, "config", None)
     claimed = getattr(config, "num_key_value_heads", None)
     if G == 1 and isinstance(claimed, int) and claimed > 1:
         return "it caches one latent for all heads (MLA), which cannot be dropped for some of them"
-    weight = next(attention.parameters(), None)
-    if weight is not None and hasattr(weight, "device_mesh"):
-        return "its heads are shared across ranks, and each router sees those of all"
     return ""
 
 

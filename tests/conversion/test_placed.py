@@ -52,6 +52,27 @@ def test_a_model_whose_weights_are_brought_in_for_each_call_is_routed(
         assert torch.equal(spread(IDS, use_cache=False).logits, dense), "revert leaves a working model"
 
 
+def test_a_model_that_accelerate_spreads_by_itself_is_routed(make_llama: Any, tmp_path: Any) -> None:
+    """`device_map="auto"` with memory for a part of the layers: the others come from the disk."""
+    make_llama().save_pretrained(tmp_path / "dense")
+    alone = modlab.convert(make_llama(), config("kv"))
+    want = routed_logits(alone)
+    size = sum(p.nbytes for p in alone.parameters())
+    spread = LlamaForCausalLM.from_pretrained(
+        tmp_path / "dense",
+        device_map="auto",
+        max_memory={"cpu": int(0.7 * size)},
+        offload_folder=str(tmp_path / "offload"),
+    ).eval()
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    modlab.convert(spread, config("kv"))
+    torch.testing.assert_close(routed_logits(spread), want)
+    tokens = [m.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (spread, alone)]
+    assert torch.equal(*tokens)
+    with pytest.raises(ModlabError, match="spread over several devices"):
+        modlab.enable_fast_generation(spread)
+
+
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("wrap", ["checkpoint_wrapper", "compile of a layer"])
 def test_layers_wrapped_before_conversion_are_routed(make_llama: Any, skip: str, wrap: str) -> None:

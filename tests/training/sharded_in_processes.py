@@ -13,8 +13,9 @@ import torch
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.routing.router import is_router
+from tests.helpers.runs import began, model_in_bf16, rows
 from tests.helpers.sharding import launched_with_fsdp
-from tests.training.test_sharding import began, model_in_bf16, rows
 
 
 def main(out: Path) -> None:
@@ -30,7 +31,7 @@ def main(out: Path) -> None:
     report = {
         "history": result.history.to_dict("list"),
         "refused": refused,
-        "part": sum(p.to_local().numel() for p in model.parameters()),
+        "part": sum(p.to_local().numel() for n, p in model.named_parameters() if not is_router(n)),
     }
     rank = torch.distributed.get_rank()
     (out / f"rank_{rank}.json").write_text(json.dumps(report), encoding="utf-8")

@@ -5,50 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.plan import sizes_of
 from modlab.training.processes import Processes
 from tests.helpers.launch import launch
-from tests.helpers.models import scatter_gates
+from tests.helpers.runs import began, model_in_bf16, rows
 
 WORKER = Path(__file__).with_name("sharded_in_processes.py")
-
-
-def model_in_bf16() -> Any:
-    """Converted, with tied embeddings; dense and routed layers differ in class."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    modlab.convert(model, modlab.MoDConfig(layers=[0, 2], keep_recent=4))
-    scatter_gates(model)
-    return model
-
-
-def rows() -> torch.Tensor:
-    return torch.randint(0, 61, (10, 16), generator=torch.Generator().manual_seed(1))
-
-
-def began(out: Path, batch_size: int) -> modlab.TrainConfig:
-    """The settings of all the runs here; ten rows, of which each step sees four."""
-    return modlab.TrainConfig(
-        out=out, steps=4, batch_size=batch_size, log_every=1, save_every=1, keep_last=9, resume="auto",
-        lr=3e-3, keep_ratio=0.5, what_if=0.5, calibrate=False, mixed_precision="no",
-    )  # fmt: skip
 
 
 def from_step(step: int, of: Path, to: Path) -> Path:
@@ -64,8 +34,9 @@ def test_a_sharded_run_is_one_run(tmp_path: Path) -> None:
     printed = launch(WORKER, 2, shards)
     assert not printed.strip()
     pair = [json.loads((shards / f"rank_{rank}.json").read_text()) for rank in range(2)]
-    assert sum(one["part"] for one in pair) == sum(p.numel() for p in whole.model.parameters())
-    assert max(one["part"] for one in pair) < 0.6 * sum(one["part"] for one in pair)
+    planned = sizes_of(whole.model.config, 2)
+    assert sum(one["part"] for one in pair) == planned.parameters
+    assert max(one["part"] for one in pair) == planned.by_rows
     for one in pair:
         assert "load it whole" in one["refused"][0] and len(one["refused"]) == 2
     again = modlab.train(

@@ -1,0 +1,271 @@
+"""What a model takes on each GPU, worked out before anybody loads it: `modlab.plan`, `modlab plan`.
+
+Weights, gradients and optimiser follow from the shapes of the parameters, K/V from those of the cache: these
+are exact. Activations are what autograd keeps in a forward on the meta device, attention scores left out (no
+kernel in use keeps them): an estimate, to which a real run adds what its libraries and fragments take.
+
+Shape letters: B rows, T tokens, D model dim, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modlab.config import MoDConfig
+from modlab.errors import ModlabError, check_count, check_number
+from modlab.hf.anatomy import attention_windows, decoder_layers
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GIB = 2**30
+FP32 = 4
+OPTIMIZER = 2 * FP32  # AdamW's two moments, a weight
+LOGITS_AT_ONCE = 2**28  # as training/objectives.py cuts them
+SHORT = 32  # tokens of the forwards from which activations are extrapolated
+
+
+@dataclass
+class Sizes:
+    """A model's sizes, of one GPU or of all.
+
+    Attributes:
+        parameters: number of them.
+        whole: bytes of the weights in their own dtype.
+        by_rows: parameters of the largest part when each is cut along its first axis (FSDP2).
+        by_heads: parameters of a part when the tensor-parallel plan cuts them.
+        layer: parameters of the largest decoder layer.
+        rest: parameters outside the layers.
+        token_bytes: of keys and values of a token in one layer.
+        windows: of each layer, None for full attention.
+        activations: bytes that autograd keeps of a token in the largest layer.
+        hidden, vocabulary: D, V.
+        itemsize: bytes of a weight.
+    """
+
+    parameters: int
+    whole: int
+    by_rows: int
+    by_heads: int
+    layer: int
+    rest: int
+    token_bytes: int
+    windows: list[int | None]
+    activations: float
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+
+def plan(
+    model: Any,
+    *,
+    gpus: int = 1,
+    memory: float = 80.0,
+    context: int = 4096,
+    batch: int = 1,
+    kv_saving: float = 4.0,
+    dtype: str = "bfloat16",
+    checkpointing: bool = True,
+) -> pd.DataFrame:
+    """What each GPU holds, for inference and for training, in every way to use several.
+
+    Args:
+        model: a `transformers` config, or the name of a model: a folder or a hub id. Only its config is read.
+        gpus: how many.
+        memory: GiB of each.
+        context: tokens of a row.
+        batch: rows: of each GPU where every GPU has its own ("copies", DDP, FSDP2), else of all together.
+        kv_saving: how many times fewer bytes the routed cache takes, all layers routed.
+        dtype: of the weights where they are not trained; trained ones are fp32, computed with in bf16.
+        checkpointing: training keeps one state a layer and computes the rest again.
+
+    Returns:
+        DataFrame, one line a way, in GiB a GPU: `use` (inference; routers: the base frozen; weights: all
+        trained), `way`, `weights`, `optimizer` (gradients and AdamW's moments), `activations`, `kv` (dense),
+        `kv_routed`, `total` (with `kv_routed`), `total_dense`, `fits` (the total, in nine tenths of
+        `memory`).
+
+    Raises:
+        ModlabError: no such model, or one without keys and values in plain heads.
+    """
+    import pandas as pd
+
+    for name, count in {"gpus": gpus, "context": context, "batch": batch}.items():
+        check_count(name, count)
+    if not check_number("memory", memory) > 0 or not check_number("kv_saving", kv_saving) >= 1:
+        raise ModlabError(f"memory={memory} has to be above 0 and kv_saving={kv_saving} at least 1.")
+    sizes = sizes_of(_config(model), gpus, getattr(torch, dtype))
+    kv, routed = (kv_bytes(sizes, context, batch, saving) for saving in (1.0, kv_saving))
+    lines = [
+        *_inference(sizes, gpus, context, batch, kv, routed),
+        *_training(sizes, gpus, context, batch, checkpointing),
+    ]
+    table = pd.DataFrame(lines).fillna(0.0)
+    parts = ["weights", "optimizer", "activations"]
+    table[[*parts, "kv", "kv_routed"]] /= GIB
+    table["total"] = table[[*parts, "kv_routed"]].sum(axis=1)
+    table["total_dense"] = table[[*parts, "kv"]].sum(axis=1)
+    table["fits"] = table["total"] <= 0.9 * memory
+    table.attrs["parameters"] = sizes.parameters
+    return table
+
+
+def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Sizes:
+    """The sizes of the model that a config describes, cut over so many GPUs."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    size = getattr(text, "head_dim", None) or (heads and text.hidden_size // text.num_attention_heads)
+    layers = decoder_layers(model)
+    windows = attention_windows(model, len(layers))
+    if not heads or any(isinstance(window, str) for window in windows.values()):
+        raise ModlabError(f"{type(model).__name__} does not keep plain keys and values in all its layers.")
+    parameters = dict(model.named_parameters())
+    largest = max(layers, key=_count)
+    total = sum(p.numel() for p in parameters.values())
+    return Sizes(
+        parameters=total,
+        whole=sum(p.numel() * p.element_size() for p in parameters.values()),
+        by_rows=sum(p.numel() // len(p) * -(-len(p) // gpus) for p in parameters.values()),
+        by_heads=sum(p.numel() // (gpus if n in _cut(model) else 1) for n, p in parameters.items()),
+        layer=_count(largest),
+        rest=total - sum(map(_count, layers)),
+        token_bytes=2 * heads * size * dtype.itemsize,
+        windows=[windows[i] for i in range(len(layers))],  # type: ignore[misc]  # the texts were refused
+        activations=_kept_by_autograd(model) / len(layers),
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        itemsize=dtype.itemsize,
+    )
+
+
+def kv_bytes(sizes: Sizes, context: int, batch: int, kv_saving: float = 1.0) -> float:
+    """Bytes of the keys and values of all layers; a routed layer holds its recent tokens anyway."""
+    mod = MoDConfig(layers="all")
+    total = 0.0
+    for window in sizes.windows:
+        seen = context if window is None else min(window, context)
+        stored = max(context / kv_saving, mod.recent_stored) if kv_saving > 1 else context
+        total += batch * min(seen, stored) * sizes.token_bytes
+    return total
+
+
+def _inference(
+    sizes: Sizes, gpus: int, context: int, batch: int, kv: float, routed: float
+) -> list[dict[str, Any]]:
+    """Copies for rows of their own; layers spread by `device_map`; tensor parallelism."""
+    # a prompt's states, one layer's inner ones, and the logits of the last token
+    work = batch * (context * sizes.activations + sizes.vocabulary * FP32)
+    ways = {
+        "copies": (sizes.whole, 1, 1),
+        "layers spread": (sizes.whole / gpus, gpus, 1),
+        "tensor parallel": (sizes.by_heads * sizes.itemsize, gpus, gpus),
+    }
+    return [
+        {
+            "use": "inference", "way": way, "weights": weights, "optimizer": 0.0, "activations": work / cut,
+            "kv": kv / parts, "kv_routed": routed / parts,
+        }
+        for way, (weights, parts, cut) in ways.items()
+    ]  # fmt: skip
+
+
+def _training(sizes: Sizes, gpus: int, context: int, batch: int, checkpointing: bool) -> list[dict[str, Any]]:
+    """DDP and FSDP2, with the base frozen and with all weights trained. Routers are a thousandth of a layer
+    and are left out."""
+    layers, tokens = len(sizes.windows), batch * context
+    logits = tokens * sizes.vocabulary
+    head = logits * 2 * sizes.itemsize + 2 * FP32 * min(logits, LOGITS_AT_ONCE)
+    gathered = (2 * sizes.layer + sizes.rest) * sizes.itemsize  # this layer, the next, and the ends
+
+    def work(state: int) -> float:
+        """With the residual stream in so many bytes a number: fp32 under autocast, bf16 with FSDP2."""
+        kept = layers * sizes.hidden * state + sizes.activations
+        return head + tokens * (kept if checkpointing else layers * sizes.activations)
+
+    lines = []
+    for use, weight, more in (
+        ("routers", sizes.itemsize, 0),
+        ("weights", FP32, FP32 + OPTIMIZER),
+    ):
+        copies = sizes.itemsize * sizes.parameters if more else 0  # autocast's own
+        whole_gradients = (FP32 + sizes.itemsize) * sizes.layer if more else 0  # before they are cut
+        for way, count, held in (
+            (
+                "DDP",
+                sizes.parameters,
+                work(FP32) + copies + (FP32 * sizes.parameters if more else 0),
+            ),  # buckets
+            ("FSDP2", sizes.by_rows, work(sizes.itemsize) + gathered + whole_gradients),
+        ):
+            lines.append(
+                {
+                    "use": use, "way": way, "weights": count * weight, "optimizer": count * more,
+                    "activations": held,
+                }
+            )  # fmt: skip
+    return lines
+
+
+def _config(model: Any) -> Any:
+    from transformers import AutoConfig
+
+    from modlab.saving.demos import folder_named
+
+    if not isinstance(model, str):
+        return getattr(model, "config", model)
+    try:
+        return AutoConfig.from_pretrained(str(folder_named(model)))
+    except (OSError, ValueError) as error:
+        raise ModlabError(f"{model!r} is no folder or hub id with a config: {error}") from error
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _cut(model: Any) -> set[str]:
+    """Names of the parameters that the family's tensor-parallel plan cuts."""
+    import re
+
+    plans = {**(getattr(model.config, "base_model_tp_plan", None) or {})}
+    prefix = model.base_model_prefix
+    patterns = [f"{prefix}.{name}" for name, style in plans.items() if "wise" in style]
+    patterns += [name for name, style in (getattr(model, "_tp_plan", None) or {}).items() if "wise" in style]
+    found = re.compile("|".join(re.escape(p).replace(r"\*", r"\d+") for p in patterns) or "$^")
+    return {
+        name for name, p in model.named_parameters() if p.dim() > 1 and found.match(name.rpartition(".")[0])
+    }
+
+
+def _kept_by_autograd(model: Any) -> float:
+    """Bytes a token that the layers' forward keeps for the backward pass, but for what grows with the square
+    of the length."""
+    model.train()
+    short, long = (_saved_bytes(model, length) for length in (SHORT, 2 * SHORT))
+    return (4 * short - long) / (2 * SHORT)
+
+
+def _saved_bytes(model: Any, length: int) -> int:
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = (storage, storage.nbytes())  # held, so that its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device="meta")  # given: none is looked at
+        model.get_decoder()(ids, attention_mask=mask, use_cache=False)
+    return sum(size for _, size in seen.values())

@@ -1,0 +1,42 @@
+"""A run that several numbers of processes take up: model, rows, settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import modlab
+from tests.helpers.models import scatter_gates
+
+
+def model_in_bf16() -> Any:
+    """Converted, with tied embeddings; dense and routed layers differ in class."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    modlab.convert(model, modlab.MoDConfig(layers=[0, 2], keep_recent=4))
+    scatter_gates(model)
+    return model
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(0, 61, (10, 16), generator=torch.Generator().manual_seed(1))
+
+
+def began(out: Path, batch_size: int) -> modlab.TrainConfig:
+    """The settings of all the runs here; ten rows, of which each step sees four."""
+    return modlab.TrainConfig(
+        out=out, steps=4, batch_size=batch_size, log_every=1, save_every=1, keep_last=9, resume="auto",
+        lr=3e-3, keep_ratio=0.5, what_if=0.5, calibrate=False, mixed_precision="no",
+    )  # fmt: skip

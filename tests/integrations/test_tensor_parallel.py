@@ -1,0 +1,34 @@
+"""Tensor parallelism by transformers' own plan: routed models compute what whole ones do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modlab.plan import sizes_of
+from tests.helpers.launch import launch
+from tests.helpers.spread import found_by
+
+WORKER = Path(__file__).with_name("spread_in_processes.py")
+
+
+def test_two_processes_with_half_of_the_heads_are_one_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    launch(WORKER, 2, tmp_path / "model", tmp_path)
+    alone = found_by(model)
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
+    for rank in ranks:
+        torch.testing.assert_close(rank["logits"], alone["logits"], rtol=1e-4, atol=1e-4)
+        assert torch.equal(rank["tokens"], alone["tokens"])
+        assert all(torch.equal(rank["keep"][i], keep) for i, keep in alone["keep"].items())
+        assert "shared across ranks" in rank["refused"]
+        assert rank["kv_bytes"] < 0.55 * alone["kv_bytes"], "each process holds its heads' keys alone"
+    assert abs(ranks[0]["part"] / sizes_of(config, 2).by_heads - 1) < 0.05

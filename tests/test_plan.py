@@ -1,0 +1,99 @@
+"""The planner's bytes are those that a model takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+
+import modlab
+from modlab.bench.models import SHAPES
+from modlab.errors import ModlabError
+from modlab.hf.names import cache_argument
+from modlab.plan import GIB, kv_bytes, plan, sizes_of
+
+CONFIG = LlamaConfig(
+    vocab_size=101, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512,
+)  # fmt: skip
+
+
+def saved_bytes(model: Any, ids: torch.Tensor) -> int:
+    """What autograd keeps of a forward through the decoder, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.get_decoder()(ids, use_cache=False)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def test_weights_keys_and_activations_are_those_of_a_model() -> None:
+    sizes = sizes_of(CONFIG, 1, torch.float32)
+    model = LlamaForCausalLM(CONFIG)
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.whole == sum(p.nbytes for p in model.parameters())
+    ids = torch.arange(2 * 300).view(2, 300) % 101
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_bytes(sizes, 300, 2) == held
+    expected = ids.numel() * sizes.activations * 3
+    assert saved_bytes(model.train(), ids) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_routed_cache_takes_what_was_planned() -> None:
+    modlab.convert(model := LlamaForCausalLM(CONFIG).eval(), modlab.MoDConfig(layers="all"))
+    ids = torch.arange(400)[None] % 101
+    at = {i: torch.arange(400) % 8 == 0 for i in range(3)}
+    with torch.no_grad(), modlab.routing_override(model, lambda i, gate, at_BT: at[i][at_BT]):
+        model(ids, **{cache_argument(model): (cache := modlab.RaggedCache(model))})
+    planned = kv_bytes(sizes_of(CONFIG, 1, torch.float32), 400, 1, 400 / cache.layers[0].lengths[0])
+    assert cache.nbytes == pytest.approx(planned, rel=0.15)
+
+
+def test_a_window_bounds_what_a_layer_holds() -> None:
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, use_sliding_window=True, sliding_window=16, max_window_layers=2,
+    )  # fmt: skip
+    sizes = sizes_of(config, 1)
+    assert sizes.windows == [None, None, 16, 16]
+    assert kv_bytes(sizes, 100, 1) == (2 * 100 + 2 * 16) * sizes.token_bytes
+
+
+def test_the_lines_say_which_way_fits() -> None:
+    """The 70B shape on eight GPUs of 80 GiB: no copy of it fits; cut it does, and its routers train."""
+    config = SHAPES["llama-3-70b"].config(32768)
+    table = plan(config, gpus=8, memory=80, context=32768, batch=1).set_index(["use", "way"])
+    assert table.loc[("inference", "copies"), "weights"] == pytest.approx(2 * 70.55e9 / GIB, rel=1e-3)
+    fits = table["fits"]
+    assert not fits["inference", "copies"] and fits["inference", "tensor parallel"]
+    assert fits["inference", "layers spread"] and not fits["weights", "FSDP2"]
+    fits = plan(config, gpus=8, memory=80, context=8192).set_index(["use", "way"])["fits"]
+    assert fits["routers", "FSDP2"] and not fits["routers", "DDP"]
+    one = plan(CONFIG, gpus=1)
+    assert (one["total"] <= one["total_dense"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpus": 0}, "gpus=0"),
+        ({"memory": -1}, "memory=-1"),
+        ({"kv_saving": 0.5}, "kv_saving=0.5"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModlabError, match=message):
+        plan(CONFIG, **arguments)
+    with pytest.raises(ModlabError, match="no folder or hub id"):
+        plan("/no/such/folder")
