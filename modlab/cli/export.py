@@ -65,7 +65,7 @@ def _costs(model: Any, data: Any, layers: list[int], options: argparse.Namespace
     from modlab.routing.state import routing_off, routing_override
     from modlab.saving.static import as_static
 
-    ways = {
+    ways: dict[str, contextlib.AbstractContextManager[Any]] = {
         "dense": routing_off(model),
         "routed": contextlib.nullcontext(),
         "static": routing_override(model, as_static(layers)),

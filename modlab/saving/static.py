@@ -154,8 +154,8 @@ def _check_folder(model: Any, folder: Path, layers: list[int]) -> None:
             wanted = model(ids, use_cache=False).logits.float()
         with routing_off(model):
             dense = model(ids, use_cache=False).logits.float()
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(device).eval()
-    found = plain(ids, use_cache=False).logits.float()
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    found = plain.to(device).eval()(ids, use_cache=False).logits.float()
     off = float((found - wanted).abs().mean() / wanted.std())
     if off > LOGITS_OFF.get(model.dtype, 0.05) or torch.equal(found, dense):
         raise ModlabError(
