@@ -54,6 +54,7 @@ class RaggedCache(Cache):
             own = routing.skip.cache_layer(routing.config, window, routing.gates[index])
             layers[index] = own or layers[index]
         super().__init__(layers=layers)
+        self.made_for = _stored_by(routing)
 
     def reset(self) -> None:
         """Forgets everything and frees the buffers of all layers."""
@@ -82,6 +83,14 @@ class RaggedCache(Cache):
             # What records its past trims it now; others have nothing to do where nothing is removed.
             if target < seen or getattr(layer, "record_past", False):
                 layer.crop(target - seen)
+
+    def check_conversion(self, routing: Routing) -> None:
+        """An error if a model converted in another way made this cache: it stores what that one keeps."""
+        if self.made_for != _stored_by(routing):
+            raise ModlabError(
+                "the cache was made for another conversion (skip, layers, gates or keep_recent differ). "
+                "Use modlab.RaggedCache(model) of the model that runs, or give the prompt again."
+            )
 
     def check_batch(self, rows: int) -> None:
         """An error unless the cache is empty or holds that many rows."""
@@ -116,6 +125,12 @@ class RaggedCache(Cache):
         return (
             f"RaggedCache({ragged} of {len(self.layers)} layers ragged, {self.get_seq_length()} tokens seen)"
         )
+
+
+def _stored_by(routing: Routing) -> tuple[Any, ...]:
+    """The settings that say which tokens a cache stores where; thresholds may change meanwhile."""
+    config = routing.config
+    return config.skip, config.gates, config.keep_recent, tuple(routing.layers)
 
 
 def _check_crop(layer: Any) -> None:

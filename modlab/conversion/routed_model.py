@@ -77,7 +77,7 @@ class RoutedModel(Extended):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; code that saves adapters asks for it before, see saving/save_adapters.py."""
-        let_routers_travel(self)
+        let_routers_travel(self, kwargs.get("prefix", ""))
         dense: Any = super()
         return dense.state_dict(*args, **kwargs)
 

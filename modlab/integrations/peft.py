@@ -25,7 +25,7 @@ from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.load import load, load_base
 from modlab.saving.load_adapters import import_peft
 from modlab.saving.routers import tensors_of
-from modlab.saving.save_adapters import describe_adapters
+from modlab.saving.save_adapters import describe_adapters, described_by_caller
 
 
 def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
@@ -48,7 +48,8 @@ def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     """Saves adapters and routers of a PEFT model, and what was converted and how; all or nothing.
 
-    `model.save_pretrained` does the same, but file by file, as PEFT writes.
+    `model.save_pretrained` does the same, but file by file, as PEFT writes; for learned prompts (prompt
+    tuning, p-tuning, adaption prompts) it cannot, and warns.
 
     Args:
         model: a `PeftModel` around a converted model.
@@ -58,7 +59,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     if holds_model(Path(folder)):
         raise ModlabError(f"{str(folder)!r} holds a model: give the adapters a folder of their own.")
     with atomic_directory(folder, replaces=(ROUTER_FILE,)) as temporary:
-        model.save_pretrained(temporary)
+        with described_by_caller():
+            model.save_pretrained(temporary)
         describe_adapters(converted, temporary)
 
 

@@ -97,6 +97,7 @@ class ForwardHooks:
         self._refuse_outputs(module, given)
         cache, kwargs = self._cache(module, given, kwargs)
         if cache is not None:
+            cache.check_conversion(routing)
             cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
         routing.of_thread.call = self._new_call(module, tokens, given, seen, cache)

@@ -8,8 +8,12 @@ describe the conversion at the second.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,9 @@ from modlab.routing.state import is_converted
 from modlab.saving.description import write_description
 from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.routers import added_in, tensors_of, write_routers
+
+_of_thread = threading.local()
+"""`described`: whether this thread is saving adapters and describes their conversion itself."""
 
 
 def describe_adapters(model: Any, folder: Path) -> None:
@@ -34,9 +41,32 @@ def describe_adapters(model: Any, folder: Path) -> None:
     write_description(model, folder)
 
 
-def let_routers_travel(model: Any) -> None:
-    """Has the configs of the model's adapters describe its conversion when they are saved next."""
-    for config in (model.__dict__.get("peft_config") or {}).values():
+@contextlib.contextmanager
+def described_by_caller() -> Iterator[None]:
+    """Inside this block the caller writes down the conversion, whatever kind of adapters PEFT saves."""
+    _of_thread.described = True
+    try:
+        yield
+    finally:
+        _of_thread.described = False
+
+
+def let_routers_travel(model: Any, prefix: str = "") -> None:
+    """Has the configs of the model's adapters describe its conversion when they are saved next.
+
+    Args:
+        prefix: under which the state dict is asked for. PEFT's, on a model that knows of no adapters, means
+            learned prompts: their config is out of reach, so the caller is told.
+    """
+    adapters = model.__dict__.get("peft_config")
+    if prefix.startswith("base_model.") and not adapters and not getattr(_of_thread, "described", False):
+        warnings.warn(
+            "PEFT knows nothing of this model's routers and keeps learned prompts apart from it: what its "
+            "save_pretrained writes loads on the dense model. "
+            "modlab.integrations.peft.save_adapter(model, folder) saves the routers with them.",
+            stacklevel=2,
+        )
+    for config in (adapters or {}).values():
         if not isinstance(config, CarriesRouters):
             peft_class: Any = type(config)
             names = {

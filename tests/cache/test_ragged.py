@@ -158,3 +158,20 @@ def test_wrong_caches_are_refused(routed) -> None:
         run(routed, IDS[:2, :1], cache=cache)
     with pytest.raises(ModlabError, match="40 are cached and 1 are new"):
         run(routed, IDS[:, :1], MASK, cache)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"skip": "kv"}, {"skip": "attention"}, {"skip": "mlp"}, {"layers": [1, 2]}],
+    ids=str,
+)
+def test_a_cache_of_another_conversion_is_refused(make_llama, changes) -> None:
+    """It stores other tokens in other layers; some pairs would even fit."""
+    layers = {"skip": "layer", "layers": [1, 3]}
+    one = modlab.convert(make_llama(), modlab.MoDConfig(**layers))
+    other = modlab.convert(make_llama(), modlab.MoDConfig(**{**layers, **changes}))
+    cache = run(other, IDS[:, :9]).past_key_values
+    with pytest.raises(ModlabError, match="made for another conversion"):
+        run(one, IDS[:, 9:12], cache=cache)
+    again = modlab.convert(make_llama(), modlab.MoDConfig(**layers, p=0.7))
+    assert run(again, IDS[:, 9:12], cache=run(one, IDS[:, :9]).past_key_values).logits.isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+import warnings
 
 import pytest
 import torch
@@ -173,6 +174,46 @@ def test_routers_travel_with_each_of_several_adapters(base, tmp_path) -> None:
     model.save_pretrained(tmp_path / "alone", selected_adapters=["second"])
     again, _ = modlab.load(tmp_path / "alone" / "second")
     assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+
+
+PROMPTS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
+    ),
+    "adaption prompts": lambda: peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("skip", ["kv", "layer"])
+def test_routers_travel_with_learned_prompts_or_it_says_so(base, tmp_path, kind, skip) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    config = modlab.MoDConfig(skip=skip, layers="all", keep_recent=3, keep_first=1)
+    model = peft.get_peft_model(scatter_gates(modlab.convert(dense, config)), PROMPTS[kind]()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "mod_router" not in name:
+                parameter.add_(0.1)
+        want = model(input_ids=ROWS, use_cache=False).logits
+        with pytest.warns(UserWarning, match="save_adapter"):
+            model.save_pretrained(tmp_path / "by PEFT")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_adapter(model, tmp_path / "by modlab")
+        loaded, _ = modlab.load(tmp_path / "by modlab")
+        assert torch.equal(loaded(input_ids=ROWS, use_cache=False).logits, want)
+
+
+def test_a_prefix_of_keys_is_refused(base) -> None:
+    """PEFT hands them over in a dense cache, in which no router has decided."""
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    model = modlab.convert(dense, modlab.MoDConfig(layers="all", keep_recent=3))
+    model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ModlabError, match="DynamicCache"):
+        model(input_ids=ROWS)
 
 
 def test_checkpoints_of_a_trainer_that_knows_nothing_of_routers(base, tmp_path) -> None:
