@@ -90,6 +90,8 @@ def _forms(
         others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
         verb = "routed" if skip.runs_all else "skipped"
         instead = "" if part == "layer" else " Use MoDConfig(skip='layer') (--skip layer, --recipe speed)"
+        if config.gates == "kv_head":
+            instead = " Use one gate a layer, MoDConfig(gates='layer') (--gates layer)"
         what = f"layer {index}" if part == "layer" else f"the {NAMES[part]} of layer {index}"
         raise ModlabError(
             f"skip={skip.name!r}: {what} ({type(found.layers[index]).__name__}) cannot be {verb} on its own: "

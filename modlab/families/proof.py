@@ -218,9 +218,11 @@ class Batch:
         return (worst / wanted_BTV[real].abs().max()).item()
 
 
-def some_tokens(layer_idx: int, gate_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-    """A random half of the tokens, other ones in each layer, the same however the text is padded and cut."""
-    table = torch.rand(max(ROW_LENGTHS), generator=torch.Generator().manual_seed(layer_idx)) < 0.5
+def some_tokens(layer_idx: int, gate: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """A random half of the tokens, other ones in each layer (and each of its gates), the same however the
+    text is padded and cut."""
+    generator = torch.Generator().manual_seed(layer_idx)
+    table = torch.rand(max(ROW_LENGTHS), *gate.shape[2:], generator=generator) < 0.5
     return table[position_ids_BT.clamp(min=0)]
 
 

@@ -33,9 +33,12 @@ RECENT = 3
 
 
 @torch.no_grad()
-def prove_one_branch(model_type: str, skip: Any) -> None:
+def prove_one_branch(model_type: str, skip: Any, **settings: Any) -> None:
     """Holds a tiny model of the type, with this branch routed in all layers, against the dense one, its own
     masked reference, and the computation by hand.
+
+    Args:
+        skip, settings: of the MoDConfig.
 
     Raises:
         Unproven: one of them does not hold.
@@ -49,7 +52,7 @@ def prove_one_branch(model_type: str, skip: Any) -> None:
     if leaks := batch.padding_leaks(dense_BTV):  # the batch's first row has no padding
         dense_BTV = dense_BTV[:1]
     batch.choose_cuts(dense_BTV)
-    config = modlab.MoDConfig(layers="all", skip=skip, keep_recent=RECENT)
+    config = modlab.MoDConfig(layers="all", skip=skip, keep_recent=RECENT, **settings)
     branch = modlab.convert(copy.deepcopy(dense), config)
     whole = modlab.convert(copy.deepcopy(dense), modlab.MoDConfig(skip="layer", layers="all"))
 
