@@ -57,9 +57,13 @@ class HeadsLayer(RecentLayer):
         super().clear()
         self._joined: Joined | None = None
 
-    def segments(self, rows: list[int]) -> list[int]:
-        """The segments of `rows`, head by head."""
-        return [row * self.heads + head for row in rows for head in range(self.heads)]
+    def segments(self, row: int) -> list[int]:
+        """The segments that hold a row: one for each head."""
+        return list(range(row * self.heads, (row + 1) * self.heads))
+
+    def _of(self, rows: list[int]) -> list[int]:
+        """The segments of several rows."""
+        return [segment for row in rows for segment in self.segments(row)]
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Room for one head in each place."""
@@ -71,28 +75,43 @@ class HeadsLayer(RecentLayer):
         """Makes room for `counts[b]` new tokens in every head of row b."""
         super().begin([count for count in counts for _ in range(self.heads)], num_columns, device)
 
+    def claim(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> None:
+        """As in a `RecentLayer`; `kept_RS` may say it by head, [R, S, G]."""
+        if kept_RS is not None:
+            by_head = kept_RS if kept_RS.dim() == 3 else kept_RS[..., None].expand(*kept_RS.shape, self.heads)
+            kept_RS = by_head.transpose(1, 2).flatten(0, 1)
+        super().claim(self._of(rows), columns_RS.repeat_interleave(self.heads, 0), kept_RS)
+
     def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
-        """As in a `RecentLayer`; `kept_RS` may say it by head, [R, S, G].
+        """`claim`, for a `write`.
 
         Returns:
             columns of all keys that any head of a row holds, [R, K]; `NO_KEY` beyond a row's last.
         """
-        if kept_RS is not None:
-            kept_RS = kept_RS if kept_RS.dim() == 3 else kept_RS[..., None].expand(*kept_RS.shape, self.heads)
-            kept_RS = kept_RS.transpose(1, 2).flatten(0, 1)
-        super().stage(self.segments(rows), columns_RS.repeat_interleave(self.heads, 0), kept_RS)
+        self.claim(rows, columns_RS, kept_RS)
         self._joined = self._join(rows)
         return self._joined.columns_RK
 
-    def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores K/V [R, G, S, H] of the tokens just staged; returns K/V [R, G, K, H] of the columns that
-        `stage` returned. A head that does not hold one has another of its keys there (finite, masked)."""
+    def store(self, rows: list[int], keys: Tensor, values: Tensor) -> None:
+        """Stores K/V [R, G, S, H] of the tokens just claimed."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+        assert self.keys is not None and self.values is not None
+        S, segments = keys.shape[2], self._of(rows)
+        if keys.is_cuda:  # in one launch
+            places_QS = self.last_places(segments, S)
+            self.keys[0, places_QS], self.values[0, places_QS] = keys.flatten(0, 1), values.flatten(0, 1)
+            return
+        for segment, key, value in zip(segments, keys.flatten(0, 1), values.flatten(0, 1), strict=True):
+            end = self.starts[segment] + self.lengths[segment]
+            self.keys[0, end - S : end] = key
+            self.values[0, end - S : end] = value
+
+    def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`store`; returns K/V [R, G, K, H] of the columns that `stage` returned. A head that does not hold
+        one has another of its keys there (finite, masked)."""
+        self.store(rows, keys, values)
         assert self.keys is not None and self.values is not None and self._joined is not None
-        places_QS = self.last_places(self.segments(rows), keys.shape[2])
-        self.keys[0, places_QS] = keys.flatten(0, 1)
-        self.values[0, places_QS] = values.flatten(0, 1)
         places_RGK = self._joined.places_RGK
         return self.keys[0][places_RGK], self.values[0][places_RGK]
 
@@ -115,7 +134,7 @@ class HeadsLayer(RecentLayer):
     def _join(self, rows: list[int]) -> Joined:
         """What the heads of `rows` hold, by column of the row (one host sync)."""
         assert self.kept is not None
-        R, G, segments = len(rows), self.heads, self.segments(rows)
+        R, G, segments = len(rows), self.heads, self._of(rows)
         columns_QK, places_QK = super().key_columns(segments), self.places(segments)
         P = self.cumulative_length
         # Slots beyond a segment's end go to a column behind the last one, which is cut off.
@@ -139,7 +158,7 @@ class HeadsLayer(RecentLayer):
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what `rows[i]` was; repeats are allowed, rows that are not named are forgotten."""
-        super().select(self.segments(rows))
+        super().select(self._of(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` adjacent copies of itself."""

@@ -59,38 +59,50 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         # Counted afterwards: what a new layout drops is what the first of the new tokens no longer sees.
         self.cumulative_length += num_columns
 
-    def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
+    def claim(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> None:
         """Claims the next places of `rows` for tokens at `columns_RS`. (`kept_RS` is for `RecentLayer`: all
-        tokens that this layer stores are kept ones.)
-
-        Returns:
-            columns of all keys that `write` will return, int32 [R, K]; `NO_KEY` beyond a row's length.
-        """
+        tokens that this layer stores are kept ones.)"""
         S = columns_RS.shape[1]
         self.note("columns", rows, columns_RS, S)
         for row in rows:
             self.lengths[row] += S
+
+    def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
+        """`claim`, for a `write`.
+
+        Returns:
+            columns of all keys that `write` will return, int32 [R, K]; `NO_KEY` beyond a row's length.
+        """
+        self.claim(rows, columns_RS, kept_RS)
         return self.key_columns(rows)
 
-    def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores K/V [R, G, S, H] of the tokens just staged; returns all K/V of these rows [R, G, K, H].
-
-        K is the longest row's length; beyond a shorter row's length its last token is repeated (finite,
-        masked).
-        """
+    def store(self, rows: list[int], keys: Tensor, values: Tensor) -> None:
+        """Stores K/V [R, G, S, H] of the tokens just claimed."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         assert self.keys is not None and self.values is not None
         S = keys.shape[2]
         if len(rows) == 1:
-            start = self.starts[rows[0]]
-            end = start + self.lengths[rows[0]]
+            end = self.starts[rows[0]] + self.lengths[rows[0]]
             self.keys[:, end - S : end] = keys[0]
             self.values[:, end - S : end] = values[0]
-            return self.keys[None, :, start:end], self.values[None, :, start:end]
+            return
         places_RS = self.last_places(rows, S)
         self.keys[:, places_RS] = keys.transpose(0, 1)
         self.values[:, places_RS] = values.transpose(0, 1)
+
+    def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`store`; returns all K/V of these rows [R, G, K, H].
+
+        K is the longest row's length; beyond a shorter row's length its last token is repeated (finite,
+        masked).
+        """
+        self.store(rows, keys, values)
+        assert self.keys is not None and self.values is not None
+        if len(rows) == 1:
+            start = self.starts[rows[0]]
+            end = start + self.lengths[rows[0]]
+            return self.keys[None, :, start:end], self.values[None, :, start:end]
         places_R1K = self.places(rows)[:, None]
         heads_G1 = torch.arange(len(self.keys), device=self.keys.device)[:, None]
         # Both axes indexed at once: the result is contiguous, which some attention modules count on.

@@ -37,11 +37,15 @@ class RecentLayer(RaggedLayer):
         self.has_skipped = False
         self.swept = 0  # columns seen at the last sweep
 
-    def stage(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> Tensor:
+    def claim(self, rows: list[int], columns_RS: Tensor, kept_RS: Tensor | None = None) -> None:
         """As in a `RaggedLayer`, with `kept_RS`, bool, True for tokens that stay; None: all of them."""
         self.note("kept", rows, True if kept_RS is None else kept_RS, columns_RS.shape[1])
         self.has_skipped |= kept_RS is not None
-        return super().stage(rows, columns_RS)
+        super().claim(rows, columns_RS)
+
+    def segments(self, row: int) -> list[int]:
+        """The segments that hold a row: one, for all heads."""
+        return [row]
 
     def key_kept(self, rows: list[int]) -> Tensor:
         """Whether the keys stored for `rows` are kept ones, bool [R, K]; meaningless past a row's end."""

@@ -113,6 +113,7 @@ def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
                 in_tuple=form.in_tuple,
                 extra_outputs=form.extra_outputs,
                 query_heads=form.query_heads,
+                plain=form.plain,
                 added=added if part == "layer" else [],
             )
             extend(module, skip.mixin(part) if part in skip.parts else RoutedLayer)

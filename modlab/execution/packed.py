@@ -33,6 +33,7 @@ from modlab.execution.masks import (
     recent_mask,
     visible_mask,
 )
+from modlab.execution.stored_keys import StoredView, attends_directly, changed
 from modlab.hf.arguments import LayerArguments, take_tokens
 from modlab.routing.record import by_gate
 from modlab.routing.rule import over
@@ -142,6 +143,9 @@ def _run_groups(
         groups = exact_groups(runs, counts, one_row_each=single)
     for group in groups:
         group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
+    directly = attends_directly(site, layer, arguments.mask(), module.training, arguments.one_row_each)
+    if directly:
+        return _run_directly(module, dense, arguments, site, cache, layer, groups)
     if site.recent is not None and layer is not None and not site.call.sees_future(arguments.mask()):
         groups = [part for g in groups for part in (_in_chunks(g) if hides(g, layer) else [g])]
     rest: Any = site.empty_rest
@@ -167,6 +171,35 @@ def _run_groups(
         if group.padded:  # every slot is a token of its own, so that none has to be counted out on the host
             y_RSD = torch.where(over(runs[where], y_RSD), y_RSD, skipped)
         out.index_put_(where, y_RSD.to(out.dtype))
+    return out, tuple(None for _ in rest)
+
+
+def _run_directly(
+    module: nn.Module,
+    dense: Callable[..., Any],
+    arguments: LayerArguments,
+    site: Site,
+    cache: Any,
+    layer: Any,
+    groups: list[Group],
+) -> tuple[Tensor, Any]:
+    """An attention, over the cache as it lies there (`stored_keys.py`)."""
+    mask_name, cache_name = arguments.mask_name(), arguments.cache_name()
+    assert mask_name is not None and cache_name is not None and site.recent is not None
+    out, rest = torch.zeros_like(arguments.hidden), site.empty_rest
+    for group in groups:
+        rows_R1 = torch.tensor(group.rows, device=out.device)[:, None]
+        kept = None if group.keeps_all else _kept(site, group)
+        layer.claim(group.rows, site.call.columns[group.index_RS], kept)
+        view = StoredView(cache, layer, group.rows, site.recent)
+        changes = arguments.select(rows_R1, group.index_RS) | {mask_name: None, cache_name: view}
+        try:
+            y_RSD, rest = arguments.run(dense, changes)
+        finally:
+            view.attending.end()
+        if not view.attending.met:
+            raise changed()
+        out.index_put_((rows_R1.expand_as(group.index_RS), group.index_RS), y_RSD.to(out.dtype))
     return out, tuple(None for _ in rest)
 
 

@@ -27,6 +27,7 @@ class Plan:
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
         query_heads: N, where its KV heads have gates of their own; else 1.
+        plain: whether it is an attention that may attend to keys where they lie (`skips/plain.py`).
         added: names of the modules that conversion added to this one.
     """
 
@@ -38,6 +39,7 @@ class Plan:
     in_tuple: bool = False
     extra_outputs: int = 0
     query_heads: int = 1
+    plain: bool = False
     added: list[str] = field(default_factory=list)
 
     @property
@@ -61,6 +63,7 @@ class Plan:
             residual=self.part == "layer",
             recent=routing.skip.recent(routing.config),
             query_heads=self.query_heads,
+            plain=self.plain,
             branch_ends=self.branch_ends,
             empty_rest=(None,) * self.extra_outputs,
         )
@@ -82,6 +85,7 @@ class Site:
         recent: None where a skipped token does not run; else it runs, and the number of latest tokens that
             every token may attend to, kept or not.
         query_heads: N, where masks differ from one KV head to the next; else 1.
+        plain: as of the `Plan`.
         branch_ends: submodules whose output the paper's gate multiplies.
         empty_rest: what stands in for the rest of the output tuple when no token ran.
     """
@@ -97,6 +101,7 @@ class Site:
     residual: bool
     recent: int | None
     query_heads: int
+    plain: bool
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
 

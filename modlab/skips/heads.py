@@ -15,14 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
 
 from modlab.execution.masks import as_attention_mask, of_keys, packed_mask
 from modlab.hf.arguments import LayerArguments
-from modlab.hf.names import CACHE_ARGUMENTS
-
-CACHE_NAMES = (*CACHE_ARGUMENTS, "layer_past", "past_key_value")
-"""Under which attentions take their cache, the older ones last."""
+from modlab.skips.plain import ProbeCache, cache_name
 
 TOLERANCE = 1e-3
 """Of outputs in fp32, as a share of the largest; nothing but the order of a sum differs."""
@@ -44,8 +40,8 @@ class Heads:
     refusal: str = ""
 
 
-class _Altered(Cache):
-    """A cache that holds nothing and returns what it is given, another key and value in one place.
+class _Altered(ProbeCache):
+    """Returns what it is given, another key and value in one place.
 
     Attributes:
         head: whose first key and value are others; None: no head's.
@@ -53,7 +49,7 @@ class _Altered(Cache):
     """
 
     def __init__(self, head: int | None) -> None:
-        super().__init__(layers=DynamicCache().layers or [])
+        super().__init__()
         self.head = head
         self.shape: tuple[int, ...] | None = None
 
@@ -68,10 +64,6 @@ class _Altered(Cache):
         states = states.clone()
         states[:, self.head, 0] = 3 * states[:, self.head, 0].roll(1, -1) + 1
         return states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing was seen before."""
-        return 0
 
 
 @torch.no_grad()
@@ -137,9 +129,7 @@ class _Run:
 
     def __call__(self, cache: _Altered, hidden: Tensor | None) -> Tensor:
         """Its output [1, T, D] with this cache; `hidden`, bool [1, N, 1, T], is hidden from later tokens."""
-        names = self.arguments.signature.parameters
-        name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
-        changes: dict[str, Any] = {name: cache}
+        changes: dict[str, Any] = {cache_name(self.arguments): cache}
         if hidden is not None:
             assert self.mask_name is not None
             changes[self.mask_name] = self._mask(hidden)

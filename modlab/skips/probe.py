@@ -26,6 +26,7 @@ from modlab.hf.model import eval_mode
 from modlab.hf.up_to import TOKENS, Reached, run_up_to
 from modlab.skips.base import Part, Skip
 from modlab.skips.heads import heads_of
+from modlab.skips.plain import attends_plainly
 
 if TYPE_CHECKING:
     from modlab.conversion.survey import LayerFacts, Survey
@@ -42,6 +43,7 @@ class PartForm:
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
         kv_heads, query_heads: G and N, where the part's KV heads were asked for; else 1.
+        plain: whether it is an attention that may attend to keys where they lie (`skips/plain.py`).
     """
 
     refusal: str = ""
@@ -49,6 +51,7 @@ class PartForm:
     extra_outputs: int = 0
     kv_heads: int = 1
     query_heads: int = 1
+    plain: bool = False
 
 
 @torch.no_grad()
@@ -110,6 +113,8 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head
         return replace(form, refusal=reason)
     if asks.endswith("gives zero") and not _gives_zero(module, args, kwargs):
         return replace(form, refusal=f"{name} adds the residual itself, not the layer")
+    if asks == "adds its mask":
+        form = replace(form, plain=attends_plainly(module, args, kwargs))
     if by_head:
         heads = heads_of(module, args, kwargs)
         return replace(form, refusal=heads.refusal, kv_heads=heads.kv, query_heads=heads.query)

@@ -180,7 +180,7 @@ def test_the_reference_mask_counts_tokens() -> None:
 def test_what_if_weights_spare_the_recent_tokens() -> None:
     real = torch.tensor([[True, True, False, False, True], [True] * 5])
     call: Any = SimpleNamespace(real=real)
-    site: Any = SimpleNamespace(call=call, recent=2)
+    site: Any = SimpleNamespace(call=call, recent=2, query_heads=1)
     weights = log_weights(torch.full((2, 5), -3.0), site)
     assert (weights[0, 0, 4] == 0).tolist() == [
         False,

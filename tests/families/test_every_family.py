@@ -209,7 +209,8 @@ BRANCHES = {
 
 LATENT = ("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3")
 LATENT += ("sarvam_mla", "youtu")
-INDEXED = ("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text")
+INDEXED = ("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4")
+INDEXED += ("minimax_m3_vl_text",)
 MIXES = "does not hide keys of one of its . KV heads alone|does not hide keys of one of its 16 KV heads"
 NO_MODULE = "has no MLP module of its own"
 NO_RESIDUAL = "adds the residual itself"
