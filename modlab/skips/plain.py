@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicCache
 
 from modlab.hf.arguments import LayerArguments
-from modlab.hf.names import CACHE_ARGUMENTS, attention_named
+from modlab.hf.attention_names import attention_named
+from modlab.hf.names import CACHE_ARGUMENTS
 
 CACHE_NAMES = (*CACHE_ARGUMENTS, "layer_past", "past_key_value")
 """Under which attentions take their cache, the older ones last."""
