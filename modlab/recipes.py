@@ -52,6 +52,12 @@ RECIPES = {
         kv_saving=2.0,
         fits=True,
     ),
+    "distil": Recipe(
+        "the same gates, distilled to the dense model, base frozen; one run leaves thresholds for 2x to 16x",
+        BY_HEAD,
+        {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01},
+        kv_saving=4.0,
+    ),
     "default": Recipe(
         "every token passes every layer; in all but the first two and the last, routers decide whose keys "
         "and values stay in the cache: 1.8x less K/V, no operations saved; real models lose recall",
@@ -97,7 +103,7 @@ def recipe(
     """The settings of a recipe for this model.
 
     Args:
-        name: "quick", "default", "memory", "speed" or "paper".
+        name: "quick", "distil", "default", "memory", "speed" or "paper".
         model: dense, to be converted; its number of layers sets the keep ratio.
         kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default. With
             "default" and "memory" in contexts much longer than `MoDConfig.keep_recent`, whose tokens are in

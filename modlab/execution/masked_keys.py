@@ -35,7 +35,6 @@ from modlab.execution.reference import given_mask, hiding_mask, refuse_cache
 from modlab.execution.weighed_attention import weighed_keys, weighing_attention
 from modlab.execution.what_if_attention import takes_flex
 from modlab.hf.arguments import LayerArguments
-from modlab.routing.router import logit_of
 from modlab.routing.rule import over, protected
 
 if TYPE_CHECKING:
@@ -106,7 +105,8 @@ def key_log_weight(site: Site) -> Tensor:
     """Logarithm of the weight that each token's key has in a what-if pass, at most 0, for protected tokens 0;
     [B, T] or [B, T, G], fp32, with gradient. What is drawn follows from `Routing.noise`, or is another in
     each call."""
-    logit = site.decision.logit - logit_of(site.call.thresholds[site.layer_idx])
+    logit = site.decision.logit
+    logit = logit - site.call.threshold_logit(site.layer_idx, logit)
     uniform = _uniform(logit, site).clamp(1e-6, 1 - 1e-6)
     noise = torch.log(uniform) - torch.log1p(-uniform)
     log_weight = F.logsigmoid((logit + noise) / TEMPERATURE).clamp(min=LEAST_LOG_WEIGHT)

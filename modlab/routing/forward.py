@@ -190,6 +190,7 @@ class ForwardHooks:
             what_if=self._what_if,
             generates=of_thread.generates,
             noise=routing.noise,
+            row_shift=routing.row_shift if module.training else None,
             masked=of_thread.masked,
             override=of_thread.override,
             padding_mask=mask,

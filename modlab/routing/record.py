@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens in, K keys seen, cached ones included, G gates o
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,8 @@ class ForwardCall:
         num_columns: columns seen once this forward is done.
         cache: the ragged cache that is written, or None.
         steps: the open recordings, each with its entry for this forward.
-        thresholds, what_if, masked, override, noise: the routing's, as they stood when the forward began: a
-            gradient-checkpoint recompute decides as the forward did.
+        thresholds, what_if, masked, override, noise, row_shift: the routing's, as they stood when the forward
+            began: a gradient-checkpoint recompute decides as the forward did.
         generates: whether it is one of `generate`: it decides as in eval mode, and `what_if` is False.
         padding_mask: bool [B, K] over all columns seen, False for padding; None where there is none.
         documents: long [B, T], the document of each token where a row packs several; None where it does not.
@@ -108,6 +109,7 @@ class ForwardCall:
     masked: bool
     override: OverrideFn | None
     noise: Noise | None = None
+    row_shift: Tensor | None = None
     generates: bool = False
     padding_mask: Tensor | None = None
     documents: Tensor | None = None
@@ -136,11 +138,31 @@ class ForwardCall:
         if known is None:
             moved: dict[str, Any] = {
                 name: None if value is None else value.to(device)
-                for name in ("real", "position_ids", "columns", "padding_mask", "documents", "asked")
+                for name in (
+                    "real",
+                    "position_ids",
+                    "columns",
+                    "padding_mask",
+                    "documents",
+                    "asked",
+                    "row_shift",
+                )
                 for value in [getattr(self, name)]
             }
             known = self.elsewhere[device] = replace(self, **moved, elsewhere={})
         return known
+
+    def threshold(self, layer_idx: int, gate: Tensor) -> float | Tensor:
+        """p of a layer, or of each row, shaped to be compared with its gates [B, T] or [B, T, G]."""
+        p = self.thresholds[layer_idx]
+        if self.row_shift is None:
+            return p
+        return torch.sigmoid(_logit(p) + self.row_shift[(..., *[None] * (gate.dim() - 1))])
+
+    def threshold_logit(self, layer_idx: int, logit: Tensor) -> float | Tensor:
+        """The same as a logit, to be compared with the router's."""
+        own = _logit(self.thresholds[layer_idx])
+        return own if self.row_shift is None else own + self.row_shift[(..., *[None] * (logit.dim() - 1))]
 
     def is_causal(self, mask: Any) -> bool:
         """Whether a layer's own mask says no more than that a token sees the tokens not after it."""
@@ -183,6 +205,10 @@ class ForwardCall:
             plain = ((visible == seen) | ~asking).all()
         causal_, plain_, future_ = torch.stack([causal, plain, future]).tolist()
         return MaskFacts(mask_BNTK, causal_, plain_, future_)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ class Routing:
             (packed). With skip="kv" all run either way: True weighs keys, False hides those that are dropped.
         noise: training only: what the noise of the next forward's what-if pass follows from; None draws it
             from torch's generator.
+        row_shift: training only: what is added to each row's threshold in the next forward, as a logit, [B];
+            None adds nothing.
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
         source: the folder or hub id that the routers were loaded from, "" if they were not.
@@ -117,6 +119,7 @@ class Routing:
         self.trained: Trained | None = None
         self.what_if = True
         self.noise: Noise | None = None
+        self.row_shift: Tensor | None = None
         self.compile_layers = False  # set while training asks for it
         self.hooks: list[RemovableHandle] = []
         self.of_thread = _OfThread()
@@ -191,7 +194,8 @@ class Routing:
             first = rule.protected(call.position_ids, config.keep_first)
             keep = rule.top_k(logit.detach(), call.real, config.capacity) | rule.over(first, gate)
         else:
-            keep = rule.kept(gate.detach(), call.thresholds[layer_idx], call.position_ids, config.keep_first)
+            p = call.threshold(layer_idx, gate)
+            keep = rule.kept(gate.detach(), p, call.position_ids, config.keep_first)
         decision = Decision(logit, gate, keep & rule.over(call.real, gate))
         call.decisions[layer_idx] = decision
         for recording, step in call.steps:

@@ -14,8 +14,15 @@ from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
 from modlab.measure import Calibration, calibrate
 from modlab.routing.router import Router, logit_of
+from modlab.routing.state import thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
+
+RATIOS = (2.0, 4.0, 8.0, 16.0)
+"""Whose thresholds a distilled model is given."""
+
+BEGIN = 0.9
+"""Keep ratio at which distillation begins."""
 
 CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 
@@ -78,6 +85,49 @@ def calibrate_trained(
         if shifted:
             _shift(routers, {i: logit_of(p) for i, p in before.items()})
             routing.thresholds.update(before)
+
+
+def open_gates(
+    model: Any,
+    batches: list[Batch],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    accelerator: Any = None,
+) -> None:
+    """Before distillation: routers that were fitted or trained are opened to where it begins. Fresh ones,
+    whose gates are all alike, are open."""
+    layers = decoder_layers(model)
+    routers: list[Any] = [layers[i].mod_router for i in model.mod.layers]
+    if any(bool(p.any()) for router in routers for n, p in router.named_parameters() if n.endswith("weight")):
+        calibrate_trained(
+            model, batches, keep_ratio=BEGIN, tolerance=0.02, autocast=autocast, accelerator=accelerator
+        )
+
+
+def thresholds_by_ratio(
+    model: Any,
+    batches: list[Batch],
+    keep_range: tuple[float, float],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    accelerator: Any = None,
+) -> dict[float, dict[int, float]]:
+    """Thresholds by layer for 2x, 4x, 8x and 16x, as far as they lie within the keep ratios that were
+    trained; the model's own stay."""
+    found: dict[float, dict[int, float]] = {}
+    low, high = keep_range
+    for ratio in RATIOS:
+        if not low <= 1 / ratio <= high:
+            continue
+        try:
+            with thresholds_restored(model), autocast():
+                found[ratio] = dict(
+                    calibrate(
+                        model, batches, keep_ratio=1 / ratio, tolerance=0.05 / ratio, max_passes=15,
+                        accelerator=accelerator,
+                    )
+                )  # fmt: skip
+        except ModlabError as error:
+            warnings.warn(f"No threshold for {ratio:g}x: {error}", stacklevel=2)
+    return found
 
 
 def calibration_batches(

@@ -32,7 +32,7 @@ def choose_objective(config: TrainConfig, model: Any) -> Objective:
         return "none"
     operator = model.mod.config.operator
     fitting: tuple[Objective, ...] = (
-        ("bce", "none") if operator == "topk" else ("target", "budget", "load", "none")
+        ("bce", "none") if operator == "topk" else ("target", "budget", "load", "distil", "none")
     )
     if wanted == "auto":
         return fitting[0]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError, check_count
 
-Objective = Literal["auto", "target", "budget", "load", "bce", "none"]
+Objective = Literal["auto", "distil", "target", "budget", "load", "bce", "none"]
 Precision = Literal["auto", "bf16", "no"]
 
 LARGEST_SEED = 2**31
@@ -30,7 +30,7 @@ class TrainConfig:
             gradient is that of one forward over all of them. With more than one, objectives of the whole
             batch ("target", "budget", "load") take a second forward of each part, without gradient.
         lr: peak learning rate.
-        router_lr: peak learning rate of the routers; None means `lr`.
+        router_lr: peak learning rate of the routers; None means `lr`, with objective="distil" 0.01.
         warmup: linear warm-up, in steps, or as a share of the run if below 1.
         min_lr_ratio: the cosine ends at this share of the peak.
         weight_decay: of matrices; vectors and routers have none.
@@ -39,30 +39,36 @@ class TrainConfig:
         mixed_precision: "bf16" autocast, "no", or "auto": bf16 on CUDA, none elsewhere. Weights and optimiser
             are fp32 during training in either case (but for a frozen base); the model gets its own dtypes
             back afterwards.
-        objective: "target" (a two-sided penalty pulls the gates until the thresholds keep keep_ratio),
+        objective: "distil" (KL to the dense model, which is the same weights with routing off, and a
+            one-sided pull of the keep ratio down to its target; the base stays frozen, adapters are trained),
+            "target" (a two-sided penalty pulls the gates until the thresholds keep keep_ratio),
             "budget" (the thresholds follow the gates, so that keep_ratio is kept at every step), "load" (the
             paper's), "bce" (top-k), "none", or "auto": target for threshold routing, bce for top-k, none for
             a dense model.
         keep_ratio: what "target" and "budget" aim at: mean share of tokens kept in the routed layers, in
             (0, 1]. With the default layers 0.45 is 1.8x less K/V in a model of 16 layers; `modlab.recipe`
             works it out for others.
-        keep_range: "budget" only: each step keeps another share, spread evenly between these two, so that one
-            model serves many thresholds; the run ends at the threshold for keep_ratio.
-        lam: weight of the target or budget term.
+        keep_range: one model for many thresholds; the run ends at the threshold for keep_ratio, which lies
+            between these two. "budget": each step keeps another share, spread evenly between them. "distil":
+            the target falls to the first, and of each two rows of a step one keeps some other share of the
+            range, drawn evenly by ratio.
+        lam: weight of the target, budget or distillation's pull.
         per_layer: every layer has to keep keep_ratio, instead of their mean.
         alpha: weight of the load term.
         bce: weight of the top-k term.
         hold: share of the run before the ramp, in which everything is kept.
-        ramp: share of the run over which the target falls from 1 to keep_ratio.
-        calibrate: after a whole run with "target" or "budget", shift the gates (or, where they enter the
-            output, the thresholds) so that keep_ratio of the first training batches is kept, within 0.004
-            (with per_layer: by each layer, within 0.02).
+        ramp: share of the run over which the target falls from 1 to keep_ratio (with "distil": over which the
+            ratio grows evenly; 0.7 was studied).
+        calibrate: after a whole run with "distil", "target" or "budget", shift the gates (or, where they
+            enter the output, the thresholds) so that keep_ratio of the first training batches is kept, within
+            0.004 (with per_layer: by each layer, within 0.02).
         what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
             tokens give the router a gradient too (`model.mod.what_if`); with skip="kv", in which they attend
             to all keys, weighed by their gates. The rest run packed.
         kl: weight of KL(teacher || model); needs `teacher=`.
-        freeze_base: train routers only. The other weights keep their type, so that a bf16 model takes no more
-            memory than its size and its activations.
+        freeze_base: train routers only; with "distil" the base is frozen anyway, and adapters are too.
+            The other weights keep their type, so that a bf16 model takes no more memory than its size and its
+            activations.
         seed: of the data order and all random number generators.
         log_every: steps between two log lines (the only place where the device is waited for).
         eval_every: steps between two evaluations on `eval_data`; 0 evaluates at the end only.
@@ -153,8 +159,10 @@ class TrainConfig:
                     f"keep_range={self.keep_range} has to be (low, high) in (0, 1] with keep_ratio="
                     f"{self.keep_ratio} between them."
                 )
-            if self.objective != "budget":
-                raise ModlabError(f"keep_range needs objective='budget'; it is {self.objective!r}.")
+            if self.objective not in ("budget", "distil"):
+                raise ModlabError(
+                    f"keep_range needs objective='budget' or 'distil'; it is {self.objective!r}."
+                )
         for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ModlabError(

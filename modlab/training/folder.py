@@ -16,7 +16,7 @@ from torch import Tensor
 from modlab.errors import ModlabError
 from modlab.training.checkpoints import checkpoints, read_json, replace_text, write_json
 
-LOG, RECORD = "log.jsonl", "run.json"
+LOG, RECORD, THRESHOLDS = "log.jsonl", "run.json", "thresholds.json"
 
 
 class RunFolder:
@@ -99,6 +99,12 @@ class RunFolder:
         if self.path is not None and self.writes and self.record:
             self.record["status"] = status
             self._write_record()
+
+    def write_thresholds(self, found: dict[float, dict[int, float]]) -> None:
+        """thresholds.json: by ratio and layer, what a distilled model is given."""
+        if self.path is not None and self.writes:
+            named = {f"{ratio:g}": {str(i): p for i, p in by.items()} for ratio, by in found.items()}
+            write_json(self.path / THRESHOLDS, named)
 
     def prune(self, keep_last: int) -> None:
         """A checkpoint has been written: older ones go, and a model of a shorter run."""

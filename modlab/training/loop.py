@@ -98,7 +98,9 @@ def _loop(run: Run, bar: Any) -> Stopped:
 
 def _shown(run: Run, row: dict[str, Any]) -> str:
     """A log line in short, for the progress bar."""
-    shown = [f"{name} {row[name]:.3f}" for name in ("loss", "eval_loss", "keep_ratio") if name in row]
+    shown = [f"{name} {row[name]:.3f}" for name in ("loss", "kl", "eval_loss", "keep_ratio") if name in row]
+    if "target" in row:
+        shown[-1] += f" (target {row['target']:.3f})"
     shown.append(f"{row['tokens_per_s']:,.0f} tok/s")
     if run.steps is None:
         shown.append(f"left {run.clock.left:.0f} s")

@@ -18,6 +18,9 @@ from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch
 from modlab.training.sharding import is_part
 
+DISTIL_LR = 0.01
+"""Of routers that are distilled: so high a rate was the largest find (docs/log.md)."""
+
 
 def forward(model: Any, batch: Batch, **more: Any) -> Any:
     """What the model returns for a batch, without a cache and without a loss of its own.
@@ -71,7 +74,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             groups[kind].append(parameter)
     if not any(groups.values()):
         raise ModlabError("No parameter of the model requires a gradient: there is nothing to train.")
-    router_lr = config.lr if config.router_lr is None else config.router_lr
+    router_lr = config.router_lr
+    if router_lr is None:
+        router_lr = DISTIL_LR if config.objective == "distil" else config.lr
     return [
         {
             "params": parameters,
@@ -92,11 +97,12 @@ def lent_to_training(model: Any, config: TrainConfig) -> Iterator[None]:
         stack.callback(model.eval)
         if is_converted(model):
             stack.enter_context(_routing_lent(model.mod))
-        if config.freeze_base:
+        distils = config.objective == "distil"
+        if config.freeze_base or (distils and not hasattr(model, "disable_adapter")):
             stack.enter_context(_base_frozen(model))
         elif is_converted(model):
             model.mod.base_trained = True
-        stack.enter_context(_trained_in_fp32(model, config.freeze_base))
+        stack.enter_context(_trained_in_fp32(model, config.freeze_base or distils))
         model.train()
         yield
 
@@ -107,7 +113,7 @@ def _routing_lent(routing: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        routing.what_if, routing.noise = what_if, None
+        routing.what_if, routing.noise, routing.row_shift = what_if, None, None
         # a run that failed between two steps leaves tensors, which nothing can save
         routing.thresholds.update({layer: float(p) for layer, p in routing.thresholds.items()})
 

@@ -124,6 +124,26 @@ def target_objective(
     return lam * (ratio - target).square().mean()
 
 
+def pull_objective(
+    step: RoutingStep,
+    target: float,
+    lam: float = 2.0,
+    per_layer: bool = False,
+    whole: Sums | None = None,
+) -> Tensor:
+    """One-sided pull of the keep ratio down to `target`: lam * (ratio - target) above it, a tenth of that
+    slope below, where distillation needs no help to open gates that matter. Value and gradient as of
+    `target_objective`.
+
+    Returns:
+        scalar, fp32.
+    """
+    soft = gate_means(step, whole)
+    ratio = keep_ratios(step, whole) + soft - soft.detach()
+    over = (ratio if per_layer else ratio.mean()[None]) - target
+    return lam * (over.clamp(min=0) + 0.1 * (-over).clamp(min=0)).mean()
+
+
 def budget_objective(
     step: RoutingStep,
     target: float,
@@ -174,7 +194,9 @@ def routing_objective(
         config: weights of the terms.
         whole: of the batch that this forward is a part of; its value is then this part of the whole's term.
     """
-    if objective == "target":
+    if objective == "distil":
+        term = pull_objective(step, target, config.lam, config.per_layer, whole)
+    elif objective == "target":
         term = target_objective(step, target, config.lam, config.per_layer, whole)
     elif objective == "budget":
         term = budget_objective(step, target, config.lam, config.per_layer, whole)

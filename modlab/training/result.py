@@ -32,6 +32,8 @@ class TrainResult:
         seconds: training time in all, resumed parts included.
         stopped: why it ended: "finished", "time" (max_minutes), "interrupted", or "data" (a one-time stream
             ended).
+        thresholds: of objective="distil" with a keep_range: by ratio (2.0, 4.0, ...), the thresholds by layer
+            that keep so much less; `modlab.set_threshold(model, result.thresholds[4.0])`.
     """
 
     history: pd.DataFrame
@@ -41,6 +43,7 @@ class TrainResult:
     tokens: int
     seconds: float
     stopped: Stopped = "finished"
+    thresholds: dict[float, dict[int, float]] = field(default_factory=dict, repr=False)
 
     @property
     def interrupted(self) -> bool:

@@ -21,7 +21,12 @@ from modlab.errors import ModlabError
 from modlab.measure.evaluation import evaluate_batches
 from modlab.routing.state import is_converted
 from modlab.training.anchors import anchored, may_skip_all
-from modlab.training.calibration import calibrate_trained, calibration_batches
+from modlab.training.calibration import (
+    calibrate_trained,
+    calibration_batches,
+    open_gates,
+    thresholds_by_ratio,
+)
 from modlab.training.checkpoints import (
     State,
     checkpoints,
@@ -39,11 +44,13 @@ from modlab.training.checks import (
 )
 from modlab.training.clock import Clock
 from modlab.training.config import TrainConfig
+from modlab.training.distillation import check_distillation
 from modlab.training.folder import RunFolder
 from modlab.training.loader import Batch, Batches, open_batches
 from modlab.training.model import Compilation, lent_to_training
 from modlab.training.monitor import Monitor
 from modlab.training.processes import Processes
+from modlab.training.reach import Reach
 from modlab.training.result import Stopped, TrainResult
 from modlab.training.resume import check_resumable, find_checkpoint
 from modlab.training.sharding import whole_state
@@ -81,6 +88,7 @@ class Run:
         check_rows_teach(model, self.source, self.objective)
         if self.eval_source is not None:
             check_fit(model, self.eval_source, "eval_data")
+        check_distillation(config, teacher)
         check_teacher(config, model, teacher)
         self.processes = Processes()
         check_processes(config, self.source, self.processes.world)
@@ -118,8 +126,12 @@ class Run:
                     one.to(self.processes.device)
             self.stepping = Step(model, config, self.objective, self.processes, teacher)
             self.window = Window(self.stepping.layers, self.processes.device)
+            self.thresholds: dict[float, dict[int, float]] = {}
+            self.reach = self._reach()
             if checkpoint is not None:
                 self._restore(checkpoint)
+            elif self.objective == "distil":
+                self._begin_distillation()
             self.compilation = Compilation(model) if config.compile else None
             if self.compilation is not None:
                 self.compilation.on()
@@ -241,13 +253,15 @@ class Run:
             row["keep_ratio"] = sum(means[f"keep_{i}"] for i in layers) / len(layers)
             row |= {f"keep_{i}": means[f"keep_{i}"] for i in layers}
             row["objective"] = means["objective"]
-        if self.objective in ("target", "budget"):
+        if self.objective in ("target", "budget", "distil"):
             row["target"] = stepping.target
         stepping.settle_thresholds()
         if self.objective == "budget":
             row |= {f"p_{i}": p for i, p in self.model.mod.thresholds.items()}
-        if self.config.kl:
+        if self.config.kl or self.objective == "distil":
             row["kl"] = means["kl"]
+        if self.reach is not None:
+            self.reach.see(self.share, row["keep_ratio"], row["target"])
         if means["balance"]:
             row["balance"] = means["balance"]
         row["lr"] = stepping.adamw.param_groups[0]["lr"]
@@ -315,7 +329,7 @@ class Run:
         if complete:
             if self.window.steps:
                 self.log()
-            if config.calibrate and self.objective in ("target", "budget"):
+            if config.calibrate and self.objective in ("target", "budget", "distil"):
                 if config.save_every:
                     self.save()  # before: a longer run goes on from the model as trained
                 self._calibrate()
@@ -333,7 +347,10 @@ class Run:
         self.folder.end(stopped)
         self.processes.wait()
         history = pd.DataFrame(self.history)
-        return TrainResult(history, self.model, self.folder.path, self.step, self.tokens, seconds, stopped)
+        return TrainResult(
+            history, self.model, self.folder.path, self.step, self.tokens, seconds, stopped,
+            thresholds=self.thresholds,
+        )  # fmt: skip
 
     def _whole_state(self) -> dict[str, Tensor] | None:
         """Of a sharded model, on the main process: what is saved; all processes take part in gathering it."""
@@ -358,7 +375,9 @@ class Run:
         with readable(checkpoint):
             if stepping.control is not None:
                 if routing is None:
-                    raise ValueError("it lacks what objective='budget' goes on from")
+                    raise ValueError(
+                        f"it lacks what the thresholds of objective={self.objective!r} go on from"
+                    )
                 stepping.control.restore(routing)
             self.window.restore(state.window, state.window_steps, processes.is_main)
         self.step, self.tokens = state.step, state.tokens
@@ -382,22 +401,46 @@ class Run:
         return sums
 
     def _calibrate(self) -> None:
-        latest = self.processes.gather(self.latest) if self.source.kind == "stream" else []
-        batches = calibration_batches(
-            self.source, self.config, latest, self.processes.world, self.processes.device
-        )
-        if not batches or self.config.keep_ratio == 1:
+        batches, config = self._calibration_batches(), self.config
+        if not batches or config.keep_ratio == 1:
             return
         if self.compilation is not None:
             self.compilation.off()  # for good: no compilation for eval mode
         calibrate_trained(
             self.model,
             batches,
-            keep_ratio=self.config.keep_ratio,
-            per_layer=self.config.per_layer,
+            keep_ratio=config.keep_ratio,
+            per_layer=config.per_layer,
             autocast=self.stepping.autocast,
-            accelerator=self.processes.accelerator if self.processes.world > 1 else None,
+            accelerator=self._sharing,
         )
+        if self.objective == "distil" and config.keep_range is not None:
+            self.thresholds = thresholds_by_ratio(
+                self.model, batches, config.keep_range, self.stepping.autocast, self._sharing
+            )
+            self.folder.write_thresholds(self.thresholds)
+
+    def _begin_distillation(self) -> None:
+        batches, stepping = self._calibration_batches(), self.stepping
+        open_gates(self.model, batches, stepping.autocast, self._sharing)
+        assert stepping.distillation is not None
+        stepping.distillation.prime(batches, stepping.autocast, self.processes.sum)
+
+    def _calibration_batches(self) -> list[Batch]:
+        latest = self.processes.gather(self.latest) if self.source.kind == "stream" else []
+        processes = self.processes
+        return calibration_batches(self.source, self.config, latest, processes.world, processes.device)
+
+    @property
+    def _sharing(self) -> Any:
+        """The accelerator whose processes share what is measured; None in a single one."""
+        return self.processes.accelerator if self.processes.world > 1 else None
+
+    def _reach(self) -> Reach | None:
+        config = self.config
+        if self.objective != "distil" or not self.processes.is_main:
+            return None
+        return Reach(config.keep_ratio if config.keep_range is None else config.keep_range[0])
 
     def _free(self) -> None:
         self.processes.accelerator.free_memory()

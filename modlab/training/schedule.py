@@ -24,9 +24,13 @@ def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
 def keep_target(config: TrainConfig, step: int, progress: float) -> float:
     """The keep ratio asked for in optimiser step `step` (from 0), `progress` in [0, 1] of the run: 1 during
     the hold, then falling to `keep_ratio` over the ramp. With a `keep_range`, `keep_ratio` is replaced by a
-    value of it that follows from the step alone (multiples of the golden ratio, which fill it evenly).
+    value of it that follows from the step alone (multiples of the golden ratio, which fill it evenly); with
+    objective="distil" by its lower end.
     """
     aim = config.keep_ratio
+    if config.objective == "distil":
+        lowest = aim if config.keep_range is None else config.keep_range[0]
+        return ratio_target(lowest, progress - config.hold, config.ramp)
     if config.keep_range is not None:
         low, high = config.keep_range
         aim = low + (high - low) * ((step + 1) * GOLDEN % 1.0)
@@ -44,6 +48,14 @@ def ramped_target(target: float, progress: float, ramp: float) -> float:
     if ramp <= 0 or progress >= ramp:
         return target
     return 1.0 + (target - 1.0) * progress / ramp
+
+
+def ratio_target(aim: float, progress: float, ramp: float) -> float:
+    """As `ramped_target`, but it is the ratio 1 / share that grows evenly, from 1 to 1 / `aim`."""
+    if progress < 0:
+        return 1.0
+    done = 1.0 if ramp <= 0 else min(1.0, progress / ramp)
+    return 1 / (1 + (1 / aim - 1) * done)
 
 
 def is_what_if(share: float, step: int) -> bool:

@@ -23,6 +23,7 @@ from modlab.routing.state import is_converted, record_routing
 from modlab.training import objectives
 from modlab.training.checks import check_length
 from modlab.training.config import Objective, TrainConfig
+from modlab.training.distillation import Distillation
 from modlab.training.loader import Batch
 from modlab.training.model import balancing_loss, forward, parameter_groups, real_of
 from modlab.training.objectives import IGNORE, Sums
@@ -31,7 +32,12 @@ from modlab.training.schedule import is_what_if, keep_target, lr_factor
 from modlab.training.sharding import shard, whole
 from modlab.training.threshold_control import ThresholdControl
 
-OF_THE_WHOLE = ("target", "budget", "load")  # objectives in which tokens' gradients depend on all the others
+OF_THE_WHOLE = (
+    "target",
+    "budget",
+    "load",
+    "distil",
+)  # objectives in which tokens' gradients depend on all the others
 
 
 class Count(NamedTuple):
@@ -72,9 +78,12 @@ class Step:
         )
         if not processes.shards:
             self.wrapped = processes.accelerator.prepare_model(model)
-        self.control = (
-            ThresholdControl(self.layers, config.per_layer, self.device) if objective == "budget" else None
+        self.distillation = (
+            Distillation(model, config, self.layers, processes) if objective == "distil" else None
         )
+        self.control = self.distillation.control if self.distillation is not None else None
+        if objective == "budget":
+            self.control = ThresholdControl(self.layers, config.per_layer, self.device)
         self.number = 0  # of the step that `begin` named
         self.target = config.keep_ratio  # asked for in it
 
@@ -87,7 +96,7 @@ class Step:
         self.target = keep_target(self.config, step, share)
         if self.routing is not None:
             self.routing.what_if = is_what_if(self.config.what_if, step)
-        if self.control is not None:
+        if self.control is not None and self.objective == "budget":
             self.routing.thresholds.update(self.control.thresholds(self.target))
 
     def backward(self, parts: list[Batch]) -> dict[str, Tensor]:
@@ -127,7 +136,7 @@ class Step:
 
     def settle_thresholds(self) -> None:
         """The thresholds for `keep_ratio` as plain numbers, for all that comes between two steps."""
-        if self.control is not None:
+        if self.control is not None and self.objective == "budget":
             aim = self.target if self.config.keep_range is None else self.config.keep_ratio
             found = self.control.thresholds(aim)
             self.routing.thresholds.update({i: float(p) for i, p in found.items()})
@@ -155,6 +164,8 @@ class Step:
     def _loss(self, part: Batch, count: Count, whole: Sums | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The part's share of the loss to minimise, and of the figures."""
         config = self.config
+        if self.distillation is not None:
+            return self._distilled(self.distillation, part, count, whole)
         with self.autocast(), self._recorded() as recording:
             output = forward(self.wrapped, part)
         logits = output.logits
@@ -181,6 +192,23 @@ class Step:
         figures = {name: value.detach() for name, value in figures.items()} | kept
         return loss + regulariser + config.kl * divergence + balance, figures
 
+    def _distilled(
+        self, distillation: Distillation, part: Batch, count: Count, whole: Sums | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with objective="distil", whose figures are of the rows that the target is for."""
+        noise = self.routing.noise
+        distillation.begin_rows(noise, self.target)
+        divergence, step, figures = distillation.loss(self.wrapped, part, noise, self.autocast, *count)
+        pulled = distillation.pulled(step, noise)
+        own = Sums.of(pulled)
+        whole = own.over(self.processes.sum) if whole is None else whole
+        regulariser = objectives.routing_objective("distil", pulled, self.target, self.config, whole)
+        rows = whole.real.clamp(min=1)
+        kept = {f"keep_{i}": k / rows for i, k in zip(self.layers, own.kept, strict=True)}
+        nothing = torch.zeros((), device=self.device)
+        figures = {"loss": figures["loss"], "kl": figures["kl"] / rows, "balance": nothing} | kept
+        return divergence + regulariser, figures | {"objective": regulariser.detach()}
+
     def _count(self, parts: list[Batch]) -> Count:
         own = [torch.stack([(targets_of(p) != IGNORE).sum(), real_of(p).sum()]) for p in parts]
         return Count(*self.processes.sum(torch.stack(own).sum(0)).float().clamp(min=1).unbind())
@@ -199,9 +227,14 @@ class Step:
         with torch.random.fork_rng(devices=devices):
             for number, part in enumerate(parts):
                 self._give_noise(parts, number)
+                if self.distillation is not None:
+                    self.distillation.begin_rows(self.routing.noise, self.target)
                 with self.autocast(), record_routing(self.model) as recording:
                     forward(self.model, part, **short)
-                seen.append(Sums.of(recording.steps[-1]))
+                step = recording.steps[-1]
+                if self.distillation is not None:
+                    step = self.distillation.pulled(step, self.routing.noise)
+                seen.append(Sums.of(step))
         return functools.reduce(operator.add, seen).over(self.processes.sum)
 
     def _give_noise(self, parts: list[Batch], number: int) -> None:

@@ -40,16 +40,20 @@ class ThresholdControl:
         self.counts_RZ = torch.zeros(len(layers), BINS, device=device)
         self.seen_RZ = torch.zeros_like(self.counts_RZ)
 
-    def see(self, step: RoutingStep, keep_first: int) -> None:
+    def see(self, step: RoutingStep, keep_first: int, offsets: dict[int, float] | None = None) -> None:
         """Takes in a recorded forward, of which there may be several a step.
 
         Args:
             step: logits [B, T] or, of several gates, [B, T, G] by layer. Tokens that are always kept count as
                 gates of 1.
             keep_first: first real tokens of a row that are always kept.
+            offsets: by layer, what is taken off its logits; nothing by default.
         """
         forced_BT = step.position_ids < keep_first
-        new = [self._histogram(step.logit[i], step.real, forced_BT) for i in self.layers]
+        new = [
+            self._histogram(step.logit[i] - (offsets or {}).get(i, 0.0), step.real, forced_BT)
+            for i in self.layers
+        ]
         self.seen_RZ += torch.stack(new)
 
     def advance(self, summed: Callable[[Tensor], Tensor]) -> None:
@@ -74,6 +78,22 @@ class ThresholdControl:
         p = torch.sigmoid(bin_R1 * (2 * EDGE / BINS) - EDGE)[:, 0]
         p = p.clamp(1e-6, 1 - 1e-6).expand(len(self.layers))
         return dict(zip(self.layers, p.unbind(), strict=True))
+
+    def expected(self, keep_B: Tensor) -> Tensor:
+        """Logits [B] above which, noise included, the expected share of the tokens seen lately is `keep_B`:
+        the mean of sigmoid(logit - threshold). 0 while nothing has been seen."""
+        counts_Z = self.counts_RZ.sum(0)
+        share_Z = counts_Z / counts_Z.sum().clamp(min=1)
+        width = 2 * EDGE / BINS
+        centre_Z = torch.arange(BINS, device=counts_Z.device) * width - EDGE + width / 2
+        low_B = torch.full_like(keep_B, -2 * EDGE)
+        high_B = torch.full_like(keep_B, 2 * EDGE)
+        for _ in range(24):
+            middle_B = (low_B + high_B) / 2
+            kept_B = torch.sigmoid(centre_Z - middle_B[:, None]) @ share_Z
+            low_B = torch.where(kept_B > keep_B, middle_B, low_B)
+            high_B = torch.where(kept_B > keep_B, high_B, middle_B)
+        return torch.where(counts_Z.sum() > 0, (low_B + high_B) / 2, 0.0)
 
     @staticmethod
     def _histogram(logit: Tensor, real_BT: Tensor, forced_BT: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ HIGH = 80  # one row has the tokens from here on, the others those below
 AIM = {"keep_ratio": 0.3, "ramp": 0.0, "lam": 8.0}
 LAYERS = {"skip": "layer", "layers": "all", "keep_first": 1}
 KEYS = {"skip": "kv", "layers": "all", "keep_first": 1, "keep_recent": 4}
+HEADS = {**KEYS, "gates": "kv_head", "router_hidden": 4}
 CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "dense": (None, {}),
     "distilled": (None, {"kl": 1.0}),
@@ -34,6 +35,11 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         {"objective": "bce", "bce": 1.0},
     ),
     "cache, with noise": (KEYS, {"objective": "target", **AIM}),
+    "distil": (HEADS, {"objective": "distil", "keep_ratio": 0.3, "ramp": 0.0}),
+    "distil over a range": (
+        HEADS,
+        {"objective": "distil", "keep_ratio": 0.3, "keep_range": (0.2, 0.8), "ramp": 0.0},
+    ),
     "cache, hidden": (KEYS, {"objective": "load", "alpha": 1.0, "what_if": 0.0}),
     "one row keeps": (
         {"skip": "layer", "layers": "all", "keep_first": 0},

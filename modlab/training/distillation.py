@@ -1,0 +1,189 @@
+"""objective="distil": a converted model learns to say what its dense self says, with the same weights.
+
+Two passes over a batch. The teacher is the model with routing off (and adapters off, if there are any); the
+student has it on. Both end in hidden states, which one head reads in pieces (`divergence.py`): no second
+model and no logits of a whole row are ever in memory.
+
+With a `keep_range` the target falls to its lower end, and of each two rows one has a threshold of its own, so
+that it keeps some other share of the range: the order among keys that the target has closed stays learnt, and
+one set of routers serves all ratios. Without, the target falls to `keep_ratio` (as in DMS, arXiv 2506.05345).
+
+Shape letters: B rows, T tokens, S tokens in one line, D model dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modlab.errors import ModlabError
+from modlab.hf.model import eval_mode
+from modlab.measure.evaluation import targets_of
+from modlab.routing.noise import Noise
+from modlab.routing.record import RoutingStep
+from modlab.routing.router import logit_of
+from modlab.routing.state import record_routing, routing_off
+from modlab.training.config import TrainConfig
+from modlab.training.divergence import divergence
+from modlab.training.head import Head
+from modlab.training.loader import Batch
+from modlab.training.model import forward, real_of
+from modlab.training.objectives import IGNORE
+from modlab.training.processes import Processes
+from modlab.training.threshold_control import ThresholdControl
+
+LEAST_RATIO = 2.0
+"""Rows with thresholds of their own reach at least this far while the target is still higher."""
+
+DRAW = -1  # of Noise, where layers count from 0
+
+
+class Distillation:
+    """The two passes and their loss.
+
+    Args:
+        model: converted, on its device, maybe a PEFT model around one.
+        config: the run's settings.
+        layers: routed layers, ascending.
+        processes: among which each global batch is shared.
+
+    Raises:
+        ModlabError: the processes shard the model.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig, layers: list[int], processes: Processes) -> None:
+        if processes.shards:
+            raise ModlabError(
+                "objective='distil' reads hidden states in pieces, for which each process needs the whole "
+                "head: launch with --multi_gpu instead of FSDP; the frozen base takes no optimiser's memory."
+            )
+        self.model, self.config, self.routing = model, config, model.mod
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.head = Head(self.base)
+        self.control = (
+            ThresholdControl(layers, False, processes.device) if config.keep_range is not None else None
+        )
+
+    @torch.no_grad()
+    def prime(
+        self,
+        batches: list[Batch],
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        summed: Callable[[Tensor], Tensor],
+    ) -> None:
+        """A fresh run's first rows have thresholds too: from what the gates say of these batches."""
+        if self.control is None:
+            return
+        for batch in batches:
+            batch = {name: value.to(self.control.counts_RZ.device) for name, value in batch.items()}
+            with eval_mode(self.model), autocast(), record_routing(self.model) as recording:
+                forward(self.model, batch, **self.head.short)
+            self._see(recording.steps[-1])
+        self.control.advance(summed)
+
+    def begin_rows(self, noise: Noise, target: float) -> None:
+        """Gives rows of the next forward their thresholds: 0 for those that the target is for."""
+        self.routing.row_shift = None
+        if self.control is None or self.config.keep_range is None:
+            return
+        rows_B = noise.rows
+        drawn_B = noise.uniform(DRAW, torch.ones_like(rows_B)[:, None].bool())[:, 0, 0]
+        mildest = 1 / self.config.keep_range[1]
+        furthest = max(LEAST_RATIO, 1 / target, mildest)
+        ratio_B = mildest * (furthest / mildest) ** drawn_B
+        shift_B = self.control.expected(1 / ratio_B)
+        self.routing.row_shift = torch.where(self._is_free(rows_B), shift_B, 0.0)
+
+    def pulled(self, step: RoutingStep, noise: Noise) -> RoutingStep:
+        """The step as the rows see it that the target is for: the others are padding in it."""
+        if self.control is None:
+            return step
+        return dataclasses.replace(step, real=step.real & ~self._is_free(noise.rows)[:, None])
+
+    def loss(
+        self,
+        wrapped: Any,
+        part: Batch,
+        noise: Noise,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        predicted: Tensor,
+        real: Tensor,
+    ) -> tuple[Tensor, RoutingStep, dict[str, Tensor]]:
+        """KL of a part of the global batch, whose rows have their thresholds (`begin_rows`).
+
+        Args:
+            wrapped: the model as it is trained, for the student's pass.
+            noise: of these rows.
+            predicted, real: tokens of the whole batch, scalars.
+
+        Returns:
+            the part's share of the mean KL, with gradient; what its routers did; the part's sums of the
+            figures: `loss` over `predicted`, `kl` (not yet divided) over the rows that the target is for.
+        """
+        taught_BTD = self._dense(part, autocast)
+        with autocast(), record_routing(self.model, detach=False) as recording, self.head.noting():
+            output = forward(wrapped, part, **self.head.short)
+            self.head.check(output.logits)
+        step = recording.steps[-1]
+        self._see(step)
+        real_BT = real_of(part)
+        targets_BT = F.pad(targets_of(part), (0, 1), value=IGNORE)
+        weight_BT = real_BT.float() / real
+        student_BTD = self.head.states
+        with autocast():
+            total, kl_S, loss_S = divergence(
+                self.head, _line(student_BTD, real_BT), _line(taught_BTD, real_BT),
+                _line(weight_BT, real_BT), _line(targets_BT, real_BT),
+            )  # fmt: skip
+        counted = self.pulled(step, noise).real
+        figures = {
+            "loss": loss_S.sum() / predicted,
+            "kl": (kl_S * _line(counted.float(), real_BT)).sum(),
+        }
+        return total, step, figures
+
+    def _see(self, step: RoutingStep) -> None:
+        if self.control is not None:
+            offsets = {i: logit_of(p) for i, p in self.routing.thresholds.items()}
+            self.control.see(step, self.routing.config.keep_first, offsets)
+
+    @torch.no_grad()
+    def _dense(self, part: Batch, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> Tensor:
+        """Hidden states of the dense model [B, T, D]."""
+        off = getattr(self.model, "disable_adapter", contextlib.nullcontext)
+        with eval_mode(self.model), routing_off(self.base), off(), autocast(), self.head.noting():
+            forward(self.base, part, **self.head.short)
+        return self.head.states
+
+    def _is_free(self, rows_B: Tensor) -> Tensor:
+        return rows_B % 2 == 1
+
+
+def _line(value_BT: Tensor, real_BT: Tensor) -> Tensor:
+    """The real tokens of all rows, one after another."""
+    return value_BT[real_BT.to(value_BT.device)]
+
+
+def check_distillation(config: TrainConfig, teacher: Any) -> None:
+    """Refuses what has no dense self to learn from.
+
+    Raises:
+        ModlabError: a teacher, a weight for one, or a base that would be trained.
+    """
+    if config.objective != "distil":
+        return
+    if teacher is not None or config.kl:
+        raise ModlabError(
+            "objective='distil' learns from the model itself, with routing off: leave out the teacher and kl."
+        )
+    if config.batch_size * config.grad_accum < 2 and config.keep_range is not None:
+        raise ModlabError(
+            "keep_range gives every other row of a step a threshold of its own, so steps need two rows: "
+            "raise batch_size or grad_accum, or leave keep_range out."
+        )

@@ -1,0 +1,341 @@
+"""objective="distil": its gradient, its rows, its memory, a run that learns, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import modlab
+from modlab.errors import ModlabError
+from modlab.families.tiny_models import tiny_model
+from modlab.hf.anatomy import decoder_layers
+from modlab.routing.noise import Noise
+from modlab.routing.router import is_router
+from modlab.training.config import TrainConfig
+from modlab.training.divergence import divergence
+from modlab.training.head import Head
+from modlab.training.objectives import IGNORE
+from modlab.training.reach import Reach
+from tests.helpers.models import dense_llama, scatter_gates
+from tests.helpers.training import same_weights
+
+V, T = 48, 96
+HEADS = {"layers": "all", "gates": "kv_head", "router_hidden": 4, "keep_recent": 8}
+SIZES = {"vocab_size": V, "num_hidden_layers": 2, "initializer_range": 0.2}
+
+
+def routed(seed: int = 0, **changes: Any) -> Any:
+    """A tiny Llama whose gates differ by token and head."""
+    model = modlab.convert(dense_llama(seed, **(SIZES | changes)), modlab.MoDConfig(**HEADS))
+    return scatter_gates(model)
+
+
+def texts(rows: int = 32, length: int = T) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def distil(**changes: Any) -> TrainConfig:
+    settings = {"objective": "distil", "steps": 6, "batch_size": 4, "log_every": 1, "calibrate": False}
+    return TrainConfig(**{**settings, "keep_ratio": 0.3, "num_workers": 0, **changes})
+
+
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of each token, by whole logits."""
+    log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+KINDS = ("llama", "gpt2", "gemma2", "cohere", "granite", "opt", "phi", "gpt_neox", "mixtral", "gemma3_text")
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_logits_behind_the_stack_are_the_models_own(model_type: str) -> None:
+    """Scales, caps, biases and projections of the logits are the model's."""
+    model = tiny_model(model_type).eval()
+    ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    head = Head(model)
+    with torch.no_grad(), head.noting():
+        logits = model(ids, use_cache=False).logits
+    torch.testing.assert_close(head(head.states.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    head.check(logits)
+
+
+def test_logits_of_something_else_are_refused() -> None:
+    model = dense_llama(**SIZES)
+    head = Head(model)
+    with torch.no_grad(), head.noting():
+        logits = model(texts(1), use_cache=False).logits
+    with pytest.raises(ModlabError, match="more than its last hidden states"):
+        head.check(logits + torch.randn(logits.shape))
+
+
+@pytest.mark.parametrize("chunk", [V, 7 * V, 10**9])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_value_and_gradient_are_those_of_whole_logits(model_type: str, chunk: int) -> None:
+    model = tiny_model(model_type).eval().requires_grad_(False)
+    ids = torch.randint(3, 200, (3, 8), generator=torch.Generator().manual_seed(0))
+    head = Head(model)
+    with torch.no_grad(), head.noting():
+        model(ids, use_cache=False)
+    teacher = head.states.flatten(0, 1)
+    student = (teacher + 0.1 * torch.randn(teacher.shape)).requires_grad_()
+    weight, targets = torch.rand(len(teacher)), torch.randint(0, 200, (len(teacher),))
+    targets[::5] = IGNORE
+    total, each, loss = divergence(head, student, teacher, weight, targets, chunk * 256 // V)
+    plain = kl(head(student), head(teacher).detach())
+    torch.testing.assert_close(each, plain.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total, (plain * weight).sum(), rtol=1e-4, atol=1e-6)
+    predicted = torch.nn.functional.cross_entropy(
+        head(student), targets, ignore_index=IGNORE, reduction="none"
+    )
+    torch.testing.assert_close(loss, predicted.detach(), rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad((plain * weight).sum(), student)[0]
+    found = torch.autograd.grad(3 * total, student)[0]
+    torch.testing.assert_close(found, 3 * wanted, rtol=1e-3, atol=1e-7)
+
+
+def gradients(model: Any, rows: Tensor, config: TrainConfig) -> dict[str, Tensor]:
+    """Of one step of `modlab.train`."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    seen: dict[str, Tensor] = {}
+
+    def note(*_: Any) -> None:
+        seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        modlab.train(model, rows, config)
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_step_is_kl_of_whole_logits_and_the_pull(
+    monkeypatch: pytest.MonkeyPatch, checkpointed: bool
+) -> None:
+    monkeypatch.setattr("modlab.training.run.open_gates", lambda *_: None)
+    monkeypatch.setattr("modlab.training.divergence.ON_CPU", 10 * V)  # ten tokens' logits at a time
+    rows, config = texts(4), distil(steps=1, max_grad_norm=1e9, ramp=0.0, lam=3.0)
+    model = routed()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, rows, config)
+    assert found and all(is_router(name) for name in found), "the base is frozen"
+
+    plain = routed().train()
+    order = next(modlab.training.loader.open_batches(rows).iterate(4, 0))["input_ids"]
+    plain.mod.noise, plain.mod.what_if = Noise(0, 0, torch.arange(4)), True
+    with modlab.record_routing(plain, detach=False) as recording:
+        student = plain(order, use_cache=False).logits
+    with torch.no_grad(), modlab.routing_off(plain):
+        teacher = plain(order, use_cache=False).logits
+    step = recording.steps[0]
+    kept = torch.stack([step.keep[i].float().mean() for i in plain.mod.layers]).mean()
+    gate = torch.stack([step.gate[i].mean() for i in plain.mod.layers]).mean()
+    over = kept + gate - gate.detach() - 0.3
+    assert over > 0
+    loss = kl(student, teacher).mean() + 3.0 * over
+    names = [n for n, p in plain.named_parameters() if is_router(n)]
+    wanted = torch.autograd.grad(loss, [dict(plain.named_parameters())[n] for n in names])
+    for name, value in zip(names, wanted, strict=True):
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_pull_is_one_sided() -> None:
+    from modlab.training import objectives
+
+    logit = torch.zeros(1, 4, requires_grad=True)
+    step: Any = type("Step", (), {})()
+    step.real, step.gate, step.keep = torch.ones(1, 4).bool(), {0: torch.sigmoid(logit)}, {}
+    slopes = []
+    for kept in (1, 0):
+        step.keep = {0: torch.full((1, 4), bool(kept))}
+        term = objectives.pull_objective(step, 0.5, lam=2.0)
+        assert term.item() == pytest.approx(1.0 if kept else 0.1)
+        slopes.append(torch.autograd.grad(term, logit, retain_graph=True)[0][0, 0].item())
+    assert slopes[0] == pytest.approx(2 * 0.25 / 4)
+    assert slopes[1] == pytest.approx(-0.2 * 0.25 / 4)
+
+
+def test_every_other_row_has_a_threshold_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modlab.routing.forward import ForwardHooks
+
+    shifts: list[Tensor] = []
+    real = ForwardHooks._new_call
+
+    def noting(self: Any, *args: Any) -> Any:
+        call = real(self, *args)
+        if call.row_shift is not None:
+            shifts.append(call.row_shift)
+        return call
+
+    monkeypatch.setattr(ForwardHooks, "_new_call", noting)
+    model = routed()
+    result = modlab.train(model, texts(), distil(steps=4, keep_range=(0.1, 0.8)))
+    assert len(shifts) == 4
+    for shift in shifts:
+        assert torch.equal(shift[::2], torch.zeros(2)) and (shift[1::2] != 0).all()
+    assert len(torch.unique(torch.stack(shifts)[:, 1::2])) == 8
+    assert model.mod.row_shift is None
+    assert {"kl", "keep_ratio", "target", "loss"} <= set(result.history.columns)
+
+
+def test_evaluations_in_a_run_know_no_thresholds_of_rows() -> None:
+    kept: list[float] = []
+    model = routed()
+
+    class Watcher:
+        def step(self, step: int, share: float) -> bool:
+            model.eval()
+            for shift in (model.mod.row_shift, None):
+                before, model.mod.row_shift = model.mod.row_shift, shift
+                with torch.no_grad(), modlab.record_routing(model) as recording:
+                    model(texts(4), use_cache=False)
+                kept.append(sum(float(keep.float().mean()) for keep in recording.steps[0].keep.values()))
+                model.mod.row_shift = before
+            model.train()
+            return True
+
+        def log(self, row: dict[str, Any]) -> None: ...
+
+    modlab.train(model, texts(), distil(steps=2, keep_range=(0.1, 0.8)), monitor=Watcher())
+    assert kept[::2] == kept[1::2]
+
+
+def test_thresholds_of_rows_give_the_expected_share() -> None:
+    from modlab.training.threshold_control import ThresholdControl
+
+    control = ThresholdControl([0], False, torch.device("cpu"))
+    z = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 4
+    step: Any = type("Step", (), {})()
+    step.real, step.position_ids, step.logit = torch.ones(64, 128).bool(), torch.arange(128) + 4, {0: z + 1.5}
+    step.position_ids = step.position_ids.expand(64, -1)
+    assert control.expected(torch.tensor([0.5])).item() == 0
+    control.see(step, 0, {0: 1.5})
+    control.advance(lambda value: value)
+    keep = torch.tensor([0.7, 0.25, 0.06])
+    found = torch.sigmoid(z.flatten()[:, None] - control.expected(keep)).mean(0)
+    torch.testing.assert_close(found, keep, rtol=5e-3, atol=1e-3)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = {"keep_range": (0.1, 0.8), "save_every": 3}
+    whole = modlab.train(routed(), texts(), distil(out=tmp_path / "a", **settings))
+    first = distil(out=tmp_path / "b", **(settings | {"max_minutes": 1e-9}))
+    cut = modlab.train(routed(), texts(), first)
+    assert 0 < cut.steps < 6
+    rest = modlab.train(routed(), texts(), distil(out=tmp_path / "b", resume="auto", **settings))
+    assert same_weights(whole.model, rest.model)
+
+
+def test_a_run_lowers_kl_below_chance_with_the_same_head_shares() -> None:
+    """And leaves thresholds for several ratios, each of which keeps what it says."""
+    model = routed(initializer_range=0.3)
+    rows = texts(64)
+    config = distil(
+        steps=90,
+        batch_size=8,
+        keep_ratio=0.25,
+        keep_range=(0.125, 0.7),
+        ramp=0.6,
+        lam=8.0,
+        calibrate=True,
+        log_every=20,
+    )
+    result = modlab.train(model, rows, config)
+    held = torch.randint(3, V, (8, T), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        with modlab.routing_off(model):
+            dense = model(held, use_cache=False).logits
+        with modlab.record_routing(model) as recording:
+            routed_kl = kl(model(held, use_cache=False).logits, dense).mean()
+        keep = recording.steps[0].keep
+        generator = torch.Generator().manual_seed(0)
+
+        def chance(layer: int, gate: Tensor, position_ids: Tensor) -> Tensor:
+            share = keep[layer][:, 4:].float().mean((0, 1))
+            return (torch.rand(gate.shape, generator=generator) < share) | (position_ids < 4)[..., None]
+
+        with modlab.routing_override(model, chance):
+            chance_kl = kl(model(held, use_cache=False).logits, dense).mean()
+    assert routed_kl < 0.9 * chance_kl
+    assert set(result.thresholds) == {2.0, 4.0, 8.0}
+    for ratio, thresholds in result.thresholds.items():
+        modlab.set_threshold(model, thresholds)
+        found = modlab.measure.evaluate(model, rows[:16], cache=False)
+        assert found.keep_ratio == pytest.approx(1 / ratio, rel=0.15)
+
+
+def test_adapters_are_trained_against_the_base_without_them() -> None:
+    peft = pytest.importorskip("peft")
+    from modlab.integrations.peft import lora_config
+
+    base = routed()
+    model = peft.get_peft_model(base, lora_config(base, r=2))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    result = modlab.train(model, texts(), distil(steps=3, lr=1e-2))
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora_" in n for n in changed) and any(".mod_router" in n for n in changed)
+    assert all("lora_" in n or ".mod_router" in n for n in changed)
+    assert result.history["kl"].gt(0).all()
+
+
+def test_rows_of_several_lengths() -> None:
+    batches = modlab.data.mixed_lengths(texts(16), lengths=(32, 96), tokens=192, lines=0.0)
+    result = modlab.train(routed(), batches, distil(steps=len(batches), keep_range=(0.1, 0.8)))
+    assert result.steps == len(batches)
+    assert result.tokens == sum(batch.numel() for batch in batches)
+
+
+def test_an_early_word_where_the_gates_do_not_follow() -> None:
+    slow = Reach(0.1)
+    with pytest.warns(UserWarning, match=r"keep 0.89 where 0.62 is asked .*near 0.85"):
+        for n in range(5):
+            slow.see(0.1 * n, 0.9 - 0.005 * n, 1 - n / 8)
+    good = Reach(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in range(11):
+            good.see(0.1 * n, 1.0 - 0.09 * n, max(0.1, 1 - 0.1 * n))
+        slow.see(0.6, 0.85, 0.2)  # once is enough
+
+
+def test_the_bar_shows_kl_and_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    modlab.train(routed(), texts(), distil(steps=2))
+    shown = capsys.readouterr().err
+    assert "kl 0." in shown and "keep_ratio 0." in shown and "(target 0." in shown
+
+
+@pytest.mark.parametrize(
+    ("config", "teacher", "message"),
+    [
+        ({"kl": 1.0}, True, "learns from the model itself"),
+        ({}, True, "learns from the model itself"),
+        ({"keep_range": (0.1, 0.8), "batch_size": 1}, False, "need two rows"),
+        ({"keep_range": (0.4, 0.8)}, False, "keep_ratio=0.3 between"),
+    ],
+)
+def test_refusals(config: dict[str, Any], teacher: bool, message: str) -> None:
+    with pytest.raises(ModlabError, match=message):
+        modlab.train(routed(), texts(), distil(**config), teacher=dense_llama(**SIZES) if teacher else None)
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(ModlabError, match="needs routers"):
+        modlab.train(dense_llama(**SIZES), texts(), distil())
+
+
+def test_fitted_routers_begin_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed()
+    modlab.fit_routers(model, texts(), modlab.FitConfig(context=48, keep_ratio=0.4), progress=False)
+    result = modlab.train(model, texts(), distil(steps=1, keep_ratio=0.3))
+    assert result.history["keep_ratio"].iloc[0] == pytest.approx(0.9, abs=0.05)
+    assert set(model.mod.thresholds.values()) == {0.5}
+    assert all(isinstance(layer.mod_router.bias, Tensor) for layer in decoder_layers(model))
