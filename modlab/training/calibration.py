@@ -51,9 +51,12 @@ def calibrate_trained(
         autocast: gives the context that forwards run in.
 
     Returns:
-        what was measured, with thresholds as they were found before any shift; None after a warning.
+        what was measured, with thresholds as they were found before any shift; None after a warning, and
+        where the skip decides by itself.
     """
     routing, layers = model.mod, decoder_layers(model)
+    if routing.skip.decides_itself:
+        return None  # no gate decides
     routers: dict[int, Any] = {i: layers[i].mod_router for i in routing.layers}
     before = dict(routing.thresholds)
     shifted = routing.config.gate == "straight-through" and all(

@@ -34,12 +34,14 @@ def choose_objective(config: TrainConfig, model: Any) -> Objective:
     fitting: tuple[Objective, ...] = (
         ("bce", "none") if operator == "topk" else ("target", "budget", "load", "distil", "none")
     )
+    kind = f"{operator} routing"
+    if model.mod.skip.decides_itself:
+        fitting = tuple(name for name in fitting if name in ("distil", "none"))
+        kind = f"skip={model.mod.skip.name!r}, where no gate decides"
     if wanted == "auto":
         return fitting[0]
     if wanted not in fitting:
-        raise ModlabError(
-            f"objective={wanted!r} does not fit {operator} routing; use one of {', '.join(fitting)}."
-        )
+        raise ModlabError(f"objective={wanted!r} does not fit {kind}; use one of {', '.join(fitting)}.")
     return wanted
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modlab.errors import ModlabError
+from modlab.execution.projections import PROJECTIONS
 from modlab.execution.routed import RoutedModule
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.router import is_router
@@ -62,15 +63,18 @@ def real_of(batch: Batch) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices with weight decay, vectors without, routers with a rate of their own.
+    """AdamW's groups: matrices with weight decay, vectors without, routers with a rate of their own; a skip's
+    projections, copies of the base's, with the base's rate and no decay.
 
     Raises:
         ModlabError: nothing to train.
     """
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "router": []}
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "router": [], "projection": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "router" if is_router(name) else "matrix" if parameter.dim() > 1 else "vector"
+            if f".{PROJECTIONS}." in name:
+                kind = "projection"
             groups[kind].append(parameter)
     if not any(groups.values()):
         raise ModlabError("No parameter of the model requires a gradient: there is nothing to train.")

@@ -22,6 +22,7 @@ from modlab.execution.projections import PROJECTIONS
 from modlab.hf.names import given_cache
 from modlab.measure import evaluate
 from modlab.routing.state import masked_execution
+from modlab.training.model import parameter_groups
 from tests.helpers.models import dense_llama, tiny_config
 from tests.helpers.routing import IDS, MASK, inputs, positions
 from tests.helpers.tokenizers import make_tokenizer
@@ -234,6 +235,25 @@ def test_projections_learn_and_nothing_else(rank: int, checkpointing: bool) -> N
     assert np.isfinite(result.history["loss"]).all()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if ".mod_" in n}
+
+
+def test_no_gate_is_trained_or_calibrated() -> None:
+    model, rows = converted(), [{"input_ids": row} for row in IDS]
+    plan = {"steps": 1, "batch_size": 3, "num_workers": 0, "mixed_precision": "no"}
+    modlab.train(model, rows, modlab.TrainConfig(freeze_base=True, **plan))
+    with pytest.raises(modlab.ModlabError, match="'target' does not fit skip='prompt', where no gate"):
+        modlab.train(model, rows, modlab.TrainConfig(objective="target", **plan))
+
+
+def test_projections_learn_at_the_rate_of_the_base() -> None:
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="kv+prompt"))
+    groups = parameter_groups(model, modlab.TrainConfig(steps=1, lr=1e-4, router_lr=1e-2))
+    own = dict(model.named_parameters())
+    rates = {id(p): group for group in groups for p in group["params"]}
+    for name, parameter in own.items():
+        group = rates[id(parameter)]
+        assert group["peak_lr"] == (1e-2 if "mod_router" in name else 1e-4)
+        assert group["weight_decay"] == 0 or ".mod_" not in name
 
 
 def test_gradients_are_those_of_the_full_computation_under_checkpointing() -> None:
