@@ -22,10 +22,11 @@ class Arm:
         pull: the term next to the KL: none where the position decides, a two-sided pull to `compute`, the
             paper's load, top-k's.
         compute: share of the layers' operations that is aimed at, where something pulls.
+        ratio: how many times smaller the K/V cache is to be, with "kv+prompt".
         alpha: weight of the paper's load term.
         scored: whether gates start from the relative size of the update (`scores.py`).
         removes: what static removal takes out: whole layers, or attentions.
-        rate: learning rate of what conversion added.
+        rate: learning rate of what conversion added; of trained projections it is `PROJECTION_RATE`.
         base_rate: learning rate of the base's weights, where they train.
     """
 
@@ -33,6 +34,7 @@ class Arm:
     trains: Trains = "added"
     pull: Pull = "none"
     compute: float = 1.0
+    ratio: float = 1.0
     alpha: float = 0.01
     scored: bool = False
     removes: Removes = ""
@@ -49,6 +51,17 @@ def _routed(skip: str, compute: float, scored: bool, trains: Trains) -> Arm:
     return Arm(mod, trains, "target", compute, scored=scored, rate=2e-3)
 
 
+def _both(after: float, ratio: float) -> Arm:
+    mod = {
+        "skip": "kv+prompt",
+        "layers": "all",
+        "gates": "kv_head",
+        "router_hidden": 16,
+        "leave_after": after,
+    }
+    return Arm(mod, pull="target", ratio=ratio, rate=1e-2)
+
+
 TRAINED: dict[str, tuple[bool, Trains]] = {
     "": (False, "added"),
     "-all": (False, "all"),
@@ -62,10 +75,14 @@ TRAINED: dict[str, tuple[bool, Trains]] = {
 REMOVED: tuple[Removes, ...] = ("layer", "attention")
 HEALED: dict[str, Trains] = {"": "all", "-lora": "lora"}
 
+PROJECTION_RATE = 2e-4
+
 ARMS: dict[str, Arm] = {
     "leave-1/2": _leave(1 / 2),
     "leave-2/3": _leave(2 / 3),
     "leave-3/4": _leave(3 / 4),
+    "kv+leave-2/3-4x": _both(2 / 3, 4.0),
+    "kv+leave-1/2-4x": _both(1 / 2, 4.0),
     **{f"leave-2/3-rank-{rank}": _leave(2 / 3, leave_rank=rank) for rank in (16, 64)},
     **{
         f"{skip}-{compute:g}{name}": _routed(skip, compute, scored, trains)

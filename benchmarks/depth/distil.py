@@ -18,9 +18,10 @@ from torch import Tensor
 
 import modlab
 from benchmarks.depth import removal
-from benchmarks.depth.arms import Arm
+from benchmarks.depth.arms import PROJECTION_RATE, Arm
 from benchmarks.depth.model import head, states
 from benchmarks.real_models.mixture import Mixture
+from modlab.execution.projections import PROJECTIONS
 from modlab.routing.record import RoutingStep
 from modlab.routing.router import is_router
 from modlab.training.objectives import kl_to_teacher, load_objective, target_objective, topk_bce
@@ -63,6 +64,7 @@ class Plan:
 def trainable(model: Any, arm: Arm) -> list[dict[str, Any]]:
     """Parameter groups; what trains becomes fp32, all else is frozen."""
     added: list[Any] = []
+    projections: list[Any] = []
     base: list[Any] = []
     for name, parameter in model.named_parameters():
         is_added = is_router(name)
@@ -70,8 +72,13 @@ def trainable(model: Any, arm: Arm) -> list[dict[str, Any]]:
         parameter.requires_grad_(wanted)
         if wanted:
             parameter.data = parameter.data.float()
-            (added if is_added else base).append(parameter)
-    groups = [{"params": added, "rate": arm.rate}, {"params": base, "rate": arm.base_rate}]
+            copied = f".{PROJECTIONS}." in name
+            (projections if copied else added if is_added else base).append(parameter)
+    groups = [
+        {"params": added, "rate": arm.rate},
+        {"params": projections, "rate": PROJECTION_RATE},
+        {"params": base, "rate": arm.base_rate},
+    ]
     return [group for group in groups if group["params"]]
 
 

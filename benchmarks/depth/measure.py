@@ -99,7 +99,7 @@ def measure(model: Any, arm: Arm, data: Data, known: Dense, removed: list[int]) 
         "kl_far": sum(far[name] for name in COUNTED) / len(COUNTED), "far_from": far_from, "length": T,
         "kl_far_by_text": far, "kl_near_by_text": near, "top1_far_by_text": same,
         "compute": sum(work[name] for name in COUNTED) / len(COUNTED), "compute_by_text": work,
-        "keep_by_layer": kept, "ratio": 1.0,
+        "keep_by_layer": kept, "ratio": len(COUNTED) / sum(_stored(model, kept[name], T) for name in COUNTED),
     }  # fmt: skip
     record |= gaps(asked(model, data.recall)[0], known.copies, data.recall.spans[:, 3])
     record |= shares(asked(model, data.retrieval)[1], known.right, data.retrieval.spans[:, 3])
@@ -116,6 +116,15 @@ def _kept(steps: list[Any]) -> dict[int, list[float]]:
     }
 
 
+def _stored(model: Any, kept: dict[int, list[float]], T: int) -> float:
+    """Share of a dense cache's keys that is held at the end of a row."""
+    if not modlab.is_converted(model) or model.mod.skip.stores_all:
+        return 1.0
+    recent = min(1.0, model.mod.skip.recent_stored(model.mod.config) / T)
+    shares = [model.mod.skip.stored_share(float(np.mean(gates)), recent) for gates in kept.values()]
+    return (sum(shares) + model.mod.num_layers - len(kept)) / model.mod.num_layers
+
+
 def _compute(model: Any, arm: Arm, T: int, kept: dict[int, list[float]], removed: list[int]) -> float:
     config = model.config
     if arm.removes:
@@ -123,6 +132,6 @@ def _compute(model: Any, arm: Arm, T: int, kept: dict[int, list[float]], removed
         return compute.removed(config, T, layers, attentions)
     if not modlab.is_converted(model):
         return 1.0
-    if arm.mod["skip"] == "prompt":
-        return compute.leaving(config, T, model.mod.layers[0])
+    if "prompt" in arm.mod["skip"]:
+        return compute.leaving(config, T, model.mod.first_left)
     return compute.routed(config, T, arm.mod["skip"], kept)

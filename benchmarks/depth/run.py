@@ -75,10 +75,8 @@ class Study:
             modlab.convert(model, modlab.MoDConfig(**arm.mod))
             model.mod.what_if = True
         if arm.pull == "target":
-            skip, routed = arm.mod["skip"], len(model.mod.layers)
-            keep = compute.keep_for(model.config, plan.length, skip, routed, arm.compute)
-            plan = dataclasses.replace(plan, keep=keep)
-            facts["keep_asked"] = keep
+            plan = dataclasses.replace(plan, keep=_keep(model, arm, plan.length))
+            facts["keep_asked"] = plan.keep
         if arm.scored:
             facts["scores_r2"] = start_from_scores(
                 model, plain.rows(SCORED, plan.length).to(self.device).split(1), plan.keep
@@ -94,7 +92,7 @@ class Study:
         row = {
             "model": self.folder.name, "arm": name, "seed": plan.seed,
             "tokens": facts.get("distillation", {}).get("tokens", 0),
-            "compute_asked": arm.compute if arm.pull == "target" or arm.removes else None,
+            "compute_asked": arm.compute if arm.compute < 1 else None,
             **found, "tasks": self._tasks(model), **facts,
         }  # fmt: skip
         with (self.out / "rows.jsonl").open("a") as file:
@@ -135,6 +133,15 @@ class Study:
         chosen = removal.greedy(model, arm.removes, count, rows)
         removal.remove(model, arm.removes, chosen)
         return sorted(chosen)
+
+
+def _keep(model: Any, arm: Arm, T: int) -> float:
+    """Keep ratio for what the arm aims at: a K/V saving, or operations."""
+    config = model.mod.config
+    if arm.ratio > 1:
+        recent = min(config.recent_stored / T, 1 / 8)
+        return max((1 / arm.ratio - recent) / (1 - recent), 2 * config.keep_first / T)
+    return compute.keep_for(model.config, T, config.skip, len(model.mod.layers), arm.compute)
 
 
 def _add_lora(model: Any) -> None:
