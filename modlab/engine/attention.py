@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from modlab.cache.buffer import SegmentedBuffer
+from modlab.engine.budget import cut_down, score_prompt
 from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import LayerStep
 from modlab.engine.transfer import Fetched, sent
@@ -42,6 +43,7 @@ from modlab.kernels.kept_attention import (
     reference_store_kept,
     store_kept,
 )
+from modlab.kernels.ring_budget import RingBudget, make_room, reference_make_room
 from modlab.kernels.varlen_attention import varlen_attention
 
 PREFILL, DECODE = "modlab_prefill", "modlab_decode"
@@ -79,6 +81,8 @@ class KeptKeys:
         bounds: where each row begins, and the end of the last, int32 [B + 1].
         recent: W, latest tokens that each token sees, kept or not.
         blocks: of the line.
+        most_older: tokens that a row may store besides its ring; None for no bound.
+        score: of each token, fp32 [S] or [S, A], where there is a bound.
 
     Attributes:
         before: kept tokens before each place, int32 [A, S + 1].
@@ -86,8 +90,17 @@ class KeptKeys:
             the layer begins, and reads when its attention does and the GPU has the projections to run.
     """
 
-    def __init__(self, keep: Tensor, bounds: Tensor, recent: int, blocks: LineBlocks) -> None:
-        self.keep, self.recent, self.blocks = keep, recent, blocks
+    def __init__(
+        self,
+        keep: Tensor,
+        bounds: Tensor,
+        recent: int,
+        blocks: LineBlocks,
+        most_older: int | None = None,
+        score: Tensor | None = None,
+    ) -> None:
+        self.keep, self.recent, self.bounds, self.blocks = keep, recent, bounds, blocks
+        self.most_older, self.score = most_older, score
         self.before = kept_before(keep)
         self.older = Fetched(older_kept(self.before, bounds, recent))
 
@@ -173,14 +186,30 @@ def _decode_ring(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tenso
     head with a gate of its own is a row of the cache."""
     position_B, shape = step.position[:, 0], new[0].shape
     q, k, v = (fold(t, len(step.lengths)) for t in new)
+    state, place = (step.lengths, step.keep, ring, position_B, scale), None
+    if step.budget is not None:
+        _make_room(step, step.budget, ring, position_B)
+        place = step.budget.place_U
     if q.is_cuda:
-        out = decode_ring_attention(q, k, v, step.table, step.lengths, step.keep, ring, position_B, scale)
+        out = decode_ring_attention(q, k, v, step.table, *state, place)
     else:
         keys, values, starts = step.stored()
-        out = reference_decode_ring_attention(
-            q, k, v, (keys, values), starts, step.lengths, step.keep, ring, position_B, scale
-        )
+        out = reference_decode_ring_attention(q, k, v, (keys, values), starts, *state, place)
     return out.view(*shape[:2], -1)
+
+
+def _make_room(step: LayerStep, budget: RingBudget, ring: Tensor, position_B: Tensor) -> None:
+    """Says where the tokens that leave their rings go, in rows that may hold no more than so many."""
+    assert step.gate is not None
+    if step.gate.is_cuda:
+        make_room(
+            step.table, step.lengths, ring, step.gate, position_B, budget.scores_UW, budget.place_U,
+            budget.most_1, budget.keep_first,
+        )  # fmt: skip
+        return
+    buffer = step.buffer
+    assert isinstance(buffer, RingBuffer) and buffer.scores is not None
+    reference_make_room(budget, buffer.scores, buffer.starts, step.lengths, ring, step.gate, position_B)
 
 
 def _keep_keys(
@@ -194,11 +223,17 @@ def _keep_keys(
     if query.is_cuda:
         size = block_size(query, value)
         store_kept(key, value, kept.blocks.of(size), size, stored)
-        return attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
-    reference_store_kept(key, value, part.counts, stored)
-    if all(whole_A):
-        return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
-    return reference_kept_attention(query, key, value, kept.keep, part.counts, kept.recent, scaling)
+        out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
+    else:
+        reference_store_kept(key, value, part.counts, stored)
+        if all(whole_A):
+            out = varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
+        else:
+            out = reference_kept_attention(query, key, value, kept.keep, part.counts, kept.recent, scaling)
+    if kept.most_older is not None and kept.score is not None:
+        score_prompt(part.buffer, stored, kept.score, kept.bounds)
+        cut_down(part.buffer, kept.most_older, part.counts)
+    return out
 
 
 def keep_everything(counts: list[int], older: list[int], recent: int) -> list[bool]:

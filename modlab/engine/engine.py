@@ -14,15 +14,18 @@ from transformers import PreTrainedConfig
 
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
+from modlab.engine.budget import Budget, layer_bytes
 from modlab.engine.compiled import Compiler
 from modlab.engine.forms import form_of
 from modlab.engine.lending import attention_modules
+from modlab.engine.prefill import scratch_buffers
 from modlab.engine.step import Step
 from modlab.engine.turns import Turns
 from modlab.errors import ModlabError
 from modlab.execution.routed import RoutedKeys
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.attention_names import attention_named
+from modlab.hf.model import eval_mode
 from modlab.hf.names import cache_argument
 from modlab.routing.state import Routing, is_converted, routing_override
 from modlab.routing.table import RoutingTable
@@ -50,6 +53,7 @@ class Engine:
         make_step: makes the step of a batch size.
         max_steps: batch sizes whose steps are kept.
         line_tokens: tokens of a prefill that run at once.
+        kv_tokens, kv_mib: what a generation may store, see `Budget`.
 
     Attributes:
         form: how routed layers run; None where the engine has no form for what they skip.
@@ -66,6 +70,8 @@ class Engine:
         make_step: Callable[[Engine, int], Step] = Step,
         max_steps: int = MAX_STEPS,
         line_tokens: int = LINE_TOKENS,
+        kv_tokens: int | None = None,
+        kv_mib: float | None = None,
     ) -> None:
         register()
         self.model: Any = model
@@ -91,6 +97,18 @@ class Engine:
         self.turns = Turns()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.last: dict[str, Any] = {}
+        self.budget: Budget | None = None
+        if kv_tokens is not None or kv_mib is not None:
+            self.budget = self._budget(kv_tokens, kv_mib)
+
+    def _budget(self, kv_tokens: int | None, kv_mib: float | None) -> Budget:
+        if self.keep_recent is None or self.form is None:
+            raise ModlabError(
+                "kv_tokens and kv_mib bound a cache that routing decides about (skip='kv'): "
+                "this model has none."
+            )
+        with torch.no_grad(), eval_mode(self.model):
+            return Budget(kv_tokens, kv_mib, self.keep_recent, layer_bytes(scratch_buffers(self, 1)))
 
     @property
     def keep_recent(self) -> int | None:

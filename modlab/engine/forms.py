@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from modlab.engine.attention import LayerPrefill, LineBlocks
+from modlab.engine.attention import LayerPrefill
 from modlab.engine.prefill_layers import (
     AttentionPrefill,
     DensePrefill,
@@ -63,23 +63,16 @@ def form_of(routing: Routing | None) -> Form | None:
 
 
 def prefill_forwards(
-    form: Form,
-    layers: list[nn.Module],
-    routing: Routing | None,
-    parts: Iterable[LayerPrefill],
-    last: Tensor,
-    blocks: LineBlocks,
+    form: Form, layers: list[nn.Module], parts: Iterable[LayerPrefill], line: PrefillLine
 ) -> dict[nn.Module, Forward]:
     """What the layers, their MLPs and routed attentions run in a prefill.
 
     Args:
         form: of the routed layers.
         parts: each layer's own; a routed layer's is filled in when it has decided.
-        last: last position of each row in the line, long [B].
-        blocks: the line as kernels cut it.
+        line: what they share.
     """
     forwards: dict[nn.Module, Forward] = {}
-    line = PrefillLine(routing, last, blocks)
     for index, (layer, part) in enumerate(zip(layers, parts, strict=True)):
         kind = form.prefill if isinstance(layer, RoutedLayer) else DensePrefill
         forwards |= kind(layer, index, part, line).forwards()

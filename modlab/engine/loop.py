@@ -48,7 +48,10 @@ def generate_tokens(
     step = engine.step(B)
     tables = step.tables
     started = time.perf_counter()
-    logits_BV, buffers, counts = prefill(engine, ids_BT, mask_BT)
+    most_older = None
+    if engine.budget is not None:
+        most_older = engine.budget.older(B, generation_config.max_length or prompt)
+    logits_BV, buffers, counts = prefill(engine, ids_BT, mask_BT, most_older)
     tables.attach(buffers, prompt, counts, *((rules.ends, rules.pad) if rules is not None else ()))
     tables.force(
         {i: override.for_rows(i, B, engine.device) for i in tables.routers}

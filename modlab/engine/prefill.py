@@ -18,6 +18,7 @@ from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill, LineBl
 from modlab.engine.compiled import norm_forwards
 from modlab.engine.forms import prefill_forwards
 from modlab.engine.lending import lent, lent_values, unrouted
+from modlab.engine.prefill_layers import PrefillLine
 from modlab.engine.ring import RingBuffer
 from modlab.hf.anatomy import decoder_of
 from modlab.routing.record import ForwardCall
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def prefill(
-    engine: Engine, ids_BT: Tensor, mask_BT: Tensor | None
+    engine: Engine, ids_BT: Tensor, mask_BT: Tensor | None, most_older: int | None = None
 ) -> tuple[Tensor, list[SegmentedBuffer], list[int]]:
     """Runs the prompts.
 
     Args:
         ids_BT: tokens, long.
         mask_BT: 1 for tokens, 0 for padding; None for no padding.
+        most_older: tokens that a row may store besides its ring, where the engine has a budget.
 
     Returns:
         logits of each row's last token [B, V], one buffer a layer with room for decoding, tokens a row.
@@ -46,7 +48,9 @@ def prefill(
     counts: list[int] = [T] * B if mask_BT is None else real_BT.sum(1).tolist()
     logits, parts = [], []
     for rows in lines(counts, engine.line_tokens):
-        logits_RV, buffers = _prefill_line(engine, ids_BT[rows], real_BT[rows], counts[rows], rows.start)
+        logits_RV, buffers = _prefill_line(
+            engine, ids_BT[rows], real_BT[rows], counts[rows], rows.start, most_older
+        )
         logits.append(logits_RV)
         parts.append(buffers)
     if len(parts) == 1:
@@ -68,7 +72,12 @@ def lines(counts: list[int], line_tokens: int) -> Iterator[slice]:
 
 
 def _prefill_line(
-    engine: Engine, ids_BT: Tensor, real_BT: Tensor, counts: list[int], first_row: int
+    engine: Engine,
+    ids_BT: Tensor,
+    real_BT: Tensor,
+    counts: list[int],
+    first_row: int,
+    most_older: int | None,
 ) -> tuple[Tensor, list[SegmentedBuffer]]:
     B, T = ids_BT.shape
     # A boolean index would ask the host how many there are; it knows.
@@ -80,8 +89,8 @@ def _prefill_line(
     buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
     layers = [LayerPrefill(buffer, counts, columns_S, bounds.int(), varying=False) for buffer in buffers]
     assert engine.form is not None, "calls are refused before"
-    blocks = LineBlocks(counts, engine.device)
-    forwards = prefill_forwards(engine.form, engine.layers, engine.routing, layers, bounds[1:] - 1, blocks)
+    line = PrefillLine(engine.routing, bounds[1:] - 1, LineBlocks(counts, engine.device), most_older)
+    forwards = prefill_forwards(engine.form, engine.layers, layers, line)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
     with (
@@ -145,4 +154,4 @@ def scratch_buffers(engine: Engine, batch: int) -> list[SegmentedBuffer]:
     """Small buffers to capture with: one prefilled token a row tells the layers' head sizes."""
     ids = torch.zeros(batch, 1, dtype=torch.long, device=engine.device)
     with engine.deciding({layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.routed}):
-        return prefill(engine, ids, None)[1]
+        return prefill(engine, ids, None, None if engine.budget is None else 0)[1]

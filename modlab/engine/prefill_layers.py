@@ -24,6 +24,7 @@ from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedModule
 from modlab.hf.anatomy import attention_name, mlp_name
 from modlab.hf.arguments import LayerArguments
+from modlab.kernels.ring_budget import score_of
 from modlab.kernels.router_logits import router_logits
 from modlab.routing.record import Decision
 from modlab.routing.state import Routing
@@ -43,11 +44,13 @@ class PrefillLine:
         routing: of the model; None for a dense one.
         last: last position of each row in the line, long [B].
         blocks: the line as kernels cut it.
+        most_older: tokens that a row may store besides its ring (`budget`); None for no bound.
     """
 
     routing: Routing | None
     last: Tensor
     blocks: LineBlocks
+    most_older: int | None = None
 
 
 class DensePrefill:
@@ -220,7 +223,13 @@ class KeptKeysPrefill(RoutedPrefill):
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
         arguments = super().decide(args, kwargs)
         assert self.decision is not None and self.recent is not None
-        self.part.kept = KeptKeys(self.decision.keep[0], self.part.bounds, self.recent, self.line.blocks)
+        keep, score = self.decision.keep[0], None
+        if self.line.most_older is not None:
+            position_S = self.routing.require_call().position_ids[0]
+            score = score_of(self.decision.gate[0], position_S, self.routing.config.keep_first)
+        self.part.kept = KeptKeys(
+            keep, self.part.bounds, self.recent, self.line.blocks, self.line.most_older, score
+        )
         return arguments
 
 

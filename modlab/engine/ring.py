@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.transfer import sent
 from modlab.kernels.kept_attention import Stored
+
+NO_BOUND = 2**31 - 1
 
 
 class RingBuffer(SegmentedBuffer):
@@ -26,6 +29,9 @@ class RingBuffer(SegmentedBuffer):
     Attributes:
         heads: A, segments of a row.
         ring_kept: which tokens of each ring are kept, bool [U, W]; False where there is none yet.
+        most: tokens that a segment may hold; None for no bound. With one there are scores, see `budget`:
+        scores: of the older tokens, where they are, fp32 [C].
+        ring_scores: of those in the rings, fp32 [U, W].
     """
 
     notes: ClassVar[dict[str, torch.dtype]] = {}
@@ -33,6 +39,9 @@ class RingBuffer(SegmentedBuffer):
 
     heads: int = 1
     ring_kept: Tensor
+    most: int | None = None
+    scores: Tensor | None = None
+    ring_scores: Tensor | None = None
 
     def lay_out(
         self,
@@ -71,9 +80,9 @@ class RingBuffer(SegmentedBuffer):
 
     def grow(self) -> None:
         """As of any buffer, but all segments, of which there may be hundreds, are moved at once."""
-        assert self.keys is not None and self.values is not None
-        capacities = [n + self.slack(n) for n in self.lengths]
+        capacities = self._capacities(self.lengths)
         *starts, total = itertools.accumulate(capacities, initial=0)
+        assert self.keys is not None
         device = self.keys.device
         moved_U = sent(
             torch.tensor([old - new for old, new in zip(self.starts, starts, strict=True)]), device
@@ -81,9 +90,36 @@ class RingBuffer(SegmentedBuffer):
         room_U = sent(torch.tensor(capacities), device)
         # A free place takes over what is behind the segment, or the buffer's last place: nobody reads it.
         at_C = torch.arange(total, device=device) + moved_U.repeat_interleave(room_U, output_size=total)
-        at_C = at_C.clamp_max(self.keys.shape[1] - 1)
-        self.keys, self.values = self.keys.index_select(1, at_C), self.values.index_select(1, at_C)
+        self._take(at_C.clamp_max(self.keys.shape[1] - 1))
         self.starts, self.capacities = starts, capacities
+
+    @property
+    def room(self) -> int:
+        """Tokens that the fullest segment can still take; one that may hold no more takes any number."""
+        free = [
+            capacity - n
+            for capacity, n in zip(self.capacities, self.lengths, strict=True)
+            if self.most is None or capacity < self.most
+        ]
+        return min(free, default=NO_BOUND)
+
+    def rebuild(self, places: list[Tensor], lengths: list[int]) -> None:
+        """Lays the buffer out again: each segment with what is at these places now, in their order."""
+        capacities = self._capacities(lengths)
+        pieces = [F.pad(at, (0, c - len(at))) for at, c in zip(places, capacities, strict=True)]
+        self._take(torch.cat(pieces))
+        *starts, _ = itertools.accumulate(capacities, initial=0)
+        self.starts, self.lengths, self.capacities = starts, lengths, capacities
+
+    def _capacities(self, lengths: list[int]) -> list[int]:
+        wanted = [n + self.slack(n) for n in lengths]
+        return wanted if self.most is None else [min(n, self.most) for n in wanted]
+
+    def _take(self, at_C: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys.index_select(1, at_C), self.values.index_select(1, at_C)
+        if self.scores is not None:
+            self.scores = self.scores[at_C]
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -91,4 +127,9 @@ class RingBuffer(SegmentedBuffer):
         whole = super().joined(parts)
         whole.heads = parts[0].heads
         whole.ring_kept = torch.cat([part.ring_kept for part in parts])
+        whole.most = parts[0].most
+        scores = [(part.scores, part.ring_scores) for part in parts]
+        known = [(here, ring) for here, ring in scores if here is not None and ring is not None]
+        if known:
+            whole.scores, whole.ring_scores = (torch.cat(several) for several in zip(*known, strict=True))
         return whole

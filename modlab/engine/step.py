@@ -46,8 +46,9 @@ class Step:
         skips_keys = routing is not None and not routing.skip.stores_all
         gates = routing.gates if routing is not None else {}
         self.tables = Tables(
-            len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent, gates
-        )
+            len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent, gates,
+            None if routing is None or engine.budget is None else routing.config.keep_first,
+        )  # fmt: skip
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor

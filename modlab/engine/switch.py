@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from modlab.conversion.extend import extend, restore
 from modlab.engine.attention import CannotCapture
@@ -30,6 +31,17 @@ PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
 
 
+SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def unbounded(why: str) -> ModlabError:
+    """What a call gets that runs without the engine, though the cache is to be bounded."""
+    return ModlabError(
+        f"kv_tokens or kv_mib bounds the cache of fast generation, which does not serve this call: {why}. "
+        "modlab.enable_fast_generation(model) takes the bound away."
+    )
+
+
 class FastModel(TakesTurns):
     """Mixed into the class of a model with fast generation (of that object only): `generate` comes here for
     greedy search and sampling, and goes to transformers' own loop for all that the engine does not do.
@@ -39,6 +51,9 @@ class FastModel(TakesTurns):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Notes whether the user brought a cache of their own, which must be used and filled."""
+        mode = next((argument for argument in args if isinstance(argument, GenerationMode)), None)
+        if self.__dict__["mod_engine"].budget is not None and mode not in (*SERVED, None):
+            raise unbounded(f"it is {mode.value.replace('_', ' ')}" if mode is not None else "")
         self.__dict__["mod_engine"].caller.own_cache = given_cache(model_kwargs) is not None
         dense: Any = super()
         return dense._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -61,6 +76,8 @@ class FastModel(TakesTurns):
                 self, engine, generation_config, synced_gpus, input_ids, model_kwargs
             )
             engine.last = {"fast": not reason, "why": reason or ""}
+            if reason and engine.budget is not None:
+                raise unbounded(reason)
             if not reason:
                 try:
                     with idle_aside(self):
@@ -79,7 +96,11 @@ class FastModel(TakesTurns):
 
 
 def enable_fast_generation(
-    model: PreTrainedModel, compile: bool | str = True, check: bool = True
+    model: PreTrainedModel,
+    compile: bool | str = True,
+    check: bool = True,
+    kv_tokens: int | None = None,
+    kv_mib: float | None = None,
 ) -> PreTrainedModel:
     """Lets `model.generate` use modlab's engine for greedy search and sampling.
 
@@ -99,6 +120,10 @@ def enable_fast_generation(
             first `generate` of each batch size, and the first long prompt, then take longer). "layers"
             leaves out the norms and the rotary tables, to see what they cost (`modlab bench overhead`).
         check: compare the engine with the ordinary forward on a small random batch first.
+        kv_tokens: with ``skip="kv"``: tokens that a routed layer stores of a row at most (each KV head, where
+            those have gates), the latest `keep_recent` included. A row that is full gives up the token of
+            the lowest gate; the first `keep_first` go last. Calls that the engine does not cover are refused.
+        kv_mib: the same for all rows and layers of a call together, in MiB.
 
     Returns:
         the same model.
@@ -111,7 +136,7 @@ def enable_fast_generation(
         raise ModlabError(f"fast generation does not cover this {type(model).__name__}: {reason}.")
     disable_fast_generation(model)
     try:
-        engine = Engine(model, compile)
+        engine = Engine(model, compile, kv_tokens=kv_tokens, kv_mib=kv_mib)
         if check and engine.form is not None:
             # without a caller's autocast, under which the engine does not run either
             with on_device(engine.device), torch.autocast(engine.device.type, enabled=False):
@@ -203,7 +228,8 @@ def _probe(model: Any, engine: Engine) -> None:
     try:
         with eval_mode(model), engine.deciding(keep):
             want = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits[:, T - 1 :]
-            logits, buffers, counts = prefill(engine, ids[:, :T], mask[:, :T])
+            whole = None if engine.budget is None else total  # nothing is given up here
+            logits, buffers, counts = prefill(engine, ids[:, :T], mask[:, :T], whole)
             step = engine.make_step(engine, B)
             step.tables.attach(buffers, T, counts)
             step.tables.force({layer: table.to(device) for layer, table in keep.items()})

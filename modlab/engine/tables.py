@@ -19,6 +19,7 @@ from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.choice import Choice
 from modlab.engine.ring import RingBuffer
 from modlab.kernels.decode_attention import ADDRESS_SLOTS
+from modlab.kernels.ring_budget import RingBudget
 
 
 @dataclass
@@ -33,6 +34,8 @@ class LayerStep:
         ring: where routing decides about the cache alone, which tokens of each row's ring are kept, bool
             [U, W]; then all rows run, and `keep` says whose new token outlives the ring.
         position: long [B, 1], index of the new token among the real ones of its row, shared by all layers.
+        gate: of the layer's router, fp32 [U]; None without one.
+        budget: what bounds the rows, where routing decides about the cache alone and something does.
         buffer: what `table` points to while a generation is under way.
     """
 
@@ -42,6 +45,8 @@ class LayerStep:
     column: Tensor
     ring: Tensor | None
     position: Tensor
+    gate: Tensor | None = None
+    budget: RingBudget | None = None
     buffer: SegmentedBuffer | None = None
 
     def stored(self) -> tuple[Tensor, Tensor, list[int]]:
@@ -75,6 +80,7 @@ class Tables:
             where routers decide for MLPs alone.
         recent: W, where routers decide about the cache alone.
         gates: A of each routed layer; one by default.
+        keep_first: where rows of a routed layer have a budget, the tokens that it does not touch.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Tables:
         skips_keys: bool = True,
         recent: int | None = None,
         gates: dict[int, int] | None = None,
+        keep_first: int | None = None,
     ) -> None:
         def full(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -108,6 +115,14 @@ class Tables:
             for layer, shape in shapes.items()
         }
 
+        self.most = full(0, 1, dtype=torch.int32)
+
+        def ring_budget(rows: int) -> RingBudget | None:
+            if keep_first is None or not recent:
+                return None
+            scores = full(0, rows, recent, dtype=torch.float32)
+            return RingBudget(scores, full(0, rows, dtype=torch.int32), self.most, keep_first)
+
         def layer_step(layer: int) -> LayerStep:
             routed_here = layer in self.routers
             keep = self.routers[layer].keep.view(-1) if skips_keys and routed_here else everyone
@@ -118,6 +133,8 @@ class Tables:
                 column=self.column,
                 ring=full(0, len(keep), recent, dtype=torch.bool) if recent and routed_here else None,
                 position=self.position,
+                gate=self.routers[layer].gate.view(-1) if routed_here else None,
+                budget=ring_budget(len(keep)) if routed_here else None,
             )
 
         self.layers = [layer_step(layer) for layer in range(num_layers)]
@@ -146,6 +163,9 @@ class Tables:
             if layer.ring is not None:
                 assert isinstance(buffer, RingBuffer)
                 layer.ring.copy_(buffer.ring_kept)
+                if layer.budget is not None and buffer.ring_scores is not None and buffer.most is not None:
+                    layer.budget.scores_UW.copy_(buffer.ring_scores)
+                    self.most.fill_(buffer.most - buffer.ring_kept.shape[1])
         self._enter(entries)
         self.bounds = [buffer.room for buffer in buffers]
 
@@ -216,7 +236,8 @@ class Tables:
 
 def _addresses(buffer: SegmentedBuffer) -> list[int]:
     """What a layer's address table says of `buffer`; see `kernels/decode_attention.py`."""
-    tensors = (buffer.keys, buffer.values, buffer.columns)
+    notes = buffer.scores if isinstance(buffer, RingBuffer) else buffer.columns
+    tensors = (buffer.keys, buffer.values, notes)
     return [*(0 if t is None else t.data_ptr() for t in tensors), buffer.capacity, *buffer.starts]
 
 

@@ -24,6 +24,7 @@ W tokens of a ring, U rows whose heads are rows.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ def reference_decode_ring_attention(
     ring_kept_BW: Tensor,
     position_B: Tensor,
     scale: float,
+    place_B: Tensor | None = None,
 ) -> Tensor:
     """Plain torch: what the kernels below compute where routing decides about the cache alone.
 
@@ -107,6 +109,7 @@ def reference_decode_ring_attention(
         ring_kept_BW: the same of the tokens in the ring, bool; written in place.
         position_B: index of the new token among the real tokens of its row, long; of [B / G] rows whose heads
             are the rows here.
+        place_B: where rows have a budget, what `ring_budget` says of the token that leaves a ring, int32.
 
     The rest as in `reference_decode_attention`; returns attention output [B, N, H].
     """
@@ -115,15 +118,14 @@ def reference_decode_ring_attention(
     W, gates = ring_kept_BW.shape[1], B // len(position_B)
     out = q_BNH.new_zeros(B, N, v_BGH.shape[2])
     for row, start in enumerate(starts):
-        position, end = int(position_B[row // gates]), start + int(lengths_B[row])
+        position, length = int(position_B[row // gates]), int(lengths_B[row])
         slot = start + position % W
-        if position < W:  # the ring fills: slot == end
-            lengths_B[row] += 1
-            end += 1
-        elif ring_kept_BW[row, position % W]:
-            keys[:, end], values[:, end] = keys[:, slot], values[:, slot]
-            lengths_B[row] += 1
-            end += 1
+        stays = position < W or bool(ring_kept_BW[row, position % W])  # of the one that leaves a full ring
+        place = (length if stays else -1) if place_B is None else int(place_B[row])
+        if position >= W and place >= 0:
+            keys[:, start + place], values[:, start + place] = keys[:, slot], values[:, slot]
+        lengths_B[row] += place == length
+        end = start + int(lengths_B[row])
         keys[:, slot], values[:, slot] = k_BGH[row], v_BGH[row]
         ring_kept_BW[row, position % W] = keep_B[row]
         out[row] = _softmax_row(q_BNH[row], keys[:, start:end], values[:, start:end], scale)
@@ -166,6 +168,18 @@ if triton is not None:
         return running
 
     @triton.jit
+    def _place(
+        ring_ptr, place_ptr, row, slot, full, length, RING: tl.constexpr, BUDGET: tl.constexpr
+    ):  # fmt: skip
+        """Where the token that leaves a full ring goes, -1 if nowhere; `length` while the ring fills."""
+        if BUDGET:
+            place = tl.load(place_ptr + row)
+        else:
+            stays = tl.load(ring_ptr + row * RING + slot).to(tl.int32)
+            place = tl.where(full & (stays == 0), -1, length)
+        return place
+
+    @triton.jit
     def _parts(
         lengths_ptr, keep_ptr, rows,
         B: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -189,12 +203,13 @@ if triton is not None:
     @triton.jit
     def _attend_part(
         q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
-        share_ptr, ring_ptr, position_ptr,
+        share_ptr, ring_ptr, position_ptr, place_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, IEEE: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
+        IEEE: tl.constexpr,
     ):  # fmt: skip
         """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
         rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
@@ -234,9 +249,9 @@ if triton is not None:
         if RING:
             position = tl.load(position_ptr + row // GATES)
             slot_new, full = position % RING, position >= RING
-            stays = tl.load(ring_ptr + row * RING + slot_new).to(tl.int32)  # the one that was there
-            if full & (stays == 0):
-                hidden = slot_new.to(tl.int32)
+            place = _place(ring_ptr, place_ptr, row, slot_new, full, length, RING, BUDGET)
+            if place < length:  # it goes, or another one makes room for it
+                hidden = tl.where(place < 0, slot_new, place).to(tl.int32)
         for at in range(first, stored, BLOCK_K):
             ids = (at + tl.arange(0, BLOCK_K)).to(tl.int64)
             inside = (ids < stored) & (ids != hidden)
@@ -257,15 +272,15 @@ if triton is not None:
         if (first <= length) & (end == length + 1):  # the part that ends with the new token stores it
             k_new = tl.load(k_ptr + row * stride_kb + head * stride_kg + hk, mask=in_hk, other=0.0)
             v_new = tl.load(v_ptr + row * stride_vb + head * stride_vg + hv, mask=in_hv, other=0.0)
-            at_new = length.to(tl.int64)
             if RING:  # behind the ring; the ring's own slot is written once all parts have read it
-                moves = full & (stays != 0)
-                written = tl.where(moves | (position < RING), 1, 0)
-                k_old = tl.load(keys + slot_new * HK + hk, mask=hk < HK * moves.to(tl.int32), other=0.0)
-                v_old = tl.load(values + slot_new * HV + hv, mask=hv < HV * moves.to(tl.int32), other=0.0)
-                tl.store(keys + at_new * HK + hk, tl.where(full, k_old, k_new), mask=hk < HK * written)
-                tl.store(values + at_new * HV + hv, tl.where(full, v_old, v_new), mask=hv < HV * written)
+                stays = (place >= 0).to(tl.int32)
+                moves, into = stays * full.to(tl.int32), place.to(tl.int64)
+                k_old = tl.load(keys + slot_new * HK + hk, mask=hk < HK * moves, other=0.0)
+                v_old = tl.load(values + slot_new * HV + hv, mask=hv < HV * moves, other=0.0)
+                tl.store(keys + into * HK + hk, tl.where(full, k_old, k_new), mask=hk < HK * stays)
+                tl.store(values + into * HV + hv, tl.where(full, v_old, v_new), mask=hv < HV * stays)
             else:
+                at_new = length.to(tl.int64)
                 tl.store(keys + at_new * HK + hk, k_new, mask=in_hk)
                 tl.store(values + at_new * HV + hv, v_new, mask=in_hv)
                 if head == 0:
@@ -287,10 +302,10 @@ if triton is not None:
     @triton.jit
     def _join_parts(
         part_ptr, part_lse_ptr, share_ptr, out_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr,
-        ring_ptr, position_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
+        ring_ptr, position_ptr, place_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
         N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_P: tl.constexpr,
-        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr,
+        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
@@ -330,10 +345,10 @@ if triton is not None:
                 tl.store(tl.load(table_ptr).to(k_ptr.dtype) + at * HK + hk, k_new, mask=in_hk)
                 tl.store(tl.load(table_ptr + 1).to(v_ptr.dtype) + at * HV + hv, v_new, mask=in_hv)
             if head == 0:
-                flag = ring_ptr + row * RING + slot_new
-                stays = tl.load(flag).to(tl.int32)
-                tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + tl.where(full, stays, 1))
-                tl.store(flag, tl.load(keep_ptr + row))
+                length = tl.load(lengths_ptr + row)
+                place = _place(ring_ptr, place_ptr, row, slot_new, full, length, RING, BUDGET)
+                tl.store(lengths_ptr + row, tl.where(place == length, length + 1, length))
+                tl.store(ring_ptr + row * RING + slot_new, tl.load(keep_ptr + row))
         elif head == 0:
             tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
 
@@ -370,9 +385,10 @@ def decode_ring_attention(
     ring_kept_BW: Tensor,
     position_B: Tensor,
     scale: float,
+    place_B: Tensor | None = None,
 ) -> Tensor:
     """`reference_decode_ring_attention` by the same kernels; arguments as there and in `decode_attention`."""
-    ring = (ring_kept_BW, position_B)
+    ring = (ring_kept_BW, position_B, place_B)
     return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, lengths_B, scale, ring)
 
 
@@ -385,18 +401,20 @@ def _attend(
     keep_B: Tensor,
     column_B: Tensor,
     scale: float,
-    ring: tuple[Tensor, Tensor] | None,
+    ring: tuple[Tensor, Tensor, Tensor | None] | None,
 ) -> Tensor:
-    """Both kernels; `ring` holds flags [B, W] and positions [B], where there is one."""
+    """Both kernels; `ring` holds flags [B, W], positions [B] and, with a budget, places [B]."""
     B, N, HK = q_BNH.shape
     G, HV = v_BGH.shape[1:]
     device, half = q_BNH.device, q_BNH.element_size() == 2
     processors = multiprocessors_of(device)
     programs = most_programs(B, G, processors)
-    ring_kept, position = (lengths_B, lengths_B) if ring is None else ring  # not read without a ring
-    layout: dict[str, int] = {
+    ring_kept, position, place = (lengths_B, lengths_B, None) if ring is None else ring
+    places = lengths_B if place is None else place  # none of the three is read without need
+    layout: dict[str, Any] = {
         "G": G, "HK": HK, "HV": HV, "BLOCK_HK": max(16, triton.next_power_of_2(HK)),
         "B": B, "GATES": B // len(position), "RING": 0 if ring is None else ring_kept.shape[1],
+        "BUDGET": place is not None,
     }  # fmt: skip
     part = torch.empty(programs * (N // G), HV, dtype=torch.float32, device=device)
     part_lse = torch.empty(programs * (N // G), dtype=torch.float32, device=device)
@@ -405,7 +423,7 @@ def _attend(
     strides = (k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1))
     _attend_part[(programs,)](
         q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse, share, ring_kept, position,
-        q_BNH.stride(0), q_BNH.stride(1), *strides, scale,
+        places, q_BNH.stride(0), q_BNH.stride(1), *strides, scale,
         M=N // G, BLOCK_HV=max(16, triton.next_power_of_2(HV)),
         BLOCK_M=max(16, triton.next_power_of_2(N // G)),
         BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, BLOCK_B=triton.next_power_of_2(B),
@@ -413,8 +431,8 @@ def _attend(
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _join_parts[(B, N)](
-        part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, *strides,
-        N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16, **layout, num_warps=2,
+        part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, places,
+        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16, **layout, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -425,5 +443,5 @@ def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale):  # type: 
 
 
 @decode_ring_attention.register_fake
-def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept_BW, position_B, scale):  # type: ignore[no-untyped-def]
+def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept_BW, position_B, scale, place_B=None):  # type: ignore[no-untyped-def]
     return q_BNH.new_empty(q_BNH.shape[0], q_BNH.shape[1], v_BGH.shape[2])

@@ -17,7 +17,7 @@ from modlab.kernels import decode_attention as attention
 from modlab.kernels import decode_linear as linear
 from modlab.kernels import decode_router as router
 from modlab.kernels import kept_attention as kept
-from modlab.kernels import router_logits
+from modlab.kernels import ring_budget, router_logits
 from modlab.kernels.kept_attention import Stored
 from modlab.routing.router import HiddenRouter, make_router
 
@@ -247,6 +247,67 @@ def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             getattr(layers[1], name), getattr(layers[0], name), rtol=0, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize(("most", "gates"), [(0, 1), (1, 2), (3, 1)])
+def test_a_row_that_is_full_gives_up_its_lowest_gate(most: int, gates: int) -> None:
+    """Kernels and references step by step, and at the end what a sort of all gates says is left."""
+    W, H, rows, T = 3, 16, 2, 14
+    U, generator = rows * gates, torch.Generator().manual_seed(most)
+    lengths, capacity = [0] * U, W + most
+    layers = [filled_layer(lengths, 1, H, H, torch.float32, seed=3) for _ in range(2)]
+    for layer in layers:
+        layer.rearrange(layer.rows, [capacity] * U)
+    scores = [torch.full((U * capacity,), torch.nan, device=DEVICE) for _ in range(2)]
+    rings = [torch.zeros(U, W, dtype=torch.bool, device=DEVICE) for _ in range(2)]
+    counted = [torch.zeros(U, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    budgets = [
+        ring_budget.RingBudget(
+            scores_UW=torch.full((U, W), torch.nan, device=DEVICE),
+            place_U=torch.zeros(U, dtype=torch.int32, device=DEVICE),
+            most_1=torch.tensor([most], dtype=torch.int32, device=DEVICE),
+            keep_first=1,
+        )
+        for _ in range(2)
+    ]
+    table = address_table(layers[1])
+    table[ring_budget.SCORES] = scores[1].data_ptr()
+    gate_TU = torch.rand(T, U, generator=generator).to(DEVICE)
+    keep_TU = gate_TU > 0.3
+    keep_TU[0] = True
+    keys_TU = torch.randn(T, U, H, generator=generator).to(DEVICE)
+    for t in range(T):
+        position = torch.full((rows,), t, device=DEVICE)
+        q = torch.randn(U, 2, H, generator=generator).to(DEVICE)
+        new = (q, keys_TU[t][:, None], -keys_TU[t][:, None])
+        ring_budget.reference_make_room(
+            budgets[0], scores[0], layers[0].starts, counted[0], rings[0], gate_TU[t], position
+        )
+        ring_budget.make_room(
+            table, counted[1], rings[1], gate_TU[t], position, budgets[1].scores_UW, budgets[1].place_U,
+            budgets[1].most_1, 1,
+        )  # fmt: skip
+        assert torch.equal(budgets[0].place_U, budgets[1].place_U)
+        buffers, keep = (layers[0].keys, layers[0].values), keep_TU[t]
+        want = attention.reference_decode_ring_attention(
+            *new, buffers, layers[0].starts, counted[0], keep, rings[0], position, 0.3, budgets[0].place_U
+        )
+        got = attention.decode_ring_attention(
+            *new, table, counted[1], keep, rings[1], position, 0.3, budgets[1].place_U
+        )
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+        assert torch.equal(*counted) and torch.equal(*rings)
+        for unit in range(U):  # what is stored: the ring, and of the older ones the first and the best
+            old = [s for s in range(t + 1 - W) if keep_TU[s, unit]]
+            best = sorted(old, key=lambda s: (s > 0, -float(gate_TU[s, unit])))[:most]
+            stored = {*best, *range(max(t + 1 - W, 0), t + 1)}
+            start, n = layers[1].starts[unit], int(counted[1][unit])
+            found = layers[1].keys[0, start : start + n].cpu()
+            places = {int((keys_TU[:, unit].cpu() == key).all(-1).nonzero()[0, 0]) for key in found}
+            assert places == stored and n == len(stored) <= capacity
+            weights = (keys_TU[sorted(stored), unit] @ q[unit].T * 0.3).softmax(0)
+            values = -keys_TU[sorted(stored), unit]
+            torch.testing.assert_close(got[unit], weights.T @ values, atol=2e-5, rtol=2e-5)
 
 
 def test_a_ring_sees_recent_and_kept_tokens_and_no_others() -> None:

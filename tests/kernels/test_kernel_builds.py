@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modlab.kernels import decode_attention, decode_linear, decode_router, kept_attention, router_logits
+from modlab.kernels import decode_attention, decode_linear, decode_router, kept_attention, ring_budget
+from modlab.kernels import router_logits
 
 
 def build(kernel, signature, constants, **options):
@@ -38,8 +39,10 @@ for t in ("*bf16", "*fp32"):
     layout = {"G": 8, "B": 16, "GATES": 8}
     heads = {"HK": 128, "HV": 128, "BLOCK_HK": 128, "BLOCK_HV": 128}
     new = {"k_ptr": t, "v_ptr": t, "table_ptr": "*i64"}
-    for ring in (0, 128):
+    for ring, budget in ((0, False), (128, False), (128, True)):
+        layout["BUDGET"] = budget
         state |= {"ring_ptr": "*i1" if ring else "*i32", "position_ptr": "*i64" if ring else "*i32"}
+        state |= {"place_ptr": "*i32"}
         build(
             decode_attention._attend_part,
             {"q_ptr": t, **new, **state, "column_ptr": "*i32", **parts, **STRIDES, "scale": "fp32"},
@@ -52,6 +55,13 @@ for t in ("*bf16", "*fp32"):
             decode_attention._join_parts, {**parts, "out_ptr": t, **new, **state, **strides},
             {**layout, **heads, "RING": ring, "N": 32, "BLOCK_P": 16}, num_warps=2,
         )
+    build(
+        ring_budget._make_room,
+        {"table_ptr": "*i64", "lengths_ptr": "*i32", "ring_ptr": "*i8", "gate_ptr": "*fp32",
+         "position_ptr": "*i64", "scores_ptr": "*fp32", "place_ptr": "*i32", "most_ptr": "*i32",
+         "keep_first": "i32"},
+        {"GATES": 8, "W": 128, "FIRST": 2.0, "BLOCK": 1024}, num_warps=4,
+    )
     half = t == "*bf16"
     build(
         kept_attention._attend_kept,
@@ -124,4 +134,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split().count("True") == 25
+    assert run.stdout.split().count("True") == 31
