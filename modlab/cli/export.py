@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from pathlib import Path
 from typing import Any
 
-from modlab.cli.flags import Command, read_integers
+from modlab.cli.flags import Command, read_integers, read_name, read_path
 from modlab.cli.models import add_data_flags, add_model_flags, check_target, load_model, rows_of
 
 
@@ -21,8 +20,10 @@ def add(command: Command) -> None:
         "Engines such as vLLM and SGLang serve it without modlab. What it costs against routing token by "
         "token is printed and written to FOLDER/export.json: loss, and loss on the second copy of a passage.",
     )
-    sub.add_argument("model", metavar="MODEL", help="model with trained routers of its keys and values")
-    sub.add_argument("--static", metavar="FOLDER", type=Path, required=True, help="where to write")
+    sub.add_argument(
+        "model", metavar="MODEL", type=read_name, help="model with trained routers of its keys and values"
+    )
+    sub.add_argument("--static", metavar="FOLDER", type=read_path, required=True, help="where to write")
     add_data_flags(sub, required=True, tokens=65536)
     sub.add_argument("--split", choices=("heldout", "train", "all"), help="as for `modlab eval`")
     which = sub.add_mutually_exclusive_group()

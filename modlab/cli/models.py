@@ -71,14 +71,15 @@ def _device(options: argparse.Namespace) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(options: argparse.Namespace, name: str) -> tuple[Any, Any]:
-    """The model, on its device and in eval mode, and its tokenizer."""
+def load_model(options: argparse.Namespace, name: str, base: str | None = None) -> tuple[Any, Any]:
+    """The model, on its device and in eval mode, and its tokenizer; `base`: of routers alone."""
     import modlab
 
     device = _device(options)
     if device.startswith("meta"):
         raise ModlabError(f"--device {device}: nothing is computed there.")
-    loaded: tuple[Any, Any] = modlab.load(name, **({"dtype": options.dtype} if options.dtype else {}))
+    given = {"dtype": options.dtype} if options.dtype else {}
+    loaded: tuple[Any, Any] = modlab.load(name, base=base, **given)
     model, tokenizer = loaded
     try:
         model.to(device)

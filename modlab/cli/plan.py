@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from modlab.cli.flags import Command
+from modlab.cli.flags import Command, read_name
 
 
 def add(command: Command) -> None:
@@ -17,7 +17,11 @@ def add(command: Command) -> None:
         "DDP, FSDP2), else of all together; a total has to fit into nine tenths of the memory.",
     )
     sub.add_argument(
-        "--model", metavar="MODEL", required=True, help="folder, hub id or a shape of modlab bench"
+        "--model",
+        metavar="MODEL",
+        type=read_name,
+        required=True,
+        help="folder, hub id or a shape of modlab bench",
     )
     sub.add_argument("--gpus", metavar="N", type=int, default=1, help="how many")
     sub.add_argument("--memory", metavar="GIB", type=float, default=80.0, help="of each")

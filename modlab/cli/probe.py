@@ -59,6 +59,12 @@ def add(command: Command) -> None:
     text.add_argument("--prompt-tokens", metavar="T", type=int, default=128, help="tokens of a prompt")
     text.add_argument("--new-tokens", metavar="T", type=int, default=256, help="most tokens to write")
     text.add_argument("--temperature", metavar="X", type=float, default=1.0, help="of the sampled text")
+    sub.add_argument(
+        "--paired",
+        action="store_true",
+        help="recall and retrieval of a converted MODEL next to its dense self (routing off), with the "
+        "standard error of the difference",
+    )
     sub.add_argument("--seed", metavar="S", type=int, default=0, help="of places, values and samples")
     sub.add_argument("--batch-size", metavar="B", type=int, default=8, help="rows a forward")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -69,11 +75,16 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from modlab import probes
     from modlab.bench.results import circumstances
+    from modlab.routing.state import routing_of
 
     chosen = [name for name in PROBES if name in options.only] if options.only else list(PROBES)
     if options.judge and "generation" not in chosen:
         raise ModlabError("--judge rates generated text, and --only leaves generation out: drop one of them.")
+    if options.paired and options.by_row:
+        raise ModlabError("--paired gives means of differences, --by-row single rows: drop one of them.")
     model, tokenizer = load_model(options, options.model)
+    if options.paired:
+        routing_of(model)  # a dense model is refused before data are read
     judge = _judge(options, tokenizer) if options.judge else None
     rows = rows_of(options, model, tokenizer)
     data = list(rows)
@@ -86,9 +97,11 @@ def run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*distances left out")  # printed below
         if "recall" in chosen:
-            tables["recall"] = probes.recall(model, data, passage=options.passage, **far)
+            recall = probes.recall_gap if options.paired else probes.recall
+            tables["recall"] = recall(model, data, passage=options.passage, **far)
         if "retrieval" in chosen:
-            tables["retrieval"] = probes.retrieval(model, data, tokenizer, pairs=options.pairs, **far)
+            retrieval = probes.retrieval_gap if options.paired else probes.retrieval
+            tables["retrieval"] = retrieval(model, data, tokenizer, pairs=options.pairs, **far)
     if "generation" in chosen:
         health = probes.generation_health(
             model,

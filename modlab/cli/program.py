@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from modlab import __version__
-from modlab.cli import bench, convert, evaluate, export, fit, lab, plan, probe, sweep, train
+from modlab.cli import bench, convert, evaluate, export, fit, lab, plan, probe, report, sweep, train
 from modlab.cli.flags import BAD_INPUT, INTERRUPTED, HelpFormatter
 from modlab.errors import ModlabError
 
@@ -99,6 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for module in (lab, convert, fit, train, evaluate, probe, sweep, export, plan, bench):
+    for module in (lab, convert, fit, train, evaluate, probe, report, sweep, export, plan, bench):
         module.add(command)
     return parser

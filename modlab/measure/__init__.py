@@ -1,6 +1,7 @@
 """What a threshold costs and buys: loss, keep ratio, KV bytes, time; thresholds for a wanted keep ratio.
 
     divergence(model, texts, tokenizer)          KL to the dense model by position, bytes (routed models)
+    report(model, texts, tokenizer)              that and the paired probes, as a page and JSON
     evaluate(model, batches)                     one pass: loss, keep ratio, KV bytes (dense models too)
     sweep(model, tokenizer, texts, thresholds)   one row a threshold
     calibrate(model, batches, keep_ratio=0.25)   finds and sets the thresholds that keep this share of tokens
@@ -17,6 +18,7 @@ from modlab.measure.calibration import Calibration, calibrate
 from modlab.measure.divergence import divergence
 from modlab.measure.evaluation import Evaluation, evaluate, loss
 from modlab.measure.pieces import TEXT_PIECE, piece_length
+from modlab.measure.reporting import Report, report
 from modlab.measure.sweeps import DEFAULT_THRESHOLDS, sweep
 from modlab.measure.timing import synchronize, time_generate
 
@@ -25,6 +27,7 @@ __all__ = [
     "TEXT_PIECE",
     "Calibration",
     "Evaluation",
+    "Report",
     "as_batches",
     "calibrate",
     "context_length",
@@ -34,6 +37,7 @@ __all__ = [
     "loss",
     "over_ranks",
     "piece_length",
+    "report",
     "sweep",
     "synchronize",
     "time_generate",

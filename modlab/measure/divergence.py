@@ -40,7 +40,7 @@ ROW = 2048
 PIECE = 512
 BIN = 128
 """Positions that a line of the table by position is a mean over."""
-ITEMS = frozenset({"input_ids", "text", "messages"})
+ITEMS = frozenset({"input_ids", "messages"})
 """Keys of one item of data: a mapping with any of them is data, not texts by name."""
 
 

@@ -40,7 +40,7 @@ def path_like(parser: argparse.ArgumentParser):
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 yield from path_like(sub)
-        elif action.metavar in ("DIR", "DST", "SRC", "FILE", "MODEL", "RESULT") or action.dest == "out":
+        elif action.metavar in ("DIR", "DST", "SRC", "FILE", "MODEL", "RESULT", "FOLDER") or action.dest == "out":
             yield action
 
 

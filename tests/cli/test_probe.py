@@ -120,3 +120,33 @@ def test_the_demo_pair():
     )
     assert health.greedy.loss < health.sampled.loss, "greedy search takes the likeliest tokens"
     assert sorted(health.greedy.keep_ratio_by_layer) == model.mod.layers
+
+
+def test_paired_tables_have_both_sides(folder, words, capsys) -> None:
+    assert cli.main([*words, "--only", "recall", "retrieval", "--paired", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [line["distance"] for line in facts["recall"]] == [100, 150, 200]
+    assert {"dense", "routed", "gap", "stderr"} <= set(facts["recall"][0])
+    assert {"dense_right", "of_dense", "difference"} <= set(facts["retrieval"][0])
+    words[1] = str(folder / "dense")
+    assert cli.main([*words, "--paired"]) == cli.BAD_INPUT
+    assert "is dense" in capsys.readouterr().err
+
+
+def test_report_writes_a_page_and_its_figures(folder, tmp_path, capsys) -> None:
+    flags = "--rows 1 --seq-len 100 --distances 100 --questions 2 --pairs 2"
+    data = [f"one={folder / 'text.txt'}", str(folder / "text.txt")]
+    out = ["--out", str(tmp_path / "page.html")]
+    assert cli.main(["report", str(folder / "mod"), "--data", *data, *flags.split(), *out]) == 0
+    read = json.loads((tmp_path / "page.json").read_text())
+    assert set(read["rows"][0]["keep_by_text"]) == {"one", "text"} and read["versions"] and read["command"]
+    assert "K/V" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 1000
+    for wrong, says in (
+        (["report", str(folder / "dense"), "--data", *data, *out], "is dense"),
+        (["report", str(folder / "mod"), "--data", data[1], data[1], *out], "two texts have one name"),
+        (["report", str(folder / "mod"), "--data", "=x", *out], "NAME=SOURCE"),
+        (["report", str(folder / "mod"), "--data", *data, "--out", str(tmp_path / "page.txt")], "a page"),
+        (["report", str(folder / "mod"), "--data", *data, "--kv-saving", "2", *out], "know no thresholds"),
+    ):
+        assert cli.main(wrong) == cli.BAD_INPUT
+        assert says in capsys.readouterr().err

@@ -106,4 +106,5 @@ def test_wrong_values_are_refused() -> None:
         divergence(routed_llama(), STREAM, piece=0, **SMALL)
     with pytest.raises(ModlabError, match="no texts given"):
         divergence(routed_llama(), {}, **SMALL)
-    assert set(named_texts({"input_ids": STREAM})) == {"text"} and set(named_texts({"a": "x"})) == {"a"}
+    assert set(named_texts({"input_ids": STREAM})) == {"text"}
+    assert set(named_texts({"a": "x", "text": "y"})) == {"a", "text"}
