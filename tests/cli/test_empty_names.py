@@ -34,13 +34,16 @@ def test_an_empty_name_is_refused_before_anything_is_done(words, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+PLACES = ("DIR", "DST", "SRC", "FILE", "MODEL", "RESULT", "FOLDER")
+
+
 def path_like(parser: argparse.ArgumentParser):
     """The arguments of a parser and its commands that name a file, a folder, a model or data."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 yield from path_like(sub)
-        elif action.metavar in ("DIR", "DST", "SRC", "FILE", "MODEL", "RESULT", "FOLDER") or action.dest == "out":
+        elif action.metavar in PLACES or action.dest == "out":
             yield action
 
 
