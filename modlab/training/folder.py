@@ -16,7 +16,7 @@ from torch import Tensor
 from modlab.errors import ModlabError
 from modlab.training.checkpoints import checkpoints, read_json, replace_text, write_json
 
-LOG, RECORD, THRESHOLDS = "log.jsonl", "run.json", "thresholds.json"
+LOG, RECORD, THRESHOLDS, HELD = "log.jsonl", "run.json", "thresholds.json", ".lock"
 
 
 class RunFolder:
@@ -46,16 +46,17 @@ class RunFolder:
         Raises:
             ModlabError: another one does.
         """
-        if self.path is None or not self.writes or os.name == "nt":  # Windows cannot lock a folder
+        if self.path is None or not self.writes or os.name == "nt":  # Windows has no such locks
             yield
             return
         import fcntl
 
         self.path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
+        # a file's lock: the folder's own is what saving model/ waits for
+        file = os.open(self.path / HELD, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ModlabError(
                     f"{self.path} is in use by a training run that has not ended: choose another folder."
@@ -64,7 +65,7 @@ class RunFolder:
                 pass
             yield
         finally:
-            os.close(folder)
+            os.close(file)
 
     def begin(self, description: dict[str, Any], step: int, steps_ahead: bool) -> list[dict[str, Any]]:
         """A run begins, or is taken up again after `step` steps: what lies behind that is cut off.

@@ -4,11 +4,10 @@
 # Training and evaluation on several devices through accelerate, started from a notebook: the same figures,
 # shared work.
 #
-# `modlab.train` and `modlab.measure.evaluate` are written for
-# [accelerate](https://huggingface.co/docs/accelerate): started by `accelerate launch`, each process takes
-# its rows of the same global batch, and gradients and figures are averaged over all of them. Nothing in
-# your code changes. This notebook runs the same training once here and once in several processes, and puts
-# the figures side by side.
+# `modlab.train`, `modlab.measure.evaluate` and the probes are written for
+# [accelerate](https://huggingface.co/docs/accelerate): each process takes its rows of the same global batch,
+# and gradients and figures are those of all of them. Nothing in your code changes. This notebook runs the
+# same cell in several processes and in one, and puts the figures side by side.
 
 # %% [markdown]
 # ## What is here
@@ -21,59 +20,53 @@
 MODEL = "demo"  # use your own model: a hub id or a folder
 STEPS, GLOBAL_BATCH, SEQ_LEN = 4, 4, 128
 
+import argparse
+import inspect
 import json
 import os
-import subprocess
-import sys
+import statistics
 from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from accelerate import Accelerator, debug_launcher, notebook_launcher
 
-from modlab import figures
-
-GPUS = torch.cuda.device_count()
-PROCESSES = GPUS if GPUS > 1 else 2
-if GPUS < 2:
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # for this kernel and for the processes that it starts
-print(
-    f"{GPUS} GPU(s), {os.cpu_count()} CPU cores: {PROCESSES} processes on {'GPUs' if GPUS > 1 else 'the CPU'}"
-)
-
-# %% [markdown]
-# ## The script
-#
-# What runs in several processes has to be a file: a notebook's kernel is a single process. It is short, and
-# it is what you would take to a cluster. `batch_size` is *per process*: to keep the global batch, divide
-# it.
-
-# %%
-SCRIPT = '''\
-"""Trains and evaluates a model in however many processes were started; each writes what it saw."""
-import argparse, inspect, json, statistics, sys
-from pathlib import Path
-
-import torch
-from accelerate import Accelerator
 import modlab
+from modlab import figures
 from modlab.measure import evaluate
 
+FOLDER = Path("many-gpus")
+FOLDER.mkdir(exist_ok=True)
+GPUS = torch.cuda.device_count()
+PROCESSES = GPUS if GPUS > 1 else 2
+place = "GPUs" if GPUS > 1 else "the CPU"
+print(f"{GPUS} GPU(s), {os.cpu_count()} CPU cores: {PROCESSES} processes on {place}")
 
-def rows_of(module, tokenizer, length, count):
-    """The first rows of a module's source, int64 [count, length]."""
+# %% [markdown]
+# ## What each process does
+#
+# An ordinary function of this notebook. `batch_size` is *per process*: to keep the global batch, divide it.
+# Every process is given all rows; `modlab.train` and `evaluate` pick this one's.
+
+
+# %%
+def rows_of(module, tokenizer, count):
+    """The first rows of a module's source, int64 [count, SEQ_LEN]."""
     ids = tokenizer(inspect.getsource(module), verbose=False)["input_ids"]
-    return torch.tensor(ids[: count * length]).view(count, length)
+    return torch.tensor(ids[: count * SEQ_LEN]).view(count, SEQ_LEN)
 
 
-def main(name, out, steps, global_batch, length):
+def work():
+    """Evaluates and trains a model together with all processes; each writes what it saw."""
+    torch.set_num_threads(1)
     accelerator = Accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
-    model, tokenizer = modlab.load(name)
+    model, tokenizer = modlab.load(MODEL)
     if not modlab.is_converted(model):
-        modlab.convert(model, modlab.MoDConfig(keep_recent=length // 8))  # these rows are short
-    rows = rows_of(argparse, tokenizer, length, steps * global_batch)
-    heldout = rows_of(statistics, tokenizer, length, 12)
+        modlab.convert(model, modlab.MoDConfig(keep_recent=SEQ_LEN // 8))  # these rows are short
+    model.to(accelerator.device)
+    heldout = rows_of(statistics, tokenizer, 12)
 
     def held_out(rows, **more):
         """Loss, tokens that it is over, and keep ratio."""
@@ -83,37 +76,16 @@ def main(name, out, steps, global_batch, length):
     own = held_out(heldout[rank::world])  # this process alone, on its rows
     together = held_out(heldout, accelerator=accelerator)
     config = modlab.TrainConfig(
-        steps=steps, batch_size=global_batch // world, lr=1e-4, keep_ratio=0.25, ramp=0.0,
+        steps=STEPS, batch_size=GLOBAL_BATCH // world, lr=1e-4, keep_ratio=0.25, ramp=0.0,
         mixed_precision="no", log_every=1, seed=0,
     )
-    history = modlab.train(model, rows, config).history
+    history = modlab.train(model, rows_of(argparse, tokenizer, STEPS * GLOBAL_BATCH), config).history
     report = {
         "device": str(accelerator.device), "own": own, "together": together,
         "history": history.to_dict("list"),
         "weights": sum(p.double().sum().item() for p in model.parameters()),
     }
-    Path(out, f"rank_{rank}_of_{world}.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:6]))
-'''
-FOLDER = Path("many-gpus")
-FOLDER.mkdir(exist_ok=True)
-(FOLDER / "train_many.py").write_text(SCRIPT)
-print(f"{FOLDER / 'train_many.py'}: {len(SCRIPT.splitlines())} lines")
-
-# %% [markdown]
-# ## One process
-#
-# This kernel is one; it can run the file's `main` itself.
-
-# %%
-sys.path.insert(0, str(FOLDER))
-import train_many
-
-settings = [MODEL, str(FOLDER), STEPS, GLOBAL_BATCH, SEQ_LEN]
-train_many.main(*settings)
+    (FOLDER / f"rank_{rank}_of_{world}.json").write_text(json.dumps(report))
 
 
 def reports(processes):
@@ -122,28 +94,20 @@ def reports(processes):
     return [json.loads(file.read_text()) for file in files]
 
 
-alone = reports(1)
-
 # %% [markdown]
-# ## Several processes
+# ## Several processes, then one
 #
-# The same file under `accelerate launch`. On a cluster this is the last line of your job script; after
-# `accelerate config` it needs no flags. (`--multi_gpu` is accelerate's name for several processes on one
-# machine. It is right on CPUs, too, if `ACCELERATE_USE_CPU` is set.)
+# `notebook_launcher` is accelerate's way to start them from a cell; on CPUs it is called `debug_launcher`.
+# Several come first: a kernel that has used a GPU itself cannot hand it on.
 
 # %%
-command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-command += ["--num_processes", str(PROCESSES), "--main_process_port", "0"]
-command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-command += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // PROCESSES))]
-
-print("accelerate launch", *command[3:], "train_many.py", *settings)
-done = subprocess.run(
-    [*command, str(FOLDER / "train_many.py"), *map(str, settings)], capture_output=True, text=True
-)
-if done.returncode:
-    raise RuntimeError(done.stderr[-3000:])
-several = reports(PROCESSES)
+if GPUS > 1:
+    notebook_launcher(work, num_processes=PROCESSES)
+    work()
+else:
+    debug_launcher(work, num_processes=PROCESSES)
+    debug_launcher(work, num_processes=1)
+several, alone = reports(PROCESSES), reports(1)
 print(f"{len(several)} reports, from", ", ".join(report["device"] for report in several))
 
 # %% [markdown]
@@ -195,9 +159,12 @@ table.astype({"tokens": int}).round(6)
 # %% [markdown]
 # ## On real hardware
 #
-# - `accelerate config` asks once about machines, GPUs and precision. The command line works the same way:
-#   `accelerate launch -m modlab train MODEL --data SOURCE --out DIR`.
-# - A run is resumed with the number of processes it was started with: the order of the rows depends on it.
+# - In a script or on a cluster the same function runs under `accelerate launch`; the commands work the same
+#   way: `accelerate launch -m modlab train MODEL --data SOURCE --out DIR`, and `modlab eval`, `probe` and
+#   `sweep` as well. Only the first process prints.
+# - A model that does not fit on one GPU is sharded: `accelerate launch --use_fsdp --fsdp_version 2 ...`.
+# - A run is taken up by any number of processes with the same global batch.
+# - `modlab plan --model MODEL --gpus 8` works out beforehand what each GPU will hold.
 # - How much faster several GPUs are depends on the model and on what connects them. This notebook claims no
 #   speed-up that it has not measured on your machine.
 #

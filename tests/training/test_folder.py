@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from modlab.saving.locks import try_lock, unlock
+from modlab.training.folder import RunFolder
 from modlab.training.loop import TrainConfig, train
 from tests.helpers.training import settings
 
@@ -39,3 +41,10 @@ def test_checkpoints_are_pruned_and_the_model_is_saved(
     with torch.no_grad():
         assert torch.equal(saved(rows[:2]).logits, result.model(rows[:2]).logits)
     assert json.loads((out / "run.json").read_text())["batch_size"] == 8
+
+
+def test_what_is_saved_in_a_run_does_not_wait_for_the_run(tmp_path: Path) -> None:
+    """Saving model/ locks the folder around it."""
+    with RunFolder(tmp_path / "run", is_main=True).held():
+        assert (lock := try_lock(tmp_path / "run")) is not None
+        unlock(lock)

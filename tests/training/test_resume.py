@@ -173,8 +173,8 @@ def test_settings_that_may_change_are_those_of_the_new_call(
         ({"mod": None}, r"mod.skip=None \(was layer\)"),
         ({"config": {"objective": "budget"}}, r"objective=budget \(was target\)"),
         ({"config": {"freeze_base": True}}, r"freeze_base=True \(was False\)"),
-        ({"config": {"grad_accum": 2}}, r"grad_accum=2 \(was 1\)"),
-        ({"config": {"batch_size": 4}}, r"batch_size=4 \(was 8\)"),
+        ({"config": {"grad_accum": 2}}, r"global_batch=16 \(was 8\)"),
+        ({"config": {"batch_size": 4}}, r"global_batch=4 \(was 8\)"),
     ],
 )
 def test_what_breaks_the_runs_promise_is_refused(
