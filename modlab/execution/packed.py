@@ -116,6 +116,8 @@ def run_packed(
                 y, rest = arguments.run(dense, changes)
         skipped = x_BTD if site.residual else 0.0
         out = gated_output(site.form, y, skipped, site.decision.gate, module.training)
+    elif attends_directly(site, layer, arguments.mask(), module.training, arguments.one_row_each):
+        out, rest = _run_directly(dense, arguments, site, cache, layer, counts, kept)
     else:
         out, rest = _run_groups(module, dense, arguments, site, cache, layer, counts, kept)
     if isinstance(layer, RaggedLayer):
@@ -143,9 +145,6 @@ def _run_groups(
         groups = exact_groups(runs, counts, one_row_each=single)
     for group in groups:
         group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
-    directly = attends_directly(site, layer, arguments.mask(), module.training, arguments.one_row_each)
-    if directly:
-        return _run_directly(module, dense, arguments, site, cache, layer, groups)
     if site.recent is not None and layer is not None and not site.call.sees_future(arguments.mask()):
         groups = [part for g in groups for part in (_in_chunks(g) if hides(g, layer) else [g])]
     rest: Any = site.empty_rest
@@ -175,32 +174,46 @@ def _run_groups(
 
 
 def _run_directly(
-    module: nn.Module,
     dense: Callable[..., Any],
     arguments: LayerArguments,
     site: Site,
     cache: Any,
     layer: Any,
-    groups: list[Group],
+    counts: list[int],
+    kept: list[int],
 ) -> tuple[Tensor, Any]:
     """An attention, over the cache as it lies there (`stored_keys.py`)."""
-    mask_name, cache_name = arguments.mask_name(), arguments.cache_name()
-    assert mask_name is not None and cache_name is not None and site.recent is not None
+    call, rows = site.call, list(range(arguments.batch))
+    if all(count == arguments.time for count in counts):  # no padding: nothing to gather, nothing to put back
+        keep = None if kept == counts else site.decision.keep
+        layer.claim(rows, call.columns.expand(len(rows), -1), keep)
+        out, rest = _attend(dense, arguments, site, StoredView(cache, layer, rows, site.recent), {})
+        return out, tuple(None for _ in rest)
     out, rest = torch.zeros_like(arguments.hidden), site.empty_rest
-    for group in groups:
+    for group in exact_groups(site.runs, counts):
         rows_R1 = torch.tensor(group.rows, device=out.device)[:, None]
-        kept = None if group.keeps_all else _kept(site, group)
-        layer.claim(group.rows, site.call.columns[group.index_RS], kept)
+        some_go = any(kept[row] != counts[row] for row in group.rows)
+        layer.claim(group.rows, call.columns[group.index_RS], _kept(site, group) if some_go else None)
         view = StoredView(cache, layer, group.rows, site.recent)
-        changes = arguments.select(rows_R1, group.index_RS) | {mask_name: None, cache_name: view}
-        try:
-            y_RSD, rest = arguments.run(dense, changes)
-        finally:
-            view.attending.end()
-        if not view.attending.met:
-            raise changed()
+        chosen = arguments.select(rows_R1, group.index_RS)
+        y_RSD, rest = _attend(dense, arguments, site, view, chosen)
         out.index_put_((rows_R1.expand_as(group.index_RS), group.index_RS), y_RSD.to(out.dtype))
     return out, tuple(None for _ in rest)
+
+
+def _attend(
+    dense: Callable[..., Any], arguments: LayerArguments, site: Site, view: StoredView, chosen: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """One call of the module: without a mask, and with `view` for its cache."""
+    mask_name, cache_name = arguments.mask_name(), arguments.cache_name()
+    assert mask_name is not None and cache_name is not None
+    try:
+        y, rest = arguments.run(dense, chosen | {mask_name: None, cache_name: view})
+    finally:
+        view.attending.end()
+    if not view.attending.met:
+        raise changed()
+    return y, rest
 
 
 def attention_kernels(x_BTD: Tensor) -> contextlib.AbstractContextManager[Any]:

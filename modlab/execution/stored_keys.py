@@ -57,8 +57,9 @@ class StoredView(PackedView):
 
     layer: RecentLayer
 
-    def __init__(self, cache: RaggedCache, layer: RecentLayer, rows: list[int], recent: int) -> None:
+    def __init__(self, cache: RaggedCache, layer: RecentLayer, rows: list[int], recent: int | None) -> None:
         super().__init__(cache, layer, rows)
+        assert recent is not None
         self.attending = Attending(layer, rows, recent)
 
     def update(
