@@ -27,6 +27,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    tied: bool = False  # whether the output head is the embedding
 
     def config(self, context: int) -> transformers.LlamaConfig:
         """Its transformers config, for `context` tokens."""
@@ -37,6 +38,7 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             vocab_size=self.vocab,
+            tie_word_embeddings=self.tied,
             max_position_embeddings=context,
         )
 
@@ -44,6 +46,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(hidden=64, intermediate=128, layers=4, heads=4, kv_heads=2, vocab=256),
     "wide": Shape(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=8, vocab=4096),
+    "smollm2": Shape(576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True),
     "llama-3-8b": Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
     "llama-3-70b": Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256),
 }
