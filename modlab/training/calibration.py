@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from modlab.cache.stored import unbounded_keep_ratio
 from modlab.errors import ModlabError
-from modlab.hf.anatomy import decoder_layers
+from modlab.hf.anatomy import attention_name, decoder_layers
 from modlab.measure import Calibration, calibrate
 from modlab.routing.router import Router, logit_of
 from modlab.routing.state import thresholds_restored
@@ -113,23 +114,41 @@ def thresholds_by_ratio(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     accelerator: Any = None,
 ) -> dict[float, dict[int, float]]:
-    """Thresholds by layer for 2x, 4x, 8x and 16x, as far as they lie within the keep ratios that were
-    trained; the model's own stay."""
+    """Thresholds by layer for 2x, 4x, 8x and 16x less K/V in long texts, as far as they lie within the keep
+    ratios that were trained; the model's own stay."""
     found: dict[float, dict[int, float]] = {}
     low, high = keep_range
     for ratio in RATIOS:
-        if not low <= 1 / ratio <= high:
+        keep_ratio = keep_for_saving(model, ratio)
+        if not low <= keep_ratio <= high:
             continue
         try:
             with thresholds_restored(model), autocast():
                 found[ratio] = dict(
                     calibrate(
-                        model, batches, keep_ratio=1 / ratio, tolerance=0.05 / ratio, max_passes=15,
+                        model, batches, keep_ratio=keep_ratio, tolerance=0.05 * keep_ratio, max_passes=15,
                         accelerator=accelerator,
                     )
                 )  # fmt: skip
         except ModlabError as error:
             warnings.warn(f"No threshold for {ratio:g}x: {error}", stacklevel=2)
+    return found
+
+
+def keep_for_saving(model: Any, kv_saving: float) -> float:
+    """The keep ratio of the routed layers at which a long text takes so many times fewer bytes; not above 0
+    where too few layers are routed."""
+    holding = sum(attention_name(layer) is not None for layer in decoder_layers(model))
+    return unbounded_keep_ratio(kv_saving, len(model.mod.layers), holding)
+
+
+def common(thresholds: dict[float, dict[int, float]]) -> dict[float, float]:
+    """Thresholds by saving where all layers share one, none otherwise; only as far as they rise."""
+    found: dict[float, float] = {}
+    for saving, by_layer in sorted(thresholds.items()):
+        p = set(by_layer.values())
+        if len(p) == 1 and (value := p.pop()) > max(found.values(), default=0.0):
+            found[saving] = value
     return found
 
 

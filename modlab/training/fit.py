@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,13 +27,17 @@ from modlab.hf.anatomy import decoder_layers
 from modlab.hf.model import check_model, context_length, device_of, eval_mode
 from modlab.routing.router import Router
 from modlab.routing.state import Routing, routing_of, set_threshold
-from modlab.training.calibration import calibrate_trained
+from modlab.routing.trained import Trained
+from modlab.training.calibration import calibrate_trained, common, keep_for_saving
 from modlab.training.contexts import contexts, prompt_ids
 from modlab.training.fit_config import FitConfig
 from modlab.training.fit_pass import FitPass, sample_size
 
 ON_GPU = {"tokens": 196_608, "context": 2048, "batch_size": 4, "hidden_steps": 400}
 ON_CPU = {"tokens": 32_768, "context": 1024, "batch_size": 1, "hidden_steps": 0}
+SAVINGS = (1.5, 2.0, 3.0, 4.0)
+"""Whose thresholds fitted routers know."""
+
 CALIBRATION_TOKENS = 4096
 """On a CPU, eight times as many on a GPU: read a few times for the thresholds."""
 
@@ -106,6 +111,7 @@ def fit_routers(
         set_threshold(model, 0.5)
         read = rows[fitted:][: max(1, CALIBRATION_TOKENS * (8 if on_gpu else 1) // length)]
         kept = _calibrated(model, read.to(device), config.keep_ratio)
+        routing_of(model).trained = _trained(model, steps, config.keep_ratio, fitted * length)
     mean = statistics.fmean(kept.values()) if kept else expected
     seconds = time.monotonic() - began
     return Fit(fitted * length, steps.held.r2, steps.held_linear.r2, mean, seconds, kept)
@@ -129,6 +135,18 @@ def _run(steps: FitPass, rows: Tensor, fitted: int, batch_size: int, progress: b
             steps.hold(part.to(device))
             bar.update(len(part))
             bar.set_postfix_str(_shown(steps.held.r2))
+
+
+def _trained(model: Any, steps: FitPass, keep_ratio: float, tokens: int) -> Trained:
+    """What is known of the routers: thresholds from 1.5x to 4x, beyond which scores alone do not carry."""
+    asked, savings = steps.logit_keeping(keep_ratio), {}
+    for saving in SAVINGS:
+        wanted = keep_for_saving(model, saving)
+        if wanted > 0:
+            savings[saving] = 1 / (1 + math.exp(asked - steps.logit_keeping(wanted)))
+    rising = common({saving: {0: p} for saving, p in savings.items() if 0 < p < 1})
+    method = f"fitted to scores of {tokens:,} tokens in closed form, nothing trained"
+    return Trained(savings=rising, seq_len=steps.length, tokens=tokens, method=method)
 
 
 def _shown(r2: float) -> str:

@@ -5,6 +5,7 @@ Shape letters: B rows, C tokens of one copy, P tokens of the prompt, D model dim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,16 +98,24 @@ class FitPass:
     def open(self, keep_ratio: float) -> float:
         """Shifts all gates by one amount, so that a threshold of 0.5 keeps that share of the held-out texts
         as the dense model reads them; what is kept of them then."""
-        pooled = torch.cat([z.flatten() for z in self.logits]).sort(descending=True).values
-        length = self.length
-        free = (keep_ratio * length - self.first) / max(1, length - self.first)
-        count = min(max(round(free * len(pooled)), 0), len(pooled))
-        above = pooled[count - 1] if count else pooled[0] + 1
-        below = pooled[count] if count < len(pooled) else pooled[-1] - 1
-        by = float((above + below) / 2)
+        by = self.logit_keeping(keep_ratio)
         for router in self.routers.values():
             router.bias.sub_(by)
-        return (self.first + count / len(pooled) * (length - self.first)) / length
+        free = float((self.pooled >= by).float().mean())
+        return (self.first + free * (self.length - self.first)) / self.length
+
+    @functools.cached_property
+    def pooled(self) -> Tensor:
+        """All gates' logits of the held-out texts as they were fitted, descending."""
+        return torch.cat([z.flatten() for z in self.logits]).sort(descending=True).values
+
+    def logit_keeping(self, keep_ratio: float) -> float:
+        """The logit above which that share of the held-out texts' tokens lies, first tokens included."""
+        free = (keep_ratio * self.length - self.first) / max(1, self.length - self.first)
+        count = min(max(round(free * len(self.pooled)), 0), len(self.pooled))
+        above = self.pooled[count - 1] if count else self.pooled[0] + 1
+        below = self.pooled[count] if count < len(self.pooled) else self.pooled[-1] - 1
+        return float((above + below) / 2)
 
     def _run(self, text_BC: Tensor, take: Callable[[int, Tensor, Tensor], None]) -> None:
         rows = repeated(text_BC, self.prompt)

@@ -20,10 +20,12 @@ from tqdm.auto import tqdm
 from modlab.errors import ModlabError
 from modlab.measure.evaluation import evaluate_batches
 from modlab.routing.state import is_converted
+from modlab.routing.trained import Trained
 from modlab.training.anchors import anchored, may_skip_all
 from modlab.training.calibration import (
     calibrate_trained,
     calibration_batches,
+    common,
     open_gates,
     thresholds_by_ratio,
 )
@@ -419,6 +421,12 @@ class Run:
                 self.model, batches, config.keep_range, self.stepping.autocast, self._sharing
             )
             self.folder.write_thresholds(self.thresholds)
+            self.model.mod.trained = Trained(
+                savings=common(self.thresholds),
+                seq_len=batches[0]["input_ids"].shape[1],
+                tokens=self.tokens,
+                method=f"distilled to the dense model, {self.tokens:,} tokens",
+            )
 
     def _begin_distillation(self) -> None:
         batches, stepping = self._calibration_batches(), self.stepping

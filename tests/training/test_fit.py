@@ -102,6 +102,12 @@ def test_a_fit_explains_held_out_rows_and_keeps_what_was_asked(capsys: pytest.Ca
     assert set(found.keep_ratio_by_layer) == set(model.mod.layers)
     assert set(model.mod.thresholds.values()) == {0.5}
     assert model.mod.base_trained is False
+    savings = model.mod.trained.savings
+    assert list(savings) == [1.5, 2.0, 3.0, 4.0] and savings[3.0] < 0.6 < 2 * savings[4.0]
+    modlab.set_kv_saving(model, 2.0)
+    read = {"input_ids": texts(20, 64)}
+    assert modlab.measure.evaluate(model, read, cache=False).keep_ratio == pytest.approx(0.5, abs=0.05)
+    modlab.set_threshold(model, 0.5)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert re.search(r"R² 0\.\d{3}", capsys.readouterr().err)
     again = modlab.convert(lively(), modlab.MoDConfig(**HEADS))
