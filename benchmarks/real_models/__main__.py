@@ -39,6 +39,17 @@ def main(arguments: list[str] | None = None) -> None:
         stage.add_argument("--model", type=Path, required=True, help="the model's folder")
         stage.add_argument("--data", type=Path, required=True, help="what `texts` wrote")
         stage.add_argument("--device", default="cuda")
+    trains = stages.add_parser("train-speed", help="of the product: fitting, distilling, peak memory")
+    trains.add_argument(
+        "--model", type=Path, help="the model's folder; random weights of an 8B shape without"
+    )
+    trains.add_argument("--device", default="cuda")
+    trains.add_argument("--batch", type=int, default=8, help="rows a forward")
+    trains.add_argument("--length", type=int, default=4096, help="tokens a row")
+    trains.add_argument("--steps", type=int, default=20)
+    trains.add_argument("--accumulate", type=int, default=1, help="forwards a step")
+    trains.add_argument("--checkpointing", action="store_true", help="of gradients")
+    trains.add_argument("--anneal", action="store_true", help="no rows with thresholds of their own")
     report = stages.add_parser("report", help="what runs have left, as one result file")
     report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
     report.add_argument(
@@ -60,7 +71,15 @@ def main(arguments: list[str] | None = None) -> None:
     for stage in (texts, run, report, ship, tasks):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    verbs = {"texts": _texts, "run": _run, "speed": _speed, "report": _report, "ship": _ship, "tasks": _tasks}
+    verbs = {
+        "texts": _texts,
+        "run": _run,
+        "speed": _speed,
+        "train-speed": _train_speed,
+        "report": _report,
+        "ship": _ship,
+        "tasks": _tasks,
+    }
     verbs[options.stage](options)
 
 
@@ -113,6 +132,17 @@ def _speed(options: argparse.Namespace) -> None:
     data = Data.load(options.data)
     found = speed.training_speed(model, data, options.arm, options.steps, options.profile)
     print(f"{found:,.0f} tokens a second", flush=True)
+
+
+def _train_speed(options: argparse.Namespace) -> None:
+    from benchmarks.real_models import training_speed
+
+    found = training_speed.measure(
+        training_speed.load(options.model, options.device), batch=options.batch, length=options.length,
+        steps=options.steps, accumulate=options.accumulate, checkpointing=options.checkpointing,
+        mixed=not options.anneal,
+    )  # fmt: skip
+    print(json.dumps(found), flush=True)
 
 
 def _report(options: argparse.Namespace) -> None:

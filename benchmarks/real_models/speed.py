@@ -12,9 +12,9 @@ from benchmarks.real_models.arms import ARMS
 from benchmarks.real_models.base import Base
 from benchmarks.real_models.distil import Plan, distil
 from benchmarks.real_models.gates import Gates
-from benchmarks.real_models.kernel import WeighedAttention
 from benchmarks.real_models.mixture import Mixture
 from benchmarks.real_models.texts import Data
+from modlab.kernels.weighed_attention import kernel_weighed_attention, reference_weighed_attention
 
 
 def check_kernel(device: str, N: int, G: int, H: int, T: int = 512, window: int = 128) -> dict[str, float]:
@@ -28,9 +28,9 @@ def check_kernel(device: str, N: int, G: int, H: int, T: int = 512, window: int 
     weight[:, :, ::5] = -1e4
     weight.requires_grad_()
     inputs = (q, k, v, weight)
-    found = WeighedAttention.apply(q, k, v, weight, window)
+    found = kernel_weighed_attention(q, k, v, weight, window)
     right_in = [x.detach().float().requires_grad_() for x in inputs]
-    right = attention.reference(right_in[0], right_in[1], right_in[2], right_in[3], window)
+    right = reference_weighed_attention(right_in[0], right_in[1], right_in[2], right_in[3], window)
     names = ("out", "dq", "dk", "dv", "d_weight")
     mine = (found, *torch.autograd.grad(found, inputs, out.detach()))
     theirs = (right, *torch.autograd.grad(right, right_in, out.detach().float()))
@@ -48,7 +48,7 @@ def time_kernel(B: int, T: int, N: int, G: int, H: int, window: int = 128) -> di
     slope = torch.randn_like(q)
 
     def forward() -> Tensor:
-        return WeighedAttention.apply(q, k, v, weight, window)
+        return kernel_weighed_attention(q, k, v, weight, window)
 
     def both() -> None:
         torch.autograd.grad(forward(), (q, k, v, weight), slope)

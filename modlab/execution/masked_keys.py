@@ -91,7 +91,9 @@ def weighing_mask(
     real, log_weight = site.call.real, key_log_weight(site)
     assert site.recent is not None
     if takes_flex(site, given, real.device):
-        keys = weighed_keys(log_weight, real, site.recent, site.call.documents)
+        keys = weighed_keys(
+            log_weight, real, site.recent, site.call.documents, padded=site.call.padding_mask is not None
+        )
         return keys, weighing_attention(site.routing.model_config)
     seen = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
     visible, dtype = masked_reference_mask(real, real, visible=seen), arguments.hidden.dtype

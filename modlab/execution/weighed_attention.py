@@ -4,7 +4,8 @@ As a tensor [B, 1, T, T] they keep sdpa off its flash kernel, and so does their 
 of all scores. Here recent keys, which have no weight, and earlier ones, which have, are attended to
 separately, and the two results are joined by their log-sum-exps (as in ring attention, arXiv 2310.01889).
 The weight of an earlier key is one more entry of the key, read by a query's entry that is 1: its gradient
-comes out of the kernel's own product for the keys. `masked_keys.log_weights` stays the specification.
+comes out of the kernel's own product for the keys. `masked_keys.log_weights` stays the specification. Rows
+without padding, of one document each, go through one kernel instead (`kernels/weighed_attention.py`).
 
 Shape letters: B batch rows, T tokens, N query heads, G kv heads, H head dim.
 """
@@ -26,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from modlab.errors import ModlabError
 from modlab.execution.what_if_attention import as_autocast, as_sdpa, band_block_mask
 from modlab.hf.attention_names import attention_named
+from modlab.kernels.weighed_attention import kernel_weighed_attention, takes
 from modlab.routing.record import by_gate
 
 NAME = "modlab_weighed"
@@ -44,17 +46,28 @@ class WeighedKeys:
             gradient.
         recent: block mask of the keys that are; every token sees itself.
         earlier: block mask of the others, None where no row is longer than the recent past.
+        plain: how many keys are recent, where rows have neither padding nor several documents: the kernel
+            then needs no masks. None otherwise.
     """
 
     log_weight: Tensor
     recent: BlockMask
     earlier: BlockMask | None
+    plain: int | None = None
 
 
 def weighed_keys(
-    log_weight: Tensor, real_BT: Tensor, recent: int, documents_BT: Tensor | None = None
+    log_weight: Tensor,
+    real_BT: Tensor,
+    recent: int,
+    documents_BT: Tensor | None = None,
+    padded: bool = True,
 ) -> WeighedKeys:
-    """What a token sees of its document, in two parts: its latest `recent` tokens, and all before them."""
+    """What a token sees of its document, in two parts: its latest `recent` tokens, and all before them.
+
+    Args:
+        padded: whether there may be padding in `real_BT`.
+    """
     T = real_BT.shape[1]
     document_BT = torch.zeros_like(real_BT, dtype=torch.long) if documents_BT is None else documents_BT
 
@@ -72,6 +85,7 @@ def weighed_keys(
         log_weight,
         band_block_mask(near, T, 0, recent, device),
         band_block_mask(far, T, recent, T, device) if recent < T else None,
+        None if padded or documents_BT is not None else recent,
     )
 
 
@@ -108,6 +122,10 @@ def weighed_attention(
     query_BNTH, key_BGTH, value_BGTH = as_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weighed: WeighedKeys = attention_mask
+    if weighed.plain is not None and not torch.compiler.is_compiling() and takes(query_BNTH):
+        weight_BGT = by_gate(weighed.log_weight).transpose(1, 2).expand(-1, key_BGTH.shape[1], -1)
+        q, k, v = (x.transpose(1, 2) for x in (query_BNTH, key_BGTH, value_BGTH))
+        return kernel_weighed_attention(q, k, v, weight_BGT, weighed.plain, scale).contiguous(), None
     attend = functools.partial(_flex(), scale=scale, return_aux=AuxRequest(lse=True), enable_gqa=True)
     out_BNTH, near = attend(query_BNTH, key_BGTH, value_BGTH, block_mask=weighed.recent)
     if weighed.earlier is not None:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modlab.kernels import decode_attention, decode_linear, decode_router, kept_attention, ring_budget
-from modlab.kernels import router_logits
+from modlab.kernels import router_logits, weighed_attention
 
 
 def build(kernel, signature, constants, **options):
@@ -62,6 +62,22 @@ for t in ("*bf16", "*fp32"):
          "keep_first": "i32"},
         {"GATES": 8, "W": 128, "FIRST": 2.0, "BLOCK": 1024}, num_warps=4,
     )
+    if t == "*bf16":
+        rows = dict.fromkeys(("T", "N", "G", "window"), "i32") | {"scale": "fp32"}
+        kept = {"Q": t, "K": t, "V": t, "WEIGHT": "*fp32"}
+        slopes = kept | {"D_OUT": t, "LSE": "*fp32", "DELTA": "*fp32"}
+        for size, forward in ((64, weighed_attention.FORWARD), (128, weighed_attention.WIDE)):
+            for kernel, types, launch in (
+                (weighed_attention._forward, kept | {"OUT": t, "LSE": "*fp32"} | rows, forward),
+                (weighed_attention._backward_keys,
+                 slopes | {"DK": t, "DV": t, "DW": "*fp32"} | rows | {"scale_e": "fp32"},
+                 weighed_attention.KEYS),
+                (weighed_attention._backward_queries,
+                 slopes | {"DQ": t} | rows | {"scale_e": "fp32"}, weighed_attention.QUERIES),
+            ):
+                blocks = {"H": size, "BQ": launch["BQ"], "BK": launch["BK"]}
+                options = {name: launch[name] for name in ("num_warps", "num_stages")}
+                build(kernel, types, blocks, **options)
     half = t == "*bf16"
     build(
         kept_attention._attend_kept,
@@ -134,4 +150,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split().count("True") == 31
+    assert run.stdout.split().count("True") == 37
