@@ -58,6 +58,13 @@ RECIPES = {
         {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01},
         kv_saving=4.0,
     ),
+    "safe": Recipe(
+        "distil, aimed at 2x: on real models of 0.1 to 1.5 B a KL of at most 0.011 to the dense model and a "
+        "recall gap of at most 0.042 nats",
+        BY_HEAD,  # docs/quality.md, coder-0.5b .0055, coder-1.5b .0104, smollm2 .0067
+        {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01},
+        kv_saving=2.0,
+    ),
     "default": Recipe(
         "every token passes every layer; in all but the first two and the last, routers decide whose keys "
         "and values stay in the cache: 1.8x less K/V, no operations saved; real models lose recall",
@@ -103,7 +110,7 @@ def recipe(
     """The settings of a recipe for this model.
 
     Args:
-        name: "quick", "distil", "default", "memory", "speed" or "paper".
+        name: "quick", "distil", "safe", "default", "memory", "speed" or "paper".
         model: dense, to be converted; its number of layers sets the keep ratio.
         kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default. With
             "default" and "memory" in contexts much longer than `MoDConfig.keep_recent`, whose tokens are in

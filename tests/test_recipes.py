@@ -58,7 +58,7 @@ def test_what_is_given_wins(make_llama: Any) -> None:
 
 def test_refusals_say_what_to_do(make_llama: Any) -> None:
     model = make_llama(num_hidden_layers=8)
-    with pytest.raises(ModlabError, match="no recipe 'fast': choose one of quick, distil, default, memory"):
+    with pytest.raises(ModlabError, match="no recipe 'fast': choose one of quick, distil, safe, default"):
         modlab.recipe("fast", model, steps=1)
     with pytest.raises(ModlabError, match="5 of 8 layers are routed, which saves less than 2.67x"):
         modlab.recipe("default", model, steps=1, kv_saving=2.8)

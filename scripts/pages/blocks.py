@@ -12,6 +12,7 @@ from scripts.pages import (
     depth,
     models,
     quality,
+    real_models,
     results,
     robustness,
 )
@@ -37,6 +38,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "benchmarks": results.benchmarks,
     "headline speed": results.headline_speed,
     "quality": quality.block,
+    "real gates": real_models.block,
     "depth": depth.block,
     "defaults": defaults.block,
     "supported": models.supported,

@@ -1,0 +1,119 @@
+"""docs/quality.md on real models: what gates cost at each KV saving, from benchmarks/results/real_*.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
+"""The run of each model whose gates are shown: for the first two, those that ship."""
+CONTROLS = "coder-0.5b"
+LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
+"""Largest recall gap and KL that a recipe may have on every model."""
+
+
+def block(root: Path) -> str:
+    """Two tables, and what they say of the recipes."""
+    records = {record["model"]: record for record in _records(root)}
+    lines = [
+        "| model | asked | K/V by text | KL | agreement | recall gap | retrieval, of dense's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, run in SHIPPED.items():
+        rows = [row for row in _of(records[model], run) if ":" not in row["arm"]]
+        lines += [_line(model, row) for row in sorted(rows, key=lambda row: row["ratio_asked"])]
+    controls = [
+        "| coder-0.5b | asked | got | KL | recall gap | retrieval, of dense's |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = _of(records[CONTROLS], SHIPPED[CONTROLS])
+    for row in sorted(rows, key=lambda row: (row["ratio_asked"], row["kl_far"])):
+        if any(other["ratio_asked"] == row["ratio_asked"] and ":" in other["arm"] for other in rows):
+            what = row["arm"].partition(": ")[2] or "**gates**"
+            controls.append(
+                f"| {what} | {row['ratio_asked']:g}x | {row['ratio']:.2f}x | {row['kl_far']:.4f} | "
+                f"{_gaps(row)} | {_shares(row)} |"
+            )
+    return "\n".join(
+        [
+            _origin(records),
+            "",
+            *lines,
+            "",
+            "Distances: 256, 1,024, 4,000, 7,000 tokens. Standard errors of the recall gaps: "
+            + ", ".join(f"{_error(records[model], run)} ({model})" for model, run in SHIPPED.items())
+            + ". smollm2 itself answers few questions far away, see the log.",
+            "",
+            "The same bytes without looking at tokens:",
+            "",
+            *controls,
+            "",
+            *(f"- {_verdict(name, records)}" for name in LIMITS),
+        ]
+    )
+
+
+def highest(records: dict[str, Any], recall: float, kl: float | None) -> float | None:
+    """The largest saving that stays within the limits on every model; None if none does."""
+    ratios = sorted({row["ratio_asked"] for row in _of(records["coder-0.5b"], SHIPPED["coder-0.5b"])})
+    found = None
+    for ratio in ratios:
+        rows = [
+            row
+            for model, run in SHIPPED.items()
+            for row in _of(records[model], run)
+            if row["ratio_asked"] == ratio and ":" not in row["arm"]
+        ]
+        fits = all(
+            max(row["recall_gap"].values()) <= recall and (kl is None or row["kl_far"] <= kl) for row in rows
+        )
+        if len(rows) == len(SHIPPED) and fits:
+            found = ratio
+    return found
+
+
+def _verdict(name: str, records: dict[str, Any]) -> str:
+    recall, kl = LIMITS[name]
+    asked = f"a recall gap of at most {recall:g}" + (f" and a KL of at most {kl:g}" if kl is not None else "")
+    found = highest(records, recall, kl)
+    what = f"{found:g}x is the highest that has it" if found else "none has it"
+    return f"Recipe `{name}` is to have {asked} on all three models: of the ratios measured, {what}."
+
+
+def _records(root: Path) -> list[dict[str, Any]]:
+    files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [record for record in read if record["what"] == "real_gates" and record["model"] in SHIPPED]
+
+
+def _of(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
+    return [row for row in record["rows"] if row["run"] == run and row["ratio_asked"] > 1]
+
+
+def _line(model: str, row: dict[str, Any]) -> str:
+    stored = [1 / share for share in row["keep_by_text"].values()]
+    same = sum(row["top1_far_by_text"].values()) / len(row["top1_far_by_text"])
+    ratios = f"{row['ratio_asked']:g}x | {min(stored):.1f}x to {max(stored):.1f}x"
+    return f"| {model} | {ratios} | {row['kl_far']:.4f} | {same:.1%} | {_gaps(row)} | {_shares(row)} |"
+
+
+def _gaps(row: dict[str, Any]) -> str:
+    return " ".join(f"{gap:.3f}" for gap in row["recall_gap"].values())
+
+
+def _shares(row: dict[str, Any]) -> str:
+    return " ".join(f"{share:.2f}" for share in row["retrieval_of_dense"].values())
+
+
+def _error(record: dict[str, Any], run: str) -> str:
+    rows = [row for row in _of(record, run) if row["ratio_asked"] == 4]
+    errors = [error for row in rows if ":" not in row["arm"] for error in row["recall_gap_stderr"].values()]
+    return f"up to {max(errors):.3f} at 4x"
+
+
+def _origin(records: dict[str, Any]) -> str:
+    record = records[CONTROLS]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return (
+        f"{record['device_name']}, {record['dtype']}, {versions}, {record['date'][:10]}, commit "
+        f"{record['commit'][:7]}; by the study's masks, not the product's cache. `{record['command']}`"
+    )
