@@ -320,6 +320,7 @@ def kept_attention(
         heads: the kv heads to run, int32.
         out: [1, S, N, H], contiguous; written where the query heads of these are.
     """
+    assert out.is_contiguous(), "its strides are not asked"
     _, N, _, HK = q_1NSH.shape
     G, HV = v_1GSH.shape[1], v_1GSH.shape[3]
     half = q_1NSH.element_size() == 2
