@@ -23,7 +23,7 @@ def test_every_recipe_converts_and_trains(make_llama: Any, name: str) -> None:
     assert modlab.train(model, rows, train_config).steps == 2
 
 
-@pytest.mark.parametrize(("name", "saving"), [("memory", 2.5), ("speed", 1.5), ("default", 1.7)])
+@pytest.mark.parametrize(("name", "saving"), [("memory", 2.5), ("layers", 1.5), ("default", 1.7)])
 def test_the_keep_ratio_gives_the_saving(make_llama: Any, name: str, saving: float) -> None:
     model = make_llama(num_hidden_layers=8)
     mod_config, train_config = modlab.recipe(name, model, kv_saving=saving, steps=1)

@@ -40,6 +40,10 @@ def select(found: Survey, config: MoDConfig) -> Selection:
         ModlabError: a named layer, or every layer, cannot be routed; says why.
     """
     skip = skips.named(config.skip)
+    if reason := skip.cannot_have(found.model):
+        raise ModlabError(
+            f"{type(found.model).__name__} cannot be converted with skip={skip.name!r}: {reason}."
+        )
     indices = _routable(found, skip, config)
     forms = _forms(found, indices, skip, config)
     facts = {index: replace(found.facts[index], kv_heads=_kv_heads(forms[index])) for index in forms}
@@ -89,7 +93,7 @@ def _forms(
     for index, (part, reason) in refused.items():
         others = "" if len(refused) == len(forms) else f", or leave layers {sorted(refused)} out"
         verb = "routed" if skip.runs_all else "skipped"
-        instead = "" if part == "layer" else " Use MoDConfig(skip='layer') (--skip layer, --recipe speed)"
+        instead = "" if part == "layer" else " Use MoDConfig(skip='layer') (--skip layer, --recipe layers)"
         if config.gates == "kv_head":
             instead = " Use one gate a layer, MoDConfig(gates='layer') (--gates layer)"
         what = f"layer {index}" if part == "layer" else f"the {NAMES[part]} of layer {index}"

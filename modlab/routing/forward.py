@@ -262,13 +262,20 @@ def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**bound.pop("kwargs", {}), **bound}
 
 
+def asks_for_logits(model: Any) -> bool:
+    """Whether the model's forward can be asked for the logits of some tokens alone. One that takes any
+    argument, this one too, and looks at it nowhere returns all."""
+    model_class: Any = type(model)
+    return "logits_to_keep" in forward_signature(model_class).parameters
+
+
 def _logits_to_keep(module: Any, given: dict[str, Any]) -> int | Tensor:
     """How many of the latest tokens (or which ones) the caller wants logits of; 0 for all. A loss wants all,
     training too; hidden states are all tokens'."""
     hidden = given.get("output_hidden_states")
     if hidden is None:
         hidden = getattr(module.config, "output_hidden_states", False)
-    if module.training or hidden or given.get("labels") is not None:
+    if module.training or hidden or given.get("labels") is not None or not asks_for_logits(module):
         return 0
     wanted: int | Tensor | None = given.get("logits_to_keep")
     return 0 if wanted is None else wanted

@@ -138,6 +138,10 @@ class Skip:
         """Gates of one layer. With more than one, gates and decisions are [B, T, G]."""
         return 1
 
+    def cannot_have(self, model: Any) -> str:
+        """Why this model cannot have the skip, whatever its layers are; "" if it can."""
+        return ""
+
     def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
         """Why this layer cannot be routed, beyond what holds for every skip; "" if it can."""
         return ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from modlab.skips.base import Part, Proof, Words
 from modlab.skips.kv import KeyValueSkip
-from modlab.skips.leave import first_left
+from modlab.skips.leave import first_left, why_nobody_leaves
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,9 @@ class KeyValueLeaveSkip(KeyValueSkip):
             f"Prompt tokens leave after {config.leave_after:.3g} of the layers, all but the last of each "
             "row; keys and values above come from the state there, by projections trained for it"
         )
+
+    def cannot_have(self, model: Any) -> str:
+        return why_nobody_leaves(model)
 
     def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
         from modlab.execution.leaving import why_not_left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modlab.errors import ModlabError
 from modlab.skips.base import GateForm, Part, Proof, Skip, Words
@@ -68,6 +68,9 @@ class LeaveSkip(Skip):
         """The gate changes no output."""
         return "stored"
 
+    def cannot_have(self, model: Any) -> str:
+        return why_nobody_leaves(model)
+
     def cannot_route(self, facts: LayerFacts, config: MoDConfig) -> str:
         from modlab.execution.leaving import why_not_left
 
@@ -112,3 +115,12 @@ def first_left(config: MoDConfig, num_layers: int) -> int:
             f"skip={config.skip!r} needs two decoder layers: one to leave after, one to leave out."
         )
     return min(max(round(config.leave_after * num_layers), 1), num_layers - 1)
+
+
+def why_nobody_leaves(model: Any) -> str:
+    """Why no token of a prompt could leave this model; "" if some could."""
+    from modlab.routing.forward import asks_for_logits
+
+    return (
+        "" if asks_for_logits(model) else "it computes the logits of all tokens of a prompt (logits_to_keep)"
+    )

@@ -99,6 +99,8 @@ def open_gates(
 ) -> None:
     """Before distillation: routers that were fitted or trained are opened to where it begins. Fresh ones,
     whose gates are all alike, are open."""
+    if model.mod.skip.decides_itself:
+        return
     layers = decoder_layers(model)
     routers: list[Any] = [layers[i].mod_router for i in model.mod.layers]
     if any(bool(p.any()) for router in routers for n, p in router.named_parameters() if n.endswith("weight")):

@@ -36,7 +36,7 @@ def choose_objective(config: TrainConfig, model: Any) -> Objective:
     )
     kind = f"{operator} routing"
     if model.mod.skip.decides_itself:
-        fitting = tuple(name for name in fitting if name in ("distil", "none"))
+        fitting = ("none", "distil")
         kind = f"skip={model.mod.skip.name!r}, where no gate decides"
     if wanted == "auto":
         return fitting[0]

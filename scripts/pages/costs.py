@@ -101,7 +101,7 @@ def _quality_rows(root: Path) -> list[Row]:
     rows = []
     for arm, title in (
         (DEFAULT, "cache, recipe `default`"),
-        ("layer-mid", "whole layers, recipe `speed`"),
+        ("layer-mid", "whole layers, recipe `layers`"),
         ("paper-0.03", "whole layers, the paper's recipe"),
         ("static", "control: layers left out for all tokens"),
     ):

@@ -229,7 +229,7 @@ def test_sweep_writes_table_and_page(converted: Path, tmp_path: Path) -> None:
 
 def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tmp_path: Path) -> None:
     words = ["train", source, "--data", corpus, "--out", "run", "--batch-size", "2", "--log-every", "1"]
-    words += ["--heldout-tokens", "512", "--recipe", "speed", "--kv-saving", "1.5", "--steps", "4"]
+    words += ["--heldout-tokens", "512", "--recipe", "layers", "--kv-saving", "1.5", "--steps", "4"]
     words += ["--save-every", "2", "--no-calibrate"]
     done = modlab_process(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

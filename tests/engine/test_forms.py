@@ -166,7 +166,7 @@ def test_attention_called_after_a_mixture_of_experts_is_no_mlp(model_type: str, 
     assert (attention_name(layer), mlp_name(layer)) == ("self_attn", name)
 
 
-@pytest.mark.parametrize("name", ["default", "speed", "memory"])
+@pytest.mark.parametrize("name", ["default", "layers", "memory"])
 def test_recipes_have_fast_generation(make_llama: Any, name: str) -> None:
     dense = make_llama(num_hidden_layers=8).to(DEVICE)
     config, _ = modlab.recipe(name, dense, tokens=1000)

@@ -19,6 +19,7 @@ from transformers import (
 import modlab
 from modlab.execution.leaving import ProjectedAttention
 from modlab.execution.projections import PROJECTIONS
+from modlab.families.tiny_models import tiny_model
 from modlab.hf.names import given_cache
 from modlab.measure import evaluate
 from modlab.routing.state import masked_execution
@@ -167,6 +168,19 @@ def generated(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, **kwargs)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "opt", "mixtral", "diffllama", "cohere2"])
+def test_other_architectures_leave_as_exactly(kind: str) -> None:
+    """Softcaps, sinks, learned positions, experts, halves of heads, sliding layers."""
+    model = modlab.convert(tiny_model(kind), modlab.MoDConfig(skip="prompt", leave_after=0.5)).eval()
+    for name, parameter in model.named_parameters():
+        if ".mod_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    ids, mask = IDS[:2, :17] % 50 + 3, torch.ones(2, 17, dtype=torch.long)
+    mask[1, :4] = 0
+    full = model(ids, attention_mask=mask, use_cache=False).logits[:, -1:]
+    assert close(model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).logits, full)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["greedy", "beams", "chunks", "left"])
 def test_it_generates_what_the_full_computation_says(kind: str, how: str) -> None:
@@ -241,6 +255,10 @@ def test_no_gate_is_trained_or_calibrated() -> None:
     model, rows = converted(), [{"input_ids": row} for row in IDS]
     plan = {"steps": 1, "batch_size": 3, "num_workers": 0, "mixed_precision": "no"}
     modlab.train(model, rows, modlab.TrainConfig(freeze_base=True, **plan))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    modlab.train(model, rows, modlab.TrainConfig(objective="distil", **plan))
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".mod_" in n}
     with pytest.raises(modlab.ModlabError, match="'target' does not fit skip='prompt', where no gate"):
         modlab.train(model, rows, modlab.TrainConfig(objective="target", **plan))
 
@@ -302,6 +320,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         modlab.convert(
             GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=2, n_embd=32)), modlab.MoDConfig(skip="prompt")
         )
+    with pytest.raises(modlab.ModlabError, match="computes the logits of all tokens of a prompt"):
+        modlab.convert(tiny_model("trocr"), modlab.MoDConfig(skip="prompt"))
     for wrong in ({"layers": [3]}, {"operator": "topk"}, {"gate": "fused"}):
         with pytest.raises(modlab.ModlabError, match="leave_after"):
             modlab.MoDConfig(skip="prompt", **wrong)
