@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
-REAL = ("real", "real_gates")  # loss and recall of real models; docs/results.md, docs/log.md
+REAL = ("real", "real_gates", "real_tasks")  # of real models; docs/quality.md, docs/results.md, docs/log.md
 PROVENANCE = ("device_name", "dtype", "date", "command")
 
 

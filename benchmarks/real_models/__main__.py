@@ -163,6 +163,10 @@ def _tasks(options: argparse.Namespace) -> None:
     load = {"gguf_file": options.gguf_file, "base": options.base, "dtype": "float32"}
     given = {name: value for name, value in load.items() if value is not None}
     result = tasks.run(options.model, options.data, options.tasks.split(","), limit=options.limit, **given)
+    result["command"] = (
+        f"python -m benchmarks.real_models tasks --model {Path(options.model).name} --tasks {options.tasks}"
+        + (f" --limit {options.limit}" if options.limit else "")
+    )
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
