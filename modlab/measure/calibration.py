@@ -12,8 +12,10 @@ import torch
 
 from modlab.data.batches import Batch
 from modlab.errors import ModlabError, check_count, check_number
+from modlab.hf.arguments import forward_signature
 from modlab.hf.model import check_model, device_of, eval_mode
 from modlab.hf.ranks import over_ranks
+from modlab.integrations.fsdp import is_sharded
 from modlab.measure.pieces import batches_for
 from modlab.routing.record import by_gate, kept_share
 from modlab.routing.router import Router
@@ -79,11 +81,13 @@ def _inputs(batch: Batch) -> Batch:
 
 def _read_gates(model: Any, batches: Sequence[Batch], accelerator: Any) -> _Gates:
     routing = routing_of(model)
-    decoder, device = model.get_decoder(), device_of(model)  # the head's logits are not needed
+    device = device_of(model)
+    # the head's logits are not needed; FSDP2 gathers the embeddings in the whole model's forward alone
+    run, short = (model, _one_logit(model)) if is_sharded(model) else (model.get_decoder(), {})
 
     def read(batch: Batch) -> _Gates:
         with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
-            decoder(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
+            run(**{k: v.to(device) for k, v in batch.items()}, use_cache=False, **short)
         (step,) = recording.steps
         always = step.real & (step.position_ids < routing.config.keep_first)
         gates = {i: by_gate(step.gate[i])[step.real & ~always].flatten() for i in routing.layers}
@@ -101,6 +105,13 @@ def _read_gates(model: Any, batches: Sequence[Batch], accelerator: Any) -> _Gate
         sum(one.forced for one in found),
         {i: sum(one.kept[i] for one in found) for i in routing.layers},
     )
+
+
+def _one_logit(model: Any) -> dict[str, int]:
+    """Asks a forward for the logits of the last token alone, where it can be asked."""
+    model_class: Any = type(model)
+    known = "logits_to_keep" in forward_signature(model_class).parameters
+    return {"logits_to_keep": 1} if known else {}
 
 
 def _threshold_keeping(gates: torch.Tensor, wanted: float) -> float:

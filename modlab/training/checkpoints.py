@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.training.processes import Processes
-from modlab.training.sharding import gathered, is_part, like, put
+from modlab.training.sharding import gathered, is_part, like, put, reshard
 
 FORMAT = 1
 STATE = "state.json"
@@ -94,6 +94,7 @@ def write_checkpoint(
             temporary.mkdir(parents=True)
         processes.wait()
         write_json(temporary / f"random_{processes.rank}.json", _random_state())
+        reshard(model)
         for name, tensors in ((MODEL, _unique(model)), (OPTIMIZER, _optimizer_state(model, optimizer))):
             full = gathered(tensors, keep=processes.is_main)
             if processes.is_main:

@@ -55,7 +55,7 @@ from modlab.training.processes import Processes
 from modlab.training.reach import Reach
 from modlab.training.result import Stopped, TrainResult
 from modlab.training.resume import check_resumable, find_checkpoint
-from modlab.training.sharding import whole_state
+from modlab.training.sharding import reshard, whole_state
 from modlab.training.step import Step
 from modlab.training.window import FIGURES, Window
 
@@ -127,6 +127,7 @@ class Run:
                 if one is not None and not self.processes.shards:  # FSDP2 moves its parts
                     one.to(self.processes.device)
             self.stepping = Step(model, config, self.objective, self.processes, teacher)
+            lent.callback(reshard, model)
             self.window = Window(self.stepping.layers, self.processes.device)
             self.thresholds: dict[float, dict[int, float]] = {}
             self.reach = self._reach()

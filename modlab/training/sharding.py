@@ -58,6 +58,14 @@ def _checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def reshard(model: Any) -> None:
+    """Every process holds its parts alone: after a forward FSDP2 leaves the model's ends whole, under other
+    parameters than those that an optimiser knows. Costs nothing where no weight is sharded."""
+    for module in model.modules():
+        if hasattr(type(module), "_get_fsdp_state"):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; where it is sharded, every process has to ask for it."""
     if hasattr(tensor, "full_tensor"):

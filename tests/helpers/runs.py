@@ -37,6 +37,6 @@ def rows() -> torch.Tensor:
 def began(out: Path, batch_size: int) -> modlab.TrainConfig:
     """The settings of all the runs here; ten rows, of which each step sees four."""
     return modlab.TrainConfig(
-        out=out, steps=4, batch_size=batch_size, log_every=1, save_every=1, keep_last=9, resume="auto",
-        lr=3e-3, keep_ratio=0.5, what_if=0.5, calibrate=False, mixed_precision="no",
+        out=out, steps=4, batch_size=batch_size, log_every=1, eval_every=1, save_every=1, keep_last=9,
+        resume="auto", lr=3e-3, keep_ratio=0.5, what_if=0.5, calibrate=False, mixed_precision="no",
     )  # fmt: skip

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 import modlab
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
+from modlab.training.sharding import reshard
 from tests.helpers.runs import began, model_in_bf16, rows
 from tests.helpers.sharding import launched_with_fsdp
 
@@ -22,15 +24,18 @@ def main(out: Path) -> None:
     launched_with_fsdp()
     model = model_in_bf16()
     result = modlab.train(model, rows(), began(out, batch_size=2), eval_data=rows()[:3])
+    found = modlab.calibrate(model, rows(), keep_ratio=0.5, accelerator=Accelerator(mixed_precision="no"))
     refused = []
     for action in (modlab.revert, modlab.convert):
         try:
             action(model)
         except ModlabError as error:
             refused.append(str(error))
+    reshard(model)  # after a forward the ends are whole
     report = {
         "history": result.history.to_dict("list"),
         "refused": refused,
+        "calibrated": list(found.items()),
         "part": sum(p.to_local().numel() for n, p in model.named_parameters() if not is_router(n)),
     }
     rank = torch.distributed.get_rank()

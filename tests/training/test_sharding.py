@@ -37,7 +37,9 @@ def test_a_sharded_run_is_one_run(tmp_path: Path) -> None:
     planned = sizes_of(whole.model.config, 2)
     assert sum(one["part"] for one in pair) == planned.parameters
     assert max(one["part"] for one in pair) == planned.by_rows
+    found = modlab.calibrate(whole.model, rows(), keep_ratio=0.5)
     for one in pair:
+        assert dict(one["calibrated"]) == pytest.approx(found, abs=0.02)
         assert "load it whole" in one["refused"][0] and len(one["refused"]) == 2
     again = modlab.train(
         model_in_bf16(), rows(), began(from_step(3, shards, tmp_path / "again"), 4), eval_data=rows()[:3]
