@@ -233,7 +233,7 @@ def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tm
     words += ["--save-every", "2", "--no-calibrate"]
     done = modlab_process(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "by the recipe speed, routed layers [2, 3, 4], keep ratio 0.333" in done.stdout
+    assert "by the recipe layers, routed layers [2, 3, 4], keep ratio 0.333" in done.stdout
     assert "finished after 4 steps" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4 and log[-1]["eval_loss"] > 0
