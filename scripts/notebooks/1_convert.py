@@ -37,8 +37,9 @@ import plotly.graph_objects as go
 import torch
 
 import modlab
-from modlab import figures
+from modlab import figures, lab
 
+lab.quiet()
 model, tokenizer = modlab.load(MODEL)
 if modlab.is_converted(model):
     modlab.revert(model)
@@ -231,6 +232,22 @@ modlab.revert(model)
 same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 print(f"same names: {list(model.state_dict()) == list(before)}, same weights: {same}")
 print(f"same logits: {torch.equal(logits(model, **inputs), dense_logits)}")
+
+# %% [markdown]
+# ## A real model
+#
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. What they have decided
+# about, and what they keep of the text above:
+
+# %%
+real = lab.real_model()
+if real:
+    from IPython.display import display
+
+    print(real[0].mod)
+    real_trace = modlab.trace(*real, TEXT)
+    print(real_trace)
+    display(modlab.widgets.RoutingHeatmap(real_trace))
 
 # %% [markdown]
 # **Next:** [2 · Train](2_train.ipynb) teaches the routers, live. [All notebooks](README.md).

@@ -33,10 +33,11 @@ import pandas as pd
 import torch
 
 import modlab
-from modlab import data, figures
+from modlab import data, figures, lab
 from modlab.measure import evaluate
 
 datasets.disable_progress_bars()
+lab.quiet()
 model, tokenizer = modlab.load(MODEL)
 
 
@@ -55,6 +56,55 @@ def held_out(which):
 
 ROWS, HELDOUT = rows_of(argparse), rows_of(statistics).select(range(12))
 print(f"{len(ROWS)} rows of {SEQ_LEN} tokens to train on, {len(HELDOUT)} held out")
+
+# %% [markdown]
+# ## The quick way: fit, do not train
+#
+# Three lines give *any* model routers, without a gradient: a text is read twice, and a gate for each KV head
+# of each layer is solved for from what the second copy reads of the first. Watch which head keeps what as
+# more text is read. Look for heads that turn all full or all empty.
+
+# %%
+from IPython.display import display
+
+PASSAGE = inspect.getsource(statistics.fmean)
+
+
+def fit_live(which, its_tokenizer, texts, sizes, context):
+    """Fit the routers to more and more text, and show what they keep of a text each time."""
+    picture = modlab.widgets.RoutingHeatmap(modlab.trace(which, its_tokenizer, PASSAGE[:600]))
+    display(picture)
+    for tokens in sizes:
+        config = modlab.FitConfig(tokens=tokens, context=context)
+        fit = modlab.fit_routers(which, texts, config, tokenizer=its_tokenizer, progress=False)
+        picture.show(modlab.trace(which, its_tokenizer, PASSAGE[:600]))
+        print(f"{tokens:,} tokens in {fit.seconds:.0f} s: R² {fit.r2:.2f}, keeps {fit.keep_ratio:.0%}")
+
+
+fitted, _ = modlab.load(MODEL)
+if modlab.is_converted(fitted):
+    modlab.revert(fitted)
+modlab.convert(fitted, modlab.recipe("quick", fitted)[0])
+fit_live(fitted, tokenizer, [inspect.getsource(argparse)], sizes=(1024, 4096), context=512)
+
+# %% [markdown]
+# Now the slider asks how many tokens are kept: **drag it from 1 to 16**. Where does the last curve, the loss
+# on passages that come again, leave its dashed line? There the model begins to lose what it has read.
+
+# %%
+explorer = modlab.widgets.explore(fitted, tokenizer, PASSAGE)
+explorer.measure_curve()
+explorer
+
+# %% [markdown]
+# ## A real model, fitted before your eyes
+#
+# SmolLM2-135M: its shipped routers are replaced by ones that are fitted here, to a few thousand tokens.
+
+# %%
+real = lab.real_model()
+if real:
+    fit_live(*real, [inspect.getsource(argparse)], sizes=(512, 2048), context=256)
 
 # %% [markdown]
 # ## Choose a recipe

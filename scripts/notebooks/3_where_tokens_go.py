@@ -49,8 +49,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 import modlab
-from modlab import figures
+from modlab import figures, lab
 
+lab.quiet()
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
     raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
@@ -155,5 +156,19 @@ table.round({"gate": 3, "loss": 4, "change": 4})
 # %% [markdown]
 # Changes of a few thousandths of a nat, up and down, are the rule: most decisions hardly matter for the
 # text as a whole, which is why skipping is possible.
+
+# %% [markdown]
+# ## A real model
 #
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. The same text, and
+# what each head keeps of it:
+
+# %%
+real = lab.real_model()
+if real:
+    from IPython.display import display
+
+    display(modlab.widgets.CacheView(*real, TEXT))
+
+# %% [markdown]
 # **Next:** [4 · Thresholds, live](4_thresholds.ipynb). [All notebooks](README.md).

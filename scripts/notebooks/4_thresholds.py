@@ -43,9 +43,10 @@ import textwrap
 import pandas as pd
 
 import modlab
-from modlab import measure
+from modlab import lab, measure
 from modlab.cache import stored as kv_budget
 
+lab.quiet()
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
     raise modlab.ModlabError(f"{MODEL} is dense. Notebook 2 trains routers for it and saves 'my-mod-model'.")
@@ -135,5 +136,28 @@ for side in compare.result:
 # %% [markdown]
 # Both caches hold the prompt and what was generated. What a threshold buys in time, and where the trade is
 # good, is the next notebook.
+
+# %% [markdown]
+# ## A real model
 #
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. A fact, other text,
+# and a question: with one token in two kept on the left, one in sixteen on the right. Move the two sliders
+# and generate again: at which one is the fact lost?
+
+# %%
+real = lab.real_model()
+if real:
+    from IPython.display import display
+
+    boxes = [
+        f"Shelf {i} holds {i * 7 % 40 + 3} boxes, and nobody has counted them since May.\n" for i in range(12)
+    ]
+    FACT = "The code of the cellar door is 7319.\n" + "".join(boxes) + "The code of the cellar door is"
+    gates = modlab.trace(*real, FACT).gate.ravel()
+    p = tuple(float(pd.Series(gates).quantile(1 - 1 / ratio)) for ratio in (2, 16))
+    real_compare = modlab.widgets.Compare(*real, FACT, p=p, max_new_tokens=6)
+    real_compare.run()
+    display(real_compare)
+
+# %% [markdown]
 # **Next:** [5 · What it buys](5_what_it_buys.ipynb). [All notebooks](README.md).

@@ -29,8 +29,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import modlab
-from modlab import figures, measure, published
+from modlab import figures, lab, measure, published
 
+lab.quiet()
 model, tokenizer = modlab.load(MODEL)
 dense, _ = modlab.load(DENSE)
 if not modlab.is_converted(model):
@@ -257,6 +258,28 @@ figure.update_xaxes(title_text="KV cache, times smaller")
 figure.update_yaxes(title_text="loss above dense, nats a token", range=[-0.03, 0.6])
 figure.update_layout(template=figures.template(), margin_t=30)
 figure
+
+# %% [markdown]
+# ## A real model
+#
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. Bytes, time and loss
+# of a text at the thresholds that keep one token in 1.5, 3 and 6, measured here:
+
+# %%
+real = lab.real_model()
+if real:
+    from IPython.display import display
+
+    gates = modlab.trace(*real, TEXT[:1500]).gate.ravel()
+    real_sweep = modlab.sweep(
+        *real,
+        [TEXT[:1500]],
+        thresholds=[float(np.quantile(gates, 1 - 1 / ratio)) for ratio in (1.5, 3, 6)],
+        repeats=1,
+        prompt_tokens=256,
+        decode_tokens=4,
+    )
+    display(modlab.widgets.Frontier(real_sweep, real[0]))
 
 # %% [markdown]
 # `modlab bench --help` measures your own machine the way these files were made.

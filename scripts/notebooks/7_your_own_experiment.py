@@ -44,6 +44,9 @@ import pandas as pd
 import torch
 
 import modlab
+from modlab import lab
+
+lab.quiet()
 
 model, tokenizer = modlab.load(MODEL)
 if not modlab.is_converted(model):
@@ -191,6 +194,25 @@ ipywidgets.jslink((text, "cursor"), (my_bars, "cursor"))
 text.cursor = rule_keeps.nonzero()[-1].item()
 display(text)
 display(my_bars)
+
+# %% [markdown]
+# ## A real model
+#
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. The bars of its first
+# gates, from the same class:
+
+# %%
+real = lab.real_model()
+if real:
+    real_trace = modlab.trace(*real, TEXT)
+    rows = range(6)
+    display(
+        GateBars(
+            gate=real_trace.gate[rows].tolist(),
+            keep=real_trace.keep[rows].tolist(),
+            layers=real_trace.layers[:6],
+        )
+    )
 
 # %% [markdown]
 # ## Keep it

@@ -14,6 +14,9 @@
 
 # %% folded
 # The sample text: Python, which the demo models know best. The explorer takes yours, pasted or from a file.
+from modlab import lab
+
+lab.quiet()  # no bars, nothing about optional packages
 TEXT = '''\
 """Tables in text files: read them, count what is in them, write a summary."""
 
@@ -98,7 +101,7 @@ def main(arguments):
 '''
 
 # %%
-NAME, DENSE, OTHERS = "demo-kv", "demo-dense", ["demo"]  # your own model: section 3
+NAME, DENSE, OTHERS = "demo-kv", "demo-dense", ["demo"]  # your own model: section 5
 
 import modlab
 
@@ -130,7 +133,19 @@ explorer
 #   layer does with it; a click locks it, Escape frees it, arrow keys move.
 
 # %% [markdown]
-# ## 2. Generate, and count the bytes
+# ## 2. Watch the cache while text is written
+#
+# Every token enters every layer's cache. Where no router keeps it, it fades while it is recent and is gone
+# then; bytes are allocated ones, next to a dense cache's. Each layer has a name after what it keeps of this
+# text: click one for the figures behind it. *Generate* goes on with the text at the slider's threshold.
+
+# %%
+cache = modlab.widgets.CacheView(model, tokenizer, explorer.text[:1200], max_new_tokens=60)
+cache.generate()
+cache
+
+# %% [markdown]
+# ## 3. Count the bytes
 #
 # `model.generate` works as always and stores less. `KVTracker` reads what the cache allocates, for any
 # Hugging Face model. Both models continue the text of the explorer, yours if you put one in, at the
@@ -168,16 +183,46 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 # `kv_bytes` includes them, so the saving is a little smaller than the share of kept tokens alone would
 # give.
 #
-# ## 3. Your own model
+# ## 4. A real model
 #
-# Change the names above the explorer and run all cells again:
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer; the base comes from the
+# hub, or from a folder that you name. The text begins with a fact and asks for it at the end. **Drag the
+# slider** from 1 to 16, *one token in so many is kept*, and press *Generate*: when is it lost?
+
+# %%
+lines = [
+    f"Shelf {i} holds {i * 7 % 40 + 3} boxes of {c} paper, and nobody has counted them since May."
+    for i, c in enumerate(
+        ["white", "grey", "blue", "red", "green", "brown", "black", "pink", "yellow", "old"], start=1
+    )
+]
+FACT = "The code of the cellar door is 7319.\n" + "\n".join(lines) + "\nThe code of the cellar door is"
+
+real = lab.real_model()
+if real:
+    real_cache = modlab.widgets.CacheView(*real, FACT, max_new_tokens=6)
+    print("It goes on:", real_cache.generate())
+real_cache if real else None
+
+# %% [markdown]
+# ## 5. Your own model
+#
+# Routers for any other model are fitted in one pass over some text, in minutes on a CPU, without training:
+#
+# ```python
+# mod_config, fit_config = modlab.recipe("quick", model)
+# modlab.convert(model, mod_config)
+# modlab.fit_routers(model, "my_texts.txt", fit_config, tokenizer=tokenizer)
+# ```
+#
+# [2 · Train](2_train.ipynb) does it with pictures, and goes on from there. To see it here, change the names
+# above the explorer and run all cells again:
 #
 # - `NAME`: a folder saved by modlab, any local folder of a `transformers` model, or a hub id such as
 #   `"Qwen/Qwen3-0.6B"` (needs network); `DENSE`: the model to compare with, for example the same name;
 #   `OTHERS`: further models of the same tokenizer, or `[]`.
 # - A dense model is converted on the spot and, at first, keeps every token: its routers still have to
-#   learn. `modlab train --help` and `modlab.train` teach them; `model.save_pretrained(folder)` saves the
-#   result.
+#   learn. `model.save_pretrained(folder)` saves what they learned.
 #
 # Keep what you saw: `explorer.trace.save("my_text.npz")`, or a page that opens without Jupyter:
 
@@ -187,6 +232,7 @@ from pathlib import Path
 page = Path("routing.html")
 page.write_text(explorer.to_html(), encoding="utf-8")
 print(f"{page} written, {page.stat().st_size / 1e3:.0f} kB")
+explorer.scroll_here()  # Run All ends where one wants to be
 
 # %% [markdown]
 # ## There is a notebook for each question

@@ -302,6 +302,22 @@ def test_ninety_lines_fit(show: Callable[..., Any]) -> None:
     assert page.evaluate(first) < 660
 
 
+def test_a_shadow_tree_has_the_colours_too(show: Callable[..., Any]) -> None:
+    """Where marimo puts widgets."""
+    page = show(make_trace(20))
+    ink = page.evaluate(
+        """() => {
+          const host = document.body.appendChild(document.createElement('div'));
+          const shadow = host.attachShadow({ mode: 'open' }), style = document.querySelector('style');
+          const root = Object.assign(document.createElement('div'), { className: 'modlab' });
+          shadow.append(style.cloneNode(true), root);
+          style.remove();
+          const made = getComputedStyle(shadow.querySelector('.modlab'));
+          return ['--mod-ink', '--mod-surface', '--mod-line'].map(name => made.getPropertyValue(name)); }"""
+    )
+    assert all(ink), ink
+
+
 def test_a_view_that_cannot_be_drawn_says_so(show: Callable[..., Any]) -> None:
     html = make_trace().to_html().replace('const VIEW = "explorer"', 'const VIEW = "nonsense"')
     page = show(html, may_fail=True)

@@ -123,6 +123,15 @@ def test_a_still_picture_has_a_line_for_each_kv_head() -> None:
     assert f"{100 * trace.keep[:2].mean():.0f} %" in said and said.count("dense") == 2
 
 
+def test_neighbours_that_are_skipped_share_a_line() -> None:
+    keep = np.ones((1, 20), dtype=bool)
+    keep[0, 5:12] = keep[0, 15] = False
+    picture = read(make_trace(20, 2, keep=keep).to_svg())
+    thin = sorted(box for box in boxes(picture, LINE) if box[3] < 2 and box[2] > 21)
+    found = [(round((x - 62) / 22), round(width / 22)) for x, _, width, _ in thin]
+    assert found == [(5, 7), (15, 1)]
+
+
 def test_a_still_picture_has_notes_below_the_text() -> None:
     plain, noted = make_trace(30).to_svg(), trace_svg(make_trace(30), notes=["one: 1.0", "two <: 3.1"])
     assert "two &lt;: 3.1" in noted

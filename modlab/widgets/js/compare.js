@@ -39,17 +39,20 @@ class Compare {
   column(parent, i) {
     const { model } = this.scene, box = el(parent, "div", "mod-column");
     const label = el(box, "label", "mod-slider", "p"), slider = el(label, "input", "modlab-side-p");
-    Object.assign(slider, { type: "range", min: 0.01, max: 0.99, step: 0.01 });
+    // Thresholds of real models lie close to 0 or 1: there the slider goes by order of magnitude.
+    const close = model.get("ps").some((p) => p < 0.01 || p > 0.99);
+    const from = close ? (p) => Math.log(p / (1 - p)) : (p) => p, to = close ? (z) => 1 / (1 + Math.exp(-z)) : (p) => p;
+    Object.assign(slider, { type: "range", ...(close ? { min: -14, max: 14, step: 0.05 } : { min: 0.01, max: 0.99, step: 0.01 }) });
     slider.setAttribute("aria-label", `threshold p of the ${i ? "right" : "left"} side`);
     ownKeys(slider);
-    slider.addEventListener("input", () => model.set("ps", model.get("ps").map((p, k) => (k === i ? Number(slider.value) : p))));
+    slider.addEventListener("input", () => model.set("ps", model.get("ps").map((p, k) => (k === i ? to(Number(slider.value)) : p))));
     const value = el(label, "output", "modlab-p"), figures = el(box, "div", "mod-figures");
     const kv = figure(figures, "KV cache", "modlab-side-kv"), speed = figure(figures, "speed", "modlab-side-speed");
     const bar = el(kv.box, "div", "mod-bar"), filled = el(bar, "i"), text = el(box, "div", "modlab-side-text");
     text.tabIndex = 0;
     ownKeys(text);
     text.setAttribute("role", "group");
-    return { slider, value, figures, kv, speed, bar, filled, text, note: el(box, "p", "mod-note") };
+    return { slider, from, value, figures, kv, speed, bar, filled, text, note: el(box, "p", "mod-note") };
   }
 
   ask() {
@@ -63,13 +66,13 @@ class Compare {
     this.job.draw();
     this.go.disabled = !model.get("can_run") || this.job.running;
     this.columns.forEach((column, i) => {
-      if (document.activeElement !== column.slider) column.slider.value = ps[i];
-      column.value.textContent = number(ps[i]);
+      if (document.activeElement !== column.slider) column.slider.value = column.from(ps[i]);
+      column.value.textContent = chance(ps[i]);
       const side = sides[i], fresh = side && side.p === ps[i] && side.prompt === prompt;
       column.text.dataset.state = fresh || !side ? "measured" : "preview";
       if (side !== column.shown) { column.shown = side; this.write(column, side); this.count(column, side); }
       column.note.textContent = !side ? "Nothing generated yet."
-        : `${side.pieces.length} tokens at p ${number(side.p)}${side.done ? "" : " …"}`
+        : `${side.pieces.length} tokens at p ${chance(side.p)}${side.done ? "" : " …"}`
           + (fresh ? "" : ". Generate again for the present settings.");
     });
     this.sum.textContent = this.sentence(sides);
@@ -84,7 +87,7 @@ class Compare {
       if (!side.same[t] && piece.includes("\n")) span.classList.add("mod-newline");
     });
     const differ = side.same.filter((s) => !s).length;
-    column.text.setAttribute("aria-label", `Continuation at p ${number(side.p)}, ${differ} of ${side.pieces.length} tokens differ`);
+    column.text.setAttribute("aria-label", `Continuation at p ${chance(side.p)}, ${differ} of ${side.pieces.length} tokens differ`);
   }
 
   // What the side takes so far: bytes against those of a dense cache, and how fast it is written.

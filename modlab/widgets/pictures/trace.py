@@ -149,6 +149,7 @@ class _Bands:
 
     def _cells(self, row: int, part: range, across: tuple[float, float], boxes: dict[str, list[Any]]) -> None:
         y, height = across
+        lines: list[tuple[float, float, float, float]] = []  # of skipped tokens; neighbours share one
         for column, t in enumerate(part):
             x = LEFT + column * self.cell_w
             if self.trace.keep[row, t]:
@@ -156,7 +157,9 @@ class _Bands:
                 boxes[colour_of(shade)].append((x, y, self.cell_w - 1, height))
             else:
                 thin = min(1.6, height / 3)
-                boxes[LINE].append((x, y + (height - thin) / 2, self.cell_w, thin))
+                left = x if not lines or lines[-1][0] + lines[-1][2] < x - 0.01 else lines.pop()[0]
+                lines.append((left, y + (height - thin) / 2, x + self.cell_w - left, thin))
+        boxes[LINE] += lines
 
 
 def _lanes(trace: RoutingTrace) -> list[tuple[int, int | None]]:
