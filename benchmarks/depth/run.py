@@ -58,6 +58,11 @@ class Study:
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.begun:6.1f}] {self.folder.name} {text}", flush=True)
 
+    @property
+    def measured_length(self) -> int:
+        """Tokens of the rows that operations are counted for."""
+        return int(self.data.recall.rows.shape[1])
+
     def run(self, name: str, plan: Plan, minutes: float | None = None) -> dict[str, Any]:
         """One arm, from the dense model to its row."""
         arm = arm_named(name)
@@ -69,13 +74,13 @@ class Study:
         rows = plain.rows(CALIBRATED, plan.length).to(self.device)
         removed: list[int] = []
         if arm.removes:
-            removed = self._remove(model, arm, plan, rows)
+            removed = self._remove(model, arm, rows)
             facts["removed"] = removed
         else:
             modlab.convert(model, modlab.MoDConfig(**arm.mod))
             model.mod.what_if = True
         if arm.pull == "target":
-            plan = dataclasses.replace(plan, keep=_keep(model, arm, plan.length))
+            plan = dataclasses.replace(plan, keep=_keep(model, arm, self.measured_length))
             facts["keep_asked"] = plan.keep
         if arm.scored:
             facts["scores_r2"] = start_from_scores(
@@ -123,13 +128,11 @@ class Study:
     def _tasks(self, model: Any) -> dict[str, Any]:
         return {} if self.questions is None else tasks.paired(self._right(model), self.dense_right)
 
-    def _remove(self, model: Any, arm: Arm, plan: Plan, rows: torch.Tensor) -> list[int]:
+    def _remove(self, model: Any, arm: Arm, rows: torch.Tensor) -> list[int]:
         """As many as bring the operations nearest to what is asked."""
-        L = model.config.num_hidden_layers
+        L, T = model.config.num_hidden_layers, self.measured_length
         key = "layers" if arm.removes == "layer" else "attentions"
-        count = min(
-            range(L), key=lambda n: abs(compute.removed(model.config, plan.length, **{key: n}) - arm.compute)
-        )
+        count = min(range(L), key=lambda n: abs(compute.removed(model.config, T, **{key: n}) - arm.compute))
         chosen = removal.greedy(model, arm.removes, count, rows)
         removal.remove(model, arm.removes, chosen)
         return sorted(chosen)
