@@ -36,12 +36,14 @@ class Parser:
         read: reads one.
         right: whether what was read of a damaged file is right all the same.
         damage: makes it one.
+        one_in: it gets one of so many inputs, where several parsers are one reader.
     """
 
     file: Path
     read: Callable[[Path], Any]
     right: Callable[[Any], bool]
     damage: Callable[[bytes, Random], bytes] = mutated
+    one_in: int = 1
 
 
 @dataclasses.dataclass
@@ -69,7 +71,8 @@ class Outcome:
 
 
 def fuzz(name: str, parser: Parser, inputs: int, first_seed: int = 0) -> Outcome:
-    """Reads `inputs` damaged files."""
+    """Reads `inputs` damaged files, or the parser's share of them."""
+    inputs = -(-inputs // parser.one_in)
     parser.read(parser.file)  # undamaged, it is read
     original, outcome = parser.file.read_bytes(), Outcome(name, inputs)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,12 +138,14 @@ def folder_parsers(folder: Path) -> dict[str, Parser]:
     tokenizer_into(folder)
     saved = tensors_of_all(model)
     made = {}
-    for name in sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    for name in names:
         made[f"folder with {name}"] = Parser(
             folder / name,
             lambda file: _load_with(folder, file),
             lambda found: _same(tensors_of_all(found), saved),
             mutated_json if name.endswith("json") else mutated,
+            one_in=len(names),
         )
     return made
 

@@ -39,7 +39,7 @@ def test_damaged_files_are_refused_or_read_rightly(name, inputs, tmp_path) -> No
 
 @pytest.mark.timeout(1800)
 def test_damaged_folders_are_refused_or_are_the_model_that_was_saved(request, tmp_path) -> None:
-    inputs = 5_000 if request.config.getoption("--long") else 3
+    inputs = 5_000 if request.config.getoption("--long") else 21
     for name, parser in folder_parsers(tmp_path).items():
         outcome = fuzz(name, parser, inputs)
         assert not outcome.crashed, f"{name}: {outcome.traceback}"
@@ -109,6 +109,17 @@ def test_the_command_writes_what_it_found(tmp_path, monkeypatch) -> None:
     assert command.main() == 0
     (file,) = tmp_path.glob("robustness_cpu_*.json")
     result = json.loads(file.read_text())
-    assert [row["parser"] for row in result["fuzz"]] == [*NAMES] and result["kills"] == []
+    assert [row["parser"] for row in result["files"]] == [*NAMES] and result["kills"] == []
     assert [(row["tokens"], row["grew"]) for row in result["decoding"]] == [(40, "")] * len(CASES)
-    assert all(row["inputs"] == 3 for row in result["fuzz"]) and result["versions"]["torch"]
+    assert all(row["inputs"] == 3 for row in result["files"]) and result["versions"]["torch"]
+
+
+def test_a_part_is_written_apart(tmp_path, monkeypatch) -> None:
+    found = {"kind": "model", "kills": 2, "mixed": [1], "refused": [], "lost": [], "leftovers": []}
+    monkeypatch.setattr(command, "_killed", lambda kind, kills: found)
+    monkeypatch.setattr("sys.argv", ["robustness", "--parts", "kills", "--out", str(tmp_path)])
+    assert command.main() == 1, "a mixture is a failure"
+    (file,) = tmp_path.glob("robustness_cpu_kills_*.json")
+    result = json.loads(file.read_text())
+    assert result["kills"] == [found] * len(KINDS) and "--parts kills --kills 200" in result["command"]
+    assert not {"files", "folders", "decoding"} & set(result)
