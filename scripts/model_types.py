@@ -27,8 +27,37 @@ def record(types: list[str] | None) -> dict[str, Any]:
         "command": "python -m scripts.model_types",
         "transformers": transformers.__version__,
         "promised": sorted(support.REQUIRED),
-        "rows": report.to_dict("records"),
+        "rows": [with_skips(row) for row in report.to_dict("records")],
     }
+
+
+def with_skips(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a type, and which skips a tiny model of it converts with."""
+    from modlab import skips
+
+    works = row["supported"]
+    return {**row, "skips": [name for name in skips.names() if works and _converts(row["model_type"], name)]}
+
+
+def _converts(model_type: str, skip: str) -> bool:
+    from modlab import ModlabError, convert
+    from modlab.families.tiny_models import tiny_model
+
+    try:
+        convert(tiny_model(model_type), _every_layer(skip))
+    except ModlabError:
+        return False
+    return True
+
+
+def _every_layer(skip: str) -> Any:
+    """A config that routes all layers, unless the skip chooses them itself."""
+    from modlab import MoDConfig, ModlabError
+
+    try:
+        return MoDConfig(skip=skip, layers="all")
+    except ModlabError:
+        return MoDConfig(skip=skip)
 
 
 def main(arguments: list[str]) -> int:

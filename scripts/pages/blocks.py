@@ -42,6 +42,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "depth": depth.block,
     "defaults": defaults.block,
     "supported": models.supported,
+    "supported by skip": models.by_skip,
     "refused": models.refused,
     "command table": commands.overview,
     "commands": commands.reference,

@@ -33,6 +33,18 @@ def supported(root: Path) -> str:
     )
 
 
+def by_skip(root: Path) -> str:
+    """How many of the types that convert do so with each skip."""
+    rows = [row for row in found(root)["rows"] if row["supported"]]
+    names = sorted({name for row in rows for name in row["skips"]})
+    lines = ["| `skip=` | types | not |", "|---|---|---|"]
+    for name in names:
+        without = [f"`{row['model_type']}`" for row in rows if name not in row["skips"]]
+        said = ", ".join(without) if len(without) <= 6 else f"{len(without)} types"
+        lines.append(f'| `"{name}"` | {len(rows) - len(without)} | {said} |')
+    return "\n".join(lines)
+
+
 def refused(root: Path) -> str:
     """The types that do not convert, with the reason that modlab gives."""
     lines = ["| model type | reason |", "|---|---|"]
