@@ -51,13 +51,13 @@ def _converts(model_type: str, skip: str) -> bool:
 
 
 def _every_layer(skip: str) -> Any:
-    """A config that routes all layers, unless the skip chooses them itself."""
+    """A config that routes all layers, unless the skip chooses them; tiny models have small windows."""
     from modlab import MoDConfig, ModlabError
 
     try:
-        return MoDConfig(skip=skip, layers="all")
+        return MoDConfig(skip=skip, layers="all", keep_recent=2)
     except ModlabError:
-        return MoDConfig(skip=skip)
+        return MoDConfig(skip=skip, keep_recent=2)
 
 
 def main(arguments: list[str]) -> int:

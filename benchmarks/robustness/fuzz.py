@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import modlab
-from benchmarks.robustness.kills import make_model, tensors_of_all, tokenizer_into
+from benchmarks.robustness.kills import THRESHOLD_TENSOR, make_model, tensors_of_all, tokenizer_into
 from benchmarks.robustness.mutations import mutated, mutated_json
 from modlab import MoDConfig, ModlabError, RoutingTrace, published
 from modlab.saving.description import FORMAT, Description, read_description
@@ -147,7 +147,20 @@ def folder_parsers(folder: Path) -> dict[str, Parser]:
             mutated_json if name.endswith("json") else mutated,
             one_in=len(names),
         )
+    described = made[f"folder with {CONFIG_FILE}"]
+    described.read = lambda file: (_load_with(folder, file), json.loads(file.read_bytes()))
+    described.right = lambda found: _as_described(*found, saved)
     return made
+
+
+def _as_described(model: Any, description: dict[str, Any], saved: dict[str, torch.Tensor]) -> bool:
+    """Whether the tensors are those that were saved, and the thresholds those of the damaged file: another
+    number there is another setting, which anybody may write."""
+    found = tensors_of_all(model)
+    del found[THRESHOLD_TENSOR]
+    wanted = {int(layer): p for layer, p in description["thresholds"].items()}
+    rest = {name: tensor for name, tensor in saved.items() if name != THRESHOLD_TENSOR}
+    return _same(found, rest) and model.mod.thresholds == wanted
 
 
 def _load_with(folder: Path, file: Path) -> Any:

@@ -129,10 +129,14 @@ def _judge(killed: Killed, number: int, target: Path, wanted: list[dict[str, Any
         killed.mixed.append(number)
 
 
+THRESHOLD_TENSOR = "thresholds of mod_router"
+"""Under which `tensors_of_all` has them."""
+
+
 def tensors_of_all(model: Any) -> dict[str, Any]:
     """All that makes a model, by name: weights, routers, thresholds."""
     thresholds = torch.tensor([*model.mod.thresholds.values()])
-    return {**model.state_dict(), "thresholds of mod_router": thresholds}
+    return {**model.state_dict(), THRESHOLD_TENSOR: thresholds}
 
 
 def _routers(tensors: dict[str, Any]) -> dict[str, Any]:

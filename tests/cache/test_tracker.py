@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
-    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -15,6 +14,7 @@ from transformers import (
 import modlab
 from modlab.cache.bytes import allocated_bytes
 from modlab.errors import ModlabError
+from tests.helpers.models import tiny_config
 
 LAYERS, HEADS_KV, HEAD_DIM = 3, 2, 8
 TOKEN_BYTES = 2 * HEADS_KV * HEAD_DIM * 4  # K and V, fp32
@@ -22,17 +22,14 @@ TOKEN_BYTES = 2 * HEADS_KV * HEAD_DIM * 4  # K and V, fp32
 
 def llama(dtype=torch.float32, **kwargs):
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = tiny_config(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
         num_key_value_heads=HEADS_KV,
         max_position_embeddings=256,
-        bos_token_id=1,
         eos_token_id=None,
-        pad_token_id=0,
         **kwargs,
     )
     return LlamaForCausalLM(config).eval().to(dtype)

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import modlab
-from tests.helpers.models import scatter_gates
+from tests.helpers.models import scatter_gates, tiny_config
 
 
 def model_in_bf16() -> Any:
     """Converted, with tied embeddings; dense and routed layers differ in class."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = tiny_config(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
@@ -23,6 +23,7 @@ def model_in_bf16() -> Any:
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
+        pad_token_id=None,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     modlab.convert(model, modlab.MoDConfig(layers=[0, 2], keep_recent=4))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import modlab
-from tests.helpers.models import scatter_gates
+from tests.helpers.models import scatter_gates, tiny_config
 
 ROWS, LENGTH, VOCABULARY = 8, 24, 97
 HIGH = 80  # one row has the tokens from here on, the others those below
@@ -71,14 +71,13 @@ def data() -> Dataset:
 def model_of(conversion: dict[str, Any] | None, seed: int = 0) -> Any:
     """A small model whose gates differ from token to token."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = tiny_config(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         initializer_range=0.2,
+        pad_token_id=None,
     )
     model = LlamaForCausalLM(config)
     if conversion is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from modlab.plan import sizes_of
 from tests.helpers.launch import launch
+from tests.helpers.models import tiny_config
 from tests.helpers.spread import found_by
 
 WORKER = Path(__file__).with_name("spread_in_processes.py")
@@ -16,10 +17,14 @@ WORKER = Path(__file__).with_name("spread_in_processes.py")
 
 def test_two_processes_with_half_of_the_heads_are_one_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
+    config = tiny_config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        pad_token_id=None,
+    )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "model")
     launch(WORKER, 2, tmp_path / "model", tmp_path)

@@ -1,21 +1,17 @@
 """The models that the tests of this folder measure: tiny, with gates that differ from token to token."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from tests.helpers.models import tiny_config
 
 VOCAB = 96
 
 
 def dense_model(seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+    config = tiny_config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, max_position_embeddings=256, pad_token_id=None
     )
     return LlamaForCausalLM(config).eval()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import modlab
 from modlab import probes
@@ -17,7 +17,7 @@ from modlab.hf.model import beyond_context, context_length
 from modlab.measure import evaluate, piece_length
 from modlab.routing.threshold import check_threshold
 from modlab.training.checks import check_length
-from tests.helpers.models import alternate_layers
+from tests.helpers.models import alternate_layers, tiny_config
 
 CONTEXT = 48
 PACKAGE = Path(modlab.__file__).parent
@@ -26,16 +26,15 @@ PACKAGE = Path(modlab.__file__).parent
 def model_of(rope=None, context=CONTEXT):
     torch.manual_seed(0)
     rope = {"rope_theta": 10000.0, **(rope or {"rope_type": "default"})}
-    config = LlamaConfig(
+    config = tiny_config(
         vocab_size=97,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=context,
         initializer_range=0.2,
         rope_parameters=rope,
+        pad_token_id=None,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -6,12 +6,12 @@ import warnings
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import modlab
 from modlab import measure
 from modlab.errors import ModlabError
-from tests.helpers.models import alternate_layers
+from tests.helpers.models import alternate_layers, tiny_config
 from tests.measure.models import VOCAB, dense_model, spread_gates
 
 
@@ -124,10 +124,14 @@ def test_a_real_model_and_its_tokenizer(data_dir):
 
 def test_far_recall_has_a_column_because_the_mean_loss_hides_it(batches):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
+    config = tiny_config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+        pad_token_id=None,
+    )
     model = spread_gates(
         modlab.convert(LlamaForCausalLM(config).eval(), modlab.MoDConfig(layers="all", keep_recent=4))
     )
