@@ -149,18 +149,19 @@ def folder_parsers(folder: Path) -> dict[str, Parser]:
         )
     described = made[f"folder with {CONFIG_FILE}"]
     described.read = lambda file: (_load_with(folder, file), json.loads(file.read_bytes()))
-    described.right = lambda found: _as_described(*found, saved)
+    described.right = lambda found: _as_described(found, saved)
     return made
 
 
-def _as_described(model: Any, description: dict[str, Any], saved: dict[str, torch.Tensor]) -> bool:
+def _as_described(loaded: tuple[Any, dict[str, Any]], saved: dict[str, torch.Tensor]) -> bool:
     """Whether the tensors are those that were saved, and the thresholds those of the damaged file: another
     number there is another setting, which anybody may write."""
+    model, description = loaded
     found = tensors_of_all(model)
     del found[THRESHOLD_TENSOR]
     wanted = {int(layer): p for layer, p in description["thresholds"].items()}
     rest = {name: tensor for name, tensor in saved.items() if name != THRESHOLD_TENSOR}
-    return _same(found, rest) and model.mod.thresholds == wanted
+    return _same(found, rest) and bool(model.mod.thresholds == wanted)
 
 
 def _load_with(folder: Path, file: Path) -> Any:
