@@ -93,7 +93,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Set the model to threshold p, run the text, show what was measured.
 
         Raises:
-            ModlabError: p does not lie between 0 and 1.
+            ModlabError: p is below 0, or not below 1.
         """
         self._measure(float(p), None)
 

@@ -85,7 +85,7 @@ class Frontier(ModelView, view="frontier"):
         """Move the point to p and, if there is a model, set its threshold.
 
         Raises:
-            ModlabError: p does not lie between 0 and 1.
+            ModlabError: p is below 0, or not below 1.
         """
         self.threshold = check_threshold(p)
         if self._model is not None:

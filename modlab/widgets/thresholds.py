@@ -39,7 +39,7 @@ class Thresholds(SteeredView, view="thresholds"):
         """Set one p, or {layer: p}, and run the text.
 
         Raises:
-            ModlabError: p does not lie between 0 and 1, or the layer is not routed.
+            ModlabError: p is below 0, or not below 1, or the layer is not routed.
         """
         self._measure(p, None)
 

@@ -268,7 +268,7 @@ def test_continuations_of_unequal_length(routed_model: Any, word_tokenizer: Any)
 def test_compare_stops_and_fails_without_a_trace(routed_model: Any, word_tokenizer: Any) -> None:
     widget = Compare(routed_model, word_tokenizer, "the router", max_new_tokens=4)
     sides = widget.run() and widget.sides
-    with pytest.raises(ModlabError, match="between 0 and 1"):
+    with pytest.raises(ModlabError, match="at least 0 and below 1"):
         send(widget, type="generate", prompt="the", ps=[0.5, 1.5], max_new_tokens=6, id=1)
     with pytest.raises(ModlabError, match="empty"):
         send(widget, type="generate", prompt="", ps=[0.5, 0.6], max_new_tokens=6, id=2)
@@ -280,7 +280,7 @@ def test_compare_stops_and_fails_without_a_trace(routed_model: Any, word_tokeniz
     assert widget.wait(20) and widget.job["state"] == "cancelled"
     assert widget.sides == sides and routed_model.mod.thresholds[1] == 0.5
     with pytest.raises(ModlabError):
-        Compare(routed_model, word_tokenizer, "the", p=(0.0, 0.5))
+        Compare(routed_model, word_tokenizer, "the", p=(1.0, 0.5))
 
 
 def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
@@ -291,8 +291,8 @@ def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
     assert routed_model.mod.thresholds[1] == 0.7 == widget.applied
     widget.choose(0.3)
     assert routed_model.mod.thresholds[1] == 0.3 == widget.threshold
-    with pytest.raises(ModlabError, match="between 0 and 1"):
-        widget.choose(0.0)
+    with pytest.raises(ModlabError, match="at least 0 and below 1"):
+        widget.choose(1.0)
     with pytest.raises(ModlabError, match="decode_ms.*not in the sweep"):
         Frontier(sweep(), metric="decode_ms")
     with pytest.raises(ModlabError, match="no column loss"):
