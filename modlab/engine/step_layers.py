@@ -142,8 +142,8 @@ class RoutedStep(DenseStep):
             gate=router.gate,
             keep=router.keep,
             any_1=router.any,
-            into_KD=weights.into if hidden else None,
-            out_AK=weights.out if hidden else None,
+            into_UD=weights.into if hidden else None,
+            out_AU=weights.out if hidden else None,
         )
 
 

@@ -4,7 +4,7 @@ A linear router with one gate takes one kernel of one program. One with several 
 times the weights, which one multiprocessor would take 5 us to read (16 hidden units and 8 gates on a model of
 width 4,096): a program a unit and gate reads them, a second kernel decides.
 
-Shape letters: B rows, D model dim, A gates of a layer, K units of a hidden layer, P positions of a routing
+Shape letters: B rows, D model dim, A gates of a layer, U units of a hidden layer, P positions of a routing
 table.
 """
 
@@ -41,7 +41,7 @@ class RouterCall:
         forced_3: the same for kernels: its address, P, and how many answers it has for a position, int64;
             address 0 lets the gates decide.
         gate, keep, any_1: written; fp32 and bool, [B] or [B, A]; bool.
-        into_KD, out_AK: of a hidden layer (`HiddenRouter`), fp32; None without one.
+        into_UD, out_AU: of a hidden layer (`HiddenRouter`), fp32; None without one.
     """
 
     x_BD: Tensor
@@ -55,21 +55,21 @@ class RouterCall:
     gate: Tensor
     keep: Tensor
     any_1: Tensor
-    into_KD: Tensor | None = None
-    out_AK: Tensor | None = None
+    into_UD: Tensor | None = None
+    out_AU: Tensor | None = None
 
     @property
     def is_wide(self) -> bool:
         """Whether there is more than one gate by one linear map."""
-        return self.weight.dim() > 1 or self.into_KD is not None
+        return self.weight.dim() > 1 or self.into_UD is not None
 
 
 def reference_decode_router(call: RouterCall) -> None:
     """Plain torch: what the kernels compute (this file's, and the one of decode_router.cu)."""
-    x_BD = call.x_BD.float() if call.into_KD is None else normalised(call.x_BD)
+    x_BD = call.x_BD.float() if call.into_UD is None else normalised(call.x_BD)
     logit_BA = F.linear(x_BD, call.weight.view(-1, x_BD.shape[1]), call.bias_A)
-    if call.into_KD is not None and call.out_AK is not None:
-        logit_BA = logit_BA + F.linear(F.gelu(F.linear(x_BD, call.into_KD)), call.out_AK)
+    if call.into_UD is not None and call.out_AU is not None:
+        logit_BA = logit_BA + F.linear(F.gelu(F.linear(x_BD, call.into_UD)), call.out_AU)
     gate_BA = torch.sigmoid(logit_BA)
     if call.forced is not None:
         table_BPA = call.forced.view(*call.forced.shape[:2], -1)
@@ -206,15 +206,15 @@ def decode_router(call: RouterCall) -> None:
             D=D, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
         )  # fmt: skip
         return
-    A, K = len(call.bias_A), 0 if call.into_KD is None else len(call.into_KD)
+    A, K = len(call.bias_A), 0 if call.into_UD is None else len(call.into_UD)
     projected = torch.empty(B, A + K, dtype=torch.float32, device=call.x_BD.device)
-    into_KD, out_AK = (call.weight if t is None else t for t in (call.into_KD, call.out_AK))
+    into_UD, out_AU = (call.weight if t is None else t for t in (call.into_UD, call.out_AU))
     _project[(A + K, triton.cdiv(B, block_b))](
-        call.x_BD, call.weight, into_KD, projected, call.x_BD.stride(0), B,
+        call.x_BD, call.weight, into_UD, projected, call.x_BD.stride(0), B,
         A=A, UNITS=A + K, D=D, NORMALISED=K > 0, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip
     _decide[(1,)](
-        projected, call.bias_A, out_AK, *decision, B, call.keep_first,
+        projected, call.bias_A, out_AU, *decision, B, call.keep_first,
         A=A, K=K, BLOCK_A=triton.next_power_of_2(A), BLOCK_K=triton.next_power_of_2(max(K, 1)),
         BLOCK_B=block_b, num_warps=8,
     )  # fmt: skip

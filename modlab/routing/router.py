@@ -1,6 +1,6 @@
 """The router: one gate a token, always in fp32.
 
-Shape letters: B rows, T tokens in, D model dim, G gates of a layer, K units of a hidden layer.
+Shape letters: B rows, T tokens in, D model dim, G gates of a layer, U units of a hidden layer.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class HiddenRouter(Router):
     All gates of the layer share the hidden units. Right after conversion `out` is zero: every gate is open.
 
     Args:
-        hidden: K, at least 1.
+        hidden: U, at least 1.
         hidden_size, init_gate, device, gates: as of `Router`.
     """
 
@@ -116,8 +116,8 @@ class HiddenRouter(Router):
     ) -> None:
         super().__init__(hidden_size, init_gate, device, gates)
         # From a generator of its own: conversion leaves the caller's random numbers alone.
-        into_KD = torch.randn(hidden, hidden_size, generator=torch.Generator().manual_seed(0))
-        self.into = nn.Parameter((into_KD * hidden_size**-0.5).to(device))
+        into_UD = torch.randn(hidden, hidden_size, generator=torch.Generator().manual_seed(0))
+        self.into = nn.Parameter((into_UD * hidden_size**-0.5).to(device))
         self.out = nn.Parameter(torch.zeros(gates, hidden, device=device))
 
     def forward(self, x_BTD: Tensor) -> Tensor:

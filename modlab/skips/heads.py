@@ -4,7 +4,7 @@ Found out by running it on random numbers, as everything else about a part. A ga
 from the query heads of KV head g, a key of that head is as good as gone. So another key is put there, and the
 output must not change.
 
-Shape letters: T tokens, N query heads, G KV heads, H entries of a head.
+Shape letters: T tokens, N query heads, G KV heads, H head dim.
 """
 
 from __future__ import annotations

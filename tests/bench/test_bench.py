@@ -38,7 +38,7 @@ def check_rows(rows):
         assert all(isinstance(value, (str, int, float)) for value in row.values()), "rows are flat"
         assert all(isinstance(row[key], (int, float)) and row[key] > 0 for key in NUMBERS)
         assert row["case"] in ("prefill", "decode", "train", "peak", "throughput", "baseline")
-        assert 0 <= row["routed_layers"] < row["num_layers"]
+        assert 0 <= row["routed_layers"] <= row["num_layers"]  # all of them with skip="kv"
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["mod_ms"], abs=0.01)
         if row["case"] == "train":  # no cache is held
             assert row["kv_bytes"] == row["dense_kv_bytes"] == 0
