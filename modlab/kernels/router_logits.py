@@ -2,7 +2,7 @@
 
 That copy is 0.5 GB to write and to read in each routed layer, for 32,768 tokens of width 4,096.
 
-Shape letters: B batch rows, T tokens in, S tokens in all, D model dim, A gates of a layer, K units of a
+Shape letters: B batch rows, T tokens in, S tokens in all, D model dim, A gates of a layer, U units of a
 hidden layer.
 """
 

@@ -435,8 +435,8 @@ def router_call(
         gate=torch.full(shape, torch.nan, device=DEVICE),
         keep=torch.zeros(shape, dtype=torch.bool, device=DEVICE),
         any_1=torch.zeros(1, dtype=torch.bool, device=DEVICE),
-        into_KD=random(hidden, D) if hidden else None,
-        out_AK=random(gates, hidden) * 5 if hidden else None,
+        into_UD=random(hidden, D) if hidden else None,
+        out_AU=random(gates, hidden) * 5 if hidden else None,
     )
 
 
@@ -462,8 +462,8 @@ def test_a_step_decides_as_the_router_of_the_model_does(gates: int, hidden: int)
     call = router_call(5, 64, "gate", gates=gates, hidden=hidden)
     made = make_router(modlab.MoDConfig(router_hidden=hidden), 64, gates, DEVICE)
     made.weight.data, made.bias.data = call.weight, call.bias_A
-    if isinstance(made, HiddenRouter) and call.into_KD is not None and call.out_AK is not None:
-        made.into.data, made.out.data = call.into_KD, call.out_AK
+    if isinstance(made, HiddenRouter) and call.into_UD is not None and call.out_AU is not None:
+        made.into.data, made.out.data = call.into_UD, call.out_AU
     router.reference_decode_router(call)
     with torch.no_grad():
         want = made(call.x_BD[:, None])[:, 0].sigmoid()
