@@ -11,6 +11,7 @@ from modlab.cli.flags import (
     add_dataclass_flags,
     given_flags,
     read_floats,
+    read_integers,
     read_name,
     read_path,
 )
@@ -54,6 +55,19 @@ def add(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
+    distil = sub.add_argument_group("with --objective distil")
+    distil.add_argument(
+        "--fit-tokens", metavar="N", type=int,
+        help="tokens that routers are fitted to before a fresh run (default: as `modlab fit`); 0: none",
+    )  # fmt: skip
+    distil.add_argument(
+        "--repeats", action=argparse.BooleanOptionalAction, default=True,
+        help="passages and key-value lines come again in half of the rows, at all distances",
+    )  # fmt: skip
+    distil.add_argument(
+        "--lengths", metavar="T,T", type=read_integers,
+        help="batches of rows of these lengths in turn, of --batch-size times --seq-len tokens each",
+    )  # fmt: skip
     add_model_flags(sub)
     flags = sub.add_argument_group("TrainConfig")
     add_dataclass_flags(
@@ -98,6 +112,8 @@ def run(options: argparse.Namespace) -> int:
         return packed(options.data, tokenizer, length, split, limit_tokens=limit, seed=config.seed)
 
     data = rows("train", options.limit_tokens)
+    if config.objective == "distil":
+        data = _distilled(options, config, model, tokenizer, data)
     heldout = rows("heldout", options.heldout_tokens) if options.heldout_tokens else None
     result = modlab.train(model, data, config, eval_data=heldout, teacher=teacher, tokenizer=tokenizer)
     last = result.history.iloc[-1].dropna().to_dict() if len(result.history) else {}
@@ -108,3 +124,22 @@ def run(options: argparse.Namespace) -> int:
     print(f"{result.stopped} after {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s")
     print(f"{options.out}: {figures}")
     return INTERRUPTED if result.interrupted else 0
+
+
+def _distilled(options: argparse.Namespace, config: Any, model: Any, tokenizer: Any, data: Any) -> Any:
+    """The rows or batches of a distillation; the routers of a fresh run are fitted to them first."""
+    import modlab
+    from modlab.data import mixed_lengths, with_repeats
+    from modlab.training.checkpoints import checkpoints
+
+    fresh = options.fit_tokens != 0 and model.mod.trained is None and not checkpoints(options.out)
+    if fresh and model.mod.skip.gate_form(model.mod.config, model.mod.skip.parts[0]) == "stored":
+        settings = modlab.FitConfig(tokens=options.fit_tokens)
+        print(modlab.fit_routers(model, data, settings, tokenizer=tokenizer))
+    shares = {} if options.repeats else {"passages": 0.0, "lines": 0.0}
+    if options.lengths:
+        tokens = config.batch_size * row_length(options, model)
+        return mixed_lengths(
+            data, tokenizer, lengths=options.lengths, tokens=tokens, seed=config.seed, **shares
+        )
+    return with_repeats(data, tokenizer, seed=config.seed) if options.repeats else data

@@ -34,7 +34,7 @@ from modlab.training.fit_config import FitConfig
 from modlab.training.fit_pass import FitPass, sample_size
 
 ON_GPU = {"tokens": 196_608, "context": 2048, "batch_size": 4, "hidden_steps": 400}
-ON_CPU = {"tokens": 32_768, "context": 1024, "batch_size": 1, "hidden_steps": 0}
+ON_CPU = {"tokens": 16_384, "context": 1024, "batch_size": 1, "hidden_steps": 0}
 SAVINGS = (1.5, 2.0, 3.0, 4.0)
 """Whose thresholds fitted routers know."""
 

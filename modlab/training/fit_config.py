@@ -13,7 +13,7 @@ class FitConfig:
 
     Attributes:
         keep_ratio: share of tokens that the routed layers keep afterwards, mean over them, in (0, 1].
-        tokens: of text that routers are fitted to; None: 32,768 on a CPU, 196,608 on a GPU. Text that is
+        tokens: of text that routers are fitted to; None: 16,384 on a CPU, 196,608 on a GPU. Text that is
             shorter gives what it has.
         context: tokens of a text, which is read twice in a row; None: 1,024 on a CPU, 2,048 on a GPU, or half
             of the model's context where that is less.

@@ -78,6 +78,23 @@ def converted(source: Path) -> Path:
     return target
 
 
+def test_distillation_fits_first_and_leaves_thresholds(source: Path, corpus: Path) -> None:
+    heads, out = source.parent / "heads", source.parent / "distilled"
+    flags = ["--layers", "all", "--gates", "kv_head", "--router-hidden", "4", "--keep-recent", "8"]
+    assert modlab_process("convert", source, heads, *flags, cwd=source.parent).returncode == 0
+    done = modlab_process(
+        *("train", heads, "--out", out, "--data", corpus, "--objective", "distil", "--steps", "2"),
+        *("--batch-size", "2", "--lengths", "32,64", "--keep-range", "0.2,0.8", "--keep-ratio", "0.4"),
+        *("--fit-tokens", "480", "--heldout-tokens", "0", "--limit-tokens", "4096", "--num-workers", "0"),
+        cwd=source.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Fit(tokens=" in done.stdout and "finished after 2 steps" in done.stdout
+    assert set(json.loads((out / "thresholds.json").read_text())) == {"2", "4"}
+    model, _ = modlab.load(out / "model")
+    assert model.mod.trained.method.startswith("distilled")
+
+
 def test_fit_leaves_a_folder_that_keeps_what_was_asked(source: Path, corpus: Path) -> None:
     target = source.parent / "fitted"
     done = modlab_process(
