@@ -26,6 +26,9 @@ TASKS = {
 """By name, files of lines {"query", "choices", "gold"}; a choice begins with its blank."""
 
 
+NOTE = "Accuracy of the dense model or of the routed one that was named, as lm-evaluation-harness counts it."
+
+
 def definition(name: str, documents: Path) -> dict[str, Any]:
     """The task as the harness reads it: the sum of a choice's log-probabilities, and that by its length."""
     return {
@@ -71,6 +74,7 @@ def run(
         "what": "real_tasks",
         "model": Path(name).name,
         "limit": limit,
+        "note": NOTE,
         "commit": source_commit(),
         **circumstances(model.device, model.dtype),
         "keep_ratio": found.keep_ratio,

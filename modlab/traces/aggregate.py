@@ -19,7 +19,7 @@ from modlab.data.pieces import encode
 from modlab.errors import ModlabError
 from modlab.hf.model import eval_mode, model_name, vocabulary_size
 from modlab.measure import piece_length
-from modlab.routing.record import by_gate
+from modlab.routing.record import kept_share
 from modlab.routing.state import record_routing, routing_of
 from modlab.traces.token_classes import CLASSES, classify
 
@@ -36,9 +36,9 @@ class RoutingAggregate:
     Attributes:
         layers: index of each of the R routed layers.
         class_tokens: int64[C], tokens of each class of `token_classes.CLASSES`.
-        class_kept: int64[C, R], how many of them each layer kept.
+        class_kept: float64[C, R], how many of them each layer kept; shares of several gates.
         position_tokens: int64[T], texts (or pieces) that reach position t.
-        position_kept: int64[T, R], in how many of them the layer kept the token at t.
+        position_kept: float64[T, R], in how many of them the layer kept the token at t.
         texts: how many texts.
         examples: the most frequent tokens of each class.
         model: a name to show.
@@ -46,9 +46,9 @@ class RoutingAggregate:
 
     layers: list[int]
     class_tokens: NDArray[np.int64]
-    class_kept: NDArray[np.int64]
+    class_kept: NDArray[np.float64]
     position_tokens: NDArray[np.int64]
-    position_kept: NDArray[np.int64]
+    position_kept: NDArray[np.float64]
     texts: int
     examples: list[list[str]] = field(default_factory=list)
     model: str = ""
@@ -86,7 +86,7 @@ class RoutingAggregate:
         return self._frame(tokens, kept, names, "position")
 
     def _frame(
-        self, tokens: NDArray[np.int64], kept: NDArray[np.int64], names: list[str], index: str
+        self, tokens: NDArray[np.int64], kept: NDArray[np.float64], names: list[str], index: str
     ) -> pd.DataFrame:
         import pandas as pd
 
@@ -148,9 +148,9 @@ def aggregate_routing(
     result = RoutingAggregate(
         layers=layers,
         class_tokens=np.zeros(len(CLASSES), np.int64),
-        class_kept=np.zeros((len(CLASSES), len(layers)), np.int64),
+        class_kept=np.zeros((len(CLASSES), len(layers))),
         position_tokens=np.zeros(reach, np.int64),
-        position_kept=np.zeros((reach, len(layers)), np.int64),
+        position_kept=np.zeros((reach, len(layers))),
         texts=count,
         model=model_name(model),
     )
@@ -161,8 +161,8 @@ def aggregate_routing(
     ):
         with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
             decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-        keep = recording.steps[-1].keep  # of several gates any one
-        keep_TR = torch.stack([by_gate(keep[i])[0].any(-1) for i in layers], dim=1).cpu().numpy()
+        keep = recording.steps[-1].keep
+        keep_TR = torch.stack([kept_share(keep[i])[0] for i in layers], dim=1).double().cpu().numpy()
         classes = np.asarray(classify(tokens))
         np.add.at(result.class_tokens, classes, 1)
         np.add.at(result.class_kept, classes, keep_TR)

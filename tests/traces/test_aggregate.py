@@ -43,6 +43,15 @@ def test_counts_are_those_of_the_traces(model: Any, tokenizer: Any) -> None:
     assert {"keyword", "identifier", "number", "punctuation", "word"} <= set(frame.index)
 
 
+def test_of_several_gates_the_share_that_keeps_a_token_counts(make_llama: Any, tokenizer: Any) -> None:
+    config = modlab.MoDConfig(layers="all", gates="kv_head", keep_recent=4, keep_first=1)
+    model = scatter_gates(modlab.convert(make_llama(), config))
+    found = modlab.aggregate_routing(model, tokenizer, TEXTS, progress=False)
+    traces = [modlab.trace(model, tokenizer, text) for text in TEXTS]
+    want = sum(int(t.keep.sum()) for t in traces) / sum(t.keep.size for t in traces)
+    assert 0 < want < 1 and found.keep_ratio == pytest.approx(want)
+
+
 def test_positions(model: Any, tokenizer: Any) -> None:
     found = modlab.aggregate_routing(model, tokenizer, TEXTS, progress=False)
     frame = found.by_position(6)
