@@ -38,7 +38,7 @@ class MoDConfig:
             row keeps its `capacity` share of highest gates; in evaluation, where ranking would look into the
             future, the gate is compared with `p` (train it with the auxiliary BCE objective so that this is
             meaningful).
-        p: threshold in (0, 1), one value or ``{layer: value}``. Live: `modlab.set_threshold` changes it at
+        p: threshold in [0, 1), one value or ``{layer: value}``. Live: `modlab.set_threshold` changes it at
             any time.
         skip: what a skipped token leaves out: ``"kv"``, its place in the cache (it passes the layer in full,
             but its keys and values are dropped once `keep_recent` tokens have come, itself counted), the
@@ -61,8 +61,8 @@ class MoDConfig:
             copies of them.
         init_gate: gate value of every token right after conversion, in (0, 1).
         gates: ``"layer"``: one gate a layer decides for all of its KV heads. ``"kv_head"``, with
-            ``skip="kv"`` alone: each KV head has a gate of its own, and keeps other tokens than its
-            neighbours.
+            ``skip="kv"`` or ``"kv+prompt"``: each KV head has a gate of its own, and keeps other tokens than
+            its neighbours.
         router_hidden: units of a hidden layer inside each router, which all gates of a layer share; 0: a
             router is linear.
     """

@@ -25,7 +25,6 @@ from modlab.hf.arguments import MASK_NAMES, forward_signature
 from modlab.hf.names import CACHE_ARGUMENTS
 
 NO_ATTENTION = "it has no softmax attention"
-NO_MASK_SLIDES = "its sliding window is the cache's, not the mask's"
 NO_KEYS = "its layers take neither an attention mask nor a cache of keys and values"
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")

@@ -6,13 +6,14 @@ Shape letters: B rows, T tokens in, K keys seen, cached ones included, G gates o
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from modlab.routing.router import logit_of
 
 if TYPE_CHECKING:
     from modlab.cache.ragged import RaggedCache
@@ -157,11 +158,11 @@ class ForwardCall:
         p = self.thresholds[layer_idx]
         if self.row_shift is None:
             return p
-        return torch.sigmoid(_logit(p) + self.row_shift[(..., *[None] * (gate.dim() - 1))])
+        return torch.sigmoid(logit_of(p) + self.row_shift[(..., *[None] * (gate.dim() - 1))])
 
     def threshold_logit(self, layer_idx: int, logit: Tensor) -> float | Tensor:
         """The same as a logit, to be compared with the router's."""
-        own = _logit(self.thresholds[layer_idx])
+        own = logit_of(self.thresholds[layer_idx])
         return own if self.row_shift is None else own + self.row_shift[(..., *[None] * (logit.dim() - 1))]
 
     def is_causal(self, mask: Any) -> bool:
@@ -205,10 +206,6 @@ class ForwardCall:
             plain = ((visible == seen) | ~asking).all()
         causal_, plain_, future_ = torch.stack([causal, plain, future]).tolist()
         return MaskFacts(mask_BNTK, causal_, plain_, future_)
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))
 
 
 @dataclass(frozen=True)

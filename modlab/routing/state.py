@@ -267,11 +267,11 @@ def set_threshold(
 
     Args:
         model: a converted model.
-        p: one value in (0, 1), or ``{layer: value}``. Lower keeps more tokens.
+        p: one value in [0, 1), or ``{layer: value}``. Lower keeps more tokens.
         layers: routed layers that get the one value; all of them by default.
 
     Raises:
-        ModlabError: p outside (0, 1), or a layer that is not routed. Nothing is changed then.
+        ModlabError: p outside [0, 1), or a layer that is not routed. Nothing is changed then.
     """
     routing = routing_of(model)
     if isinstance(p, dict):

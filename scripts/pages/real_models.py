@@ -111,9 +111,20 @@ def _error(record: dict[str, Any], run: str) -> str:
 
 
 def _origin(records: dict[str, Any]) -> str:
+    """Where each model's figures come from: base, command, and what its record says of them."""
     record = records[CONTROLS]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return (
-        f"{record['device_name']}, {record['dtype']}, {versions}, {record['date'][:10]}, commit "
-        f"{record['commit'][:7]}; by the study's masks, not the product's cache. `{record['command']}`"
-    )
+    lines = [
+        f"{record['device_name']}, {record['dtype']}, {versions}, {record['date'][:10]}; by the study's "
+        "masks, not the product's cache, with gates in 16 bit (those that ship have 5 to 8 bits a weight):",
+        "",
+    ]
+    for model in SHIPPED:
+        record = records[model]
+        run = next(gates for gates in record["gates"] if gates["run"] == SHIPPED[model])
+        rate, tokens = run["plan"]["rate"], run["distillation"]["tokens"]
+        lines.append(
+            f"- {model}: {record['base']}; {tokens:,} tokens at a learning rate of {rate:g}; commit "
+            f"{record['commit'][:7]}, `{record['command']}`. {record['note']}"
+        )
+    return "\n".join(lines)

@@ -77,6 +77,18 @@ def test_the_threshold_0_keeps_every_token_whatever_its_gate(tiny_llama) -> None
     assert all(float(gate.max()) == 0 for gate in recording.steps[0].gate.values())
 
 
+@pytest.mark.parametrize("skip", ["kv", "layer", "attention", "mlp"])
+def test_a_what_if_pass_at_the_threshold_0_is_the_dense_one_and_has_gradients(make_llama, skip: str) -> None:
+    ids = torch.arange(3, 43)[None]
+    dense = make_llama()(ids).logits
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip=skip, keep_recent=8))
+    modlab.set_threshold(model, 0)
+    out = model.train()(input_ids=ids, labels=ids)
+    torch.testing.assert_close(out.logits, dense, rtol=1e-4, atol=1e-4)
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("p", [1, -0.5, 2.0, "0.5", None, float("nan"), True])
 def test_bad_thresholds_are_refused(tiny_llama, p) -> None:
     with pytest.raises(ModlabError, match="at least 0 and below 1"):
