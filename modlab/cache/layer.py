@@ -173,9 +173,19 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores every token of every row, as a dense layer does (the cache of a reverted model)."""
+        """Stores every token of every row, as a dense layer does (the cache of a reverted model).
+
+        Raises:
+            ModlabError: a token that a dense layer would attend to was dropped before, or never stored.
+        """
         B, S = key_states.shape[0], key_states.shape[2]
         first = self.cumulative_length
+        seen = first if self.sliding_window is None else min(first, self.sliding_window - 1)
+        if min(self.lengths, default=0) < seen:
+            raise ModlabError(
+                f"this cache was filled by a converted model and holds {min(self.lengths)} of {seen} tokens: "
+                "a dense layer would attend to all of them. After modlab.revert begin with a new cache."
+            )
         self.begin([S] * B, S, key_states.device)
         columns = torch.arange(first, first + S, device=key_states.device, dtype=torch.int32)
         self.stage(list(range(B)), columns.expand(B, S))

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import modlab
 from modlab.cache.layer import NO_KEY, RaggedLayer
 from modlab.errors import ModlabError
+from tests.helpers.models import spread_gates
 from tests.helpers.routing import IDS, MASK, expected_kept, random_routing
 
 INDEX_BYTES = 4  # one int32 column a stored token
@@ -175,3 +176,19 @@ def test_a_cache_of_another_conversion_is_refused(make_llama, changes) -> None:
         run(one, IDS[:, 9:12], cache=cache)
     again = modlab.convert(make_llama(), modlab.MoDConfig(**layers, p=0.7))
     assert run(again, IDS[:, 9:12], cache=run(one, IDS[:, :9]).past_key_values).logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("skip", "gates"), [("kv", "layer"), ("kv", "kv_head"), ("layer", "layer")])
+def test_a_cache_with_dropped_tokens_is_not_read_by_the_reverted_model(make_llama, skip, gates) -> None:
+    model = modlab.convert(make_llama(), modlab.MoDConfig(skip=skip, gates=gates, keep_recent=4))
+    whole = run(model, IDS[:1]).past_key_values  # every gate is open
+    spread_gates(model)
+    dropped = run(model, IDS[:1]).past_key_values
+    dense = modlab.revert(model)
+    expected = dense(torch.cat([IDS[:1], IDS[:1, :1]], dim=1)).logits[:, -1]
+    torch.testing.assert_close(
+        run(dense, IDS[:1, :1], cache=whole).logits[:, -1], expected, rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ModlabError, match="begin with a new cache"):
+        run(dense, IDS[:1, :1], cache=dropped)
