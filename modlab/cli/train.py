@@ -127,13 +127,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _distilled(options: argparse.Namespace, config: Any, model: Any, tokenizer: Any, data: Any) -> Any:
-    """The rows or batches of a distillation; the routers of a fresh run are fitted to them first."""
+    """The rows or batches of a distillation; the routers of a fresh run are fitted to them first, where
+    they can be."""
     import modlab
     from modlab.data import mixed_lengths, with_repeats
     from modlab.training.checkpoints import checkpoints
+    from modlab.training.fit import why_not_fitted
 
     fresh = options.fit_tokens != 0 and model.mod.trained is None and not checkpoints(options.out)
-    if fresh and model.mod.skip.gate_form(model.mod.config, model.mod.skip.parts[0]) == "stored":
+    if fresh and (reason := why_not_fitted(model.mod)):
+        print(f"Nothing is fitted first: {reason}")
+    elif fresh:
         settings = modlab.FitConfig(tokens=options.fit_tokens)
         print(modlab.fit_routers(model, data, settings, tokenizer=tokenizer))
     shares = {} if options.repeats else {"passages": 0.0, "lines": 0.0}

@@ -172,11 +172,26 @@ def _length(model: Any, asked: int | None, usual: int, prompt: int) -> int:
     return asked
 
 
+def why_not_fitted(routing: Routing) -> str:
+    """Why routers of this model cannot be fitted to what its dense attention shows; "" if they can."""
+    skip = routing.skip
+    if skip.decides_itself:
+        return f"skip={skip.name!r} has no routers: who leaves follows from the position alone"
+    if routing.first_left < routing.num_layers:
+        return (
+            f"with skip={skip.name!r} routers from layer {routing.first_left} on read the state that prompt "
+            "tokens leave with, and keys there come from it by projections: the dense attention says nothing "
+            "of them"
+        )
+    if skip.gate_form(routing.config, skip.parts[0]) != "stored":
+        return f"scores say what keys are worth, but this model routes {skip.words.routed}"
+    return ""
+
+
 def _check_routers(model: Any, routing: Routing) -> None:
-    if routing.skip.gate_form(routing.config, routing.skip.parts[0]) != "stored":
+    if reason := why_not_fitted(routing):
         raise ModlabError(
-            f"scores say what keys are worth, but this model routes {routing.skip.words.routed}: convert "
-            'with skip="kv".'
+            f'{reason}. Train without a fit (modlab.train with objective="distil"), or convert with skip="kv".'
         )
     layers = decoder_layers(model)
     for i in routing.layers:
