@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import modlab
+from tests.helpers.models import dense_llama
+from tests.helpers.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,6 +138,21 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert names["rows"][0]["input_ids"].shape == (1024,)
     again, _ = modlab.load("my-routers")
     assert modlab.is_converted(again)
+
+
+@pytest.mark.filterwarnings("ignore:No threshold for:UserWarning")  # after one step
+def test_example_for_large_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "large_models.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", page, re.S)
+    assert example and "tokens=10_000_000" in example[1] and "4096" in example[1]
+    tokenizer = make_tokenizer()
+    model = dense_llama(vocab_size=512, max_position_embeddings=256)
+    monkeypatch.setattr(modlab, "load", lambda *_, **__: (model, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "the router decides. " * 400}) + "\n")
+    code = example[1].replace("10_000_000", "512").replace("4096", "256")
+    exec(compile(code, "large_models.md", "exec"), {})
+    assert (tmp_path / "qwen3-8b-kv" / "modlab_router.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS)])

@@ -151,18 +151,7 @@ class TrainConfig:
         if self.hold + self.ramp > 1:
             raise ModlabError(f"hold={self.hold} and ramp={self.ramp} together are more than the whole run.")
         if self.keep_range is not None:
-            if len(self.keep_range) != 2:
-                raise ModlabError(f"keep_range={self.keep_range} has to be two shares, (low, high).")
-            low, high = self.keep_range
-            if not 0 < low <= self.keep_ratio <= high <= 1:
-                raise ModlabError(
-                    f"keep_range={self.keep_range} has to be (low, high) in (0, 1] with keep_ratio="
-                    f"{self.keep_ratio} between them."
-                )
-            if self.objective not in ("budget", "distil"):
-                raise ModlabError(
-                    f"keep_range needs objective='budget' or 'distil'; it is {self.objective!r}."
-                )
+            self._check_range(self.keep_range)
         for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ModlabError(
@@ -172,6 +161,25 @@ class TrainConfig:
             raise ModlabError(f"betas={self.betas} has to be two numbers in [0, 1).")
         if self.out is None and (self.save_every or self.resume is not None):
             raise ModlabError(f"save_every={self.save_every}, resume={self.resume!r} need a folder: set out.")
+
+    def _check_range(self, keep_range: tuple[float, ...]) -> None:
+        """Two shares around the target, and with "distil" a row for either kind of threshold."""
+        if len(keep_range) != 2:
+            raise ModlabError(f"keep_range={keep_range} has to be two shares, (low, high).")
+        low, high = keep_range
+        if not 0 < low <= self.keep_ratio <= high <= 1:
+            raise ModlabError(
+                f"keep_range={keep_range} has to be (low, high) in (0, 1] with keep_ratio="
+                f"{self.keep_ratio} between them."
+            )
+        if self.objective not in ("budget", "distil"):
+            raise ModlabError(f"keep_range needs objective='budget' or 'distil'; it is {self.objective!r}.")
+        if self.objective == "distil" and self.batch_size * self.grad_accum < 2:
+            raise ModlabError(
+                "keep_range gives every other row of a step a threshold of its own, so steps need two rows, "
+                f"not batch_size={self.batch_size} and grad_accum={self.grad_accum}: raise one of them, or "
+                "leave keep_range out."
+            )
 
     def _check_counts(self) -> None:
         """Whole numbers; generators of random numbers take no seed below 0 nor beyond 32 bits."""

@@ -182,8 +182,3 @@ def check_distillation(config: TrainConfig, teacher: Any) -> None:
         raise ModlabError(
             "objective='distil' learns from the model itself, with routing off: leave out the teacher and kl."
         )
-    if config.batch_size * config.grad_accum < 2 and config.keep_range is not None:
-        raise ModlabError(
-            "keep_range gives every other row of a step a threshold of its own, so steps need two rows: "
-            "raise batch_size or grad_accum, or leave keep_range out."
-        )

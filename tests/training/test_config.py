@@ -42,6 +42,7 @@ from tests.helpers.training import settings
         ({"hold": 0.9, "ramp": 0.2}, "more than the whole run"),
         ({"objective": "budget", "keep_range": (0.3, 0.5), "keep_ratio": 0.6}, "keep_ratio=0.6"),
         ({"keep_range": (0.3, 0.5), "keep_ratio": 0.4}, "needs objective='budget'"),
+        ({"objective": "distil", "keep_range": (0.3, 0.5), "keep_ratio": 0.4, "batch_size": 1}, "two rows"),
         ({"objective": "magic"}, "objective='magic'"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
         ({"betas": (0.9, 1.0)}, "betas="),
