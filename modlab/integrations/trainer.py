@@ -104,9 +104,9 @@ class MoDCallback(TrainerCallback):
         self.routing: Routing = self.model.mod  # type: ignore[assignment]
         self.objective = choose_objective(self.config, self.model)
         learns = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        learning = any(is_router(name) for name in learns)
+        self.learning = any(is_router(name) for name in learns)
         self.routing.base_trained |= not all(is_router(name) or "lora_" in name for name in learns)
-        if self.objective != "none" and not learning:
+        if self.objective != "none" and not self.learning:
             raise ModlabError(
                 "the routers are frozen: set requires_grad, or with PEFT take the LoraConfig from "
                 "modlab.integrations.peft.lora_config(model)."
@@ -119,6 +119,8 @@ class MoDCallback(TrainerCallback):
         self.logged = []
         self.longest: int | None = 0  # tokens a row, before the first log line
         self.added = False
+        if state.global_step:
+            self._forget_origin()
         if state.global_step and self.model is model:
             named = Path(args.resume_from_checkpoint or "", ROUTER_FILE)
             usual = _checkpoint(args, state) / ROUTER_FILE
@@ -138,6 +140,11 @@ class MoDCallback(TrainerCallback):
         self.target = ramped_target(self.config.keep_ratio, progress, self.config.ramp)
         self.routing.what_if = is_what_if(self.config.what_if, state.global_step)
         self.step, self.rows = state.global_step, 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._forget_origin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,6 +190,10 @@ class MoDCallback(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and self.model is kwargs["model"]:
             load_routers(self.model, Path(best, ROUTER_FILE))
+
+    def _forget_origin(self) -> None:
+        if self.learning:
+            self.routing.forget_origin()
 
     def _remark_on_short_rows(self) -> None:
         """Once, of the rows before the first log line or the end."""

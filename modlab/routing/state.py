@@ -81,8 +81,10 @@ class Routing:
             None adds nothing.
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
-        source: the folder or hub id that the routers were loaded from, "" if they were not.
-        trained: what is known of the routers: data, and thresholds by KV saving; None if nothing is.
+        source: the folder or hub id that the routers were loaded from, "" if they were not or
+            have learned since.
+        trained: what is known of the routers: data, and thresholds by KV saving; None if nothing is. Training
+            clears it when routers first change, and writes it again where thresholds by saving were found.
         base_trained: whether other weights than the routers have been trained by modlab since the model was
             dense, or may have been: then routers alone are not the whole of it (`save_routers`).
     """
@@ -123,6 +125,10 @@ class Routing:
         self.compile_layers = False  # set while training asks for it
         self.hooks: list[RemovableHandle] = []
         self.of_thread = _OfThread()
+
+    def forget_origin(self) -> None:
+        """The routers are about to be others: nothing that is known of those before holds for them."""
+        self.source, self.trained = "", None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins without a forward of its own: that state is its thread's."""

@@ -85,7 +85,8 @@ def fit_routers(
         `Fit`: R² on held-out rows, and the keep ratio that the thresholds give there.
 
     Raises:
-        ModlabError: a dense model, another skip, adapters around the routers, too little text. Routers and
+        ModlabError: a dense model, another skip (`"prompt"` and `"kv+prompt"` are distilled without a fit),
+            adapters around the routers, too little text. Routers and
             thresholds are then as before, as they are after Ctrl-C.
     """
     config = FitConfig() if config is None else config
@@ -110,6 +111,7 @@ def fit_routers(
         expected = steps.open(config.keep_ratio)
         set_threshold(model, 0.5)
         read = rows[fitted:][: max(1, CALIBRATION_TOKENS * (8 if on_gpu else 1) // length)]
+        routing_of(model).forget_origin()  # before thresholds are compared with those of other routers
         kept = _calibrated(model, read.to(device), config.keep_ratio)
         routing_of(model).trained = _trained(model, steps, config.keep_ratio, fitted * length)
     mean = statistics.fmean(kept.values()) if kept else expected
@@ -191,7 +193,7 @@ def why_not_fitted(routing: Routing) -> str:
 def _check_routers(model: Any, routing: Routing) -> None:
     if reason := why_not_fitted(routing):
         raise ModlabError(
-            f'{reason}. Train without a fit (modlab.train with objective="distil"), or convert with skip="kv".'
+            f'{reason}. Distil without a fit (TrainConfig(objective="distil")), or convert with skip="kv".'
         )
     layers = decoder_layers(model)
     for i in routing.layers:
@@ -216,15 +218,16 @@ def _calibrated(model: Any, rows: Tensor, keep_ratio: float) -> dict[int, float]
 
 @contextlib.contextmanager
 def _undone_on_error(model: Any) -> Iterator[None]:
-    """A block that fails or is stopped leaves routers and thresholds as they were."""
+    """A block that fails or is stopped leaves routers, thresholds and what is known of them as they were."""
     routing, layers = routing_of(model), decoder_layers(model)
     routers: dict[int, Any] = {i: layers[i].mod_router for i in routing.layers}
     before = {i: copy.deepcopy(router.state_dict()) for i, router in routers.items()}
-    thresholds = dict(routing.thresholds)
+    thresholds, origin = dict(routing.thresholds), (routing.source, routing.trained)
     try:
         yield
     except BaseException:
         for i, router in routers.items():
             router.load_state_dict(before[i])
         routing.thresholds.update(thresholds)
+        routing.source, routing.trained = origin
         raise

@@ -62,6 +62,11 @@ def real_of(batch: Batch) -> Tensor:
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
 
 
+def routers_learn(model: nn.Module) -> bool:
+    """Whether training would change a router, or a weight of a skip's own."""
+    return any(p.requires_grad and is_router(name) for name, p in model.named_parameters())
+
+
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups: matrices with weight decay, vectors without, routers with a rate of their own; a skip's
     projections, copies of the base's, with the base's rate and no decay.

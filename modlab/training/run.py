@@ -49,7 +49,7 @@ from modlab.training.config import TrainConfig
 from modlab.training.distillation import check_distillation
 from modlab.training.folder import RunFolder
 from modlab.training.loader import Batch, Batches, open_batches
-from modlab.training.model import Compilation, lent_to_training
+from modlab.training.model import Compilation, lent_to_training, routers_learn
 from modlab.training.monitor import Monitor
 from modlab.training.processes import Processes
 from modlab.training.reach import Reach
@@ -117,6 +117,7 @@ class Run:
             stack.enter_context(self.folder.held())
             lent = stack.enter_context(contextlib.ExitStack())
             lent.enter_context(lent_to_training(model, config))
+            self.routers_learn = is_converted(model) and routers_learn(model)
             if may_skip_all(model, self.source):
                 lent.enter_context(anchored(model))
             lent.callback(self._free)
@@ -200,6 +201,7 @@ class Run:
         self.latest = [self.stepping.to_device(part) for part in parts]
         figures = self.stepping.backward(self.latest)
         self.half_updated = True
+        self._forget_origin()
         figures["grad_norm"] = self.stepping.update()
         self.window.add(figures)
         self.tokens += sum(part["input_ids"].numel() for part in parts) * self.processes.world
@@ -384,6 +386,7 @@ class Run:
                 stepping.control.restore(routing)
             self.window.restore(state.window, state.window_steps, processes.is_main)
         self.step, self.tokens = state.step, state.tokens
+        self._forget_origin()
         self.clock.restore({"seconds": state.seconds, "share": state.share})
 
     def _read_window(self) -> dict[str, float]:
@@ -429,8 +432,13 @@ class Run:
                 method=f"distilled to the dense model, {self.tokens:,} tokens",
             )
 
+    def _forget_origin(self) -> None:
+        if self.routers_learn:
+            self.model.mod.forget_origin()
+
     def _begin_distillation(self) -> None:
         batches, stepping = self._calibration_batches(), self.stepping
+        self._forget_origin()  # gates that open are shifted
         open_gates(self.model, batches, stepping.autocast, self._sharing)
         assert stepping.distillation is not None
         stepping.distillation.prime(batches, stepping.autocast, self.processes.sum)

@@ -15,6 +15,7 @@ from modlab.errors import ModlabError
 from modlab.integrations.trainer import MoDCallback
 from modlab.measure import evaluate
 from modlab.routing.state import record_routing
+from modlab.routing.trained import Trained
 from modlab.saving.restore import load_routers
 from modlab.training import objectives
 from tests.helpers.models import alternate_layers, scatter_gates
@@ -77,6 +78,16 @@ def test_loss_is_the_models_plus_the_objective_and_only_while_training(small, tm
     assert logged["keep_ratio"] == pytest.approx(objectives.keep_ratios(recording.steps[0]).mean().item())
     small.eval()
     assert small(input_ids=seen[0], labels=seen[0]).loss.item() == pytest.approx(own.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_what_was_known_of_routers_ends_with_their_first_step(small, tmp_path, learning) -> None:
+    small.mod.trained = known = Trained(savings={2.0: 0.5})
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(learning or "router" not in name)
+    callback = MoDCallback("auto" if learning else "none")
+    Trainer(small, arguments(tmp_path, max_steps=1), train_dataset=DATA, callbacks=[callback]).train()
+    assert small.mod.trained is (None if learning else known)
 
 
 def test_same_steps_as_modlab_train(make_llama, tmp_path) -> None:

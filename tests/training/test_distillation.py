@@ -337,5 +337,6 @@ def test_fitted_routers_begin_open(monkeypatch: pytest.MonkeyPatch) -> None:
     modlab.fit_routers(model, texts(), modlab.FitConfig(context=48, keep_ratio=0.4), progress=False)
     result = modlab.train(model, texts(), distil(steps=1, keep_ratio=0.3))
     assert result.history["keep_ratio"].iloc[0] == pytest.approx(0.9, abs=0.05)
+    assert model.mod.trained is None, "thresholds by saving were those of the fit"
     assert set(model.mod.thresholds.values()) == {0.5}
     assert all(isinstance(layer.mod_router.bias, Tensor) for layer in decoder_layers(model))

@@ -15,6 +15,7 @@ from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.router import normalised
+from modlab.routing.trained import Trained
 from modlab.training import scores
 from modlab.training.contexts import repeated
 from modlab.training.fit import fit_routers
@@ -183,6 +184,7 @@ def test_the_output_projection_is_found_whatever_its_kind() -> None:
 def test_ctrl_c_leaves_the_routers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     model = modlab.convert(lively(), modlab.MoDConfig(**HEADS))
     modlab.set_threshold(model, 0.3)
+    model.mod.trained = known = Trained(savings={2.0: 0.3})
     before = {n: p.clone() for n, p in model.named_parameters()}
 
     def stopped(*_: Any, **__: Any) -> None:
@@ -193,6 +195,7 @@ def test_ctrl_c_leaves_the_routers_as_they_were(monkeypatch: pytest.MonkeyPatch)
         fit_routers(model, texts(8), FitConfig(context=L), progress=False)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert set(model.mod.thresholds.values()) == {0.3}
+    assert model.mod.trained is known
 
 
 @pytest.mark.parametrize(

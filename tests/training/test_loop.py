@@ -18,6 +18,7 @@ import modlab
 from modlab.data import packed
 from modlab.errors import ModlabError
 from modlab.measure import evaluate
+from modlab.routing.trained import Trained
 from modlab.training.loop import TrainConfig, train, train_run
 from modlab.training.run import Run
 from modlab.training.schedule import is_what_if
@@ -155,6 +156,24 @@ def test_interrupt_without_a_folder_returns_what_there_is(
 ) -> None:
     result = train(make(), Interrupting(rows, 2, raise_interrupt), TrainConfig(**settings()))
     assert result.interrupted and result.history["step"].tolist() == [1, 2]
+
+
+def test_what_was_known_of_routers_ends_with_their_first_step(
+    make: Callable[..., Any], rows: torch.Tensor
+) -> None:
+    known = Trained(savings={2.0: 0.5}, method="another run's")
+    for objective, keeps in (("target", False), ("none", False), ("none", True)):
+        model = make(mod=alternate_layers())
+        model.mod.trained, model.mod.source = known, "a-folder"
+        for layer in model.mod.layers if keeps else []:
+            model.model.layers[layer].mod_router.requires_grad_(False)
+        config = TrainConfig(**settings(steps=1, objective=objective, calibrate=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "train_step", lambda *_: raise_interrupt())
+            stopped = train(model, rows, config)
+        assert stopped.steps == 0 and model.mod.trained is known and model.mod.source == "a-folder"
+        train(model, rows, config)
+        assert (model.mod.trained, model.mod.source) == ((known, "a-folder") if keeps else (None, ""))
 
 
 def test_trains_outside_the_main_thread(make: Callable[..., Any], rows: torch.Tensor) -> None:
