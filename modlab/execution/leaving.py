@@ -38,6 +38,7 @@ from modlab.execution.packed import attention_kernels
 from modlab.execution.projections import Projections, why_not_copied
 from modlab.execution.routed import RoutedLayer, RoutedModule
 from modlab.hf.arguments import LayerArguments, forward_signature
+from modlab.hf.names import checkpoints_reentrantly
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.rule import over
 from modlab.routing.state import eager
@@ -106,6 +107,12 @@ class LeavingLayer(RoutedLayer):
         that is this one."""
         routing = self.mod_plan.routing
         call, first = routing.require_call(), routing.first_left
+        if self.training and checkpoints_reentrantly(self):
+            raise ModlabError(
+                "reentrant gradient checkpointing goes back through each layer by itself, but layers from "
+                f"{first} on share the state that prompt tokens leave with: "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
         if self.mod_plan.layer_idx == first:
             call.entered[first] = hidden_BTD
         return call.entered[first].to(hidden_BTD.device)

@@ -41,3 +41,10 @@ def drops_caches(model: Any, gradients: bool) -> bool:
         for layer in model.modules()
         if isinstance(layer, GradientCheckpointingLayer)
     )
+
+
+def checkpoints_reentrantly(layer: Any) -> bool:
+    """Whether this layer's training forwards are checkpointed, and go back with a graph of their own each."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    keywords = getattr(function, "keywords", {})  # transformers binds them by functools.partial
+    return bool(getattr(layer, "gradient_checkpointing", False) and keywords.get("use_reentrant"))

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import modlab
+from modlab.errors import ModlabError
 from modlab.execution.leaving import ProjectedAttention
 from modlab.execution.projections import PROJECTIONS
 from modlab.families.tiny_models import tiny_model
@@ -336,3 +337,15 @@ def test_what_it_cannot_do_is_refused() -> None:
     assert isinstance(attention, ProjectedAttention) and tiny_config().num_hidden_layers == 6
     with pytest.raises(modlab.ModlabError, match="called past its layer"):
         attention(torch.zeros(1, 3, 64), position_embeddings=None, attention_mask=None)
+
+
+@pytest.mark.parametrize("skip", ["prompt", "kv+prompt"])
+def test_reentrant_checkpointing_is_refused(skip: Any) -> None:
+    """Layers that share a state cannot go back one by one."""
+    model = modlab.convert(make("llama"), modlab.MoDConfig(skip=skip)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ModlabError, match='"use_reentrant": False'):
+        model(input_ids=IDS, labels=IDS, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert model.model.layers[-1].mod_projections.k_proj.weight.grad.any()
