@@ -11,12 +11,15 @@ model, tokenizer = modlab.load("my-adapter")
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modlab.errors import ModlabError
+from modlab.execution.projections import PROJECTIONS, WholeProjection
+from modlab.hf.anatomy import attention_name
 from modlab.integrations.trainer import converted_model
 from modlab.routing.router import is_router
 from modlab.saving import load_adapters
@@ -33,16 +36,38 @@ def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
 
     Args:
         model: a converted model.
-        settings: of `LoraConfig`. `target_modules` is "all-linear" by default.
+        settings: of `LoraConfig`. `target_modules` is "all-linear" by default. Projections that whole trained
+            copies stand in for (`skip="prompt"` and `"kv+prompt"` without `leave_rank`) are excluded, as
+            adapters there would never be called.
 
     Raises:
         ModlabError: the model is dense, or peft is not installed.
     """
-    added = filter(is_router, tensors_of(converted_model(model)))
+    converted = converted_model(model)
+    added = filter(is_router, tensors_of(converted))
     ours = {next(part for part in name.split(".") if part.startswith("mod_")) for name in added}
     saved = [*(settings.pop("modules_to_save", None) or ()), *sorted(ours)]
     settings = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings}
+    if replaced := _replaced(converted):
+        settings["exclude_modules"] = _either(settings.get("exclude_modules"), replaced)
     return import_peft().LoraConfig(modules_to_save=list(dict.fromkeys(saved)), **settings)
+
+
+def _replaced(model: torch.nn.Module) -> list[str]:
+    """Names of the base's projections that trained copies stand in for."""
+    return [
+        f"{name}.{attention_name(layer)}.{own}"
+        for name, layer in model.named_modules()
+        for own, trained in getattr(layer, PROJECTIONS, torch.nn.Module()).named_children()
+        if isinstance(trained, WholeProjection)
+    ]
+
+
+def _either(excluded: Any, names: list[str]) -> Any:
+    """`exclude_modules` as given, a pattern or names, and these names."""
+    if isinstance(excluded, str):
+        return f"(?:{excluded})|(?:.*\\.)?(?:{'|'.join(map(re.escape, names))})"
+    return [*(excluded or ()), *names]
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:

@@ -346,3 +346,18 @@ def test_frozen_routers_are_refused_by_the_trainer(base, tmp_path) -> None:
     model = peft.get_peft_model(converted(base), peft.LoraConfig(target_modules="all-linear"))
     with pytest.raises(ModlabError, match="lora_config"):
         by_trainer(model, tmp_path)
+
+
+@pytest.mark.parametrize("excluded", [None, ["o_proj"], r".*\.o_proj"], ids=["none", "names", "pattern"])
+@pytest.mark.parametrize(("skip", "rank"), [("prompt", 0), ("kv+prompt", 0), ("kv+prompt", 2)])
+def test_no_adapter_is_left_uncalled(make_llama, skip, rank, excluded) -> None:
+    """Above the point of leaving copies of the projections run in the place of the base's."""
+    base = modlab.convert(make_llama(), modlab.MoDConfig(skip=skip, leave_rank=rank, keep_recent=8))
+    settings = {} if excluded is None else {"exclude_modules": excluded}
+    model = peft.get_peft_model(base, lora_config(base, r=2, **settings)).train()
+    ids = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, grad in learning.items() if grad is None] == []
+    assert any("q_proj.lora_A" in name for name in learning)
+    assert any("o_proj.lora_A" in name for name in learning) is (excluded is None)
