@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,6 +352,19 @@ def test_lab_lists_the_notebooks_and_finds_one_by_name_or_number(capsys: pytest.
         lab.find_guide("t")
 
 
+def answer_of(url: str, server: subprocess.Popen[bytes]) -> Any:
+    """What a server answers that has written down its address, and may not listen yet."""
+    while True:
+        try:
+            return urllib.request.urlopen(url, timeout=30)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:
+            if server.poll() is not None:
+                raise
+            time.sleep(0.1)
+
+
 def test_lab_opens_the_quickstart_in_a_real_jupyterlab(tmp_path: Path) -> None:
     environment = {
         **os.environ,
@@ -372,7 +387,7 @@ def test_lab_opens_the_quickstart_in_a_real_jupyterlab(tmp_path: Path) -> None:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
         assert address.startswith(("http://127.0.0.1:", "http://localhost:")), (tmp_path / "log").read_text()
-        with urllib.request.urlopen(f"{address}?token=secret", timeout=30) as answer:
+        with answer_of(f"{address}?token=secret", process) as answer:
             assert answer.url.split("?")[0].endswith("/lab/tree/quickstart.ipynb")
         with urllib.request.urlopen(f"{address}api/contents?token=secret", timeout=30) as answer:
             names = {entry["name"] for entry in json.load(answer)["content"]}
