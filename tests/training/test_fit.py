@@ -203,8 +203,8 @@ def test_ctrl_c_leaves_the_routers_as_they_were(monkeypatch: pytest.MonkeyPatch)
     [
         (None, texts(8), {}, "modlab.convert"),
         ({"skip": "layer"}, texts(8), {}, 'skip="kv"'),
-        ({"skip": "kv+prompt", "layers": "all"}, texts(8), {}, 'from layer 4 on .* objective="distil"'),
-        ({"skip": "prompt"}, texts(8), {}, 'no routers.* objective="distil"'),
+        ({"skip": "kv+prompt", "layers": "all"}, texts(8), {}, r'from layer 4 on .*objective="distil"'),
+        ({"skip": "prompt"}, texts(8), {}, r'no routers.*objective="distil"'),
         (HEADS, texts(1), {"context": L}, "1 texts of 48 tokens"),
         (HEADS, ["a text"], {}, "need a tokenizer"),
         (HEADS, texts(8), {"context": 2000}, "context=2000"),
