@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from modlab.skips.base import Part, Proof, Words
+from modlab.skips.base import Part, Proof
 from modlab.skips.kv import KeyValueSkip
 from modlab.skips.leave import first_left, why_nobody_leaves
 
@@ -24,16 +25,7 @@ class KeyValueLeaveSkip(KeyValueSkip):
     name = "kv+prompt"
     parts: ClassVar[tuple[Part, ...]] = ("layer", "attention")
     all_or_none = True
-    words = Words(
-        routed="keys and values, and the upper layers by position",
-        part="its place in the cache",
-        title="Which layer keeps which token's keys and values",
-        kept="kept",
-        left="dropped",
-        past="dropped",
-        legend_kept="token kept",
-        legend_left="dropped from the cache",
-    )
+    words = replace(KeyValueSkip.words, routed="keys and values, and the upper layers by position")
 
     def layers(self, config: MoDConfig, num_layers: int) -> list[int]:
         return sorted(

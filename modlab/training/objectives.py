@@ -101,6 +101,12 @@ def load_objective(step: RoutingStep, alpha: float = 0.01, whole: Sums | None = 
     return alpha * (keep_ratios(step, whole) * gate_means(step, whole)).sum()
 
 
+def ratios_through_gates(step: RoutingStep, whole: Sums | None = None) -> Tensor:
+    """Keep ratios by layer whose gradient is that of the mean gates (straight-through)."""
+    soft = gate_means(step, whole)
+    return keep_ratios(step, whole) + soft - soft.detach()
+
+
 def target_objective(
     step: RoutingStep,
     target: float,
@@ -117,8 +123,7 @@ def target_objective(
     Returns:
         scalar, fp32.
     """
-    soft = gate_means(step, whole)
-    ratio = keep_ratios(step, whole) + soft - soft.detach()
+    ratio = ratios_through_gates(step, whole)
     if not per_layer:
         ratio = ratio.mean()
     return lam * (ratio - target).square().mean()
@@ -138,8 +143,7 @@ def pull_objective(
     Returns:
         scalar, fp32.
     """
-    soft = gate_means(step, whole)
-    ratio = keep_ratios(step, whole) + soft - soft.detach()
+    ratio = ratios_through_gates(step, whole)
     over = (ratio if per_layer else ratio.mean()[None]) - target
     return lam * (over.clamp(min=0) + 0.1 * (-over).clamp(min=0)).mean()
 
