@@ -57,14 +57,15 @@ class Killed:
     leftovers: list[str] = dataclasses.field(default_factory=list)
 
 
-def make_model(which: int) -> Any:
-    """One of two converted models, alike in shape alone."""
-    torch.manual_seed(which)
+def make_model(which: int, kind: str = "model") -> Any:
+    """One of two converted models, alike in shape alone; of `kind` "routers" on one base."""
+    torch.manual_seed(0 if kind == "routers" else which)
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4
     )
     mod = modlab.MoDConfig(skip="layer", layers="alternate")
     model = modlab.convert(LlamaForCausalLM(config).eval(), mod)
+    torch.manual_seed(which)
     for name, parameter in model.named_parameters():
         if "mod_router" in name:
             parameter.data.copy_(torch.randn(parameter.shape))
@@ -74,7 +75,7 @@ def make_model(which: int) -> Any:
 
 def saver(kind: str, folder: Path) -> Callable[[int], None]:
     """Saves one of the two models to `folder / "target"`."""
-    models = [make_model(which) for which in (0, 1)]
+    models = [make_model(which, kind) for which in (0, 1)]
     target = folder / "target"
     if kind == "routers":
         return lambda which: modlab.save_routers(models[which], target, base_model=str(folder / "base"))
@@ -84,11 +85,8 @@ def saver(kind: str, folder: Path) -> Callable[[int], None]:
 
 def kill_savers(kind: str, kills: int, folder: Path, seed: int = 0) -> Killed:
     """Overwrites `folder / "target"` and kills that `kills` times."""
-    killed, random, wanted = (
-        Killed(kind, kills),
-        Random(f"{kind} {seed}"),
-        [tensors_of_all(make_model(i)) for i in (0, 1)],
-    )
+    killed, random = Killed(kind, kills), Random(f"{kind} {seed}")
+    wanted = [tensors_of_all(make_model(which, kind)) for which in (0, 1)]
     base, target = folder / "base", folder / "target"
     dense = modlab.revert(make_model(0))
     dense.save_pretrained(base)
@@ -119,8 +117,6 @@ def _judge(killed: Killed, number: int, target: Path, wanted: list[dict[str, Any
         killed.refused.append(number)
         return
     found = [_equal(tensors_of_all(model), one) for one in wanted]
-    if killed.kind == "routers":  # on the base of the first
-        found = [_equal(_routers(tensors_of_all(model)), _routers(one)) for one in wanted]
     if found[0]:
         killed.first += 1
     elif found[1]:
@@ -137,10 +133,6 @@ def tensors_of_all(model: Any) -> dict[str, Any]:
     """All that makes a model, by name: weights, routers, thresholds."""
     thresholds = torch.tensor([*model.mod.thresholds.values()])
     return {**model.state_dict(), THRESHOLD_TENSOR: thresholds}
-
-
-def _routers(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: tensor for name, tensor in tensors.items() if "mod_router" in name}
 
 
 def _equal(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
