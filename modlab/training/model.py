@@ -41,11 +41,18 @@ def balancing_loss(model: Any, output: Any) -> Tensor | None:
     It does if `config.output_router_logits` is set.
 
     Raises:
-        ModlabError: it has such a loss, but no weight for it that is known here.
+        ModlabError: it has such a loss, but no weight for it that is known here; or it could not be
+            computed, which transformers reports as the number 0.
     """
     loss = getattr(output, "aux_loss", None)
-    if not isinstance(loss, Tensor):
+    if loss is None:
         return None
+    if not isinstance(loss, Tensor):
+        raise ModlabError(
+            f"{type(model).__name__} returned no router logits to balance its experts by (aux_loss={loss}), "
+            "as some types do in older versions of transformers: set config.output_router_logits=False to "
+            "train without balancing, or take a newer version."
+        )
     for place in (model, model.config.get_text_config()):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             weight = getattr(place, name, None)

@@ -40,7 +40,8 @@ def together(commands: list[list[str]], **more: str) -> list[str]:
     Args:
         more: variables of their environment.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
     environment["ACCELERATE_USE_CPU"] = "true"
     running = [
         subprocess.Popen(

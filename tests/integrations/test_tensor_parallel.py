@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LlamaForCausalLM
 
 from modlab.plan import sizes_of
@@ -13,12 +15,14 @@ from tests.helpers.models import tiny_config
 from tests.helpers.spread import found_by
 
 WORKER = Path(__file__).with_name("spread_in_processes.py")
+VOCABULARY = 97 if Version(transformers.__version__) >= Version("5.24") else 98
+"""Odd, so that the processes hold unequal parts; transformers 5.17 refuses to cut such an output head."""
 
 
 def test_two_processes_with_half_of_the_heads_are_one_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = tiny_config(
-        vocab_size=97,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
