@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from modlab.errors import ModlabError
 from modlab.execution.masks import as_attention_mask, packed_mask
-from modlab.execution.packed import kept_first
+from modlab.execution.packed import attention_kernels, kept_first
 from modlab.execution.projections import OWN, Projections, why_not_copied
 from modlab.hf.arguments import LayerArguments, forward_signature
 from modlab.hf.names import CACHE_ARGUMENTS
 from modlab.routing.record import ForwardCall
+from modlab.routing.rule import over
 
 States = tuple[Tensor, Tensor]
 """Keys and values, as a layer's attention hands them to its cache and gets them back."""
@@ -61,6 +63,12 @@ class WritingView(View):
         self.states = states if self.cache is None else self.cache.update(*states, layer_idx, *args, **kwargs)
         raise Written
 
+    def written_by(self, run: Callable[[], Any]) -> States | None:
+        """What the pass `run` wrote; None if it wrote nothing."""
+        with contextlib.suppress(Written):
+            run()
+        return self.states
+
 
 class ReadingView(View):
     """Answers with what was written, whatever it is given."""
@@ -87,6 +95,63 @@ def reading(attention: nn.Module, trained: Projections | None, cache: Any, state
     """The view of a reading pass: neither key nor value is computed."""
     nothing = {name: _nothing(attention, name) for name in ("k_proj", "v_proj")}
     return ReadingView({**nothing, **_called(attention, trained, ("q_proj",))}, cache, states)
+
+
+def write(view: WritingView, run: Callable[[], Any], layer_idx: int) -> States:
+    """Runs a writing pass; the cache holds the new keys and values from here on.
+
+    Returns:
+        those of all tokens, cached ones included.
+
+    Raises:
+        ModlabError: the attention wrote nothing.
+    """
+    states = view.written_by(run)
+    if states is None:
+        raise ModlabError(
+            f"the attention of layer {layer_idx} did not write to the cache that it was given: revert the "
+            "model and convert it again."
+        )
+    return states
+
+
+def read(
+    arguments: LayerArguments,
+    forward: Callable[..., Any],
+    name: str,
+    view: ReadingView,
+    index_BS: Tensor,
+    call: ForwardCall,
+    attention: str,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """Runs a reading pass for the tokens `index_BS` alone.
+
+    Args:
+        name: of the argument that is the cache.
+
+    Returns:
+        their outputs [B, S, D], and in place of all else that the module returns Nones: it has no dense form.
+    """
+    x = arguments.hidden
+    changes = arguments.select(_rows(index_BS), index_BS) | {name: view}
+    if (mask_name := arguments.mask_name()) is not None:
+        K = view.states[0].shape[-2]
+        changes[mask_name] = rows_of(arguments.mask(), index_BS, K, call, attention, x.dtype)
+    with attention_kernels(x):
+        y_BSD, rest = arguments.run(forward, changes)
+    return y_BSD, tuple(None for _ in rest)
+
+
+def put_back(out_BTD: Tensor, y_BSD: Tensor, keep_BT: Tensor, index_BS: Tensor) -> Tensor:
+    """`out_BTD` with y_BSD at the places `index_BS` of kept tokens. A row with fewer of them than the others
+    has some in their place that are not kept: those stay as they are."""
+    where = (_rows(index_BS).expand_as(index_BS), index_BS)
+    y_BSD = torch.where(over(keep_BT[where], y_BSD), y_BSD, out_BTD[where])
+    return out_BTD.index_put(where, y_BSD.to(out_BTD.dtype))
+
+
+def _rows(index_BS: Tensor) -> Tensor:
+    return torch.arange(len(index_BS), device=index_BS.device)[:, None]
 
 
 def _called(
@@ -196,11 +261,10 @@ def why_not_given_keys(attention: nn.Module, args: tuple[Any, ...], kwargs: dict
     try:
         wanted, _ = arguments.run(attention, {})
         writes = writing(attention, None, None)
-        with contextlib.suppress(Written):
-            run(writes)
-        if writes.states is None:
+        states = writes.written_by(lambda: run(writes))
+        if states is None:
             return "its attention does not write to its cache"
-        found = run(reading(attention, None, None, writes.states))
+        found = run(reading(attention, None, None, states))
     except Exception as problem:  # whatever it makes of projections that are no modules
         return f"its attention does not run on keys and values that it is given ({problem})"
     largest = wanted.abs().max().float()

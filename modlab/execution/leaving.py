@@ -14,7 +14,6 @@ Shape letters: B rows, T tokens in, S tokens that go on (of the row that has the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +22,19 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.execution.given_keys import (
+    ReadingView,
     States,
     View,
-    Written,
     cache_name,
     can_gather,
     going_on,
+    put_back,
+    read,
     reading,
-    rows_of,
     twin,
+    write,
     writing,
 )
-from modlab.execution.packed import attention_kernels
 from modlab.execution.projections import Projections, why_not_copied
 from modlab.execution.routed import RoutedLayer, RoutedModule
 from modlab.hf.arguments import LayerArguments, forward_signature
@@ -95,7 +95,8 @@ class LeavingLayer(RoutedLayer):
         everybody = call.asked is None and call.override is None
         index_BS = None if everybody or self.runs_masked() else going_on(decision.keep)
         if index_BS is None or not can_gather(arguments, index_BS, plan.routing.attention):
-            out, rest = arguments.run(self.dense_forward(), self._reading(arguments, states))
+            changes = {self._cache_name(arguments): self._reading(arguments, states)}
+            out, rest = arguments.run(self.dense_forward(), changes)
             if not everybody:
                 out = torch.where(over(decision.keep, out), out, arguments.hidden)
         else:
@@ -123,20 +124,12 @@ class LeavingLayer(RoutedLayer):
 
     def _written(self, arguments: LayerArguments, entered_BTD: Tensor) -> States:
         """Keys and values of all tokens, cached ones included; the cache holds them from here on."""
-        attention, cache = self._attention(), arguments.cache()
-        view = writing(attention, self.mod_projections, cache)
+        view = writing(self._attention(), self.mod_projections, arguments.cache())
         changes = {arguments.hidden_name: entered_BTD, self._cache_name(arguments): view}
-        with contextlib.suppress(Written):
-            arguments.run(self.dense_forward(), changes)
-        if view.states is None:
-            raise ModlabError(
-                f"the attention of layer {self.mod_plan.layer_idx} did not write to the cache it was given."
-            )
-        return view.states
+        return write(view, lambda: arguments.run(self.dense_forward(), changes), self.mod_plan.layer_idx)
 
-    def _reading(self, arguments: LayerArguments, states: States) -> dict[str, Any]:
-        view = reading(self._attention(), self.mod_projections, arguments.cache(), states)
-        return {self._cache_name(arguments): view}
+    def _reading(self, arguments: LayerArguments, states: States) -> ReadingView:
+        return reading(self._attention(), self.mod_projections, arguments.cache(), states)
 
     def _run_some(
         self,
@@ -150,21 +143,16 @@ class LeavingLayer(RoutedLayer):
         x = arguments.hidden
         if not index_BS.shape[1]:
             return x, (None,) * self.mod_plan.extra_outputs
-        rows_B1 = torch.arange(len(x), device=x.device)[:, None]
-        changes = arguments.select(rows_B1, index_BS) | self._reading(arguments, states)
-        mask_name = arguments.mask_name()
-        if mask_name is not None:
-            mask = arguments.mask()
-            attention = self.mod_plan.routing.attention
-            changes[mask_name] = rows_of(mask, index_BS, states[0].shape[-2], call, attention, x.dtype)
-        with attention_kernels(x):
-            y_BSD, rest = arguments.run(self.dense_forward(), changes)
-        where = (rows_B1.expand_as(index_BS), index_BS)
-        # A row with fewer tokens than the others has some in their place that leave all the same.
-        y_BSD = torch.where(over(keep_BT[where], y_BSD), y_BSD, changes[arguments.hidden_name])
-        out = x.clone()
-        out.index_put_(where, y_BSD.to(out.dtype))
-        return out, tuple(None for _ in rest)
+        y_BSD, rest = read(
+            arguments,
+            self.dense_forward(),
+            self._cache_name(arguments),
+            self._reading(arguments, states),
+            index_BS,
+            call,
+            self.mod_plan.routing.attention,
+        )
+        return put_back(x, y_BSD, keep_BT, index_BS), rest
 
     def _attention(self) -> nn.Module:
         return next(module for module in self.modules() if isinstance(module, ProjectedAttention))

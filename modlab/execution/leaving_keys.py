@@ -29,6 +29,7 @@ from modlab.execution.given_keys import (
     reading,
     trained_projections,
     twin,
+    write,
     writing,
 )
 from modlab.execution.leaving import LeavingLayer
@@ -117,24 +118,25 @@ class ProjectedKeys(RoutedKeys):
         name, mask_name = arguments.cache_name(), arguments.mask_name()
         assert name is not None
 
-        def write(*args: Any, **kwargs: Any) -> Any:
+        def write_rows(*args: Any, **kwargs: Any) -> Any:
             given = LayerArguments(dense_class, args, kwargs)
             rows = given.cache()
             inner = writing(self, view.trained, rows)
-            with contextlib.suppress(Written):
-                other = twin(self, inner.projections)
+            other = twin(self, inner.projections)
+
+            def run() -> None:
                 given.call(lambda *a, **k: dense_class.forward(other, *a, **k), {name: inner})
-            if inner.states is None:
-                raise ModlabError(f"the attention of layer {plan.layer_idx} did not write to its cache.")
+
+            states = write(inner, run, plan.layer_idx)
             mask = given.mask() if mask_name else None
             last = mask[:, :, -1:] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
-            view.seen[tuple(rows.rows)] = (inner.states, last)
+            view.seen[tuple(rows.rows)] = (states, last)
             nothing = torch.zeros_like(given.hidden)
             rest = (None,) * plan.extra_outputs
             return (nothing, *rest) if rest or plan.in_tuple else nothing
 
         decision = plan.routing.require_call().decisions[plan.layer_idx]
-        run_packed(self, write, arguments, plan.site(decision))
+        run_packed(self, write_rows, arguments, plan.site(decision))
 
 
 class LeavingKeysLayer(LeavingLayer):

@@ -8,29 +8,27 @@ Shape letters: B rows, T tokens in, S tokens that attend (of the row that has th
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from modlab.errors import ModlabError
 from modlab.execution.gate import gated_output, straight_through
 from modlab.execution.given_keys import (
-    Written,
     cache_name,
     can_gather,
     going_on,
+    put_back,
+    read,
     reading,
-    rows_of,
     twin,
+    write,
     writing,
 )
-from modlab.execution.packed import attention_kernels
 from modlab.execution.reference import refuse_cache
 from modlab.execution.routed import RoutedBranch
-from modlab.hf.arguments import LayerArguments, take_tokens
+from modlab.hf.arguments import LayerArguments
 from modlab.routing.rule import over
 
 if TYPE_CHECKING:
@@ -66,26 +64,18 @@ def run_written(
     name = arguments.cache_name() or cache_name(type(module), module)
     assert name is not None, "convert refuses an attention without"
     writes = writing(module, None, arguments.cache())
-    with contextlib.suppress(Written):
-        arguments.run(_twin_forward(module, writes), {name: writes})
-    if writes.states is None:
-        raise ModlabError(f"the attention of layer {site.layer_idx} did not write to its cache.")
+    states = write(
+        writes, lambda: arguments.run(_twin_forward(module, writes), {name: writes}), site.layer_idx
+    )
     out = torch.zeros_like(x)
     if not index_BS.shape[1]:
         return out, site.empty_rest
-    view = reading(module, None, arguments.cache(), writes.states)
-    rows_B1 = torch.arange(len(x), device=x.device)[:, None]
-    changes = arguments.select(rows_B1, index_BS) | {name: view}
-    if (mask_name := arguments.mask_name()) is not None:
-        K = writes.states[0].shape[-2]
-        changes[mask_name] = rows_of(arguments.mask(), index_BS, K, site.call, site.attention, x.dtype)
-    with attention_kernels(x):
-        y_BSD, rest = arguments.run(_twin_forward(module, view), changes)
-    y_BSD = gated_output(site.form, y_BSD, 0.0, take_tokens(gate, rows_B1, index_BS), module.training)
-    where = (rows_B1.expand_as(index_BS), index_BS)
-    # A row with fewer tokens than the others has some in their place that skip all the same.
-    y_BSD = torch.where(over(keep[where], y_BSD), y_BSD, 0.0)
-    return out.index_put(where, y_BSD.to(out.dtype)), tuple(None for _ in rest)
+    view = reading(module, None, arguments.cache(), states)
+    y_BSD, rest = read(
+        arguments, _twin_forward(module, view), name, view, index_BS, site.call, site.attention
+    )
+    y_BSD = gated_output(site.form, y_BSD, 0.0, gate.gather(1, index_BS), module.training)
+    return put_back(out, y_BSD, keep, index_BS), rest
 
 
 def _twin_forward(module: nn.Module, view: Any) -> Callable[..., Any]:

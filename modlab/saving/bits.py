@@ -7,6 +7,8 @@ group of 64 along the last axis, over the largest integer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,15 +40,15 @@ def unpacked(planes: Tensor, scales: Tensor) -> Tensor:
     return groups.flatten(-2)
 
 
-def pack_routers(routers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Routers as they ship: hidden layers in 6 bits, linear maps in 8, the rest fp16."""
+def pack_routers(routers: Mapping[str, Tensor], bits: Mapping[str, int]) -> dict[str, Tensor]:
+    """Routers as a file holds them: packed where `bits` has the last part of the name, else fp16."""
     found: dict[str, Tensor] = {}
     for name, tensor in routers.items():
-        bits = {"into": 6, "weight": 8}.get(name.rpartition(".")[2])
-        if bits is None or tensor.shape[-1] % GROUP:
-            found[name] = tensor.half()
+        few = bits.get(name.rpartition(".")[2])
+        if few is None:
+            found[name] = tensor.detach().half().cpu()
         else:
-            found[name + PLANES], found[name + SCALES] = packed(tensor, bits)
+            found[name + PLANES], found[name + SCALES] = packed(tensor, few)
     return found
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.real_models import pack
 from benchmarks.real_models.gates import gate_values
 from modlab.routing.router import HiddenRouter
-from modlab.saving.bits import packed
 from modlab.saving.demos import ROUTER_FOLDER, ROUTERS
 from modlab.saving.description import read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
@@ -41,10 +41,13 @@ def test_gates_are_those_of_the_study(name) -> None:
         assert torch.logit(torch.tensor(p, dtype=torch.float64)).item() == pytest.approx(z)
 
 
-@pytest.mark.parametrize("bits", [2, 5, 8])
-def test_the_product_packs_as_the_study_did(bits) -> None:
-    weights = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
-    planes, scales = packed(weights, bits)
-    theirs, their_scales = pack.packed(weights.numpy(), bits)
-    assert torch.equal(planes, torch.from_numpy(theirs))
-    assert torch.equal(scales.flatten(), torch.from_numpy(their_scales))
+@pytest.mark.parametrize("name", ["smollm2", "coder-0.5b"])
+def test_gates_are_packed_as_those_that_are_committed(name, tmp_path: Path) -> None:
+    """Packed once more they have the same bits, and scales in the same line."""
+    bits = json.loads((GATES / f"{name}.json").read_text())["bits"]["hidden"]
+    pack.save(pack.load(GATES / f"{name}.safetensors"), tmp_path / "again.safetensors", {}, bits)
+    committed, again = load_file(GATES / f"{name}.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert committed.keys() == again.keys()
+    for key, tensor in committed.items():
+        torch.testing.assert_close(again[key].view(tensor.shape), tensor, rtol=1e-3, atol=0, msg=key)
+        assert again[key].dtype == tensor.dtype
