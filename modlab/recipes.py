@@ -80,7 +80,7 @@ RECIPES = {
     "speed": Recipe(
         "prompt tokens leave after two thirds of the layers, and a gate a KV head in all layers keeps a "
         "quarter of the cache; distilled to the dense model, base frozen; not measured yet on a real "
-        "model, and not in fast generation",
+        "model",
         LEAVING,
         {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01, "lr": 2e-4},
         kv_saving=4.0,

@@ -12,6 +12,7 @@ layer (1, or G).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,7 @@ class LayerPrefill:
         varying: True if the layer runs other numbers of tokens than its neighbours.
         kept: where routing decides about the cache alone, whose keys and values stay; then the layer runs all
             tokens.
+        attend: what attends instead, where tokens leave (`leaving`): given query, key, value and scaling.
     """
 
     buffer: SegmentedBuffer
@@ -125,6 +127,7 @@ class LayerPrefill:
     bounds: Tensor
     varying: bool
     kept: KeptKeys | None = None
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
 
 
 def prefill_attention(
@@ -143,6 +146,8 @@ def prefill_attention(
     """
     check_supported(kwargs)
     part: LayerPrefill = module.mod_prefill  # type: ignore[assignment]
+    if part.attend is not None:
+        return part.attend(query, key, value, scaling), None
     if part.kept is not None:
         return _keep_keys(part, part.kept, query, key, value, scaling), None
     store(part, key[0], value[0])
@@ -166,19 +171,22 @@ def decode_attention_function(
     check_supported(kwargs)
     step: LayerStep = module.mod_step  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    new = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
+    return attend_step(step, (query[:, :, 0], key[:, :, 0], value[:, :, 0]), scale)[:, None], None
+
+
+def attend_step(step: LayerStep, new: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
+    """Stores one new token a row and attends to all that the row stores; `new` are q [B, N, H], k and v
+    [B, G, H]; output [B, N, H]."""
     if step.ring is not None:
-        out_BNH = _decode_ring(step, step.ring, new, scale)
-    elif query.is_cuda:
-        out_BNH = decode_attention(*new, step.table, step.lengths, step.keep, step.column, scale)
-    else:
-        keys, values, starts = step.stored()
-        columns = step.buffer.columns if step.buffer is not None else None
-        assert columns is not None
-        out_BNH = reference_decode_attention(
-            *new, (keys, values, columns), starts, step.lengths, step.keep, step.column, scale
-        )
-    return out_BNH[:, None], None
+        return _decode_ring(step, step.ring, new, scale)
+    if new[0].is_cuda:
+        return decode_attention(*new, step.table, step.lengths, step.keep, step.column, scale)
+    keys, values, starts = step.stored()
+    columns = step.buffer.columns if step.buffer is not None else None
+    assert columns is not None
+    return reference_decode_attention(
+        *new, (keys, values, columns), starts, step.lengths, step.keep, step.column, scale
+    )
 
 
 def _decode_ring(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
@@ -216,24 +224,40 @@ def _keep_keys(
     part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
+    stored, older = store_kept_keys(part, kept, query, key, value)
+    whole_A = keep_everything(part.counts, older, kept.recent)
+    if query.is_cuda:
+        out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
+    elif all(whole_A):
+        out = varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
+    else:
+        out = reference_kept_attention(query, key, value, kept.keep, part.counts, kept.recent, scaling)
+    hold_to_bound(part, kept, stored)
+    return out
+
+
+def store_kept_keys(
+    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Stored, list[int]]:
+    """Lays out the layer's buffer and fills it with what is kept or recent; also how many each unit keeps
+    that are not recent."""
     assert isinstance(part.buffer, RingBuffer)
     older = kept.older.read()
     stored = part.buffer.lay_out(part.counts, older, kept.before, kept.recent, key[0], value[0])
-    whole_A = keep_everything(part.counts, older, kept.recent)
     if query.is_cuda:
         size = block_size(query, value)
         store_kept(key, value, kept.blocks.of(size), size, stored)
-        out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
     else:
         reference_store_kept(key, value, part.counts, stored)
-        if all(whole_A):
-            out = varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
-        else:
-            out = reference_kept_attention(query, key, value, kept.keep, part.counts, kept.recent, scaling)
+    return stored, older
+
+
+def hold_to_bound(part: LayerPrefill, kept: KeptKeys, stored: Stored) -> None:
+    """Gives up what a row stores beyond its bound, if it has one: all that attend have done so."""
     if kept.most_older is not None and kept.score is not None:
+        assert isinstance(part.buffer, RingBuffer)
         score_prompt(part.buffer, stored, kept.score, kept.bounds)
         cut_down(part.buffer, kept.most_older, part.counts)
-    return out
 
 
 def keep_everything(counts: list[int], older: list[int], recent: int) -> list[bool]:

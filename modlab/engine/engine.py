@@ -132,10 +132,15 @@ class Engine:
         """Indices of the routed layers."""
         return [] if self.routing is None else self.routing.layers
 
+    @property
+    def forced(self) -> list[int]:
+        """Indices of the layers where a table may decide instead of gates."""
+        return [] if self.routing is None or self.routing.skip.decides_itself else self.routed
+
     def deciding(self, keep: dict[int, Tensor]) -> contextlib.AbstractContextManager[None]:
         """Inside this block these tables, bool [B, P] or [B, P, G], decide instead of gates, a routed layer
         each."""
-        if self.routing is None:
+        if self.routing is None or not keep:
             return contextlib.nullcontext()
         return routing_override(self.model, RoutingTable(keep))
 

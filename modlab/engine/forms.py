@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from modlab.engine.attention import LayerPrefill
+from modlab.engine.leaving_prefill import LeavingKeysPrefill, LeavingPrefill
+from modlab.engine.leaving_step import LeavingKeysStep, LeavingStep
 from modlab.engine.prefill_layers import (
     AttentionPrefill,
     DensePrefill,
@@ -33,10 +35,21 @@ from modlab.skips.base import Part
 
 @dataclass(frozen=True)
 class Form:
-    """How a routed layer runs: in a prefill, and in a decoding step."""
+    """How a routed layer runs: in a prefill, and in a decoding step.
+
+    Attributes:
+        above: how layers run that prompt tokens leave out; None where they leave out none.
+    """
 
     prefill: type[DensePrefill] = DensePrefill
     step: type[DenseStep] = DenseStep
+    above: Form | None = None
+
+    def of(self, layer: nn.Module, index: int, routing: Routing | None) -> Form:
+        """The form of one layer of the model."""
+        if routing is None or not isinstance(layer, RoutedLayer):
+            return Form()
+        return self.above if self.above is not None and index >= routing.first_left else self
 
 
 FORMS: dict[tuple[Part, ...], Form] = {
@@ -49,6 +62,12 @@ FORMS: dict[tuple[Part, ...], Form] = {
 KEPT_KEYS = Form(KeptKeysPrefill, KeptKeysStep)
 """A token that is not kept passes the layer in full; the decision is about the cache alone."""
 
+LEAVING = Form(above=Form(LeavingPrefill, LeavingStep))
+"""Prompt tokens leave out the upper layers."""
+
+LEAVING_KEYS = replace(KEPT_KEYS, above=Form(LeavingKeysPrefill, LeavingKeysStep))
+"""The same, with a decision about the cache in all layers."""
+
 
 def form_of(routing: Routing | None) -> Form | None:
     """The form of a converted model's routed layers, or of a dense model's; None if the engine has none for
@@ -57,6 +76,8 @@ def form_of(routing: Routing | None) -> Form | None:
         return Form()
     if routing.skip.why_no_engine(routing.config):
         return None
+    if routing.first_left < routing.num_layers:
+        return LEAVING_KEYS if routing.skip.runs_all else LEAVING
     if routing.skip.decides_itself or routing.config.operator not in BY_THRESHOLD:
         return None  # decoding steps decide in a kernel, by the threshold
     return KEPT_KEYS if routing.skip.runs_all else FORMS.get(routing.skip.parts)
@@ -74,7 +95,7 @@ def prefill_forwards(
     """
     forwards: dict[nn.Module, Forward] = {}
     for index, (layer, part) in enumerate(zip(layers, parts, strict=True)):
-        kind = form.prefill if isinstance(layer, RoutedLayer) else DensePrefill
+        kind = form.of(layer, index, line.routing).prefill
         forwards |= kind(layer, index, part, line).forwards()
     return forwards
 
@@ -83,6 +104,6 @@ def step_forwards(form: Form, layers: list[nn.Module], step: StepPass) -> dict[n
     """What the layers and their routed sublayers run in one decoding step."""
     forwards: dict[nn.Module, Forward] = {}
     for index, layer in enumerate(layers):
-        kind = form.step if isinstance(layer, RoutedLayer) else DenseStep
+        kind = form.of(layer, index, step.routing).step
         forwards |= kind(layer, index, step).forwards()
     return forwards

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modlab.conversion.extend import extended_class, restore
-from modlab.execution.routed import RoutedBranch, RoutedMLP, RoutedModule
+from modlab.execution.routed import RoutedLayer, RoutedModule
 from modlab.hf.anatomy import attention_name
 from modlab.kernels.decode_linear import decode_linear
 from modlab.routing.state import eager
@@ -38,7 +38,7 @@ def lent(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     `forward` of the object.
     """
     own = {module: module.__dict__.pop("forward") for module in forwards if "forward" in module.__dict__}
-    classes: dict[Any, Any] = {m: type(m) for m in forwards if isinstance(m, (RoutedBranch, RoutedMLP))}
+    classes: dict[Any, Any] = {m: type(m) for m in forwards if _is_sublayer(m)}
     try:
         for module, forward in forwards.items():
             if module in classes:
@@ -55,6 +55,10 @@ def lent(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             module.__class__ = routed_class
         for module, forward in own.items():
             module.__dict__["forward"] = forward
+
+
+def _is_sublayer(module: nn.Module) -> bool:
+    return isinstance(module, RoutedModule) and not isinstance(module, RoutedLayer)
 
 
 @contextlib.contextmanager
@@ -98,6 +102,15 @@ class OneTokenLinear(nn.Linear):
         if x_11D.numel() != self.in_features:
             return super().forward(x_11D)
         return decode_linear(x_11D, self.weight, self.bias)
+
+
+def as_one_token_linear(weight: Tensor, bias: Tensor | None, batch: int) -> nn.Linear:
+    """A linear map of these weights as `one_token_linears` would have it."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear._parameters.update({"weight": weight, "bias": bias})  # type: ignore[dict-item]
+    if batch == 1 and _is_plain(linear):
+        linear.__class__ = OneTokenLinear
+    return linear
 
 
 @contextlib.contextmanager

@@ -97,15 +97,17 @@ def _prefill_line(
         _flat_call(engine.routing, position_1S, rows_S, T),
         engine.forward_as(PREFILL),
         lent_values(engine.attention, "mod_prefill", layers),
-        unrouted(engine.kept_keys),
+        unrouted(m for m in engine.kept_keys if m not in forwards),
         lent(forwards),
     ):
         ids_1S = ids_BT.flatten()[at_S][None]
-        logits_1BV = engine.run_model(ids_1S, position_1S, logits_to_keep=bounds[1:] - 1)
-    if logits_1BV.shape[1] != B:
+        # Where tokens leave, no others than the last ones are there in the end.
+        asked = {} if engine.form.above else {"logits_to_keep": bounds[1:] - 1}
+        logits = engine.run_model(ids_1S, position_1S, **asked)
+    if logits.shape[0] * logits.shape[1] != B:
         raise CannotCapture("its forward does not take logits_to_keep")
     _fill_empty(layers)
-    return logits_1BV[0], buffers
+    return logits.flatten(0, 1), buffers
 
 
 @contextlib.contextmanager
@@ -153,5 +155,5 @@ def _fill_empty(layers: list[LayerPrefill]) -> None:
 def scratch_buffers(engine: Engine, batch: int) -> list[SegmentedBuffer]:
     """Small buffers to capture with: one prefilled token a row tells the layers' head sizes."""
     ids = torch.zeros(batch, 1, dtype=torch.long, device=engine.device)
-    with engine.deciding({layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.routed}):
+    with engine.deciding({layer: torch.ones(1, 1, dtype=torch.bool) for layer in engine.forced}):
         return prefill(engine, ids, None, None if engine.budget is None else 0)[1]

@@ -45,12 +45,14 @@ class PrefillLine:
         last: last position of each row in the line, long [B].
         blocks: the line as kernels cut it.
         most_older: tokens that a row may store besides its ring (`budget`); None for no bound.
+        entered: state [1, S, D] with which all tokens entered the first layer that they leave out.
     """
 
     routing: Routing | None
     last: Tensor
     blocks: LineBlocks
     most_older: int | None = None
+    entered: Tensor | None = None
 
 
 class DensePrefill:

@@ -117,6 +117,8 @@ def call_refusal(
             return "routing is being recorded"
         if routing.masked:
             return "the masked reference was asked for"
+        if routing.override is not None and routing.skip.decides_itself:
+            return "routing_override decides instead of the skip itself"
         if routing.override is not None and not isinstance(routing.override, RoutingTable):
             return "routing_override's function is not a RoutingTable"
     return None

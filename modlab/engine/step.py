@@ -92,7 +92,7 @@ class Step:
             engine.forward_as(DECODE),
             lent_values(engine.attention, "mod_step", tables.layers),
             one_token_linears(engine.model, tables.batch),
-            unrouted(engine.kept_keys),
+            unrouted(m for m in engine.kept_keys if m not in forwards),
             lent(forwards),
         ):
             logits_B1V = engine.run_model(tables.choice.token, tables.position)

@@ -43,6 +43,7 @@ class StepPass:
 
     Attributes:
         run_dense, run_kept: compiled once for all layers.
+        entered: state [B, 1, D] with which the tokens entered the first layer that prompts leave out.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StepPass:
         self.run_dense, self.run_kept = compiled(_run), compiled(_run_kept)
         self._compiled = compiled
         self._around: dict[Forward, Forward] = {}
+        self.entered: Tensor | None = None
 
     def around(self, forward: Forward) -> Forward:
         """The forward of layers that a routed sublayer cuts in two, compiled once for all of them."""

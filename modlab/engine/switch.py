@@ -222,7 +222,7 @@ def _probe(model: Any, engine: Engine) -> None:
     mask = torch.ones(B, total, dtype=torch.long, device=device)
     for row, length in enumerate(PROBE_LENGTHS):
         mask[row, : T - length] = 0
-    keep = {layer: torch.rand(B, total, generator=generator) < 0.5 for layer in engine.routed}
+    keep = {layer: torch.rand(B, total, generator=generator) < 0.5 for layer in engine.forced}
     position = (mask.cumsum(1) - 1).clamp_min(0)
     branch, engine.branch = engine.branch, HostBranch()
     try:

@@ -159,7 +159,7 @@ class Tables:
         entries = [(self.position, positions), *self.choice.rules(list(ends), pad)]
         for layer, buffer in zip(self.layers, buffers, strict=True):
             layer.buffer = buffer
-            entries += [(layer.lengths, buffer.lengths), (layer.table, _addresses(buffer))]
+            entries += [(layer.lengths, buffer.lengths), (layer.table, addresses(buffer))]
             if layer.ring is not None:
                 assert isinstance(buffer, RingBuffer)
                 layer.ring.copy_(buffer.ring_kept)
@@ -193,7 +193,7 @@ class Tables:
         for index, (layer, buffer) in enumerate(zip(self.layers, self.buffers, strict=True)):
             if buffer.room < 1:
                 buffer.grow()
-                moved.append((layer.table, _addresses(buffer)))
+                moved.append((layer.table, addresses(buffer)))
             self.bounds[index] = buffer.room - 1
         self._enter(moved)
 
@@ -234,7 +234,7 @@ class Tables:
         torch._foreach_copy_(targets, [part.view_as(t) for part, t in zip(parts, targets, strict=True)])
 
 
-def _addresses(buffer: SegmentedBuffer) -> list[int]:
+def addresses(buffer: SegmentedBuffer) -> list[int]:
     """What a layer's address table says of `buffer`; see `kernels/decode_attention.py`."""
     notes = buffer.scores if isinstance(buffer, RingBuffer) else buffer.columns
     tensors = (buffer.keys, buffer.values, notes)

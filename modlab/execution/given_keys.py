@@ -85,16 +85,24 @@ class ReadingView(View):
 
 
 def writing(attention: nn.Module, trained: Projections | None, cache: Any) -> WritingView:
-    """The view of a writing pass: no query is computed. Without `trained` the module's own projections."""
-    return WritingView(
-        {"q_proj": _nothing(attention, "q_proj"), **_called(attention, trained, ("k_proj", "v_proj"))}, cache
-    )
+    """The view of a writing pass. Without `trained` the module's own projections."""
+    return WritingView(keys_alone(attention, trained), cache)
 
 
 def reading(attention: nn.Module, trained: Projections | None, cache: Any, states: States) -> ReadingView:
-    """The view of a reading pass: neither key nor value is computed."""
+    """The view of a reading pass."""
+    return ReadingView(queries_alone(attention, trained), cache, states)
+
+
+def keys_alone(attention: nn.Module, trained: nn.Module | None) -> dict[str, Projection]:
+    """Projections with which no query is computed."""
+    return {"q_proj": _nothing(attention, "q_proj"), **_called(attention, trained, ("k_proj", "v_proj"))}
+
+
+def queries_alone(attention: nn.Module, trained: nn.Module | None) -> dict[str, Projection]:
+    """Projections with which neither key nor value is computed."""
     nothing = {name: _nothing(attention, name) for name in ("k_proj", "v_proj")}
-    return ReadingView({**nothing, **_called(attention, trained, ("q_proj",))}, cache, states)
+    return {**nothing, **_called(attention, trained, ("q_proj",))}
 
 
 def write(view: WritingView, run: Callable[[], Any], layer_idx: int) -> States:
@@ -154,9 +162,7 @@ def _rows(index_BS: Tensor) -> Tensor:
     return torch.arange(len(index_BS), device=index_BS.device)[:, None]
 
 
-def _called(
-    attention: nn.Module, trained: Projections | None, names: tuple[str, ...]
-) -> dict[str, Projection]:
+def _called(attention: nn.Module, trained: nn.Module | None, names: tuple[str, ...]) -> dict[str, Projection]:
     def projection(name: str) -> Projection:
         own = attention.get_submodule(name)
         if trained is None:

@@ -70,6 +70,3 @@ class KeyValueLeaveSkip(KeyValueSkip):
         from modlab.execution.leaving_keys import LeavingKeysLayer, ProjectedKeys
 
         return LeavingKeysLayer if part == "layer" else ProjectedKeys
-
-    def why_no_engine(self, config: MoDConfig) -> str:
-        return f"skip={self.name!r} has no form in the engine yet"

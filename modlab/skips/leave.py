@@ -103,6 +103,9 @@ class LeaveSkip(Skip):
         """The tokens that go on are the latest: each sees the whole row."""
         return keep_ratio * length * (length - keep_ratio * length / 2)
 
+    def why_no_engine(self, config: MoDConfig) -> str:
+        return ""
+
 
 def first_left(config: MoDConfig, num_layers: int) -> int:
     """Index of the first layer that prompt tokens leave out; at least one is on either side.

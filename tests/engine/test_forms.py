@@ -42,7 +42,7 @@ from tests.helpers.fast_generation import (
     stored_at_thresholds,
     use_engine,
 )
-from tests.helpers.models import alternate_layers
+from tests.helpers.models import alternate_layers, dense_llama, leaving_llama
 
 SKIPS = ["layer", "attention", "mlp", "kv"]
 SUBLAYERS = {"attention": "self_attn", "mlp": "mlp"}
@@ -388,6 +388,18 @@ def test_where_the_cache_alone_is_routed_layers_are_compiled_like_dense_ones(
     assert routed[0] == routed[1] <= 2 * dense, (
         "no more pieces than a dense layer, whose class is another one"
     )
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="runs compiled steps from the host")
+@pytest.mark.parametrize("skip", ["prompt", "kv+prompt"])
+def test_layers_that_prompts_leave_out_are_compiled_once_for_all(
+    skip: str, compiled_frames: Callable[[nn.Module], int]
+) -> None:
+    frames = [
+        compiled_frames(leaving_llama(skip, dense=dense_llama(num_hidden_layers=depth), leave_after=0.3))
+        for depth in (6, 9)
+    ]
+    assert frames[0] == frames[1] > 2
 
 
 # The cache alone

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modlab
+from modlab.execution.projections import PROJECTIONS
 from modlab.routing.router import HiddenRouter, Router
 
 
@@ -65,6 +66,26 @@ def routed_llama(
         ),
     )
     return scatter_gates(model, scale).to(device)
+
+
+def leaving_llama(
+    skip: Any = "kv+prompt", gates: Any = "layer", dense: Any = None, by: float = 0.04, **fields: Any
+) -> Any:
+    """The tiny Llama (or `dense`) whose prompt tokens leave after four of six layers, its projections other
+    than the dense ones, its gates far apart.
+
+    Args:
+        by: spread of what is added to each weight.
+        fields: of its MoDConfig.
+    """
+    if skip == "kv+prompt":
+        fields = {"gates": gates, "keep_recent": 6, "keep_first": 2, "layers": "all", **fields}
+    model = modlab.convert(dense_llama() if dense is None else dense, modlab.MoDConfig(skip=skip, **fields))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if PROJECTIONS in name:
+            parameter.data += by * torch.randn(parameter.shape, generator=generator)
+    return (scatter_gates(model, 4.0) if skip == "kv+prompt" else model).eval()
 
 
 def scatter_gates(model: Any, scale: float = 1.0, seed: int = 0) -> Any:

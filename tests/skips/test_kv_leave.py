@@ -13,7 +13,7 @@ from modlab.cache.heads import HeadsLayer
 from modlab.execution.projections import PROJECTIONS
 from modlab.hf.names import given_cache
 from modlab.routing.state import masked_execution
-from tests.helpers.models import dense_llama, scatter_gates
+from tests.helpers.models import dense_llama, leaving_llama
 from tests.helpers.routing import IDS, MASK, inputs, positions
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -21,15 +21,7 @@ GATES = ["layer", "kv_head"]
 
 
 def converted(gates: str = "kv_head", attention: str = "sdpa", **fields: Any) -> Any:
-    config = modlab.MoDConfig(
-        **{"skip": "kv+prompt", "gates": gates, "keep_recent": 6, "keep_first": 2, "layers": "all", **fields}
-    )
-    model = scatter_gates(modlab.convert(dense_llama(attn_implementation=attention), config), 4.0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if PROJECTIONS in name:
-            parameter.data += 0.04 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+    return leaving_llama(gates=gates, dense=dense_llama(attn_implementation=attention), **fields)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
