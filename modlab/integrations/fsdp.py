@@ -47,6 +47,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(type(module), "_get_fsdp_state") for module in model.modules())
 
 
+def reshard_routers(model: nn.Module) -> None:
+    """Each process holds its parts of the routers that got groups of their own; `reshard` of FSDP2's modules
+    does not reach them."""
+    for module in model.modules():
+        state: Any = getattr(module, "mod_fsdp_state", None)
+        for group in _groups(state) if state is not None else []:
+            group.reshard()
+
+
 def _shared_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """States of FSDP2 and their groups of more than one module."""
     seen = set()
@@ -56,10 +65,14 @@ def _shared_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
         if state is None or state in seen:
             continue
         seen.add(state)
-        groups = getattr(state, "_fsdp_param_groups", None)
-        for group in [state._fsdp_param_group] if groups is None else list(groups):
+        for group in _groups(state):
             if group is not None:
                 yield state, group
+
+
+def _groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if groups is None else list(groups)  # torch 2.11 has one
 
 
 def _take_out(state: Any, group: Any, router: nn.Module) -> None:

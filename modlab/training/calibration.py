@@ -18,6 +18,7 @@ from modlab.routing.router import Router, logit_of
 from modlab.routing.state import thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
+from modlab.training.sharding import reshard
 
 RATIOS = (2.0, 4.0, 8.0, 16.0)
 """Whose thresholds a distilled model is given."""
@@ -65,7 +66,7 @@ def calibrate_trained(
     )
     try:
         if shifted:  # from here on the gates count from each layer's own threshold
-            _shift(routers, {i: -logit_of(p) for i, p in before.items()})
+            _shift(model, {i: -logit_of(p) for i, p in before.items()})
             routing.thresholds.update(dict.fromkeys(before, 0.5))
         with autocast():
             found = calibrate(
@@ -78,7 +79,7 @@ def calibrate_trained(
                 accelerator=accelerator,
             )
         if shifted:
-            _shift(routers, {i: -logit_of(p) for i, p in found.items()})
+            _shift(model, {i: -logit_of(p) for i, p in found.items()})
         return found
     except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
         routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
@@ -87,7 +88,7 @@ def calibrate_trained(
         return None
     finally:
         if shifted:
-            _shift(routers, {i: logit_of(p) for i, p in before.items()})
+            _shift(model, {i: logit_of(p) for i, p in before.items()})
             routing.thresholds.update(before)
 
 
@@ -187,7 +188,9 @@ def calibration_batches(
 
 
 @torch.no_grad()
-def _shift(routers: dict[int, Any], by: dict[int, float]) -> None:
+def _shift(model: Any, by: dict[int, float]) -> None:
     """Adds to the routers' biases, in place."""
+    reshard(model)  # FSDP2 may have left copies of them behind a forward, whose changes would be lost
+    layers: list[Any] = decoder_layers(model)
     for i, amount in by.items():
-        routers[i].bias.add_(amount)
+        layers[i].mod_router.bias.add_(amount)

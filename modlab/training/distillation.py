@@ -52,17 +52,9 @@ class Distillation:
         config: the run's settings.
         layers: routed layers, ascending.
         processes: among which each global batch is shared.
-
-    Raises:
-        ModlabError: the processes shard the model.
     """
 
     def __init__(self, model: Any, config: TrainConfig, layers: list[int], processes: Processes) -> None:
-        if processes.shards:
-            raise ModlabError(
-                "objective='distil' reads hidden states in pieces, for which each process needs the whole "
-                "head: launch with --multi_gpu instead of FSDP; the frozen base takes no optimiser's memory."
-            )
         self.model, self.config, self.routing = model, config, model.mod
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.head = Head(self.base)

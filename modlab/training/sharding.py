@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
-from modlab.integrations.fsdp import is_sharded
+from modlab.integrations.fsdp import is_sharded, reshard_routers
 
 if TYPE_CHECKING:
     from modlab.training.processes import Processes
@@ -59,11 +59,13 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def reshard(model: Any) -> None:
-    """Every process holds its parts alone: after a forward FSDP2 leaves the model's ends whole, under other
-    parameters than those that an optimiser knows. Costs nothing where no weight is sharded."""
+    """Every process holds its parts alone: after a forward FSDP2 leaves the model's ends whole, with
+    `reshard_after_forward=False` all of it, under other parameters than those that an optimiser knows. Costs
+    nothing where no weight is sharded."""
     for module in model.modules():
         if hasattr(type(module), "_get_fsdp_state"):
             module.reshard()
+    reshard_routers(model)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -35,9 +35,16 @@ def rows() -> torch.Tensor:
     return torch.randint(0, 61, (10, 16), generator=torch.Generator().manual_seed(1))
 
 
-def began(out: Path, batch_size: int) -> modlab.TrainConfig:
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "target": {"what_if": 0.5},
+    "distil": {"objective": "distil", "keep_range": (0.4, 0.9), "ramp": 0.5},
+}
+
+
+def began(out: Path, batch_size: int, objective: str = "target") -> modlab.TrainConfig:
     """The settings of all the runs here; ten rows, of which each step sees four."""
     return modlab.TrainConfig(
         out=out, steps=4, batch_size=batch_size, log_every=1, eval_every=1, save_every=1, keep_last=9,
-        resume="auto", lr=3e-3, keep_ratio=0.5, what_if=0.5, calibrate=False, mixed_precision="no",
+        resume="auto", lr=3e-3, keep_ratio=0.5, calibrate=False, mixed_precision="no",
+        **OBJECTIVES[objective],
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -19,6 +21,7 @@ AIM = {"keep_ratio": 0.3, "ramp": 0.0, "lam": 8.0}
 LAYERS = {"skip": "layer", "layers": "all", "keep_first": 1}
 KEYS = {"skip": "kv", "layers": "all", "keep_first": 1, "keep_recent": 4}
 HEADS = {**KEYS, "gates": "kv_head", "router_hidden": 4}
+DISTIL = {"objective": "distil", "keep_ratio": 0.3, "ramp": 0.0}
 CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "dense": (None, {}),
     "distilled": (None, {"kl": 1.0}),
@@ -35,11 +38,12 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         {"objective": "bce", "bce": 1.0},
     ),
     "cache, with noise": (KEYS, {"objective": "target", **AIM}),
-    "distil": (HEADS, {"objective": "distil", "keep_ratio": 0.3, "ramp": 0.0}),
-    "distil over a range": (
-        HEADS,
-        {"objective": "distil", "keep_ratio": 0.3, "keep_range": (0.2, 0.8), "ramp": 0.0},
-    ),
+    "distil": (HEADS, DISTIL),
+    "distil over a range": (HEADS, {**DISTIL, "keep_range": (0.2, 0.8)}),
+    "distil in bf16": (HEADS, {**DISTIL, "mixed_precision": "bf16"}),
+    "distil, keys hidden": (HEADS, {**DISTIL, "what_if": 0.0}),
+    "distil, one row keeps": ({**HEADS, "keep_first": 0}, {**DISTIL, "what_if": 0.0}),
+    "distil of layers, one row keeps": ({**LAYERS, "keep_first": 0}, {**DISTIL, "what_if": 0.0}),
     "cache, hidden": (KEYS, {"objective": "load", "alpha": 1.0, "what_if": 0.0}),
     "one row keeps": (
         {"skip": "layer", "layers": "all", "keep_first": 0},
@@ -95,7 +99,7 @@ def _keep_high_tokens(model: Any) -> None:
     model.model.embed_tokens.weight[:, 0] = torch.where(high, 12.0, -12.0)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
-        layer.mod_router.weight.mul_(0.1)[0] = 0.3
+        layer.mod_router.weight.mul_(0.1)[..., 0] = 0.3
 
 
 def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Tensor]:
@@ -107,6 +111,8 @@ def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Ten
         named = model.named_parameters()
         seen.update({name: p.grad.clone() for name, p in named if p.grad is not None})
 
+    if settings.get("mixed_precision") == "bf16":
+        model.to(torch.bfloat16)  # the routers stay fp32
     handle = register_optimizer_step_pre_hook(note)
     config = modlab.TrainConfig(
         steps=1,
@@ -114,12 +120,13 @@ def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Ten
         grad_accum=grad_accum,
         max_grad_norm=1e9,
         calibrate=False,
-        mixed_precision="no",
-        **settings,
+        **{"mixed_precision": "no", **settings},
     )
     teacher = model_of(None, seed=1) if config.kl else None
+    one_row = conversion is not None and conversion.get("keep_first") == 0  # gates stay closed to the others
     try:
-        row = modlab.train(model, data(), config, teacher=teacher).history.iloc[-1]
+        with patch("modlab.training.run.open_gates") if one_row else contextlib.nullcontext():
+            row = modlab.train(model, data(), config, teacher=teacher).history.iloc[-1]
     finally:
         handle.remove()
     figures = ("loss", "objective", "keep_ratio", "kl", "grad_norm", "tokens")

@@ -1,6 +1,6 @@
 """Run by `accelerate launch` in test_sharding.py: takes up a run that one process began, sharded by FSDP2.
 
-sharded_in_processes.py OUT
+sharded_in_processes.py OUT OBJECTIVE
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tests.helpers.runs import began, model_in_bf16, rows
 from tests.helpers.sharding import launched_with_fsdp
 
 
-def main(out: Path) -> None:
-    launched_with_fsdp()
+def main(out: Path, objective: str) -> None:
+    launched_with_fsdp(reshard_after_forward=objective != "distil")  # both are tried
     model = model_in_bf16()
-    result = modlab.train(model, rows(), began(out, batch_size=2), eval_data=rows()[:3])
+    result = modlab.train(model, rows(), began(out, 2, objective), eval_data=rows()[:3])
     found = modlab.calibrate(model, rows(), keep_ratio=0.5, accelerator=Accelerator(mixed_precision="no"))
     refused = []
     for action in (modlab.revert, modlab.convert):
@@ -43,4 +43,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -2,7 +2,8 @@
 
 steps_in_processes.py OUT BATCH_SIZE GRAD_ACCUM CASE...
 
-In a folder named "sharded" FSDP2 shards the model, with activation checkpointing.
+In a folder named "sharded" FSDP2 shards the model, with activation checkpointing; in one named "gathered" it
+does so without, and weights stay whole from a forward to its backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tests.helpers.steps import gradient
 def main(out: Path, batch_size: int, grad_accum: int, cases: list[str]) -> None:
     if out.name == "sharded":
         launched_with_fsdp(activation_checkpointing=True)
+    elif out.name == "gathered":
+        launched_with_fsdp(reshard_after_forward=False)
     found = {case: gradient(case, batch_size, grad_accum) for case in cases}
     found = {case: {name: whole(value) for name, value in of.items()} for case, of in found.items()}
     torch.save(found, out / f"rank_{torch.distributed.get_rank()}.pt")

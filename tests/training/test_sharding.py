@@ -16,7 +16,7 @@ from modlab.errors import ModlabError
 from modlab.plan import sizes_of
 from modlab.training.processes import Processes
 from tests.helpers.launch import launch
-from tests.helpers.runs import began, model_in_bf16, rows
+from tests.helpers.runs import OBJECTIVES, began, model_in_bf16, rows
 
 WORKER = Path(__file__).with_name("sharded_in_processes.py")
 
@@ -27,11 +27,13 @@ def from_step(step: int, of: Path, to: Path) -> Path:
     return to
 
 
-def test_a_sharded_run_is_one_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_sharded_run_is_one_run(tmp_path: Path, objective: str) -> None:
     """One process alone; its second step taken up by two that shard; their third one taken up by one."""
-    whole = modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 4), eval_data=rows()[:3])
+    settings = began(tmp_path / "one", 4, objective)
+    whole = modlab.train(model_in_bf16(), rows(), settings, eval_data=rows()[:3])
     shards = from_step(2, tmp_path / "one", tmp_path / "two")
-    printed = launch(WORKER, 2, shards)
+    printed = launch(WORKER, 2, shards, objective)
     assert not printed.strip()
     pair = [json.loads((shards / f"rank_{rank}.json").read_text()) for rank in range(2)]
     planned = sizes_of(whole.model.config, 2)
@@ -41,9 +43,8 @@ def test_a_sharded_run_is_one_run(tmp_path: Path) -> None:
     for one in pair:
         assert dict(one["calibrated"]) == pytest.approx(found, abs=0.02)
         assert "load it whole" in one["refused"][0] and len(one["refused"]) == 2
-    again = modlab.train(
-        model_in_bf16(), rows(), began(from_step(3, shards, tmp_path / "again"), 4), eval_data=rows()[:3]
-    )
+    settings = began(from_step(3, shards, tmp_path / "again"), 4, objective)
+    again = modlab.train(model_in_bf16(), rows(), settings, eval_data=rows()[:3])
     wanted = whole.history.set_index("step")
     for frame in (pair[0]["history"], again.history.to_dict("list")):
         for column in ("loss", "keep_ratio", "objective", "grad_norm", "tokens", "lr", "eval_loss"):

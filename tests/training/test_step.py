@@ -40,12 +40,19 @@ FEW = (
     "one row keeps",
     "one row keeps and frozen",
 )
+DISTILLED = tuple(case for case in CASES if case.startswith("distil"))
 
 
 @pytest.mark.parametrize(
     ("kind", "processes", "batch_size", "grad_accum", "cases"),
-    [("copies", 2, 2, 2, CASES), ("copies", 4, 2, 1, FEW), ("sharded", 2, 2, 2, FEW)],
-    ids=["two", "four", "two, sharded"],
+    [
+        ("copies", 2, 2, 2, CASES),
+        ("copies", 4, 2, 1, FEW),
+        ("sharded", 2, 2, 2, (*FEW, *DISTILLED)),
+        ("gathered", 2, 2, 2, DISTILLED[:2]),
+        ("sharded", 4, 2, 1, DISTILLED[1:3]),
+    ],
+    ids=["two", "four", "two, sharded", "two, gathered", "four, sharded"],
 )
 def test_several_processes_give_the_gradient_of_one(
     tmp_path: Path, kind: str, processes: int, batch_size: int, grad_accum: int, cases: Iterable[str]
