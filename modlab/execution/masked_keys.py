@@ -29,6 +29,7 @@ from modlab.execution.masks import (
     masked_reference_mask,
     of_keys,
     recent_mask,
+    untold_window,
     visible_mask,
 )
 from modlab.execution.reference import given_mask, hiding_mask, refuse_cache
@@ -95,7 +96,7 @@ def weighing_mask(
             log_weight, real, site.recent, site.call.documents, padded=site.call.padding_mask is not None
         )
         return keys, weighing_attention(site.routing.model_config)
-    seen = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
+    seen = visible_mask(given, given.keys_RK, given.keys_RK, untold_window(given, site), site.attention)
     visible, dtype = masked_reference_mask(real, real, visible=seen), arguments.hidden.dtype
     if torch.is_autocast_enabled(real.device.type):  # a mask of [B, 1, T, T] is large, and cast anyway
         dtype = torch.get_autocast_dtype(real.device.type)

@@ -7,10 +7,13 @@ heads, G gates of a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from modlab.execution.site import Site
 
 
 def packed_mask(query_columns_RS: Tensor, key_columns_RK: Tensor, window: int | None = None) -> Tensor:
@@ -50,7 +53,8 @@ def visible_mask(
         given: that mask.
         query_columns_RS: columns of the queries.
         key_columns_RK: columns of the keys; a slot without a token carries `NO_KEY`'s.
-        window: sliding window in tokens (the query itself counted), or None.
+        window: sliding window in tokens (the query itself counted) that the mask does not tell of
+            (`untold_window`), or None.
         attention: `config._attn_implementation`.
 
     Returns:
@@ -66,6 +70,18 @@ def visible_mask(
         return held
     allowing = True if attention == "sdpa" else given.allowing()
     return held & (given.values() == allowing)
+
+
+def untold_window(given: MaskValues, site: Site) -> int | None:
+    """The layer's sliding window, where its mask does not tell of it.
+
+    A mask of all columns does: an image's tokens may see each other across more than a window, and the
+    caller's own mask may know of none. It does not where an attention slides by itself, nor of cached keys,
+    of which those that the window has left behind may be gone already.
+    """
+    mask = given.mask
+    whole = (given.additive or given.boolean) and mask.shape[2] == mask.shape[3] == given.columns
+    return None if whole and not site.own_window else site.window
 
 
 def of_keys(value: Tensor, query_heads: int = 1) -> Tensor:

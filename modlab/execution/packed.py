@@ -31,6 +31,7 @@ from modlab.execution.masks import (
     as_attention_mask,
     of_keys,
     recent_mask,
+    untold_window,
     visible_mask,
 )
 from modlab.execution.stored_keys import StoredView, attends_directly, changed
@@ -269,7 +270,7 @@ def _group_mask(
             "packed documents and masks that are more than causal need a mask in routed layers: use "
             "model.set_attn_implementation('sdpa')."
         )
-    allowed = visible_mask(values, queries_RS, columns_RK, site.window, site.attention)
+    allowed = visible_mask(values, queries_RS, columns_RK, untold_window(values, site), site.attention)
     if hidden:
         assert site.recent is not None
         kept = layer.key_kept(group.rows) if isinstance(layer, RecentLayer) else _kept(site, group)

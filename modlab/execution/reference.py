@@ -22,6 +22,7 @@ from modlab.execution.masks import (
     MaskValues,
     as_attention_mask,
     masked_reference_mask,
+    untold_window,
     visible_mask,
 )
 from modlab.execution.what_if_attention import (
@@ -108,7 +109,7 @@ def hiding_mask(
             keep, real, site.recent or 1, site.call.documents, query_heads=site.query_heads
         )
         return blocks, flex_attention(site.routing.model_config)
-    visible = visible_mask(given, given.keys_RK, given.keys_RK, site.window, site.attention)
+    visible = visible_mask(given, given.keys_RK, given.keys_RK, untold_window(given, site), site.attention)
     allowed = masked_reference_mask(
         keep, real, recent=site.recent, visible=visible, query_heads=site.query_heads
     )

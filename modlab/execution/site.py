@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from modlab.hf.anatomy import slides_by_itself
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.state import Routing
 from modlab.skips.base import GateForm, Part
@@ -58,6 +59,7 @@ class Plan:
             call=call,
             attention=routing.attention,
             window=window if window is not None and window < call.num_columns else None,
+            own_window=slides_by_itself(routing.model_config),
             needs_mask=self.needs_mask,
             form=self.gate_form,
             residual=self.part == "layer",
@@ -79,6 +81,7 @@ class Site:
         call: the model's forward.
         attention: name of the attention implementation.
         window: sliding window that matters at this length, or None.
+        own_window: whether the attention slides by itself, whatever its mask says.
         needs_mask: whether a kernel's own causal flag will not do.
         form: how the gate enters the output; ``"scaled"`` by hooks on the branch ends.
         residual: True if a skipped token passes through (a layer), False if it adds nothing (a branch).
@@ -96,6 +99,7 @@ class Site:
     call: ForwardCall
     attention: str
     window: int | None
+    own_window: bool
     needs_mask: bool
     form: GateForm
     residual: bool

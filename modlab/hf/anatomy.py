@@ -134,7 +134,7 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
     config = decoder_of(model).config.get_text_config(decoder=True)
     cache_layers = DynamicCache(config=config).layers
     types = getattr(config, "layer_types", None) or [None] * num_layers
-    local = getattr(config, "attention_layers", None) or [None] * num_layers  # GPT-Neo's name for layer types
+    local = config.attention_layers if slides_by_itself(config) else [None] * num_layers
     # Sparse attention: "full" layers pick their keys themselves, "shared" ones take the pick of the layer
     # before.
     picks = [*(getattr(config, "indexer_types", None) or [None] * num_layers), None]
@@ -158,6 +158,12 @@ def attention_windows(model: PreTrainedModel, num_layers: int) -> dict[int, int 
         else:
             windows[index] = _no_plain_cache(layer)
     return windows
+
+
+def slides_by_itself(config: Any) -> bool:
+    """Whether local attentions of a decoder with this config hide keys by themselves, as GPT-Neo's do (which
+    has a name of its own for layer types), and no mask tells of it."""
+    return bool(getattr(config, "attention_layers", None))
 
 
 def masks_slide(decoder: nn.Module) -> bool:

@@ -64,6 +64,9 @@ class ForwardHooks:
 
     def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model: what it noted is no other forward's."""
+        self._forget_caller()
+
+    def _forget_caller(self) -> None:
         self.routing.of_thread.caller_mask = None
         self.routing.of_thread.logits_to_keep = 0
 
@@ -101,6 +104,7 @@ class ForwardHooks:
             cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
         routing.of_thread.call = self._new_call(module, tokens, given, seen, cache)
+        self._forget_caller()  # hooks at the model's end are not called where Ctrl-C ends its forward
         return args, kwargs
 
     def _refuse_outputs(self, module: Any, given: dict[str, Any]) -> None:
@@ -269,7 +273,7 @@ def asks_for_logits(model: Any) -> bool:
     return "logits_to_keep" in forward_signature(model_class).parameters
 
 
-def _logits_to_keep(module: Any, given: dict[str, Any]) -> int | Tensor:
+def _logits_to_keep(module: Any, given: dict[str, Any]) -> Any:
     """How many of the latest tokens (or which ones) the caller wants logits of; 0 for all. A loss wants all,
     training too; hidden states are all tokens'."""
     hidden = given.get("output_hidden_states")
@@ -277,19 +281,20 @@ def _logits_to_keep(module: Any, given: dict[str, Any]) -> int | Tensor:
         hidden = getattr(module.config, "output_hidden_states", False)
     if module.training or hidden or given.get("labels") is not None or not asks_for_logits(module):
         return 0
-    wanted: int | Tensor | None = given.get("logits_to_keep")
+    wanted = given.get("logits_to_keep")
     return 0 if wanted is None else wanted
 
 
-def _asked(logits_to_keep: int | Tensor, T: int, device: torch.device) -> Tensor | None:
-    """The tokens of a forward whose logits are wanted, bool [T]; None where that is all of them."""
-    if isinstance(logits_to_keep, Tensor):
-        asked = torch.zeros(T, dtype=torch.bool, device=device)
-        asked[logits_to_keep.to(device)] = True
-        return asked
-    if not 0 < logits_to_keep < T:
-        return None
-    return torch.arange(T, device=device) >= T - logits_to_keep
+def _asked(logits_to_keep: Any, T: int, device: torch.device) -> Tensor | None:
+    """The tokens of a forward whose logits are wanted, bool [T]; None where that is all of them. All but a
+    plain number is an index, as transformers has it: a tensor, a list, a slice, a number of numpy's."""
+    if isinstance(logits_to_keep, int):
+        if not 0 < logits_to_keep < T:
+            return None
+        return torch.arange(T, device=device) >= T - logits_to_keep
+    asked = torch.zeros(T, dtype=torch.bool, device=device)
+    asked[logits_to_keep.to(device) if isinstance(logits_to_keep, Tensor) else logits_to_keep] = True
+    return asked
 
 
 def _is_padding_mask(mask: Any) -> bool:

@@ -50,7 +50,7 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.call: ForwardCall | None = None
         self.caller_mask: tuple[Any] | None = None
-        self.logits_to_keep: int | Tensor = 0  # of the model's forward in progress; 0: all
+        self.logits_to_keep: Any = 0  # of the model's forward in progress; 0: all
         self.override: OverrideFn | None = None
         self.recordings: tuple[Recording, ...] = ()
         self.thresholds: dict[int, float] | None = None  # its own, in a block that takes them back

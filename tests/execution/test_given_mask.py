@@ -3,6 +3,7 @@ blocks that see the future, masks of four dimensions. Held to the oracle, which 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import modlab
 from modlab.families.oracle import Decisions, oracle_logits
+from modlab.families.tiny_models import tiny_model
 from modlab.routing.forward import packed_documents, position_in_document, real_columns
 from modlab.routing.state import masked_execution
 from tests.helpers.models import scatter_gates
@@ -103,6 +105,31 @@ def test_a_block_is_read_whole_into_the_cache(pair: Any, skip: str, chunk: int, 
     decisions = Decisions.recorded(model, recording.steps[0])
     want = oracle_logits(dense, decisions, input_ids=IDS, **given)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+WINDOWED = [(name, skip, "layer") for name in ("mistral", "gemma3_text", "gpt_neo") for skip in SKIPS]
+
+
+@pytest.mark.parametrize(("name", "skip", "gates"), [*WINDOWED, ("mistral", "kv", "kv_head")])
+def test_a_mask_says_itself_whether_a_window_hides_a_key(name: str, skip: Any, gates: Any) -> None:
+    """In a sliding layer, too: the block is wider than the window. GPT-Neo's attention slides whatever the
+    mask says."""
+    dense = tiny_model(name).eval()
+    config = modlab.MoDConfig(skip=skip, gates=gates, layers="all", keep_recent=2, keep_first=1)
+    model = scatter_gates(modlab.convert(copy.deepcopy(dense), config), 3.0).eval()
+    windows = [w for w in model.mod.windows.values() if w is not None]
+    assert windows and max(windows) < 20 - 6
+    ids = IDS % dense.config.vocab_size
+    visible = block_mask(6, 20)
+    given = {"attention_mask": torch.zeros(visible.shape).masked_fill(~visible, LOWEST)}
+    with torch.no_grad(), modlab.record_routing(model) as recording, masked_execution(model):
+        masked = model(ids, use_cache=False, **given).logits
+    want = oracle_logits(dense, Decisions.recorded(model, recording.steps[0]), input_ids=ids, **given)
+    torch.testing.assert_close(masked, want, rtol=1e-4, atol=1e-4)
+    for use_cache in (False, True):
+        with torch.no_grad():
+            packed = model(ids, use_cache=use_cache, **given).logits
+        torch.testing.assert_close(packed, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("skip", SKIPS)

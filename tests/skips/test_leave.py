@@ -25,7 +25,7 @@ from modlab.hf.names import given_cache
 from modlab.measure import evaluate
 from modlab.routing.state import masked_execution
 from modlab.training.model import parameter_groups
-from tests.helpers.models import dense_llama, tiny_config
+from tests.helpers.models import dense_llama, scatter_gates, tiny_config
 from tests.helpers.routing import IDS, MASK, inputs, positions
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -163,6 +163,39 @@ def test_tokens_may_be_asked_for_by_their_places() -> None:
     places = torch.tensor([3, 17])
     found = model(IDS, logits_to_keep=places, use_cache=False).logits
     assert close(found, model(IDS, use_cache=False).logits[:, places])
+
+
+@pytest.mark.parametrize("places", [np.int64(3), [2, 9], slice(4, 30, 5), torch.arange(40) % 7 == 0, -36])
+@pytest.mark.parametrize("skip", ["prompt", "kv+prompt"])
+def test_places_may_have_any_form_that_the_dense_model_takes(skip: Any, places: Any) -> None:
+    """A number of numpy's is a place to transformers, not how many of the latest."""
+    model = converted() if skip == "prompt" else with_both()
+    full, dense = model(IDS, use_cache=False).logits, dense_llama()
+    numbers = torch.arange(40)[slice(-places, None) if type(places) is int else places]
+    assert dense(IDS, logits_to_keep=places).logits.shape == full[:, numbers].shape
+    for use_cache in (False, True):
+        assert close(model(IDS, logits_to_keep=places, use_cache=use_cache).logits, full[:, numbers])
+
+
+def with_both() -> Any:
+    config = modlab.MoDConfig(skip="kv+prompt", gates="kv_head", keep_recent=5, layers="all")
+    return scatter_gates(modlab.convert(dense_llama(), config), 4.0).eval()
+
+
+@pytest.mark.parametrize("skip", ["prompt", "kv+prompt"])
+def test_a_forward_that_is_stopped_asks_nothing_of_the_next(skip: Any) -> None:
+    """Torch calls no hook at a module's end where Ctrl-C ends it."""
+    model = converted() if skip == "prompt" else with_both()
+    want = model.model(IDS).last_hidden_state
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[5].mlp.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS, attention_mask=MASK, logits_to_keep=1)
+    handle.remove()
+    assert close(model.model(IDS).last_hidden_state, want), "all hidden states are wanted of the decoder"
 
 
 def generated(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
