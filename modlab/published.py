@@ -3,6 +3,8 @@
     published.benchmarks()      `modlab bench`, this project's runs (benchmarks/results/*.json)
     published.quality()         what conversion recipes cost in loss (python -m benchmarks.quality)
     published.latencies(case)   of these, milliseconds by keep ratio: one curve
+    published.real_models()     what K/V routing costs real models (python -m benchmarks.real_models)
+    published.kv_latencies()    milliseconds by KV saving, where keys and values are routed
     published.demo()            the demo models on held-out text (modlab/demo/results.json)
 
 The files travel in the package: an installed modlab can draw them next to what this machine measures.
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
+GATES = "real_gates"
+SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
+"""The run of each real model whose gates are told of: for the first two, those that ship."""
 REAL = ("real", "real_gates", "real_tasks")  # of real models; docs/quality.md, docs/results.md, docs/log.md
 PROVENANCE = ("device_name", "dtype", "date", "command")
 
@@ -117,6 +122,81 @@ def latencies(
         f"by `{first['command']}`"
     )
     return made
+
+
+def real_models() -> dict[str, pd.DataFrame]:
+    """What gates a KV head cost real models, by KV saving: one frame a model, from the newest record of each.
+
+    Columns: kv_saving (over all texts, the window included), kl (nats a token to the dense model, positions
+    from 1,024 on), agreement (of the likeliest token there), and for each distance in tokens recall_gap_<d>
+    (nats on the second copy of a passage, above dense) and lost_<d> (of the questions that the dense model
+    answers, the share that is answered no more). `attrs["origin"]` is one sentence on where it comes from.
+    """
+    import pandas as pd
+
+    found = {}
+    for result in sorted((read_result(path) for path in result_files()), key=_date):
+        if result["what"] != GATES or result["model"] not in SHIPPED:
+            continue
+        rows = [_gates_row(row) for row in result["rows"] if _is_shipped(result["model"], row)]
+        frame = pd.DataFrame(rows).sort_values("kv_saving").reset_index(drop=True)
+        frame.attrs["origin"] = (
+            f"{result['base']}, gates a KV head, on {result['device_name']}, {str(result['date'])[:10]}, by "
+            f"`{result['command']}`. {result['note']}"
+        )
+        found[result["model"]] = frame
+    return found
+
+
+def _is_shipped(model: str, row: dict[str, Any]) -> bool:
+    """Whether a row is of the gates that are told of, at a saving: not a control, nothing with all kept."""
+    return row["run"] == SHIPPED[model] and ":" not in row["arm"] and row["ratio_asked"] > 1
+
+
+def _gates_row(row: dict[str, Any]) -> dict[str, float]:
+    agreement = row["top1_far_by_text"].values()
+    return {
+        "kv_saving": row["ratio"],
+        "kl": row["kl_far"],
+        "agreement": sum(agreement) / len(agreement),
+        **{f"recall_gap_{distance}": gap for distance, gap in row["recall_gap"].items()},
+        **{f"lost_{distance}": 1 - share for distance, share in row["retrieval_of_dense"].items()},
+    }
+
+
+def kv_latencies() -> dict[str, pd.DataFrame]:
+    """Milliseconds by KV saving with `skip="kv"`, a frame for each thing timed, by a name for people.
+
+    Columns by ascending kv_saving: kv_saving, dense_ms, mod_ms; on a machine with other work these are CPU
+    time where the record has it. `attrs["origin"]` is one sentence on where it comes from.
+    """
+    frame = benchmarks()
+    if "skip" not in frame:
+        return {}
+    frame = frame[(frame.skip == "kv") & frame.case.isin(["prefill", "decode"])]
+    keys = ["device_name", "shape", "context", "batch", "case", "routed", "granularity"]
+    found = {}
+    for _, part in frame.groupby(keys, dropna=False):
+        first = part.iloc[0]
+        cpu_time = "dense_cpu_ms" in part and bool(part.dense_cpu_ms.notna().all())
+        names = ("dense_cpu_ms", "mod_cpu_ms") if cpu_time else ("dense_ms", "mod_ms")
+        made = part[["kv_saving", *names]].sort_values("kv_saving").reset_index(drop=True)
+        made.columns = ["kv_saving", "dense_ms", "mod_ms"]
+        made.attrs["origin"] = (
+            f"{first.case} of {first['shape']} ({first.routed_layers:g} of {first.num_layers:g} layers "
+            f"routed, batch {first.batch:g}, {first.context:,.0f} tokens, {first['dtype']}) on "
+            f"{first.device_name}, "
+            f"{first.date[:10]}, by `{first.command}`" + (", CPU time of a busy machine" if cpu_time else "")
+        )
+        found[_timed_name(first)] = made
+    return found
+
+
+def _timed_name(row: Any) -> str:
+    what = "time to the first token" if row.case == "prefill" else "time for a further token"
+    gates = {"layer": ", a gate a layer", "kv_head": ", a gate a KV head"}.get(row.granularity, "")
+    rows = f", {row.batch:g} rows" if row.batch > 1 else ""
+    return f"{what}: {row['shape']} shape, {row.context:,.0f} tokens{rows}, {row.device_name}{gates}"
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -80,3 +80,30 @@ def test_latencies_are_one_curve_and_say_where_they_come_from() -> None:
         published.latencies("decode", context=7)
     with pytest.raises(ModlabError, match="there is nothing"):
         published.latencies("decode", device="an abacus")
+
+
+def test_real_models_are_the_records_of_the_gates_that_ship() -> None:
+    frames = published.real_models()
+    assert set(frames) == set(published.SHIPPED)
+    for model, frame in frames.items():
+        (path,) = (ROOT / "benchmarks" / "results").glob(f"real_{model}_2*.json")
+        record = json.loads(path.read_text())
+        run = [row for row in record["rows"] if row["run"] == published.SHIPPED[model]]
+        assert frame.kv_saving.is_monotonic_increasing and len(frame) >= 3
+        for _, told in frame.iterrows():
+            (row,) = (row for row in run if row["ratio"] == told.kv_saving)
+            assert ":" not in row["arm"] and told.kl == row["kl_far"]  # no control
+            assert told.recall_gap_4000 == row["recall_gap"]["4000"]
+            assert told.lost_4000 == pytest.approx(1 - row["retrieval_of_dense"]["4000"])
+        assert record["command"] in frame.attrs["origin"] and "NVIDIA H200" in frame.attrs["origin"]
+
+
+def test_times_by_saving_are_of_routed_keys_and_values() -> None:
+    frames = published.kv_latencies()
+    rows = published.benchmarks().query("skip == 'kv' and case in ['prefill', 'decode']")
+    assert frames and sum(map(len, frames.values())) == len(rows)
+    for name, frame in frames.items():
+        assert frame.kv_saving.is_monotonic_increasing and list(frame) == ["kv_saving", "dense_ms", "mod_ms"]
+        assert "on " in frame.attrs["origin"] and "2026-" in frame.attrs["origin"], name
+        busy = "CPU time" in frame.attrs["origin"]
+        assert set(frame.mod_ms) <= set(rows["mod_cpu_ms" if busy else "mod_ms"])

@@ -139,9 +139,11 @@ class Routing:
         self.of_thread = _OfThread()
 
     def __repr__(self) -> str:
-        p = sorted({round(value, 4) for value in self.thresholds.values()})
+        p = sorted({float(f"{value:.4g}") for value in self.thresholds.values()})
         said = f"p = {p[0]:g}" if len(p) == 1 else f"p from {p[0]:g} to {p[-1]:g}"
-        return f"Routing({self.skip.words.routed} of layers {self.layers} of {self.num_layers}, {said})"
+        every = len(self.layers) == self.num_layers
+        where = f"all {self.num_layers} layers" if every else f"layers {self.layers} of {self.num_layers}"
+        return f"Routing({self.skip.words.routed} of {where}, {said})"
 
     @property
     def thresholds(self) -> dict[int, float]:

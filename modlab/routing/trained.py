@@ -75,18 +75,25 @@ class Trained:
         logit = (1 - share) * math.log(p0 / (1 - p0)) + share * math.log(p1 / (1 - p1))
         return 1 / (1 + math.exp(-logit))
 
-    def warning_for(self, p: float) -> str:
-        """What is to be said of a threshold beyond that of the largest saving trained for; "" if nothing."""
+    @property
+    def largest(self) -> float:
+        """Threshold of the largest KV saving trained for; 1 if none is known, which no threshold exceeds."""
+        return self.savings[self.range[1]] if self.range else 1.0
+
+    @property
+    def beyond(self) -> str:
+        """What is to be said of every threshold above `largest`: the rest of a sentence that names it."""
         if self.range is None:
             return ""
-        largest = self.savings[self.range[1]]
-        if p <= largest * (1 + 1e-6):
-            return ""
         return (
-            f"threshold {p:.4g} lies beyond {largest:.4g}, that of {self.range[1]:g}x, the largest KV saving "
+            f"lies beyond {self.largest:.4g}, that of {self.range[1]:g}x, the largest KV saving "
             "that these routers were trained for: a threshold moves well below it, not beyond. Measure far "
             "recall (modlab.probes.recall_gap)."
         )
+
+    def warning_for(self, p: float) -> str:
+        """What is to be said of a threshold beyond that of the largest saving trained for; "" if nothing."""
+        return f"threshold {p:.4g} {self.beyond}" if p > self.largest * (1 + 1e-6) else ""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` reads it back."""

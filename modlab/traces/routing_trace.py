@@ -192,9 +192,14 @@ class RoutingTrace:
 
     def __repr__(self) -> str:
         return (
-            f"RoutingTrace({self.model or 'model'}: {len(self.tokens)} tokens, {len(self.layers)} of "
-            f"{self.num_layers} layers routed, kv_saving {self.kv_saving:.2f}x, loss {self.mean_loss:.3f})"
+            f"RoutingTrace({self.model or 'model'}: {len(self.tokens)} tokens, {len(set(self.layers))} of "
+            f"{self.num_layers} layers routed, {self._gates()}kv_saving {self.kv_saving:.2f}x, "
+            f"loss {self.mean_loss:.3f})"
         )
+
+    def _gates(self) -> str:
+        """How many gates there are, where that is not one a layer."""
+        return f"{len(self.layers)} gates, " if len(self.layers) > len(set(self.layers)) else ""
 
 
 def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:

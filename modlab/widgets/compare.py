@@ -14,7 +14,7 @@ from modlab.hf.model import model_name
 from modlab.routing.threshold import check_threshold
 from modlab.traces.run import check_ids
 from modlab.widgets.jobs import REPORT_EVERY, Job
-from modlab.widgets.model_access import using
+from modlab.widgets.model_access import trained_for, using
 from modlab.widgets.pictures.panels import compare_svg
 from modlab.widgets.views import ModelView
 from modlab.widgets.writing import Writing, write_in_turns
@@ -59,7 +59,7 @@ class Compare(ModelView, view="compare"):
             prompt=as_text(tokenizer, prompt),
             ps=[check_threshold(x) for x in p],
             max_new_tokens=max_new_tokens,
-            summary={"model": model_name(model)},
+            summary={"model": model_name(model), "trained": trained_for(model)},
         )
 
     @property

@@ -12,7 +12,7 @@ from modlab.hf.names import given_cache
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
-from modlab.widgets.model_access import using
+from modlab.widgets.model_access import trained_for, using
 from modlab.widgets.pictures.page import MAX_TOKENS, group_of, payload, summary
 from modlab.widgets.views import ModelView, TraceView
 
@@ -91,7 +91,7 @@ class MeasuredView(TraceView, ModelView):
 
     def _known(self) -> dict[str, Any]:
         """More for the summary, known before the run."""
-        return {}
+        return {"trained": trained_for(self._model)}
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") != "text":

@@ -22,6 +22,15 @@ def lock_of(model: Any) -> Any:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
+def trained_for(model: Any) -> dict[str, Any]:
+    """For js/beyond.js: the largest threshold that the model's routers were trained for, and what is to be
+    said of one beyond it; empty where nothing is known."""
+    from modlab.routing.state import routing_of
+
+    trained = routing_of(model).trained
+    return {"largest": trained.largest, "beyond": trained.beyond} if trained and trained.range else {}
+
+
 @contextmanager
 def using(
     model: Any,

@@ -193,7 +193,7 @@ class SteeredView(MeasuredView):
             return run_traced(self._model, self._tokenizer, self.text)
 
     def _known(self) -> dict[str, Any]:
-        known = {}
+        known = super()._known()
         for name, found in (("open", self._open), ("dense", self._control)):
             if found is not None and not np.isnan(found.loss):
                 known[f"{name}_loss"] = found.loss

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
-"""The run of each model whose gates are shown: for the first two, those that ship."""
+from modlab.published import GATES, SHIPPED
+
 CONTROLS = "coder-0.5b"
 LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
 """Largest recall gap and KL that a recipe may have on every model."""
@@ -82,7 +82,7 @@ def _verdict(name: str, records: dict[str, Any]) -> str:
 def _records(root: Path) -> list[dict[str, Any]]:
     files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return [record for record in read if record["what"] == "real_gates" and record["model"] in SHIPPED]
+    return [record for record in read if record["what"] == GATES and record["model"] in SHIPPED]
 
 
 def _of(record: dict[str, Any], run: str) -> list[dict[str, Any]]:

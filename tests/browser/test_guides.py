@@ -149,7 +149,7 @@ def test_what_it_buys(guide: Open, shots: Path) -> None:
     with guide("5_what_it_buys") as nb:
         nb.expect(".js-plotly-plot", count=2)
         nb.expect(f"{view('frontier')} svg.modlab-frontier")
-        handle = nb.page.locator(f"{view('frontier')} .mod-handle")
+        handle = nb.page.locator(f"{view('frontier')} .mod-handle").first
         handle.scroll_into_view_if_needed()
         before = nb.page.locator(".modlab-frontier-says").inner_text()
         box = handle.bounding_box()
@@ -164,7 +164,7 @@ def test_what_it_buys(guide: Open, shots: Path) -> None:
         assert p != 0.5 and nb.page.locator(".modlab-frontier-says").inner_text() != before
         assert float(nb.python("print(model.mod.thresholds[1])")) == p
         # The same curve against what an H200 took, from the committed results.
-        nb.page.locator(f"{view('frontier')} select").select_option(
+        nb.page.locator(f"{view('frontier')} .modlab-frontier-time").select_option(
             label="H200, 8B shape: one token after 32,768"
         )
         wait_for(

@@ -24,7 +24,8 @@ FRONTIER = """\
 sweep = modlab.sweep(model, tokenizer, [text], thresholds=[0.3, 0.4, 0.45, 0.5, 0.55], repeats=1,
                      prompt_tokens=64, decode_tokens=4, progress=False)
 dense = {"kv_bytes": float(sweep.dense_kv_bytes[0]), "loss": float(sweep.loss.min())}
-frontier = Frontier(sweep, model, {"dense": dense})
+frontier = Frontier(sweep, model, {"dense": dense}, real=modlab.published.real_models(),
+                    real_times=modlab.published.kv_latencies())
 frontier"""
 CLASSES = "classes = modlab.aggregate_routing(model, tokenizer, [text], progress=False).widget()\nclasses"
 
@@ -232,7 +233,8 @@ def test_compare_generates_both_sides(nb: Notebook) -> None:
 def test_the_frontiers_point_is_dragged(nb: Notebook) -> None:
     box = view(nb, "frontier")
     box.scroll_into_view_if_needed()
-    handle = box.locator(".mod-handle")
+    assert box.locator("svg.modlab-frontier").count() == 2  # memory and time, one next to the other
+    handle = box.locator(".mod-handle").first
     a, b = handle.bounding_box(), box.locator("circle.mod-dot").nth(4).bounding_box()
     before = kernel(nb, "model.mod.thresholds[1]")
     nb.page.mouse.move(a["x"] + 9, a["y"] + 9)
@@ -252,10 +254,42 @@ def test_the_frontiers_point_is_dragged(nb: Notebook) -> None:
     nb.page.wait_for_timeout(500)
     settled(nb, "frontier")
     assert float(kernel(nb, "model.mod.thresholds[1]")) == pytest.approx(0.53)
-    box.locator("select").select_option("prefill_ms")
+    box.locator(".modlab-frontier-time").select_option("prefill_ms")
     nb.page.wait_for_function(
         "() => document.querySelector('.modlab-frontier-says').innerText.includes('first token')"
     )
+
+
+def test_the_point_of_a_real_model_moves_on_both_curves(nb: Notebook) -> None:
+    box = view(nb, "frontier")
+    p = kernel(nb, "model.mod.thresholds[1]")
+    box.locator(".modlab-frontier-from").select_option(label="coder-0.5b")
+    nb.page.wait_for_function(
+        "() => document.querySelector('.modlab-frontier-says').innerText.includes('KL to the dense model')"
+    )
+    assert "NVIDIA H200" in box.locator(".modlab-frontier-note").inner_text()
+    memory, time = box.locator(".mod-handle").first, box.locator(".mod-handle").nth(1)
+    before, after = time.bounding_box(), box.locator("svg").first.locator("circle.mod-dot").nth(3)
+    a, b = memory.bounding_box(), after.bounding_box()
+    nb.page.mouse.move(a["x"] + 9, a["y"] + 9)
+    nb.page.mouse.down()
+    nb.page.mouse.move(b["x"] + 4, b["y"] + 4, steps=12)
+    nb.page.mouse.up()
+    nb.page.wait_for_timeout(500)
+    says = box.locator(".modlab-frontier-says").inner_text()
+    assert says.startswith("16x: ") and "15.99x smaller" in says, says
+    assert time.bounding_box()["y"] != before["y"]
+    box.locator(".modlab-frontier-quality").select_option("lost_7000")
+    nb.page.wait_for_function(
+        "() => document.querySelector('.modlab-frontier-says').innerText.includes('answers lost, 7,000')"
+    )
+    memory.focus()
+    memory.press("PageDown")
+    nb.page.wait_for_timeout(400)
+    assert kernel(nb, "frontier.saving == frontier.lines[1]['points'][2]['at'], frontier.line") == "True 1"
+    assert kernel(nb, "model.mod.thresholds[1]") == p  # nothing of it is about the model here
+    box.locator(".modlab-frontier-from").select_option(label="this machine")
+    nb.wait_idle()
 
 
 def test_classes_are_a_readable_table(nb: Notebook) -> None:

@@ -285,33 +285,70 @@ def test_compare_stops_and_fails_without_a_trace(routed_model: Any, word_tokeniz
 
 def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
     widget = Frontier(sweep(), routed_model, {"dense": {"kv_bytes": 1000, "loss": 1.9}})
-    assert [d["p"] for d in widget.points] == [0.2, 0.5, 0.8] and widget.threshold == 0.5
-    assert "prefill_ms" in widget.points[0] and "decode_ms" not in widget.points[0]  # a gap: not offered
+    (line,) = widget.lines
+    assert [d["at"] for d in line["points"]] == [0.2, 0.5, 0.8] and widget.threshold == 0.5
+    assert [axis["key"] for axis in line["costs"]] == ["kv_bytes", "prefill_ms"]  # a gap: not offered
+    assert [axis["key"] for axis in line["qualities"]] == ["loss"] and line["dial"] == "threshold"
     send(widget, type="set", p=0.7, id=1)
     assert routed_model.mod.thresholds[1] == 0.7 == widget.applied
     widget.choose(0.3)
     assert routed_model.mod.thresholds[1] == 0.3 == widget.threshold
     with pytest.raises(ModlabError, match="at least 0 and below 1"):
         widget.choose(1.0)
-    with pytest.raises(ModlabError, match="decode_ms.*not in the sweep"):
-        Frontier(sweep(), metric="decode_ms")
+    with pytest.raises(ModlabError, match="decode_ms.*not measured; there is prefill_ms"):
+        Frontier(sweep(), time="decode_ms")
     with pytest.raises(ModlabError, match="no column loss"):
         Frontier(sweep().drop(columns="loss"))
     with pytest.raises(ModlabError, match="two thresholds"):
         Frontier(sweep()[:1])
+    with pytest.raises(ModlabError, match="Nothing to draw"):
+        Frontier()
 
 
 def test_frontier_against_times_of_another_machine() -> None:
     frame = pd.DataFrame({"keep_ratio": [0.2, 1.0], "dense_ms": [6.0, 6.0], "mod_ms": [3.0, 7.0]})
     frame.attrs["origin"] = "decode on a machine"
     widget = Frontier(sweep(), references={"dense": {"loss": 1.9}}, elsewhere={"another": frame})
-    (axis,) = widget.elsewhere
+    (line,) = widget.lines
+    axis = line["costs"][-1]
     assert axis["title"] == "another" and "decode on a machine" in axis["note"]
     # keep ratios 0.8, 0.4, and 0.1, which is less than was measured there
-    assert [point[axis["metric"]] for point in widget.points] == pytest.approx([6.0, 4.0, 3.0])
-    assert widget.references[0][axis["metric"]] == 6.0
+    assert [point[axis["key"]] for point in line["points"]] == pytest.approx([6.0, 4.0, 3.0])
+    assert line["references"][0][axis["key"]] == 6.0
     with pytest.raises(ModlabError, match="no column mod_ms"):
         Frontier(sweep(), elsewhere={"another": frame.drop(columns="mod_ms")})
+
+
+def test_a_real_models_line_is_the_committed_one(routed_model: Any) -> None:
+    frames = modlab.published.real_models()
+    widget = Frontier(sweep(), routed_model, real=frames)
+    assert [line["name"] for line in widget.lines] == ["this machine", *frames]
+    for line, frame in zip(widget.lines[1:], frames.values(), strict=True):
+        assert line["dial"] == "saving" and line["note"] == frame.attrs["origin"]
+        assert [1 / d["kv_share"] for d in line["points"]] == pytest.approx(frame.kv_saving.tolist())
+        for axis in line["qualities"]:
+            assert [d[axis["key"]] for d in line["points"]] == frame[axis["key"]].tolist()
+            assert line["references"][0][axis["key"]] == 0  # the dense model loses nothing against itself
+    widget.line = 1  # its point is read, and no threshold of the model here
+    assert "NVIDIA" not in widget._svg() and "KL to the dense model" in widget._svg()
+
+
+def test_times_of_a_real_model_lie_between_those_measured() -> None:
+    frame = pd.DataFrame({"kv_saving": [2.0, 4.0, 16.0], "kl": [0.01, 0.02, 0.1]})
+    once = pd.DataFrame({"kv_saving": [4.0], "dense_ms": [10.0], "mod_ms": [4.0]})
+    once.attrs["origin"] = "decode on a machine"
+    whole = pd.DataFrame({"kv_saving": [1.0, 4.0], "dense_ms": [10.0, 10.0], "mod_ms": [12.0, 4.0]})
+    (line,) = Frontier(real={"a model": frame}, real_times={"once": once, "whole": whole}).lines
+    first, second = (axis["key"] for axis in line["costs"] if axis["unit"] == "ms")
+    # at half the bytes a third of the way from a quarter to all; beyond what was measured, no guess
+    assert [d[first] for d in line["points"]] == pytest.approx([6.0, 4.0, 4.0])
+    assert [d[second] for d in line["points"]] == pytest.approx([4 + 8 / 3, 4.0, 4.0])
+    assert (
+        "decode on a machine" in line["costs"][1]["note"] and "measured at 4.0x" in line["costs"][1]["note"]
+    )
+    assert line["references"][0][first] == 10.0
+    with pytest.raises(ModlabError, match="'once' have no column mod_ms.*kv_latencies"):
+        Frontier(real={"a model": frame}, real_times={"once": once.drop(columns="mod_ms")})
 
 
 def test_each_has_a_page_and_a_picture(routed_model: Any, word_tokenizer: Any) -> None:

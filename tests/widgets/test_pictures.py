@@ -156,6 +156,12 @@ def points(losses: list[float]) -> list[dict[str, float]]:
     return [{"p": i / 10, "kv_bytes": 1e6 - i, "loss": loss} for i, loss in enumerate(losses)]
 
 
+def frontier_points() -> list[dict[str, float]]:
+    return [
+        {"at": d["p"], "kv_bytes": d["kv_bytes"], "loss": d["loss"], "ms": 3.0} for d in points([2.0, 2.1])
+    ]
+
+
 def heights(svg: str) -> list[float]:
     """Where the line of losses, the last one, goes."""
     line = [e for e in read(svg).iter(f"{SVG}polyline") if not e.get("stroke-dasharray")][-1]
@@ -180,11 +186,13 @@ def test_the_dense_model_is_a_dashed_line_with_a_name() -> None:
 )
 def test_panels_are_well_formed(sides: list[dict[str, object]]) -> None:
     read(panels.compare_svg(sides))
-    read(
-        panels.frontier_svg(
-            points([2.0, 2.1]), [{"name": "dense & more", "kv_bytes": 9e5, "loss": 2}], "kv_bytes", 0.1
-        )
-    )
+    axes = [{"key": "kv_bytes", "title": "KV cache", "unit": "bytes", "note": ""}]
+    lost = [{"key": "loss", "title": "loss", "unit": "nats", "note": ""}]
+    line = {"dial": "threshold", "costs": axes, "qualities": lost, "points": frontier_points()}
+    line["references"] = [{"name": "dense & more", "kv_bytes": 9e5, "loss": 2}]
+    assert len(list(read(panels.frontier_svg(line, 0.1)).iter(f"{SVG}polyline"))) == 1
+    line["costs"] = [*axes, {"key": "ms", "title": "time: there", "unit": "ms", "note": ""}]
+    assert len(list(read(panels.frontier_svg(line, 0.1)).iter(f"{SVG}polyline"))) == 2
     read(panels.training_svg({}))
     read(
         panels.training_svg(

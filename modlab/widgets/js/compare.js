@@ -1,5 +1,5 @@
 // The same prompt continued at two thresholds, side by side; what differs is marked.
-// uses: job figures
+// uses: job figures beyond
 
 class Compare {
   constructor(scene, parent) {
@@ -23,6 +23,7 @@ class Compare {
     this.length.addEventListener("change", () => {
       if (this.length.checkValidity() && this.length.value) model.set("max_new_tokens", Number(this.length.value));
     });
+    this.beyond = new Beyond(scene, parent);
     this.job = new Job(scene, parent);
     el(parent, "p", "mod-note mod-look", "Look for the first token that differs, and for what the smaller cache is paid with after it.");
     this.sum = el(parent, "p", "modlab-compare-sum");
@@ -64,6 +65,7 @@ class Compare {
     const { model } = this.scene, sides = model.get("sides"), ps = model.get("ps"), prompt = model.get("prompt");
     if (document.activeElement !== this.prompt && this.prompt.value !== prompt) this.prompt.value = prompt;
     this.job.draw();
+    this.beyond.draw(ps);
     this.go.disabled = !model.get("can_run") || this.job.running;
     this.columns.forEach((column, i) => {
       if (document.activeElement !== column.slider) column.slider.value = column.from(ps[i]);

@@ -1,5 +1,5 @@
 // The explorer's slider and figures: dragging previews in the page, releasing asks for a real run.
-// uses: job figures
+// uses: job figures beyond
 
 class Controls {
   constructor(store, parent) {
@@ -15,6 +15,7 @@ class Controls {
     this.badge = el(bar, "span", "modlab-badge");
     this.badge.setAttribute("role", "status");
     this.how = el(parent, "p", "mod-note modlab-how");
+    this.beyond = new Beyond(store, parent);
     this.job = store.job = new Job(store, parent);
     this.figures = new Figures(store, parent);
     this.slider.addEventListener("input", () => store.model.set("threshold", this.chosen(Number(this.slider.value))));
@@ -37,12 +38,12 @@ class Controls {
     this.slider.setAttribute("aria-label", byRatio ? "kept: one token in so many" : "threshold p");
   }
 
-  chosen(value) { return this.byRatio ? this.store.levels.reachedBy(2 ** -value) : value; }
+  chosen(value) { return this.byRatio ? this.store.levels.all.reachedBy(2 ** -value) : value; }
 
   draw() {
     this.scale();
     const { store } = this, { summary } = store, p = store.threshold, preview = store.preview, { running } = this.job;
-    const share = store.levels.share(p), at = this.byRatio ? clamp(-Math.log2(share || 1e-9), 0, 4) : p;
+    const share = store.levels.all.of(p), at = this.byRatio ? clamp(-Math.log2(share || 1e-9), 0, 4) : p;
     if (document.activeElement !== this.slider || Math.abs(Number(this.slider.value) - at) > (this.byRatio ? 0.1 : 0.0026)) this.slider.value = at;
     const says = this.byRatio ? (share ? (1 / share).toFixed(1) : "none") : chance(p);
     this.value.textContent = !preview && summary.varies ? "per layer" : says;
@@ -51,7 +52,8 @@ class Controls {
     this.badge.dataset.state = state;
     this.badge.textContent = { running: "running the model …", preview: "preview", measured: "measured" }[state];
     this.how.textContent = this.explain(preview);
-    this.how.hidden = running; // what is being done shows in its place, so that nothing below moves
+    this.beyond.draw([p]);
+    this.how.hidden = running || this.beyond.shows; // what is being done shows in its place, so that nothing below moves
     this.job.draw();
     this.figures.draw();
   }

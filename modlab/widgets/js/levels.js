@@ -9,15 +9,24 @@ class Levels {
     this.table.set(fine, GRID);
     this.table.sort();
     this.logarithmic = logarithmic;
-    this.above = new Uint32Array(this.table.length + 2); // cells of at least this level
-    for (const cell of cells) this.above[cell & LEVEL]++;
-    this.spread();
-    for (let k = this.above.length - 2; k >= 0; k--) this.above[k] += this.above[k + 1];
+    const counts = this.count(cells);
+    this.spread(counts);
+    this.all = new Shares(this.table, counts, (p) => this.of(p));
   }
 
+  // How many of these cells have each level.
+  count(cells) {
+    const counts = new Uint32Array(this.table.length + 2);
+    for (const cell of cells) counts[cell & LEVEL]++;
+    return counts;
+  }
+
+  // Threshold and share of these cells alone.
+  sharesOf(cells) { return new Shares(this.table, this.count(cells), (p) => this.of(p)); }
+
   // Where the colours begin and end, and how many gates lie where in between.
-  spread() {
-    const { table, above: counts } = this, some = counts.reduce((sum, n) => sum + n, 0) / 200;
+  spread(counts) {
+    const { table } = this, some = counts.reduce((sum, n) => sum + n, 0) / 200;
     const from = (order, enough) => { let sum = 0; return order.find((k) => (sum += counts[k]) > enough) ?? 0; };
     const up = [...counts.keys()], down = [...up].reverse();
     if (this.logarithmic) {
@@ -47,9 +56,19 @@ class Levels {
     while (a < b) { const m = (a + b) >> 1; if (table[m] < wanted) a = m + 1; else b = m; }
     return a + 1;
   }
+}
+
+// Which share of some gates reaches a threshold, and which threshold a share of them reaches.
+class Shares {
+  constructor(table, counts, levelOf) {
+    this.table = table;
+    this.levelOf = levelOf;
+    this.above = counts.slice(); // gates of at least this level
+    for (let k = this.above.length - 2; k >= 0; k--) this.above[k] += this.above[k + 1];
+  }
 
   // Share of the gates that reach p.
-  share(p) { return this.above[Math.min(this.of(p), this.above.length - 1)] / Math.max(1, this.above[0]); }
+  of(p) { return this.above[Math.min(this.levelOf(p), this.above.length - 1)] / Math.max(1, this.above[0]); }
 
   // The least p of the table that at most this share of the gates reaches.
   reachedBy(share) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,33 +71,61 @@ def _mark_line(picture: Picture, line: list[tuple[str, bool]], y: float) -> None
         x += width
 
 
+UNITS: dict[str, Callable[[float], str]] = {"bytes": byte_text, "share": lambda x: f"{x:.0%}"}
+
+
 def frontier_svg(
-    points: Sequence[Mapping[str, float]],
-    references: Sequence[Mapping[str, Any]],
-    metric: str,
-    p: float,
-    width: int = 960,
+    line: Mapping[str, Any], at: float, quality: str = "", time: str = "", width: int = 960
 ) -> str:
-    """Loss against the metric; the point nearest to p is ringed."""
-    others = [d for d in references if metric in d and "loss" in d]
-    names = {"kv_bytes": "KV cache", "prefill_ms": "ms to the first token", "decode_ms": "ms a further token"}
-    picture = Picture(width, 390, "What it costs and buys")
-    at = [(float(d[metric]), float(d["loss"])) for d in points]
-    form = byte_text if metric == "kv_bytes" else short
-    room = [*at, *((float(d[metric]), float(d["loss"])) for d in others)]
-    axes = Axes(picture, (90, 46, width - 190, 280), room, LEAST_LOSS, form_x=form)
-    axes.frame("loss, nats a token", f"{names.get(metric, metric)} (left is better)")
-    axes.line(at, dots=True)
-    for d, (x, y) in zip(points, (axes.at(*place) for place in at), strict=True):
-        picture.text(x + 8, y - 8, f"p {d['p']:.2g}", FAINT)
+    """A line of the frontier (`widgets/frontier_lines.py`): what is lost over memory, and over time if there
+    is one; the point nearest to `at` is ringed.
+
+    Args:
+        quality, time: keys of the axes; by default the line's first.
+    """
+    lost = _axis(line["qualities"], quality)
+    memory = next(axis for axis in line["costs"] if axis["unit"] != "ms")
+    times = [axis for axis in line["costs"] if axis["unit"] == "ms"]
+    costs = [memory, *([_axis(times, time)] if times else [])]
+    picture, each = Picture(width, 390, "What it costs and buys"), (width - 40) / len(costs)
+    for index, cost in enumerate(costs):
+        _frontier_panel(picture, (90 + index * each, 46, each - 130, 280), line, at, cost, lost)
+    return picture.svg()
+
+
+def _axis(axes: Sequence[Mapping[str, str]], key: str) -> Mapping[str, str]:
+    return next((axis for axis in axes if axis["key"] == key), axes[0])
+
+
+def _frontier_panel(
+    picture: Picture,
+    box: tuple[float, float, float, float],
+    line: Mapping[str, Any],
+    at: float,
+    cost: Mapping[str, str],
+    lost: Mapping[str, str],
+) -> None:
+    """What is lost over one cost."""
+    points, over, down = line["points"], cost["key"], lost["key"]
+    others = [d for d in line["references"] if over in d and down in d]
+    places = [(float(d[over]), float(d[down])) for d in points]
+    room = [*places, *((float(d[over]), float(d[down])) for d in others)]
+    form, form_y = UNITS.get(cost["unit"], short), UNITS.get(lost["unit"], short)
+    axes = Axes(picture, box, room, LEAST_LOSS if down == "loss" else 0.02, form=form_y, form_x=form)
+    axes.frame(lost["title"], f"{cost['title'].partition(':')[0]} (left is better)")
+    axes.line(places, dots=True)
+    for d, place in zip(points, places, strict=True):
+        x, y = axes.at(*place)
+        picture.text(
+            x + 8, y - 8, f"p {d['at']:.2g}" if line["dial"] == "threshold" else f"{d['at']:.3g}x", FAINT
+        )
     for d in others:
-        x, y = axes.at(float(d[metric]), float(d["loss"]))
+        x, y = axes.at(float(d[over]), float(d[down]))
         picture.rect(x - 5, y - 5, 10, 10, WORSE)
         picture.text(x - 10, y + 4, str(d["name"]), INK, 1.0)
-    nearest = min(points, key=lambda d: abs(d["p"] - p))
-    x, y = axes.at(nearest[metric], nearest["loss"])
+    nearest = min(points, key=lambda d: abs(d["at"] - at))
+    x, y = axes.at(nearest[over], nearest[down])
     picture.ring(x - 8, y - 8, 16, 16)
-    return picture.svg()
 
 
 def training_svg(columns_: Mapping[str, Any], width: int = 960) -> str:
