@@ -301,6 +301,25 @@ def real_model() -> tuple[Any, Any] | None:
     return modlab.load("smollm2-kv", dtype=torch.float32, **source)  # two CPU cores are slow in bf16
 
 
+LOCKERS = (
+    *("Ada", "Ben", "Cora", "Dan", "Ella", "Finn", "Gus", "Hana"),
+    *("Ivo", "June", "Kai", "Lena", "Max", "Nora", "Otto", "Pia"),
+)
+
+
+def locker_question() -> tuple[str, str]:
+    """A text that asks for one of the sixteen numbers with which it begins, and the number.
+
+    SmolLM2-135M, a small model, answers it with all tokens kept. A text with one number alone would show
+    little: routers keep what is rare, and such a number was still found with one token in 32.
+    """
+    numbers = [(i * i * 37 + i * 911 + 1234) % 9000 + 1000 for i in range(len(LOCKERS))]
+    lines = [f"The locker of {LOCKERS[i]} opens with {number}.\n" for i, number in enumerate(numbers)]
+    for i in range(12):
+        lines.append(f"Shelf {i} holds {i * 7 % 40 + 3} boxes, and nobody has counted them since May.\n")
+    return f"{''.join(lines)}The locker of Cora opens with", str(numbers[2])
+
+
 def _prefer_this_python() -> None:
     """Let the kernel `python3` be this environment's, even if the user's home has another of that name."""
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")

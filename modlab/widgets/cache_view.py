@@ -38,19 +38,25 @@ class CacheView(MeasuredView, view="cache"):
         tokenizer: its tokenizer.
         text: the text to begin with; another one can be put in in the widget.
         max_new_tokens: at most so many tokens are written.
+        expect: what the continuation should have in it, for a text that ends with a question: releasing the
+            slider then writes the answer, too, and the view says whether it was found or lost.
 
     Attributes:
         heads: name and figures of each gate, see `heads.name_heads`.
         written: once something was: tokens (in the cache), kv_bytes (allocated) and dense_bytes after each
-            token, prompt (tokens of the text that was continued), p, tokens_per_s, first_s, done.
+            token, prompt (tokens of the text that was continued), p, tokens_per_s, first_s, done, text, and
+            found: whether the text has what is expected, None as long as it may still come.
     """
 
     heads = t.List(t.Dict()).tag(sync=True)
     written = t.Dict().tag(sync=True)
     max_new_tokens = t.Int(120, min=1).tag(sync=True, echo_update=False)
+    expect = t.Unicode("").tag(sync=True)
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, max_new_tokens: int = 120) -> None:
-        super().__init__(model, tokenizer, text, max_new_tokens=max_new_tokens)
+    def __init__(
+        self, model: Any, tokenizer: Any, text: str, max_new_tokens: int = 120, expect: str = ""
+    ) -> None:
+        super().__init__(model, tokenizer, text, max_new_tokens=max_new_tokens, expect=expect)
 
     def generate(self) -> str:
         """Continue the text at the model's thresholds, and return what was written."""
@@ -63,10 +69,32 @@ class CacheView(MeasuredView, view="cache"):
 
     def _work(self, content: dict[str, Any]) -> Any:
         if content.get("type") == "run":
-            return lambda job: self._measure(float(content["p"]), job)
+            return lambda job: (self._ask if self.expect else self._measure)(float(content["p"]), job)
         if content.get("type") == "generate":
             return lambda job: self._generate(int(content["max_new_tokens"]), job)
         return super()._work(content)
+
+    def ask(self, p: float) -> bool:
+        """Set the threshold, write the answer, and return whether what is expected is in it.
+
+        Raises:
+            ModlabError: p is below 0, or not below 1.
+        """
+        self._ask(p, None)
+        return bool(self.written["found"])
+
+    def _ask(self, p: float, job: Job | None) -> None:
+        from modlab.routing.state import set_threshold, thresholds_restored_on_error
+
+        with using(self._model, job, by_layer=False), thresholds_restored_on_error(self._model):
+            set_threshold(self._model, p)
+            self._generate(self.max_new_tokens, job)
+
+    def _found(self, writing: Writing) -> bool | None:
+        """Whether what is expected was written; None without an expectation, or as long as it may come."""
+        if not self.expect:
+            return None
+        return True if self.expect in "".join(writing.pieces) else False if writing.done else None
 
     def _generate(self, count: int, job: Job | None) -> str:
         from modlab.routing.state import record_routing
@@ -108,12 +136,21 @@ class CacheView(MeasuredView, view="cache"):
                 "tokens_per_s": writing.tokens_per_s,
                 "first_s": writing.first_s,
                 "done": writing.done,
+                "text": "".join(writing.pieces),
+                "found": self._found(writing),
             }
             if writing.done:
                 self.heads = name_heads(trace)
 
     def _svg(self) -> str:
-        return trace_svg(self._trace, notes=names_in_words(self.heads))
+        return trace_svg(self._trace, notes=[*self._answer(), *names_in_words(self.heads)])
+
+    def _answer(self) -> list[str]:
+        """What came of the question, in a line, if one was asked."""
+        if self.written.get("found") is None:
+            return []
+        verdict = "found" if self.written["found"] else "lost"
+        return [f"{verdict}: wanted {self.expect!r}, written {self.written['text']!r}"]
 
 
 class _Sizes:

@@ -24,8 +24,9 @@ FRONTIER = """\
 sweep = modlab.sweep(model, tokenizer, [text], thresholds=[0.3, 0.4, 0.45, 0.5, 0.55], repeats=1,
                      prompt_tokens=64, decode_tokens=4, progress=False)
 dense = {"kv_bytes": float(sweep.dense_kv_bytes[0]), "loss": float(sweep.loss.min())}
-frontier = Frontier(sweep, model, {"dense": dense}, real=modlab.published.real_models(),
-                    real_times=modlab.published.kv_latencies())
+from modlab import published
+frontier = Frontier(sweep, model, {"dense": dense}, real=published.real_models(),
+                    real_times=published.kv_latencies())
 frontier"""
 CLASSES = "classes = modlab.aggregate_routing(model, tokenizer, [text], progress=False).widget()\nclasses"
 

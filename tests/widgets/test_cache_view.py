@@ -92,3 +92,20 @@ def test_a_page_and_a_picture_name_the_heads(model: Any, word_tokenizer: Any) ->
     view = CacheView(model, word_tokenizer, TEXT)
     data, _ = view._repr_mimebundle_()
     assert view.heads[0]["name"] in data["image/svg+xml"] and 'const VIEW = "cache"' in view.to_html()
+
+
+def test_an_expected_answer_is_found_or_lost(model: Any, word_tokenizer: Any) -> None:
+    view = CacheView(model, word_tokenizer, TEXT, max_new_tokens=5)
+    assert view.generate() and view.written["found"] is None  # nothing is expected
+    words = view.written["text"]
+    view = CacheView(model, word_tokenizer, TEXT, max_new_tokens=5, expect=words)
+    assert view.written == {} and view.ask(0.5) and view.written["p"] == 0.5
+    assert "found: wanted" in view._svg()
+    view._handle_custom_msg({"type": "run", "p": 0.9, "id": 1}, [])  # a release of the slider asks, too
+    assert view.wait(60) and view.written["p"] == 0.9 == model.mod.thresholds[1]
+    assert view.written["found"] == (words in view.written["text"])
+    lost = CacheView(model, word_tokenizer, TEXT, max_new_tokens=5, expect="no such thing")
+    assert not lost.ask(0.5) and lost.written["found"] is False and "lost: wanted" in lost._svg()
+    with pytest.raises(ModlabError, match="at least 0 and below 1"):
+        lost.ask(1.5)
+    assert model.mod.thresholds[1] == 0.5

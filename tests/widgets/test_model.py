@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import modlab
+from modlab import published
 from modlab.errors import ModlabError
+from modlab.routing.trained import Trained
 from modlab.widgets import CellFlip, ClassHeatmap, Compare, Frontier, Thresholds, TokenPath, compare
 from modlab.widgets.model_access import lock_of
 from modlab.widgets.writing import Writing, write_in_turns
+from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
@@ -320,7 +323,7 @@ def test_frontier_against_times_of_another_machine() -> None:
 
 
 def test_a_real_models_line_is_the_committed_one(routed_model: Any) -> None:
-    frames = modlab.published.real_models()
+    frames = published.real_models()
     widget = Frontier(sweep(), routed_model, real=frames)
     assert [line["name"] for line in widget.lines] == ["this machine", *frames]
     for line, frame in zip(widget.lines[1:], frames.values(), strict=True):
@@ -349,6 +352,24 @@ def test_times_of_a_real_model_lie_between_those_measured() -> None:
     assert line["references"][0][first] == 10.0
     with pytest.raises(ModlabError, match="'once' have no column mod_ms.*kv_latencies"):
         Frontier(real={"a model": frame}, real_times={"once": once.drop(columns="mod_ms")})
+
+
+def test_what_the_routers_were_trained_for_goes_to_the_browser(
+    routed_model: Any, word_tokenizer: Any
+) -> None:
+    views = [
+        lambda: modlab.widgets.explore(routed_model, word_tokenizer, TEXT),
+        lambda: Thresholds(routed_model, word_tokenizer, TEXT),
+        lambda: modlab.widgets.CacheView(routed_model, word_tokenizer, TEXT),
+        lambda: Compare(routed_model, word_tokenizer, "the router"),
+        lambda: Frontier(sweep(), routed_model),
+    ]
+    assert all(make().summary["trained"] == {} for make in views)  # nothing is known of these routers
+    routed_model.mod.trained = known = Trained(savings={2.0: 0.5, 4.0: 0.75})
+    for make in views:
+        told = make().summary["trained"]
+        assert told["largest"] == 0.75 and known.warning_for(0.8) == f"threshold 0.8 {told['beyond']}"
+    assert not known.warning_for(0.75)
 
 
 def test_each_has_a_page_and_a_picture(routed_model: Any, word_tokenizer: Any) -> None:
@@ -383,6 +404,20 @@ def test_classes_are_the_aggregates(routed_model: Any, word_tokenizer: Any) -> N
             frame.loc[row["name"], ["layer_1", "layer_3", "layer_5"]].tolist()
         )
     assert widget.summary["tokens"] == aggregate.tokens
+
+
+def test_classes_of_gates_a_kv_head_are_shares_of_a_layer(word_tokenizer: Any) -> None:
+    config = modlab.MoDConfig(skip="kv", layers="alternate", keep_recent=4, gates="kv_head")
+    model = scatter_gates(modlab.convert(dense_llama(), config))
+    trace = modlab.trace(model, word_tokenizer, TEXT)
+    widget = modlab.aggregate_routing(model, word_tokenizer, [TEXT], progress=False).widget()
+    heads = len(trace.layers) // len(set(trace.layers))
+    assert heads > 1 and widget.layers == sorted(set(trace.layers))  # a column a layer
+    by_layer = trace.keep.reshape(len(widget.layers), heads, -1).mean(axis=(1, 2))
+    tokens = np.asarray([row["tokens"] for row in widget.classes])
+    kept = np.asarray([row["kept"] for row in widget.classes])
+    assert (tokens[:, None] * kept).sum(axis=0) / tokens.sum() == pytest.approx(by_layer)
+    assert by_layer.min() > 0 and by_layer.max() < 1
 
 
 def test_two_widgets_of_one_model_do_not_mix(routed_model: Any, word_tokenizer: Any) -> None:

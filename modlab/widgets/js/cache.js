@@ -76,6 +76,8 @@ class CacheControls extends Controls {
       if (this.length.checkValidity() && this.length.value) store.model.set("max_new_tokens", Number(this.length.value));
     });
     this.speed = figure(this.figures.box, "speed", "modlab-cache-speed");
+    this.answer = figure(this.figures.box, "answer", "modlab-answer");
+    this.answer.box.setAttribute("role", "status");
   }
 
   ask() { this.job.ask({ type: "generate", max_new_tokens: this.store.model.get("max_new_tokens") }); }
@@ -87,9 +89,20 @@ class CacheControls extends Controls {
     this.length.disabled = !can;
     this.figures.loss.box.hidden = Boolean(tokens);
     this.speed.box.hidden = !tokens;
+    this.drawAnswer();
     if (!tokens) return;
     this.speed.value.textContent = rate ? `${rate.toFixed(1)} tok/s` : "–";
     this.speed.more.textContent = `first token ${milliseconds(1000 * first)} · ${tokens.at(-1) - prompt} tokens written and read`;
+  }
+
+  // Where something is expected: whether it was found with what the cache still holds.
+  drawAnswer() {
+    const { store } = this, { found = null, text } = store.written, expect = store.model.get("expect");
+    const state = store.preview ? "preview" : found === null ? "asking" : found ? "found" : "lost";
+    this.answer.box.hidden = !expect;
+    this.answer.box.dataset.answer = state;
+    this.answer.value.textContent = { preview: "release to ask", asking: "…", found: "✓ found", lost: "✗ lost" }[state];
+    this.answer.more.textContent = text === undefined ? `Generate asks for “${expect}”.` : `wanted “${expect}”, written “${visible(text)}”`;
   }
 }
 

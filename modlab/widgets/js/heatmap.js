@@ -275,7 +275,7 @@ class Heatmap {
   // The distribution of the gates in the colours of the cells: thin under p, full from p on.
   drawLegend() {
     const { store } = this, { theme, levels } = store, { low, high, bins } = levels, p = store.threshold;
-    const width = 224, height = 36, left = 42, span = 160, base = 22, most = Math.max(...bins, 1);
+    const width = 240, height = 36, left = 42, span = 160, base = 22, most = Math.max(...bins, 1);
     const g = sharp(this.legend, width, height), x = (v) => left + levels.at(v) * span, says = (v) => (store.byRatio ? chance(v) : v.toFixed(1));
     bins.forEach((count, i) => {
       const tall = count ? Math.max(2, Math.sqrt(count / most) * (base - 6)) : 0, at = (i + 0.5) / 50;
