@@ -5,8 +5,8 @@ Below the point of leaving this is `skip="kv"`. Above it keys and values come fr
 attended to is `skip="kv"`'s in all layers, so execution is too (`packed.py`, `masked_keys.py`), with an
 attention whose twin reads queries off one state, keys and values off the other.
 
-A prompt of which only the last token's output is asked for is written first; its last token then attends to
-what its own chunk of the prompt would have attended to, before anything is swept out.
+A prompt of which only the last token's output is asked for is written in one piece; its last token then
+attends to what it would have attended to among all, before anything is swept out.
 
 Shape letters: B rows, T tokens in, R rows of one group, D model dim.
 """
@@ -36,6 +36,7 @@ from modlab.execution.leaving import LeavingLayer
 from modlab.execution.packed import attention_kernels, run_packed
 from modlab.execution.projections import Projections
 from modlab.execution.routed import RoutedKeys, RoutedLayer, RoutedModule
+from modlab.execution.stored_keys import StoredView
 from modlab.hf.arguments import LayerArguments
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.state import eager
@@ -51,20 +52,20 @@ class ListeningView(View):
 
 
 class PromptView(View):
-    """Has the attention write the keys and values of all tokens, and keeps what each row's last one sees.
+    """Has the attention write the keys and values of all tokens, and lets each row's last one read them.
 
     Args:
         trained: the layer's projections.
         cache: the cache itself.
-
-    Attributes:
-        seen: by the rows of a group, all their keys and values, and the mask of the last token.
+        read: called with the rows of a group, once all of theirs is written: the rows, keys and values, and
+            the mask of their last tokens.
     """
 
-    def __init__(self, trained: Projections, cache: Any) -> None:
+    def __init__(
+        self, trained: Projections, cache: Any, read: Callable[[list[int], States, Any], None]
+    ) -> None:
         super().__init__({}, cache)
-        self.trained = trained
-        self.seen: dict[tuple[int, ...], tuple[States, Any]] = {}
+        self.trained, self.read = trained, read
 
 
 class ProjectedKeys(RoutedKeys):
@@ -109,7 +110,7 @@ class ProjectedKeys(RoutedKeys):
         return forward
 
     def _write_prompt(self, view: PromptView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Stores what is to be stored of all tokens; no query is computed."""
+        """Stores what is to be stored of all tokens, no query is computed; then the last ones read."""
         plan = self.mod_plan
         dense_class: Any = self.dense_class
         args = tuple(view.cache if value is view else value for value in args)
@@ -128,15 +129,17 @@ class ProjectedKeys(RoutedKeys):
                 given.call(lambda *a, **k: dense_class.forward(other, *a, **k), {name: inner})
 
             states = write(inner, run, plan.layer_idx)
+            if isinstance(rows, StoredView):  # attends to what lies in the cache, and is given a token's own
+                states = (states[0][:, :, -1:], states[1][:, :, -1:])
             mask = given.mask() if mask_name else None
             last = mask[:, :, -1:] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
-            view.seen[tuple(rows.rows)] = (states, last)
+            view.read(rows.rows, states, last)
             nothing = torch.zeros_like(given.hidden)
             rest = (None,) * plan.extra_outputs
             return (nothing, *rest) if rest or plan.in_tuple else nothing
 
         decision = plan.routing.require_call().decisions[plan.layer_idx]
-        run_packed(self, write_rows, arguments, plan.site(decision))
+        run_packed(self, write_rows, arguments, plan.site(decision, last_alone=True))
 
 
 class LeavingKeysLayer(LeavingLayer):
@@ -182,21 +185,24 @@ class LeavingKeysLayer(LeavingLayer):
 
     def _leave(self, arguments: LayerArguments) -> Any:
         """Writes the prompt's keys and values; each row's last token runs the layer, the others pass by."""
-        plan, x = self.mod_plan, arguments.hidden
-        view = PromptView(self.mod_projections, arguments.cache())
-        self._pass(arguments, view)
-        out, rest = x.clone(), (None,) * plan.extra_outputs
-        for rows, (states, mask) in view.seen.items():
+        plan, x, cache = self.mod_plan, arguments.hidden, arguments.cache()
+        out, extra = x.clone(), (None,) * plan.extra_outputs
+
+        def read(rows: list[int], states: States, mask: Any) -> None:
+            nonlocal extra
             rows_R1 = torch.tensor(rows, device=x.device)[:, None]
             last_R1 = torch.full_like(rows_R1, arguments.time - 1)
-            read = reading(self._attention(), self.mod_projections, arguments.cache(), states)
-            changes = arguments.select(rows_R1, last_R1) | {self._cache_name(arguments): read}
+            view = reading(self._attention(), self.mod_projections, cache, states)
+            changes = arguments.select(rows_R1, last_R1) | {self._cache_name(arguments): view}
             if (mask_name := arguments.mask_name()) is not None:
                 changes[mask_name] = mask
             with attention_kernels(x):
                 y_R1D, rest = arguments.run(self.dense_forward(), changes)
             out[rows_R1, last_R1] = y_R1D.to(out.dtype)
-        return self.joined(arguments.as_given(out), tuple(None for _ in rest), arguments.in_tuple)
+            extra = (None,) * len(rest)
+
+        self._pass(arguments, PromptView(self.mod_projections, cache, read))
+        return self.joined(arguments.as_given(out), extra, arguments.in_tuple)
 
     def _attention(self) -> ProjectedKeys:
         return next(module for module in self.modules() if isinstance(module, ProjectedKeys))

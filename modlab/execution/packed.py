@@ -146,7 +146,8 @@ def _run_groups(
         groups = exact_groups(runs, counts, one_row_each=single)
     for group in groups:
         group.keeps_all = all(kept[row] == counts[row] for row in group.rows)
-    if site.recent is not None and layer is not None and not site.call.sees_future(arguments.mask()):
+    chunked = site.recent is not None and layer is not None and not site.last_alone
+    if chunked and not site.call.sees_future(arguments.mask()):
         groups = [part for g in groups for part in (_in_chunks(g) if hides(g, layer) else [g])]
     rest: Any = site.empty_rest
     if not groups and site.residual:
@@ -158,8 +159,9 @@ def _run_groups(
         changes |= arguments.select(rows_R1, group.index_RS, keys_RK, site.call.num_columns)
         mask_name = arguments.mask_name()
         if mask_name is not None:
+            asking = replace(group, index_RS=group.index_RS[:, -1:]) if site.last_alone else group
             changes[mask_name] = _group_mask(
-                site, group, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype, layer
+                site, asking, rows_R1, keys_RK, arguments.mask(), x_BTD.dtype, layer
             )
         gate_RS = take_tokens(gate, rows_R1, group.index_RS)
         with scaled_branches(module, site.branch_ends, gate_RS if site.form == "scaled" else None):

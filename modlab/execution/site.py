@@ -48,7 +48,7 @@ class Plan:
         """How gates enter the module's output, see `execution/gate.py`."""
         return self.routing.skip.gate_form(self.routing.config, self.part)
 
-    def site(self, decision: Decision) -> Site:
+    def site(self, decision: Decision, last_alone: bool = False) -> Site:
         """This module in the forward in progress."""
         routing, call = self.routing, self.routing.require_call()
         window = routing.windows[self.layer_idx]
@@ -68,6 +68,7 @@ class Plan:
             plain=self.plain,
             branch_ends=self.branch_ends,
             empty_rest=(None,) * self.extra_outputs,
+            last_alone=last_alone,
         )
 
 
@@ -91,6 +92,7 @@ class Site:
         plain: as of the `Plan`.
         branch_ends: submodules whose output the paper's gate multiplies.
         empty_rest: what stands in for the rest of the output tuple when no token ran.
+        last_alone: whether of each row the last token alone attends, so that a mask is about that one.
     """
 
     routing: Routing
@@ -108,6 +110,7 @@ class Site:
     plain: bool
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
+    last_alone: bool = False
 
     @property
     def runs(self) -> Tensor:

@@ -113,7 +113,7 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head
         return replace(form, refusal=reason)
     if asks.endswith("gives zero") and not _gives_zero(module, args, kwargs):
         return replace(form, refusal=f"{name} adds the residual itself, not the layer")
-    if asks == "adds its mask":
+    if asks.endswith("adds its mask"):
         form = replace(form, plain=attends_plainly(module, args, kwargs))
     if by_head:
         heads = heads_of(module, args, kwargs)

@@ -10,6 +10,7 @@ import torch
 
 import modlab
 from modlab.cache.heads import HeadsLayer
+from modlab.execution import packed, stored_keys
 from modlab.execution.projections import PROJECTIONS
 from modlab.hf.names import given_cache
 from modlab.routing.state import masked_execution
@@ -132,6 +133,33 @@ def test_a_prompt_longer_than_a_chunk_leaves_too(monkeypatch: pytest.MonkeyPatch
     ids = torch.randint(3, 500, (2, 33), generator=torch.Generator().manual_seed(3))
     full = model(ids, use_cache=False).logits[:, -1:]
     assert close(model(ids, use_cache=True, logits_to_keep=1).logits, full)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("gates", GATES)
+def test_above_the_point_of_leaving_last_tokens_alone_attend(
+    gates: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither scores nor a mask of any other: the mask of a prompt grows with its square."""
+    asked: list[tuple[int, int]] = []
+
+    def noting(module: Any, name: str, layer_of: Any, queries_of: Any) -> None:
+        real = getattr(module, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            asked.append((layer_of(args), queries_of(args)))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    model = converted(gates, attention)
+    cache = modlab.RaggedCache(model)
+    noting(stored_keys, "attended", lambda a: cache.layers.index(a[0]), lambda a: a[2].shape[1])
+    noting(packed, "_group_mask", lambda a: a[0].layer_idx, lambda a: a[1].index_RS.shape[1])
+    model(IDS, attention_mask=MASK, logits_to_keep=1, past_key_values=cache)
+    assert {queries for layer, queries in asked if layer < 4} >= {40}
+    assert {queries for layer, queries in asked if layer >= 4} == {1}
+    assert {layer for layer, _ in asked} == set(range(6))
 
 
 @pytest.mark.parametrize("what_if", [0.0, 1.0])

@@ -340,15 +340,6 @@ def test_it_is_traced_and_measured(word_tokenizer) -> None:
     assert evaluate(model, [{"input_ids": IDS}]).keep_ratio == 1, "a loss needs all tokens"
 
 
-def test_fast_generation_leaves_it_to_generate() -> None:
-    model = converted()
-    made = generated(model, IDS)
-    modlab.enable_fast_generation(model)
-    assert torch.equal(generated(model, IDS), made)
-    last = modlab.fast_generation_report(model)["last"]
-    assert not last["fast"] and "prompt" in last["why"]
-
-
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(modlab.ModlabError, match="q_proj, k_proj, v_proj apart"):
         modlab.convert(

@@ -130,3 +130,14 @@ def test_it_is_saved_traced_and_calibrated(skip: str, tmp_path, word_tokenizer) 
     assert trace.kv_saving == 1 and len(trace.layers) == (6 if skip == "sublayers" else 3)
     reached = modlab.calibrate(model, [{"input_ids": IDS}], keep_ratio=0.6, tolerance=0.05)
     assert reached.keep_ratio == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_fast_generation_leaves_it_to_generate(skip: str) -> None:
+    model, settings = converted(skip), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(IDS, attention_mask=MASK, **settings)
+    with pytest.warns(UserWarning, match="has no form in the engine yet"):
+        modlab.enable_fast_generation(model)
+    assert torch.equal(model.generate(IDS, attention_mask=MASK, **settings), made)
+    last = modlab.fast_generation_report(model)["last"]
+    assert not last["fast"] and skip in last["why"]
