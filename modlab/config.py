@@ -19,6 +19,9 @@ Gates = Literal["layer", "kv_head"]
 FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
 """Of whole numbers: what every device counts to."""
+WIDEST = 2**16
+"""Of a router's hidden layer and a projection's rank: more is a slip, or a damaged file that asks for all the
+memory there is."""
 
 
 @dataclass
@@ -114,8 +117,8 @@ class MoDConfig:
             raise ModlabError(
                 f"MoDConfig(keep_recent={self.keep_recent}): at least 1, each token attends to itself."
             )
-        if self.router_hidden < 0:
-            raise ModlabError(f"MoDConfig(router_hidden={self.router_hidden}): must be 0 or more units.")
+        if not 0 <= self.router_hidden <= WIDEST:
+            raise ModlabError(f"MoDConfig(router_hidden={self.router_hidden}): 0 to {WIDEST:,} units.")
         if self.gates == "kv_head" and not skips.named(self.skip).by_head:
             raise ModlabError(
                 f"MoDConfig(skip={self.skip!r}, gates='kv_head'): KV heads apart can only be dropped from "
@@ -123,8 +126,10 @@ class MoDConfig:
             )
         if not 0 < self.leave_after < 1:
             raise ModlabError(f"MoDConfig(leave_after={self.leave_after}): a share strictly between 0 and 1.")
-        if self.leave_rank < 0:
-            raise ModlabError(f"MoDConfig(leave_rank={self.leave_rank}): 0 (whole copies) or a rank.")
+        if not 0 <= self.leave_rank <= WIDEST:
+            raise ModlabError(
+                f"MoDConfig(leave_rank={self.leave_rank}): 0 (whole copies), or a rank up to {WIDEST:,}."
+            )
         skips.named(self.skip).check(self)
         if not 0 < self.init_gate < 1:
             raise ModlabError(

@@ -8,7 +8,7 @@ import torch
 
 from modlab.cache import bytes as kv_bytes
 from modlab.config import MoDConfig
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_number
 from modlab.hf.names import given_cache
 from modlab.routing.state import routing_of
 
@@ -36,6 +36,8 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
             everything; both say how many MiB that is.
     """
     routing = routing_of(model)
+    for name, value in (("kv_mib", kv_mib), ("context", context), ("batch", batch)):
+        check_number(name, value)
     if not kv_mib > 0 or not context > 0 or not batch > 0:
         raise ModlabError(
             f"kv_mib={kv_mib}, context={context} and batch={batch} have to be above 0: for example "
@@ -80,7 +82,7 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
     Raises:
         ModlabError: so few layers cannot save as much, whatever they skip.
     """
-    if not kv_saving > 1:
+    if not check_number("kv_saving", kv_saving) > 1:
         raise ModlabError(f"kv_saving={kv_saving} has to be above 1: 1.8 leaves 1/1.8 of the K/V bytes.")
     ratio = unbounded_keep_ratio(kv_saving, routed, num_layers)
     if ratio <= 0:

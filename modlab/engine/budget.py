@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.ring import RingBuffer
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count, check_number
 from modlab.kernels.kept_attention import Stored
 
 MIB = 2**20
@@ -55,12 +55,12 @@ class Budget:
     layers: tuple[LayerBytes, ...]
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < self.recent:
+        if self.tokens is not None and check_count("kv_tokens", self.tokens) < self.recent:
             raise ModlabError(
                 f"kv_tokens={self.tokens} is less than the latest {self.recent} tokens (keep_recent), which "
                 "are stored whether kept or not: allow more, or convert with a smaller keep_recent."
             )
-        if self.mib is not None and not self.mib > 0:
+        if self.mib is not None and not check_number("kv_mib", self.mib) > 0:
             raise ModlabError(f"kv_mib={self.mib} has to be above 0.")
 
     def older(self, batch: int, length: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import modlab
-from modlab.cache.stored import MIB, keep_ratio_for, token_bytes
+from modlab.cache.stored import MIB, keep_ratio_for, keep_ratio_for_saving, token_bytes
 from modlab.errors import ModlabError
 from modlab.hf.names import given_cache
 from tests.helpers.models import alternate_layers
@@ -36,3 +36,12 @@ def test_budgets_that_make_no_sense(tiny_llama: Any, make_llama: Any) -> None:
     mlp = modlab.convert(make_llama(), alternate_layers(skip="mlp"))
     with pytest.raises(ModlabError, match="routes MLPs alone: all keys and values stay"):
         keep_ratio_for(mlp, kv_mib=1, context=CONTEXT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "64", None, True])
+def test_what_is_no_number_is_no_budget(tiny_llama, value: Any) -> None:
+    for wrong in ({"kv_mib": value}, {"context": value}, {"batch": value}):
+        with pytest.raises(ModlabError, match=r"=.* give a number"):
+            keep_ratio_for(tiny_llama, **{"kv_mib": 1.0, "context": CONTEXT, **wrong})
+    with pytest.raises(ModlabError, match=r"kv_saving=.* give a number"):
+        keep_ratio_for_saving(value, 2, 4)

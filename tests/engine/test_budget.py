@@ -158,3 +158,10 @@ def test_calls_that_the_engine_does_not_serve_are_refused_under_a_bound() -> Non
         model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
     modlab.enable_fast_generation(model, compile=False)
     assert generated(model, inputs, num_beams=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "64", True, torch.tensor(64.0)])
+def test_a_bound_is_a_number(value: Any) -> None:
+    for wrong in ({"kv_tokens": value}, {"kv_mib": value}):
+        with pytest.raises(ModlabError, match="give a "):
+            modlab.enable_fast_generation(llama_on_device(skip="kv"), **wrong)

@@ -140,8 +140,11 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         modlab.MoDConfig(skip="layer", gates="kv_head")
     with pytest.raises(ModlabError, match="choose one of layer, kv_head"):
         modlab.MoDConfig(gates="head")
-    with pytest.raises(ModlabError, match="0 or more units"):
-        modlab.MoDConfig(router_hidden=-1)
+    for units in (-1, 2**31 - 1):
+        with pytest.raises(ModlabError, match="0 to 65,536 units"):
+            modlab.MoDConfig(router_hidden=units)
+    with pytest.raises(ModlabError, match="a rank up to 65,536"):
+        modlab.MoDConfig(skip="prompt", leave_rank=2**30)
     with pytest.raises(ModlabError, match="whole numbers"):
         modlab.MoDConfig(router_hidden=1.5)
 
