@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modlab.data.texts import is_text
 from modlab.errors import ModlabError, check_count, check_number
 
 if TYPE_CHECKING:
@@ -136,6 +137,10 @@ def _as_table(rows: Any) -> np.ndarray:
                 f"the rows have the columns {rows.column_names}; only input_ids can be changed."
             )
         parts = list(rows.with_format("numpy")[:]["input_ids"])
+    elif is_text(rows):
+        raise ModlabError(
+            "these are texts, not token rows: data.packed(texts, tokenizer, seq_len=...) makes them."
+        )
     else:
         from modlab.data.batches import as_batches
 

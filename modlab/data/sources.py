@@ -194,7 +194,7 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
     from datasets import load_dataset
 
     path = Path(source).expanduser()
-    if path.exists():
+    if _exists(path):
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         kinds: dict[str, list[str]] = {}
         for file in files:
@@ -226,6 +226,16 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
             '.json or .jsonl file, or "python" (installed Python source).'
         ) from error
     return [("json", data)]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # no system has such a name
+        raise ModlabError(
+            f"The source {str(path)[:60]!r}... names no file and no data set ({error.strerror}): is it the "
+            "text itself? Give a list of texts then: [text]."
+        ) from error
 
 
 def _with_text(data: Dataset, column: str, source: str) -> Dataset:

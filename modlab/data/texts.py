@@ -6,6 +6,7 @@ A *text* is a string, and gets the special tokens that its tokenizer adds. A *ch
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,18 @@ def is_chat(item: Any) -> bool:
         and bool(item)
         and all(isinstance(message, Mapping) and "role" in message for message in item)
     )
+
+
+def is_text(data: Any) -> bool:
+    """Whether data is text that a tokenizer has yet to read: a source of `data.packed`, texts, chats."""
+    if isinstance(data, (str, os.PathLike)):
+        return True
+    if hasattr(data, "column_names"):
+        return "input_ids" not in data.column_names
+    if isinstance(data, (list, tuple)) and data:
+        first = unwrapped(data[0])
+        return isinstance(first, str) or is_chat(first)
+    return False
 
 
 def unwrapped(item: Any) -> Any:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from modlab.data.batches import check_vocabulary
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.logits import LOSS_CHUNK
-from modlab.hf.model import device_of, eval_mode
+from modlab.hf.model import device_of, eval_mode, vocabulary_size
 from modlab.hf.ranks import over_ranks
 from modlab.routing.record import kept_share
 from modlab.routing.state import is_converted, record_routing
@@ -76,6 +77,7 @@ def score(
     """
     if batch_size < 1:
         raise ModlabError(f"batch_size={batch_size}: at least one row a forward is needed.")
+    check_vocabulary({"input_ids": torch.cat(list(rows))}, vocabulary_size(model), "what is asked")
     lengths_M = torch.tensor([len(row) for row in rows])
     T, column_C = int(lengths_M.max()), torch.tensor(columns)
     scores = Scores(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from modlab.hf.model import device_of, eval_mode
+from modlab.data.batches import check_vocabulary
+from modlab.hf.model import device_of, eval_mode, vocabulary_size
 from modlab.hf.ranks import over_ranks
 
 
@@ -53,6 +54,7 @@ def write(
         bar: a tqdm bar that counts prompts.
         accelerator: an `accelerate.Accelerator`: its processes share the calls, and each gets all rows.
     """
+    check_vocabulary({"input_ids": prompt_MP}, vocabulary_size(model), "what is asked")
     device = device_of(model)
     ends = torch.tensor(end_tokens(model))
     prompt_tokens = prompt_MP.shape[1]

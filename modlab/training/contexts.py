@@ -5,15 +5,14 @@ Shape letters: B rows, T tokens of a row, C tokens of one copy.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modlab.data import packed
-from modlab.data.batches import as_batches
-from modlab.data.texts import is_chat, unwrapped
+from modlab.data.batches import as_batches, check_vocabulary
+from modlab.data.texts import is_text
 from modlab.errors import ModlabError
 from modlab.hf.model import vocabulary_size
 
@@ -36,7 +35,7 @@ def contexts(model: Any, data: Any, tokenizer: Any, length: int, tokens: int, se
         ModlabError: texts without a tokenizer, too little text.
     """
     wanted = max(LEAST, tokens // length)
-    if _is_text(data):
+    if is_text(data):
         if tokenizer is None:
             raise ModlabError("texts need a tokenizer: fit_routers(model, texts, tokenizer=tokenizer).")
         rows = packed(data, tokenizer, seq_len=length, limit_tokens=wanted * length, seed=seed)
@@ -49,6 +48,7 @@ def contexts(model: Any, data: Any, tokenizer: Any, length: int, tokens: int, se
             f"there are {len(table)} texts of {length} tokens, {LEAST} are the least: give more text, or a "
             "smaller context (FitConfig(context=...))."
         )
+    check_vocabulary({"input_ids": table}, vocabulary_size(model), "the text")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
     return table[order[:wanted]].long()
 
@@ -58,21 +58,12 @@ def repeated(text_BC: Tensor, prompt_P: Tensor) -> Tensor:
     return torch.cat([text_BC, prompt_P.to(text_BC.device).expand(len(text_BC), -1), text_BC], 1)
 
 
-def prompt_ids(tokenizer: Any) -> Tensor:
+def prompt_ids(model: Any, tokenizer: Any) -> Tensor:
     """What asks for the repetition, long [P]; nothing without a tokenizer."""
     ids = [] if tokenizer is None else tokenizer(REPEAT, add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def _is_text(data: Any) -> bool:
-    if isinstance(data, (str, os.PathLike)):
-        return True
-    if hasattr(data, "column_names"):
-        return "input_ids" not in data.column_names
-    if isinstance(data, (list, tuple)) and data:
-        first = unwrapped(data[0])
-        return isinstance(first, str) or is_chat(first)
-    return False
+    prompt = torch.tensor(ids, dtype=torch.long)
+    check_vocabulary({"input_ids": prompt}, vocabulary_size(model), "what asks for a text once more")
+    return prompt
 
 
 def _real(batch: dict[str, Tensor]) -> Tensor:

@@ -97,7 +97,7 @@ def fit_routers(
     device = device_of(model)
     on_gpu = device.type == "cuda"
     chosen = (ON_GPU if on_gpu else ON_CPU) | _given(config)
-    prompt = prompt_ids(tokenizer).to(device)
+    prompt = prompt_ids(model, tokenizer).to(device)
     length = _length(model, config.context, chosen["context"], len(prompt))
     rows = contexts(model, data, tokenizer, length, chosen["tokens"], config.seed)
     fitted = len(rows) - max(1, round(config.held_out * len(rows)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_batches_of_several_lengths_share_the_tokens(rows: torch.Tensor) -> None
 def test_refusals(rows: torch.Tensor, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModlabError, match=message):
         data.with_repeats(rows, **settings)
+
+
+@pytest.mark.parametrize("texts", ["words", ["words", "more"], [{"text": "words"}], Path("words.txt")])
+def test_texts_are_sent_to_be_packed(texts: Any) -> None:
+    for make in (
+        lambda: data.with_repeats(texts, character_tokenizer()),
+        lambda: data.mixed_lengths(texts, character_tokenizer(), lengths=(8,), tokens=8),
+    ):
+        with pytest.raises(ModlabError, match=r"texts, not token rows: data\.packed"):
+            make()
 
 
 def test_refusals_of_rows(rows: torch.Tensor) -> None:

@@ -219,6 +219,7 @@ def test_the_real_standard_library(tokenizer: Any) -> None:
     [
         ({"source": "no/such/place/at/all"}, "does not exist"),
         ({"source": "missing.txt"}, "does not exist"),
+        ({"source": "a whole text. " * 400}, r"names no file .* Give a list of texts"),
         ({"seq_len": 1}, "seq_len=1: give a whole number of at least 2"),
         ({"limit_tokens": 5}, "less than one row"),
         ({"split": "test"}, "split='test'"),

@@ -93,6 +93,14 @@ def test_a_dense_model_writes_its_answers(tokenizer) -> None:
     assert set(table) == {"task", "length", "samples", "score", "stderr"} and 0 <= table.score[0] <= 1
 
 
+def test_a_question_in_tokens_that_the_model_does_not_know_is_refused(tokenizer) -> None:
+    model = dense_llama(vocab_size=128, max_position_embeddings=1024)
+    with pytest.raises(ModlabError, match="what is asked holds token ids .* the model has 128 tokens"):
+        ruler(model, STREAM, tokenizer, lengths=(600,), tasks="needle", samples=1, progress=False)
+    with pytest.raises(ModlabError, match="what is asked holds token ids .* the model has 128 tokens"):
+        modlab.retrieval(model, STREAM, tokenizer, distances=(128,), rows=2, lead=4, progress=False)
+
+
 def test_wrong_values_are_refused(tokenizer) -> None:
     model = scatter_gates(modlab.convert(dense_llama(), alternate_layers()))
     with pytest.raises(ModlabError, match="no task 'haystack'"):

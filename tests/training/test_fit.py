@@ -17,7 +17,7 @@ from modlab.hf.anatomy import decoder_layers
 from modlab.routing.router import normalised
 from modlab.routing.trained import Trained
 from modlab.training import scores
-from modlab.training.contexts import repeated
+from modlab.training.contexts import REPEAT, repeated
 from modlab.training.fit import fit_routers
 from modlab.training.fit_config import FitConfig
 from modlab.training.fit_pass import FitPass
@@ -127,6 +127,19 @@ def test_texts_and_a_tokenizer() -> None:
     words = [f"the router decides which token {n} runs and which skips. " * 8 for n in range(20)]
     found = fit_routers(model, words, FitConfig(context=48), tokenizer=make_tokenizer(), progress=False)
     assert found.tokens >= 48 * 10
+
+
+def test_tokens_that_the_model_does_not_know_are_refused() -> None:
+    """Of the text, and of what asks for it once more."""
+    model = modlab.convert(lively(), modlab.MoDConfig(**HEADS))
+    config = FitConfig(context=48)
+    with pytest.raises(ModlabError, match="what asks for a text once more .* the model has 48 tokens"):
+        fit_routers(model, texts(8), config, tokenizer=make_tokenizer(), progress=False)
+    prompt = make_tokenizer()(REPEAT, add_special_tokens=False)["input_ids"]
+    model = modlab.convert(lively(vocab_size=max(prompt) + 1), modlab.MoDConfig(**HEADS))
+    words = [f"the router decides which token {n} runs and which skips. " * 8 for n in range(20)]
+    with pytest.raises(ModlabError, match="the text holds token ids"):
+        fit_routers(model, words, config, tokenizer=make_tokenizer(600), progress=False)
 
 
 KINDS = (
