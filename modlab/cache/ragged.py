@@ -51,7 +51,7 @@ class RaggedCache(Cache):
             # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
             sliding = getattr(layers[index], "is_sliding", False)
             window = routing.windows[index] if sliding else None
-            own = routing.skip.cache_layer(routing.config, window, routing.gates[index])
+            own = routing.skip.cache_layer(routing.config, window, routing.gates_here[index])
             layers[index] = own or layers[index]
         super().__init__(layers=layers)
         self.made_for = _stored_by(routing)

@@ -85,14 +85,16 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
 def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
     """Gives the selected layers their routers and plans, the model its routing state and hooks."""
     model, decoder, skip = found.model, found.decoder, selection.skip
+    gates = {index: skip.gates(facts, config) for index, facts in selection.facts.items()}
     routing = Routing(
         config,
         list(selection.facts),
         len(found.facts),
         {index: facts.window for index, facts in selection.facts.items()},
-        {index: skip.gates(facts, config) for index, facts in selection.facts.items()},
+        gates,
         decoder.config,
         supports_flex=bool(getattr(decoder, "_supports_flex_attn", False)),
+        gates_here={index: selection.gates_here(index, gates[index]) for index in gates},
     )
     for index, facts in selection.facts.items():
         device = device_of(facts.layer)
@@ -113,6 +115,7 @@ def _attach(found: Survey, selection: Selection, config: MoDConfig) -> None:
                 in_tuple=form.in_tuple,
                 extra_outputs=form.extra_outputs,
                 query_heads=form.query_heads,
+                heads_here=form.heads_here,
                 plain=form.plain,
                 added=added if part == "layer" else [],
             )

@@ -31,6 +31,11 @@ class Selection:
     forms: dict[int, dict[Part, PartForm]]
     ends: dict[int, list[str]]
 
+    def gates_here(self, index: int, gates: int) -> int:
+        """How many of a layer's gates are about heads of this process."""
+        here = (form.heads_here for form in self.forms[index].values())
+        return next((len(range(gates)[part]) for part in here if part is not None), gates)
+
 
 def select(found: Survey, config: MoDConfig) -> Selection:
     """The layers that `config` routes. Layers named one by one must be routable, names such as 'inner' mean

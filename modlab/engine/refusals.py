@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.model import context_length
 from modlab.hf.names import CACHE_ARGUMENTS
+from modlab.hf.ranks import mesh_of
 from modlab.routing.router import ROUTER
 from modlab.routing.state import is_converted
 from modlab.routing.table import RoutingTable
@@ -39,6 +40,8 @@ def model_refusal(model: PreTrainedModel) -> str | None:
         return "it wraps the model: pass the one inside (of PEFT: peft_model.get_base_model())"
     if len({p.device for p in model.parameters()}) > 1 or getattr(model, "hf_device_map", None):
         return "its weights are spread over several devices"
+    if mesh_of(model) is not None:
+        return "its weights are shared across ranks"
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     windows = attention_windows(model, len(decoder_layers(model)))

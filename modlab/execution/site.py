@@ -27,7 +27,8 @@ class Plan:
         needs_mask: whether its attention needs a mask where a kernel's own causal flag would do.
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
-        query_heads: N, where its KV heads have gates of their own; else 1.
+        query_heads: N of this process, where its KV heads have gates of their own; else 1.
+        heads_here: the KV heads of this process where ranks share them (tensor parallelism); None: all.
         plain: whether it is an attention that may attend to keys where they lie (`skips/plain.py`).
         added: names of the modules that conversion added to this one.
     """
@@ -40,6 +41,7 @@ class Plan:
     in_tuple: bool = False
     extra_outputs: int = 0
     query_heads: int = 1
+    heads_here: slice | None = None
     plain: bool = False
     added: list[str] = field(default_factory=list)
 
@@ -52,10 +54,13 @@ class Plan:
         """This module in the forward in progress."""
         routing, call = self.routing, self.routing.require_call()
         window = routing.windows[self.layer_idx]
+        decision = routing.skip.decision_for(self.part, decision)
+        if self.heads_here is not None:
+            decision = decision.of_gates(self.heads_here)
         return Site(
             routing=routing,
             layer_idx=self.layer_idx,
-            decision=routing.skip.decision_for(self.part, decision),
+            decision=decision,
             call=call,
             attention=routing.attention,
             window=window if window is not None and window < call.num_columns else None,
@@ -78,7 +83,7 @@ class Site:
 
     Attributes:
         layer_idx: index of the decoder layer.
-        decision: gate and keep of its tokens.
+        decision: gate and keep of its tokens; under tensor parallelism of this process's KV heads.
         call: the model's forward.
         attention: name of the attention implementation.
         window: sliding window that matters at this length, or None.

@@ -1,4 +1,4 @@
-"""Work that the processes of `accelerate launch` share; its results are those of one process."""
+"""What ranks share: weights, and work whose results are those of one process."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def over_ranks(
         return own
     by_rank: list[list[Result]] = gather_object([own])
     return [by_rank[i % world][i // world] for i in range(len(wanted))]
+
+
+def mesh_of(module: Any) -> Any:
+    """The ranks that share the weights of a module (tensor parallelism, FSDP2), as torch's `DeviceMesh`; None
+    where each process has all of them."""
+    meshes = (getattr(weight, "device_mesh", None) for weight in module.parameters())
+    return next((mesh for mesh in meshes if mesh is not None), None)
 
 
 def is_quiet(progress: bool, accelerator: Any) -> bool:

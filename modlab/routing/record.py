@@ -32,6 +32,11 @@ class Decision:
     gate: Tensor
     keep: Tensor
 
+    def of_gates(self, gates: slice) -> Decision:
+        """What was said by some of the G gates: [B, T, some], or [B, T] of a single one."""
+        some = (value[..., gates] for value in (self.logit, self.gate, self.keep))
+        return Decision(*(value.squeeze(-1) for value in some))
+
 
 @dataclass
 class RoutingStep:

@@ -70,6 +70,8 @@ class Routing:
         num_layers: number of decoder layers, routed or not.
         windows: sliding window by routed layer, in tokens; None where the layer attends to everything.
         gates: how many gates each routed layer has.
+        gates_here: how many of them are about keys that this process holds; ranks may share the heads of a
+            layer (tensor parallelism).
         thresholds: current p by routed layer; write through `modlab.set_threshold`. The same in all threads
             (`common_thresholds`), but for one in `thresholds_restored`: what it sets there is its own.
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
@@ -98,6 +100,7 @@ class Routing:
         gates: dict[int, int],
         model_config: PreTrainedConfig,
         supports_flex: bool = False,
+        gates_here: dict[int, int] | None = None,
     ) -> None:
         self.config = config
         self.skip = skips.named(config.skip)
@@ -107,6 +110,7 @@ class Routing:
         self.num_layers = num_layers
         self.windows = windows
         self.gates = gates
+        self.gates_here = gates if gates_here is None else gates_here
         default = config.p if not isinstance(config.p, dict) else 0.5
         self.common_thresholds = dict.fromkeys(layers, default)
         if isinstance(config.p, dict):

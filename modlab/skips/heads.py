@@ -4,6 +4,9 @@ Found out by running it on random numbers, as everything else about a part. A ga
 from the query heads of KV head g, a key of that head is as good as gone. So another key is put there, and the
 output must not change.
 
+Under tensor parallelism a process has some of the heads. Its router says something of all of them, as every
+process's does, and the attention follows what is said of those that are here (`Heads.here`).
+
 Shape letters: T tokens, N query heads, G KV heads, H head dim.
 """
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from modlab.execution.masks import as_attention_mask, of_keys, packed_mask
 from modlab.hf.arguments import LayerArguments
+from modlab.hf.ranks import mesh_of
 from modlab.skips.plain import ProbeCache, cache_name
 
 TOLERANCE = 1e-3
@@ -31,13 +35,16 @@ class Heads:
     """The heads of one attention.
 
     Attributes:
-        kv, query: G and N; 1 where refused.
+        kv: G, those of all ranks; 1 where refused.
+        query: N, those of this process; 1 where refused.
+        here: which of the KV heads this process has; None: all.
         refusal: why its KV heads cannot have gates of their own; "" if they can.
     """
 
     kv: int = 1
     query: int = 1
     refusal: str = ""
+    here: slice | None = None
 
 
 class _Altered(ProbeCache):
@@ -84,28 +91,31 @@ def heads_of(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if cache.shape is None or len(cache.shape) != 4:
         return Heads(refusal="it hands its cache no keys by head")
     G = cache.shape[1]
-    if refusal := _shared(attention, G):
-        return Heads(refusal=refusal)
-    for N in dict.fromkeys(_query_heads(attention, G)):
+    mesh = mesh_of(attention)
+    ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
+    config = getattr(attention, "config", None)
+    if ranks == 1 and G == 1 and getattr(config, "num_key_value_heads", G) != G:
+        return Heads(refusal="it caches one latent for all heads (MLA), none of which can be dropped alone")
+    claimed = _claimed(config, G)
+    shared = ranks > 1 and claimed != G  # else each rank gathers the keys of all heads (OLMo 2)
+    if shared and claimed != G * ranks:
+        return Heads(refusal=f"which {G} of its {claimed} KV heads each of {ranks} ranks has is not known")
+    for N in dict.fromkeys(_query_heads(attention, G, ranks)):
         if all(run.hides(head, G, N) for head in sorted({0, G // 2, G - 1})):
-            return Heads(G, N)
+            here = slice(rank * G, (rank + 1) * G) if shared else None
+            return Heads(claimed if shared else G, N, here=here)
     return Heads(refusal=f"a mask does not hide keys of one of its {G} KV heads alone")
 
 
-def _shared(attention: nn.Module, G: int) -> str:
-    """Why the heads in the cache are not the attention's own; "" if they are."""
-    weight = next(attention.parameters(), None)
-    if weight is not None and hasattr(weight, "device_mesh"):
-        return "its heads are shared across ranks, and each router sees those of all"
-    config = getattr(attention, "config", None)
-    claimed = getattr(config, "num_key_value_heads", None)
-    if G == 1 and isinstance(claimed, int) and claimed > 1:
-        return "it caches one latent for all heads (MLA), which cannot be dropped for some of them"
-    return ""
+def _claimed(config: Any, G: int) -> int:
+    """KV heads of all ranks, as the config says; `G` where it does not."""
+    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head")
+    said = (getattr(config, name, None) for name in names)
+    return next((value for value in said if isinstance(value, int)), G)
 
 
-def _query_heads(attention: nn.Module, G: int) -> Iterator[int]:
-    """How many query heads there may be, the likeliest first."""
+def _query_heads(attention: nn.Module, G: int, ranks: int) -> Iterator[int]:
+    """How many query heads there may be in this process, the likeliest first."""
     config = getattr(attention, "config", None)
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
     groups = getattr(attention, "num_key_value_groups", None)
@@ -113,9 +123,10 @@ def _query_heads(attention: nn.Module, G: int) -> Iterator[int]:
         yield G * groups
     for holder in (attention, config):
         for name in names:
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and value >= G and value % G == 0:
-                yield value
+            whole = getattr(holder, name, None)
+            for value in (whole, whole // ranks) if isinstance(whole, int) else ():
+                if value >= G and value % G == 0:
+                    yield value
     yield G
 
 

@@ -122,8 +122,11 @@ def first_left(config: MoDConfig, num_layers: int) -> int:
 
 def why_nobody_leaves(model: Any) -> str:
     """Why no token of a prompt could leave this model; "" if some could."""
+    from modlab.hf.ranks import mesh_of
     from modlab.routing.forward import asks_for_logits
 
+    if mesh_of(model) is not None:
+        return "its weights are shared across ranks (tensor parallelism), and copies of projections are whole"
     return (
         "" if asks_for_logits(model) else "it computes the logits of all tokens of a prompt (logits_to_keep)"
     )

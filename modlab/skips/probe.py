@@ -42,7 +42,7 @@ class PartForm:
         refusal: why the part cannot be routed on its own; "" if it can.
         in_tuple: whether it returns its output in a tuple.
         extra_outputs: how many further outputs that tuple has.
-        kv_heads, query_heads: G and N, where the part's KV heads were asked for; else 1.
+        kv_heads, query_heads, heads_here: as of `Heads`, where the part's KV heads were asked for.
         plain: whether it is an attention that may attend to keys where they lie (`skips/plain.py`).
     """
 
@@ -51,6 +51,7 @@ class PartForm:
     extra_outputs: int = 0
     kv_heads: int = 1
     query_heads: int = 1
+    heads_here: slice | None = None
     plain: bool = False
 
 
@@ -117,7 +118,13 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head
         form = replace(form, plain=attends_plainly(module, args, kwargs))
     if by_head:
         heads = heads_of(module, args, kwargs)
-        return replace(form, refusal=heads.refusal, kv_heads=heads.kv, query_heads=heads.query)
+        return replace(
+            form,
+            refusal=heads.refusal,
+            kv_heads=heads.kv,
+            query_heads=heads.query,
+            heads_here=heads.here,
+        )
     return form
 
 

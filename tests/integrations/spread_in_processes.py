@@ -1,6 +1,8 @@
 """Run by `accelerate launch` in test_tensor_parallel.py: one model over all processes, each with its heads.
 
-spread_in_processes.py MODEL OUT
+spread_in_processes.py MODEL FEW OUT
+
+FEW is a model with fewer KV heads than there are processes.
 """
 
 from __future__ import annotations
@@ -8,27 +10,39 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 import modlab
 from modlab.errors import ModlabError
-from tests.helpers.spread import found_by
+from tests.helpers.spread import GATES, found_by
 
 
-def main(folder: str, out: Path) -> None:
+def main(folder: str, few: str, out: Path) -> None:
     warnings.simplefilter("ignore")  # transformers renames the argument
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
-    try:
-        modlab.convert(model, modlab.MoDConfig(gates="kv_head"))
-        refused = ""
-    except ModlabError as error:
-        refused = str(error)
     part = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+    too_few = AutoModelForCausalLM.from_pretrained(few, tp_plan="auto").eval()
+    refused = {
+        "prompt": refusal(model, skip="prompt"),
+        "kv+prompt": refusal(model, skip="kv+prompt", gates="kv_head"),
+        "few": refusal(too_few, gates="kv_head"),
+    }
+    found = {gates: found_by(model, gates) for gates in GATES}
     rank = torch.distributed.get_rank()
-    torch.save({"refused": refused, "part": part} | found_by(model), out / f"rank_{rank}.pt")
+    torch.save({"refused": refused, "part": part} | found, out / f"rank_{rank}.pt")
+
+
+def refusal(model: Any, **settings: Any) -> str:
+    """Why the model cannot be converted so; "" if it can."""
+    try:
+        modlab.convert(model, modlab.MoDConfig(**settings))
+    except ModlabError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -3,41 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import LlamaForCausalLM
 
 from modlab.plan import sizes_of
 from tests.helpers.launch import launch
 from tests.helpers.models import tiny_config
-from tests.helpers.spread import found_by
+from tests.helpers.spread import GATES, found_by
 
 WORKER = Path(__file__).with_name("spread_in_processes.py")
-VOCABULARY = 97 if Version(transformers.__version__) >= Version("5.24") else 98
-"""Odd, so that the processes hold unequal parts; transformers 5.17 refuses to cut such an output head."""
+HEADS = 4
 
 
-def test_two_processes_with_half_of_the_heads_are_one_model(tmp_path: Path) -> None:
+def llama(kv_heads: int) -> Any:
     torch.manual_seed(0)
     config = tiny_config(
-        vocab_size=VOCABULARY,
+        vocab_size=97,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
         initializer_range=0.2,
         pad_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_some_of_the_heads_are_one_model(tmp_path: Path, processes: int) -> None:
+    """With a gate a KV head, too: every process decides for all heads and stores what its own are to keep."""
+    model = llama(HEADS)
     model.save_pretrained(tmp_path / "model")
-    launch(WORKER, 2, tmp_path / "model", tmp_path)
-    alone = found_by(model)
-    ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
+    llama(1).save_pretrained(tmp_path / "few")
+    launch(WORKER, processes, tmp_path / "model", tmp_path / "few", tmp_path)
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(processes)]
+    for gates in GATES:
+        alone = found_by(model, gates)
+        for number, rank in enumerate(ranks):
+            found = rank[gates]
+            for name in ("logits", "in pieces"):
+                torch.testing.assert_close(found[name], alone[name], rtol=1e-4, atol=1e-4)
+            assert torch.equal(found["tokens"], alone["tokens"])
+            assert all(torch.equal(found["keep"][i], keep) for i, keep in alone["keep"].items())
+            assert found["lengths"] == [of_rank(lengths, number, processes) for lengths in alone["lengths"]]
+            assert found["kv_bytes"] < 1.15 * alone["kv_bytes"] / processes, "its own heads' keys alone"
     for rank in ranks:
-        torch.testing.assert_close(rank["logits"], alone["logits"], rtol=1e-4, atol=1e-4)
-        assert torch.equal(rank["tokens"], alone["tokens"])
-        assert all(torch.equal(rank["keep"][i], keep) for i, keep in alone["keep"].items())
-        assert "shared across ranks" in rank["refused"]
-        assert rank["kv_bytes"] < 0.55 * alone["kv_bytes"], "each process holds its heads' keys alone"
-    assert abs(ranks[0]["part"] / sizes_of(config, 2).by_heads - 1) < 0.05
+        assert "shared across ranks" in rank["refused"]["prompt"]
+        assert "shared across ranks" in rank["refused"]["kv+prompt"]
+        assert "its forward fails" in rank["refused"]["few"]
+    assert abs(ranks[0]["part"] / sizes_of(model.config, processes).by_heads - 1) < 0.05
+
+
+def of_rank(lengths: list[int], rank: int, processes: int) -> list[int]:
+    """Stored tokens by row, or by row and KV head where heads differ: of those of one process."""
+    if len(lengths) == 2:  # rows
+        return lengths
+    each = HEADS // processes
+    return [n for row in range(2) for n in lengths[row * HEADS :][rank * each : (rank + 1) * each]]
