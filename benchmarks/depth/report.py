@@ -27,7 +27,7 @@ def result(folders: list[Path], origin: dict[str, Any]) -> dict[str, Any]:
     times = [row for folder in folders for row in _lines(folder / "prefill.jsonl")]
     if not rows and not times:
         raise ModlabError(f"no rows.jsonl and no prefill.jsonl in {', '.join(map(str, folders))}.")
-    speedup = {(row["model"], row["leave_after"]): row["speedup"] for row in times}
+    speedup = {(row["model"], row["leave_after"]): row["speedup"] for row in times if row["skip"] == "prompt"}
     for row in rows:
         after = row["arm_fields"]["mod"].get("leave_after") if "arm_fields" in row else None
         row["prefill_speedup"] = speedup.get((row["model"], after))

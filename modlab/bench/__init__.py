@@ -5,6 +5,7 @@
     modlab bench generate --device cuda --shape llama-3-8b --context 4096 32768
     modlab bench speed --device cuda                        everything in docs/results.md about one GPU
     modlab bench speed_kv --device cuda --shape llama-3-8b  K/V routing there, a gate a layer and one a head
+    modlab bench speed_leave --device cuda --shape coder-1.5b  prompts that leave the model early
     modlab bench --plot RESULT.json                         speed-up against keep ratio, as a page
 
 Cases measure the dense model and all Mixture-of-Depths variants in turn, round after round in rotating order,
@@ -16,7 +17,8 @@ seeded random masks of an exact ratio, except in `demo`, which routes by its tra
 `ideal` is what the skipped work alone would give, see `ideal.py`.
 
 In the order of the data flow: `registry` (what a case is), `models`, `clock`, `ideal`, `rows`; the cases in
-`ordinary`, `fast`, `limits`, `training`, `growth`, `speed`, `speed_kv`; then `results` and `command`.
+`ordinary`, `fast`, `limits`, `training`, `growth`, `speed`, `speed_kv`, `speed_leave`; then `results` and
+`command`.
 """
 
 from modlab.bench.command import main

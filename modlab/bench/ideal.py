@@ -52,13 +52,23 @@ def prefill_flops(config: Any, lengths: Sequence[int], share: float, mod: MoDCon
     return linear + sum(4 * named(mod.skip).pairs(n, share, mod) * width for n in lengths)  # QK^T and AV
 
 
+def left_flops(config: Any, lengths: Sequence[int]) -> float:
+    """Operations of one layer that prompt tokens leave out: keys and values of all of them. What each row's
+    last one runs there is left out: it is one token."""
+    width = config.num_key_value_heads * head_size(config)
+    return 4.0 * sum(lengths) * config.hidden_size * width
+
+
 def ideal_prefill(
     config: Any, lengths: Sequence[int], kept: dict[int, float], mod: MoDConfig = DENSE
 ) -> float:
     """Dense / remaining operations of a prefill when layer i keeps the share `kept[i]` of the tokens."""
-    total = range(config.num_hidden_layers)
-    dense = sum(prefill_flops(config, lengths, 1.0) for _ in total)
-    return dense / sum(prefill_flops(config, lengths, kept.get(i, 1.0), mod) for i in total)
+    total = config.num_hidden_layers
+    dense = total * prefill_flops(config, lengths, 1.0)
+    first_left = named(mod.skip).first_left(mod, total)
+    run = total if first_left is None else first_left
+    left = (total - run) * left_flops(config, lengths)
+    return dense / (left + sum(prefill_flops(config, lengths, kept.get(i, 1.0), mod) for i in range(run)))
 
 
 def decode_bytes(

@@ -47,6 +47,7 @@ SHAPES = {
     "tiny": Shape(hidden=64, intermediate=128, layers=4, heads=4, kv_heads=2, vocab=256),
     "wide": Shape(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=8, vocab=4096),
     "smollm2": Shape(576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True),
+    "coder-1.5b": Shape(1536, intermediate=8960, layers=28, heads=12, kv_heads=2, vocab=151936, tied=True),
     "llama-3-8b": Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
     "llama-3-70b": Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256),
 }
@@ -85,9 +86,9 @@ def dense_model(settings: Settings, context: int) -> Any:
     return dense.requires_grad_(False)
 
 
-def converted_twin(dense: Any, routed: list[int], skip: str = "layer", **fields: Any) -> Any:
-    """The dense model with routers for `skip` in the layers `routed`, on the same weight tensors; `fields`
-    are other settings of its conversion."""
+def converted_twin(dense: Any, routed: list[int] | str, skip: str = "layer", **fields: Any) -> Any:
+    """The dense model with routers for `skip` in the layers `routed` (as `MoDConfig.layers` takes them), on
+    the same weight tensors; `fields` are other settings of its conversion."""
     from modlab.conversion.convert import convert
 
     twin = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})

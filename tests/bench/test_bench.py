@@ -322,7 +322,7 @@ def test_token_costs_are_recovered_from_exact_times():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run there")
-@pytest.mark.parametrize("name", ["speed", "speed_kv", "growth", "peak", "throughput"])
+@pytest.mark.parametrize("name", ["speed", "speed_kv", "speed_leave", "growth", "peak", "throughput"])
 def test_gpu_cases_say_what_they_lack(name, capsys):
     assert bench.main([name, "--no-save"]) == 1
     assert f"skipped {name}: needs a GPU" in capsys.readouterr().out

@@ -215,15 +215,18 @@ def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
     main(["prefill", "--model", str(folder), "--lengths", "40", "--repeats", "2", *common])
     main(["report", "--runs", str(out), "--out", str(tmp_path / "depth.json")])
     record = json.loads((tmp_path / "depth.json").read_text())
-    assert record["what"] == "depth" and record["prefill"][0]["speedup"] > 0
+    assert record["what"] == "depth" and [row["skip"] for row in record["prefill"]] == ["prompt", "kv+prompt"]
+    for row in record["prefill"]:
+        assert row["fast"] and row["speedup"] > 0 and row["ideal"] > 1 and row["dense_by"]
     assert str(tmp_path) not in record["command"], "paths of a machine are not published"
 
 
 def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
     arm = {"arm_fields": {"mod": {"leave_after": 0.5}}}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"model": "m", "arm": "leave-1/2", **arm}) + "\n")
-    time = {"model": "m", "leave_after": 0.5, "speedup": 1.5}
-    (tmp_path / "prefill.jsonl").write_text(json.dumps(time) + "\n")
+    time = {"model": "m", "leave_after": 0.5, "skip": "prompt", "speedup": 1.5}
+    both = time | {"skip": "kv+prompt", "speedup": 2.5}
+    (tmp_path / "prefill.jsonl").write_text(json.dumps(time) + "\n" + json.dumps(both) + "\n")
     assert result([tmp_path], ORIGIN)["rows"][0]["prefill_speedup"] == 1.5
     with pytest.raises(modlab.ModlabError, match="commit"):
         result([tmp_path], {**ORIGIN, "commit": ""})
