@@ -2,8 +2,9 @@
 
 Slider to pixels: from a real mouse move over the slider (the browser's own time stamp of the event) to the
 canvas drawn, and to the frame painted. Frames: the time from one frame to the next while the heatmap scrolls
-and zooms, and the main thread's work in each. The browser draws in software here: a desktop with a GPU is
-faster. Needs what the browser tests need (playwright, Chromium).
+and zooms, and the main thread's work in each. Live view: the same while a text is generated, and how often
+the picture changes. The browser draws in software here: a desktop with a GPU is faster. Needs what the
+browser tests need (playwright, Chromium).
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SIZES = ((2_000, 32), (8_192, 32), (65_536, 32))
+SIZES = ((2_000, 32, 1), (8_192, 32, 1), (8_192, 60, 3), (65_536, 32, 1))
+"""Tokens, layers (every other one is routed), gates of a routed layer; the third has SmolLM2-135M's 90."""
 CELL = """\
 import numpy as np, time
 from modlab import RoutingTrace
 from modlab.widgets import {view}
-from modlab.widgets.page import trace_page
+from modlab.widgets.pictures.page import trace_page
 rng = np.random.default_rng(0)
-T, L = {tokens}, {layers}
-gate = rng.uniform(0.02, 0.98, (L // 2, T)).astype(np.float32)
+T, L, G = {tokens}, {layers}, {gates}
+gate = rng.uniform(0.02, 0.98, (L // 2 * G, T)).astype(np.float32)
 loss = rng.uniform(0.1, 5, T); loss[0] = np.nan
 trace = RoutingTrace(tokens=["word "] * T, token_ids=np.arange(T), gate=gate, keep=gate >= 0.5,
-                     layers=list(range(1, L, 2)), num_layers=L, thresholds=np.full(L // 2, 0.5), keep_first=4,
-                     loss=loss, kv_bytes_per_token=4096, model="synthetic")
+                     layers=sorted([*range(1, L, 2)] * G), num_layers=L, thresholds=np.full(len(gate), 0.5),
+                     keep_first=4, loss=loss, kv_bytes_per_token=4096, model="synthetic")
 start = time.perf_counter()
 widget = {view}(trace)
 made_ms = 1e3 * (time.perf_counter() - start)
@@ -51,6 +53,32 @@ start = time.perf_counter()
 widget = modlab.widgets.explore(model, tokenizer, text)
 made_ms = 1e3 * (time.perf_counter() - start)
 widget"""
+
+LIVE = """\
+import modlab
+model, tokenizer = modlab.load("demo-kv")
+text = open({source!r}).read()[:1800]
+widget = modlab.widgets.CacheView(model, tokenizer, text, max_new_tokens=60)
+widget"""
+
+# Presses Generate; the time from one frame to the next, and how often the picture changed.
+GENERATE = """async () => {
+  const canvas = document.querySelector('canvas.modlab-heatmap');
+  const badge = document.querySelector('.modlab-badge');
+  const frames = [], labels = new Set(), start = performance.now();
+  document.querySelector('.modlab-generate').click();
+  let last = 0;
+  await new Promise((done) => {
+    const step = (now) => {
+      if (last) frames.push(now - last);
+      last = now;
+      labels.add(canvas.getAttribute('aria-label'));
+      if (now - start > 500 && badge.dataset.state !== 'running') done(); else requestAnimationFrame(step);
+    };
+    requestAnimationFrame(step);
+  });
+  return { frames, pictures: labels.size - 1, seconds: (performance.now() - start) / 1000 };
+}"""
 
 # Notes, for every input event of a slider, when the canvas was drawn and when the frame was painted.
 WATCH = """() => {
@@ -149,11 +177,11 @@ class Page:
         }
 
 
-def synthetic(lab: Any, notebook: Any, tokens: int, layers: int) -> list[dict[str, Any]]:
+def synthetic(lab: Any, notebook: Any, tokens: int, layers: int, gates: int) -> list[dict[str, Any]]:
     """The views of a synthetic trace of this size."""
     rows = []
-    size = {"tokens": tokens, "layers": layers}
-    source = CELL.format(view="RoutingHeatmap", tokens=tokens, layers=layers)
+    size = {"tokens": tokens, "layers": layers, "gates": layers // 2 * gates}
+    source = CELL.format(view="RoutingHeatmap", tokens=tokens, layers=layers, gates=gates)
     with lab.open(notebook(source), timeout=180) as nb:
         nb.run_all()
         page = Page(nb)
@@ -181,7 +209,7 @@ def synthetic(lab: Any, notebook: Any, tokens: int, layers: int) -> list[dict[st
 
 def explorer(lab: Any, notebook: Any) -> list[dict[str, Any]]:
     """The explorer over the demo model, in JupyterLab: the preview, and the real run."""
-    with lab.open(notebook(DEMO.format(source=str(ROOT / "modlab" / "train.py"))), timeout=180) as nb:
+    with lab.open(notebook(DEMO.format(source=str(ROOT / "modlab" / "plan.py"))), timeout=180) as nb:
         nb.run_all()
         tokens, layers = (int(x) for x in nb.python("print(len(widget.tokens), widget.num_layers)").split())
         size = {"tokens": tokens, "layers": layers}
@@ -202,6 +230,25 @@ def explorer(lab: Any, notebook: Any) -> list[dict[str, Any]]:
             )
         rows.append({"case": "release to measured: a real run of the text", **size, "ms": summary(measured)})
         return rows
+
+
+def live(lab: Any, notebook: Any) -> dict[str, Any]:
+    """The cache while a text is generated."""
+    with lab.open(notebook(LIVE.format(source=str(ROOT / "modlab" / "plan.py"))), timeout=180) as nb:
+        nb.run_all()
+        found = nb.page.evaluate(GENERATE)
+        nb.python("widget.wait(60)")
+        rate = float(nb.python("print(widget.written['tokens_per_s'])"))
+        tokens, layers = (int(x) for x in nb.python("print(len(widget.tokens), widget.num_layers)").split())
+    return {
+        "case": "live view: a text is generated",
+        "tokens": tokens,
+        "layers": layers,
+        "frame_ms": summary(found["frames"]),
+        "late_frames": sum(t > 1.5 * 1000 / 60 for t in found["frames"]),
+        "pictures_per_s": round(found["pictures"] / found["seconds"], 2),
+        "tokens_per_s": round(rate, 1),
+    }
 
 
 def git_commit() -> str:
@@ -240,8 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with JupyterLab(env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}) as lab:
         browser = lab.browser.version
         rows += explorer(lab, notebook)
-        for tokens, layers in SIZES[:1] if options.quick else SIZES:
-            rows += synthetic(lab, notebook, tokens, layers)
+        rows.append(live(lab, notebook))
+        for size in SIZES[:1] if options.quick else SIZES:
+            rows += synthetic(lab, notebook, *size)
     for row in rows:
         print(json.dumps(row))
     now = datetime.datetime.now(datetime.UTC)

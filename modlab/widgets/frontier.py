@@ -33,7 +33,7 @@ class Frontier(ModelView, view="frontier"):
             same keep ratio.
         real: further lines, of real models, by name: frames of `modlab.published.real_models`.
         real_times: milliseconds for these, by name: frames of `modlab.published.kv_latencies`.
-        p: where the point begins; by default the row nearest to p = 0.5.
+        p: where the point begins; by default the row nearest to the model's threshold, or to 0.5.
 
     Attributes:
         lines: what can be shown (see `frontier_lines`), this machine's sweep first.
@@ -73,15 +73,16 @@ class Frontier(ModelView, view="frontier"):
         times = [axis["key"] for axis in lines[0]["costs"] if axis["unit"] == "ms"]
         if time and time not in times:
             raise ModlabError(f"time={time!r} was not measured; there is {', '.join(times) or 'none'}.")
+        known = {} if model is None else trained_for(model)
         self._model: Any = model if sweep is not None else None
         super().__init__(
             lines=lines,
             time=time or ("decode_ms" if "decode_ms" in times else ""),
-            threshold=_start(lines, p),
+            threshold=_start(lines, p, model),
             can_run=self._model is not None,
             summary={
                 "model": model_name(model) if model is not None else "",
-                "trained": trained_for(model) if model is not None else {},
+                "trained": known,
             },
         )
 
@@ -112,10 +113,11 @@ class Frontier(ModelView, view="frontier"):
         return frontier_svg(line, getattr(self, line["dial"]), self.quality, self.time)
 
 
-def _start(lines: list[dict[str, Any]], p: float | None) -> float:
+def _start(lines: list[dict[str, Any]], p: float | None, model: Any) -> float:
     """The p at which the point begins."""
     if p is not None:
         return check_threshold(p)
     if lines[0]["dial"] != "threshold":
         return 0.5
-    return float(min((point["at"] for point in lines[0]["points"]), key=lambda at: abs(at - 0.5)))
+    there = 0.5 if model is None else min(model.mod.thresholds.values())
+    return float(min((point["at"] for point in lines[0]["points"]), key=lambda at: abs(at - there)))

@@ -76,9 +76,10 @@ def fit_live(which, its_tokenizer, texts, sizes, context):
     display(picture)
     for tokens in sizes:
         config = modlab.FitConfig(tokens=tokens, context=context)
+        print(f"Reading {tokens:,} tokens ...", flush=True)
         fit = modlab.fit_routers(which, texts, config, tokenizer=its_tokenizer, progress=False)
         picture.show(modlab.trace(which, its_tokenizer, PASSAGE[:600]))
-        print(f"{tokens:,} tokens in {fit.seconds:.0f} s: R² {fit.r2:.2f}, keeps {fit.keep_ratio:.0%}")
+        print(f"... in {fit.seconds:.0f} s: R² {fit.r2:.2f}, keeps {fit.keep_ratio:.0%}")
 
 
 fitted, _ = modlab.load(MODEL)
@@ -99,12 +100,18 @@ explorer
 # %% [markdown]
 # ## A real model, fitted before your eyes
 #
-# SmolLM2-135M: its shipped routers are replaced by ones that are fitted here, to a few thousand tokens.
+# SmolLM2-135M: its shipped routers are replaced by ones that are fitted here, to some two thousand tokens.
+# Then a question whose answer stands at the beginning of the text: with everything kept it is answered. Drag
+# the slider: how far do routers go that have seen so little?
 
 # %%
 real = lab.real_model()
 if real:
-    fit_live(*real, [inspect.getsource(argparse)], sizes=(512, 2048), context=256)
+    fit_live(*real, [inspect.getsource(argparse)], sizes=(512, 1536), context=256)
+    question, answer = lab.locker_question()
+    asked = modlab.widgets.CacheView(*real, question, max_new_tokens=5, expect=answer)
+    asked.ask(0.0)
+    display(asked)
 
 # %% [markdown]
 # ## Choose a recipe

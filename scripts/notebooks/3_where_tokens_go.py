@@ -160,15 +160,18 @@ table.round({"gate": 3, "loss": 4, "change": 4})
 # %% [markdown]
 # ## A real model
 #
-# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. The same text, and
-# what each head keeps of it:
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. A text of 8,192 tokens,
+# its whole context, and what each of the 90 heads keeps of it. Reading it takes a while without a GPU, and so
+# does each release of the slider; dragging does not.
 
 # %%
 real = lab.real_model()
 if real:
     from IPython.display import display
 
-    display(modlab.widgets.CacheView(*real, TEXT))
+    ids = real[1](inspect.getsource(argparse) + inspect.getsource(statistics))["input_ids"][:8192]
+    print(f"Reading {len(ids):,} tokens ...", flush=True)
+    display(modlab.widgets.CacheView(*real, real[1].decode(ids)))
 
 # %% [markdown]
 # **Next:** [4 · Thresholds, live](4_thresholds.ipynb). [All notebooks](README.md).

@@ -140,22 +140,30 @@ for side in compare.result:
 # %% [markdown]
 # ## A real model
 #
-# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. A fact, other text,
-# and a question: with one token in two kept on the left, one in sixteen on the right. Move the two sliders
-# and generate again: at which one is the fact lost?
+# Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. Eight people have
+# lockers with a number each, other text follows, and then one of the numbers is asked for. **Drag the
+# slider**: when you let go, the question is asked with what the cache still holds. At which ratio is the
+# number lost? It is one question; [docs/quality.md](../docs/quality.md) counts hundreds.
 
 # %%
 real = lab.real_model()
 if real:
     from IPython.display import display
 
-    boxes = [
-        f"Shelf {i} holds {i * 7 % 40 + 3} boxes, and nobody has counted them since May.\n" for i in range(12)
-    ]
-    FACT = "The code of the cellar door is 7319.\n" + "".join(boxes) + "The code of the cellar door is"
-    gates = modlab.trace(*real, FACT).gate.ravel()
+    question, answer = lab.locker_question()
+    asked = modlab.widgets.CacheView(*real, question, max_new_tokens=5, expect=answer)
+    asked.ask(0.0)  # everything kept: what the model can answer at all
+    display(asked)
+
+# %% [markdown]
+# The same question twice, token by token: with one token in two kept on the left, one in sixteen on the
+# right.
+
+# %%
+if real:
+    gates = asked.trace.gate.ravel()
     p = tuple(float(pd.Series(gates).quantile(1 - 1 / ratio)) for ratio in (2, 16))
-    real_compare = modlab.widgets.Compare(*real, FACT, p=p, max_new_tokens=6)
+    real_compare = modlab.widgets.Compare(*real, question, p=p, max_new_tokens=6)
     real_compare.run()
     display(real_compare)
 

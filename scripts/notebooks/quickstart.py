@@ -186,22 +186,15 @@ table.astype({"kept_tokens": int, "kv_bytes": int, "dense_kv_bytes": int}).round
 # ## 4. A real model
 #
 # Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer; the base comes from the
-# hub, or from a folder that you name. The text begins with a fact and asks for it at the end. **Drag the
-# slider** from 1 to 16, *one token in so many is kept*, and press *Generate*: when is it lost?
+# hub, or from a folder that you name. The text begins with eight numbers and asks for one of them at the
+# end. **Drag the slider** from 1 to 16, *one token in so many is kept*: each release asks. When is it lost?
 
 # %%
-lines = [
-    f"Shelf {i} holds {i * 7 % 40 + 3} boxes of {c} paper, and nobody has counted them since May."
-    for i, c in enumerate(
-        ["white", "grey", "blue", "red", "green", "brown", "black", "pink", "yellow", "old"], start=1
-    )
-]
-FACT = "The code of the cellar door is 7319.\n" + "\n".join(lines) + "\nThe code of the cellar door is"
-
 real = lab.real_model()
 if real:
-    real_cache = modlab.widgets.CacheView(*real, FACT, max_new_tokens=6)
-    print("It goes on:", real_cache.generate())
+    question, answer = lab.locker_question()
+    real_cache = modlab.widgets.CacheView(*real, question, max_new_tokens=5, expect=answer)
+    print("Everything kept, it goes on:", "found" if real_cache.ask(0.0) else "lost")
 real_cache if real else None
 
 # %% [markdown]

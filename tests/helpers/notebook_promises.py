@@ -4,7 +4,7 @@ PROMISES = {
     "quickstart": [
         r"--- dense continues:\n\s*\S[\s\S]{30,}--- routed continues:\n\s*\S[\s\S]{30,}",
         r"routing\.html written",
-        r"No real model here|It goes on: +\S",
+        r"No real model here|Everything kept, it goes on: found",
     ],
     "1_convert": [
         r"weights untouched: True",
@@ -14,7 +14,7 @@ PROMISES = {
         r"same logits: True",
     ],
     "2_train": [
-        r"4,096 tokens in \d+ s: R² 0\.\d+, keeps \d+%",
+        r"Reading 4,096 tokens \.\.\.\n\.\.\. in \d+ s: R² 0\.\d+, keeps \d+%",
         r"Paused after step \d+",
         r"all \d+ weights are equal: True",
         r"modlab_router\.safetensors",

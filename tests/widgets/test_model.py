@@ -294,6 +294,7 @@ def test_frontier_offers_what_was_measured(routed_model: Any) -> None:
     assert [axis["key"] for axis in line["qualities"]] == ["loss"] and line["dial"] == "threshold"
     send(widget, type="set", p=0.7, id=1)
     assert routed_model.mod.thresholds[1] == 0.7 == widget.applied
+    assert Frontier(sweep(), routed_model).threshold == 0.8 and Frontier(sweep()).threshold == 0.5
     widget.choose(0.3)
     assert routed_model.mod.thresholds[1] == 0.3 == widget.threshold
     with pytest.raises(ModlabError, match="at least 0 and below 1"):

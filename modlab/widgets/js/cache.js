@@ -102,7 +102,8 @@ class CacheControls extends Controls {
     this.answer.box.hidden = !expect;
     this.answer.box.dataset.answer = state;
     this.answer.value.textContent = { preview: "release to ask", asking: "…", found: "✓ found", lost: "✗ lost" }[state];
-    this.answer.more.textContent = text === undefined ? `Generate asks for “${expect}”.` : `wanted “${expect}”, written “${visible(text)}”`;
+    const said = () => `wanted “${expect}”, written “${visible(text)}”`;
+    this.answer.more.textContent = text === undefined ? `Generate asks for “${expect}”.` : said();
   }
 }
 
@@ -171,7 +172,8 @@ class HeadNames {
     for (const head of heads) groups.set(head.name, [...(groups.get(head.name) || []), head]);
     this.chips = [];
     this.groups.replaceChildren();
-    for (const [name, members] of [...groups].sort((a, b) => b[1].length - a[1].length)) {
+    const first = (name) => name === "everything"; // what one is told to look for is not below the others
+    for (const [name, members] of [...groups].sort((a, b) => first(b[0]) - first(a[0]) || b[1].length - a[1].length)) {
       const row = el(this.groups, "div", "mod-head-group");
       el(row, "b", "", name);
       el(row, "span", "mod-note", `${members.length}`);

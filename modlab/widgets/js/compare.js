@@ -99,7 +99,7 @@ class Compare {
     const { kv_bytes: stored, dense_bytes: dense, tokens_per_s: rate, first_s: first } = side;
     figures.dataset.state = side.done ? "measured" : "preview";
     kv.value.textContent = dense ? byteText(stored) : "–";
-    kv.more.textContent = dense ? `of ${byteText(dense)} dense, ${(dense / stored).toFixed(2)}x smaller` : "";
+    kv.more.textContent = dense ? `of ${byteText(dense)} dense, ${gain(dense / stored, "smaller", "larger")}` : "";
     bar.hidden = !dense;
     filled.style.width = `${Math.min(100, (100 * stored) / (dense || 1))}%`;
     speed.value.textContent = rate ? `${rate.toFixed(1)} tok/s` : "–";

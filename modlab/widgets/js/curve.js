@@ -66,7 +66,8 @@ class Curve {
     if (at !== null) plot.dot(here, at, "mod-here", 5);
     const about = points.some((d) => d.p === p) ? "" : "≈ ";
     const where = ratio ? `one in ${number(Number((2 ** here).toPrecision(2)))}` : `p ${number(p)}`;
-    const says = at === null ? `${where} lies outside the sweep` : `${where}: ${about}${format(at)}`;
+    const saved = at && key === "kv_bytes" ? `, ${gain(store.summary.dense_bytes / at, "smaller", "larger")}` : "";
+    const says = at === null ? `${where} lies outside the sweep` : `${where}: ${about}${format(at)}${saved}`;
     plot.text(plot.end, 14, says, "mod-here-text", "end");
     svg.dataset.curve = key;
     svg.setAttribute("aria-label", `${title} against threshold. ${says}` + (base ? `; ${base.name} ${format(base.value)}` : ""));

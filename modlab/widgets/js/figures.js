@@ -15,7 +15,7 @@ class Figures {
     this.kept.more.textContent = `${store.routed} of ${store.numLayers} layers are routed`
       + (store.several ? `, ${store.R} ${store.words.gate}s` : "");
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
-    this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${(summary.dense_bytes / kv).toFixed(2)}x smaller`
+    this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${gain(summary.dense_bytes / kv, "smaller", "larger")}`
       + (preview ? "" : ", allocated");
     const swept = preview && !store.model.get("layer_thresholds").length ? interpolate(store.model.get("points"), store.threshold, "loss") : null;
     this.loss.value.textContent = summary.loss === null || (preview && swept === null) ? "–"

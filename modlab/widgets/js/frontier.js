@@ -138,8 +138,8 @@ class Frontier {
   versus(here) {
     const { line, quality, memory, time } = this, base = line.references.find((d) => d.name.startsWith("dense")), gains = [];
     if (!base) return "";
-    for (const [axis, word] of [[memory, "smaller"], [time, "faster"]])
-      if (axis && Number.isFinite(base[axis.key])) gains.push(`${(base[axis.key] / here[axis.key]).toFixed(2)}x ${word}`);
+    for (const [axis, ...words] of [[memory, "smaller", "larger"], [time, "faster", "slower"]])
+      if (axis && Number.isFinite(base[axis.key])) gains.push(gain(base[axis.key] / here[axis.key], ...words));
     const lost = here[quality.key] - base[quality.key];
     if (base[quality.key]) gains.push(`${lost < 0 ? "−" : "+"}${UNITS[quality.unit](Math.abs(lost))}`);
     return gains.length ? `; against ${base.name}: ${gains.join(", ")}` : "";

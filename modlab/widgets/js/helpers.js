@@ -10,6 +10,8 @@ const number = (x) => String(Number(x.toFixed(4)));
 // A gate or threshold: four decimals, or three figures where these would say little.
 const chance = (p) => (p && p < 0.01 ? String(Number(p.toPrecision(3))) : p > 0.99 && p < 1 ? `1 − ${Number((1 - p).toPrecision(2))}` : number(p));
 const percent = (x) => (100 * x).toFixed((x >= 0.0995 && x < 0.995) || x === 1 || x === 0 ? 0 : 1) + " %"; // 0 and 100 are none and all
+// How many times less it is than something else, or more: gain(2, "smaller", "larger").
+const gain = (times, less, more) => (times >= 0.995 ? `${times.toFixed(2)}x ${less}` : `${(1 / times).toFixed(2)}x ${more}`);
 const milliseconds = (v) => `${number(Number(v.toPrecision(3)))} ms`;
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 

@@ -1,0 +1,81 @@
+"""Gates near 0, as routers of real models have them: sliders by share, and what they were trained for."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.helpers import kernel
+from tests.browser.notebook_browser import JupyterLab, Notebook
+
+pytestmark = pytest.mark.browser
+
+SETUP = """\
+import modlab
+from modlab.routing.trained import Trained
+from modlab.widgets.pictures.page import keeping_one_in
+from tests.helpers.models import dense_llama, scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
+config = modlab.MoDConfig(skip="kv", layers="alternate", keep_recent=24, gates="kv_head")
+model, tokenizer = scatter_gates(modlab.convert(dense_llama(), config), scale=12.0), make_tokenizer()
+for name, values in model.named_parameters():
+    if name.endswith("mod_router.bias"):
+        values.data.fill_(-7.0)
+text = "the router decides which token runs and which token skips, and so on to the end.\\n" * 6
+trace = modlab.trace(model, tokenizer, text)
+twice, fourfold = keeping_one_in(trace, [4, 2])
+modlab.set_threshold(model, twice)
+model.mod.trained = Trained(savings={2.0: twice, 4.0: fourfold})
+view = modlab.widgets.Thresholds(model, tokenizer, text)
+view"""
+
+
+@pytest.fixture(scope="module")
+def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
+    with lab.open(notebook(SETUP, name="small_gates"), timeout=120) as nb:
+        nb.run_all()
+        yield nb
+        nb.check()
+
+
+def measured(nb: Notebook) -> None:
+    for state in ("preview", "measured"):
+        nb.page.wait_for_function(
+            "state => document.querySelector('.modlab-badge').dataset.state === state", arg=state
+        )
+    nb.python("view.wait(60)")
+    nb.wait_idle()
+
+
+def test_a_layers_slider_asks_for_a_share_where_p_says_little(nb: Notebook, shots: Path) -> None:
+    assert float(kernel(nb, "trace.gate.max()")) < 0.05
+    halvings = nb.drag(".modlab-layer-threshold", 2.0)  # of the first routed layer: one in four
+    measured(nb)
+    layer = int(kernel(nb, "view.trace.layers[0]"))
+    p = float(kernel(nb, f"model.mod.thresholds[{layer}]"))
+    rows = f"trace.gate[[i for i, l in enumerate(trace.layers) if l == {layer}]]"
+    assert 0 < p < 0.05
+    assert float(kernel(nb, f"({rows} >= {p}).mean()")) == pytest.approx(2**-halvings, abs=0.03)
+    others = kernel(nb, f"{{v for l, v in model.mod.thresholds.items() if l != {layer}}} == {{twice}}")
+    assert others == "True"  # the slider of one layer
+    said = nb.page.locator(".mod-layer-slider").first.inner_text()
+    assert "keeps" in said and "\n0\n" not in said  # p with its figures, not rounded to nothing
+    nb.page.screenshot(path=shots / "small-gates.png")
+
+
+def test_the_slider_says_when_the_routers_were_not_trained_for_it(nb: Notebook, shots: Path) -> None:
+    nb.python("view.apply(twice)")
+    nb.wait_idle()
+    warning = nb.page.locator(".modlab-beyond")
+    assert warning.is_hidden()
+    nb.drag(".modlab-threshold", 4.0, release=False)  # one in sixteen, trained for one in four
+    nb.page.wait_for_function("() => !document.querySelector('.modlab-beyond').hidden")
+    nb.page.mouse.up()
+    measured(nb)
+    p = float(kernel(nb, "view.thresholds[view.trace.layers[0]]"))
+    tail = kernel(nb, f"model.mod.trained.warning_for({p})").partition(" lies")[2]
+    assert tail and warning.inner_text().endswith(tail)
+    nb.page.screenshot(path=shots / "small-gates-beyond.png")
+    nb.drag(".modlab-threshold", 0.5)
+    measured(nb)
+    assert warning.is_hidden()
