@@ -49,6 +49,8 @@ def as_batches(
             model does not know, or nothing to measure on.
     """
     batches = list(iter_batches(data, tokenizer, seq_len, batch_size, vocabulary))
+    if batches and all("attention_mask" in b and not bool(b["attention_mask"].any()) for b in batches):
+        raise ModlabError("nothing to measure on: the attention_mask says that all tokens are padding.")
     if not batches:
         raise ModlabError(
             "nothing to measure on: give at least one text or token batch of two tokens or more."
@@ -164,6 +166,15 @@ def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
+def predicts(batch: Batch) -> bool:
+    """Whether some token of the batch is to be predicted: a real one behind a real one whose label counts."""
+    target = batch.get("labels", batch["input_ids"])[:, 1:] != IGNORE
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        target = target & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(target.any())
+
+
 def check_vocabulary(batch: Batch, vocabulary: int | None, what: str) -> None:
     """No id or label is one that the model does not know; on a GPU such an id would end the process.
 
@@ -193,7 +204,10 @@ def check_vocabulary(batch: Batch, vocabulary: int | None, what: str) -> None:
 
 
 def _cut(batch: Batch, seq_len: int | None) -> Iterator[Batch]:
-    """Consecutive pieces of at most `seq_len` tokens; one of a single token predicts nothing."""
+    """Consecutive pieces of at most `seq_len` tokens; one of a single token predicts nothing, nor do no
+    rows."""
+    if not len(batch["input_ids"]):
+        return
     length = batch["input_ids"].shape[1]
     step = seq_len or max(length, 1)
     for start in range(0, length - 1, step):

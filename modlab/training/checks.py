@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from modlab.data.batches import check_vocabulary
+from modlab.data.batches import IGNORE, check_vocabulary
 from modlab.errors import ModlabError
 from modlab.hf.model import context_length, vocabulary_size
 from modlab.routing.state import is_converted
@@ -73,6 +73,10 @@ def check_fit(model: Any, source: Batches, what: str) -> None:
     if ids.shape[1] < 2:
         raise ModlabError(f"{what} has rows of one token; two are needed to predict one from another.")
     check_vocabulary({**source.first, "input_ids": ids}, vocabulary_size(model), what)
+    if source.predicts_nothing:
+        raise ModlabError(
+            f"{what} has no token to predict: all are padding (attention_mask), or every label is {IGNORE}."
+        )
 
 
 def nothing_to_learn(model: Any, length: int) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modlab.data.batches import Batch, batch_of
+from modlab.data.batches import Batch, batch_of, predicts
 from modlab.data.texts import is_chat, unwrapped
 from modlab.errors import ModlabError
 
@@ -52,6 +52,14 @@ class Batches:
     def preloaded(self) -> bool:
         """Whether all rows are one tensor in memory."""
         return self.kind == "rows" and isinstance(self.data, Tensor)
+
+    @property
+    def predicts_nothing(self) -> bool:
+        """Whether no token of the data is to be predicted. Of a stream only the first batch is known, which
+        may be one of prompts alone."""
+        if self.kind == "stream" or predicts(self.first):
+            return False
+        return not any(predicts(_as_batch(self.data[i])) for i in range(len(self.data)))
 
     @property
     def fingerprint(self) -> dict[str, Any]:

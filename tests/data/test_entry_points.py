@@ -126,6 +126,14 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("name", MEASURES)
+def test_data_without_a_real_token_is_refused(name: str, model: Any, tokenizer: Any) -> None:
+    ids = torch.randint(3, 500, (1, 40))
+    for data in ({"input_ids": ids, "attention_mask": torch.zeros_like(ids)}, ids[:0], [ids[:0]]):
+        with pytest.raises(ModlabError):
+            MEASURES[name](model, data, tokenizer)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 @pytest.mark.parametrize("name", MEASURES)
 def test_all_refuse_the_same(name: str, what: str, model: Any, tokenizer: Any) -> None:

@@ -44,6 +44,25 @@ def test_refuses_data_that_does_not_fit(make: Callable[..., Any], rows: torch.Te
         train(model, rows, config, eval_data=rows + 1)
 
 
+def test_refuses_data_without_a_token_to_predict(make: Callable[..., Any], rows: torch.Tensor) -> None:
+    padding, ignored = torch.zeros_like(rows), torch.full_like(rows, -100)
+    config = TrainConfig(**settings(steps=1))
+    by_row = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(rows, padding, strict=True)]
+    for data in (
+        {"input_ids": rows, "attention_mask": padding},
+        {"input_ids": rows, "labels": ignored},
+        {"input_ids": rows[:0]},
+        [{"input_ids": rows, "labels": ignored}] * 3,
+        by_row,
+    ):
+        with pytest.raises(ModlabError, match="batches has no token to predict"):
+            train(make(), data, config)
+    with pytest.raises(ModlabError, match="eval_data has no token to predict"):
+        train(make(), rows, config, eval_data={"input_ids": rows, "labels": ignored})
+    some = [{"input_ids": rows, "labels": ignored}, {"input_ids": rows}]
+    train(make(), some, TrainConfig(**settings(steps=2)))
+
+
 def test_refuses_rows_in_which_every_key_is_recent(make: Callable[..., Any], rows: torch.Tensor) -> None:
     model = make(mod=modlab.MoDConfig(keep_recent=rows.shape[1]))
     with pytest.raises(ModlabError, match=f"rows of at most {rows.shape[1]} tokens.*keep_recent"):
