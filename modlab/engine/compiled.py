@@ -92,14 +92,19 @@ def norm_forwards(modules: Iterable[nn.Module], compiler: Compiler) -> dict[nn.M
     and for all lengths. torch's own norms are one kernel already.
     """
     run = compiler.whole("norms of a prefill", _run_norm)
-    return {
-        norm: partial(_long_norm, run, type(norm).forward, norm)
-        for module in modules
+    norms = (norm for module in modules for norm in python_norms(module))
+    return {norm: partial(_long_norm, run, type(norm).forward, norm) for norm in norms}
+
+
+def python_norms(module: nn.Module) -> list[nn.Module]:
+    """The norms among a module's children that are written in Python, and so are several kernels."""
+    return [
+        norm
         for norm in module.children()
         if NORM.search(type(norm).__name__)
         and not type(norm).__module__.startswith("torch.")
         and "forward" not in norm.__dict__
-    }
+    ]
 
 
 def _long_norm(run: Function, forward: Function, norm: nn.Module, x_1SD: Tensor, *args: Any) -> Any:

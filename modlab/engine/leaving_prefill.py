@@ -100,8 +100,9 @@ class LeavingPrefill(RoutedPrefill):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Writes [1, G, S, H] and ends the pass; or attends, query [B, N, 1, H], output [B, 1, N, H]."""
         if self.new is None:
-            last, part = self.line.last, self.part
-            self.new = (key[0, :, last].transpose(0, 1), value[0, :, last].transpose(0, 1))
+            part = self.part
+            last_BGH = (x[0].index_select(1, self.line.last).transpose(0, 1) for x in (key, value))
+            self.new = next(last_BGH), next(last_BGH)
             if part.kept is None:
                 store(part, key[0], value[0])
             else:

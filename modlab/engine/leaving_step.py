@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from modlab.engine.attention import CannotCapture
+from modlab.engine.compiled import python_norms
 from modlab.engine.leaving_prefill import on_state
-from modlab.engine.lending import as_one_token_linear
+from modlab.engine.lending import as_one_token_linear, lent
 from modlab.engine.step_layers import Forward, KeptKeysStep, RoutedStep, StepPass
 from modlab.execution.given_keys import Written
 from modlab.execution.projections import OWN, PROJECTIONS, WholeProjection
@@ -57,7 +58,8 @@ class LeavingStep(RoutedStep):
     once for all of them.
 
     Attributes:
-        heard: that, once the layer has begun.
+        norms: what the layer's norms run on the way there, each compiled to one kernel.
+        heard: what it would have been given, once the layer has begun.
     """
 
     def __init__(self, layer: Any, index: int, step: StepPass) -> None:
@@ -68,6 +70,9 @@ class LeavingStep(RoutedStep):
         self.projections = {
             name: Sourced(trained.get_submodule(name), self.attention.get_submodule(name), step.tables.batch)
             for name in OWN
+        }
+        self.norms: dict[nn.Module, Forward] = {
+            norm: partial(step.run_dense, type(norm).forward, norm) for norm in python_norms(layer)
         }
         self.listens, self.heard = False, None
 
@@ -83,7 +88,7 @@ class LeavingStep(RoutedStep):
         arguments = on_state(layer_class, args, kwargs, self.step.entered)
         self.decide_keys(arguments)
         self.listens, self.heard = True, None
-        with contextlib.suppress(Written):
+        with contextlib.suppress(Written), lent(self.norms):
             arguments.run(partial(layer_class.forward, self.layer), {})
         self.listens = False
         if self.heard is None:

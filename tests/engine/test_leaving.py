@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 import modlab
+from modlab.engine import attention as attention_module
+from modlab.engine import leaving_prefill
+from modlab.engine.attention import LineBlocks
 from modlab.engine.forms import form_of
 from modlab.engine.leaving_prefill import LeavingKeysPrefill, LeavingPrefill
 from modlab.engine.prefill import prefill
 from modlab.engine.ring import RingBuffer
+from modlab.engine.tables import LayerStep
 from modlab.execution.routed import RoutedBranch
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.names import cache_argument
+from modlab.kernels.decode_attention import decode_attention, decode_ring_attention, fold
+from modlab.kernels.kept_attention import store_kept
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
@@ -104,6 +110,53 @@ def test_logits_are_those_of_the_ordinary_path(skip: str, gates: str) -> None:
     with torch.no_grad():
         got, _, _ = prefill(engine, inputs["input_ids"], mask)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def by_kernels(step: LayerStep, new: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
+    """`attend_step` as on a GPU."""
+    if step.ring is None:
+        return decode_attention(*new, step.table, step.lengths, step.keep, step.column, scale)
+    q, k, v = (fold(x, len(step.lengths)) for x in new)
+    position_B = step.position[:, 0]
+    out = decode_ring_attention(q, k, v, step.table, step.lengths, step.keep, step.ring, position_B, scale)
+    return out.view(*new[0].shape[:2], -1)
+
+
+@kinds
+def test_kernels_of_a_gpu_say_the_same(skip: str, gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter where there is no GPU: each row's last token is stored once more where it is
+    stored already, and nothing else moves."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model, inputs = leaving(skip, gates), prompts(17, 1, 6, 7)
+    engine = use_engine(model)
+
+    def run() -> tuple[Tensor, list[Any]]:
+        with torch.no_grad():
+            logits, buffers, _ = prefill(engine, inputs["input_ids"], inputs["attention_mask"])
+        return logits, buffers
+
+    def by_kernel(key: Tensor, value: Tensor, counts: list[int], stored: Any) -> None:
+        store_kept(key, value, LineBlocks(counts, DEVICE).of(16), 16, stored)
+
+    (want, buffers), lengths = run(), []
+
+    def noting(step: LayerStep, *args: Any) -> Tensor:
+        out = by_kernels(step, *args)
+        lengths.append(step.lengths.tolist())
+        return out
+
+    monkeypatch.setattr(leaving_prefill, "attend_step", noting)
+    monkeypatch.setattr(attention_module, "reference_store_kept", by_kernel)
+    got, others = run()
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert lengths == [buffer.lengths for buffer in buffers[FIRST:]]
+    for one, other in zip(buffers, others, strict=True):
+        assert one.lengths == other.lengths and one.starts == other.starts
+        if isinstance(one, RingBuffer):
+            assert torch.equal(one.ring_kept, other.ring_kept)
+        for n, start in zip(one.lengths, one.starts, strict=True):
+            here = slice(start, start + n)
+            torch.testing.assert_close(one.keys[:, here], other.keys[:, here], atol=2e-5, rtol=1e-4)
 
 
 def rows_of_mlps(model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
