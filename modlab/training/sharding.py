@@ -30,12 +30,17 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
         bf16: weights are gathered in bf16 (gradients are reduced in fp32).
 
     Raises:
-        ModlabError: activation checkpointing is wanted of a model that has none.
+        ModlabError: activation checkpointing is wanted of a model that has none, or the model has adapters.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if is_sharded(model):
         return
+    if hasattr(model, "get_base_model"):
+        raise ModlabError(
+            "accelerate was launched with FSDP2, but PEFT saves what one process holds, which would be parts "
+            "of the adapters: launch with --multi_gpu; a frozen base takes no optimiser's memory."
+        )
     plugin = processes.plugin
     if plugin.activation_checkpointing:
         _checkpoint_activations(model)

@@ -33,9 +33,10 @@ import torch
 from accelerate import Accelerator, debug_launcher, notebook_launcher
 
 import modlab
-from modlab import figures
+from modlab import figures, lab
 from modlab.measure import evaluate
 
+lab.quiet()
 FOLDER = Path("many-gpus")
 FOLDER.mkdir(exist_ok=True)
 GPUS = torch.cuda.device_count()
@@ -155,6 +156,32 @@ table = pd.DataFrame(rows).T[["tokens", "loss", "keep_ratio"]]
 own = pd.DataFrame([report["own"] for report in several])
 print(f"own losses, weighted by their tokens: {(own.loss * own.tokens).sum() / own.tokens.sum():.6f}")
 table.astype({"tokens": int}).round(6)
+
+# %% [markdown]
+# ## On a real model
+#
+# SmolLM2-135M with the routers that ship: two processes on the CPU share a few rows, and their figures are
+# those of one.
+
+# %%
+real = lab.real_model()
+
+
+def share():
+    """Evaluates the real model together with all processes; the first one writes what all of them found."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    held_out = rows_of(statistics, real[1], 4)
+    found = evaluate(real[0], held_out, batch_size=1, cache=False, accelerator=accelerator)
+    if accelerator.is_main_process:
+        figures = {"loss": found.loss, "keep_ratio": found.keep_ratio}
+        (FOLDER / f"real_{accelerator.num_processes}.json").write_text(json.dumps(figures))
+
+
+if real:
+    for processes in (2, 1):
+        debug_launcher(share, num_processes=processes)
+        print(f"{processes} process(es):", json.loads((FOLDER / f"real_{processes}.json").read_text()))
 
 # %% [markdown]
 # ## On real hardware

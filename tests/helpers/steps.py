@@ -8,10 +8,12 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM
 
 import modlab
+from modlab.routing.router import is_router
 from tests.helpers.models import scatter_gates, tiny_config
 
 ROWS, LENGTH, VOCABULARY = 8, 24, 97
@@ -41,6 +43,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "distil": (HEADS, DISTIL),
     "distil over a range": (HEADS, {**DISTIL, "keep_range": (0.2, 0.8)}),
     "distil in bf16": (HEADS, {**DISTIL, "mixed_precision": "bf16"}),
+    "distil with adapters": (HEADS, DISTIL),
     "distil, keys hidden": (HEADS, {**DISTIL, "what_if": 0.0}),
     "distil, one row keeps": ({**HEADS, "keep_first": 0}, {**DISTIL, "what_if": 0.0}),
     "distil of layers, one row keeps": ({**LAYERS, "keep_first": 0}, {**DISTIL, "what_if": 0.0}),
@@ -93,6 +96,19 @@ def model_of(conversion: dict[str, Any] | None, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
+def adapted(model: Any) -> Any:
+    """The model with adapters that already say something, trained together with its routers."""
+    targets = ["q_proj", "up_proj"]
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        parameter.requires_grad_(".lora_" in name or is_router(name))
+    return model
+
+
+@torch.no_grad()
 def _keep_high_tokens(model: Any) -> None:
     """Gates open for the tokens of one row alone: whoever does not have it skips all layers altogether."""
     high = torch.arange(VOCABULARY) >= HIGH
@@ -111,6 +127,8 @@ def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Ten
         named = model.named_parameters()
         seen.update({name: p.grad.clone() for name, p in named if p.grad is not None})
 
+    if "adapters" in case:
+        model = adapted(model)
     if settings.get("mixed_precision") == "bf16":
         model.to(torch.bfloat16)  # the routers stay fp32
     handle = register_optimizer_step_pre_hook(note)

@@ -15,8 +15,10 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.plan import sizes_of
 from modlab.training.processes import Processes
+from modlab.training.sharding import shard
 from tests.helpers.launch import launch
 from tests.helpers.runs import OBJECTIVES, began, model_in_bf16, rows
+from tests.helpers.steps import KEYS, adapted, model_of
 
 WORKER = Path(__file__).with_name("sharded_in_processes.py")
 
@@ -65,6 +67,11 @@ def test_checkpoints_of_other_global_batches_are_refused(tmp_path: Path) -> None
     modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 4))
     with pytest.raises(ModlabError, match=r"global_batch=2 \(was 4\)"):
         modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 2))
+
+
+def test_adapters_are_not_sharded() -> None:
+    with pytest.raises(ModlabError, match=r"parts of the adapters: launch with --multi_gpu"):
+        shard(adapted(model_of(KEYS)), None, bf16=False)
 
 
 @pytest.mark.parametrize(
