@@ -31,7 +31,7 @@ TRAINED = ("one", "ddp", "fsdp2", "resumed")
 DISTILLED = tuple(f"{way} distilled" for way in TRAINED)
 BY_HEAD = "tensor parallel by head"
 PARTS = (*TRAINED, *DISTILLED, "tensor parallel", BY_HEAD, "device_map")
-HEADS = {"gates": "kv_head", "router_hidden": 16}
+HEADS: dict[str, Any] = {"gates": "kv_head", "router_hidden": 16}
 """Routers that are distilled, and those of the part `BY_HEAD`."""
 
 
@@ -132,7 +132,9 @@ def _trained(options: argparse.Namespace) -> dict[str, Any]:
     model = _loaded(options, dtype=dtype)
     teacher = None if distilled else _loaded(options, dtype=dtype)
     modlab.convert(model, modlab.MoDConfig(layers="all", **(HEADS if distilled else {})))
-    kind = {"objective": "distil", "keep_ratio": 0.25} if distilled else {"lr": 1e-4, "kl": 1.0}
+    kind: dict[str, Any] = {"lr": 1e-4, "kl": 1.0}
+    if distilled:
+        kind = {"objective": "distil", "keep_ratio": 0.25}
     folder = options.file.parent / f"run_{'fsdp2' if way == 'resumed' else way}{distilled and '_distilled'}"
     generator = torch.Generator().manual_seed(0)
     top = min(model.config.vocab_size, 30_000)
