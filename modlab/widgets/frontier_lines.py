@@ -28,7 +28,7 @@ COSTS = {
 }
 QUALITIES = {
     "loss": ("loss, nats a token", "nats"),
-    "recall_loss": ("loss where a passage comes again", "nats"),
+    "recall_loss": ("loss on repeated passages", "nats"),
 }
 
 

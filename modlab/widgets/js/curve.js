@@ -37,7 +37,7 @@ class Curve {
     }
     const { summary } = store, far = points.every((d) => Number.isFinite(d.recall)), nats = (v) => v.toFixed(3);
     const wanted = [["kv_bytes", "KV cache", byteText, null], ["loss", "loss, nats a token", nats, reference(summary, "loss")]];
-    if (far) wanted.push(["recall", "loss where a passage comes again", nats, reference(summary, "recall")]);
+    if (far) wanted.push(["recall", "loss on repeated passages", nats, reference(summary, "recall")]);
     this.narrow = width < 560; // one below the other: the lowest has the scale of all
     wanted.forEach((what, i) => this.plot(points, this.narrow ? width : (width - 24) / 2, !this.narrow || i === wanted.length - 1, ...what));
     if (far) el(this.plots, "p", "mod-note mod-look", "Look for where the last curve leaves its dashed line: two passages of the text come "
@@ -66,9 +66,9 @@ class Curve {
     if (at !== null) plot.dot(here, at, "mod-here", 5);
     const about = points.some((d) => d.p === p) ? "" : "≈ ";
     const where = ratio ? `one in ${number(Number((2 ** here).toPrecision(2)))}` : `p ${number(p)}`;
-    const saved = at && key === "kv_bytes" ? `, ${gain(store.summary.dense_bytes / at, "smaller", "larger")}` : "";
+    const saved = at && key === "kv_bytes" ? `, ${(store.summary.dense_bytes / at).toFixed(2)}x` : "";
     const says = at === null ? `${where} lies outside the sweep` : `${where}: ${about}${format(at)}${saved}`;
-    plot.text(plot.end, 14, says, "mod-here-text", "end");
+    plot.text(plot.end, 14, fromZero ? says : says.split(": ").at(-1), "mod-here-text", "end"); // once says where
     svg.dataset.curve = key;
     svg.setAttribute("aria-label", `${title} against threshold. ${says}` + (base ? `; ${base.name} ${format(base.value)}` : ""));
   }

@@ -204,7 +204,7 @@ def _text_line(picture: Picture, line: list[Piece], y: float) -> None:
 def _curves(picture: Picture, points: Sequence[Mapping[str, Any]], dense: float | None, top: float) -> None:
     drawn = [("kv_bytes", "KV cache of this text"), ("loss", "loss, nats a token")]
     if all(d.get("recall") is not None for d in points):
-        drawn.append(("recall", "loss where a passage comes again"))
+        drawn.append(("recall", "loss on repeated passages"))
     each = (picture.width - 20) // len(drawn)
     for index, (key, title) in enumerate(drawn):
         line = [(float(d["p"]), float(d[key])) for d in points]
