@@ -66,6 +66,10 @@ def load(
             reached.
     """
     for said, value in (("name_or_path", name_or_path), ("base", base)):
+        if not isinstance(value, (str, os.PathLike)) and not (said == "base" and value is None):
+            raise ModlabError(
+                f"{said} is a {type(value).__name__}: give the name of a model, a hub id or a folder."
+            )
         if value is not None and not os.fspath(value).strip():
             raise ModlabError(f"{said}={value!r} is empty: give a hub id or a folder ('.' is this one)")
     given = {} if base is None else {"base": os.fspath(base)}
@@ -78,13 +82,20 @@ def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> Loaded:
     if name in DEMOS:
         kwargs.setdefault("dtype", torch.float32)
         _require_demo(source)
-    here = os.path.realpath(source) if Path(source).exists() else source
+    here = os.path.realpath(source) if _exists(source) else source
     if here in asked:
         raise ModlabError(
             f"{asked[0]!r} names itself as its base model"
             f"{f' by way of {asked[-1]!r}' if len(asked) > 1 else ''}: give the base that it was made for."
         )
     return undisturbed(Path(source), lambda: _load_once(name, source, (*asked, here), kwargs))
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError as error:  # no system has such a name
+        raise ModlabError(f"{source[:60]!r}... names no folder and no model: {error.strerror}.") from error
 
 
 def _load_once(name: str, source: str, asked: tuple[str, ...], kwargs: dict[str, Any]) -> Loaded:

@@ -73,6 +73,24 @@ def test_names_that_are_no_model(tmp_path) -> None:
         modlab.load("modlab-test/does-not-exist")
 
 
+@pytest.mark.parametrize("wrong", [None, 5, b"folder", torch.nn.Linear(1, 1), "a" * 5000])
+def test_what_is_no_name_is_no_model(saved, wrong) -> None:
+    with pytest.raises(ModlabError, match="name"):
+        modlab.load(wrong)
+    if wrong is not None:
+        with pytest.raises(ModlabError, match="name"):
+            modlab.load("smollm2-kv", base=wrong)
+
+
+def test_a_file_that_names_what_no_system_has_is_refused(tiny_llama, tmp_path) -> None:
+    modlab.save_routers(tiny_llama, tmp_path, base_model="some/base")
+    described = json.loads((tmp_path / "modlab_config.json").read_text())
+    described["base_model"] = "a" * 5000
+    (tmp_path / "modlab_config.json").write_text(json.dumps(described))
+    with pytest.raises(ModlabError, match="names no folder and no model"):
+        modlab.load(tmp_path)
+
+
 @torch.no_grad()
 def test_third_party_weights(data_dir, tmp_path) -> None:
     for name in ("stories260K", "babyllama-tok105"):
