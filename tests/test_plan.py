@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import LlamaForCausalLM, Qwen2Config
 
 import modlab
 from modlab.bench.models import SHAPES
 from modlab.errors import ModlabError
 from modlab.hf.names import cache_argument
 from modlab.plan import GIB, kv_bytes, plan, sizes_of
+from tests.helpers.models import narrow_config
 
-CONFIG = LlamaConfig(
-    vocab_size=101, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512,
-)  # fmt: skip
+CONFIG = narrow_config(
+    vocab_size=101, intermediate_size=72, num_hidden_layers=3, max_position_embeddings=512
+)
 
 
 def saved_bytes(model: Any, ids: torch.Tensor) -> int:

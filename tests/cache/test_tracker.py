@@ -14,7 +14,7 @@ from transformers import (
 import modlab
 from modlab.cache.bytes import allocated_bytes
 from modlab.errors import ModlabError
-from tests.helpers.models import tiny_config
+from tests.helpers.models import narrow_config, tiny_config
 
 LAYERS, HEADS_KV, HEAD_DIM = 3, 2, 8
 TOKEN_BYTES = 2 * HEADS_KV * HEAD_DIM * 4  # K and V, fp32
@@ -111,16 +111,8 @@ def test_static_cache_counts_what_it_allocated(model):
 @pytest.mark.parametrize("static", [False, True])
 def test_sliding_window_limits_dense_bytes(static):
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=HEADS_KV,
-        sliding_window=8,
-        pad_token_id=0,
-        eos_token_id=None,
+    config = narrow_config(
+        MistralConfig, vocab_size=64, num_hidden_layers=2, sliding_window=8, pad_token_id=0, eos_token_id=None
     )
     model = MistralForCausalLM(config).eval()
     cache = StaticCache(config=config, max_cache_len=64) if static else None
@@ -155,13 +147,9 @@ def test_linear_attention_layers_report_their_state():
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3NextConfig(
+    config = narrow_config(
+        Qwen3NextConfig,
         vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=HEADS_KV,
         head_dim=HEAD_DIM,
         linear_num_key_heads=2,
         linear_num_value_heads=2,

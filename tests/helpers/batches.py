@@ -13,9 +13,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import modlab
+from tests.helpers.models import narrow_config
 
 VOCAB, LAYERS, HEADS_KV, HEAD_DIM, LONGEST = 64, 4, 2, 8, 24
 WINDOW, RECENT = 6, 3
@@ -58,19 +59,11 @@ def dense(which: int) -> Any:
     """The dense model of `MODELS[which]`."""
     name, attention, _, _ = MODELS[which]
     torch.manual_seed(which)
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": HEADS_KV,
-        "max_position_embeddings": 4 * LONGEST,
-    }
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "max_position_embeddings": 4 * LONGEST}
     if name == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+        model: Any = LlamaForCausalLM(narrow_config(**sizes))
     else:
-        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=WINDOW))
+        model = MistralForCausalLM(narrow_config(MistralConfig, **sizes, sliding_window=WINDOW))
     model.set_attn_implementation(attention)
     return model.eval()
 

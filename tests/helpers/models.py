@@ -29,6 +29,19 @@ def tiny_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
+def narrow_config(config_class: Any = LlamaConfig, **changes: object) -> Any:
+    """Four layers, 32 wide, of whichever family: about as small as a model with shared KV heads can be."""
+    sizes: dict[str, object] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return config_class(**{**sizes, **changes})
+
+
 def dense_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """A tiny dense Llama with random weights; `changes` are made to its config."""
     torch.manual_seed(seed)

@@ -9,21 +9,18 @@ import torch
 from transformers import LlamaForCausalLM
 
 import modlab
-from tests.helpers.models import scatter_gates, tiny_config
+from tests.helpers.models import narrow_config, scatter_gates
 
 
 def model_in_bf16() -> Any:
     """Converted, with tied embeddings; dense and routed layers differ in class."""
     torch.manual_seed(0)
-    config = tiny_config(
+    config = narrow_config(
         vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
-        pad_token_id=None,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     modlab.convert(model, modlab.MoDConfig(layers=[0, 2], keep_recent=4))

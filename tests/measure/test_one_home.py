@@ -17,7 +17,7 @@ from modlab.hf.model import beyond_context, context_length
 from modlab.measure import evaluate, piece_length
 from modlab.routing.threshold import check_threshold
 from modlab.training.checks import check_length
-from tests.helpers.models import alternate_layers, tiny_config
+from tests.helpers.models import alternate_layers, narrow_config
 
 CONTEXT = 48
 PACKAGE = Path(modlab.__file__).parent
@@ -26,15 +26,8 @@ PACKAGE = Path(modlab.__file__).parent
 def model_of(rope=None, context=CONTEXT):
     torch.manual_seed(0)
     rope = {"rope_theta": 10000.0, **(rope or {"rope_type": "default"})}
-    config = tiny_config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        max_position_embeddings=context,
-        initializer_range=0.2,
-        rope_parameters=rope,
-        pad_token_id=None,
+    config = narrow_config(
+        intermediate_size=64, max_position_embeddings=context, initializer_range=0.2, rope_parameters=rope
     )
     return LlamaForCausalLM(config).eval()
 

@@ -25,12 +25,8 @@ from modlab.cli.program import main
 from modlab.errors import ModlabError
 from modlab.saving import static
 from modlab.saving.static import as_static, export_static, static_layers
-from tests.helpers.models import scatter_gates
+from tests.helpers.models import narrow_config, scatter_gates
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, "ministral"),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, "qwen2"),
@@ -41,7 +37,7 @@ FAMILIES = {
 def routed(family: str, **more: Any) -> Any:
     torch.manual_seed(0)
     config, model, _ = FAMILIES[family]
-    model = model(config(**SIZES, **more)).eval()
+    model = model(narrow_config(config, initializer_range=0.2, **more)).eval()
     modlab.convert(model, modlab.MoDConfig(layers=[1, 2, 3], keep_recent=6))
     scatter_gates(model)
     return model
@@ -81,7 +77,7 @@ def test_refusals(tmp_path: Path) -> None:
         export_static(routed("llama"), None, tmp_path, [0, 1])
     with pytest.raises(ModlabError, match="which ministral has not"):
         export_static(routed("llama", attention_bias=True), None, tmp_path, [1])
-    layers = modlab.convert(LlamaForCausalLM(LlamaConfig(**SIZES)), modlab.MoDConfig(skip="layer"))
+    layers = modlab.convert(LlamaForCausalLM(narrow_config()), modlab.MoDConfig(skip="layer"))
     with pytest.raises(ModlabError, match="no static form"):
         export_static(layers, None, tmp_path, [1])
     with pytest.raises(ModlabError, match=r"2: 0\.30"):

@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import modlab
 from modlab.training import calibration as train_calibration
 from modlab.training.loop import TrainConfig, train
+from tests.helpers.models import narrow_config
 
 
 def main(out: Path, batch_size: int) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
+    config = narrow_config(
+        vocab_size=32, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32
     )
     model = LlamaForCausalLM(config)
     rows = torch.randint(0, 32, (24, 16))
