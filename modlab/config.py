@@ -55,8 +55,9 @@ class MoDConfig:
             ``"paper"``: u = x + g·Attn(Norm(x)), x' = u + g·MLP(Norm(u));
             ``"fused"``: x' = x + g·(Layer(x) - x), which needs no separable branches.
         capacity: share of tokens that the top-k operator keeps in training, in (0, 1].
-        keep_recent: with ``skip="kv"``, how many of the latest tokens every token may attend to, kept or not.
-            Texts that are not longer save nothing; layers whose sliding window is not longer are not routed.
+        keep_recent: with ``skip="kv"`` and ``"kv+prompt"``, how many of the latest tokens every token may
+            attend to, kept or not; other skips do not read it. Texts that are not longer save nothing; layers
+            whose sliding window is not longer are not routed.
         keep_first: that many first real tokens of every row are always kept (attention sinks).
         leave_after: with ``skip="prompt"`` or ``"kv+prompt"``, the share of layers that all tokens run, in
             (0, 1).
@@ -131,6 +132,7 @@ class MoDConfig:
                 f"MoDConfig(leave_rank={self.leave_rank}): 0 (whole copies), or a rank up to {WIDEST:,}."
             )
         skips.named(self.skip).check(self)
+        self._check_used()
         if not 0 < self.init_gate < 1:
             raise ModlabError(
                 f"MoDConfig(init_gate={self.init_gate}): a sigmoid gate lies strictly inside (0, 1)."
@@ -150,6 +152,23 @@ class MoDConfig:
             raise ModlabError(
                 f"MoDConfig(format_version={self.format_version}): this modlab knows {FORMAT_VERSION} alone; "
                 "update it if the file was written by a newer one."
+            )
+
+    def _check_used(self) -> None:
+        """A setting that nothing asks for is a mistake about what is routed. But for `keep_recent`, so that
+        skips can be compared with the others' settings unchanged."""
+        used = {"layers", "skip", "format_version", "keep_recent", *skips.named(self.skip).settings}
+        for name, declared in type(self).__dataclass_fields__.items():
+            if name not in used and getattr(self, name) != declared.default:
+                users = [repr(other) for other in skips.names() if name in skips.named(other).settings]
+                raise ModlabError(
+                    f"MoDConfig(skip={self.skip!r}, {name}={getattr(self, name)!r}): {name} means nothing "
+                    f"there, only with skip={' or '.join(users)}. Leave it out."
+                )
+        if self.operator != "topk" and self.capacity != type(self).capacity:
+            raise ModlabError(
+                f"MoDConfig(operator={self.operator!r}, capacity={self.capacity}): the capacity is what "
+                "operator='topk' keeps. Leave it out; p and the training decide what a threshold keeps."
             )
 
     @classmethod

@@ -20,6 +20,7 @@ from modlab.measure.pieces import batches_for
 from modlab.routing.record import by_gate, kept_share
 from modlab.routing.router import Router
 from modlab.routing.state import (
+    gated_routing_of,
     record_routing,
     routing_of,
     set_threshold,
@@ -160,7 +161,7 @@ def calibrate(
             as before.
     """
     check_model(model)
-    routing = routing_of(model)
+    routing = gated_routing_of(model)
     if not 0.0 < check_number("keep_ratio", keep_ratio) < 1.0:
         raise ModlabError(
             f"keep_ratio={keep_ratio} is not in (0, 1); for example 0.25 keeps a quarter of the tokens."

@@ -22,7 +22,7 @@ from modlab.measure.timing import time_generate
 from modlab.probes.material import token_stream
 from modlab.probes.repeated_passage import recall
 from modlab.routing.state import (
-    routing_of,
+    gated_routing_of,
     set_threshold,
     thresholds_restored,
 )
@@ -102,7 +102,7 @@ def sweep(
     from tqdm.auto import tqdm
 
     check_model(model)
-    routing = routing_of(model)
+    routing = gated_routing_of(model)
     if isinstance(thresholds, str) or not isinstance(thresholds, Iterable):
         raise ModlabError(f"thresholds={thresholds!r}: give several, for example [0.0, 0.3, 0.5, 0.7].")
     check_count("repeats", repeats, 0)

@@ -272,6 +272,16 @@ def routing_of(model: nn.Module) -> Routing:
     return routing
 
 
+def gated_routing_of(model: nn.Module) -> Routing:
+    """The same of a model in which gates decide, so that its thresholds mean something."""
+    routing = routing_of(model)
+    if routing.skip.decides_itself:
+        raise ModlabError(
+            f"with skip={routing.skip.name!r} no gate decides: thresholds and keep ratios mean nothing there."
+        )
+    return routing
+
+
 def set_threshold(
     model: PreTrainedModel, p: float | dict[int, float], layers: Iterable[int] | None = None
 ) -> None:
@@ -283,9 +293,10 @@ def set_threshold(
         layers: routed layers that get the one value; all of them by default.
 
     Raises:
-        ModlabError: p outside [0, 1), or a layer that is not routed. Nothing is changed then.
+        ModlabError: p outside [0, 1), a layer that is not routed, or a skip to which thresholds mean nothing.
+            Nothing is changed then.
     """
-    routing = routing_of(model)
+    routing = gated_routing_of(model)
     if isinstance(p, dict):
         if layers is not None:
             raise ModlabError("give either a dict of thresholds or one value with layers=..., not both.")

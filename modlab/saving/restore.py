@@ -85,7 +85,8 @@ def set_described_thresholds(model: PreTrainedModel, description: Description, n
             f"{'no threshold' if layer in layers else 'a threshold'} for layer {layer}, and this model "
             f"routes {sorted(layers)}. Copy or save the folder again."
         )
-    set_threshold(model, description.thresholds)
+    if not routing_of(model).skip.decides_itself:
+        set_threshold(model, description.thresholds)
 
 
 def load_routers(model: PreTrainedModel, file: Path) -> None:

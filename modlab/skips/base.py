@@ -42,6 +42,9 @@ Proof = Literal[
 ]
 """What a part has to show on random numbers before it is routed, see `skips/probe.py`."""
 
+ROUTERS = frozenset({"operator", "p", "gate", "capacity", "keep_first", "init_gate", "router_hidden"})
+"""Fields of `MoDConfig` that say how routers decide and what their gates do."""
+
 INDEX_BYTES = 4
 """A ragged cache notes the column of every key that it stores."""
 
@@ -81,6 +84,8 @@ class Skip:
         all_or_none: whether each layer that is asked for has to be routable, named one by one or not.
         several_gates: whether a layer may have more than one gate (`gates`).
         by_head: whether each KV head may have a gate of its own (`MoDConfig.gates`).
+        settings: fields of `MoDConfig` that it asks for, next to `layers`; others mean nothing to it and are
+            refused.
         index_bytes: bytes that a routed layer's cache holds for a token next to its keys and values.
     """
 
@@ -92,6 +97,7 @@ class Skip:
     several_gates: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
     all_or_none: ClassVar[bool] = False
+    settings: ClassVar[frozenset[str]] = ROUTERS
     index_bytes: ClassVar[int] = INDEX_BYTES
 
     # Settings

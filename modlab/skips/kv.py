@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from modlab.errors import ModlabError
-from modlab.skips.base import INDEX_BYTES, GateForm, Part, Proof, Skip, Words
+from modlab.skips.base import INDEX_BYTES, ROUTERS, GateForm, Part, Proof, Skip, Words
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -37,6 +37,7 @@ class KeyValueSkip(Skip):
     runs_all = True
     several_gates = True
     by_head = True
+    settings: ClassVar[frozenset[str]] = ROUTERS | {"keep_recent", "gates"}
     index_bytes = INDEX_BYTES + KEPT_BYTES
 
     def check(self, config: MoDConfig) -> None:

@@ -25,6 +25,7 @@ class KeyValueLeaveSkip(KeyValueSkip):
     name = "kv+prompt"
     parts: ClassVar[tuple[Part, ...]] = ("layer", "attention")
     all_or_none = True
+    settings = KeyValueSkip.settings | {"leave_after", "leave_rank"}
     words = replace(KeyValueSkip.words, routed="keys and values, and the upper layers by position")
 
     def layers(self, config: MoDConfig, num_layers: int) -> list[int]:

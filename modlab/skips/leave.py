@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from modlab.errors import ModlabError
-from modlab.skips.base import GateForm, Part, Proof, Skip, Words
+from modlab.skips.base import ROUTERS, GateForm, Part, Proof, Skip, Words
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,12 @@ class LeaveSkip(Skip):
     index_bytes = 0
     all_or_none = True
     decides_itself = True
+    settings = frozenset({"leave_after", "leave_rank"})
 
     def check(self, config: MoDConfig) -> None:
-        """Nothing is learnt about who leaves, so nothing about gates can be set."""
-        for name, value in (("operator", "threshold"), ("gate", "straight-through"), ("layers", "inner")):
-            if getattr(config, name) != value:
+        """Nothing is learnt about who leaves, so nothing about routers can be set."""
+        for name in ("layers", *sorted(ROUTERS)):
+            if getattr(config, name) != type(config).__dataclass_fields__[name].default:
                 raise ModlabError(
                     f"MoDConfig(skip='prompt', {name}={getattr(config, name)!r}): who leaves follows from "
                     f"the position alone, and where from leave_after. Leave {name} out."

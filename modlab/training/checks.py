@@ -12,6 +12,11 @@ from modlab.routing.state import is_converted
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
 
+OF_GATES = (
+    "keep_ratio", "keep_range", "per_layer", "lam", "alpha", "bce", "hold", "ramp", "what_if", "router_lr",
+)  # fmt: skip
+"""Settings of a run that say how gates learn what to keep."""
+
 
 def choose_objective(config: TrainConfig, model: Any) -> Objective:
     """The objective that `config` means for this model.
@@ -38,11 +43,21 @@ def choose_objective(config: TrainConfig, model: Any) -> Objective:
     if model.mod.skip.decides_itself:
         fitting = ("none", "distil")
         kind = f"skip={model.mod.skip.name!r}, where no gate decides"
+        _check_no_gates(config, kind)
     if wanted == "auto":
         return fitting[0]
     if wanted not in fitting:
         raise ModlabError(f"objective={wanted!r} does not fit {kind}; use one of {', '.join(fitting)}.")
     return wanted
+
+
+def _check_no_gates(config: TrainConfig, kind: str) -> None:
+    for name in OF_GATES:
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise ModlabError(
+                f"{name}={getattr(config, name)!r} says what gates are to keep and does not fit {kind}: "
+                "leave it out."
+            )
 
 
 def check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:

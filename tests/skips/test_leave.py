@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -340,6 +341,22 @@ def test_it_is_traced_and_measured(word_tokenizer) -> None:
     assert evaluate(model, [{"input_ids": IDS}]).keep_ratio == 1, "a loss needs all tokens"
 
 
+def test_thresholds_mean_nothing_and_are_refused(tmp_path: Path) -> None:
+    model, rows = converted(), torch.randint(3, 60, (2, 24))
+    before = dict(model.mod.thresholds)
+    for use in (
+        lambda: modlab.set_threshold(model, 0.3),
+        lambda: modlab.calibrate(model, rows, keep_ratio=0.5),
+        lambda: modlab.sweep(model, None, rows, [0.3]),
+    ):
+        with pytest.raises(modlab.ModlabError, match="'prompt' no gate decides"):
+            use()
+    assert model.mod.thresholds == before
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert modlab.load(tmp_path)[0].mod.thresholds == before
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(modlab.ModlabError, match="q_proj, k_proj, v_proj apart"):
         modlab.convert(
@@ -347,12 +364,21 @@ def test_what_it_cannot_do_is_refused() -> None:
         )
     with pytest.raises(modlab.ModlabError, match="computes the logits of all tokens of a prompt"):
         modlab.convert(tiny_model("trocr"), modlab.MoDConfig(skip="prompt"))
-    for wrong in ({"layers": [3]}, {"operator": "topk"}, {"gate": "fused"}):
+    for wrong in (
+        *({"layers": [3]}, {"operator": "topk"}, {"gate": "fused"}),
+        *({"p": 0.3}, {"keep_first": 0}, {"init_gate": 0.5}, {"router_hidden": 4}),
+    ):
         with pytest.raises(modlab.ModlabError, match="leave_after"):
             modlab.MoDConfig(skip="prompt", **wrong)
     for wrong in ({"leave_after": 1.0}, {"leave_rank": -1}):
         with pytest.raises(modlab.ModlabError, match=next(iter(wrong))):
             modlab.MoDConfig(**wrong)
+    for skip in ("kv", "layer", "attention", "mlp", "written", "sublayers"):
+        for wrong in ({"leave_after": 0.5}, {"leave_rank": 2}):
+            with pytest.raises(modlab.ModlabError, match="means nothing there, only with skip='prompt' or"):
+                modlab.MoDConfig(skip=skip, **wrong)
+    with pytest.raises(modlab.ModlabError, match="capacity is what operator='topk' keeps"):
+        modlab.MoDConfig(capacity=0.5)
     one = dense_llama(num_hidden_layers=1)
     with pytest.raises(modlab.ModlabError, match="two decoder layers"):
         modlab.convert(one, modlab.MoDConfig(skip="prompt"))

@@ -63,6 +63,25 @@ def test_refuses_data_without_a_token_to_predict(make: Callable[..., Any], rows:
     train(make(), some, TrainConfig(**settings(steps=2)))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"keep_ratio": 0.5},
+        {"keep_range": (0.2, 0.8), "objective": "distil"},
+        {"lam": 1.0},
+        {"ramp": 0.7},
+        {"router_lr": 0.1},
+        {"what_if": 0.0, "objective": "none"},
+    ],
+)
+def test_refuses_settings_of_gates_where_none_decides(
+    make: Callable[..., Any], rows: torch.Tensor, given: dict[str, Any]
+) -> None:
+    config = TrainConfig(**{"steps": 1, "batch_size": 4, **given})
+    with pytest.raises(ModlabError, match=f"^{next(iter(given))}=.*'prompt', where no gate decides"):
+        train(make(mod=modlab.MoDConfig(skip="prompt")), rows, config)
+
+
 def test_refuses_rows_in_which_every_key_is_recent(make: Callable[..., Any], rows: torch.Tensor) -> None:
     model = make(mod=modlab.MoDConfig(keep_recent=rows.shape[1]))
     with pytest.raises(ModlabError, match=f"rows of at most {rows.shape[1]} tokens.*keep_recent"):
