@@ -18,7 +18,7 @@ from modlab.routing.router import Router, logit_of
 from modlab.routing.state import thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
-from modlab.training.sharding import reshard
+from modlab.training.sharding import reshard, whole
 
 RATIOS = (2.0, 4.0, 8.0, 16.0)
 """Whose thresholds a distilled model is given."""
@@ -104,7 +104,9 @@ def open_gates(
         return
     layers = decoder_layers(model)
     routers: list[Any] = [layers[i].mod_router for i in model.mod.layers]
-    if any(bool(p.any()) for router in routers for n, p in router.named_parameters() if n.endswith("weight")):
+    named = [(name, p) for router in routers for name, p in router.named_parameters()]
+    # whole: with fewer gates than processes some of these hold no part, and would decide otherwise
+    if any(bool(whole(p).any()) for name, p in named if name.endswith("weight")):
         calibrate_trained(
             model, batches, keep_ratio=BEGIN, tolerance=0.02, autocast=autocast, accelerator=accelerator
         )
