@@ -27,7 +27,8 @@ QUALITY = "quality"
 GATES = "real_gates"
 SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
 """The run of each real model whose gates are told of: for the first two, those that ship."""
-REAL = ("real", "real_gates", "real_tasks")  # of real models; docs/quality.md, docs/results.md, docs/log.md
+REAL = ("real", "real_gates", "real_tasks", "report")
+"""Kinds of results of real models; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")
 
 

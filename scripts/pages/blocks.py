@@ -39,6 +39,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline speed": results.headline_speed,
     "quality": quality.block,
     "real gates": real_models.block,
+    "quick": real_models.quick,
     "depth": depth.block,
     "defaults": defaults.block,
     "supported": models.supported,

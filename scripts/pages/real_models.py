@@ -52,6 +52,37 @@ def block(root: Path) -> str:
     )
 
 
+def quick(root: Path) -> str:
+    """A table of routers that were only fitted, measured by `modlab report`."""
+    files = sorted((root / "benchmarks" / "results").glob("quick_*.json"))
+    lines: list[str] = []
+    for record in [json.loads(file.read_text(encoding="utf-8")) for file in files]:
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        first = record["rows"][0]
+        lines += [
+            f"{record['model']}, {record['device_name']}, {record['dtype']}, {versions}, "
+            f"{record['date'][:10]}, commit {record['commit'][:7]}, `{record['command']}`. {record['note']}",
+            "",
+            "| asked | K/V by text | KL, from position 1,024 | agreement | "
+            f"recall gap at {_places(first)} | retrieval, of dense's |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            _line("", {**row, "keep_by_text": {t: 1 / r for t, r in row["ratio_by_text"].items()}})[3:]
+            for row in record["rows"]
+        ]
+        lines += ["", f"Standard errors of the recall gaps: up to {_largest(record)}."]
+    return "\n".join(lines)
+
+
+def _places(row: dict[str, Any]) -> str:
+    return ", ".join(f"{int(distance):,}" for distance in row["recall_gap"])
+
+
+def _largest(record: dict[str, Any]) -> str:
+    return f"{max(error for row in record['rows'] for error in row['recall_gap_stderr'].values()):.3f}"
+
+
 def highest(records: dict[str, Any], recall: float, kl: float | None) -> float | None:
     """The largest saving that stays within the limits on every model; None if none does."""
     ratios = sorted({row["ratio_asked"] for row in _of(records["coder-0.5b"], SHIPPED["coder-0.5b"])})
