@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from modlab.data.texts import checked
+from modlab.data.texts import PYTHON, checked
 from modlab.errors import ModlabError, check_number
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def documents(
         )
     elif not isinstance(source, (str, os.PathLike)):
         docs = _described(_with_text(source, text_column, "The data set"), num_proc)
-    elif os.fspath(source) in ("python", "python-stdlib"):
+    elif os.fspath(source) in PYTHON:
         docs = _python_documents(os.fspath(source), num_proc)
     else:
         docs = _text_documents(os.fspath(source), num_proc, text_column, cache_dir)
@@ -217,6 +217,8 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
     if path.suffix.lower() in TEXT_SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModlabError(f"{source} does not exist. Check the path (now in {Path.cwd()}).")
     name, _, config = source.partition(":")
+    if not name.isprintable() or " " in name:
+        raise ModlabError(_NO_NAME.format(source[:60], "neither has blanks or line breaks"))
     try:
         data = load_dataset(name, config or None, split="train", cache_dir=cache, num_proc=num_proc)
     except Exception as error:
@@ -228,14 +230,17 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
     return [("json", data)]
 
 
+_NO_NAME = (
+    "The source {!r}... names no file and no data set ({}): is it the text itself? Give a list of texts "
+    "then: [text]."
+)
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:  # no system has such a name
-        raise ModlabError(
-            f"The source {str(path)[:60]!r}... names no file and no data set ({error.strerror}): is it the "
-            "text itself? Give a list of texts then: [text]."
-        ) from error
+        raise ModlabError(_NO_NAME.format(str(path)[:60], error.strerror)) from error
 
 
 def _with_text(data: Dataset, column: str, source: str) -> Dataset:

@@ -2,6 +2,12 @@
 
 A *text* is a string, and gets the special tokens that its tokenizer adds. A *chat* is a list of messages with
 `role` and `content`; the tokenizer's chat template writes it, special tokens included.
+
+What a string means is the same at every entry point. Where something is measured, traced, shown or continued,
+it is the text. Where data to fit to or to pack are asked for (`data.packed`, `data.documents`, `fit_routers`,
+`--data`), a string alone is the name of a source (`modlab.data.sources`); in a list it is a text here too.
+What could be meant the other way is refused, not guessed: as a text the name of a file that is there, as a
+source what has blanks or line breaks.
 """
 
 from __future__ import annotations
@@ -11,6 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from modlab.errors import ModlabError
+
+PYTHON = ("python", "python-stdlib")  # sources of their own
+LONGEST_NAME = 1024  # characters; longer texts are not looked for on the disk
 
 
 def is_chat(item: Any) -> bool:
@@ -48,7 +57,8 @@ def checked(text: Any, what: str = "the text") -> str:
     """The text, if it is one.
 
     Raises:
-        ModlabError: no string, or one with a lone surrogate, which no tokenizer can read.
+        ModlabError: no string, one with a lone surrogate, which no tokenizer can read, or the name of a file
+            or folder that is there.
     """
     if not isinstance(text, str):
         decode = ": decode them first" if isinstance(text, (bytes, bytearray)) else ""
@@ -60,7 +70,21 @@ def checked(text: Any, what: str = "the text") -> str:
             f"{what} has half a surrogate pair, {ascii(text[error.start])}, at character {error.start}: that "
             "is no Unicode text. Read its file with the right encoding, or with errors='replace'."
         ) from None
+    if _names_a_file(text):
+        raise ModlabError(
+            f"{what} is {text!r}, the name of a file or folder: is its content meant? Read it, "
+            "Path(name).read_text(), or give modlab.data.packed(name, tokenizer). A blank at the end makes "
+            "it a text."
+        )
     return text
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a file has this name, or a folder where the text is written as a path."""
+    if not 0 < len(text) < LONGEST_NAME or not text.isprintable() or not any(map(str.isalnum, text)):
+        return False
+    name = os.path.expanduser(text)
+    return os.path.isfile(name) or ("/" in text and os.path.isdir(name))
 
 
 def text_of(item: Any, tokenizer: Any, what: str = "the text") -> tuple[str, bool]:

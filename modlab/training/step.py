@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.measure.evaluation import targets_of
 from modlab.routing.noise import Noise
@@ -38,6 +39,9 @@ OF_THE_WHOLE = (
     "load",
     "distil",
 )  # objectives in which tokens' gradients depend on all the others
+
+BARREN_STEPS = 8
+"""So many first steps without a token to predict end a run."""
 
 
 class Count(NamedTuple):
@@ -86,6 +90,7 @@ class Step:
             self.control = ThresholdControl(self.layers, config.per_layer, self.device)
         self.number = 0  # of the step that `begin` named
         self.target = config.keep_ratio  # asked for in it
+        self.barren: int | None = 0  # steps so far without a token to predict; None once there was one
 
     def begin(self, step: int, share: float) -> None:
         """Sets what optimiser step `step` (from 0) is done with, `share` of the run being behind."""
@@ -211,7 +216,22 @@ class Step:
 
     def _count(self, parts: list[Batch]) -> Count:
         own = [torch.stack([(targets_of(p) != IGNORE).sum(), real_of(p).sum()]) for p in parts]
-        return Count(*self.processes.sum(torch.stack(own).sum(0)).float().clamp(min=1).unbind())
+        found = self.processes.sum(torch.stack(own).sum(0))
+        if self.barren is not None:
+            self._check_predicts(bool(found[0] > 0))
+        return Count(*found.float().clamp(min=1).unbind())
+
+    def _check_predicts(self, predicts: bool) -> None:
+        """Of a stream nothing but the first batch is known before, and that one may hold prompts alone."""
+        if predicts:
+            self.barren = None
+            return
+        self.barren = (self.barren or 0) + 1
+        if self.barren >= min(BARREN_STEPS, self.config.steps or BARREN_STEPS):
+            raise ModlabError(
+                f"the batches of the first {self.barren} steps have no token to predict: all are padding "
+                f"(attention_mask), or every label is {IGNORE}."
+            )
 
     @torch.no_grad()
     def _foresee(self, parts: list[Batch]) -> Sums:

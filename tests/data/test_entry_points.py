@@ -1,5 +1,6 @@
 """Every entry point takes what the others take: a text, a chat, token ids, batches; and refuses the same."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -140,6 +141,32 @@ def test_all_refuse_the_same(name: str, what: str, model: Any, tokenizer: Any) -
     data, says = REFUSED[what]
     with pytest.raises(ModlabError, match=says):
         MEASURES[name](model, data, tokenizer)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_measure_takes_a_source_as_text(
+    name: str, model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text(WORDS * 24)
+    for data, says in (("t.txt", "content meant"), (["t.txt"], "content meant"), ("python", "packed")):
+        with pytest.raises(ModlabError, match=says):
+            MEASURES[name](model, data, tokenizer)
+    with pytest.raises(ModlabError, match="content meant"):
+        modlab.trace(model, tokenizer, "t.txt")
+
+
+def test_a_fit_reads_a_source_and_refuses_the_name_in_a_list(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text(WORDS * 60)
+    config = modlab.FitConfig(context=48)
+    model = routed_llama(skip="kv", layers="all", keep_recent=4)
+    modlab.fit_routers(model, "t.txt", config, tokenizer=tokenizer, **QUIET)
+    for data, says in ((["t.txt"], "content meant"), (WORDS, "text itself")):
+        with pytest.raises(ModlabError, match=says):
+            modlab.fit_routers(model, data, config, tokenizer=tokenizer, **QUIET)
 
 
 @pytest.mark.parametrize("key", ["labels", "position_ids"])

@@ -1,5 +1,6 @@
 """One text or chat: its special tokens once, its characters whole, or a refusal that says what is wrong."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +106,36 @@ def test_packed_takes_lists_of_texts_and_chats(tokenizer: Any) -> None:
         data.packed(["fine", 3], tokenizer, 8)
     with pytest.raises(ModlabError, match="list of texts is empty"):
         data.packed([], tokenizer, 8)
+
+
+@pytest.mark.parametrize("name", ["t.txt", "notes", "sub/", "./sub", "{home}/t.txt"])
+def test_a_name_of_a_file_is_never_taken_as_text(
+    name: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("t.txt", "notes"):
+        (tmp_path / file).write_text("words")
+    (tmp_path / "sub").mkdir()
+    name = name.format(home=tmp_path)
+    for item in (name, {"text": name}):
+        with pytest.raises(ModlabError, match=r"name of a file or folder.* Read it"):
+            token_ids(item, tokenizer)
+    with pytest.raises(ModlabError, match="document 1 is .*, the name"):
+        data.packed(["some text", name], tokenizer, seq_len=2)
+
+
+def test_texts_that_only_look_like_names_are_texts(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that nothing has, one word that is a folder's, marks alone, and a name told from itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("words")
+    (tmp_path / "docs").mkdir()
+    for text in ("missing.txt", "docs", "/", "./", "..", "t.txt ", "t.txt\n", "~", "a" * 5000):
+        assert token_ids(text, tokenizer)
+
+
+@pytest.mark.parametrize("text", ["to be or not", "one line\nanother", "a\tb"])
+def test_a_text_is_never_looked_for_as_a_source(text: str, tokenizer: Any) -> None:
+    with pytest.raises(ModlabError, match=r"is it the text itself\? Give a list of texts then: \[text\]"):
+        data.packed(text, tokenizer, seq_len=2)

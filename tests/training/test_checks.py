@@ -11,6 +11,7 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 from modlab.training.loop import TrainConfig, train
+from modlab.training.step import BARREN_STEPS
 from tests.helpers.models import alternate_layers
 from tests.helpers.training import settings
 
@@ -61,6 +62,25 @@ def test_refuses_data_without_a_token_to_predict(make: Callable[..., Any], rows:
         train(make(), rows, config, eval_data={"input_ids": rows, "labels": ignored})
     some = [{"input_ids": rows, "labels": ignored}, {"input_ids": rows}]
     train(make(), some, TrainConfig(**settings(steps=2)))
+
+
+@pytest.mark.parametrize("nothing", ["labels", "attention_mask"])
+def test_a_stream_without_a_token_to_predict_ends_the_run(
+    nothing: str, make: Callable[..., Any], rows: torch.Tensor
+) -> None:
+    """Its first batches alone may hold prompts; as many as all of a short run, or of eight steps, may not."""
+    empty = torch.full_like(rows, -100) if nothing == "labels" else torch.zeros_like(rows)
+    barren, full = {"input_ids": rows, nothing: empty}, {"input_ids": rows}
+
+    def stream(before: int) -> Any:
+        yield from [barren] * before
+        while before < BARREN_STEPS:
+            yield full
+
+    for steps, before, seen in ((3, 9, 3), (12, 12, BARREN_STEPS)):
+        with pytest.raises(ModlabError, match=f"first {seen} steps have no token to predict"):
+            train(make(), stream(before), TrainConfig(**settings(steps=steps)))
+    assert train(make(), stream(2), TrainConfig(**settings(steps=4))).steps == 4
 
 
 @pytest.mark.parametrize(
