@@ -2,13 +2,16 @@
 
 The dense model runs once, as it is. Where a token must not see another's key, the key is hidden inside
 torch's own functions while the attention of a routed layer calls them; what a token skips is passed by with a
-forward hook. Nothing of `modlab.execution` takes part, neither masks nor packing, so that a mistake there,
-which the masked reference and packed execution may share, shows here.
+forward hook. Where keys and values come from the state with which tokens leave, the dense layer runs on that
+state first, to hear what its projections are given there. Nothing of `modlab.execution` takes part, neither
+masks nor packing, so that a mistake there, which the masked reference and packed execution may share, shows
+here.
 
 Hidden are keys only: whatever else the model says about who may see whom (a sliding window, another document,
 padding) stays as the dense model has it.
 
 Shape letters: B rows, T tokens, K keys, N query heads, G gates of a layer, D model dim, P parallel streams.
+Other letters: I features in, O features out.
 """
 
 from __future__ import annotations
@@ -35,6 +38,13 @@ if TYPE_CHECKING:
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.logsumexp, Tensor.logsumexp}
 TOPK = {torch.topk, Tensor.topk}
 
+HIDES = ("layer", "attention", "kv", "kv+prompt")
+"""Skips that hide keys; with the others every key stays."""
+ALL_ATTEND = ("kv", "kv+prompt")
+"""Skips with which every real token runs every part; the latest keys are seen whether kept or not."""
+PASSES_LAYER = ("layer", "prompt")
+"""Skips with which a token passes whole layers by."""
+
 
 class NotHidden(Exception):
     """The oracle met no attention scores in which to hide keys, or scores of a form that it does not know."""
@@ -47,11 +57,14 @@ class Decisions:
     Attributes:
         real: True where a token is no padding, [B, T].
         keep: True where a layer keeps the token, by layer index, [B, T] each; [B, T, G] where each KV head
-            has a gate.
+            has a gate, or where one is for the attention and one for the MLP.
         gate: its gate, of the same shape.
         skip, form: of the MoDConfig: what a token skips, and how its gate enters.
-        recent: with skip="kv", the number of latest tokens that are seen whether or not they are kept.
+        recent: where every token attends, the number of latest tokens that are seen whether or not they are
+            kept.
         ends: with gate="paper" on whole layers, by layer index the submodules whose output the gate scales.
+        copies: by layer index, for layers whose keys and values come from the state with which tokens entered
+            the first of them: the parameters of the trained copies of each projection, by name.
     """
 
     real: Tensor
@@ -61,13 +74,21 @@ class Decisions:
     form: str
     recent: int
     ends: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    copies: Mapping[int, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def recorded(cls, model: PreTrainedModel, step: RoutingStep) -> Decisions:
         """Those of one forward of a converted model, as `record_routing` saw them."""
         config, layers = routing_of(model).config, list[Any](decoder_layers(model))
         ends = {index: layers[index].mod_plan.branch_ends for index in step.keep}
-        return cls(step.real, step.keep, step.gate, config.skip, config.gate, config.keep_recent, ends)
+        copies = {
+            index: {name: dict(copy.named_parameters()) for name, copy in found.named_children()}
+            for index in step.keep
+            if (found := getattr(layers[index], "mod_projections", None)) is not None
+        }
+        return cls(
+            step.real, step.keep, step.gate, config.skip, config.gate, config.keep_recent, ends, copies
+        )
 
     def hidden(self, layer: int) -> Tensor:
         """True where a query must not see a key: bool [B, T, T], or [B, G, T, T] where it is another in each
@@ -80,7 +101,7 @@ class Decisions:
     def _hidden(self, keep: Tensor) -> Tensor:
         T = self.real.shape[1]
         seen_BTT = keep[:, None, :] | torch.eye(T, dtype=torch.bool, device=keep.device)
-        if self.skip == "kv":
+        if self.skip in ALL_ATTEND:
             place_BT = self.real.cumsum(1)
             is_recent_BTT = place_BT[:, :, None] - place_BT[:, None, :] < self.recent
             seen_BTT = seen_BTT | (is_recent_BTT & self.real[:, None, :])
@@ -99,11 +120,11 @@ def oracle_logits(dense: PreTrainedModel, decisions: Decisions, **inputs: Any) -
     Raises:
         NotHidden: the attention of a routed layer works in a way that the oracle cannot look into.
     """
-    hiding = HidingKeys()
+    hiding, entered = HidingKeys(), list[Tensor]()
     with contextlib.ExitStack() as stack:
         stack.enter_context(hiding)
         for index in decisions.keep:
-            stack.enter_context(_routed(decoder_layers(dense)[index], index, decisions, hiding))
+            stack.enter_context(_routed(decoder_layers(dense)[index], index, decisions, hiding, entered))
         logits: Tensor = dense(**inputs, use_cache=False).logits
     return logits
 
@@ -195,34 +216,54 @@ def _last(dim: Any, scores: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _routed(layer: nn.Module, index: int, decisions: Decisions, hiding: HidingKeys) -> Iterator[None]:
-    """The hooks that make one dense layer a routed one."""
-    keep_BT, gate_BT = decisions.keep[index], decisions.gate[index]
+def _routed(
+    layer: nn.Module, index: int, decisions: Decisions, hiding: HidingKeys, entered: list[Tensor]
+) -> Iterator[None]:
+    """The hooks that make one dense layer a routed one.
+
+    Args:
+        entered: of this forward: the state with which tokens leave, once that is known.
+    """
+    keep, gate = decisions.keep[index], decisions.gate[index]
     skip, form = decisions.skip, decisions.form
-    attention, mlp = attention_name(layer), mlp_name(layer)
     handles: list[Any] = []
-    if skip != "mlp":
-        assert attention is not None
-        handles += _hides(layer.get_submodule(attention), index, decisions.hidden(index), hiding)
-    scaled = form == "paper" and skip == "layer"
-    if scaled:
+    if skip in HIDES:
+        attention = layer.get_submodule(_name(attention_name(layer)))
+        handles += _hides(attention, index, decisions.hidden(index), hiding)
+    if index in decisions.copies:
+        handles += KeysFromElsewhere(index, decisions.copies[index], entered).hooks(layer)
+    if form == "paper" and skip == "layer":
         for end in decisions.ends[index]:
-            handles.append(_changes(layer.get_submodule(end), _scaled(gate_BT)))
-    if skip == "layer":
-        gate = gate_BT if form == "fused" else torch.ones_like(gate_BT)
-        handles += _passed_by(layer, keep_BT, gate)
+            handles.append(_changes(layer.get_submodule(end), _scaled(gate)))
+    if skip in PASSES_LAYER:
+        weighs = form == "fused" and skip == "layer"
+        handles += _passed_by(layer, keep, gate if weighs else torch.ones_like(gate))
+    elif skip in ALL_ATTEND:
+        name = _name(attention_name(layer))
+        handles.append(_changes(layer.get_submodule(name), _scaled(decisions.real.float())))
     else:
-        name = mlp if skip == "mlp" else attention
-        assert name is not None
-        weighs = skip != "kv" and form in ("fused", "paper")
-        weight_BT = gate_BT if weighs else torch.ones(decisions.real.shape, device=gate_BT.device)
-        runs_BT = decisions.real if skip == "kv" else keep_BT
-        handles.append(_changes(layer.get_submodule(name), _scaled(torch.where(runs_BT, weight_BT, 0.0))))
+        for place, name in enumerate(_branches(layer, skip)):
+            keep_BT, gate_BT = (v[..., place] if v.dim() == 3 else v for v in (keep, gate))
+            weight_BT = gate_BT if form in ("fused", "paper") else torch.ones_like(gate_BT)
+            change = _scaled(torch.where(keep_BT, weight_BT, 0.0))
+            handles.append(_changes(layer.get_submodule(name), change))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _branches(layer: nn.Module, skip: str) -> list[str]:
+    """Names of the modules whose output a skipped token goes without, in the order of their gates."""
+    attention, mlp = attention_name(layer), mlp_name(layer)
+    one = {"attention": [attention], "mlp": [mlp]}
+    return [_name(name) for name in one.get(skip, [attention, mlp])]
+
+
+def _name(found: str | None) -> str:
+    assert found is not None, "convert refuses a layer without"
+    return found
 
 
 def _hides(attention: nn.Module, index: int, hidden_BTT: Tensor, hiding: HidingKeys) -> list[Any]:
@@ -257,10 +298,63 @@ def _scaled(weight_BT: Tensor) -> Callable[[Tensor], Tensor]:
     return change
 
 
+class KeysFromElsewhere:
+    """Has one dense layer project its keys and values from the state with which tokens entered the first
+    layer that they may leave out, all three by trained copies of its projections.
+
+    Args:
+        index: of the layer.
+        copies: their parameters, by name of the projection.
+        entered: that state; the first layer adds it.
+    """
+
+    def __init__(self, index: int, copies: Mapping[str, Mapping[str, Tensor]], entered: list[Tensor]) -> None:
+        self.index, self.copies, self.entered = index, copies, entered
+        self.heard: dict[str, Tensor] = {}
+        self.listens = False
+
+    def hooks(self, layer: nn.Module) -> list[Any]:
+        attention = layer.get_submodule(_name(attention_name(layer)))
+        modules = {name: attention.get_submodule(name) for name in self.copies}
+        return [
+            layer.register_forward_pre_hook(self.listen, with_kwargs=True),
+            *(module.register_forward_hook(self.projecting(name)) for name, module in modules.items()),
+        ]
+
+    def listen(self, layer: Any, args: Any, kwargs: Any) -> None:
+        """Runs the layer on that state, to hear what its projections are given there."""
+        first = _first_argument(layer)
+        if not self.entered:
+            self.entered.append((args[0] if args else kwargs[first]).clone())
+        x = self.entered[0].clone()
+        self.heard, self.listens = {}, True
+        layer.forward(*((x, *args[1:]) if args else ()), **(kwargs if args else {**kwargs, first: x}))
+        self.listens = False
+        if not {"k_proj", "v_proj"} <= set(self.heard):
+            raise NotHidden(f"layer {self.index} projects no keys and values of its own")
+
+    def projecting(self, name: str) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, _output: Any) -> Any:
+            if self.listens:
+                self.heard[name] = args[0].clone()
+                return None
+            return _copied(module, self.copies[name], args[0] if name == "q_proj" else self.heard[name])
+
+        return hook
+
+
+def _copied(base: Any, copy: Mapping[str, Tensor], x_BTI: Tensor) -> Tensor:
+    """What a trained copy says [B, T, O]: a map of its own, or a low-rank addition to the base's."""
+    if "weight" in copy:
+        return F.linear(x_BTI, copy["weight"], copy.get("bias"))
+    projected: Tensor = base.forward(x_BTI)
+    return projected + x_BTI @ (copy["up"] @ copy["down"]).T
+
+
 def _passed_by(layer: nn.Module, keep_BT: Tensor, gate_BT: Tensor) -> list[Any]:
     """Skipped tokens leave the layer as they came; kept ones between that and its output, by their gate."""
     before: list[Tensor] = []
-    first = list(inspect.signature(type(layer).forward).parameters)[1]  # after self
+    first = _first_argument(layer)
 
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
         before[:] = [(args[0] if args else kwargs[first]).clone()]
@@ -271,6 +365,11 @@ def _passed_by(layer: nn.Module, keep_BT: Tensor, gate_BT: Tensor) -> list[Any]:
         return torch.where(_like(keep_BT, y), x + gate * (y - x) if (gate != 1).any() else y, x)
 
     return [layer.register_forward_pre_hook(note, with_kwargs=True), _changes(layer, change)]
+
+
+def _first_argument(layer: nn.Module) -> str:
+    """The name under which a layer takes hidden states."""
+    return list(inspect.signature(type(layer).forward).parameters)[1]  # after self
 
 
 def _like(value_BT: Tensor, y: Tensor) -> Tensor:

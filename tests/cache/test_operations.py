@@ -133,7 +133,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@cases(70)
+@cases(100)
 @given(batches(sides=("none", "left", "inside")), st.lists(OPERATIONS, min_size=1, max_size=5))
 def test_any_sequence_of_operations_equals_running_without_a_cache(batch, operations) -> None:
     text = Text(batch)

@@ -15,8 +15,9 @@ from modlab.families.oracle import Decisions, oracle_logits
 from modlab.routing.state import masked_execution
 from tests.helpers.batches import (
     FULL,
+    LEAVE,
     LONGEST,
-    MODELS,
+    ROUTED,
     SIDES,
     VOCAB,
     Batch,
@@ -42,7 +43,7 @@ def expected_logits(batch: Batch) -> torch.Tensor:
     return expected
 
 
-@cases(140)
+@cases(200)
 @given(batches(sides=(*SIDES, "documents")))
 def test_every_way_of_running_is_what_the_oracle_says(batch) -> None:
     expected = expected_logits(batch)
@@ -53,7 +54,25 @@ def test_every_way_of_running_is_what_the_oracle_says(batch) -> None:
             assert_real_equal(cached.logits, expected, batch.mask)
 
 
-@cases(80)
+@cases(60)
+@given(batches(models=list(LEAVE)))
+def test_who_goes_on_computes_the_same_once_the_prompt_has_left(batch) -> None:
+    """Routers decide for themselves about keys and values; each row's last token goes on."""
+    model, inputs, goes_on = batch.model, batch.inputs(), batch.mask[:, -1].bool()
+    with (
+        threshold_at_a_gap(model, **inputs),
+        torch.no_grad(),
+        modlab.record_routing(model) as recording,
+    ):
+        everybody = model(**inputs, use_cache=False).logits
+        expected = oracle_logits(dense(batch.which), Decisions.recorded(model, recording.steps[0]), **inputs)
+        for use_cache in (False, True):
+            left = model(**inputs, use_cache=use_cache, logits_to_keep=1).logits
+            assert_real_equal(left[goes_on], expected[goes_on, -1:], torch.ones(int(goes_on.sum()), 1))
+    assert_real_equal(everybody, expected, batch.mask)
+
+
+@cases(120)
 @given(batches(), st.lists(st.integers(1, LONGEST - 1), max_size=4), st.booleans())
 @example(  # one column at a time, padding first
     Batch(0, 2, 6, ((0, 1, 2, 3, 4), ()), (), 0.5, 1), [1, 2, 3, 4, 5], False
@@ -130,7 +149,7 @@ def test_a_document_is_routed_as_it_would_be_alone(batch) -> None:
 def test_the_models_here_do_skip_and_do_keep() -> None:
     """Guards the tests above: with gates all on one side they would show little."""
     ids = torch.randint(0, VOCAB, (3, LONGEST), generator=torch.Generator().manual_seed(0))
-    for which in range(len(MODELS)):
+    for which in ROUTED:
         model = build(which)
         with (
             threshold_at_a_gap(model, input_ids=ids),
