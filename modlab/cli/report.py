@@ -79,9 +79,10 @@ def run(options: argparse.Namespace) -> int:
         raise ModlabError(f"--data {' '.join(options.data)}: two texts have one name; say NAME=SOURCE.")
 
     from modlab.bench.results import circumstances, source_commit
-    from modlab.measure.reporting import report
+    from modlab.measure.reporting import figures_of, report
     from modlab.routing.state import routing_of
 
+    figures_of(out)  # refuses before hours of measuring
     model, tokenizer = load_model(options, options.model, base=options.base)
     routing_of(model)  # a dense model is refused before data are read
     texts = {name: _rows(source, tokenizer, options.limit_tokens) for name, source in sources}

@@ -97,5 +97,6 @@ def why_not_copied(attention: nn.Module, rank: int) -> str:
         for base in owned
     )
     if not rank and not whole:
-        return "its projections are quantised, no copy of them can be trained: set leave_rank to 16 or so"
+        reason = "carry adapters" if any(hasattr(base, "base_layer") for base in owned) else "are quantised"
+        return f"its projections {reason}, no copy of them can be trained: set leave_rank to 16 or so"
     return ""

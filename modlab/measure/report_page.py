@@ -79,7 +79,10 @@ def _by_position(report: Report) -> go.Figure:
     for setting in report.settings:
         for text, lines in setting.divergence.attrs["by_position"].groupby("text", sort=False):
             figure.add_scatter(
-                x=lines["position"], y=lines["kl"], name=f"{called(setting)}, {text}", mode="lines"
+                x=lines["position"],
+                y=lines["kl"],
+                name=html.escape(f"{called(setting)}, {text}"),  # plotly reads tags and entities in names
+                mode="lines",
             )
     figure.update_layout(title="KL to the dense model by position", yaxis_rangemode="tozero", **LOOK)
     figure.update_xaxes(title="position in the text (tokens)")

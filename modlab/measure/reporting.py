@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 from modlab.measure.divergence import divergence, named_texts
 from modlab.probes.distances import DISTANCES
 from modlab.probes.long_tasks import ruler
@@ -124,14 +124,33 @@ class Report:
 
         Returns:
             where the figures are.
+
+        Raises:
+            ModlabError: no name of a page, or a .json next to it that is none of a report.
         """
         page = Path(path)
-        if page.suffix not in (".html", ".htm"):
-            raise ModlabError(f"{str(page)!r}: give a page's name, such as report.html.")
-        figures = page.with_suffix(".json")
+        figures = figures_of(page)
         figures.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         page.write_text(self.to_html(), encoding="utf-8")
         return figures
+
+
+def figures_of(page: Path) -> Path:
+    """Where the figures of a page go; a file of that name which no report wrote is not overwritten."""
+    if page.suffix not in (".html", ".htm"):
+        raise ModlabError(f"{str(page)!r}: give a page's name, such as report.html.")
+    figures = page.with_suffix(".json")
+    if figures.exists():
+        try:
+            found = json.loads(figures.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or found.get("what") != "report":
+            raise ModlabError(
+                f"{figures} would be overwritten by the figures of {page}, and no report wrote it: give the "
+                "page another name."
+            )
+    return figures
 
 
 def report(
@@ -181,9 +200,16 @@ def report(
                 f"savings={asked}: these routers know no thresholds by KV saving; leave it out."
             )
         routing.trained.threshold_for(saving)
+    far_distances, lengths = tuple(distances), tuple(lengths)
+    counts = {"questions": questions, "pairs": pairs, "samples": samples, "batch_size": batch_size}
+    for what, count in counts.items():
+        check_count(what, count)
+    for count in far_distances:
+        check_count("distance", count)
+    for count in lengths:
+        check_count("length", count)
     shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
-    far = {"distances": tuple(distances), "rows": questions, **shared}
-    lengths = tuple(lengths)
+    far = {"distances": far_distances, "rows": questions, **shared}
     found = []
     for saving in asked or [None]:  # type: ignore[list-item]
         with thresholds_restored(model) if saving is not None else contextlib.nullcontext():

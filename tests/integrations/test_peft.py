@@ -361,3 +361,10 @@ def test_no_adapter_is_left_uncalled(make_llama, skip, rank, excluded) -> None:
     assert [name for name, grad in learning.items() if grad is None] == []
     assert any("q_proj.lora_A" in name for name in learning)
     assert any("o_proj.lora_A" in name for name in learning) is (excluded is None)
+
+
+def test_adapters_in_the_way_of_leaving_are_named_as_such(make_llama) -> None:
+    peft.get_peft_model(base := make_llama(num_hidden_layers=4), peft.LoraConfig(**PLAIN))
+    with pytest.raises(ModlabError, match="carry adapters.*leave_rank"):
+        modlab.convert(base, modlab.MoDConfig(skip="prompt"))
+    assert modlab.is_converted(modlab.convert(base, modlab.MoDConfig(skip="prompt", leave_rank=2)))

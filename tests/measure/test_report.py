@@ -11,6 +11,7 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 from modlab.measure import divergence, report
+from modlab.measure.report_page import _by_position
 from modlab.probes import recall_gap, retrieval_gap, ruler
 from modlab.routing.trained import Trained
 from tests.helpers.models import dense_llama, scatter_gates
@@ -82,3 +83,38 @@ def test_wrong_values_are_refused_before_anything_is_measured(model, tmp_path) -
     with pytest.raises(ModlabError, match="give a page's name"):
         report(model, STREAM, make_tokenizer(), **ASKED).write(tmp_path / "page.txt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"questions": 0},
+        {"pairs": -1},
+        {"samples": 0},
+        {"batch_size": 0},
+        {"distances": (100, 0)},
+        {"lengths": (-5,)},
+    ],
+)
+def test_wrong_counts_are_refused_before_anything_is_measured(model, wrong, monkeypatch) -> None:
+    monkeypatch.setattr("modlab.measure.reporting.divergence", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ModlabError, match="give a whole number of at least 1"):
+        report(model, STREAM, make_tokenizer(), **ASKED | wrong)
+
+
+@pytest.mark.parametrize("lies", ['[{"text": "mine"}]', '{"what": "speed"}', "no JSON"])
+def test_only_a_reports_own_figures_are_overwritten(model, tmp_path, lies) -> None:
+    found = report(model, {"<a href='//b'>": STREAM}, make_tokenizer(), **ASKED)
+    found.write(tmp_path / "page.html")
+    found.write(tmp_path / "page.html")
+    assert "<a href=" not in (tmp_path / "page.html").read_text().rpartition("</script>")[2]
+    (tmp_path / "texts.json").write_text(lies)
+    with pytest.raises(ModlabError, match="would be overwritten"):
+        found.write(tmp_path / "texts.html")
+    assert (tmp_path / "texts.json").read_text() == lies and not (tmp_path / "texts.html").exists()
+
+
+def test_names_of_texts_are_text_in_the_legend_too(model) -> None:
+    found = report(model, {"<a href='//b'>": STREAM}, make_tokenizer(), **ASKED)
+    (line,) = _by_position(found).data
+    assert line.name == "present thresholds, &lt;a href=&#x27;//b&#x27;&gt;"
