@@ -67,7 +67,7 @@ def atomic_directory(path: str | os.PathLike[str], replaces: tuple[str, ...] = (
             if not target.exists():
                 temporary.rename(target)
                 return
-            with locked(target):
+            with locked(target), locked(temporary):  # which is `target`, too, for a while
                 if not _replace_whole(temporary, target, new, stale):
                     begun = True
                     _replace_one_by_one(temporary, target, new, stale)
