@@ -10,6 +10,7 @@ Shape letters: B rows, T tokens, D model dim, V vocabulary, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ class Sizes:
         by_heads: parameters of a part when the tensor-parallel plan cuts them.
         layer: parameters of the largest decoder layer.
         rest: parameters outside the layers.
+        heads: KV heads.
         token_bytes: of keys and values of a token in one layer.
         windows: of each layer, None for full attention.
         activations: bytes that autograd keeps of a token in the largest layer.
@@ -53,6 +55,7 @@ class Sizes:
     by_heads: int
     layer: int
     rest: int
+    heads: int
     token_bytes: int
     windows: list[int | None]
     activations: float
@@ -88,7 +91,8 @@ def plan(
         DataFrame, one line a way, in GiB a GPU: `use` (inference; routers: the base frozen; weights: all
         trained), `way`, `weights`, `optimizer` (gradients and AdamW's moments), `activations`, `kv` (dense),
         `kv_routed`, `total` (with `kv_routed`), `total_dense`, `fits` (the total, in nine tenths of
-        `memory`).
+        `memory`). "tensor parallel" is left out where the family has no plan for it, or the GPUs cannot
+        share its KV heads evenly.
 
     Raises:
         ModlabError: no such model, or one without keys and values in plain heads.
@@ -138,6 +142,7 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
         by_heads=sum(p.numel() // (gpus if n in _cut(model) else 1) for n, p in parameters.items()),
         layer=_count(largest),
         rest=total - sum(map(_count, layers)),
+        heads=heads,
         token_bytes=2 * heads * size * dtype.itemsize,
         windows=[windows[i] for i in range(len(layers))],  # type: ignore[misc]  # the texts were refused
         activations=_kept_by_autograd(model) / len(layers),
@@ -169,6 +174,8 @@ def _inference(
         "layers spread": (sizes.whole / gpus, gpus, 1),
         "tensor parallel": (sizes.by_heads * sizes.itemsize, gpus, gpus),
     }
+    if gpus > 1 and (sizes.heads % gpus or sizes.by_heads == sizes.parameters):
+        del ways["tensor parallel"]
     return [
         {
             "use": "inference", "way": way, "weights": weights, "optimizer": 0.0, "activations": work / cut,
@@ -219,13 +226,24 @@ def _config(model: Any) -> Any:
     from transformers import AutoConfig
 
     from modlab.saving.demos import folder_named
+    from modlab.saving.depth import MOST_LAYERS, depths
+    from modlab.saving.files import CONFIG_FILE
 
-    if not isinstance(model, str):
-        return getattr(model, "config", model)
-    try:
-        return AutoConfig.from_pretrained(str(folder_named(model)))
-    except (OSError, ValueError) as error:
-        raise ModlabError(f"{model!r} is no folder or hub id with a config: {error}") from error
+    config = getattr(model, "config", model)
+    if isinstance(model, str):
+        folder = folder_named(model)
+        if (Path(folder) / CONFIG_FILE).is_file() and not (Path(folder) / "config.json").is_file():
+            raise ModlabError(f"{model!r} holds routers alone: give the base model that they are for.")
+        try:
+            config = AutoConfig.from_pretrained(str(folder))
+        except Exception as error:  # transformers raises many kinds for configs that it cannot read
+            raise ModlabError(f"{model!r} is no folder or hub id with a config: {error}") from error
+    if not hasattr(config, "to_dict"):
+        raise ModlabError(f"{type(model).__name__} is no config and no name of a model.")
+    for name, layers in depths(config.to_dict()):
+        if layers > MOST_LAYERS:
+            raise ModlabError(f"the config says {name}={layers:,}, and no model has so many.")
+    return config
 
 
 def _count(module: nn.Module) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen2Config
+from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config
 
 import modlab
 from modlab.bench.models import SHAPES
@@ -15,9 +17,7 @@ from modlab.hf.names import cache_argument
 from modlab.plan import GIB, kv_bytes, plan, sizes_of
 from tests.helpers.models import narrow_config
 
-CONFIG = narrow_config(
-    vocab_size=101, intermediate_size=72, num_hidden_layers=3, max_position_embeddings=512
-)
+CONFIG = narrow_config(vocab_size=101, intermediate_size=72, num_hidden_layers=3, max_position_embeddings=512)
 
 
 def saved_bytes(model: Any, ids: torch.Tensor) -> int:
@@ -97,3 +97,36 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         plan(CONFIG, **arguments)
     with pytest.raises(ModlabError, match="no folder or hub id"):
         plan("/no/such/folder")
+
+
+def test_configs_that_no_model_has_are_refused_at_once(tmp_path: Path) -> None:
+    """A damaged number of layers, wrong types, no object; routers alone have no config."""
+    for text, message in (
+        ('{"model_type": "llama", "num_hidden_layers": 100000000}', "num_hidden_layers=100,000,000"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "no folder or hub id with a config"),
+        ("[]", "no folder or hub id with a config"),
+        ("{", "no folder or hub id with a config"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModlabError, match=message):
+            plan(str(tmp_path))
+    deep = copy.deepcopy(CONFIG)
+    deep.num_hidden_layers = 10**8
+    with pytest.raises(ModlabError, match="no model has so many"):
+        plan(deep)
+    with pytest.raises(ModlabError, match="is no config"):
+        plan(None)
+    for name in ("demo-kv", "smollm2-kv"):
+        with pytest.raises(ModlabError, match="holds routers alone"):
+            plan(name)
+
+
+@pytest.mark.parametrize(("gpus", "possible"), [(1, True), (2, True), (3, False), (4, False), (10**6, False)])
+def test_tensor_parallelism_needs_heads_to_share(gpus: int, possible: bool) -> None:
+    config = narrow_config(num_attention_heads=4, num_key_value_heads=2)
+    assert ("tensor parallel" in set(plan(config, gpus=gpus)["way"])) == possible
+
+
+def test_tensor_parallelism_needs_a_plan_of_the_family() -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=128)
+    assert "tensor parallel" not in set(plan(config, gpus=2, context=64)["way"])

@@ -24,7 +24,7 @@ def check_depth(folder: Path) -> None:
     than its weights have tensors."""
     config = read_object(folder / "config.json", "copy or download the folder again", finite=False)
     tensors = _count_tensors(folder)
-    for name, layers in _depths(config):
+    for name, layers in depths(config):
         if layers > min(tensors or MOST_LAYERS, MOST_LAYERS):
             held = f"the weights there hold {tensors:,} tensors" if tensors else "no model has so many"
             raise ModlabError(
@@ -33,13 +33,13 @@ def check_depth(folder: Path) -> None:
             )
 
 
-def _depths(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def depths(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """What a config and those inside it say about numbers of layers."""
     for name, value in config.items():
         if name in DEPTHS and isinstance(value, int):
             yield name, value
         elif name.endswith("_config") and isinstance(value, dict):
-            yield from _depths(value)
+            yield from depths(value)
 
 
 def _count_tensors(folder: Path) -> int | None:
