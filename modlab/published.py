@@ -30,6 +30,9 @@ SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "
 REAL = ("real", "real_gates", "real_tasks", "report")
 """Kinds of results of real models; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")
+TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]
+"""Columns that say what was timed: `_timed_name` tells all of them, so that no two things share a name."""
+ROUTED = {"alternate": "every other layer routed", "most": "most layers routed", "all": "all layers routed"}
 
 
 def result_files() -> list[Path]:
@@ -169,15 +172,16 @@ def kv_latencies() -> dict[str, pd.DataFrame]:
     """Milliseconds by KV saving with `skip="kv"`, a frame for each thing timed, by a name for people.
 
     Columns by ascending kv_saving: kv_saving, dense_ms, mod_ms; on a machine with other work these are CPU
-    time where the record has it. `attrs["origin"]` is one sentence on where it comes from.
+    time where the record has it. A frame is of one result file: where several timed the same thing, the
+    newest counts. `attrs["origin"]` is one sentence on where it comes from.
     """
     frame = benchmarks()
     if "skip" not in frame:
         return {}
     frame = frame[(frame.skip == "kv") & frame.case.isin(["prefill", "decode"])]
-    keys = ["device_name", "shape", "context", "batch", "case", "routed", "granularity"]
     found = {}
-    for _, part in frame.groupby(keys, dropna=False):
+    for _, part in frame.groupby(TIMED, dropna=False):
+        part = part[part.result == part.sort_values("date", kind="stable").result.iloc[-1]]
         first = part.iloc[0]
         cpu_time = "dense_cpu_ms" in part and bool(part.dense_cpu_ms.notna().all())
         names = ("dense_cpu_ms", "mod_cpu_ms") if cpu_time else ("dense_ms", "mod_ms")
@@ -197,7 +201,10 @@ def _timed_name(row: Any) -> str:
     what = "time to the first token" if row.case == "prefill" else "time for a further token"
     gates = {"layer": ", a gate a layer", "kv_head": ", a gate a KV head"}.get(row.granularity, "")
     rows = f", {row.batch:g} rows" if row.batch > 1 else ""
-    return f"{what}: {row['shape']} shape, {row.context:,.0f} tokens{rows}, {row.device_name}{gates}"
+    return (
+        f"{what}: {row['shape']} shape, {row.context:,.0f} tokens{rows}, {row.device_name}, {row['dtype']}, "
+        f"{ROUTED.get(row.routed, row.routed)}{gates}"
+    )
 
 
 def read_result(path: Path) -> dict[str, Any]:

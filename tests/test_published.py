@@ -107,3 +107,39 @@ def test_times_by_saving_are_of_routed_keys_and_values() -> None:
         assert "on " in frame.attrs["origin"] and "2026-" in frame.attrs["origin"], name
         busy = "CPU time" in frame.attrs["origin"]
         assert set(frame.mod_ms) <= set(rows["mod_cpu_ms" if busy else "mod_ms"])
+
+
+def timed(path: Path, what: str, date: str, *rows: tuple[str, float, float], dtype: str = "bfloat16") -> None:
+    """A result file with rows (routed, kv_saving, mod_ms) of one shape and context."""
+    same = {"skip": "kv", "case": "decode", "shape": "tiny", "context": 512, "batch": 1, "num_layers": 4}
+    same |= {"granularity": "layer", "routed_layers": 2, "dense_ms": 9.0}
+    told = [{**same, "routed": routed, "kv_saving": saving, "mod_ms": ms} for routed, saving, ms in rows]
+    result = {"what": what, "device_name": "a GPU", "dtype": dtype, "command": "c", "date": date}
+    path.write_text(json.dumps(result | {"versions": {"torch": "2.13.0"}, "rows": told}))
+
+
+def test_no_thing_timed_takes_the_name_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    rows = [("most", 2.0, 5.0), ("most", 4.0, 3.0), ("all", 2.0, 4.0), ("all", 4.0, 2.0)]
+    timed(tmp_path / "a.json", "generate", "2030-01-01", *rows)
+    timed(tmp_path / "b.json", "speed_kv", "2030-01-01", *rows, dtype="float32")
+    frames = published.kv_latencies()
+    assert len(frames) == 4 and sum(map(len, frames.values())) == 8
+    for routed in ("most layers routed", "all layers routed"):
+        for dtype in ("bfloat16", "float32"):
+            (name,) = (name for name in frames if routed in name and dtype in name)
+            assert dtype in frames[name].attrs["origin"] and len(frames[name]) == 2
+
+
+@pytest.mark.parametrize("newest", ["generate", "speed_kv"])
+def test_of_two_files_that_timed_the_same_the_newest_is_the_curve(
+    newest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of both in one curve would go to and fro."""
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    for what, first in (("generate", 5.0), ("speed_kv", 50.0)):
+        date = "2030-01-02" if what == newest else "2030-01-01"
+        timed(tmp_path / f"{what}.json", what, date, ("all", 2.0, first), ("all", 4.0, first - 1))
+    (frame,) = published.kv_latencies().values()
+    assert list(frame.mod_ms) == ([5.0, 4.0] if newest == "generate" else [50.0, 49.0])
+    assert "2030-01-02" in frame.attrs["origin"]
