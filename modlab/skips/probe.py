@@ -82,7 +82,7 @@ def _form(facts: LayerFacts, part: Part, skip: Skip, call: _Call | None, by_head
     if call is None:
         return PartForm(NOT_REACHED)
     if part == "layer":
-        return PartForm()
+        return PartForm("", call.in_tuple, call.extra_outputs)
     layer, name, module = facts.layer, facts.name_of(part), facts.module(part)
     first = hidden_name(type(module))
     seen: list[tuple[Any, Any, Any]] = []
@@ -237,11 +237,14 @@ class _Call:
 
     Attributes:
         hidden: random, of the shape and dtype that the model's own have.
+        in_tuple, extra_outputs: the form of what the layer returned, as in `PartForm`.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_name: str
+    in_tuple: bool = False
+    extra_outputs: int = 0
 
     def __post_init__(self) -> None:
         given = self.args[0] if self.args else self.kwargs[self.hidden_name]
@@ -272,15 +275,23 @@ def _layer_calls(model: PreTrainedModel, layers: list[nn.Module], indices: set[i
     """The calls of these layers in one forward, by index; layers that do not run have none."""
     calls: dict[int, _Call] = {}
 
-    def noting(index: int) -> Callable[..., None]:
+    def begins(index: int) -> Callable[..., None]:
         def hook(layer: Any, args: Any, kwargs: Any) -> None:
             calls[index] = _Call(args, kwargs, hidden_name(type(layer)))
+
+        return hook
+
+    def ends(index: int) -> Callable[..., None]:
+        def hook(_layer: Any, _args: Any, output: Any) -> None:
+            if isinstance(output, (tuple, list)):
+                calls[index].in_tuple, calls[index].extra_outputs = True, len(output) - 1
             if len(calls) == len(indices):
                 raise Reached
 
         return hook
 
-    run_up_to(model, [layers[i].register_forward_pre_hook(noting(i), with_kwargs=True) for i in indices])
+    before = [layers[i].register_forward_pre_hook(begins(i), with_kwargs=True) for i in indices]
+    run_up_to(model, [*before, *(layers[i].register_forward_hook(ends(i)) for i in indices)])
     return calls
 
 

@@ -22,8 +22,9 @@ from modlab.errors import ModlabError
 from modlab.families import support as families
 from modlab.families.proof import FreshProcess, Unproven, prove
 from modlab.families.tiny_models import tiny_model
+from modlab.routing.state import masked_execution
 from modlab.skips.probe import part_forms
-from tests.helpers.one_branch import prove_one_branch
+from tests.helpers.one_branch import config_of, no_token, prove_one_branch
 
 NEWEST = Version("5.24")
 """The transformers for which the tables below were written."""
@@ -204,6 +205,8 @@ BRANCHES = {
     "granitemoehybrid": "two MLPs side by side",
     "gemma3n_text": "parallel residual streams",
     "jetmoe": "weights that no module is called for",
+    "bamba": "layers that return two outputs, Mamba layers among them",
+    "mvp": "layers that return a tuple of one",
 }
 """type: what it stands for."""
 
@@ -214,11 +217,57 @@ INDEXED += ("minimax_m3_vl_text",)
 MIXES = "does not hide keys of one of its . KV heads alone|does not hide keys of one of its 16 KV heads"
 NO_MODULE = "has no MLP module of its own"
 NO_RESIDUAL = "adds the residual itself"
+NOT_APART = "has no q_proj, k_proj, v_proj apart from each other"
+NO_CACHE = "takes no cache of keys and values"
+SHARES_KEYS = "shares its keys and values with other layers"
+ALL_LOGITS = "computes the logits of all tokens of a prompt"
 BERT_LIKE = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie")
 BERT_LIKE += ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")
 BERT_LIKE += ("xlm-roberta", "xlm-roberta-xl", "xmod")
 BART_LIKE = ("bart", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp")
 BART_LIKE += ("opt", "pegasus", "plbart", "trocr", "whisper", "xglm")
+HYBRID = (
+    "bailing_hybrid",
+    "bamba",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_linear",
+    "lara_mini",
+    "lfm2",
+    "lfm2_moe",
+)
+HYBRID += ("lfm3", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text")
+HYBRID += ("qwen3_next", "recurrent_gemma")
+ONE_MATRIX = (*BERT_LIKE, *LATENT, "axk2", "codegen", "dbrx", "deepseek_v32", "dots3_note", "dots3_note_text")
+ONE_MATRIX += (
+    "fuyu",
+    "glm_moe_dsa",
+    "gpt-sw3",
+    "gpt2",
+    "jetmoe",
+    "mpt",
+    "persimmon",
+    "phi3",
+    "phi4_multimodal",
+)
+SHARING = ("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+GIVEN_NO_KEYS = dict.fromkeys(ONE_MATRIX, NOT_APART) | dict.fromkeys(
+    ("bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese"), NO_CACHE
+)
+WRITTEN = (
+    dict.fromkeys((*BART_LIKE, "nemotron_h"), NO_MODULE)
+    | {"granitemoehybrid": "a second MLP besides", "hy_v4": NOT_APART}
+    | GIVEN_NO_KEYS
+)
+LEAVING = (
+    dict.fromkeys(SHARING, SHARES_KEYS)
+    | dict.fromkeys(("trocr", "whisper"), ALL_LOGITS)
+    | {
+        "hy_v4": "its sparse attention shares its pick",
+        "mllama": "does not run where the input is text alone",
+    }
+    | GIVEN_NO_KEYS
+)
 REFUSED_BRANCHES: dict[str, dict[str, str]] = {
     "attention": dict.fromkeys((*BERT_LIKE, "bloom"), NO_RESIDUAL),
     "mlp": dict.fromkeys((*BERT_LIKE, *BART_LIKE, "ctrl", "nemotron_h"), NO_MODULE)
@@ -230,8 +279,17 @@ REFUSED_BRANCHES: dict[str, dict[str, str]] = {
     | dict.fromkeys(INDEXED, "picks keys for all KV heads at once")
     | dict.fromkeys(("mvp", "trocr", "xglm"), MIXES)  # they want a mask [B, 1, T, K]
     | dict.fromkeys(("jetmoe", "diffllama"), MIXES),  # heads in another order, values of two heads
+    "written": WRITTEN,
+    "sublayers": WRITTEN,
+    "prompt": LEAVING | dict.fromkeys(("nemotron_h", "recurrent_gemma"), RECURRENT),
+    "kv+prompt": LEAVING
+    | dict.fromkeys(HYBRID, RECURRENT)
+    | dict.fromkeys(("llama4", "llama4_text"), "its attention is chunked")
+    | {"doge": "does not add its mask"},
 }
 """By what is skipped, type: a regular expression that its reason must match."""
+OLDER_GIVEN_NO_KEYS = {"gptj": NO_CACHE}
+"""What transformers 5.17 refuses besides where keys are written apart."""
 
 
 @pytest.mark.parametrize("skip", REFUSED_BRANCHES)
@@ -239,6 +297,8 @@ def test_one_branch_is_skipped_or_refused(supported_type: str, skip: str) -> Non
     if supported_type in OLDER and Version(transformers.__version__) < NEWEST:
         pytest.skip("this transformers has the type itself wrong")
     expected = REFUSED_BRANCHES[skip].get(supported_type)
+    if skip in ("written", "sublayers", "prompt", "kv+prompt") and Version(transformers.__version__) < NEWEST:
+        expected = OLDER_GIVEN_NO_KEYS.get(supported_type, expected)
     settings: dict = {"skip": skip}
     if skip == "kv by head":
         settings = {"skip": "kv", "gates": "kv_head", "router_hidden": 3}
@@ -246,7 +306,20 @@ def test_one_branch_is_skipped_or_refused(supported_type: str, skip: str) -> Non
         prove_one_branch(supported_type, **settings)
     else:
         with pytest.raises(ModlabError, match=expected):
-            modlab.convert(tiny_model(supported_type), modlab.MoDConfig(layers="all", **settings))
+            modlab.convert(tiny_model(supported_type), config_of(**settings))
+
+
+@pytest.mark.parametrize("skip", ["layer", "prompt"])
+@pytest.mark.parametrize("name", ["bamba", "mvp"])
+def test_a_layer_returns_its_own_form_where_the_first_forward_keeps_nothing(name: str, skip: str) -> None:
+    """No forward of the routed model has shown it by then."""
+    model = modlab.convert(tiny_model(name), config_of(skip))
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad(), modlab.routing_override(model, no_token):
+        packed = model(ids, use_cache=False).logits
+        with masked_execution(model):
+            masked = model(ids, use_cache=False).logits
+    torch.testing.assert_close(packed, masked, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bloom", "bert"])

@@ -1,4 +1,4 @@
-"""What a model must compute where a token skips one branch of a layer, by hand.
+"""What a model must compute where a token skips no whole layer: by the oracle, and for one branch by hand.
 
 A skipped token passes the dense layer with all weights of the branch at zero: whatever the branch does with
 the residual, it does here too. A kept token passes the dense layer; where it is the attention that is
@@ -30,6 +30,9 @@ from modlab.routing.state import masked_execution, record_routing
 
 RECENT = 3
 """`keep_recent`: shorter than the rows, longer than nothing."""
+BY_HAND = ("attention", "mlp")
+LEAVING = ("prompt", "kv+prompt")
+"""Skips with which keys and values come from another state, so that open gates are not the dense model."""
 
 
 @torch.no_grad()
@@ -52,9 +55,7 @@ def prove_one_branch(model_type: str, skip: Any, **settings: Any) -> None:
     if leaks := batch.padding_leaks(dense_BTV):  # the batch's first row has no padding
         dense_BTV = dense_BTV[:1]
     batch.choose_cuts(dense_BTV)
-    config = modlab.MoDConfig(layers="all", skip=skip, keep_recent=RECENT, **settings)
-    branch = modlab.convert(copy.deepcopy(dense), config)
-    whole = modlab.convert(copy.deepcopy(dense), modlab.MoDConfig(skip="layer", layers="all"))
+    branch = trained(modlab.convert(copy.deepcopy(dense), config_of(skip, **settings)))
 
     batch.model = branch
     with modlab.routing_override(
@@ -63,7 +64,10 @@ def prove_one_branch(model_type: str, skip: Any, **settings: Any) -> None:
         packed_BTV = batch.logits()
         with masked_execution(branch):
             batch.agree("with nothing kept, packed differs from masked", packed_BTV, batch.logits())
-    batch.agree("open gates differ from the dense model", batch.logits()[: len(dense_BTV)], dense_BTV)
+    opened_BTV = batch.logits()
+    if skip not in LEAVING:
+        batch.agree("open gates differ from the dense model", opened_BTV[: len(dense_BTV)], dense_BTV)
+    last_left(batch, opened_BTV)
     with modlab.routing_override(branch, some_tokens):
         with record_routing(branch) as recording:
             packed_BTV = batch.logits()
@@ -72,14 +76,16 @@ def prove_one_branch(model_type: str, skip: Any, **settings: Any) -> None:
         step = recording.steps[0]
         as_the_oracle_says(batch, dense, step, leaks, packed=packed_BTV, masked=masked_BTV)
         steps_BTV = batch.logits_in_steps(modlab.RaggedCache(branch))
+        last_left(batch, masked_BTV)
     batch.agree("packed execution differs from the masked reference", packed_BTV, masked_BTV)
     batch.agree("cached steps differ from one forward", steps_BTV, masked_BTV, STEPS_TOLERANCE)
 
-    if skip == "kv":
+    if skip not in BY_HAND:
         if batch.difference(masked_BTV[: len(dense_BTV)], dense_BTV) < 10 * TOLERANCE:
-            raise Unproven("hiding keys does not change the logits")
+            raise Unproven("routing does not change the logits")
         learns(batch, branch)
         return
+    whole = modlab.convert(copy.deepcopy(dense), modlab.MoDConfig(skip="layer", layers="all"))
     for layer in branch.mod.layers:
         keep_BT = some_tokens(layer, torch.empty(0), batch.positions_BT)
         without = without_branch(dense, layer, skip)
@@ -93,15 +99,48 @@ def prove_one_branch(model_type: str, skip: Any, **settings: Any) -> None:
         )
 
 
+def config_of(skip: Any, **settings: Any) -> modlab.MoDConfig:
+    """All layers routed, or with skip="prompt" those above the point of leaving."""
+    if skip != "prompt":
+        settings |= {"layers": "all", "keep_recent": RECENT}
+    return modlab.MoDConfig(skip=skip, **settings)
+
+
+def trained(model: Any) -> Any:
+    """Trained projections, where there are any, become other ones than the base's; returns the model."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "mod_projections" in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * parameter.detach().std())
+    return model
+
+
+def last_left(batch: Batch, wanted_BTV: Tensor) -> None:
+    """Where the last token of each row is asked for alone, and the others may leave, it says the same; the
+    batch is padded on the left."""
+    if batch.model.mod.config.skip not in LEAVING:
+        return
+    for use_cache in (False, True):
+        last_B1V = batch.model(**batch.inputs(), use_cache=use_cache, logits_to_keep=1).logits
+        worst = (last_B1V - wanted_BTV[:, -1:]).abs().max() / wanted_BTV[:, -1:].abs().max()
+        if not worst <= TOLERANCE:
+            raise Unproven(f"a prompt that leaves has another last token: logits differ by {worst:.1g}")
+
+
 @torch.enable_grad()
 def learns(batch: Batch, model: Any) -> None:
-    """A what-if pass gives every router a gradient."""
+    """A what-if pass gives every router and every trained projection a gradient."""
     batch.model = model.train()
     batch.logits().square().sum().backward()
     for index in model.mod.layers:
-        gradient = decoder_layers(model)[index].mod_router.weight.grad
-        if gradient is None or not gradient.any() or not gradient.isfinite().all():
-            raise Unproven(f"the router of layer {index} gets no gradient, or none that is finite")
+        for name, weight in decoder_layers(model)[index].named_parameters():
+            if name != "mod_router.weight" and not (
+                name.startswith("mod_projections") and name.endswith("weight")
+            ):
+                continue
+            if weight.grad is None or not weight.grad.any() or not weight.grad.isfinite().all():
+                raise Unproven(f"{name} of layer {index} gets no gradient, or none that is finite")
 
 
 def no_token(layer_idx: int, gate_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
