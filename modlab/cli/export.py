@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     rows = rows_of(options, model, tokenizer)
     data = list(rows)
     kept = measure.evaluate(model, data, seq_len=rows.seq_len, cache=False).keep_ratio_by_layer
-    layers = list(options.layers) if options.layers else static_layers(kept, options.below)
+    layers = sorted(set(options.layers)) if options.layers else static_layers(kept, options.below)
     export_static(model, tokenizer, options.static, layers)
     costs = _costs(model, data, layers, options)
     report = {"model": options.model, "layers": layers, "keep_ratio_by_layer": kept, "costs": costs}

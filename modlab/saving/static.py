@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_number
 from modlab.hf.anatomy import attention_windows
 from modlab.hf.model import context_length, device_of, eval_mode, vocabulary_size
 from modlab.routing.router import is_router
@@ -38,8 +38,10 @@ def static_layers(keep_ratios: dict[int, float], below: float) -> list[int]:
     """The routed layers that need no past: those that keep at most the share `below` of the tokens.
 
     Raises:
-        ModlabError: there are none.
+        ModlabError: there are none, or no such share.
     """
+    if not 0 <= check_number("below", below) <= 1:
+        raise ModlabError(f"below={below:g}: give a share of the tokens, from 0 to 1.")
     found = [layer for layer, ratio in keep_ratios.items() if ratio <= below]
     if not found:
         shown = ", ".join(f"{layer}: {ratio:.2f}" for layer, ratio in keep_ratios.items())

@@ -83,6 +83,9 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ModlabError, match=r"2: 0\.30"):
         static_layers({1: 0.5, 2: 0.3}, below=0.1)
     assert static_layers({1: 0.5, 2: 0.1, 4: 0.0}, below=0.1) == [2, 4]
+    for wrong in (-1, 1.5, 1e9, float("nan"), float("inf")):
+        with pytest.raises(ModlabError, match=r"below="):
+            static_layers({1: 0.5}, below=wrong)
 
 
 def test_the_command_says_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
