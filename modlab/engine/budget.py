@@ -1,4 +1,4 @@
-"""A bound on what a generation stores where routing decides about the cache alone (`skip="kv"`).
+"""A bound on what a generation stores where routing decides about the cache (`skip="kv"`, `"kv+prompt"`).
 
 A row (a KV head of it, where heads have gates) that is full gives up the older token of the lowest gate for
 each one that leaves its ring (`kernels/ring_budget.py`). A prompt attends to all that is kept, layer after
@@ -10,6 +10,7 @@ cache (B x A), C capacity of a flat buffer, W tokens of a ring.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +76,10 @@ class Budget:
         allowed = int(self.mib * MIB)
         least = self.needed(batch, length, 0)
         if least > allowed:
+            take = math.ceil(least / MIB * 1000) / 1000  # upwards: as a bound it would be enough
             raise ModlabError(
                 f"kv_mib={self.mib:g} does not hold {batch} row(s) of up to {length} tokens: their latest "
-                f"{self.recent} tokens and the layers that are not routed take {least / MIB:.1f} MiB. Allow "
+                f"{self.recent} tokens and the layers that are not routed take {take:.3f} MiB. Allow "
                 "more, or generate fewer rows at once."
             )
         low, high = 0, most

@@ -104,7 +104,7 @@ class Engine:
     def _budget(self, kv_tokens: int | None, kv_mib: float | None) -> Budget:
         if self.keep_recent is None or self.form is None:
             raise ModlabError(
-                "kv_tokens and kv_mib bound a cache that routing decides about (skip='kv'): "
+                "kv_tokens and kv_mib bound a cache that routing decides about (skip='kv' or 'kv+prompt'): "
                 "this model has none."
             )
         with torch.no_grad(), eval_mode(self.model):

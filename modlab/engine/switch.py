@@ -105,10 +105,11 @@ def enable_fast_generation(
     """Lets `model.generate` use modlab's engine for greedy search and sampling.
 
     Prompts are run without padding, every routed layer (or its attention or MLP, as `MoDConfig.skip` says) on
-    its kept tokens; on CUDA each further token is one CUDA graph, in which what no row needs is skipped by an
-    IF node on the GPU. Beam search, assisted
-    decoding, a cache of your own, recorded routing and returned scores run as without it;
-    `fast_generation_report` says which way the latest call went and why.
+    its kept tokens; with ``skip="prompt"`` and ``"kv+prompt"`` the layers above the point of leaving run each
+    row's last prompt token alone. On CUDA each further token is one CUDA graph, in which what no row needs is
+    skipped by an IF node on the GPU. Beam search, assisted decoding, a cache of your own, recorded routing
+    and returned scores run as without it; `fast_generation_report` says which way the latest call went and
+    why.
 
     Works for dense models too, so that the two can be compared on equal terms. Generations in several threads
     wait for each other, and other forwards of the model for a generation (see `turns`); while this function
@@ -120,21 +121,38 @@ def enable_fast_generation(
             first `generate` of each batch size, and the first long prompt, then take longer). "layers"
             leaves out the norms and the rotary tables, to see what they cost (`modlab bench overhead`).
         check: compare the engine with the ordinary forward on a small random batch first.
-        kv_tokens: with ``skip="kv"``: tokens that a routed layer stores of a row at most (each KV head, where
-            those have gates), the latest `keep_recent` included. A row that is full gives up the token of
-            the lowest gate; the first `keep_first` go last. Calls that the engine does not cover are refused.
+        kv_tokens: with ``skip="kv"`` and ``"kv+prompt"``: tokens that a routed layer stores of a row at most
+            (each KV head, where those have gates), the latest `keep_recent` included. A row that is full
+            gives up the token of the lowest gate; the first `keep_first` go last. Calls that the engine does
+            not cover are refused.
         kv_mib: the same for all rows and layers of a call together, in MiB.
 
     Returns:
         the same model.
 
     Raises:
-        ModlabError: the engine does not cover this model; the message says why. The model is unchanged.
+        ModlabError: the engine does not cover this model; the message says why. The model is unchanged:
+            fast generation that was on before stays on, with its bound.
     """
     reason = model_refusal(model)
     if reason is not None:
         raise ModlabError(f"fast generation does not cover this {type(model).__name__}: {reason}.")
+    before: Engine | None = model.__dict__.get("mod_engine")
     disable_fast_generation(model)
+    try:
+        engine = _engine_for(model, compile, check, kv_tokens, kv_mib)
+    except BaseException:  # an interrupt too
+        if before is not None:
+            _attach(model, before)
+        raise
+    _attach(model, engine)
+    return model
+
+
+def _engine_for(
+    model: PreTrainedModel, compile: bool | str, check: bool, kv_tokens: int | None, kv_mib: float | None
+) -> Engine:
+    """An engine that has passed its check; arguments and errors as of `enable_fast_generation`."""
     try:
         engine = Engine(model, compile, kv_tokens=kv_tokens, kv_mib=kv_mib)
         if check and engine.form is not None:
@@ -148,7 +166,12 @@ def enable_fast_generation(
         ) from error
     if engine.routing is not None and engine.form is None:
         why = engine.routing.skip.why_no_engine(engine.routing.config)
-        warnings.warn(f"model.generate will run without the engine: {why}", stacklevel=2)
+        warnings.warn(f"model.generate will run without the engine: {why}", stacklevel=3)
+    return engine
+
+
+def _attach(model: PreTrainedModel, engine: Engine) -> None:
+    """Makes the engine the one that `model.generate` uses."""
     decoder = decoder_of(model)
     if decoder is not model:
         extend(decoder, TakesTurns)
@@ -156,7 +179,6 @@ def enable_fast_generation(
     extend(model, FastModel)
     model.__dict__[TURNS] = engine.turns
     model.__dict__["mod_engine"] = engine
-    return model
 
 
 def disable_fast_generation(model: PreTrainedModel) -> PreTrainedModel:

@@ -143,11 +143,16 @@ class Routing:
         self.of_thread = _OfThread()
 
     def __repr__(self) -> str:
+        if self.skip.decides_itself:
+            return f"Routing({self.skip.words.routed}, {self._where})"
         p = sorted({float(f"{value:.4g}") for value in self.thresholds.values()})
         said = f"p = {p[0]:g}" if len(p) == 1 else f"p from {p[0]:g} to {p[-1]:g}"
+        return f"Routing({self.skip.words.routed} of {self._where}, {said})"
+
+    @property
+    def _where(self) -> str:
         every = len(self.layers) == self.num_layers
-        where = f"all {self.num_layers} layers" if every else f"layers {self.layers} of {self.num_layers}"
-        return f"Routing({self.skip.words.routed} of {where}, {said})"
+        return f"all {self.num_layers} layers" if every else f"layers {self.layers} of {self.num_layers}"
 
     @property
     def thresholds(self) -> dict[int, float]:
@@ -321,10 +326,10 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
         the threshold, the same for all routed layers.
 
     Raises:
-        ModlabError: no thresholds are known, or the saving lies outside the range trained for. Nothing is
-            changed then.
+        ModlabError: no thresholds are known, the saving lies outside the range trained for, or thresholds
+            mean nothing to the skip. Nothing is changed then.
     """
-    routing = routing_of(model)
+    routing = gated_routing_of(model)
     p = (routing.trained or Trained()).threshold_for(kv_saving)
     set_threshold(model, p)
     return p

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modlab.config import MoDConfig
-from modlab.routing.state import routing_of
+from modlab.routing.state import Routing, routing_of
 from modlab.routing.trained import Trained
 from modlab.saving.files import CARD_FILE, is_hub_id
 
@@ -88,17 +88,16 @@ def model_card(
     if known:
         base = f" of [{hub_base}](https://huggingface.co/{hub_base})" if hub_base else f" of {code(known)}"
     config: MoDConfig = routing.config
-    values = sorted({round(float(p), 4) for p in routing.thresholds.values()})
-    thresholds = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}, one a layer"
+    who = "a fixed rule" if routing.skip.decides_itself else "a router"
     lines = [
         f"# {plain(name)}",
         OURS,
-        f"A Mixture-of-Depths version{base}: in {len(routing.layers)} of its {routing.num_layers} layers a "
-        f"router decides for each token {routing.skip.decides(config)} ([MoDification]({PAPER})).",
+        f"A Mixture-of-Depths version{base}: in {len(routing.layers)} of its {routing.num_layers} layers "
+        f"{who} decides for each token {routing.skip.decides(config)} ([MoDification]({PAPER})).",
         "| | |\n|---|---|\n"
         f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
-        f"| routing | {config.operator}, {routing.skip.words.routed}, gate {config.gate} |\n"
-        f"| threshold p | {thresholds} |" + _figures(evaluation),
+        + _routing_lines(routing)
+        + _figures(evaluation),
         _measured(evaluation, name) + _trained(routing.trained),
         "## How to load",
         python_block(
@@ -112,6 +111,16 @@ def model_card(
         "(`pip install modlab`) plain transformers loads the dense model from the same files.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"))
+
+
+def _routing_lines(routing: Routing) -> str:
+    """Rows of the table: what is routed, and by which gates and thresholds where gates decide."""
+    config, routed = routing.config, routing.skip.words.routed
+    if routing.skip.decides_itself:
+        return f"| routing | {routed} |"
+    values = sorted({round(float(p), 4) for p in routing.thresholds.values()})
+    thresholds = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}, one a layer"
+    return f"| routing | {config.operator}, {routed}, gate {config.gate} |\n| threshold p | {thresholds} |"
 
 
 def _quoted(name: str) -> str:

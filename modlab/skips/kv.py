@@ -44,15 +44,16 @@ class KeyValueSkip(Skip):
         """Keys and values are chosen by threshold, and there is no output for a gate to scale."""
         if config.operator != "threshold":
             raise ModlabError(
-                f"MoDConfig(skip='kv', operator={config.operator!r}): keys and values are chosen by "
-                "threshold only. Use operator='threshold' (the default), or say what else is skipped: "
+                f"MoDConfig(skip={config.skip!r}, operator={config.operator!r}): keys and values are chosen "
+                "by threshold only. Use operator='threshold' (the default), or say what else is skipped: "
                 "skip='layer', as in MoDConfig.topk() (--preset topk)."
             )
         if config.gate != "straight-through":
             raise ModlabError(
-                f"MoDConfig(skip='kv', gate={config.gate!r}): a token that is not kept passes the layer in "
-                "full, there is no output for a gate to scale. Use gate='straight-through' (the default), or "
-                "say what else is skipped: skip='layer', as in MoDConfig.paper() (--preset paper)."
+                f"MoDConfig(skip={config.skip!r}, gate={config.gate!r}): a token that is not kept passes "
+                "the layer in full, there is no output for a gate to scale. Use gate='straight-through' (the "
+                "default), or say what else is skipped: skip='layer', as in MoDConfig.paper() (--preset "
+                "paper)."
             )
 
     def decides(self, config: MoDConfig) -> str:

@@ -258,7 +258,7 @@ class Run:
             row["keep_ratio"] = sum(means[f"keep_{i}"] for i in layers) / len(layers)
             row |= {f"keep_{i}": means[f"keep_{i}"] for i in layers}
             row["objective"] = means["objective"]
-        if self.objective in ("target", "budget", "distil"):
+        if self._aims:
             row["target"] = stepping.target
         stepping.settle_thresholds()
         if self.objective == "budget":
@@ -334,7 +334,7 @@ class Run:
         if complete:
             if self.window.steps:
                 self.log()
-            if config.calibrate and self.objective in ("target", "budget", "distil"):
+            if config.calibrate and self._aims:
                 if config.save_every:
                     self.save()  # before: a longer run goes on from the model as trained
                 self._calibrate()
@@ -453,9 +453,15 @@ class Run:
         """The accelerator whose processes share what is measured; None in a single one."""
         return self.processes.accelerator if self.processes.world > 1 else None
 
+    @property
+    def _aims(self) -> bool:
+        """Whether gates are pulled to a keep ratio; where the skip decides by itself, none is."""
+        aimed = self.objective in ("target", "budget", "distil")
+        return aimed and not self.model.mod.skip.decides_itself
+
     def _reach(self) -> Reach | None:
         config = self.config
-        if self.objective != "distil" or not self.processes.is_main:
+        if self.objective != "distil" or not self._aims or not self.processes.is_main:
             return None
         return Reach(config.keep_ratio if config.keep_range is None else config.keep_range[0])
 

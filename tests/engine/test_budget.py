@@ -135,9 +135,13 @@ def test_bounds_that_hold_nothing_are_refused_with_the_numbers() -> None:
     with pytest.raises(ModlabError, match=r"kv_mib=0 has to be above 0"):
         Budget(None, 0, 4, layers)
     with pytest.raises(
-        ModlabError, match=r"kv_mib=0.01 does not hold 2 row\(s\) of up to 100 tokens: .* 0.5 MiB"
-    ):
+        ModlabError, match=r"kv_mib=0.01 does not hold 2 row\(s\) of up to 100 tokens: .* take 0\.\d{3} MiB"
+    ) as refused:
         Budget(None, 0.01, 4, layers).older(2, 100)
+    enough = float(str(refused.value).split(" MiB")[0].split()[-1])
+    assert Budget(None, enough, 4, layers).older(2, 100) >= 0
+    with pytest.raises(ModlabError):
+        Budget(None, enough - 0.001, 4, layers).older(2, 100)
     with pytest.raises(ModlabError, match="this model has none"):
         modlab.enable_fast_generation(llama_on_device(skip="layer"), kv_tokens=100)
 
@@ -165,3 +169,18 @@ def test_a_bound_is_a_number(value: Any) -> None:
     for wrong in ({"kv_tokens": value}, {"kv_mib": value}):
         with pytest.raises(ModlabError, match="give a "):
             modlab.enable_fast_generation(llama_on_device(skip="kv"), **wrong)
+
+
+def test_a_refused_switch_leaves_the_engine_that_was_on() -> None:
+    model, inputs = bounded("layer", kv_tokens=20), prompts(60, 20)
+    engine, want = model.__dict__["mod_engine"], generated(model, inputs, eos_token_id=None)
+    for wrong in ({"kv_tokens": 2}, {"kv_mib": 0}, {"kv_tokens": "20"}):
+        with pytest.raises(ModlabError):
+            modlab.enable_fast_generation(model, compile=False, **wrong)
+        assert model.__dict__["mod_engine"] is engine
+        assert generated(model, inputs, eos_token_id=None) == want
+        assert modlab.fast_generation_report(model)["last"]["fast"]
+    modlab.disable_fast_generation(model)
+    with pytest.raises(ModlabError):
+        modlab.enable_fast_generation(model, compile=False, kv_tokens=2)
+    assert modlab.fast_generation_report(model) == {"enabled": False}

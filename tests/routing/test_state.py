@@ -8,7 +8,7 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 from modlab.routing.state import thresholds_restored, thresholds_restored_on_error
-from tests.helpers.models import alternate_layers, spread_gates
+from tests.helpers.models import alternate_layers, leaving_llama, spread_gates
 
 IDS = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(3))
 
@@ -34,6 +34,12 @@ def test_it_says_what_is_routed_where(tiny_llama) -> None:
     assert repr(tiny_llama.mod) == "Routing(whole layers of layers [1, 3, 5] of 6, p = 0.5)"
     modlab.set_threshold(tiny_llama, 0.25, layers=[3])
     assert repr(tiny_llama.mod).endswith("p from 0.25 to 0.5)")
+    assert repr(leaving_llama("prompt").mod) == "Routing(the upper layers, by position, layers [4, 5] of 6)"
+
+
+def test_a_saving_means_nothing_where_no_gate_decides() -> None:
+    with pytest.raises(ModlabError, match="skip='prompt' no gate decides"):
+        modlab.set_kv_saving(leaving_llama("prompt"), 2.0)
 
 
 def test_thresholds_of_a_block_are_its_threads_own(tiny_llama) -> None:

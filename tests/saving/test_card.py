@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 import modlab
 from modlab import measure
 from modlab.saving.card import code, model_card, plain
-from tests.helpers.models import alternate_layers, dense_llama
+from tests.helpers.models import alternate_layers, dense_llama, leaving_llama
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -74,3 +74,12 @@ def test_the_card_is_headed_by_the_folder_that_a_path_means(tmp_path, monkeypatc
     modlab.convert(dense_llama(), alternate_layers()).save_pretrained("..")
     assert "# named\n" in (tmp_path / "named" / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["named"]
+
+
+def test_a_rule_that_decides_without_gates_has_no_router_and_no_threshold() -> None:
+    text = model_card(leaving_llama("prompt"), "x")
+    assert "in 2 of its 6 layers a fixed rule decides for each token whether it runs" in text
+    assert "\n| routing | the upper layers, by position |\n" in text
+    assert not re.search(r"a router|threshold|straight", text)
+    text = model_card(leaving_llama("kv+prompt"), "x")
+    assert "a router decides for each token" in text and "\n| threshold p | 0.5 |\n" in text

@@ -363,8 +363,10 @@ def test_saved_and_loaded(make_llama, tmp_path) -> None:
     ("fields", "says"),
     [
         ({"keep_recent": 0}, "each token attends to itself"),
-        ({"skip": "kv", "gate": "paper"}, "no output for a gate to scale"),
-        ({"skip": "kv", "operator": "topk"}, "by threshold only"),
+        ({"skip": "kv", "gate": "paper"}, r"^MoDConfig\(skip='kv', .*no output for a gate to scale"),
+        ({"skip": "kv", "operator": "topk"}, r"^MoDConfig\(skip='kv', .*by threshold only"),
+        ({"skip": "kv+prompt", "gate": "paper"}, r"^MoDConfig\(skip='kv\+prompt', gate='paper'"),
+        ({"skip": "kv+prompt", "operator": "topk"}, r"^MoDConfig\(skip='kv\+prompt', operator='topk'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(fields, says) -> None:

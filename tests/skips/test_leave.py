@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,17 @@ def test_no_gate_is_trained_or_calibrated() -> None:
     assert changed == {n for n in before if ".mod_" in n}
     with pytest.raises(modlab.ModlabError, match="'target' does not fit skip='prompt', where no gate"):
         modlab.train(model, rows, modlab.TrainConfig(objective="target", **plan))
+
+
+def test_a_distillation_asks_for_no_keep_ratio() -> None:
+    """All tokens of training run all layers: nothing is late, and there is no target to be late for."""
+    plan = {"steps": 8, "batch_size": 3, "num_workers": 0, "mixed_precision": "no", "log_every": 1}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The gates keep")
+        result = modlab.train(
+            converted(), [{"input_ids": row} for row in IDS], modlab.TrainConfig(objective="distil", **plan)
+        )
+    assert set(result.history["keep_ratio"]) == {1.0} and "target" not in result.history
 
 
 def test_projections_learn_at_the_rate_of_the_base() -> None:
