@@ -34,7 +34,7 @@ class CacheView(MeasuredView, view="cache"):
     a click shows the figures behind the name.
 
     Args:
-        model: a converted model; the slider moves its thresholds.
+        model: a converted model whose gates decide; the slider moves its thresholds.
         tokenizer: its tokenizer.
         text: the text to begin with; another one can be put in in the widget.
         max_new_tokens: at most so many tokens are written.
@@ -56,6 +56,9 @@ class CacheView(MeasuredView, view="cache"):
     def __init__(
         self, model: Any, tokenizer: Any, text: str, max_new_tokens: int = 120, expect: str = ""
     ) -> None:
+        from modlab.routing.state import gated_routing_of
+
+        gated_routing_of(model)
         super().__init__(model, tokenizer, text, max_new_tokens=max_new_tokens, expect=expect)
 
     def generate(self) -> str:

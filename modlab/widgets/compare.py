@@ -26,7 +26,7 @@ class Compare(ModelView, view="compare"):
     The model's own thresholds are not touched. With fast generation, one side is written after the other.
 
     Args:
-        model: a converted model.
+        model: a converted model whose gates decide.
         tokenizer: its tokenizer.
         prompt: the text to continue; it can be changed in the widget.
         p: the two thresholds.
@@ -51,9 +51,9 @@ class Compare(ModelView, view="compare"):
         p: tuple[float, float] = (0.3, 0.7),
         max_new_tokens: int = 80,
     ) -> None:
-        from modlab.routing.state import routing_of
+        from modlab.routing.state import gated_routing_of
 
-        routing_of(model)
+        gated_routing_of(model)
         self._model, self._tokenizer = model, tokenizer
         super().__init__(
             prompt=as_text(tokenizer, prompt),

@@ -239,7 +239,7 @@ def explore(
     """See which layer runs which token of the text, and steer the threshold.
 
     Args:
-        model: a converted model (`modlab.convert`, or `modlab.load` of one).
+        model: a converted model whose gates decide (`modlab.convert`, or `modlab.load` of one).
         tokenizer: the model's tokenizer.
         text: any text that fits the model's context; another one can be put in in the widget.
         sweep: a frame of `modlab.sweep`, drawn as curve; without one, the runs made with the slider are.
@@ -249,17 +249,18 @@ def explore(
         others: further converted models of the same tokenizer: a switch changes between them.
 
     Raises:
-        ModlabError: dense model, empty or too long text, a sweep without the columns needed.
+        ModlabError: dense model, one in which no gate decides (`skip="prompt"`), empty or too long text, a
+            sweep without the columns needed.
     """
     return RoutingExplorer(model, tokenizer, text, sweep, dense, others)
 
 
 def _by_form(models: Sequence[Any]) -> dict[str, Any]:
     """Models by what they route, with their names where two route the same."""
-    from modlab.routing.state import routing_of
+    from modlab.routing.state import gated_routing_of
 
     found: dict[str, Any] = {}
     for number, model in enumerate(models, start=1):
-        form = routing_of(model).skip.words.routed
+        form = gated_routing_of(model).skip.words.routed
         found[form if form not in found else f"{form}, {model_name(model)} ({number})"] = model
     return found

@@ -65,6 +65,7 @@ class Frontier(ModelView, view="frontier"):
         real_times: Times | None = None,
     ) -> None:
         from modlab.hf.model import model_name
+        from modlab.routing.state import gated_routing_of
 
         lines = [] if sweep is None else [measured_line(sweep, references or {}, elsewhere or {})]
         lines += [published_line(name, frame, real_times or {}) for name, frame in (real or {}).items()]
@@ -75,6 +76,8 @@ class Frontier(ModelView, view="frontier"):
             raise ModlabError(f"time={time!r} was not measured; there is {', '.join(times) or 'none'}.")
         known = {} if model is None else trained_for(model)
         self._model: Any = model if sweep is not None else None
+        if self._model is not None:
+            gated_routing_of(self._model)
         super().__init__(
             lines=lines,
             time=time or ("decode_ms" if "decode_ms" in times else ""),

@@ -23,7 +23,7 @@ from modlab.widgets.yardsticks import Yardstick, token_losses
 
 class SteeredView(MeasuredView):
     """A view whose text says what a threshold costs: against a dense model, against nothing skipped, and for
-    a wanted cache size.
+    a wanted cache size. A model in which no gate decides is refused.
 
     Attributes:
         budget: what the fields of the KV budget begin with, the bytes of a token in each layer, and whether
@@ -41,6 +41,9 @@ class SteeredView(MeasuredView):
         dense: Any = None,
         **traits: Any,
     ) -> None:
+        from modlab.routing.state import gated_routing_of
+
+        gated_routing_of(model)
         self._texts = texts if texts is None else list(texts)
         self._dense = dense
         self._open: Yardstick | None = None  # the text with nothing skipped

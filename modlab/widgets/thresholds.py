@@ -17,7 +17,7 @@ class Thresholds(SteeredView, view="thresholds"):
     keeps a share of the tokens or whose cache fits a budget.
 
     Args:
-        model: a converted model. Its thresholds stay as they are left here.
+        model: a converted model whose gates decide. Its thresholds stay as they are left here.
         tokenizer: the model's tokenizer.
         text: what is shown.
         texts: what `calibrate` measures on; by default the text that shows, better some pages of what the

@@ -84,7 +84,7 @@ def test_it_stops_and_refuses(model: Any, word_tokenizer: Any) -> None:
     finally:
         hook.remove()
     assert view.job["state"] == "cancelled" and len(view.written.get("tokens", [])) < 50
-    with pytest.raises(ModlabError, match="not a Mixture-of-Depths"):
+    with pytest.raises(ModlabError, match="is dense: call modlab.convert"):
         CacheView(dense_llama(), word_tokenizer, TEXT)
 
 

@@ -14,10 +14,19 @@ import modlab
 from modlab import published
 from modlab.errors import ModlabError
 from modlab.routing.trained import Trained
-from modlab.widgets import CellFlip, ClassHeatmap, Compare, Frontier, Thresholds, TokenPath, compare
+from modlab.widgets import (
+    CacheView,
+    CellFlip,
+    ClassHeatmap,
+    Compare,
+    Frontier,
+    Thresholds,
+    TokenPath,
+    compare,
+)
 from modlab.widgets.model_access import lock_of
 from modlab.widgets.writing import Writing, write_in_turns
-from tests.helpers.models import dense_llama, scatter_gates
+from tests.helpers.models import dense_llama, leaving_llama, scatter_gates
 from tests.helpers.traces import make_trace
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
@@ -40,6 +49,30 @@ def sweep() -> pd.DataFrame:
             "decode_ms": [float("nan"), 2.0, 2.0],
         }
     )
+
+
+VIEWS_WITH_A_SLIDER = {
+    "explore": lambda model, tokenizer: modlab.widgets.explore(model, tokenizer, TEXT),
+    "Thresholds": lambda model, tokenizer: Thresholds(model, tokenizer, TEXT),
+    "Compare": lambda model, tokenizer: Compare(model, tokenizer, TEXT),
+    "CacheView": lambda model, tokenizer: CacheView(model, tokenizer, TEXT),
+    "Frontier": lambda model, tokenizer: Frontier(sweep(), model),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS_WITH_A_SLIDER)
+def test_a_slider_of_a_model_in_which_no_gate_decides_is_refused(view: str, word_tokenizer: Any) -> None:
+    model = leaving_llama("prompt")
+    with pytest.raises(ModlabError, match="'prompt' no gate decides"):
+        VIEWS_WITH_A_SLIDER[view](model, word_tokenizer)
+    VIEWS_WITH_A_SLIDER[view](leaving_llama("kv+prompt"), word_tokenizer).close()  # there gates decide
+
+
+def test_explore_refuses_another_model_in_which_no_gate_decides(
+    routed_model: Any, word_tokenizer: Any
+) -> None:
+    with pytest.raises(ModlabError, match="'prompt' no gate decides"):
+        modlab.widgets.explore(routed_model, word_tokenizer, TEXT, others=[leaving_llama("prompt")])
 
 
 def test_a_flip_is_what_an_override_does(routed_model: Any, word_tokenizer: Any) -> None:
@@ -141,12 +174,19 @@ def test_a_calibration_that_fails_changes_nothing(routed_model: Any, word_tokeni
 def test_a_run_can_be_stopped(routed_model: Any, word_tokenizer: Any) -> None:
     widget = Thresholds(routed_model, word_tokenizer, TEXT)
     before, gates = widget.thresholds, widget.gates
-    hook = routed_model.get_decoder().layers[2].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    begun, asked = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        begun.set()
+        assert asked.wait(60)
+
+    hook = routed_model.get_decoder().layers[2].register_forward_pre_hook(hold)
     try:
         widget._handle_custom_msg({"type": "calibrate", "keep_ratio": 0.3, "id": 1}, [])
-        time.sleep(0.2)
+        assert begun.wait(60)
         widget._handle_custom_msg({"type": "cancel"}, [])
-        assert widget.wait(10)
+        asked.set()
+        assert widget.wait(60)
     finally:
         hook.remove()
     assert widget.job["state"] == "cancelled" and widget.thresholds == before and widget.gates == gates
@@ -155,12 +195,13 @@ def test_a_run_can_be_stopped(routed_model: Any, word_tokenizer: Any) -> None:
 
 def test_a_model_in_use_is_waited_for(routed_model: Any, word_tokenizer: Any) -> None:
     widget = Thresholds(routed_model, word_tokenizer, TEXT)
-    told: list[str] = []
-    widget.observe(lambda change: told.append(change.new["text"]), "job")
+    waits = threading.Event()
+    widget.observe(
+        lambda change: waits.set() if "Waiting for the model" in change.new["text"] else None, "job"
+    )
     with lock_of(routed_model):
         widget._handle_custom_msg({"type": "run", "ps": [0.6] * 3, "id": 1}, [])
-        time.sleep(0.4)
-        assert widget.thresholds[1] == 0.5 and any("Waiting for the model" in text for text in told)
+        assert waits.wait(60) and widget.thresholds[1] == 0.5
     assert widget.wait(30) and widget.thresholds[1] == 0.6
 
 
