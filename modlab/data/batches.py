@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modlab.data.texts import PYTHON, is_chat, token_ids, unwrapped
+from modlab.data.texts import PYTHON, is_chat, refuse_names, token_ids, unwrapped
 from modlab.errors import ModlabError, check_count
 
 KEYS = ("input_ids", "attention_mask", "labels", "position_ids")  # of a batch
@@ -92,6 +92,7 @@ def items_of(data: Any) -> Iterable[Any]:
             f"the data is the text {data!r}: is installed Python source meant? Give "
             f"modlab.data.packed({data!r}, tokenizer), or [{data!r}] for the word."
         )
+    refuse_names(unwrapped(data), "the data")
     if isinstance(data, (str, torch.Tensor, np.ndarray, Mapping)) or is_chat(data) or _is_ids(data):
         return [data]
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modlab.data.sources import HELDOUT_FRACTION, Source, documents, named, processes
-from modlab.data.texts import text_of
+from modlab.data.texts import refuse_names, text_of
 from modlab.errors import ModlabError, check_count
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def packed(
         )
     before, after = _separators(tokenizer)
     if isinstance(source, (list, tuple)):
+        refuse_names(source, "the list of texts")
         source = [text_of(item, tokenizer, f"document {i}")[0] for i, item in enumerate(source)]
     docs = documents(source, split, heldout_fraction, num_proc, text_column, cache_dir)
     order = np.random.default_rng(seed).permutation(len(docs))

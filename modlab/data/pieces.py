@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modlab.data.batches import batch_of, check_vocabulary
-from modlab.data.texts import is_chat, text_of, tokenised, unwrapped
+from modlab.data.texts import is_chat, refuse_names, text_of, tokenised, unwrapped
 from modlab.errors import ModlabError
 
 _REACH = 8  # characters that a tokenizer may have dropped between two that it kept
@@ -28,6 +28,7 @@ def encode(tokenizer: Any, item: Any) -> tuple[list[int], list[str]]:
     if not isinstance(item, str) and not is_chat(item):
         ids = _row_of_ids(item)
         return ids, decoded_pieces(tokenizer, ids)
+    refuse_names(item)
     text, rendered = text_of(item, tokenizer)
     if not text:
         raise ModlabError("The text is empty: give at least one character.")
@@ -48,6 +49,7 @@ def encode(tokenizer: Any, item: Any) -> tuple[list[int], list[str]]:
 def as_text(tokenizer: Any, item: Any) -> str:
     """A text, chat or row of ids as the one string that a view shows and a reader may change."""
     item = unwrapped(item)
+    refuse_names(item)
     if isinstance(item, str) or is_chat(item):
         return text_of(item, tokenizer)[0]
     return "".join(encode(tokenizer, item)[1])

@@ -7,7 +7,8 @@ What a string means is the same at every entry point. Where something is measure
 it is the text. Where data to fit to or to pack are asked for (`data.packed`, `data.documents`, `fit_routers`,
 `--data`), a string alone is the name of a source (`modlab.data.sources`); in a list it is a text here too.
 What could be meant the other way is refused, not guessed: as a text the name of a file that is there, as a
-source what has blanks or line breaks.
+list of texts one of such names alone, as a source what has blanks or line breaks. Rows of a data set are
+texts whatever they say.
 """
 
 from __future__ import annotations
@@ -57,8 +58,7 @@ def checked(text: Any, what: str = "the text") -> str:
     """The text, if it is one.
 
     Raises:
-        ModlabError: no string, one with a lone surrogate, which no tokenizer can read, or the name of a file
-            or folder that is there.
+        ModlabError: no string, or one with a lone surrogate, which no tokenizer can read.
     """
     if not isinstance(text, str):
         decode = ": decode them first" if isinstance(text, (bytes, bytearray)) else ""
@@ -70,18 +70,29 @@ def checked(text: Any, what: str = "the text") -> str:
             f"{what} has half a surrogate pair, {ascii(text[error.start])}, at character {error.start}: that "
             "is no Unicode text. Read its file with the right encoding, or with errors='replace'."
         ) from None
-    if _names_a_file(text):
-        raise ModlabError(
-            f"{what} is {text!r}, the name of a file or folder: is its content meant? Read it, "
-            "Path(name).read_text(), or give modlab.data.packed(name, tokenizer). A blank at the end makes "
-            "it a text."
-        )
     return text
 
 
-def _names_a_file(text: str) -> bool:
+def refuse_names(items: Any, what: str = "the text") -> None:
+    """Raises ModlabError where a text, or each of a list of texts, is the name of a file or folder that is
+    there."""
+    texts = [items] if isinstance(items, str) else items
+    if isinstance(texts, (list, tuple)) and texts and all(map(_names_a_file, texts)):
+        raise ModlabError(
+            f"{what} is {texts[0]!r}, the name of a file or folder: is its content meant? Read it, "
+            "Path(name).read_text(), or give modlab.data.packed(name, tokenizer). A blank at the end makes "
+            "it a text."
+        )
+
+
+def _names_a_file(text: Any) -> bool:
     """Whether a file has this name, or a folder where the text is written as a path."""
-    if not 0 < len(text) < LONGEST_NAME or not text.isprintable() or not any(map(str.isalnum, text)):
+    if (
+        not isinstance(text, str)
+        or not 0 < len(text) < LONGEST_NAME
+        or not text.isprintable()
+        or not any(map(str.isalnum, text))
+    ):
         return False
     name = os.path.expanduser(text)
     return os.path.isfile(name) or ("/" in text and os.path.isdir(name))

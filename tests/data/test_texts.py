@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from modlab import data
+from modlab.data.batches import as_batches
+from modlab.data.pieces import encode
 from modlab.data.texts import checked, is_chat, text_of, token_ids, unwrapped
 from modlab.errors import ModlabError
 from tests.helpers.tokenizers import character_tokenizer
@@ -117,11 +120,28 @@ def test_a_name_of_a_file_is_never_taken_as_text(
         (tmp_path / file).write_text("words")
     (tmp_path / "sub").mkdir()
     name = name.format(home=tmp_path)
+    for item in (name, {"text": name}, [name, name]):
+        with pytest.raises(ModlabError, match=r"name of a file or folder.* Read it"):
+            as_batches(item, tokenizer)
     for item in (name, {"text": name}):
         with pytest.raises(ModlabError, match=r"name of a file or folder.* Read it"):
-            token_ids(item, tokenizer)
-    with pytest.raises(ModlabError, match="document 1 is .*, the name"):
-        data.packed(["some text", name], tokenizer, seq_len=2)
+            encode(tokenizer, item)
+    with pytest.raises(ModlabError, match="list of texts is .*, the name"):
+        data.packed([name, "t.txt"], tokenizer, seq_len=2)
+
+
+def test_among_texts_a_name_is_a_text_wherever_one_stands(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "LICENSE").write_text("words")
+    texts = ["LICENSE", "some words of a text"]
+    for items in (texts, Dataset.from_dict({"text": texts}), [{"text": text} for text in texts]):
+        elsewhere = data.packed(items, tokenizer, 4)["input_ids"]
+        monkeypatch.chdir(tmp_path)
+        assert torch.equal(data.packed(items, tokenizer, 4)["input_ids"][:], elsewhere[:])
+        monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert len(as_batches(texts, tokenizer)) == 2
 
 
 def test_texts_that_only_look_like_names_are_texts(
