@@ -197,10 +197,36 @@ def test_buffers_hold_what_the_ordinary_cache_holds(skip: str, gates: str) -> No
     assert generated(model, inputs, **settings) == want
     last = modlab.fast_generation_report(model)["last"]
     stored, seen = last["kept_tokens"], [60 + 89, 20 + 89]
-    assert stored == [seen] * 6 if skip == "prompt" else sum(map(sum, stored)) < 0.8 * 6 * sum(seen)
-    if gates == "layer":
-        ordinary = cache.kept_tokens.tolist()  # which drops tokens now and then, a ring at once
-        assert all(a <= b for a, b in zip(sum(stored, []), sum(ordinary, []), strict=True))
+    if skip == "prompt":
+        assert stored == [seen] * 6
+        return
+    assert sum(map(sum, stored)) < 0.8 * 6 * sum(seen)
+    segments = [still_needed(layer) for layer in cache.layers]
+    A = len(segments[0]) // 2  # gates of a layer; a row's figure is their mean, rounded up
+    assert stored == [[-(-sum(held[row * A :][:A]) // A) for row in range(2)] for held in segments]
+    assert buffers_after(model, inputs, want) == segments
+
+
+def still_needed(layer: Any) -> list[int]:
+    """Tokens of each row (of each head, one after another) in an ordinary cache layer that are kept or
+    recent; others it drops now and then, a ring at once."""
+    recent = layer.columns >= layer.cumulative_length - RECENT
+    needed = layer.kept | recent
+    return [int(needed[at : at + n].sum()) for at, n in zip(layer.starts, layer.lengths, strict=True)]
+
+
+def buffers_after(model: Any, inputs: dict[str, Tensor], tokens: list[list[int]]) -> list[list[int]]:
+    """Lengths of the engine's buffers by layer, after the prompts and all tokens but the last one."""
+    T, ids, engine = inputs["input_ids"].shape[1], torch.tensor(tokens, device=DEVICE), use_engine(model)
+    with torch.no_grad():
+        _, buffers, counts = prefill(engine, ids[:, :T], inputs["attention_mask"])
+        step = engine.step(len(tokens))
+        step.tables.attach(buffers, T, counts)
+        for at in range(T, ids.shape[1] - 1):
+            step.tables.choice.token.copy_(ids[:, at, None])
+            step.run()
+        step.tables.read_lengths()
+    return [list(buffer.lengths) for buffer in buffers]
 
 
 @pytest.mark.parametrize("gates", ["layer", "kv_head"])
@@ -254,6 +280,22 @@ def test_bounds_of_the_cache_hold(gates: str) -> None:
     generated(model, inputs, eos_token_id=None)
     stored = modlab.fast_generation_report(model)["last"]["kept_tokens"]
     assert max(map(max, stored)) == RECENT + 5
+
+
+@pytest.mark.parametrize("gates", ["layer", "kv_head"])
+def test_tokens_under_a_tight_bound_are_a_rows_own(gates: str) -> None:
+    """Whatever line its prompt runs in, and whichever rows are with it."""
+    model, lengths = leaving("kv+prompt", gates), (30, 3, 12)
+    inputs, results = prompts(*lengths), []
+    free = generated(model, inputs, eos_token_id=None)
+    for line_tokens in (1000, 20, 1):
+        use_engine(model, line_tokens=line_tokens, kv_tokens=10)
+        results.append(generated(model, inputs, eos_token_id=None))
+    assert results[0] == results[1] == results[2] != free, "the bound is met"
+    use_engine(model, kv_tokens=10)
+    for row, n in enumerate(lengths):
+        alone = {name: tensor[row : row + 1, -n:] for name, tensor in inputs.items()}
+        assert generated(model, alone, eos_token_id=None)[0] == results[0][row][-n - NEW :]
 
 
 @pytest.mark.parametrize("gates", ["layer", "kv_head"])
