@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens in, L layers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -138,9 +139,10 @@ class Workload:
             for index, name in enumerate(("prefill", "decode")):
                 yield make_row(times[None][index], times[variant][index], **self.fields(variant, name))
 
-    def fields(self, variant: Variant, name: str) -> dict[str, Any]:
-        """What a row says besides the times."""
-        config, settings, last = self.dense.config, self.settings, self.last[variant]
+    def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
+        """What a row says besides the times; `skip_name` where the skip is not that of the settings."""
+        config, last = self.dense.config, self.last[variant]
+        settings = self.settings if skip_name is None else dataclasses.replace(self.settings, skip=skip_name)
         skip = named(settings.skip)
         layers = self.twins[variant.routed].mod.layers
         kept, token = dict.fromkeys(layers, variant.ratio), kv_token_bytes(config, settings.dtype.itemsize)

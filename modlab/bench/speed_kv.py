@@ -82,11 +82,10 @@ class KeptWorkload(Workload):
             shares = head_shares(len(layers), config.num_key_value_heads, variant.ratio, settings.seed)
         return table_of(layers, shares, max(self.lengths) + self.tokens, settings)
 
-    def fields(self, variant: Variant, name: str) -> dict[str, Any]:
-        of_skip = self
+    def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
         if variant.routed == SKIP_LAYERS:
-            of_skip = _with_settings(self, dataclasses.replace(self.settings, skip="layer"))
-        fields = Workload.fields(of_skip, variant, name)
+            skip_name = "layer"
+        fields = super().fields(variant, name, skip_name)
         return fields | granularity_of(variant.routed, fields["num_layers"], fields["routed_layers"])
 
 
@@ -96,13 +95,6 @@ def granularity_of(name: str, num_layers: int, routed: int) -> dict[str, Any]:
         "routed": "all" if routed == num_layers else "alternate",
         "granularity": "layer" if name == SKIP_LAYERS else name,
     }
-
-
-def _with_settings(workload: KeptWorkload, settings: Settings) -> KeptWorkload:
-    other = KeptWorkload.__new__(KeptWorkload)
-    other.__dict__.update(workload.__dict__)
-    other.settings = settings
-    return other
 
 
 def table_of(layers: Sequence[int], shares_LA: Tensor, positions: int, settings: Settings) -> RoutingTable:

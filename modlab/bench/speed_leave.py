@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from modlab.bench.fast import Variant, Workload, fast_twins
+from modlab.bench.fast import Variant, fast_twins
 from modlab.bench.limits import need_gpu
 from modlab.bench.models import converted_twin, dense_model, depth, routed_layers
 from modlab.bench.registry import Row, Settings, case
@@ -30,12 +30,10 @@ class LeavingWorkload(KeptWorkload):
         """Tokens kept at random; where the position decides there is nothing to force."""
         return None if variant.routed == LEAVES else super().routing(variant)
 
-    def fields(self, variant: Variant, name: str) -> dict[str, Any]:
+    def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
         if variant.routed != LEAVES:
-            return super().fields(variant, name)
-        other = LeavingWorkload.__new__(LeavingWorkload)
-        other.__dict__.update(self.__dict__, settings=dataclasses.replace(self.settings, skip="prompt"))
-        return Workload.fields(other, variant, name) | {"routed": "upper", "granularity": "none"}
+            return super().fields(variant, name, skip_name)
+        return super().fields(variant, name, "prompt") | {"routed": "upper", "granularity": "none"}
 
 
 @contextlib.contextmanager
