@@ -22,6 +22,7 @@ import numpy as np
 
 from modlab.data.texts import PYTHON, checked
 from modlab.errors import ModlabError, check_number
+from modlab.paths import exists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -194,7 +195,7 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
     from datasets import load_dataset
 
     path = Path(source).expanduser()
-    if _exists(path):
+    if exists(path, _NO_NAME):
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         kinds: dict[str, list[str]] = {}
         for file in files:
@@ -234,13 +235,6 @@ _NO_NAME = (
     "The source {!r}... names no file and no data set ({}): is it the text itself? Give a list of texts "
     "then: [text]."
 )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:  # no system has such a name
-        raise ModlabError(_NO_NAME.format(str(path)[:60], error.strerror)) from error
 
 
 def _with_text(data: Dataset, column: str, source: str) -> Dataset:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modlab.errors import ModlabError
+from modlab.paths import exists
 from modlab.routing.state import is_converted
 from modlab.saving import gguf
 from modlab.saving.demos import DEMOS, SHIPPED, folder_named
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 Loaded = tuple[Any, Any]
 NAMES = ", ".join(map(repr, SHIPPED))
+NO_NAME = "{!r}... names no folder and no model: {}."
 CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
 OF_THE_NAMED = ("revision", "subfolder", *CODE_ARGUMENTS)
 """Arguments that are for what the user named, never for the base that its files name."""
@@ -82,20 +84,13 @@ def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> Loaded:
     if name in DEMOS:
         kwargs.setdefault("dtype", torch.float32)
         _require_demo(source)
-    here = os.path.realpath(source) if _exists(source) else source
+    here = os.path.realpath(source) if exists(source, NO_NAME) else source
     if here in asked:
         raise ModlabError(
             f"{asked[0]!r} names itself as its base model"
             f"{f' by way of {asked[-1]!r}' if len(asked) > 1 else ''}: give the base that it was made for."
         )
     return undisturbed(Path(source), lambda: _load_once(name, source, (*asked, here), kwargs))
-
-
-def _exists(source: str) -> bool:
-    try:
-        return Path(source).exists()
-    except OSError as error:  # no system has such a name
-        raise ModlabError(f"{source[:60]!r}... names no folder and no model: {error.strerror}.") from error
 
 
 def _load_once(name: str, source: str, asked: tuple[str, ...], kwargs: dict[str, Any]) -> Loaded:
