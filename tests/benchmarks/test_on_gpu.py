@@ -15,24 +15,34 @@ SHOW_GPU = "import os; print('gpu', os.environ.get('CUDA_VISIBLE_DEVICES'))"
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that end by themselves, but for "slow". That one begins when "bad" and "good" are done, and the
+    limit comes then: how fast this machine starts processes decides nothing."""
     steps = {
         "good": ["-c", SHOW_GPU],
         "bad": ["-c", "raise SystemExit(3)"],
-        "slow": ["-c", "import time; time.sleep(60)"],
+        "slow": ["-c", "import time; time.sleep(900); print('not ended')"],
     }
+    command = on_gpu.Lanes.command
+
+    def command_at_its_time(lanes: on_gpu.Lanes, step: str, gpus: int = 1) -> list[str]:
+        if step == "slow":
+            while not {"bad", "good"} <= set(lanes.outcomes) and time.monotonic() < lanes.deadline:
+                time.sleep(0.01)
+            lanes.deadline = time.monotonic() + 0.2
+        return command(lanes, step, gpus)
+
+    monkeypatch.setattr(on_gpu.Lanes, "command", command_at_its_time)
     monkeypatch.setattr(on_gpu, "STEPS", steps | {"late": steps["good"]})
 
 
 def test_lanes_run_side_by_side_until_the_limit(
     small_steps: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun = time.monotonic()
-    on_gpu.main(["--out", str(tmp_path), "--seconds", "3", "0:bad,slow,late", "1:good"])
-    assert time.monotonic() - begun < 20
+    on_gpu.main(["--out", str(tmp_path), "--seconds", "300", "0:bad,slow,late", "1:good"])
     said = capsys.readouterr().out
     assert "=== bad: exit 3" in said and "=== good: exit 0" in said
     assert "=== slow: ended by the limit" in said and "=== late: not begun" in said
-    assert (tmp_path / "good.log").read_text() == "gpu 1\n"
+    assert (tmp_path / "good.log").read_text() == "gpu 1\n" and (tmp_path / "slow.log").read_text() == ""
     with tarfile.open(tmp_path / "measured.tar.gz") as archive:
         assert sorted(archive.getnames()) == ["bad.log", "good.log", "slow.log"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from tests.browser.notebook_browser import Notebook
@@ -42,6 +43,14 @@ def read(nb: Notebook, what: str) -> str:
 
 def kernel(nb: Notebook, expression: str) -> str:
     return nb.python(f"print({expression})").strip()
+
+
+def until(nb: Notebook, expression: str, seconds: float = 60) -> None:
+    """Until the expression is true in the kernel; `seconds` only ends a test that would wait for ever."""
+    end = time.monotonic() + seconds
+    while (told := kernel(nb, f"bool({expression})")) != "True":
+        assert time.monotonic() < end, f"{expression} is still {told}"
+        nb.page.wait_for_timeout(50)
 
 
 def wait_measured(nb: Notebook, p: float) -> None:

@@ -1,11 +1,12 @@
 """Gates near 0, as routers of real models have them: sliders by share, and what they were trained for."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.browser.helpers import kernel
+from tests.browser.helpers import kernel, until
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -38,19 +39,21 @@ def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
         nb.check()
 
 
-def measured(nb: Notebook) -> None:
-    for state in ("preview", "measured"):
-        nb.page.wait_for_function(
-            "state => document.querySelector('.modlab-badge').dataset.state === state", arg=state
-        )
+@contextmanager
+def measured(nb: Notebook) -> Iterator[None]:
+    """What is done inside has a run of the model as its consequence, and the page shows it."""
+    run = kernel(nb, "view.summary['run']")
+    yield
+    until(nb, f"view.summary['run'] > {run}")
     nb.python("view.wait(60)")
     nb.wait_idle()
+    nb.page.wait_for_function("() => document.querySelector('.modlab-badge').dataset.state === 'measured'")
 
 
 def test_a_layers_slider_asks_for_a_share_where_p_says_little(nb: Notebook, shots: Path) -> None:
     assert float(kernel(nb, "trace.gate.max()")) < 0.05
-    halvings = nb.drag(".modlab-layer-threshold", 2.0)  # of the first routed layer: one in four
-    measured(nb)
+    with measured(nb):
+        halvings = nb.drag(".modlab-layer-threshold", 2.0)  # of the first routed layer: one in four
     layer = int(kernel(nb, "view.trace.layers[0]"))
     p = float(kernel(nb, f"model.mod.thresholds[{layer}]"))
     rows = f"trace.gate[[i for i, l in enumerate(trace.layers) if l == {layer}]]"
@@ -70,12 +73,12 @@ def test_the_slider_says_when_the_routers_were_not_trained_for_it(nb: Notebook, 
     assert warning.is_hidden()
     nb.drag(".modlab-threshold", 4.0, release=False)  # one in sixteen, trained for one in four
     nb.page.wait_for_function("() => !document.querySelector('.modlab-beyond').hidden")
-    nb.page.mouse.up()
-    measured(nb)
+    with measured(nb):
+        nb.page.mouse.up()
     p = float(kernel(nb, "view.thresholds[view.trace.layers[0]]"))
     tail = kernel(nb, f"model.mod.trained.warning_for({p})").partition(" lies")[2]
     assert tail and warning.inner_text().endswith(tail)
     nb.page.screenshot(path=shots / "small-gates-beyond.png")
-    nb.drag(".modlab-threshold", 0.5)
-    measured(nb)
+    with measured(nb):
+        nb.drag(".modlab-threshold", 0.5)
     assert warning.is_hidden()

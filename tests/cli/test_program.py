@@ -25,6 +25,7 @@ from modlab.training.config import TrainConfig
 from tests.helpers.models import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "plotly", "ipywidgets", "anywidget"}
 COMMANDS = ("lab", "convert", "fit", "train", "eval", "probe", "sweep", "bench")
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Stack:\n    items: list = []\n"
 
@@ -115,19 +116,15 @@ def test_fit_leaves_a_folder_that_keeps_what_was_asked(source: Path, corpus: Pat
 
 
 def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:
-    start = time.perf_counter()
     done = modlab_process("--help", cwd=tmp_path)
-    seconds = time.perf_counter() - start
     assert done.returncode == 0
     for command in COMMANDS:
         assert re.search(rf"^    {command} ", done.stdout, re.M)
-    parse = "import sys, modlab.cli as c; c.build_parser()"
-    heavy = f"{parse}; print('torch' in sys.modules, 'pandas' in sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert loaded.stdout.split() == ["False", "False"]
-    assert seconds < 10, "--help imports something heavy, or this machine is very busy"
+    # What makes it fast is what it does not import; a clock would measure the machine.
+    told = modlab_process("--help", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1").stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in told.splitlines()}
+    assert "modlab" in imported
+    assert not imported & HEAVY
 
 
 def test_version(tmp_path: Path) -> None:
