@@ -120,11 +120,19 @@ def plan(
 
 
 def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Sizes:
-    """The sizes of the model that a config describes, cut over so many GPUs."""
+    """The sizes of the model that a config describes, cut over so many GPUs.
+
+    Raises:
+        ModlabError: no causal language model has such a config.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:  # of a type that is none, an encoder-decoder's for one
+        first = str(error).partition("\n")[0][:200]
+        raise ModlabError(f"{config.model_type!r} is no causal language model ({first})") from error
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     size = getattr(text, "head_dim", None) or (heads and text.hidden_size // text.num_attention_heads)

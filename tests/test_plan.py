@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config
+from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config, T5Config
 
 import modlab
 from modlab.bench.models import SHAPES
@@ -110,6 +110,8 @@ def test_configs_that_no_model_has_are_refused_at_once(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModlabError, match=message):
             plan(str(tmp_path))
+    with pytest.raises(ModlabError, match="'t5' is no causal language model"):
+        plan(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2))
     deep = copy.deepcopy(CONFIG)
     deep.num_hidden_layers = 10**8
     with pytest.raises(ModlabError, match="no model has so many"):

@@ -19,7 +19,7 @@ from modlab.hf.model import context_length, device_of, eval_mode, vocabulary_siz
 from modlab.routing.router import is_router
 from modlab.routing.state import routing_of, routing_off, routing_override
 from modlab.saving.atomic import atomic_directory
-from modlab.saving.files import WEIGHT_PATTERNS
+from modlab.saving.files import CONFIG_FILE, ROUTER_FILE, WEIGHT_PATTERNS
 
 SERVED_AS = {
     "qwen2": "qwen2",
@@ -80,7 +80,7 @@ def export_static(model: Any, tokenizer: Any, folder: str | Path, layers: list[i
     """
     config = static_config(model, layers)
     state = {name: value for name, value in model.state_dict().items() if not is_router("." + name)}
-    with atomic_directory(folder, replaces=WEIGHT_PATTERNS) as temporary:
+    with atomic_directory(folder, replaces=(*WEIGHT_PATTERNS, CONFIG_FILE, ROUTER_FILE)) as temporary:
         _plain(model, config, state).save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

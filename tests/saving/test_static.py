@@ -62,6 +62,17 @@ def test_plain_transformers_computes_the_masked_reference(tmp_path: Path, family
         assert torch.equal(plain.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), out)
 
 
+def test_a_converted_model_that_is_overwritten_leaves_no_routers(tmp_path: Path) -> None:
+    model = routed("qwen3")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "modlab_config.json").is_file() and (tmp_path / "modlab_router.safetensors").is_file()
+    (tmp_path / "notes.txt").write_text("mine")
+    export_static(model, None, tmp_path, [1])
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("modlab_")]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not modlab.is_converted(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def test_windows_that_would_be_ignored_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2))
     with pytest.raises(ModlabError, match="ignored without a word"):
