@@ -1,12 +1,13 @@
 """Flipped cells, thresholds by layer, generations side by side, the frontier; in a real JupyterLab."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.helpers import MODEL, kernel
+from tests.browser.helpers import MODEL, kernel, until
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -51,15 +52,30 @@ def settled(nb: Notebook, widget: str) -> None:
     nb.wait_idle()
 
 
+@contextmanager
+def answered(nb: Notebook, widget: str) -> Iterator[None]:
+    """What is done inside makes the page ask the kernel, after a moment; it ends with the answer."""
+    before = kernel(nb, f"{widget}.job['id']")
+    yield
+    until(nb, f"{widget}.job['id'] > {before}")
+    settled(nb, widget)
+
+
+def says(nb: Notebook, css: str, text: str) -> None:
+    """Until an element says this somewhere."""
+    nb.page.wait_for_function(
+        "([css, text]) => document.querySelector(css).innerText.includes(text)", arg=[css, text]
+    )
+
+
 def test_a_click_flips_a_cell(nb: Notebook) -> None:
     box = view(nb, "flip")
     canvas = box.locator("canvas.modlab-heatmap")
     canvas.scroll_into_view_if_needed()
     before = {name: box.locator(f".modlab-flip-{name}").inner_text() for name in ("loss", "kv")}
     at = {"x": 58 + 30 * canvas_width(nb), "y": 4 + 22 * 1.5}
-    canvas.click(position=at)
-    nb.page.wait_for_timeout(400)  # the page waits a moment for further clicks
-    settled(nb, "flip")
+    with answered(nb, "flip"):
+        canvas.click(position=at)
     (cell,) = eval(kernel(nb, "flip.flips"))
     layer, token, keep = cell
     assert layer == 1
@@ -72,9 +88,8 @@ def test_a_click_flips_a_cell(nb: Notebook) -> None:
     assert rows.count() == 8
     assert f"token {token}" in box.locator(".modlab-next h3").inner_text()  # what may follow the flipped one
     assert int(kernel(nb, "flip.effect['at']")) == token
-    box.locator(".modlab-flips button").first.click()
-    nb.page.wait_for_timeout(400)
-    settled(nb, "flip")
+    with answered(nb, "flip"):
+        box.locator(".modlab-flips button").first.click()
     assert kernel(nb, "flip.flips") == "[]"
     assert box.locator(".modlab-flip-loss").inner_text() == before["loss"]
     assert box.locator(".modlab-flip-kv").inner_text() == before["kv"]
@@ -92,19 +107,9 @@ def canvas_width(nb: Notebook) -> float:
 def test_the_keyboard_flips_too(nb: Notebook) -> None:
     canvas = view(nb, "flip").locator("canvas.modlab-heatmap")
     canvas.focus()
-    for key in (
-        "Home",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowDown",
-        "Enter",
-    ):
-        canvas.press(key)
-    nb.page.wait_for_timeout(400)
-    settled(nb, "flip")
+    with answered(nb, "flip"):
+        for key in ("Home", *5 * ["ArrowRight"], "ArrowDown", "Enter"):
+            canvas.press(key)
     assert kernel(nb, "[f[:2] for f in flip.flips]") == "[[1, 5]]"
     canvas.press("ArrowUp")
     canvas.press("Enter")  # a dense layer cannot be flipped, and says so
@@ -116,15 +121,13 @@ def test_the_keyboard_flips_too(nb: Notebook) -> None:
 
 def test_a_locked_token_chooses_what_is_predicted(nb: Notebook) -> None:
     box = view(nb, "flip")
-    box.locator(".modlab-text .mod-token").nth(12).click()
-    nb.page.wait_for_timeout(400)
-    settled(nb, "flip")
+    with answered(nb, "flip"):
+        box.locator(".modlab-text .mod-token").nth(12).click()
     assert (
         "token 12" in box.locator(".modlab-next h3").inner_text() and kernel(nb, "flip.effect['at']") == "12"
     )
-    box.locator(".modlab-text").press("Escape")
-    nb.page.wait_for_timeout(400)
-    settled(nb, "flip")
+    with answered(nb, "flip"):
+        box.locator(".modlab-text").press("Escape")
     assert kernel(nb, "flip.effect['at'] == len(flip.tokens) - 1") == "True"
 
 
@@ -133,14 +136,14 @@ def test_a_layers_slider_previews_then_measures(nb: Notebook) -> None:
     kept = box.locator(".mod-layer-kept").nth(1)
     before, runs = kept.inner_text(), kernel(nb, "thresholds.summary['run']")
     p = nb.drag("[data-view=thresholds] .mod-layer-slider:nth-child(2) input", 0.7, release=False)
-    nb.page.wait_for_timeout(400)
+    says(nb, "[data-view=thresholds] .modlab-badge", "preview")
+    nb.page.wait_for_timeout(400)  # longer than the page waits before it asks
     assert box.locator(".modlab-badge").inner_text() == "preview" and kept.inner_text() != before
     want = float(kernel(nb, f"thresholds.trace.preview_keep([0.5, {p}, 0.5])[1].mean()"))
     shown = float(kept.inner_text().split()[1])
     assert shown == pytest.approx(100 * want, abs=0.51) and kernel(nb, "thresholds.summary['run']") == runs
-    nb.page.mouse.up()
-    nb.page.wait_for_timeout(400)
-    settled(nb, "thresholds")
+    with answered(nb, "thresholds"):
+        nb.page.mouse.up()
     assert box.locator(".modlab-badge").inner_text() == "measured"
     assert kernel(nb, "thresholds.thresholds") == f"{{1: 0.5, 3: {p}, 5: 0.5}}"
 
@@ -160,9 +163,8 @@ def test_layer_sliders_fit_and_their_words_are_whole(nb: Notebook) -> None:
 
 
 def test_the_global_slider_moves_all(nb: Notebook) -> None:
-    p = nb.drag("[data-view=thresholds] .modlab-threshold", 0.4)
-    nb.page.wait_for_timeout(400)
-    settled(nb, "thresholds")
+    with answered(nb, "thresholds"):
+        p = nb.drag("[data-view=thresholds] .modlab-threshold", 0.4)
     assert kernel(nb, "set(model.mod.thresholds.values())") == f"{{{p}}}"
 
 
@@ -241,20 +243,18 @@ def test_the_frontiers_point_is_dragged(nb: Notebook) -> None:
     nb.page.mouse.move(a["x"] + 9, a["y"] + 9)
     nb.page.mouse.down()
     nb.page.mouse.move(b["x"] + 4, b["y"] + 4, steps=12)
-    nb.page.wait_for_timeout(400)
-    assert "p 0.55:" in box.locator(".modlab-frontier-says").inner_text()
+    says(nb, ".modlab-frontier-says", "p 0.55:")
+    nb.page.wait_for_timeout(400)  # longer than the page waits before it asks
     assert kernel(nb, "model.mod.thresholds[1]") == before  # not before it is released
-    nb.page.mouse.up()
-    nb.page.wait_for_timeout(400)
-    settled(nb, "frontier")
+    with answered(nb, "frontier"):
+        nb.page.mouse.up()
     assert kernel(nb, "set(model.mod.thresholds.values()), frontier.applied") == "{0.55} 0.55"
     assert box.locator(".modlab-badge").inner_text() == "set in the model"
     handle.focus()
     handle.press("ArrowLeft")
     handle.press("ArrowLeft")
-    nb.page.wait_for_timeout(500)
+    until(nb, "abs(model.mod.thresholds[1] - 0.53) < 1e-6")  # in one request or two
     settled(nb, "frontier")
-    assert float(kernel(nb, "model.mod.thresholds[1]")) == pytest.approx(0.53)
     box.locator(".modlab-frontier-time").select_option("prefill_ms")
     nb.page.wait_for_function(
         "() => document.querySelector('.modlab-frontier-says').innerText.includes('first token')"
@@ -263,6 +263,7 @@ def test_the_frontiers_point_is_dragged(nb: Notebook) -> None:
 
 def test_the_point_of_a_real_model_moves_on_both_curves(nb: Notebook) -> None:
     box = view(nb, "frontier")
+    box.scroll_into_view_if_needed()
     p = kernel(nb, "model.mod.thresholds[1]")
     box.locator(".modlab-frontier-from").select_option(label="coder-0.5b")
     nb.page.wait_for_function(
@@ -276,9 +277,9 @@ def test_the_point_of_a_real_model_moves_on_both_curves(nb: Notebook) -> None:
     nb.page.mouse.down()
     nb.page.mouse.move(b["x"] + 4, b["y"] + 4, steps=12)
     nb.page.mouse.up()
-    nb.page.wait_for_timeout(500)
-    says = box.locator(".modlab-frontier-says").inner_text()
-    assert says.startswith("16x: ") and "15.99x smaller" in says, says
+    says(nb, ".modlab-frontier-says", "16x: ")
+    says(nb, ".modlab-frontier-says", "15.99x smaller")
+    assert box.locator(".modlab-frontier-says").inner_text().startswith("16x: ")
     assert time.bounding_box()["y"] != before["y"]
     box.locator(".modlab-frontier-quality").select_option("lost_7000")
     nb.page.wait_for_function(
@@ -286,11 +287,30 @@ def test_the_point_of_a_real_model_moves_on_both_curves(nb: Notebook) -> None:
     )
     memory.focus()
     memory.press("PageDown")
-    nb.page.wait_for_timeout(400)
-    assert kernel(nb, "frontier.saving == frontier.lines[1]['points'][2]['at'], frontier.line") == "True 1"
+    until(nb, "frontier.saving == frontier.lines[1]['points'][2]['at'] and frontier.line == 1")
     assert kernel(nb, "model.mod.thresholds[1]") == p  # nothing of it is about the model here
     box.locator(".modlab-frontier-from").select_option(label="this machine")
     nb.wait_idle()
+
+
+def test_new_lines_of_the_same_names_are_drawn(nb: Notebook) -> None:
+    """Also where nothing but the values of the points differs."""
+    box = view(nb, "frontier")
+    box.scroll_into_view_if_needed()
+    box.locator(".modlab-frontier-from").select_option(label="this machine")
+    nb.wait_idle()
+    lines = "[...document.querySelectorAll('svg.modlab-frontier polyline')]"
+    pictures = f"() => {lines}.map(e => e.getAttribute('points'))"
+    before = nb.page.evaluate(pictures)
+    nb.python(
+        "import copy\n"
+        "lines = copy.deepcopy(frontier.lines)\n"
+        "for at, point in enumerate(lines[0]['points']): point['loss'] += at**2\n"
+        "before, frontier.lines = frontier.lines, lines"
+    )
+    nb.page.wait_for_function(f"before => ({pictures})().every((now, i) => now !== before[i])", arg=before)
+    nb.python("frontier.lines = before")
+    nb.page.wait_for_function(f"before => ({pictures})().every((now, i) => now === before[i])", arg=before)
 
 
 def test_classes_are_a_readable_table(nb: Notebook) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.helpers import MODEL
+from tests.browser.helpers import MODEL, until
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -67,8 +67,7 @@ def start_pause_resume_stop(nb: Notebook, shot: Path, subshells: bool) -> None:
     assert box.locator(".modlab-pause").inner_text() == "Resume"
     box.locator(".modlab-pause").click()
     state(nb, "running")
-    nb.page.wait_for_timeout(1000)
-    assert int(nb.python("print(len(panel.history))")) > int(steps)
+    until(nb, f"len(panel.history) > {int(steps)}")
     nb.page.wait_for_function("() => /left/.test(document.querySelector('[data-view=training]').innerText)")
     nb.screenshot(shot)
     box.locator(".modlab-stop").click()

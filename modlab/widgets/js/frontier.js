@@ -182,9 +182,10 @@ class FrontierPanel {
   draw(axis, width) {
     const { frontier } = this, { line, at, quality } = frontier, { theme } = frontier.scene;
     this.box.hidden = !axis;
-    const key = axis && [width, at, axis.key, quality.key, line.name, line.points.length, theme.key].join();
-    if (!axis || key === this.drawnFor) return;
+    const key = axis && [width, at, axis.key, quality.key, theme.key].join();
+    if (!axis || (key === this.drawnFor && line === this.drawnLine)) return;
     this.drawnFor = key;
+    this.drawnLine = line; // the object, not its name: new lines may have the names of those before
     const focused = this.handle && document.activeElement === this.handle;
     this.box.replaceChildren();
     this.box.style.width = `${width}px`;
