@@ -53,6 +53,14 @@ def until(nb: Notebook, expression: str, seconds: float = 60) -> None:
         nb.page.wait_for_timeout(50)
 
 
+def wait_preview(nb: Notebook) -> None:
+    """While the slider is held: until the page has drawn what the browser alone knows."""
+    nb.page.wait_for_function(
+        """() => ['canvas.modlab-heatmap', '.modlab-badge'].every(
+                     css => document.querySelector(css).dataset.state === 'preview')"""
+    )
+
+
 def wait_measured(nb: Notebook, p: float) -> None:
     """Until the kernel has answered for p and the page shows it."""
     nb.page.wait_for_function(

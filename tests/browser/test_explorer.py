@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.helpers import BRIGHT_LABELS, CONTRASTS, MODEL, kernel, read, wait_measured
+from tests.browser.helpers import BRIGHT_LABELS, CONTRASTS, MODEL, kernel, read, wait_measured, wait_preview
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -66,6 +66,7 @@ def test_a_drag_previews_and_a_release_measures(nb: Notebook) -> None:
     before = {what: read(nb, what) for what in ("kept", "kv", "loss")}
     picture, runs = nb.pixels("canvas.modlab-heatmap"), kernel(nb, "explorer.summary['run']")
     p = nb.drag(".modlab-threshold", 0.62, release=False)
+    wait_preview(nb)
     nb.page.wait_for_timeout(600)
     # Dragged, not released: the browser alone draws, the kernel has heard nothing.
     assert heatmap.get_attribute("data-state") == "preview" and read(nb, "badge") == "preview"

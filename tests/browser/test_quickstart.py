@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.conftest import ROOT
-from tests.browser.helpers import BRIGHT_LABELS, kernel, read, wait_measured
+from tests.browser.helpers import BRIGHT_LABELS, kernel, read, wait_measured, wait_preview
 from tests.browser.notebook_browser import BROKEN_WIDGET_TEXT, JupyterLab, Notebook
 from tests.helpers.notebook_promises import PROMISES
 
@@ -39,7 +39,7 @@ def test_the_threshold_steers_picture_bytes_and_loss(nb: Notebook, shots: Path) 
     before = {what: read(nb, what) for what in ("kept", "kv", "loss")}
     heatmap, text = nb.pixels("canvas.modlab-heatmap"), nb.pixels(".modlab-text")
     p = nb.drag(".modlab-threshold", 0.95, release=False)
-    nb.page.wait_for_timeout(300)
+    wait_preview(nb)
     assert read(nb, "badge") == "preview" and read(nb, "kept") != before["kept"]
     nb.page.screenshot(path=shots / "quickstart-preview.png")
     nb.page.mouse.up()
