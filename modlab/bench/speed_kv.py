@@ -108,15 +108,20 @@ def table_of(layers: Sequence[int], shares_LA: Tensor, positions: int, settings:
     return RoutingTable(masks)
 
 
+def twins_by_gates(settings: Settings, dense: Any, skip: str) -> dict[str, Any]:
+    """Of a skip that routes the cache: a twin for each granularity, all layers routed."""
+    every = routed_layers("all", depth(settings))
+    return {
+        gates: converted_twin(dense, every, skip, gates=gates, router_hidden=HIDDEN)
+        for gates in ("layer", "kv_head")
+    }
+
+
 @contextlib.contextmanager
 def kept_models(settings: Settings, context: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The dense model; a twin for each granularity, all layers routed; one that skips every other layer."""
     dense = dense_model(settings, context)
-    every = routed_layers("all", depth(settings))
-    twins = {
-        gates: converted_twin(dense, every, "kv", gates=gates, router_hidden=HIDDEN)
-        for gates in ("layer", "kv_head")
-    }
+    twins = twins_by_gates(settings, dense, "kv")
     twins[SKIP_LAYERS] = converted_twin(dense, routed_layers("alternate", depth(settings)), "layer")
     with fast_twins(settings, dense, twins):
         yield dense, twins

@@ -14,9 +14,9 @@ from typing import Any
 
 from modlab.bench.fast import Variant, fast_twins
 from modlab.bench.limits import need_gpu
-from modlab.bench.models import converted_twin, dense_model, depth, routed_layers
+from modlab.bench.models import converted_twin, dense_model
 from modlab.bench.registry import Row, Settings, case
-from modlab.bench.speed_kv import HIDDEN, KeptWorkload, Sizes, both
+from modlab.bench.speed_kv import KeptWorkload, Sizes, both, twins_by_gates
 from modlab.routing.table import RoutingTable
 
 LEAVES = "prompt"
@@ -40,11 +40,7 @@ class LeavingWorkload(KeptWorkload):
 def leaving_models(settings: Settings, context: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The dense model; a twin that leaves for each granularity of K/V routing, and one without any."""
     dense = dense_model(settings, context)
-    every = routed_layers("all", depth(settings))
-    twins = {
-        gates: converted_twin(dense, every, "kv+prompt", gates=gates, router_hidden=HIDDEN)
-        for gates in ("layer", "kv_head")
-    }
+    twins = twins_by_gates(settings, dense, "kv+prompt")
     twins[LEAVES] = converted_twin(dense, "inner", "prompt")
     with fast_twins(settings, dense, twins):
         yield dense, twins

@@ -33,6 +33,7 @@ from modlab.skips.layer import LayerSkip
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
+    SETTINGS,
     LayersOnly,
     both_ways,
     generated,
@@ -112,11 +113,7 @@ def test_same_tokens_as_the_ordinary_path(
 @pytest.mark.parametrize("skip", SKIPS[1:])
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"do_sample": True, "temperature": 0.7, "top_k": 20},
-        {"repetition_penalty": 1.3},
-        {"num_return_sequences": 3, "do_sample": True},
-    ],
+    SETTINGS,
     ids=lambda settings: next(iter(settings)),
 )
 def test_same_tokens_under_settings_of_generate(skip: str, settings: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from modlab.kernels.kept_attention import store_kept
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
+    SETTINGS,
     both_ways,
     generated,
     prompts,
@@ -75,11 +76,7 @@ def test_same_tokens_whatever_is_kept(gates: str, fields: dict[str, Any]) -> Non
 @kinds
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"do_sample": True, "temperature": 0.7, "top_k": 20},
-        {"repetition_penalty": 1.3},
-        {"num_return_sequences": 3, "do_sample": True},
-    ],
+    SETTINGS,
     ids=lambda settings: next(iter(settings)),
 )
 def test_same_tokens_under_settings_of_generate(skip: str, gates: str, settings: dict[str, Any]) -> None:

@@ -14,6 +14,12 @@ from tests.helpers.models import routed_llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW = 40
+SETTINGS = [
+    {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    {"repetition_penalty": 1.3},
+    {"num_return_sequences": 3, "do_sample": True},
+]
+"""Of `generate`, under which the tokens are the ordinary path's too."""
 
 llama_on_device = functools.partial(routed_llama, device=DEVICE, scale=2.4)
 """The tiny converted Llama where its engine is tested, with few undecided gates."""
