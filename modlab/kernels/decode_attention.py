@@ -194,7 +194,7 @@ if triton is not None:
         running = _running(keep_ptr, rows, B, RING)
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
         blocks = tl.cdiv(lengths + 1, BLOCK_K) * running  # with this token
-        programs = tl.maximum(tl.cdiv(LEAST * tl.sum(running, 0) * G, PROCESSORS), 1) * PROCESSORS
+        programs = tl.maximum(tl.cdiv(tl.sum(running, 0) * LEAST * G, PROCESSORS), 1) * PROCESSORS
         size = tl.maximum(tl.cdiv(tl.sum(blocks, 0) * G, programs), 1)
         while tl.sum(tl.cdiv(blocks, size), 0) * G > programs:
             size += tl.cdiv(size, 16)

@@ -109,14 +109,14 @@ def test_attention_equals_its_reference(
 
 
 @triton.jit
-def _cut(lengths_ptr, keep_ptr, out_ptr, B: tl.constexpr, G: tl.constexpr, BLOCK_B: tl.constexpr) -> None:
+def _cut(
+    lengths_ptr, keep_ptr, out_ptr,
+    B: tl.constexpr, G: tl.constexpr, BLOCK_B: tl.constexpr, LEAST: tl.constexpr,
+) -> None:  # fmt: skip
     rows = tl.arange(0, BLOCK_B)
-    parts, size = attention._parts(lengths_ptr, keep_ptr, rows, B, G, 128, 132, attention_least, 0)
+    parts, size = attention._parts(lengths_ptr, keep_ptr, rows, B, G, 128, 132, LEAST, 0)
     tl.store(out_ptr + rows, parts, mask=rows < B)
     tl.store(out_ptr + B, size)
-
-
-attention_least = tl.constexpr(attention.LEAST_PARTS)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8, 32])
@@ -136,7 +136,9 @@ def test_parts_fill_the_multiprocessors(rows: int, lengths: str, kv_heads: int) 
     keep_B[rows // 2] = True
     out = torch.zeros(rows + 1, dtype=torch.int32, device=DEVICE)
     block = triton.next_power_of_2(rows)
-    _cut[(1,)](lengths_B.to(DEVICE), keep_B.to(DEVICE), out, rows, kv_heads, block)
+    _cut[(1,)](
+        lengths_B.to(DEVICE), keep_B.to(DEVICE), out, rows, kv_heads, block, attention.LEAST_PARTS
+    )  # fmt: skip
     *parts, size = out.tolist()
     blocks = [-(-(n + 1) // 128) * k for n, k in zip(lengths_B.tolist(), keep_B.tolist(), strict=True)]
     assert parts == [-(-n // size) for n in blocks]
