@@ -66,7 +66,8 @@ def add(command: Command) -> None:
     )  # fmt: skip
     distil.add_argument(
         "--lengths", metavar="T,T", type=read_integers,
-        help="batches of rows of these lengths in turn, of --batch-size times --seq-len tokens each",
+        help="batches of rows of these lengths in turn, of --batch-size times --seq-len tokens each; "
+        "--seq-len is the longest of them by default",
     )  # fmt: skip
     add_model_flags(sub)
     flags = sub.add_argument_group("TrainConfig")
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
     given = given_flags(options, TrainConfig)
     config = TrainConfig(**given)
     config.check()  # before a model is loaded and text is tokenised for nothing
+    _check_lengths(options)
     if config.kl and options.teacher is None:
         raise ModlabError(f"--kl {config.kl} needs --teacher MODEL.")
 
@@ -124,6 +126,24 @@ def run(options: argparse.Namespace) -> int:
     print(f"{result.stopped} after {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s")
     print(f"{options.out}: {figures}")
     return INTERRUPTED if result.interrupted else 0
+
+
+def _check_lengths(options: argparse.Namespace) -> None:
+    """Rows are as long as the longest of `--lengths`, which are cut from them.
+
+    Raises:
+        ModlabError: rows that are shorter.
+    """
+    if not options.lengths:
+        return
+    longest = max(options.lengths)
+    if options.seq_len is None:
+        options.seq_len = longest
+    elif options.seq_len < longest:
+        raise ModlabError(
+            f"--lengths {','.join(map(str, options.lengths))} are cut from rows of --seq-len "
+            f"{options.seq_len} tokens: leave --seq-len out, or say at least {longest}."
+        )
 
 
 def _distilled(options: argparse.Namespace, config: Any, model: Any, tokenizer: Any, data: Any) -> Any:

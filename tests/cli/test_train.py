@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import modlab
-from modlab.cli.train import _distilled
+from modlab.cli.train import _check_lengths, _distilled
+from modlab.errors import ModlabError
 from modlab.training.config import TrainConfig
 from tests.helpers.models import dense_llama
 
@@ -26,3 +27,11 @@ def test_what_cannot_be_fitted_is_distilled_without(
     said = capsys.readouterr().out
     assert "Nothing is fitted first" in said and why in said
     assert model.mod.trained is None
+
+
+def test_rows_are_as_long_as_the_longest_of_the_lengths_that_are_cut_from_them() -> None:
+    options = Namespace(lengths=[4096, 8192], seq_len=None)
+    _check_lengths(options)
+    assert options.seq_len == 8192
+    with pytest.raises(ModlabError, match="--seq-len 4096 tokens.*at least 8192"):
+        _check_lengths(Namespace(lengths=[4096, 8192], seq_len=4096))
