@@ -265,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import nbformat
 
     from tests.browser.notebook_browser import JupyterLab
+    from tests.helpers.launch import python_path
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -284,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     load = os.getloadavg()[0]
     rows: list[dict[str, Any]] = []
-    with JupyterLab(env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}) as lab:
+    with JupyterLab(env={"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}) as lab:
         browser = lab.browser.version
         rows += explorer(lab, notebook)
         rows.append(live(lab, notebook))

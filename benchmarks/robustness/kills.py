@@ -162,7 +162,7 @@ def _own_files(target: Path) -> dict[str, bytes]:
 def _victims(kind: str, folder: Path) -> Iterator[Callable[[float], None]]:
     """Yields a function that starts a victim and kills it after so many times the length of a save."""
     command = [sys.executable, "-m", "benchmarks.robustness.kills", str(folder), kind]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True
     )

@@ -14,6 +14,7 @@ from modlab.bench import fast, growth, ideal, limits, models, overhead, registry
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.measure import time_generate
+from tests.helpers.launch import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [
@@ -331,7 +332,7 @@ def test_gpu_cases_say_what_they_lack(name, capsys):
 def test_the_command_writes_where_it_is_told(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "modlab", "bench", "prefill", *SIZES, "--out", "results"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from tests.browser.notebook_browser import HarnessError, JupyterLab, find_chromium
+from tests.helpers.launch import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +35,8 @@ def lab() -> Iterator[JupyterLab]:
         if os.environ.get("CI"):
             pytest.fail(f"CI is set, so browser tests may not be skipped: {why}")
         pytest.skip(why)
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     # Threads: two kernels on two cores otherwise slow each other down.
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    with JupyterLab(env=env) as lab:
+    with JupyterLab(env={"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}) as lab:
         yield lab
 
 

@@ -14,9 +14,8 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTra
 
 from modlab import cli
 from modlab.errors import ModlabError
+from tests.helpers.launch import python_path
 from tests.helpers.models import tiny_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +157,11 @@ def test_hub_id_without_network_in_a_real_process(tmp_path: Path) -> None:
         cwd=tmp_path,
         # a closed port of this machine: the same answer with and without a network
         env=environment
-        | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")},
+        | {
+            "PYTHONPATH": python_path(),
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path / "hf"),
+        },
         capture_output=True,
         text=True,
         timeout=120,

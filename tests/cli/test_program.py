@@ -22,9 +22,9 @@ import modlab
 from modlab import cli
 from modlab.cli import flags
 from modlab.training.config import TrainConfig
+from tests.helpers.launch import python_path
 from tests.helpers.models import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "plotly", "ipywidgets", "anywidget"}
 COMMANDS = ("lab", "convert", "fit", "train", "eval", "probe", "sweep", "bench")
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Stack:\n    items: list = []\n"
@@ -37,7 +37,7 @@ def modlab_process(
     return subprocess.run(
         [sys.executable, "-m", "modlab", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -365,7 +365,7 @@ def answer_of(url: str, server: subprocess.Popen[bytes]) -> Any:
 def test_lab_opens_the_quickstart_in_a_real_jupyterlab(tmp_path: Path) -> None:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "JUPYTER_TOKEN": "secret",
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),

@@ -29,6 +29,12 @@ def launch(script: Path | str, processes: int, *arguments: object) -> str:
     return finished([*command, *str(script).split(), *map(str, arguments)])
 
 
+def python_path() -> str:
+    """PYTHONPATH of a process that imports this checkout, and what else this one has on it (another
+    transformers, say)."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def finished(command: list[str]) -> str:
     """The output of a command that has to succeed, its processes in a group that is ended with it."""
     return together([command])[0]
@@ -40,8 +46,7 @@ def together(commands: list[list[str]], **more: str) -> list[str]:
     Args:
         more: variables of their environment.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **more}
     environment["ACCELERATE_USE_CPU"] = "true"
     running = [
         subprocess.Popen(

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launch import python_path
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -139,7 +140,7 @@ for t in ("*bf16", "*fp32"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_every_kernel_compiles(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": python_path()}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
         [sys.executable, "-c", BUILD],
