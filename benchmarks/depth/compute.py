@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modlab.bench.ideal import head_size
+from modlab.bench.ideal import head_size, layer_weights, left_flops
 
 
 def parts(config: Any, length: int) -> dict[str, float]:
     """Operations a token of one layer by part, in rows of `length` tokens."""
-    D, H = config.hidden_size, head_size(config)
-    N, G = config.num_attention_heads, config.num_key_value_heads
-    return {
-        "queries": 2 * 2 * D * N * H + 2 * length * N * H,  # q, o; QK^T and AV over half of the row
-        "keys": 2 * 2 * D * G * H,
-        "mlp": 2 * 3 * D * config.intermediate_size,
-    }
+    attention, mlp = layer_weights(config)
+    keys = left_flops(config, [1])
+    pairs = 2 * length * config.num_attention_heads * head_size(config)  # QK^T and AV over half of the row
+    return {"queries": 2 * attention - keys + pairs, "keys": keys, "mlp": 2 * mlp}
 
 
 def leaving(config: Any, length: int, layers: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,26 +15,9 @@ from benchmarks.depth.arms import Arm
 from benchmarks.depth.distil import recorded
 from benchmarks.depth.model import head, states
 from benchmarks.real_models.divergence import kl_and_agreement, logits
-from benchmarks.real_models.evaluate import MEASURED, gaps, shares
+from benchmarks.real_models.evaluate import FAR, MEASURED, Dense, gaps, shares
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import COUNTED, Data
-
-FAR = 1024  # positions from here on are far; half of the row where rows are not longer
-
-
-@dataclass
-class Dense:
-    """What the dense model itself does, measured once.
-
-    Attributes:
-        states: last states of the texts' rows, by text.
-        copies: loss of each passage's copy, in nats a token [S].
-        right: whether each question was answered [S].
-    """
-
-    states: dict[str, Tensor] = field(default_factory=dict)
-    copies: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    right: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def _on(model: Any, rows: np.ndarray) -> Tensor:
@@ -75,7 +57,7 @@ def asked(model: Any, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
 def measure(model: Any, arm: Arm, data: Data, known: Dense, removed: list[int]) -> dict[str, Any]:
     """The record of one arm, with the names of the result files."""
     T = data.recall.rows.shape[1]
-    far_from = FAR if T >= 2 * FAR else T // 2
+    far_from = FAR if T >= 2 * FAR else T // 2  # the second half of short rows
     far, near, same, work, kept = {}, {}, {}, {}, {}
     for name, rows in data.texts.items():
         kl, agree, shares_by_row = [], [], []

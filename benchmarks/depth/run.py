@@ -15,10 +15,10 @@ import modlab
 from benchmarks.depth import compute, removal, tasks
 from benchmarks.depth.arms import Arm, arm_named
 from benchmarks.depth.distil import Plan, distil
-from benchmarks.depth.measure import Dense, dense, measure
+from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import load
 from benchmarks.depth.scores import start_from_scores
-from benchmarks.real_models.evaluate import MEASURED
+from benchmarks.real_models.evaluate import MEASURED, Dense
 from benchmarks.real_models.mixture import Mixture
 from benchmarks.real_models.run import rounded
 from benchmarks.real_models.texts import Data

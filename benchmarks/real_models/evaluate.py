@@ -24,15 +24,15 @@ BATCH = 32_768  # tokens of a pass
 
 @dataclass
 class Dense:
-    """What the base itself does, measured once.
+    """What the dense model itself does, measured once.
 
     Attributes:
-        hidden: last states of the texts' rows, by text.
+        states: last states of the texts' rows, by text.
         copies: loss of each passage's copy, in nats a token [S].
         right: whether each question was answered [S].
     """
 
-    hidden: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
     copies: np.ndarray = field(default_factory=lambda: np.zeros(0))
     right: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -49,7 +49,7 @@ def dense(base: Base, data: Data) -> Dense:
     """Runs the base over texts and probes."""
     found = Dense()
     for name, rows in data.texts.items():
-        found.hidden[name] = torch.cat(
+        found.states[name] = torch.cat(
             [dense_hidden(base, ids) for ids in batches(rows[:MEASURED], base.device)]
         )
     for probe, name in ((data.recall, "copies"), (data.retrieval, "right")):
@@ -95,7 +95,7 @@ def measure(
             share.append(stored(routes.kept_older, ids.shape[1], window))
             if name in COUNTED:
                 by_gate.append(torch.stack([layer.mean(0) for layer in routes.kept_older]) / ids.shape[1])
-            teacher = known.hidden[name][i * len(ids) :][: len(ids)]
+            teacher = known.states[name][i * len(ids) :][: len(ids)]
             for one, other in zip(hidden, teacher, strict=True):
                 k, a = kl_and_agreement(one, other, base.head_VD)
                 kl.append(k)

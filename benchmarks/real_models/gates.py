@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.real_models.base import Shape
+from modlab.routing.router import normalised
 
 GONE = -1e4
 """The log-weight of a key that is not kept."""
@@ -70,12 +71,6 @@ def gate_values(x_BTD: Tensor, weights: tuple[Tensor | None, ...], ahead: int = 
     if later is not None:
         z_BTA = z_BTA + mean_of_next(F.linear(x, later), ahead)
     return z_BTA.transpose(1, 2)
-
-
-def normalised(x: Tensor) -> Tensor:
-    """Root mean square 1 over the last dimension, fp32."""
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def mean_of_next(x_BTA: Tensor, count: int) -> Tensor:

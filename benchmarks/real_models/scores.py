@@ -19,7 +19,9 @@ from torch import Tensor
 from benchmarks.real_models import attention
 from benchmarks.real_models.base import Base, Layer, Shape, after, before
 from benchmarks.real_models.decoder import compiled
-from benchmarks.real_models.gates import Gates, normalised
+from benchmarks.real_models.gates import Gates, gate_values
+from modlab.routing.router import normalised
+from modlab.training.regression import Explained
 
 RIDGE = 1000.0
 LEAST = -20.0  # log score below which keys are alike
@@ -147,11 +149,7 @@ def fit_hidden(gates: Gates, x_LSD: Tensor, y_LSA: Tensor, steps: int) -> None:
 
 def explained(gates: Gates, x_LRTD: Tensor, y_LRTA: Tensor) -> float:
     """Share of the variance within rows that the gates explain, over all layers."""
-    from benchmarks.real_models.gates import gate_values
-
-    missed = spread = 0.0
+    found = Explained()
     for i in range(len(x_LRTD)):
-        z = gate_values(x_LRTD[i], (*gates.of(i)[:4], None)).transpose(1, 2)
-        missed += (z - y_LRTA[i]).square().mean().item()
-        spread += y_LRTA[i].var(1, unbiased=False).mean().item()
-    return 1 - missed / spread
+        found.add(gate_values(x_LRTD[i], (*gates.of(i)[:4], None)).transpose(1, 2), y_LRTA[i])
+    return found.r2

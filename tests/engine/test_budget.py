@@ -12,7 +12,7 @@ from modlab.engine.budget import MIB, Budget, LayerBytes, layer_bytes
 from modlab.engine.prefill import prefill, scratch_buffers
 from modlab.engine.ring import RingBuffer
 from modlab.errors import ModlabError
-from tests.helpers.fast_generation import NEW, generated, llama_on_device, prompts, use_engine
+from tests.helpers.fast_generation import NEW, generated, llama_on_device, prompts, stepped, use_engine
 
 RECENT = 4
 """`keep_recent` of these models."""
@@ -83,16 +83,7 @@ def test_decoding_goes_on_as_a_prompt_would_have(gates: str) -> None:
     first = model.mod.layers[0]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for later in (0, 23):
-        with torch.no_grad():
-            T = ids.shape[1] - later
-            _, caches, counts = prefill(engine, ids[:, :T], mask[:, :T], bound - RECENT)
-            step = engine.step(2)
-            step.tables.attach(caches, T, counts)
-            for at in range(T, ids.shape[1]):
-                step.tables.choice.token.copy_(ids[:, at, None])
-                step.run()
-            step.tables.read_lengths()
-        cache = caches[first]
+        cache = stepped(engine, ids, mask, ids.shape[1] - later, bound - RECENT)[0][first]
         assert isinstance(cache, RingBuffer) and cache.scores is not None
         ends = zip(cache.starts, cache.lengths, strict=True)
         left.append([cache.scores[start + RECENT : start + n].sort().values for start, n in ends])

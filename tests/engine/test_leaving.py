@@ -30,6 +30,7 @@ from tests.helpers.fast_generation import (
     both_ways,
     generated,
     prompts,
+    stepped,
     stored_at_thresholds,
     use_engine,
 )
@@ -214,15 +215,8 @@ def still_needed(layer: Any) -> list[int]:
 
 def buffers_after(model: Any, inputs: dict[str, Tensor], tokens: list[list[int]]) -> list[list[int]]:
     """Lengths of the engine's buffers by layer, after the prompts and all tokens but the last one."""
-    T, ids, engine = inputs["input_ids"].shape[1], torch.tensor(tokens, device=DEVICE), use_engine(model)
-    with torch.no_grad():
-        _, buffers, counts = prefill(engine, ids[:, :T], inputs["attention_mask"])
-        step = engine.step(len(tokens))
-        step.tables.attach(buffers, T, counts)
-        for at in range(T, ids.shape[1] - 1):
-            step.tables.choice.token.copy_(ids[:, at, None])
-            step.run()
-        step.tables.read_lengths()
+    ids, mask = torch.tensor(tokens, device=DEVICE)[:, :-1], inputs["attention_mask"]
+    buffers, _ = stepped(use_engine(model), ids, mask, mask.shape[1])
     return [list(buffer.lengths) for buffer in buffers]
 
 
@@ -233,16 +227,8 @@ def test_a_prompt_in_pieces_of_steps_leaves_the_same_cache(gates: str) -> None:
     engine, caches = use_engine(model), []
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for later in (0, 5):
-        with torch.no_grad():
-            T = ids.shape[1] - later
-            _, buffers, counts = prefill(engine, ids[:, :T], mask[:, :T])
-            step = engine.step(2)
-            step.tables.attach(buffers, T, counts)
-            for at in range(T, ids.shape[1]):
-                step.tables.choice.token.copy_(ids[:, at, None])
-                step.run()
-            step.tables.read_lengths()
-            kept = [None if layer.ring is None else layer.ring.clone() for layer in step.tables.layers]
+        buffers, layers = stepped(engine, ids, mask, ids.shape[1] - later)
+        kept = [None if layer.ring is None else layer.ring.clone() for layer in layers]
         caches.append((buffers, kept))
         engine.release()
     for index in range(6):

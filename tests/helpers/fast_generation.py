@@ -10,6 +10,8 @@ import torch
 import modlab
 from modlab.engine.compiled import Compiler
 from modlab.engine.engine import Engine
+from modlab.engine.prefill import prefill
+from modlab.engine.tables import LayerStep
 from tests.helpers.models import routed_llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +60,30 @@ def use_engine(model: Any, **settings: Any) -> Engine:
     modlab.enable_fast_generation(model, compile=False, check=False)
     engine = model.__dict__["mod_engine"] = Engine(model, compile=False, **settings)
     return engine
+
+
+def stepped(
+    engine: Engine, ids: torch.Tensor, mask: torch.Tensor, prompt: int, *bounds: int
+) -> tuple[list[Any], list[LayerStep]]:
+    """Runs `prompt` of the tokens at once and the others one by one, whatever they were chosen to be.
+
+    Args:
+        ids: token ids of the rows [B, T].
+        mask: of the prompts, at least [B, prompt].
+        bounds: what `prefill` takes after them.
+
+    Returns:
+        the buffers and the tables of all layers.
+    """
+    with torch.no_grad():
+        _, buffers, counts = prefill(engine, ids[:, :prompt], mask[:, :prompt], *bounds)
+        step = engine.step(len(ids))
+        step.tables.attach(buffers, prompt, counts)
+        for at in range(prompt, ids.shape[1]):
+            step.tables.choice.token.copy_(ids[:, at, None])
+            step.run()
+        step.tables.read_lengths()
+    return buffers, step.tables.layers
 
 
 def masks_of_two_rows(model: Any, kept: str, length: int) -> dict[int, torch.Tensor]:
