@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import fully_shard
 
 import modlab
@@ -47,13 +44,3 @@ def trained(model: Any, ids: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]
 
 def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def launched_with_fsdp(**settings: Any) -> None:
-    """From here on accelerate is as `accelerate launch --use_fsdp --fsdp_version 2` leaves it on GPUs. On a
-    CPU it never looks at these flags, though torch shards there as well."""
-    Accelerator(cpu=True, mixed_precision="no")
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
-    for state in (AcceleratorState, PartialState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin

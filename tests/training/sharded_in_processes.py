@@ -16,8 +16,8 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
 from modlab.training.sharding import reshard
+from tests.helpers.fsdp_on_cpu import launched_with_fsdp
 from tests.helpers.runs import began, model_in_bf16, rows
-from tests.helpers.sharding import launched_with_fsdp
 
 
 def main(out: Path, objective: str) -> None:

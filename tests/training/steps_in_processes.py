@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.sharding import launched_with_fsdp, whole
+from tests.helpers.fsdp_on_cpu import launched_with_fsdp
+from tests.helpers.sharding import whole
 from tests.helpers.steps import gradient
 
 

@@ -1,0 +1,205 @@
+"""The command line; without `--part` all parts, with it one of them, in this process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.many_gpus import rows as text
+from benchmarks.many_gpus import worker
+from benchmarks.many_gpus.compared import compared
+from benchmarks.many_gpus.parts import Part, command, environment, parts
+from benchmarks.many_gpus.turns import Ended, Turns
+
+TAIL = 1500
+"""Characters of a log that a failed part leaves in the results."""
+
+OF_THE_LAUNCHER = "torch/distributed/elastic/multiprocessing/api.py"
+"""From here on a log says how the launcher ended the others."""
+
+
+def main() -> None:
+    """See the package's first lines."""
+    options = _options()
+    if options.part is not None:
+        return _part(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that no part is left behind
+    with tempfile.TemporaryDirectory() as folder:
+        _all(options, Path(folder) if options.work is None else options.work)
+
+
+def _all(options: argparse.Namespace, work: Path) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    results = Results(options, work)
+    models = [_toy(work)] if options.toy else [_with_weights(model, work) for model in options.model]
+    rows = {model: _rows_that_fit(options, model) for model in models}
+    for model, count in rows.items():
+        text.write_rows(
+            model, options.steps * max(count, options.gpus * 2), options.length,
+            work / f"rows_{Path(model).name}.pt",
+        )  # fmt: skip
+
+    def begin(part: Part, gpus: list[int]) -> tuple[list[str], dict[str, str]]:
+        return command(part, options, rows[part.model], work), environment(options, gpus)
+
+    turns = Turns(options.gpus, options.seconds - (time.monotonic() - BEGAN), begin, results.log, results.add)
+    wanted = [part for part in parts(models, options.gpus) if options.only in part.name]
+    results.end([part.name for part in turns.run(wanted)])
+
+
+class Results:
+    """The file of results, written again with every part that has ended.
+
+    Args:
+        work: where parts leave their figures and logs.
+    """
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.work = work
+        self.name = f"many_gpus_{time.strftime('%Y-%m-%d')}{'_toy' if options.toy else ''}"
+        self.out: Path = options.out
+        self.found: dict[str, dict[str, Any]] = {}
+        words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+        command = " ".join(["python -m benchmarks.many_gpus", *words])
+        self.head: dict[str, Any] = {"toy": options.toy, "command": command}
+        if not options.toy:
+            random = [model for model in options.model if not worker.has_weights(model)]
+            self.head["random weights"] = [Path(model).name for model in random]
+
+    def log(self, part: Part) -> Path:
+        """Where a part's output goes."""
+        return self.work / f"{part.file}.log"
+
+    def add(self, part: Part, ended: Ended) -> None:
+        """A part has ended."""
+        figures: dict[str, Any] = {"ended with": "its limit" if ended.code is None else ended.code}
+        figures |= {"seconds": round(ended.seconds, 1), "together with": ended.together}
+        figures["processes left over"] = ended.left_over
+        file, steps = (self.work / f"{part.file}.{suffix}" for suffix in ("json", "jsonl"))
+        if steps.exists():
+            figures["steps"] = [json.loads(line) for line in steps.read_text().splitlines()]
+        if part.what == "killed":
+            figures["checkpoints"] = sorted(p.name for p in self.work.glob("killed/checkpoints/step_*"))
+        if file.exists():
+            figures |= json.loads(file.read_text())
+        if ended.code != 0:
+            said = self.log(part).read_text(errors="replace")
+            figures["end of its log"] = said.split(OF_THE_LAUNCHER)[0][-TAIL:]
+        self.found[part.name] = figures
+        self._write()
+        shown = {name: value for name, value in figures.items() if not isinstance(value, (list, dict))}
+        print(f"{time.monotonic() - BEGAN:.0f} s: {part.name}: {shown}", flush=True)
+
+    def end(self, not_begun: list[str]) -> None:
+        """No more parts."""
+        self.head["not begun"] = not_begun
+        self._write()
+        notebook = self.work / "6_many_gpus.ipynb"
+        if notebook.exists():
+            (self.out / f"{self.name}_notebook.ipynb").write_bytes(notebook.read_bytes())
+        with tarfile.open(self.out / f"{self.name}_logs.tar.gz", "w:gz") as archive:
+            for path in sorted(self.work.glob("*.log")):
+                archive.add(path, path.name)
+        print(json.dumps(compared(self.found), indent=2))
+        print("not begun:", ", ".join(not_begun) or "nothing")
+
+    def _write(self) -> None:
+        everything = {**self.head, "parts": self.found, "compared": compared(self.found)}
+        text = json.dumps(everything, indent=1) + "\n"
+        (self.out / f"{self.name}.json").write_text(text, encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.many_gpus", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=[], help="folders of dense models, from small to large")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--work", type=Path, help="folder for everything else; by default removed at the end")
+    parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
+    parser.add_argument("--only", default="", help="parts whose name holds this, as 'ddp' or 'coder-0.5b'")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--memory", type=float, default=139.0, help="GiB of a GPU")
+    parser.add_argument("--rows", type=int, default=8, help="of a global batch, halved to fit one GPU")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
+    parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
+    parser.add_argument("--steps", type=int, default=20, help="of training")
+    parser.add_argument("--toy", action="store_true", help="on the CPU, with a tiny model")
+    for name in ("--part", "--kind", "--file"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.toy:
+        options.rows, options.length, options.context, options.steps = 4, 192, 300, 8
+    elif not options.model:
+        parser.error("--model is needed")
+    return options
+
+
+def _part(options: argparse.Namespace) -> None:
+    if options.part == "notebook":
+        from benchmarks.many_gpus.notebook import executed as run
+    elif options.part in ("alone", "tensor parallel", "device_map"):
+        from benchmarks.many_gpus.inference import inferred as run
+    elif options.part.startswith("skipping"):
+        from benchmarks.many_gpus.training import skipped as run
+    else:
+        from benchmarks.many_gpus.training import trained as run
+    worker.write(options, run(options))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _rows_that_fit(options: argparse.Namespace, model: str) -> int:
+    """Rows of a global batch that one GPU takes alone, its routers distilled: by the planner's word, in six
+    tenths of its memory."""
+    from modlab.plan import plan
+
+    rows: int = options.rows
+    while rows > options.gpus and not options.toy:
+        table = plan(model, memory=options.memory, context=options.length, batch=rows, checkpointing=False)
+        if table[table["use"] == "routers"]["total"].max() < 0.6 * options.memory:
+            break
+        rows //= 2
+    return rows
+
+
+def _with_weights(model: str, work: Path) -> str:
+    """The folder, or one with the same config and random weights."""
+    if worker.has_weights(model):
+        return model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = work / Path(model).name
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    for file in Path(model).glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return str(folder)
+
+
+def _toy(work: Path) -> str:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(work / "toy")
+    return str(work / "toy")
+
+
+BEGAN = time.monotonic()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A long prompt on one GPU, or with the model shared by several: logits, decisions, tokens and bytes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+import modlab
+from benchmarks.many_gpus import worker
+from modlab.hf.anatomy import decoder_layers
+
+NEW_TOKENS = 16
+GRANULARITIES: dict[str, dict[str, Any]] = {"by layer": {}, "by KV head": worker.HEADS}
+
+
+def inferred(options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes in the model's usual dtype and agreement in it and in fp32, gates by layer and by KV head.
+
+    The part "alone" leaves what it found for the others to compare with.
+    """
+    figures: dict[str, Any] = {"context": options.context}
+    for kind in dict.fromkeys((worker.dtype(options), torch.float32)):
+        model = worker.loaded(options, kind, **_place(options))
+        if options.part == "alone":
+            model.to(worker.device())
+        for granularity, settings in GRANULARITIES.items():
+            modlab.convert(model.eval(), modlab.MoDConfig(layers="all", **settings))
+            worker.scatter(model)
+            worker.forget_peaks()
+            name = f"{granularity}, {str(kind).removeprefix('torch.')}"
+            found = _prompted(model, options.context)
+            figures[name] = found.pop("bytes") | {"allocated": worker.allocated()}
+            figures[name] |= _compared(options, name, found)
+            worker.write(options, figures)
+            modlab.revert(model)
+        del model
+    return figures | {"planned": worker.planned(options, "inference")}
+
+
+def _place(options: argparse.Namespace) -> dict[str, Any]:
+    if options.part == "tensor parallel":
+        return {"tp_plan": "auto"}
+    if options.part == "device_map" and options.toy:
+        folder = str(options.work / "offload")
+        return {"device_map": "auto", "max_memory": {"cpu": "400KB"}, "offload_folder": folder}
+    return {"device_map": "balanced"} if options.part == "device_map" else {}
+
+
+@torch.no_grad()
+def _prompted(model: Any, context: int) -> dict[str, Any]:
+    """What the model says of a prompt and how it goes on."""
+    ids = torch.randint(3, 250, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with modlab.KVTracker(model) as kv, modlab.record_routing(model) as recording:
+        output = model(ids, use_cache=True, logits_to_keep=8)
+    layers = decoder_layers(model)
+    of_kv: dict[str, int] = {}
+    for row in kv.rows:
+        place = str(next(layers[row["layer"]].parameters()).device)
+        of_kv[place] = of_kv.get(place, 0) + row["kv_bytes"]
+    of_weights: dict[str, int] = {}
+    for weight in model.parameters():
+        own = weight.to_local() if hasattr(weight, "to_local") else weight
+        of_weights[str(own.device)] = of_weights.get(str(own.device), 0) + own.nbytes
+    logits = output.logits.float().cpu()
+    keep = torch.cat([kept.flatten().cpu() for kept in recording.steps[0].keep.values()])
+    tokens = []
+    for _ in range(NEW_TOKENS):
+        token = output.logits[:, -1:].argmax(-1).to(model.device)
+        tokens.append(token.cpu())
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+    return {
+        "logits": logits,
+        "keep": keep,
+        "tokens": torch.cat(tokens, 1),
+        "bytes": {"kv_bytes": of_kv, "weight_bytes": of_weights},
+    }
+
+
+def _compared(options: argparse.Namespace, name: str, found: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Against one GPU, if that part has run."""
+    file = options.work / f"alone {name}.pt"
+    kept = {"kept": float(found["keep"].float().mean())}
+    if options.part == "alone":
+        torch.save(found, file)
+        return kept
+    if not file.exists():
+        return kept
+    expected = torch.load(file)
+    off = found["logits"] - expected["logits"]
+    return kept | {
+        "largest difference of logits": float(off.abs().max()),
+        "largest logit": float(expected["logits"].abs().max()),
+        "decided alike": float((found["keep"] == expected["keep"]).float().mean()),
+        "same tokens": int((found["tokens"] == expected["tokens"]).long().cumprod(1).sum()),
+        "of tokens": NEW_TOKENS,
+    }
