@@ -27,8 +27,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SIZES = ((2_000, 32, 1), (8_192, 32, 1), (8_192, 60, 3), (65_536, 32, 1))
-"""Tokens, layers (every other one is routed), gates of a routed layer; the third has SmolLM2-135M's 90."""
+SIZES = ((2_000, 32, 1), (8_192, 32, 1), (8_192, 30, 3), (65_536, 32, 1))
+"""Tokens, layers, gates of a routed layer: every other layer is routed by one, or all are by several (the
+third size has SmolLM2-135M's 90)."""
 CELL = """\
 import numpy as np, time
 from modlab import RoutingTrace
@@ -36,11 +37,13 @@ from modlab.widgets import {view}
 from modlab.widgets.pictures.page import trace_page
 rng = np.random.default_rng(0)
 T, L, G = {tokens}, {layers}, {gates}
-gate = rng.uniform(0.02, 0.98, (L // 2 * G, T)).astype(np.float32)
+layers = sorted([*range(0 if G > 1 else 1, L, 1 if G > 1 else 2)] * G)
+gate = rng.uniform(0.02, 0.98, (len(layers), T)).astype(np.float32)
 loss = rng.uniform(0.1, 5, T); loss[0] = np.nan
 trace = RoutingTrace(tokens=["word "] * T, token_ids=np.arange(T), gate=gate, keep=gate >= 0.5,
-                     layers=sorted([*range(1, L, 2)] * G), num_layers=L, thresholds=np.full(len(gate), 0.5),
-                     keep_first=4, loss=loss, kv_bytes_per_token=4096, model="synthetic")
+                     layers=layers, num_layers=L, thresholds=np.full(len(gate), 0.5), keep_first=4, loss=loss,
+                     kv_bytes_per_token=4096, model="synthetic", skip="kv" if G > 1 else "layer",
+                     keep_recent=128 if G > 1 else 0)
 start = time.perf_counter()
 widget = {view}(trace)
 made_ms = 1e3 * (time.perf_counter() - start)
@@ -180,7 +183,7 @@ class Page:
 def synthetic(lab: Any, notebook: Any, tokens: int, layers: int, gates: int) -> list[dict[str, Any]]:
     """The views of a synthetic trace of this size."""
     rows = []
-    size = {"tokens": tokens, "layers": layers, "gates": layers // 2 * gates}
+    size = {"tokens": tokens, "layers": layers, "gates": layers * gates if gates > 1 else layers // 2}
     source = CELL.format(view="RoutingHeatmap", tokens=tokens, layers=layers, gates=gates)
     with lab.open(notebook(source), timeout=180) as nb:
         nb.run_all()

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
-GATES = "real_gates"
+GATES, REPORT = "real_gates", "report"
 SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
 """The run of each real model whose gates are told of: for the first two, those that ship."""
-REAL = ("real", "real_gates", "real_tasks", "report")
+REAL = ("real", GATES, "real_tasks", REPORT)
 """Kinds of results of real models; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")
 TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]
 """Columns that say what was timed: `_timed_name` tells all of them, so that no two things share a name."""
+SAME = ("case", "shape", "context", "batch", "routed", "granularity", "skip")
+"""What makes two rows of one benchmark on one device measurements of one thing, at whatever keep ratio."""
 ROUTED = {"alternate": "every other layer routed", "most": "most layers routed", "all": "all layers routed"}
 
 
@@ -51,7 +53,8 @@ def result_files() -> list[Path]:
 
 
 def benchmarks() -> pd.DataFrame:
-    """One row a measurement; of several results for the same thing on the same device the newest counts.
+    """One row a measurement; where several files of a benchmark have the same thing on the same device, the
+    newest counts, and what it lacks (another model's shape, say) is that of the file before.
 
     Columns at least: result (the benchmark: "speed", "growth", ...), case ("prefill", "decode", ...), shape
     (of the model), context (tokens), batch, routed, routed_layers, num_layers, keep_ratio (in the routed
@@ -61,16 +64,19 @@ def benchmarks() -> pd.DataFrame:
     import pandas as pd
 
     results = [read_result(path) for path in result_files()]
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in sorted(results, key=_date):
-        if result["what"] not in (QUALITY, *REAL):
-            newest[result["what"], result["device_name"]] = result
-    rows: list[dict[str, Any]] = []
-    for _, result in sorted(newest.items()):
+    newest: dict[tuple[Any, ...], int] = {}
+    rows: list[tuple[tuple[Any, ...], int, dict[str, Any]]] = []
+    for file, result in sorted(enumerate(results), key=lambda item: _date(item[1])):
+        if result["what"] in (QUALITY, *REAL):
+            continue
         origin = {name: result[name] for name in PROVENANCE}
         origin |= {"result": result["what"], "torch": result["versions"]["torch"]}
-        rows += [{**origin, **row} for row in result["rows"]]
-    return pd.DataFrame(rows)
+        for row in result["rows"]:
+            same = (result["what"], result["device_name"], *(row.get(name) for name in SAME))
+            newest[same] = file
+            rows.append((same, file, {**origin, **row}))
+    rows.sort(key=lambda told: told[0][:2])
+    return pd.DataFrame([row for same, file, row in rows if newest[same] == file])
 
 
 def quality() -> pd.DataFrame:
@@ -129,27 +135,50 @@ def latencies(
 
 
 def real_models() -> dict[str, pd.DataFrame]:
-    """What gates a KV head cost real models, by KV saving: one frame a model, from the newest record of each.
+    """What K/V routing costs real models, by KV saving: a frame a model and kind of record, of the newest.
+
+    The study's gates a KV head (by its masks) have the model's name; what `modlab report` measured with the
+    package's own cache has the model's, the run's where the record names one, and the device's. A record
+    with a single saving is no curve and is left out.
 
     Columns: kv_saving (over all texts, the window included), kl (nats a token to the dense model, positions
     from 1,024 on), agreement (of the likeliest token there), and for each distance in tokens recall_gap_<d>
     (nats on the second copy of a passage, above dense) and lost_<d> (of the questions that the dense model
-    answers, the share that is answered no more). `attrs["origin"]` is one sentence on where it comes from.
+    answers, the share that is answered no more); for each length in tokens of RULER-kind tasks task_gap_<n>
+    (their mean score below dense's). What has a gap is left out. `attrs["origin"]` is one sentence on where
+    it comes from.
     """
-    import pandas as pd
-
     found = {}
     for result in sorted((read_result(path) for path in result_files()), key=_date):
-        if result["what"] != GATES or result["model"] not in SHIPPED:
+        if result["what"] == REPORT:
+            name, rows, about = _report_name(result), result["rows"], ", by the package's own cache"
+        elif result["what"] == GATES and result["model"] in SHIPPED:
+            name, about = result["model"], ", gates a KV head"
+            rows = [row for row in result["rows"] if _is_shipped(name, row)]
+        else:
             continue
-        rows = [_gates_row(row) for row in result["rows"] if _is_shipped(result["model"], row)]
-        frame = pd.DataFrame(rows).sort_values("kv_saving").reset_index(drop=True)
-        frame.attrs["origin"] = (
-            f"{result['base']}, gates a KV head, on {result['device_name']}, {str(result['date'])[:10]}, by "
-            f"`{result['command']}`. {result['note']}"
-        )
-        found[result["model"]] = frame
+        if len(rows) > 1:
+            found[name] = _real_frame(result, rows, about)
     return found
+
+
+def _report_name(result: dict[str, Any]) -> str:
+    run = result["rows"][0].get("run") if result["rows"] else None
+    of_run = f" {run}" if run else ""
+    return f"{result['model']}{of_run}, modlab report on {result['device_name']}"
+
+
+def _real_frame(result: dict[str, Any], rows: list[dict[str, Any]], about: str) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame([_gates_row(row) for row in rows])
+    frame = frame.sort_values("kv_saving").reset_index(drop=True).dropna(axis="columns")
+    note = f" {result['note']}" if result.get("note") else ""
+    frame.attrs["origin"] = (
+        f"{result.get('base', result['model'])}{about}, on {result['device_name']}, "
+        f"{str(result['date'])[:10]}, by `{result['command']}`.{note}"
+    )
+    return frame
 
 
 def _is_shipped(model: str, row: dict[str, Any]) -> bool:
@@ -157,15 +186,27 @@ def _is_shipped(model: str, row: dict[str, Any]) -> bool:
     return row["run"] == SHIPPED[model] and ":" not in row["arm"] and row["ratio_asked"] > 1
 
 
-def _gates_row(row: dict[str, Any]) -> dict[str, float]:
+def _gates_row(row: dict[str, Any]) -> dict[str, float | None]:
     agreement = row["top1_far_by_text"].values()
+    lost = {d: None if share is None else 1 - share for d, share in row["retrieval_of_dense"].items()}
     return {
         "kv_saving": row["ratio"],
         "kl": row["kl_far"],
-        "agreement": sum(agreement) / len(agreement),
+        "agreement": None if None in agreement else sum(agreement) / len(agreement),
         **{f"recall_gap_{distance}": gap for distance, gap in row["recall_gap"].items()},
-        **{f"lost_{distance}": 1 - share for distance, share in row["retrieval_of_dense"].items()},
+        **{f"lost_{distance}": share for distance, share in lost.items()},
+        **_task_gaps(row.get("tasks") or {}),
     }
+
+
+def _task_gaps(tasks: dict[str, Any]) -> dict[str, float]:
+    """Of tasks named "<task> <length>" with two scores: dense's mean less the routed one's, by length."""
+    gaps: dict[str, list[float]] = {}
+    for name, told in tasks.items():
+        length = name.rpartition(" ")[2]
+        if length.isdigit() and isinstance(told, dict) and "dense" in told:
+            gaps.setdefault(f"task_gap_{length}", []).append(told["dense"] - told["score"])
+    return {name: sum(of) / len(of) for name, of in gaps.items()}
 
 
 def kv_latencies() -> dict[str, pd.DataFrame]:

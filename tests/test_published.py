@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import modlab
 from modlab import published
 from modlab.errors import ModlabError
+from modlab.measure.reporting import Report, Setting
+from modlab.widgets import Frontier
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,8 +87,9 @@ def test_latencies_are_one_curve_and_say_where_they_come_from() -> None:
 
 def test_real_models_are_the_records_of_the_gates_that_ship() -> None:
     frames = published.real_models()
-    assert set(frames) == set(published.SHIPPED)
-    for model, frame in frames.items():
+    assert set(published.SHIPPED) <= set(frames)
+    for model in published.SHIPPED:
+        frame = frames[model]
         (path,) = (ROOT / "benchmarks" / "results").glob(f"real_{model}_2*.json")
         record = json.loads(path.read_text())
         run = [row for row in record["rows"] if row["run"] == published.SHIPPED[model]]
@@ -96,6 +100,65 @@ def test_real_models_are_the_records_of_the_gates_that_ship() -> None:
             assert told.recall_gap_4000 == row["recall_gap"]["4000"]
             assert told.lost_4000 == pytest.approx(1 - row["retrieval_of_dense"]["4000"])
         assert record["command"] in frame.attrs["origin"] and "NVIDIA H200" in frame.attrs["origin"]
+
+
+def reported(
+    path: Path, model: str, date: str, *rows: tuple[float | None, float, float], **more: object
+) -> None:
+    """A file of `modlab report` with rows (saving asked, saving, KL)."""
+    table = pd.DataFrame({"text": ["novel"], "keep_ratio": 0.4, "kl_near": 0.1, "top1_far": 0.9})
+    far = pd.DataFrame({"distance": [256], "gap": 0.1, "stderr": 0.01, "dense": 0.5})
+    asked = pd.DataFrame({"distance": [256], "routed": 0.6, "dense": 0.8, "dense_right": 8})
+    tasks = pd.DataFrame({"task": ["needle", "words"], "length": 4096, "dense": [1.0, 0.5], "stderr": 0.1})
+    settings = [
+        Setting(
+            wanted,
+            table.assign(kl_far=kl, kv_saving=saving, dense_kv_bytes=saving, kv_bytes=1.0),
+            far,
+            asked.assign(of_dense=float("nan") if saving == 4 else 0.75),
+            tasks.assign(routed=[0.8, 0.3]),
+        )
+        for wanted, saving, kl in rows
+    ]
+    source = {"device_name": "a GPU", "dtype": "bfloat16", "command": "modlab report x", "date": date}
+    found = Report(model, settings, source | {"versions": {"torch": "2.13.0"}}).to_dict() | more
+    path.write_text(json.dumps(found))
+
+
+def test_what_modlab_report_measured_is_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    reported(tmp_path / "real_a_2.json", "a", "2030-01-02", (4.0, 3.5, 0.2), (2.0, 1.8, 0.1))
+    reported(tmp_path / "real_a_1.json", "a", "2030-01-01", (2.0, 1.7, 0.5), (3.0, 2.7, 0.6))
+    reported(tmp_path / "real_b.json", "b", "2030-01-01", (2.0, 1.9, 0.3), (4.0, 4.0, 0.4), note="Few.")
+    reported(tmp_path / "real_c.json", "c", "2030-01-01", (None, 1.9, 0.3))  # one setting is no curve
+    frames = published.real_models()
+    assert set(frames) == {"a, modlab report on a GPU", "b, modlab report on a GPU"}
+    a, b = frames["a, modlab report on a GPU"], frames["b, modlab report on a GPU"]
+    assert a.kv_saving.tolist() == [1.8, 3.5] and a.kl.tolist() == [0.1, 0.2]  # the newest, by saving
+    assert a.recall_gap_256.tolist() == [0.1, 0.1] and a.lost_256.tolist() == [0.25, 0.25]
+    assert a.task_gap_4096.tolist() == pytest.approx([0.2, 0.2])
+    assert "lost_256" not in b and b.attrs["origin"].endswith("2030-01-01, by `modlab report x`. Few.")
+    (line,) = Frontier(real={"b": b}).lines
+    assert {axis["key"] for axis in line["qualities"]} == {"kl", "recall_gap_256", "task_gap_4096"}
+    assert (
+        "RULER-kind tasks of 4,096 tokens"
+        in {a["key"]: a["title"] for a in line["qualities"]}["task_gap_4096"]
+    )
+
+
+def test_a_newer_record_of_other_gates_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = (ROOT / "benchmarks" / "results").glob("real_coder-0.5b_2*.json")
+    record = json.loads(old.read_text())
+    (tmp_path / "old.json").write_text(old.read_text())
+    rows = [{**row, "run": "another"} for row in record["rows"]]
+    (tmp_path / "new.json").write_text(json.dumps({**record, "date": "2030-01-01", "rows": rows}))
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    (frame,) = published.real_models().values()
+    assert record["date"] in frame.attrs["origin"] and len(frame) >= 3
 
 
 def test_times_by_saving_are_of_routed_keys_and_values() -> None:
@@ -109,9 +172,16 @@ def test_times_by_saving_are_of_routed_keys_and_values() -> None:
         assert set(frame.mod_ms) <= set(rows["mod_cpu_ms" if busy else "mod_ms"])
 
 
-def timed(path: Path, what: str, date: str, *rows: tuple[str, float, float], dtype: str = "bfloat16") -> None:
+def timed(
+    path: Path,
+    what: str,
+    date: str,
+    *rows: tuple[str, float, float],
+    dtype: str = "bfloat16",
+    shape: str = "tiny",
+) -> None:
     """A result file with rows (routed, kv_saving, mod_ms) of one shape and context."""
-    same = {"skip": "kv", "case": "decode", "shape": "tiny", "context": 512, "batch": 1, "num_layers": 4}
+    same = {"skip": "kv", "case": "decode", "shape": shape, "context": 512, "batch": 1, "num_layers": 4}
     same |= {"granularity": "layer", "routed_layers": 2, "dense_ms": 9.0}
     told = [{**same, "routed": routed, "kv_saving": saving, "mod_ms": ms} for routed, saving, ms in rows]
     result = {"what": what, "device_name": "a GPU", "dtype": dtype, "command": "c", "date": date}
@@ -143,3 +213,17 @@ def test_of_two_files_that_timed_the_same_the_newest_is_the_curve(
     (frame,) = published.kv_latencies().values()
     assert list(frame.mod_ms) == ([5.0, 4.0] if newest == "generate" else [50.0, 49.0])
     assert "2030-01-02" in frame.attrs["origin"]
+
+
+def test_a_second_run_for_another_shape_leaves_the_first_ones_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`modlab bench speed_kv` of two models on one day: two files of one benchmark and device."""
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    timed(tmp_path / "speed_kv_a_gpu.json", "speed_kv", "2030-01-01", ("all", 2.0, 5.0), shape="large")
+    timed(tmp_path / "speed_kv_a_gpu-2.json", "speed_kv", "2030-01-02", ("all", 2.0, 3.0), shape="small")
+    timed(tmp_path / "speed_kv_a_gpu-3.json", "speed_kv", "2030-01-03", ("all", 4.0, 2.0), shape="small")
+    large, small = (frames := published.kv_latencies()).values()
+    assert [name.split(" shape")[0].rpartition(" ")[2] for name in frames] == ["large", "small"]
+    assert list(large.mod_ms) == [5.0] and "2030-01-01" in large.attrs["origin"]
+    assert list(small.mod_ms) == [2.0] and "2030-01-03" in small.attrs["origin"]

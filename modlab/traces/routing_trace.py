@@ -78,8 +78,12 @@ class RoutingTrace:
                     f"{T} tokens need {shape}."
                 )
         layers = list(self.layers)
-        again = len(set(layers)) < len(layers) and not named(self.skip).several_gates
-        if again or layers != sorted(layers) or layers[0] < 0 or layers[-1] >= self.num_layers:
+        if len(set(layers)) < len(layers) and not named(self.skip).several_gates:
+            raise ModlabError(
+                f"RoutingTrace.layers has a layer more than once, {self.layers}, but skip={self.skip!r} has "
+                'one gate a layer; skip="kv" may have several.'
+            )
+        if layers != sorted(layers) or layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ModlabError(
                 f"RoutingTrace.layers must ascend in 0..{self.num_layers - 1}, not {self.layers}."
             )

@@ -126,6 +126,8 @@ def _quality(key: str) -> Axis:
         return _axis(key, f"loss on a passage {int(distance):,} tokens back, nats above dense", "nats")
     if kind == "lost":
         return _axis(key, f"answers lost, {int(distance):,} tokens back (of those that dense has)", "share")
+    if kind == "task_gap":
+        return _axis(key, f"RULER-kind tasks of {int(distance):,} tokens, mean score below dense", "share")
     return _axis(key, "KL to the dense model, nats a token, after 1,024 tokens", "nats")
 
 

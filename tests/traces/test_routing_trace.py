@@ -66,6 +66,7 @@ def test_preview_refuses_what_is_no_threshold(p: Any) -> None:
         ({"gate": np.zeros((2, 7))}, "gate has shape"),
         ({"layers": [3, 1]}, "ascend"),
         ({"layers": [1, 4]}, "ascend"),
+        ({"layers": [1, 1]}, "more than once.*one gate a layer"),
         ({"layers": [], "gate": np.zeros((0, 8)), "keep": np.zeros((0, 8)), "thresholds": []}, "0 layers"),
     ],
 )
