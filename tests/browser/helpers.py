@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tests.browser.notebook_browser import Notebook
@@ -51,6 +53,21 @@ def until(nb: Notebook, expression: str, seconds: float = 60) -> None:
     while (told := kernel(nb, f"bool({expression})")) != "True":
         assert time.monotonic() < end, f"{expression} is still {told}"
         nb.page.wait_for_timeout(50)
+
+
+def settled(nb: Notebook, widget: str) -> None:
+    """Until the widget's job is over, in the kernel and on the page."""
+    nb.python(f"{widget}.wait(60)")
+    nb.wait_idle()
+
+
+@contextmanager
+def answered(nb: Notebook, widget: str) -> Iterator[None]:
+    """What is done inside makes the page ask the kernel, after a moment; it ends with the answer."""
+    before = kernel(nb, f"{widget}.job['id']")
+    yield
+    until(nb, f"{widget}.job['id'] > {before}")
+    settled(nb, widget)
 
 
 def wait_preview(nb: Notebook) -> None:

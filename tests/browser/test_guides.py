@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.conftest import ROOT
+from tests.browser.helpers import answered, wait_preview
 from tests.browser.notebook_browser import JupyterLab, Notebook
 from tests.helpers.notebook_promises import PROMISES
 
@@ -106,10 +107,8 @@ def test_where_tokens_go(guide: Open) -> None:
         assert nb.python("print(len(flip.flips))").strip() == "0"
         canvas = flip.locator("canvas.modlab-heatmap").first
         canvas.scroll_into_view_if_needed()
-        canvas.click(position={"x": 300, "y": 4 + 22 * 1.5})  # layer 1
-        nb.page.wait_for_timeout(500)
-        nb.wait_idle()
-        nb.python("flip.wait()")
+        with answered(nb, "flip"):
+            canvas.click(position={"x": 300, "y": 4 + 22 * 1.5})  # layer 1
         assert nb.python("print(len(flip.flips))").strip() == "1"
         assert nb.python("print(flip.effect['loss'] != flip.effect['loss_before'])").strip() == "True"
         # A text that is put into the explorer is run by the view that is linked to it.
@@ -127,19 +126,17 @@ def test_thresholds(guide: Open) -> None:
         nb.expect(view("thresholds"))
         nb.expect(view("compare"))
         heatmap = nb.pixels("canvas.modlab-heatmap")
-        p = nb.drag(f"{view('thresholds')} .modlab-threshold", 0.7)
-        wait_for(nb, "thresholds", ".modlab-badge", "^preview$")
+        p = nb.drag(f"{view('thresholds')} .modlab-threshold", 0.7, release=False)
+        wait_preview(nb)
+        with answered(nb, "sliders"):
+            nb.page.mouse.up()
         wait_for(nb, "thresholds", ".modlab-badge", "^measured$")
-        nb.wait_idle()
         assert set(map(float, nb.python("print(*sliders.thresholds.values())").split())) == {p}
         assert nb.pixels("canvas.modlab-heatmap") != heatmap
         # The button that finds a threshold for a share of tokens.
         nb.page.locator(f"{view('thresholds')} .modlab-want-ratio").fill("40")
-        nb.page.locator(f"{view('thresholds')} .modlab-calibrate-ratio").click()
-        nb.page.wait_for_timeout(500)
-        nb.wait_idle()
-        nb.python("sliders.wait()")
-        nb.wait_idle()
+        with answered(nb, "sliders"):
+            nb.page.locator(f"{view('thresholds')} .modlab-calibrate-ratio").click()
         kept = float(nb.python("print(measure.evaluate(model, SAMPLE, tokenizer).keep_ratio)"))
         assert kept == pytest.approx(0.40, abs=0.011)
 

@@ -1,13 +1,12 @@
 """Flipped cells, thresholds by layer, generations side by side, the frontier; in a real JupyterLab."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.helpers import MODEL, kernel, until
+from tests.browser.helpers import MODEL, answered, kernel, settled, until
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -44,21 +43,6 @@ def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
 
 def view(nb: Notebook, name: str) -> Any:
     return nb.page.locator(f".modlab[data-view={name}]")
-
-
-def settled(nb: Notebook, widget: str) -> None:
-    """Until the widget's job is over, in the kernel and on the page."""
-    nb.python(f"{widget}.wait(60)")
-    nb.wait_idle()
-
-
-@contextmanager
-def answered(nb: Notebook, widget: str) -> Iterator[None]:
-    """What is done inside makes the page ask the kernel, after a moment; it ends with the answer."""
-    before = kernel(nb, f"{widget}.job['id']")
-    yield
-    until(nb, f"{widget}.job['id'] > {before}")
-    settled(nb, widget)
 
 
 def says(nb: Notebook, css: str, text: str) -> None:
