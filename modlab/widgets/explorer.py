@@ -39,8 +39,9 @@ class RoutingExplorer(SteeredView, view="explorer"):
 
     Attributes:
         forms: what each of the models routes, as the switch names it; form: the one that shows.
-        speed: once measured, p, tokens (of the prompt), device, and for "routed" and, if there is one,
-            "dense": first_ms (to the first token of `generate`) and next_ms (for each further one).
+        speed: once measured, p, tokens (of the prompt), device, and for "routed" and "dense" (the model with
+            routing off, where there is no other): first_ms (to the first token of `generate`) and next_ms
+            (for each further one).
     """
 
     speed = t.Dict().tag(sync=True)
@@ -171,7 +172,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         }
 
     def measure_speed(self) -> dict[str, Any]:
-        """Time `generate` on the text at the present thresholds, and the dense model's if there is one.
+        """Time `generate` on the text at the present thresholds, and the dense model's.
 
         Returns:
             `speed`.
@@ -180,12 +181,11 @@ class RoutingExplorer(SteeredView, view="explorer"):
         return dict(self.speed)
 
     def _measure_speed(self, job: Job | None) -> None:
-        models = {"routed": self._model, **({} if self._dense is None else {"dense": self._dense})}
         limit = (context_length(self._model) or MAX_TOKENS) - NEW_TOKENS - 1
         ids = self._trace.token_ids[:limit].tolist()
         with using(self._model, job, by_layer=False):
             p = self.summary["p"]
-            found = times(models, ids, job)
+            found = times(self._model, self._dense, ids, job)
         self.speed = {"p": p, "tokens": len(ids), "device": str(device_of(self._model)), **found}
 
     def _refine(self, job: Job | None) -> None:

@@ -36,6 +36,7 @@ class View(anywidget.AnyWidget):
         view: the file of js/ that draws it.
         can_run: whether a model stands behind the view.
         summary: what heads the view; its change tells the browser of new data.
+        sought: the browser is to bring the view into sight; it says when it has.
     """
 
     _css = styles()
@@ -43,6 +44,7 @@ class View(anywidget.AnyWidget):
 
     summary = t.Dict({"p": 0.5}).tag(sync=True)
     can_run = t.Bool(False).tag(sync=True)
+    sought = t.Bool(False).tag(sync=True)
 
     def __init_subclass__(cls, view: str = "", **more: Any) -> None:
         """Give the class its browser's half and its place in VIEWS.
@@ -66,8 +68,8 @@ class View(anywidget.AnyWidget):
         answer_anywhere(self)
 
     def scroll_here(self) -> None:
-        """Bring the view into sight, where it was shown: for the last cell of a notebook that ran whole."""
-        self.send({"type": "scroll"})
+        """Bring the view into sight, as soon as it is shown: while a notebook runs whole, its end is seen."""
+        self.sought = True
 
     def to_html(self) -> str:
         """One page with everything inside (data, styles, script): opens from a file, without network."""
@@ -76,7 +78,7 @@ class View(anywidget.AnyWidget):
 
     def _without_kernel(self) -> dict[str, Any]:
         """Traits that have other values on a page."""
-        return {"can_run": False}
+        return {"can_run": False, "sought": False}
 
     def _title(self) -> str:
         return f"{type(self).__name__}, {self.summary.get('model') or 'modlab'}"

@@ -5,6 +5,7 @@ Shape letters: T tokens of the text.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -85,26 +86,30 @@ def stderr(values: NDArray[np.float64], base: NDArray[np.float64]) -> float | No
     return float((values - base).std(ddof=1) / len(values) ** 0.5)
 
 
-def times(models: dict[str, Any], ids: list[int], job: Job | None) -> dict[str, dict[str, float]]:
-    """Milliseconds to the first token and for each further one of `generate`, by model: medians of RUNS.
+def times(model: Any, dense: Any, ids: list[int], job: Job | None) -> dict[str, dict[str, float]]:
+    """Milliseconds to the first token and for each further one of `generate`, both sides: medians of RUNS.
 
-    Models take turns, so that a machine that slows down slows them all.
+    Both take turns, so that a machine that slows down slows them both.
 
     Args:
-        models: by name.
+        model: a converted model.
+        dense: what it is compared with; None: itself with routing off.
         ids: the prompt.
     """
     from modlab.measure.timing import time_generate
+    from modlab.routing.state import routing_off
 
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    count = (RUNS + 1) * len(models)
+    sides = {"routed": model, "dense": model if dense is None else dense}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    count = (RUNS + 1) * len(sides)
     for turn in range(RUNS + 1):
-        for index, (name, model) in enumerate(models.items()):
+        for index, (name, which) in enumerate(sides.items()):
             if job is not None:
-                done = (turn * len(models) + index) / count
+                done = (turn * len(sides) + index) / count
                 job.report(f"Timing the {name} model, run {turn + 1} of {RUNS + 1}", done)
-            prompt = torch.tensor([ids], device=device_of(model))
-            found[name].append(time_generate(model, prompt, NEW_TOKENS))
+            prompt, itself = torch.tensor([ids], device=device_of(which)), name == "dense" and dense is None
+            with routing_off(model) if itself else contextlib.nullcontext():
+                found[name].append(time_generate(which, prompt, NEW_TOKENS))
     return {
         name: {
             "first_ms": statistics.median(first for first, _ in runs[1:]),  # the first run warms up

@@ -113,6 +113,7 @@ if not modlab.is_converted(model):
 
 explorer = modlab.widgets.explore(model, tokenizer, TEXT, dense=dense, others=others)
 explorer.measure_curve()
+explorer.scroll_here()  # Run All shows the end of a notebook
 explorer
 
 # %% [markdown]
@@ -125,7 +126,7 @@ explorer
 #   **Release** it: the model takes the new threshold and runs the text; the figures are then *measured*.
 # - **Where does it break?** The dashed lines are the dense model's. The mean loss moves little; the lower
 #   curve is the loss on passages that come a second time, far away, and shows sooner that something is
-#   missing.
+#   missing. The sentence below says from which saving on.
 # - **What is routed?** The switch next to the title shows a model that skips whole layers instead.
 # - **What does it save?** *KV cache* is what is really allocated; *Measure the speed* times `generate`,
 #   dense and routed. *Find* looks for the threshold of a memory budget: so many MiB for so many tokens.
@@ -225,7 +226,6 @@ from pathlib import Path
 page = Path("routing.html")
 page.write_text(explorer.to_html(), encoding="utf-8")
 print(f"{page} written, {page.stat().st_size / 1e3:.0f} kB")
-explorer.scroll_here()  # Run All ends where one wants to be
 
 # %% [markdown]
 # ## There is a notebook for each question

@@ -31,6 +31,10 @@ CONTRASTS = """() => {
     const [a, b] = [lum(s.color), lum(behind)].sort((x, y) => y - x);
     return (a + 0.05) / (b + 0.05); }); }"""
 
+# Where all curves of the page run.
+CURVES = """() => [...document.querySelectorAll('svg.modlab-curve polyline')]
+  .map(e => e.getAttribute('points')).join()"""
+
 # The numbers of the layers are drawn in a light colour.
 BRIGHT_LABELS = """() => {
   const c = document.querySelector('canvas.modlab-heatmap'), g = c.getContext('2d');

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.helpers import CONTRASTS, kernel
+from tests.browser.helpers import CONTRASTS, CURVES, kernel
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -69,6 +69,17 @@ def test_what_is_not_kept_fades_as_text_is_written(nb: Notebook, shots: Path) ->
         )
     assert nb.page.locator("svg.modlab-curve").is_visible()
     nb.page.screenshot(path=shots / "cache.png")
+
+
+def test_another_text_of_the_same_length_has_its_own_bytes(nb: Notebook) -> None:
+    before = nb.page.evaluate(CURVES)
+    nb.python(
+        "kept = view.written\n"
+        "view.set_trait('written', {**kept, 'kv_bytes': [b * 0.5 for b in kept['kv_bytes']]})"
+    )
+    nb.page.wait_for_function(f"before => ({CURVES})() !== before", arg=before)
+    nb.python("view.set_trait('written', kept)")
+    nb.page.wait_for_function(f"before => ({CURVES})() === before", arg=before)
 
 
 def test_a_heads_name_has_its_figures_a_click_away(nb: Notebook, shots: Path) -> None:

@@ -25,6 +25,14 @@ def nb(lab: JupyterLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         nb.check()
 
 
+def test_run_all_shows_the_explorer(nb: Notebook) -> None:
+    """JupyterLab scrolls to the end of the notebook, far below it."""
+    nb.python("widget = explorer")
+    assert kernel(nb, "widget.sought") == "False"  # the browser has said that it is in sight
+    box = nb.page.locator(".modlab[data-view=explorer]").bounding_box()
+    assert box and 0 < box["y"] < 200
+
+
 def test_it_runs_and_keeps_its_promises(nb: Notebook, shots: Path) -> None:
     nb.screenshot(shots / "quickstart")
     for css in (".modlab-threshold", "canvas.modlab-heatmap", ".modlab-text"):

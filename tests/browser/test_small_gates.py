@@ -17,7 +17,7 @@ from modlab.routing.trained import Trained
 from modlab.widgets.pictures.page import keeping_one_in
 from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.tokenizers import make_tokenizer
-config = modlab.MoDConfig(skip="kv", layers="alternate", keep_recent=24, gates="kv_head")
+config = modlab.MoDConfig(skip="kv", layers="all", keep_recent=24, gates="kv_head")
 model, tokenizer = scatter_gates(modlab.convert(dense_llama(), config), scale=12.0), make_tokenizer()
 for name, values in model.named_parameters():
     if name.endswith("mod_router.bias"):
@@ -29,11 +29,12 @@ modlab.set_threshold(model, twice)
 model.mod.trained = Trained(savings={2.0: twice, 4.0: fourfold})
 view = modlab.widgets.Thresholds(model, tokenizer, text)
 view"""
+PATH = "path = modlab.widgets.TokenPath(view.trace)\npath"
 
 
 @pytest.fixture(scope="module")
 def nb(lab: JupyterLab, notebook: Callable[..., Path]) -> Iterator[Notebook]:
-    with lab.open(notebook(SETUP, name="small_gates"), timeout=120) as nb:
+    with lab.open(notebook(SETUP, PATH, name="small_gates"), timeout=120) as nb:
         nb.run_all()
         yield nb
         nb.check()
@@ -82,3 +83,30 @@ def test_the_slider_says_when_the_routers_were_not_trained_for_it(nb: Notebook, 
     with measured(nb):
         nb.drag(".modlab-threshold", 0.5)
     assert warning.is_hidden()
+
+
+def test_the_key_names_what_there_is(nb: Notebook) -> None:
+    key = nb.page.locator(".mod-key").first.inner_text()
+    assert "kept" in key and "dense layer" not in key  # all layers are routed
+    assert "the latest 24 tokens are in it" in nb.page.locator(".mod-figures").first.inner_text()
+
+
+def test_a_tokens_gates_can_be_told_from_the_threshold(nb: Notebook, shots: Path) -> None:
+    """Between 0 and 1 all of them would be a line at the bottom."""
+    nb.python("path.cursor = 60")
+    nb.page.locator("svg.modlab-path .mod-level").first.wait_for(state="attached")
+    nb.wait_idle()
+    top, base = (8, 58)
+    heights = nb.page.evaluate(
+        "() => [...document.querySelectorAll('svg.modlab-path .mod-level')].map(e => +e.getAttribute('y1'))"
+    )
+    assert len(heights) == int(kernel(nb, "trace.num_layers")) and all(
+        top + 5 < y < base - 5 for y in heights
+    )
+    bars = nb.page.evaluate(
+        "() => [...document.querySelectorAll('svg.modlab-path .mod-station rect')]"
+        ".filter(e => e.classList.contains('mod-hollow') || e.getAttribute('fill')?.startsWith('rgb'))"
+        ".map(e => +e.getAttribute('height')).filter(h => h > 5).length"
+    )
+    assert bars
+    nb.page.locator("svg.modlab-path").screenshot(path=shots / "small-gates-path.png")

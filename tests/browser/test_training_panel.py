@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.helpers import MODEL, until
+from tests.browser.helpers import CURVES, MODEL, until
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -80,6 +80,18 @@ def start_pause_resume_stop(nb: Notebook, shot: Path, subshells: bool) -> None:
 
 def test_start_pause_resume_stop(nb: Notebook, shots: Path) -> None:
     start_pause_resume_stop(nb, shots / "training-subshells", True)
+
+
+def test_curves_of_as_many_lines_are_drawn_again(nb: Notebook) -> None:
+    before = nb.page.evaluate(CURVES)
+    nb.python(
+        "import numpy as np\n"
+        "kept, rows = panel.series, np.frombuffer(panel.series, '<f4').reshape(len(panel.columns), -1)\n"
+        "panel.series = rows[:, ::-1].tobytes()"
+    )
+    nb.page.wait_for_function(f"before => ({CURVES})() !== before", arg=before)
+    nb.python("panel.series = kept")
+    nb.page.wait_for_function(f"before => ({CURVES})() === before", arg=before)
 
 
 def test_the_same_where_widgets_share_the_kernels_thread(

@@ -276,7 +276,24 @@ def test_the_speed_is_measured_when_asked_for(routed_model: Any, word_tokenizer:
     explorer.set_text("another text")
     explorer.wait(60)
     assert explorer.speed == {}
-    assert "dense" not in explore(routed_model, word_tokenizer, TEXT).measure_speed()
+
+
+def test_without_a_dense_model_the_speed_is_compared_with_routing_off(
+    routed_model: Any, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modlab.measure import timing
+
+    timed = timing.time_generate
+    off: list[bool] = []
+
+    def watched(model: Any, *more: Any) -> Any:
+        off.append(model.mod.of_thread.off)
+        return timed(model, *more)
+
+    monkeypatch.setattr(timing, "time_generate", watched)
+    speed = explore(routed_model, word_tokenizer, TEXT).measure_speed()
+    assert speed["dense"]["next_ms"] > 0 and off == [False, True] * (len(off) // 2) and len(off) > 2
+    assert not routed_model.mod.of_thread.off
 
 
 def test_a_switch_changes_between_what_is_routed(routed_model: Any, word_tokenizer: Any) -> None:

@@ -124,9 +124,10 @@ class CacheBytes {
     const { store } = this, { written } = store, width = this.plots.clientWidth;
     const { tokens = [], kv_bytes: kv, dense_bytes: dense } = written;
     this.box.hidden = tokens.length < 2;
-    const key = [width, tokens.length, store.theme.key].join();
-    if (this.box.hidden || width < 120 || key === this.drawnFor) return;
+    const key = [width, store.theme.key].join();
+    if (this.box.hidden || width < 120 || (key === this.drawnFor && written === this.drawnOf)) return;
     this.drawnFor = key;
+    this.drawnOf = written; // another text may be as long
     this.plots.replaceChildren();
     const y = [0, Math.max(...dense, ...kv) * 1.08], x = [tokens[0], tokens.at(-1)], says = `${byteText(kv.at(-1))} of ${byteText(dense.at(-1))}`;
     const plot = new Plot(this.plots, "K/V bytes", { width, height: 128, left: 64, right: 14, top: 24, bottom: 36 }, x, y);

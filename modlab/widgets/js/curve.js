@@ -1,6 +1,8 @@
 // What a threshold costs and buys: K/V bytes, loss and far recall against p, with a marker at the current p.
 // uses: store plot
 
+const LEAST_LOST = 0.01; // nats: less is no loss that a reader would notice
+
 class Curve {
   constructor(store, parent) {
     this.store = store;
@@ -9,7 +11,7 @@ class Curve {
     this.title = el(head, "h3", "", "What a threshold costs and buys");
     this.place = el(this.box, "div");
     const ask = () => store.job.ask({ type: "curve" }, this.place);
-    if (store.job) this.measure = button(head, "Measure the curve", "run the text at ten thresholds", ask);
+    if (store.job) this.measure = button(head, "Measure the curve", "run the text at some ten thresholds", ask);
     this.plots = el(this.box, "div", "mod-plots");
     for (const name of ["points", "runs", "job"]) store.listen("change:" + name, () => store.update());
     this.observer = new ResizeObserver(() => store.update());
@@ -25,14 +27,16 @@ class Curve {
       this.measure.hidden = swept;
       this.measure.disabled = store.job.running || !model.get("can_run");
     }
-    const width = this.plots.clientWidth, key = [width, store.stamp, model.get("runs")?.length, points.length, store.summary.run].join();
-    if (width < 120 || key === this.drawnFor) return;
+    const width = this.plots.clientWidth, key = [width, store.stamp, store.summary.run].join();
+    const of = [model.get("points"), model.get("runs")]; // the lists, not their lengths: new points may be as many
+    if (width < 120 || (key === this.drawnFor && of.every((list, i) => list === this.drawnOf[i]))) return;
     this.drawnFor = key;
+    this.drawnOf = of;
     this.plots.replaceChildren();
     this.title.textContent = swept ? "What a threshold costs and buys" : "Your runs so far";
     if (points.length < 2) {
       el(this.plots, "p", "mod-note mod-look",
-        "Every release of the slider at another threshold adds a point here; Measure the curve runs the text at ten.");
+        "Every release of the slider at another threshold adds a point here; Measure the curve runs the text at some ten.");
       return;
     }
     const { summary } = store, far = points.every((d) => Number.isFinite(d.recall)), nats = (v) => v.toFixed(3);
@@ -40,8 +44,23 @@ class Curve {
     if (far) wanted.push(["recall", "loss on repeated passages", nats, reference(summary, "recall")]);
     this.narrow = width < 560; // one below the other: the lowest has the scale of all
     wanted.forEach((what, i) => this.plot(points, this.narrow ? width : (width - 24) / 2, !this.narrow || i === wanted.length - 1, ...what));
-    if (far) el(this.plots, "p", "mod-note mod-look", "Look for where the last curve leaves its dashed line: two passages of the text come "
+    if (!far) return;
+    el(this.plots, "p", "modlab-breaks", this.breaks(points));
+    el(this.plots, "p", "mod-note mod-look", "Look for where the last curve leaves its dashed line: two passages of the text come "
       + "again after its end, and what the cache lost of them the mean loss hides. Bars: standard error.");
+  }
+
+  // In one sentence: how small the cache may be until passages that come again are predicted worse, beyond the error.
+  breaks(points) {
+    const { summary, byRatio } = this.store, base = reference(summary, "recall");
+    if (!base) return "";
+    const worse = (d) => d.recall - base.value > Math.max(2 * (d.recall_stderr || 0), LEAST_LOST);
+    const first = points.findLastIndex((d) => !worse(d)) + 1, held = points[first - 1];
+    const kept = (d) => (byRatio ? `one in ${number(Number((1 / d.keep_ratio).toPrecision(2)))} kept` : `p ${chance(d.p)}`);
+    const at = (d) => `${(summary.dense_bytes / d.kv_bytes).toFixed(2)}x smaller (${kept(d)})`;
+    if (!held) return "Repeated passages are predicted worse at every threshold here.";
+    const holds = `Repeated passages are predicted as well up to ${at(held)}`;
+    return first === points.length ? `${holds}, the last one measured.` : `${holds}, worse from ${at(points[first])} on.`;
   }
 
   plot(points, width, scale, key, title, format, base) {

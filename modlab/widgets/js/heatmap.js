@@ -61,7 +61,8 @@ class Heatmap {
     this.look.textContent = `Look for ${store.several ? `${words.gate}s` : "layers"} that keep everything and for those that keep next to nothing.`;
     this.key.replaceChildren();
     const always = store.keepFirst ? [["always", "always kept"]] : [];
-    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ...always, ["dense", "dense layer"]]) {
+    const dense = store.routed < store.numLayers ? [["dense", "dense layer"]] : [];
+    for (const [name, text] of [["runs", words.kept], ["skips", words.left], ...always, ...dense]) {
       const sample = el(this.key, "i", "mod-key-" + name);
       if (name === "runs") this.sample = sample;
       el(this.key, "span", "", text);

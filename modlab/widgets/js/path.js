@@ -64,11 +64,12 @@ class TokenPath {
     svg.setAttribute("aria-label", t < 0 ? "No token chosen" : this.sentence(t));
     for (const [y, text] of [[gateBase - 22, "gate"], ...(all ? [] : [[way + 4, "runs"]]), [cache + 4, "K/V left"], [height - 4, "layer"]])
       node(svg, "text", { x: left - 8, y, "text-anchor": "end", class: "mod-tick" }, text);
-    for (const [v, y] of [[1, gateTop], [0, gateBase]]) {
+    const { levels } = store, near = levels.logarithmic; // close to 0 or 1: as high as their colours go
+    for (const [v, y] of near ? [["high", gateTop], ["low", gateBase]] : [[1, gateTop], [0, gateBase]]) {
       node(svg, "line", { x1: left, x2: width - right, y1: y, y2: y, class: "mod-grid" });
       node(svg, "text", { x: width - right + 6, y: y + 4, class: "mod-tick" }, String(v));
     }
-    const x = (i) => left + (i + 0.5) * each, gateY = (v) => gateBase - v * (gateBase - gateTop);
+    const x = (i) => left + (i + 0.5) * each, gateY = (v) => gateBase - (near ? clamp(levels.at(v), 0, 1) : v) * (gateBase - gateTop);
     let path = `M ${left - 4} ${way}`;
     const everyLabel = [1, 2, 4, 5, 10, 20].find((n) => n * each >= 18) || 40;
     for (let i = 0; i < numLayers; i++) {

@@ -23,9 +23,9 @@ class Speed {
       this.more.textContent = "tokens a second, time to the first token";
       return;
     }
-    const rate = ({ next_ms: ms }) => `${number(Number((1000 / ms).toPrecision(3)))} tok/s`, first = (t) => `first token ${milliseconds(t.first_ms)}`;
-    this.value.textContent = rate(routed);
-    this.more.textContent = `${first(routed)}` + (dense ? ` · dense ${rate(dense)}, ${first(dense)}` : "")
+    const ms = (key) => `${milliseconds(routed[key])}, dense ${milliseconds(dense[key])}`;
+    this.value.textContent = `${number(Number((1000 / routed.next_ms).toPrecision(3)))} tok/s`;
+    this.more.textContent = `${gain(dense.next_ms / routed.next_ms, "faster", "slower")}: a token ${ms("next_ms")} · first token ${ms("first_ms")}`
       + ` · after ${tokens.toLocaleString("en")} tokens, ${device}` + (p === store.threshold ? "" : `, at p ${chance(p)}`);
   }
 }

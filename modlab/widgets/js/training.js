@@ -67,9 +67,10 @@ class Training {
     this.kept.more.textContent = shown(last("target"), (v) => `aims at ${percent(v)}`);
     this.speed.value.textContent = shown(last("tokens_per_s"), (v) => `${Math.round(v).toLocaleString("en")} tok/s`);
     this.speed.more.textContent = Number.isFinite(progress.left) ? `about ${spell(progress.left)} left` : "";
-    const width = this.plots.clientWidth, key = [width, this.scene.theme.key, data.step?.length, last("step"), held].join();
-    if (width < 160 || key === this.drawnFor) return;
+    const width = this.plots.clientWidth, key = [width, this.scene.theme.key].join(), series = model.get("series");
+    if (width < 160 || (key === this.drawnFor && series === this.drawnOf)) return;
     this.drawnFor = key;
+    this.drawnOf = series; // another run may have as many lines
     this.plots.replaceChildren();
     if (!data.step?.length) return el(this.plots, "p", "mod-note", "The curves begin with the first log line.");
     const each = width >= 640 ? (width - 24) / 2 : width, layers = columns.filter((name) => /^keep_\d+$/.test(name));

@@ -55,7 +55,7 @@ def trace_svg(
     height = end + (230 if curves else 0)
     picture = Picture(width, height, f"Routing of {len(trace.tokens):,} tokens")
     picture.text(LEFT, 26, _heading(trace, bands.shown), INK, bold=True)
-    _legend(picture, 48, words(trace.skip))
+    _legend(picture, 48, trace)
     for index, part in enumerate(bands.parts):
         bands.draw(picture, part, top + index * bands.height)
     picture.text(LEFT, below + 12, "The text, darker where more routed layers keep a token", FAINT)
@@ -85,13 +85,15 @@ def _heading(trace: RoutingTrace, shown: int) -> str:
     return "  ·  ".join(([trace.model] if trace.model else []) + parts)
 
 
-def _legend(picture: Picture, y: float, said: Mapping[str, Any]) -> None:
-    x = float(LEFT)
-    for colour, height, text in (
+def _legend(picture: Picture, y: float, trace: RoutingTrace) -> None:
+    x, said = float(LEFT), words(trace.skip)
+    samples = [
         (colour_of(0.8), 11.0, f"{said['legend_kept']}, darker: higher gate"),
         (LINE, 2.0, said["legend_left"]),
-        (DENSE, 11.0, "dense layer"),
-    ):
+    ]
+    if len(set(trace.layers)) < trace.num_layers:
+        samples.append((DENSE, 11.0, "dense layer"))
+    for colour, height, text in samples:
         picture.rect(x, y - 5 - height / 2, 20, height, colour)
         picture.text(x + 27, y, text, FAINT)
         x += 27 + 6.6 * len(text) + 26
