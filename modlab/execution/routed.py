@@ -18,6 +18,7 @@ from modlab.execution.masked_keys import run_masked_keys
 from modlab.execution.packed import run_packed, run_packed_mlp
 from modlab.execution.reference import run_masked
 from modlab.execution.site import Plan
+from modlab.execution.whole_rows import run_keys
 from modlab.hf.arguments import LayerArguments
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.router import Router
@@ -152,6 +153,7 @@ class RoutedKeys(RoutedBranch):
     """An attention module that runs for every token; a router decides whose keys and values stay."""
 
     mod_masked = staticmethod(run_masked_keys)
+    mod_packed = staticmethod(run_keys)
 
     def runs_masked(self) -> bool:
         """In training too: there is no token to leave out."""

@@ -44,14 +44,15 @@ class WeighedKeys:
     Attributes:
         log_weight: added to the scores of keys that are not recent, at most 0, [B, T] or [B, T, G]; with
             gradient.
-        recent: block mask of the keys that are; every token sees itself.
+        recent: block mask of the keys that are; every token sees itself. None where the kernel is known to
+            take them.
         earlier: block mask of the others, None where no row is longer than the recent past.
         plain: how many keys are recent, where rows have neither padding nor several documents: the kernel
             then needs no masks. None otherwise.
     """
 
     log_weight: Tensor
-    recent: BlockMask
+    recent: BlockMask | None
     earlier: BlockMask | None
     plain: int | None = None
 

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from modlab.errors import ModlabError, check_count
 from modlab.measure.divergence import divergence, named_texts
 from modlab.probes.distances import DISTANCES
-from modlab.probes.long_tasks import ruler
-from modlab.probes.paired import recall_gap, retrieval_gap
+from modlab.probes.key_value import retrieval
+from modlab.probes.long_tasks import mean_scores, ruler
+from modlab.probes.paired import dense_rows, recall_gap, retrieval_gap
+from modlab.probes.repeated_passage import recall
 from modlab.routing.state import routing_of, set_kv_saving, thresholds_restored
 
 if TYPE_CHECKING:
@@ -210,20 +212,28 @@ def report(
         check_count("length", count)
     shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     far = {"distances": far_distances, "rows": questions, **shared}
+    dense = {
+        "recall": dense_rows(recall, model, first, tokenizer, **far),
+        "retrieval": dense_rows(retrieval, model, first, tokenizer, pairs=pairs, **far),
+    }
+    answers = None
     found = []
     for saving in asked or [None]:  # type: ignore[list-item]
         with thresholds_restored(model) if saving is not None else contextlib.nullcontext():
             if saving is not None:
                 set_kv_saving(model, saving)
+            if lengths:
+                answers = ruler(
+                    model, first, tokenizer, lengths=lengths, samples=samples, by_row=True, dense=answers,
+                    **shared,
+                )  # fmt: skip
             found.append(
                 Setting(
                     saving,
                     divergence(model, named, tokenizer, seq_len=seq_len, rows=rows, **shared),
-                    recall_gap(model, first, tokenizer, **far),
-                    retrieval_gap(model, first, tokenizer, pairs=pairs, **far),
-                    ruler(model, first, tokenizer, lengths=lengths, samples=samples, **shared)
-                    if lengths
-                    else None,
+                    recall_gap(model, first, tokenizer, dense=dense["recall"], **far),
+                    retrieval_gap(model, first, tokenizer, pairs=pairs, dense=dense["retrieval"], **far),
+                    None if answers is None else mean_scores(answers),
                 )
             )
     return Report(name or type(model).__name__, found)

@@ -41,6 +41,7 @@ def ruler(
     seed: int = 0,
     batch_size: int = 1,
     by_row: bool = False,
+    dense: pd.DataFrame | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Share of the right answers that a model writes, a line a task and length.
@@ -56,6 +57,8 @@ def ruler(
         seed: of text, places, names and values.
         batch_size: prompts at once.
         by_row: one line a question instead of means.
+        dense: a table by row of a call with the same arguments, whose dense side is taken instead of written
+            again: it is the same at all thresholds.
         progress: show a progress bar.
 
     Returns:
@@ -74,6 +77,8 @@ def ruler(
     check_count("batch_size", batch_size)
     stream_M = token_stream(data, tokenizer, model)
     sides = ("routed", "dense") if is_converted(model) else ("score",)
+    if dense is not None:
+        sides = ("routed",)
     lines: list[dict[str, Any]] = []
     total = len(sides) * len(chosen) * len(wanted) * samples
     with tqdm(total=total, desc="ruler", unit="question", disable=not progress) as bar:
@@ -91,7 +96,19 @@ def ruler(
                     for row in range(samples)
                 ]
     table = pd.DataFrame(lines)
-    return table if by_row else _means(table)
+    if dense is not None:
+        table = _joined(table, dense)
+    return table if by_row else mean_scores(table)
+
+
+def _joined(routed: pd.DataFrame, dense: pd.DataFrame) -> pd.DataFrame:
+    keys = ["task", "length", "row"]
+    if len(routed) != len(dense) or not (routed[keys] == dense[keys]).all(axis=None):
+        raise ModlabError(
+            f"the dense side has {len(dense)} questions that are not these {len(routed)}: make it with the "
+            "same arguments (lengths, tasks, samples and seed)."
+        )
+    return routed.merge(dense[[*keys, "dense"]], on=keys, validate="one_to_one")[[*keys, "dense", "routed"]]
 
 
 def _checked(model: Any, tasks: Iterable[str], lengths: Iterable[int]) -> tuple[list[str], list[int]]:
@@ -125,7 +142,8 @@ def _scores(
     return [question.score(text) for question, text in zip(questions, written, strict=True)]
 
 
-def _means(table: pd.DataFrame) -> pd.DataFrame:
+def mean_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `ruler` from the one it makes with `by_row`."""
     paired = "dense" in table
     spread = table.assign(spread=table["routed"] - table["dense"] if paired else table["score"])
     groups = spread.groupby(["task", "length"], sort=False)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from modlab.errors import ModlabError
 from modlab.probes.key_value import retrieval
 from modlab.probes.repeated_passage import recall
 from modlab.routing.state import routing_of, routing_off
@@ -19,8 +20,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
+KEYS = ["distance", "row"]
+"""What names a line of a probe's table by row."""
 
-def recall_gap(model: PreTrainedModel, data: Any, tokenizer: Any = None, **settings: Any) -> pd.DataFrame:
+
+def recall_gap(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    dense: pd.DataFrame | None = None,
+    **settings: Any,
+) -> pd.DataFrame:
     """What routing costs in recall, by distance: loss on the second copy of a passage above the dense one's.
 
     Args:
@@ -28,6 +39,7 @@ def recall_gap(model: PreTrainedModel, data: Any, tokenizer: Any = None, **setti
             off.
         data: as for `recall`.
         tokenizer: for texts.
+        dense: the dense side, from `dense_rows(recall, ...)` with the same arguments, where it is known.
         settings: further arguments of `recall`.
 
     Returns:
@@ -35,7 +47,7 @@ def recall_gap(model: PreTrainedModel, data: Any, tokenizer: Any = None, **setti
         in nats a token; `gap`, their difference, and its `stderr` over passages; `keep_ratio` of the first
         copy. `frame.attrs["left_out"]` as in `recall`.
     """
-    table = _both(recall, model, data, tokenizer, settings)
+    table = _both(recall, model, data, tokenizer, dense, settings)
     table["gap"] = table["second_loss"] - table["second_loss_dense"]
     groups = table.groupby("distance")
     return _with_left_out(
@@ -51,13 +63,16 @@ def recall_gap(model: PreTrainedModel, data: Any, tokenizer: Any = None, **setti
     )
 
 
-def retrieval_gap(model: PreTrainedModel, data: Any, tokenizer: Any, **settings: Any) -> pd.DataFrame:
+def retrieval_gap(
+    model: PreTrainedModel, data: Any, tokenizer: Any, *, dense: pd.DataFrame | None = None, **settings: Any
+) -> pd.DataFrame:
     """What routing costs in retrieval, by distance: of the values that the dense model gives, which remain.
 
     Args:
         model: as for `recall_gap`.
         data: as for `retrieval`.
         tokenizer: the model's.
+        dense: the dense side, from `dense_rows(retrieval, ...)` with the same arguments, where it is known.
         settings: further arguments of `retrieval`.
 
     Returns:
@@ -66,7 +81,7 @@ def retrieval_gap(model: PreTrainedModel, data: Any, tokenizer: Any, **settings:
         the dense model answers, and `of_dense`, the share of these that the routed one answers too (NaN
         where there are none); `keep_ratio` of the asked assignment. `frame.attrs["left_out"]` as in `recall`.
     """
-    table = _both(retrieval, model, data, tokenizer, settings)
+    table = _both(retrieval, model, data, tokenizer, dense, settings)
     table["both"] = table["right"] & table["right_dense"]
     table["difference"] = table["right"].astype(float) - table["right_dense"].astype(float)
     groups = table.groupby("distance")
@@ -86,18 +101,36 @@ def retrieval_gap(model: PreTrainedModel, data: Any, tokenizer: Any, **settings:
     )
 
 
+def dense_rows(
+    probe: Callable[..., pd.DataFrame], model: Any, data: Any, tokenizer: Any, **settings: Any
+) -> pd.DataFrame:
+    """A probe's table of the dense model, a line a row: the same at all thresholds, so that several settings
+    of one model are held against it."""
+    routing_of(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*distances left out")  # the routed side says it
+        with routing_off(model):
+            return probe(model, data, tokenizer, **{**settings, "by_row": True})
+
+
 def _both(
-    probe: Callable[..., Any], model: Any, data: Any, tokenizer: Any, settings: dict[str, Any]
+    probe: Callable[..., Any],
+    model: Any,
+    data: Any,
+    tokenizer: Any,
+    dense: pd.DataFrame | None,
+    settings: dict[str, Any],
 ) -> pd.DataFrame:
     """Row by row of the routed model, with the dense one's figures under `..._dense`."""
-    routing_of(model)
-    asked = {**settings, "by_row": True}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*distances left out")  # said once, by the second run
-        with routing_off(model):
-            dense = probe(model, data, tokenizer, **asked)
-    routed = probe(model, data, tokenizer, **asked)
-    table = routed.merge(dense, on=["distance", "row"], suffixes=("", "_dense"), validate="one_to_one")
+    if dense is None:
+        dense = dense_rows(probe, model, data, tokenizer, **settings)
+    routed = probe(model, data, tokenizer, **{**settings, "by_row": True})
+    if len(routed) != len(dense) or not (routed[KEYS] == dense[KEYS]).all(axis=None):
+        raise ModlabError(
+            f"the dense side has {len(dense)} rows that are not these {len(routed)}: make it with the same "
+            "arguments (distances, rows and seed)."
+        )
+    table = routed.merge(dense, on=KEYS, suffixes=("", "_dense"), validate="one_to_one")
     table.attrs["left_out"] = routed.attrs["left_out"]
     return table
 

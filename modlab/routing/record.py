@@ -136,6 +136,12 @@ class ForwardCall:
         behind_a_token = (self.real.cumsum(1) > 0) & ~self.real
         return bool(((behind_a_token.cumsum(1) > 0) & self.real).any())
 
+    @functools.cached_property
+    def pads_first(self) -> bool:
+        """Whether padding stands before a token of its row (one host sync a forward, where there is a mask
+        and somebody asks)."""
+        return self.padding_mask is not None and bool((((~self.real).cumsum(1) > 0) & self.real).any())
+
     def on(self, device: torch.device) -> ForwardCall:
         """This call for a layer on another device: its tensors there, decisions and recordings shared."""
         if device == self.real.device:

@@ -73,3 +73,23 @@ def test_of_what_dense_answers_and_the_error_of_differences(sides, monkeypatch) 
 def test_a_dense_model_is_refused(sides) -> None:
     with pytest.raises(ModlabError, match="is dense"):
         recall_gap(sides[1], STREAM, **SMALL)
+
+
+def test_a_dense_side_that_is_known_is_not_measured_again(sides, monkeypatch) -> None:
+    from modlab.probes import paired, recall
+
+    model, _ = sides
+    asked = {**SMALL, "passage": 16, "prefix": 8, "distances": (60, 150)}
+    want = recall_gap(model, STREAM, **asked)
+    dense = paired.dense_rows(recall, model, STREAM, None, **asked)
+    off = []
+
+    def probe(model, *rest, **settings):
+        off.append(model.mod.is_off)
+        return recall(model, *rest, **settings)
+
+    monkeypatch.setattr(paired, "recall", probe)
+    assert recall_gap(model, STREAM, dense=dense, **asked).equals(want)
+    assert off == [False]
+    with pytest.raises(ModlabError, match="10 rows that are not these 8"):
+        recall_gap(model, STREAM, dense=dense, **asked | {"rows": 4})

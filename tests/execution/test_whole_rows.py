@@ -1,0 +1,76 @@
+"""Whole rows through one kernel (here in Triton's interpreter) against packed execution with its masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import modlab
+from modlab.execution import whole_rows
+from tests.helpers.models import spread_gates
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IDS = torch.randint(3, 250, (2, 150), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+BEHIND = torch.ones_like(IDS)
+BEHIND[1, 90:] = 0
+BEFORE = BEHIND.flip(1)
+INSIDE = torch.ones_like(IDS)
+INSIDE[1, 70:80] = 0
+
+
+def model(make_llama, **settings):
+    config = modlab.MoDConfig(**{"skip": "kv", "layers": "all", "keep_recent": 40} | settings)
+    dense = make_llama(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    return spread_gates(modlab.convert(dense, config)).eval().to(DEVICE)
+
+
+def both(model, monkeypatch: pytest.MonkeyPatch, **inputs) -> tuple[Tensor, Tensor, int]:
+    """Logits of packed execution, those through the kernel where it may, and in how many layers it ran."""
+    ran = []
+    weighing = whole_rows.weighing_attention
+    monkeypatch.setattr(whole_rows, "weighing_attention", lambda config: ran.append(1) or weighing(config))
+    with torch.no_grad():
+        monkeypatch.setattr(whole_rows, "on_gpu", lambda tensor: False)
+        want = model(use_cache=False, **inputs).logits
+        assert not ran
+        monkeypatch.setattr(whole_rows, "on_gpu", lambda tensor: True)
+        got = model(use_cache=False, **inputs).logits
+    return want, got, len(ran)
+
+
+@pytest.mark.parametrize("gates", ["layer", "kv_head"])
+@pytest.mark.parametrize("skip", ["kv", "kv+prompt"])
+@pytest.mark.parametrize("mask", [None, BEHIND], ids=["whole", "padded behind"])
+def test_the_kernel_says_what_packed_execution_says(
+    make_llama, monkeypatch: pytest.MonkeyPatch, skip: str, gates: str, mask: Tensor | None
+) -> None:
+    routed = model(make_llama, skip=skip, gates=gates)
+    given = {} if mask is None else {"attention_mask": mask}
+    want, got, ran = both(routed, monkeypatch, input_ids=IDS, **given)
+    real = torch.ones_like(IDS).bool() if mask is None else mask.bool()
+    assert ran == len(routed.mod.layers)
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
+    dense = modlab.revert(routed)(IDS, attention_mask=mask).logits
+    assert not torch.allclose(dense[real], want[real], rtol=1e-3, atol=1e-3), "nothing was hidden"
+
+
+@pytest.mark.parametrize("mask", [BEFORE, INSIDE], ids=["before", "inside"])
+def test_padding_before_tokens_is_left_to_masks(make_llama, monkeypatch, mask: Tensor) -> None:
+    want, got, ran = both(model(make_llama), monkeypatch, input_ids=IDS, attention_mask=mask)
+    assert ran == 0 and torch.equal(got, want)
+
+
+def test_documents_are_left_to_masks(make_llama, monkeypatch) -> None:
+    places = (torch.arange(150, device=DEVICE) % 75).expand(2, -1)
+    want, got, ran = both(model(make_llama), monkeypatch, input_ids=IDS, position_ids=places)
+    assert ran == 0 and torch.equal(got, want)
+
+
+def test_where_every_key_stays_the_dense_call_runs(make_llama, monkeypatch) -> None:
+    routed = model(make_llama)
+    modlab.set_threshold(routed, 0)
+    want, got, ran = both(routed, monkeypatch, input_ids=IDS)
+    assert ran == 0 and torch.equal(got, want)
