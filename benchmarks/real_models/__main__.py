@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     trains.add_argument("--steps", type=int, default=20)
     trains.add_argument("--accumulate", type=int, default=1, help="forwards a step")
     trains.add_argument("--checkpointing", action="store_true", help="of gradients")
+    trains.add_argument("--compile", action="store_true", help="layers, by torch.compile")
     trains.add_argument("--anneal", action="store_true", help="no rows with thresholds of their own")
     report = stages.add_parser("report", help="what runs have left, as one result file")
     report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
@@ -140,7 +141,7 @@ def _train_speed(options: argparse.Namespace) -> None:
     found = training_speed.measure(
         training_speed.load(options.model, options.device), batch=options.batch, length=options.length,
         steps=options.steps, accumulate=options.accumulate, checkpointing=options.checkpointing,
-        mixed=not options.anneal,
+        mixed=not options.anneal, compiled=options.compile,
     )  # fmt: skip
     print(json.dumps(found), flush=True)
 

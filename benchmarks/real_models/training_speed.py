@@ -20,7 +20,7 @@ WARM = 5  # steps before the clock starts: compilation
 
 def measure(
     model: Any, *, batch: int, length: int, steps: int, accumulate: int = 1, checkpointing: bool = False,
-    mixed: bool = True,
+    mixed: bool = True, compiled: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Converts a dense model, fits its routers, distils them for some steps.
 
@@ -31,6 +31,7 @@ def measure(
         accumulate: forwards a step.
         checkpointing: of gradients.
         mixed: half of the rows with thresholds of their own.
+        compiled: layers by torch.compile.
 
     Returns:
         seconds of the fit and its tokens; tokens a second of training; peak MiB of each (0 without a GPU).
@@ -51,6 +52,7 @@ def measure(
     config = modlab.TrainConfig(
         objective="distil", steps=WARM + steps, batch_size=batch, grad_accum=accumulate, keep_ratio=0.25,
         keep_range=(0.05, 0.67) if mixed else None, ramp=0.7, calibrate=False, log_every=WARM,
+        compile=compiled,
     )  # fmt: skip
     reset()
     modlab.train(model, rows, config, monitor=clock)
