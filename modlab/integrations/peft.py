@@ -28,7 +28,7 @@ from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.load import load, load_base
 from modlab.saving.load_adapters import import_peft
 from modlab.saving.routers import tensors_of
-from modlab.saving.save_adapters import describe_adapters, described_by_caller
+from modlab.saving.save_adapters import save_adapters
 
 
 def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
@@ -70,7 +70,9 @@ def _either(excluded: Any, names: list[str]) -> Any:
     return [*(excluded or ()), *names]
 
 
-def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: Any, folder: str | os.PathLike[str], *, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
     """Saves adapters and routers of a PEFT model, and what was converted and how; all or nothing.
 
     `model.save_pretrained` does the same, but file by file, as PEFT writes; for learned prompts (prompt
@@ -79,14 +81,17 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     Args:
         model: a `PeftModel` around a converted model.
         folder: `modlab.load` reads it, `PeftModel.from_pretrained` too, given the base converted.
+        state_dict: of a model that FSDP2 shards, as `accelerator.get_state_dict(model)` gives it: all
+            processes ask for it, one saves.
+
+    Raises:
+        ModlabError: the folder holds a model; or the model is sharded, and no state is given.
     """
     converted = converted_model(model)
     if holds_model(Path(folder)):
         raise ModlabError(f"{str(folder)!r} holds a model: give the adapters a folder of their own.")
     with atomic_directory(folder, replaces=(ROUTER_FILE,)) as temporary:
-        with described_by_caller():
-            model.save_pretrained(temporary)
-        describe_adapters(converted, temporary)
+        save_adapters(model, converted, temporary, state_dict)
 
 
 def load_adapter(

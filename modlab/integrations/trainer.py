@@ -28,7 +28,7 @@ from modlab.routing.router import is_router
 from modlab.routing.state import is_converted, record_routing
 from modlab.saving.files import ADAPTER_CONFIG, ROUTER_FILE
 from modlab.saving.restore import load_routers
-from modlab.saving.save_adapters import describe_adapters
+from modlab.saving.save_adapters import check_whole, describe_adapters
 from modlab.training import objectives
 from modlab.training.checks import choose_objective, nothing_to_learn
 from modlab.training.config import Objective, TrainConfig
@@ -102,6 +102,8 @@ class MoDCallback(TrainerCallback):
         model = kwargs["model"]
         self.model = converted_model(model)
         self.routing: Routing = self.model.mod  # type: ignore[assignment]
+        if self.model is not model and hasattr(self.model, "peft_config"):
+            check_whole(self.model)  # before hours of training that could not be saved
         self.objective = choose_objective(self.config, self.model)
         learns = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.learning = any(is_router(name) for name in learns)

@@ -20,7 +20,7 @@ from modlab.saving.files import ADAPTER_CONFIG, MARKER, WEIGHT_PATTERNS, holds_m
 from modlab.saving.fingerprint import fingerprints
 from modlab.saving.gguf import check_saving
 from modlab.saving.routers import added_in, tensors_of, write_routers
-from modlab.saving.save_adapters import check_no_adapters, describe_adapters
+from modlab.saving.save_adapters import check_no_adapters, describe_adapters, described_by_caller
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +48,9 @@ def save_converted(
         return
     if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter: transformers saves those alone
         with atomic_directory(save_directory) as folder:
-            save_dense(folder, state_dict=state_dict, **kwargs)
-            describe_adapters(model, folder)
+            with described_by_caller():
+                save_dense(folder, state_dict=state_dict, **kwargs)
+            describe_adapters(model, folder, state_dict)
         return
     check_saving(model)
     check_no_adapters(model, "save the PeftModel around it, by its own save_pretrained")

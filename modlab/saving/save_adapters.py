@@ -4,6 +4,9 @@ PEFT's `save_pretrained` writes the adapters and their config and knows nothing 
 adapters with a plain `LoraConfig` on a converted model would load on the dense one, without a word. It does
 ask the model for its state dict before, and the config to save itself; at the first the config learns to
 describe the conversion at the second.
+
+Where FSDP2 shards the model each process holds parts: what is saved is then given as a whole state, which all
+processes have gathered (`accelerator.get_state_dict(model)`), and nothing is asked of the model itself.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
@@ -23,32 +26,93 @@ from modlab.saving.description import write_description
 from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.routers import added_in, tensors_of, write_routers
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WRAPPED = ("base_model.model.", "base_model.")
+"""What a PEFT model puts before the names of the model in it; learned prompts put less."""
+
 _of_thread = threading.local()
 """`described`: whether this thread is saving adapters and describes their conversion itself."""
 
 
-def describe_adapters(model: Any, folder: Path) -> None:
+def save_adapters(
+    model: Any, converted: Any, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """PEFT's folder of adapters, with the routers and how the model was converted.
+
+    Args:
+        model: PEFT's, around `converted`.
+        folder: written file by file.
+        state: of `model`, whole, where FSDP2 shards it.
+
+    Raises:
+        ModlabError: this process holds parts of the model, and no state was given.
+    """
+    if state is None:
+        _refuse_parts(tensors_of(model))
+    with described_by_caller():
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    describe_adapters(converted, folder, state)
+
+
+def describe_adapters(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Adds to a folder of PEFT's how the model was converted, and the routers unless PEFT saved them.
 
     A folder that holds a model, into which PEFT writes if it is told to, has a description of its own.
+
+    Args:
+        state: of the model or of PEFT's around it, whole, where FSDP2 shards it.
+
+    Raises:
+        ModlabError: this process holds parts of the routers, and no state was given.
     """
     if holds_model(folder):
         return
-    if added := added_in(tensors_of(model)):
+    if state is None:
+        check_whole(model)
+    if added := added_in(tensors_of(model) if state is None else _unwrapped(state)):
         write_routers(added, folder)
     else:
         (folder / ROUTER_FILE).unlink(missing_ok=True)  # of adapters that lay there before
     write_description(model, folder)
 
 
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of the model inside PEFT's."""
+    prefix = next((p for p in WRAPPED if all(name.startswith(p) for name in state)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def check_whole(model: Any) -> None:
+    """Whether this process could write down what PEFT does not save of a converted model.
+
+    Raises:
+        ModlabError: it holds parts of the routers.
+    """
+    _refuse_parts(added_in(tensors_of(model)))
+
+
+def _refuse_parts(tensors: Mapping[str, Tensor]) -> None:
+    if part := next((name for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")), None):
+        raise ModlabError(
+            f"this process holds a part of {part}, as the model is sharded, and would save parts: let "
+            "modlab.train save them (out=...), have PEFT save the routers as well (lora_config), or give "
+            "modlab.integrations.peft.save_adapter a state_dict=accelerator.get_state_dict(model), for which "
+            "all processes have to ask."
+        )
+
+
 @contextlib.contextmanager
 def described_by_caller() -> Iterator[None]:
-    """Inside this block the caller writes down the conversion, whatever kind of adapters PEFT saves."""
+    """Inside this block the caller writes down the conversion, whatever kind of adapters PEFT saves, and in
+    this thread nobody else does."""
+    before = _described()
     _of_thread.described = True
     try:
         yield
     finally:
-        _of_thread.described = False
+        _of_thread.described = before
 
 
 def let_routers_travel(model: Any, prefix: str = "") -> None:
@@ -59,7 +123,7 @@ def let_routers_travel(model: Any, prefix: str = "") -> None:
             learned prompts: their config is out of reach, so the caller is told.
     """
     adapters = model.__dict__.get("peft_config")
-    if prefix.startswith("base_model.") and not adapters and not getattr(_of_thread, "described", False):
+    if prefix.startswith("base_model.") and not adapters and not _described():
         warnings.warn(
             "PEFT knows nothing of this model's routers and keeps learned prompts apart from it: what its "
             "save_pretrained writes loads on the dense model. "
@@ -90,13 +154,17 @@ class CarriesRouters:
         self.__class__ = type(self).peft_class
         self.save_pretrained(save_directory, **kwargs)
         model = known() if known is not None else None
-        if model is not None and is_converted(model) and _has(model, self):
+        if model is not None and is_converted(model) and _has(model, self) and not _described():
             describe_adapters(model, Path(save_directory))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is a plain config: it belongs to no model."""
         state = {name: value for name, value in self.__dict__.items() if name != "mod_model"}
         return object.__new__, (type(self).peft_class,), state
+
+
+def _described() -> bool:
+    return getattr(_of_thread, "described", False)
 
 
 def _has(model: Any, config: Any) -> bool:

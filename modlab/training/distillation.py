@@ -150,7 +150,7 @@ class Distillation:
         """Hidden states of the dense model [B, T, D]."""
         off = getattr(self.model, "disable_adapter", contextlib.nullcontext)
         with eval_mode(self.model), routing_off(self.base), off(), autocast(), self.head.noting():
-            forward(self.base, part, **self.head.short)
+            forward(self.model, part, **self.head.short)  # the outermost one: FSDP2 gathers its ends there
         return self.head.states
 
     def _is_free(self, rows_B: Tensor) -> Tensor:

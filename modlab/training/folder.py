@@ -130,9 +130,7 @@ class RunFolder:
         if self.record["model_step"] == step and (self.path / "model").exists():
             return
         with atomic_directory(self.path / "model") as temporary:
-            model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
-            if state is not None:
-                _note_dtype(temporary / "config.json", state)
+            _save(model, temporary, state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         self.record["model_step"] = step
@@ -178,6 +176,19 @@ class RunFolder:
     def _write_record(self) -> None:
         assert self.path is not None
         write_json(self.path / RECORD, self.record)
+
+
+def _save(model: Any, folder: Path, state: dict[str, Tensor] | None) -> None:
+    from modlab.saving.save_adapters import save_adapters
+
+    if state is None:
+        model.save_pretrained(folder)
+    elif hasattr(model, "get_base_model"):
+        save_adapters(model, model.get_base_model(), folder, state)
+    else:
+        model.save_pretrained(folder, state_dict=state)
+        if (folder / "config.json").exists():  # not where transformers saves adapters alone
+            _note_dtype(folder / "config.json", state)
 
 
 def _note_dtype(config_json: Path, state: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
-from modlab.integrations.fsdp import is_sharded, reshard_routers
+from modlab.integrations.fsdp import give_groups, is_sharded, reshard_routers
 
 if TYPE_CHECKING:
     from modlab.training.processes import Processes
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def shard(model: Any, processes: Processes, bf16: bool) -> None:
     """Shards weights layer by layer, with accelerate's settings; a model that is sharded stays as it is.
 
-    Routers get groups of their own, in fp32, in the first forward (`integrations/fsdp.py`).
+    Routers get groups of their own, in fp32 (`integrations/fsdp.py`): at once, since around adapters FSDP2
+    begins with PEFT's forward, before the model's own.
 
     Args:
         model: whole, in each process the same; on the CPU it is never whole on a GPU.
@@ -30,17 +31,12 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
         bf16: weights are gathered in bf16 (gradients are reduced in fp32).
 
     Raises:
-        ModlabError: activation checkpointing is wanted of a model that has none, or the model has adapters.
+        ModlabError: activation checkpointing is wanted of a model that has none.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if is_sharded(model):
         return
-    if hasattr(model, "get_base_model"):
-        raise ModlabError(
-            "accelerate was launched with FSDP2, but PEFT saves what one process holds, which would be parts "
-            "of the adapters: launch with --multi_gpu; a frozen base takes no optimiser's memory."
-        )
     plugin = processes.plugin
     if plugin.activation_checkpointing:
         _checkpoint_activations(model)
@@ -51,6 +47,7 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **settings)
     fully_shard(model, **settings)
+    give_groups(model)
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM
 
 import modlab
+from modlab.integrations.peft import lora_config
 from modlab.routing.router import is_router
 from tests.helpers.models import scatter_gates, tiny_config
 
@@ -44,6 +45,8 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "distil over a range": (HEADS, {**DISTIL, "keep_range": (0.2, 0.8)}),
     "distil in bf16": (HEADS, {**DISTIL, "mixed_precision": "bf16"}),
     "distil with adapters": (HEADS, DISTIL),
+    "distil with adapters and routers of PEFT's": (HEADS, DISTIL),
+    "target with adapters": (KEYS, {"objective": "target", **AIM}),
     "distil, keys hidden": (HEADS, {**DISTIL, "what_if": 0.0}),
     "distil, one row keeps": ({**HEADS, "keep_first": 0}, {**DISTIL, "what_if": 0.0}),
     "distil of layers, one row keeps": ({**LAYERS, "keep_first": 0}, {**DISTIL, "what_if": 0.0}),
@@ -96,15 +99,24 @@ def model_of(conversion: dict[str, Any] | None, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
-def adapted(model: Any) -> Any:
-    """The model with adapters that already say something, trained together with its routers."""
+def adapted(model: Any, routers_of_peft: bool = False) -> Any:
+    """The model with adapters that already say something, trained together with its routers.
+
+    Args:
+        routers_of_peft: PEFT trains and saves copies of the routers, as `lora_config` has it.
+    """
     targets = ["q_proj", "up_proj"]
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets))
+    if routers_of_peft:
+        config = lora_config(model, r=2, target_modules=targets)
+    else:
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets)
+    model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        parameter.requires_grad_(".lora_" in name or is_router(name))
+        if not routers_of_peft:
+            parameter.requires_grad_(".lora_" in name or is_router(name))
     return model
 
 
@@ -128,7 +140,7 @@ def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Ten
         seen.update({name: p.grad.clone() for name, p in named if p.grad is not None})
 
     if "adapters" in case:
-        model = adapted(model)
+        model = adapted(model, routers_of_peft="PEFT" in case)
     if settings.get("mixed_precision") == "bf16":
         model.to(torch.bfloat16)  # the routers stay fp32
     handle = register_optimizer_step_pre_hook(note)

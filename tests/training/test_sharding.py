@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM
 import modlab
 from modlab.errors import ModlabError
 from modlab.plan import sizes_of
+from modlab.saving.files import ROUTER_FILE
 from modlab.training.processes import Processes
-from modlab.training.sharding import shard
+from tests.helpers.adapters import KINDS, adapting, kind_of
 from tests.helpers.launch import launch
 from tests.helpers.runs import OBJECTIVES, began, model_in_bf16, rows
-from tests.helpers.steps import KEYS, adapted, model_of
+from tests.helpers.steps import model_of
+from tests.helpers.tokenizers import make_tokenizer
 
 WORKER = Path(__file__).with_name("sharded_in_processes.py")
+ADAPTERS = Path(__file__).with_name("adapters_in_processes.py")
 
 
 def from_step(step: int, of: Path, to: Path) -> Path:
@@ -69,9 +72,32 @@ def test_checkpoints_of_other_global_batches_are_refused(tmp_path: Path) -> None
         modlab.train(model_in_bf16(), rows(), began(tmp_path / "one", 2))
 
 
-def test_adapters_are_not_sharded() -> None:
-    with pytest.raises(ModlabError, match=r"parts of the adapters: launch with --multi_gpu"):
-        shard(adapted(model_of(KEYS)), None, bf16=False)
+def test_sharded_adapters_and_routers_come_back_whole(tmp_path: Path) -> None:
+    """Trained by two processes that shard: what they save loads as one process's; their second step is taken
+    up by one process alone."""
+    model_of(None).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    launch(ADAPTERS, 2, tmp_path)
+    for kind in KINDS:
+        model, settings = kind_of(tmp_path, kind), adapting(tmp_path / "one" / kind)
+        whole = modlab.train(model, rows(), settings).model
+        expected = whole(rows()[:2]).logits
+        folder = tmp_path / "two" / kind
+        again, _ = modlab.load(folder / "model")
+        assert modlab.is_converted(again) and hasattr(again, "get_base_model")
+        torch.testing.assert_close(again(rows()[:2]).logits, expected, rtol=1e-3, atol=1e-4)
+        saved = {path.name for path in (folder / "model").iterdir()}
+        assert (ROUTER_FILE in saved) == (kind != "routers of PEFT's")
+        by_hand = tmp_path / "by hand" / kind
+        weights = [where / "adapter_model.safetensors" for where in (folder / "model", by_hand)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert torch.equal(modlab.load(by_hand)[0](rows()[:2]).logits, again(rows()[:2]).logits)
+        resumed = from_step(1, folder, tmp_path / "again" / kind)
+        taken_up = modlab.train(kind_of(tmp_path, kind), rows(), adapting(resumed)).model
+        torch.testing.assert_close(taken_up(rows()[:2]).logits, expected, rtol=1e-3, atol=1e-4)
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert len(refused) == 3  # PEFT saves its own routers whole, if it is given them
+    assert all("state_dict=accelerator.get_state_dict(model)" in one for one in refused)
 
 
 @pytest.mark.parametrize(

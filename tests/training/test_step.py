@@ -39,8 +39,9 @@ FEW = (
     "cache, with noise",
     "one row keeps",
     "one row keeps and frozen",
+    "target with adapters",
 )
-DISTILLED = tuple(case for case in CASES if case.startswith("distil") and "adapters" not in case)
+DISTILLED = tuple(case for case in CASES if case.startswith("distil"))
 
 
 @pytest.mark.parametrize(
