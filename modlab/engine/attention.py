@@ -192,8 +192,8 @@ def attend_step(step: LayerStep, new: tuple[Tensor, Tensor, Tensor], scale: floa
 def _decode_ring(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
     """The same where routing decides about the cache alone; `new` are q [B, N, H], k and v [B, G, H]. A KV
     head with a gate of its own is a row of the cache."""
-    position_B, shape = step.position[:, 0], new[0].shape
-    q, k, v = (fold(t, len(step.lengths)) for t in new)
+    position_B, shape, rows = step.position[:, 0], new[0].shape, step.lengths.shape[0]
+    q, k, v = (fold(t, rows) for t in new)
     state, place = (step.lengths, step.keep, ring, position_B, scale), None
     if step.budget is not None:
         _make_room(step, step.budget, ring, position_B)

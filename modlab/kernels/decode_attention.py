@@ -115,17 +115,20 @@ def reference_decode_ring_attention(
     """
     keys, values = buffers
     B, N, _ = q_BNH.shape
-    W, gates = ring_kept_BW.shape[1], B // len(position_B)
+    positions, lengths, W = position_B.tolist(), lengths_B.tolist(), ring_kept_BW.shape[1]
+    gates = B // len(positions)
     out = q_BNH.new_zeros(B, N, v_BGH.shape[2])
-    for row, start in enumerate(starts):
-        position, length = int(position_B[row // gates]), int(lengths_B[row])
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        position = positions[row // gates]
         slot = start + position % W
         stays = position < W or bool(ring_kept_BW[row, position % W])  # of the one that leaves a full ring
         place = (length if stays else -1) if place_B is None else int(place_B[row])
         if position >= W and place >= 0:
             keys[:, start + place], values[:, start + place] = keys[:, slot], values[:, slot]
-        lengths_B[row] += place == length
-        end = start + int(lengths_B[row])
+        end = start + length
+        if place == length:
+            lengths_B[row] += 1
+            end += 1
         keys[:, slot], values[:, slot] = k_BGH[row], v_BGH[row]
         ring_kept_BW[row, position % W] = keep_B[row]
         out[row] = _softmax_row(q_BNH[row], keys[:, start:end], values[:, start:end], scale)
@@ -134,7 +137,7 @@ def reference_decode_ring_attention(
 
 def _softmax_row(q_NH: Tensor, k_GKH: Tensor, v_GKH: Tensor, scale: float) -> Tensor:
     """Attention of one query to all given keys, computed in fp32; [N, H]."""
-    repeat = len(q_NH) // len(k_GKH)
+    repeat = q_NH.shape[0] // k_GKH.shape[0]
     k_NKH, v_NKH = (t.repeat_interleave(repeat, 0).float() for t in (k_GKH, v_GKH))
     scores_N1K = torch.einsum("nh,nkh->nk", q_NH.float(), k_NKH)[:, None] * scale
     return (scores_N1K.softmax(-1) @ v_NKH)[:, 0].to(q_NH.dtype)
@@ -142,7 +145,7 @@ def _softmax_row(q_NH: Tensor, k_GKH: Tensor, v_GKH: Tensor, scale: float) -> Te
 
 def fold(x_BNH: Tensor, rows: int) -> Tensor:
     """[U, N / heads, H] for a cache of `rows` U, the heads of a row one after another; as it is if U is B."""
-    return x_BNH if len(x_BNH) == rows else x_BNH.reshape(rows, -1, x_BNH.shape[2])
+    return x_BNH if x_BNH.shape[0] == rows else x_BNH.reshape(rows, -1, x_BNH.shape[2])
 
 
 def most_programs(rows: int, kv_heads: int, multiprocessors: int) -> int:
