@@ -280,12 +280,12 @@ if real:
     print("Running the text at five thresholds ...", flush=True)
     real_sweep = modlab.sweep(
         *real,
-        [TEXT[:3000]],
+        [TEXT[:2000]],
         thresholds=[0.0, *real[0].mod.trained.savings.values()],
         repeats=1,
-        prompt_tokens=512,
+        prompt_tokens=256,
         decode_tokens=4,
-        recall_rows=2,
+        recall_rows=1,
     )
     display(modlab.widgets.Frontier(real_sweep, real[0]))
 

@@ -114,6 +114,14 @@ def find_chromium() -> str:
 class JupyterLab:
     """A private JupyterLab on a free loopback port, with a token, and a headless Chromium next to it."""
 
+    module = "jupyterlab"
+    flags = (
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",  # the default one asks PyPI
+        "--LabApp.expose_app_in_browser=True",  # window.jupyterapp, which AGENT_JS needs
+    )
+
     def __init__(
         self,
         *,
@@ -174,7 +182,7 @@ class JupyterLab:
         labconfig = tmp / "config" / "labconfig"
         labconfig.mkdir(parents=True)
         (labconfig / "page_config.json").write_text(
-            json.dumps({"buildCheck": False, "buildAvailable": False})
+            json.dumps({"buildCheck": False, "buildAvailable": False, "exposeAppInBrowser": "true"})
         )
         # A kernel of our own: KERNEL_PYTHON, working in the folder that the notebook really lives in.
         spec = tmp / "data" / "kernels" / "notebook-browser"
@@ -213,16 +221,13 @@ class JupyterLab:
             [
                 sys.executable,
                 "-m",
-                "jupyterlab",
+                self.module,
                 "--allow-root",
                 "--no-browser",
                 "--ip=127.0.0.1",
                 "--ServerApp.port=0",
                 f"--ServerApp.root_dir={root}",
-                "--LabApp.news_url=None",
-                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-                "--LabApp.extension_manager=readonly",  # the default one asks PyPI
-                "--LabApp.expose_app_in_browser=True",  # window.jupyterapp, which AGENT_JS needs
+                *self.flags,
                 "--ServerApp.terminals_enabled=False",
             ],
             env=env,
@@ -275,6 +280,11 @@ class JupyterLab:
             return self.log_path.read_text(errors="replace")
         return ""
 
+    def _place(self, folder: str, name: str) -> str:
+        """The address of a notebook. A workspace of its own: the server would reopen the default one's
+        notebooks."""
+        return f"lab/workspaces/{folder}/tree/{folder}/{name}"
+
     @contextlib.contextmanager
     def open(
         self,
@@ -319,16 +329,28 @@ class JupyterLab:
                 [re.compile(p) for p in ignore_console],
                 allow_external,
             )
-            # A workspace of its own: the server keeps the default one and would reopen the notebooks before.
-            nb._load(
-                f"{self.url}lab/workspaces/{folder.name}/tree/{folder.name}/{urllib.request.pathname2url(source.name)}"
-            )
+            nb._load(self.url + self._place(folder.name, urllib.request.pathname2url(source.name)))
             try:
                 yield nb
             finally:
                 nb._shutdown_kernel()
         finally:
             context.close()
+
+
+class Notebook7(JupyterLab):
+    """The same with Jupyter Notebook, which shows one notebook a page; needs the package `notebook`."""
+
+    module = "notebook"
+    flags = (
+        "--JupyterNotebookApp.news_url=None",
+        "--JupyterNotebookApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--JupyterNotebookApp.extension_manager=readonly",
+        "--JupyterNotebookApp.expose_app_in_browser=True",
+    )
+
+    def _place(self, folder: str, name: str) -> str:
+        return f"notebooks/{folder}/{name}"
 
 
 class Notebook:

@@ -2,12 +2,14 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from modlab.lab import REAL
 from tests.browser.conftest import ROOT
+from tests.browser.helpers import kernel, wait_preview
 from tests.browser.notebook_browser import JupyterLab, Notebook
 from tests.helpers.notebook_promises import PROMISES
 
@@ -64,4 +66,43 @@ def test_a_planted_number_is_found_and_lost_as_the_slider_moves(
             )
             nb.wait_idle()
             box.screenshot(path=shots / f"real-answer-{halvings}.png")
+        nb.check()
+
+
+EXPLORER = """\
+import argparse, inspect, modlab
+from modlab import lab
+lab.quiet()
+model, tokenizer = lab.real_model()
+explorer = modlab.widgets.explore(model, tokenizer, inspect.getsource(argparse)[:2600])
+explorer"""
+
+
+def test_the_explorer_has_all_90_gates_on_one_screen(
+    lab: JupyterLab, notebook: Callable[..., Path], shots: Path
+) -> None:
+    with lab.open(notebook(EXPLORER, name="gates"), timeout=300) as nb:
+        nb.page.set_viewport_size({"width": 1280, "height": 800})
+        nb.run_all()
+        view = nb.page.locator(".modlab[data-view=explorer]")
+        view.evaluate("e => e.scrollIntoView()")
+        heatmap = view.locator("canvas.modlab-heatmap")
+        assert "30 of them routed, 90 KV heads" in (heatmap.get_attribute("aria-label") or "")
+        assert heatmap.evaluate("e => e.getBoundingClientRect().bottom") < 740
+        assert "dense layer" not in view.locator(".mod-key").inner_text()
+        kept = float(heatmap.get_attribute("data-kept") or 0)
+        nb.drag(".modlab-threshold", 2.0, release=False)  # one in four
+        wait_preview(nb)
+        assert float(heatmap.get_attribute("data-kept") or 0) == pytest.approx(0.25, abs=0.02) and kept > 0.4
+        nb.page.mouse.up()
+        nb.page.wait_for_function(
+            "() => document.querySelector('.modlab-badge').dataset.state === 'measured'"
+        )
+        nb.wait_idle()
+        assert float(kernel(nb, "explorer.summary['dense_bytes'] / explorer.summary['kv_bytes']")) > 2
+        for theme in ("Light", "Dark"):
+            nb.theme(f"JupyterLab {theme}")
+            view.evaluate("e => e.scrollIntoView()")
+            nb.page.screenshot(path=shots / f"real-explorer-{theme.lower()}.png")
+        nb.theme("JupyterLab Light")
         nb.check()

@@ -88,7 +88,7 @@ def test_the_slider_says_when_the_routers_were_not_trained_for_it(nb: Notebook, 
 def test_the_key_names_what_there_is(nb: Notebook) -> None:
     key = nb.page.locator(".mod-key").first.inner_text()
     assert "kept" in key and "dense layer" not in key  # all layers are routed
-    assert "the latest 24 tokens are in it" in nb.page.locator(".mod-figures").first.inner_text()
+    assert "the latest 24 in it" in nb.page.locator(".mod-figures").first.inner_text()
 
 
 def test_a_tokens_gates_can_be_told_from_the_threshold(nb: Notebook, shots: Path) -> None:
