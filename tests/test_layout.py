@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.launch import ROOT, python_path
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "modlab"
@@ -78,3 +81,30 @@ def test_folders_mirror_the_package() -> None:
     rooms = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
     folders = {f.name for f in TESTS.iterdir() if f.is_dir() and f.name != "__pycache__"}
     assert folders - OUTSIDE <= rooms
+
+
+def replaced_paths(tree: ast.AST) -> list[int]:
+    """Lines that put something else than `python_path()` in the place of PYTHONPATH."""
+    entries = [
+        pair
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Dict)
+        for pair in zip(node.keys, node.values, strict=True)
+    ]
+    return [
+        value.lineno
+        for key, value in entries
+        if key is not None and ast.unparse(key) == "'PYTHONPATH'" and ast.unparse(value) != "python_path()"
+    ]
+
+
+def test_processes_of_tests_keep_what_is_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another transformers or Triton to test with stands there; a process without it tests something else."""
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert python_path().split(os.pathsep) == [str(ROOT), "elsewhere"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert python_path() == str(ROOT)
+    assert replaced_paths(ast.parse('{**environ, "PYTHONPATH": str(ROOT)}'))
+    for file in (*FILES, *(TESTS.parent / "benchmarks").rglob("*.py")):
+        lines = replaced_paths(ast.parse(file.read_text(encoding="utf-8")))
+        assert not lines, f"{file}: line {lines} replaces PYTHONPATH; take tests.helpers.launch.python_path()"
