@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ LEAST_SHARE = 0.4
 0.10, from 0.05 to 0.15 by head, and a sixth of the heads keep everything."""
 
 SKIP_LAYERS = "skipped layers"
+FEWER = 0.94
+"""Of a batch that did not fit, after all."""
+
 SPARE = 3 * 2**30
 """Bytes left free at the largest batch: what a step and the choice of tokens compute."""
 
@@ -238,18 +242,38 @@ def _at_largest_batch(
     override = contextlib.nullcontext() if variant is None else routing_override(model, few.routing(variant))
     with override:
         batch = largest_batch(few, model)
-        workload = KeptWorkload(settings, dense, twins, [sizes.long] * batch, sizes.new)
-        first, each = workload.timed(model, workload.ids_BT, workload.mask_BT)
+        timed = None
+        while timed is None:
+            workload = KeptWorkload(settings, dense, twins, [sizes.long] * batch, sizes.new)
+            timed = _timed_if_it_fits(workload, model)
+            if timed is None:
+                batch = math.floor(FEWER * batch)
+        first, each = timed
     workload.last = {variant: fast_generation_report(model)["last"]}
     model.__dict__["mod_engine"].steps.clear()
     torch.cuda.empty_cache()
     return batch, first / batch, each / batch, workload
 
 
+def _timed_if_it_fits(workload: KeptWorkload, model: Any) -> tuple[float, float] | None:
+    """ms of the prefill and of a further token; None where memory did not do for it."""
+    try:
+        first, each = workload.timed(model, workload.ids_BT, workload.mask_BT)
+        return first, each
+    except torch.OutOfMemoryError:
+        if len(workload.lengths) == 1:
+            raise
+    model.__dict__["mod_engine"].steps.clear()
+    gc.collect()  # frames of the error hold tensors
+    torch.cuda.empty_cache()
+    return None
+
+
 def largest_batch(few: KeptWorkload, model: Any) -> int:
     """Rows of which prefill and decoding fit: what one line of them takes, and what each leaves in the cache.
 
-    Lines run one after another, and one layer of all rows is held twice while they are joined.
+    Lines run one after another, and one layer of all rows is held twice while they are joined. What is lost
+    between the allocator's blocks is not counted: the batch may turn out too large.
     """
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

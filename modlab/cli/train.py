@@ -84,8 +84,7 @@ def run(options: argparse.Namespace) -> int:
     from modlab.training.config import TrainConfig
 
     given = given_flags(options, TrainConfig)
-    config = TrainConfig(**given)
-    config.check()  # before a model is loaded and text is tokenised for nothing
+    config = _checked(options, given)  # before a model is loaded and text is tokenised for nothing
     _check_lengths(options)
     if config.kl and options.teacher is None:
         raise ModlabError(f"--kl {config.kl} needs --teacher MODEL.")
@@ -126,6 +125,28 @@ def run(options: argparse.Namespace) -> int:
     print(f"{result.stopped} after {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s")
     print(f"{options.out}: {figures}")
     return INTERRUPTED if result.interrupted else 0
+
+
+def _checked(options: argparse.Namespace, given: dict[str, Any]) -> Any:
+    """The settings as far as they are known before the model is: a recipe's, and the flags given with it.
+
+    Raises:
+        ModlabError: settings that cannot work.
+    """
+    from modlab.recipes import RECIPES
+    from modlab.training.config import TrainConfig
+
+    config = TrainConfig(**given)
+    if options.recipe is None:
+        config.check()
+        return config
+    fields = {**RECIPES[options.recipe].train, **given}
+    if "keep_ratio" not in fields and fields.get("keep_range") is not None:
+        fields["keep_ratio"] = sum(fields["keep_range"]) / len(
+            fields["keep_range"]
+        )  # `recipe` checks its own
+    TrainConfig(**fields).check()
+    return config
 
 
 def _check_lengths(options: argparse.Namespace) -> None:

@@ -48,14 +48,15 @@ def takes_whole_rows(module: nn.Module, arguments: LayerArguments, site: Site) -
     """Whether the kernel may run this forward: no cache, a GPU, heads of a size that it knows, and nothing
     that decides who sees whom but the order of tokens and routing.
 
-    Padding behind a row's tokens is seen by no token; before them it would be.
+    Padding behind a row's tokens is seen by no token; before them it would be. In 32 bit a GPU multiplies
+    within the kernel in TF32, which is coarser than what such a model is run for.
     """
     call = site.call
     return (
         site.recent is not None
         and call.cache is None
         and not module.training
-        and on_gpu(call.real)
+        and on_gpu(arguments.hidden)
         and triton is not None
         and getattr(module, "head_dim", None) in HEAD_DIMS
         and call.documents is None
@@ -66,6 +67,10 @@ def takes_whole_rows(module: nn.Module, arguments: LayerArguments, site: Site) -
     )
 
 
-def on_gpu(tensor: Tensor) -> bool:
-    """A place for tests, which run the kernel in Triton's interpreter."""
-    return tensor.is_cuda
+def on_gpu(hidden: Tensor) -> bool:
+    """Whether attention over these states runs on a GPU in 16 bit. Tests say so of a CPU, where the kernel
+    runs in Triton's interpreter."""
+    if not hidden.is_cuda:
+        return False
+    cast = torch.is_autocast_enabled("cuda")
+    return (torch.get_autocast_dtype("cuda") if cast else hidden.dtype).itemsize == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import modlab
-from modlab.cli.train import _check_lengths, _distilled
+from modlab.cli.train import _check_lengths, _checked, _distilled
 from modlab.errors import ModlabError
 from modlab.training.config import TrainConfig
 from tests.helpers.models import dense_llama
@@ -35,3 +35,16 @@ def test_rows_are_as_long_as_the_longest_of_the_lengths_that_are_cut_from_them()
     assert options.seq_len == 8192
     with pytest.raises(ModlabError, match="--seq-len 4096 tokens.*at least 8192"):
         _check_lengths(Namespace(lengths=[4096, 8192], seq_len=4096))
+
+
+def test_flags_given_with_a_recipe_are_checked_with_what_the_recipe_says() -> None:
+    distil = Namespace(recipe="distil")
+    _checked(distil, {"tokens": 9, "keep_range": (0.04, 0.2)})  # of an objective that the recipe names
+    for given, said in (
+        ({"keep_range": (0.5, 0.2)}, "keep_range"),
+        ({"objective": "none"}, "keep_range needs"),
+    ):
+        with pytest.raises(ModlabError, match=said):
+            _checked(distil, {"tokens": 9, **given})
+    with pytest.raises(ModlabError, match="keep_range needs"):
+        _checked(Namespace(recipe=None), {"tokens": 9, "keep_range": (0.04, 0.67)})
