@@ -27,6 +27,7 @@ from modlab.hf.names import cache_argument
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
+    SETTINGS,
     both_ways,
     generated,
     llama_on_device,
@@ -53,13 +54,7 @@ def test_a_dense_model_works_too(make_llama: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"do_sample": True, "temperature": 0.7, "top_k": 20},
-        {"repetition_penalty": 1.3},
-        {"min_new_tokens": NEW},
-        {"num_return_sequences": 3, "do_sample": True},
-        {"no_repeat_ngram_size": 2, "bad_words_ids": [[5]]},
-    ],
+    [*SETTINGS, {"min_new_tokens": NEW}, {"no_repeat_ngram_size": 2, "bad_words_ids": [[5]]}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_same_tokens_under_every_setting_of_generate(settings: dict[str, Any]) -> None:
