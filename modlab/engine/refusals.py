@@ -39,9 +39,9 @@ def model_refusal(model: PreTrainedModel) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return "it wraps the model: pass the one inside (of PEFT: peft_model.get_base_model())"
     if len({p.device for p in model.parameters()}) > 1 or getattr(model, "hf_device_map", None):
-        return "its weights are spread over several devices"
+        return "its weights are spread over several devices (device_map)"
     if mesh_of(model) is not None:
-        return "its weights are shared across ranks"
+        return "its weights are shared across ranks (tensor parallelism, FSDP2)"
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     windows = attention_windows(model, len(decoder_layers(model)))

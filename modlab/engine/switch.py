@@ -136,7 +136,10 @@ def enable_fast_generation(
     """
     reason = model_refusal(model)
     if reason is not None:
-        raise ModlabError(f"fast generation does not cover this {type(model).__name__}: {reason}.")
+        raise ModlabError(
+            f"fast generation does not cover this {type(model).__name__}: {reason}. model.generate works "
+            "without it."
+        )
     before: Engine | None = model.__dict__.get("mod_engine")
     disable_fast_generation(model)
     try:

@@ -127,7 +127,10 @@ def why_nobody_leaves(model: Any) -> str:
     from modlab.routing.forward import asks_for_logits
 
     if mesh_of(model) is not None:
-        return "its weights are shared across ranks (tensor parallelism), and copies of projections are whole"
+        return (
+            "its weights are shared across ranks (tensor parallelism), and copies of projections are whole; "
+            "skip='kv' runs there"
+        )
     return (
         "" if asks_for_logits(model) else "it computes the logits of all tokens of a prompt (logits_to_keep)"
     )

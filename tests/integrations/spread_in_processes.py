@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,27 @@ def main(folder: str, few: str, out: Path) -> None:
         "kv+prompt": refusal(model, skip="kv+prompt", gates="kv_head"),
         "few": refusal(too_few, gates="kv_head"),
     }
+    modlab.convert(model, modlab.MoDConfig(layers="all"))
+    refused["fast"] = refusal_of(lambda: modlab.enable_fast_generation(model))
+    modlab.revert(model)
+    refused["fast, dense"] = refusal_of(lambda: modlab.enable_fast_generation(model))
     found = {gates: found_by(model, gates) for gates in GATES}
     rank = torch.distributed.get_rank()
     torch.save({"refused": refused, "part": part} | found, out / f"rank_{rank}.pt")
 
 
 def refusal(model: Any, **settings: Any) -> str:
-    """Why the model cannot be converted so; "" if it can."""
+    """Why the model cannot be converted so."""
+    before = {name: type(module) for name, module in model.named_modules()}
+    said = refusal_of(lambda: modlab.convert(model, modlab.MoDConfig(**settings)))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    return said
+
+
+def refusal_of(action: Callable[[], object]) -> str:
+    """What is said to something that cannot be done; "" if it can."""
     try:
-        modlab.convert(model, modlab.MoDConfig(**settings))
+        action()
     except ModlabError as error:
         return str(error)
     return ""

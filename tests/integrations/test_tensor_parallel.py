@@ -54,8 +54,13 @@ def test_processes_with_some_of_the_heads_are_one_model(tmp_path: Path, processe
             assert found["lengths"] == [of_rank(lengths, number, processes) for lengths in alone["lengths"]]
             assert found["kv_bytes"] < 1.15 * alone["kv_bytes"] / processes, "its own heads' keys alone"
     for rank in ranks:
-        assert "shared across ranks" in rank["refused"]["prompt"]
-        assert "shared across ranks" in rank["refused"]["kv+prompt"]
+        for skip in ("prompt", "kv+prompt"):
+            assert f"with skip={skip!r}" in rank["refused"][skip]
+            assert "shared across ranks" in rank["refused"][skip]
+            assert "skip='kv' runs there" in rank["refused"][skip]
+        for kind in ("fast", "fast, dense"):
+            assert "shared across ranks (tensor parallelism" in rank["refused"][kind]
+            assert "model.generate works without it" in rank["refused"][kind]
         assert "its forward fails" in rank["refused"]["few"]
     assert abs(ranks[0]["part"] / sizes_of(model.config, processes).by_heads - 1) < 0.05
 
