@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from modlab.errors import ModlabError
 from modlab.training.processes import Processes
 from modlab.training.sharding import gathered, is_part, like, put, reshard
+from modlab.training.zero import Zero
 
 FORMAT = 1
 STATE = "state.json"
@@ -76,7 +77,7 @@ def write_checkpoint(
     out: Path,
     state: State,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Zero,
     routing: dict[str, Tensor] | None,
     processes: Processes,
 ) -> None:
@@ -128,7 +129,7 @@ def read_state(path: Path) -> State:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Zero, processes: Processes
 ) -> dict[str, Tensor] | None:
     """Puts a checkpoint's weights into the model and its state into optimiser and random number generators.
 
@@ -259,7 +260,9 @@ def _load_unique(model: nn.Module, saved: dict[str, Tensor]) -> None:
         put(tensor, saved[name])
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer | Zero) -> dict[str, Tensor]:
+    if isinstance(optimizer, Zero):
+        return optimizer.state()
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -267,29 +270,38 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
-def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+def _load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer | Zero, saved: dict[str, Tensor]
+) -> None:
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in saved.items():
         name, _, kind = key.rpartition("/")
         state.setdefault(name, {})[kind] = value
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    known = {names[p]: i for i, p in enumerate(parameters)}
-    if other := sorted(set(state) - set(known)):
+    trained = optimizer.trained if isinstance(optimizer, Zero) else _trained(model, optimizer)
+    if other := sorted(set(state) - set(trained)):
         raise ValueError(f"it trained {', '.join(other[:3])}, which this run does not")
     for name, values in state.items():
-        parameter = parameters[known[name]]
         for kind, value in values.items():
-            if value.dim() and value.shape != parameter.shape:
+            if value.dim() and value.shape != trained[name].shape:
                 raise ValueError(f"{kind} of {name} is {tuple(value.shape)}")
             if value.dim():
-                values[kind] = like(parameter, value)
+                values[kind] = like(trained[name], value)
+    if isinstance(optimizer, Zero):
+        optimizer.load(state)
+        return
+    number = {name: i for i, name in enumerate(trained)}
     optimizer.load_state_dict(
         {
-            "state": {known[name]: values for name, values in state.items()},
+            "state": {number[name]: values for name, values in state.items()},
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's parameters by name, in its order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 
 
 def _random_state() -> dict[str, Any]:

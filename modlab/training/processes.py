@@ -11,12 +11,9 @@ from accelerate.utils import DistributedType, broadcast, gather_object
 from torch import Tensor
 
 from modlab.errors import ModlabError
+from modlab.training.zero import check_settings
 
 FOREIGN = {
-    DistributedType.DEEPSPEED: (
-        "its engine clips gradients, takes the optimiser's step and writes checkpoints by itself, so that a "
-        "run would not be the one that modlab.train describes"
-    ),
     DistributedType.MEGATRON_LM: "it needs models of its own",
 }
 """Ways to shard that are refused, and why."""
@@ -31,6 +28,7 @@ class Processes:
         world, rank: number of processes, and which one this is.
         is_main: whether it is the one that writes and prints.
         shards: whether accelerate was launched with FSDP2: weights, gradients and optimiser are sharded.
+        zero: whether it was with DeepSpeed's first stage: the optimiser's state is (`zero.py`).
 
     Raises:
         ModlabError: accelerate was told to shard the model in a way that a run cannot follow.
@@ -40,6 +38,7 @@ class Processes:
         self.accelerator = Accelerator(mixed_precision="no")  # autocast is ours, see Step.autocast
         kind = self.accelerator.distributed_type
         self.shards = kind == DistributedType.FSDP
+        self.zero = kind == DistributedType.DEEPSPEED
         self._refuse(kind)
         self.device: torch.device = self.accelerator.device
         self.world: int = self.accelerator.num_processes
@@ -98,6 +97,8 @@ class Processes:
                 f"accelerate was launched with {kind.value}, which modlab.train refuses: {FOREIGN[kind]}. "
                 + advice
             )
+        if self.zero:
+            check_settings(self.accelerator.deepspeed_plugin.deepspeed_config)
         if self.shards and not self.accelerator.is_fsdp2:
             raise ModlabError(
                 "accelerate was launched with the first version of FSDP, which flattens the fp32 weights of "

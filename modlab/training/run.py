@@ -128,6 +128,7 @@ class Run:
                 if one is not None and not self.processes.shards:  # FSDP2 moves its parts
                     one.to(self.processes.device)
             self.stepping = Step(model, config, self.objective, self.processes, teacher)
+            lent.callback(self.stepping.end)
             lent.callback(reshard, model)
             self.window = Window(self.stepping.layers, self.processes.device)
             self.thresholds: dict[float, dict[int, float]] = {}
@@ -199,6 +200,7 @@ class Run:
         """One optimiser step."""
         self.stepping.begin(self.step, self.share)
         self.latest = [self.stepping.to_device(part) for part in parts]
+        self.half_updated = self.processes.zero  # the engine takes its step in the backward pass
         figures = self.stepping.backward(self.latest)
         self.half_updated = True
         self._forget_origin()
@@ -319,7 +321,7 @@ class Run:
                 self.folder.path,
                 state,
                 self.model,
-                self.stepping.adamw,
+                self.stepping.optimizer,
                 control.state() if control is not None else None,
                 self.processes,
             )
@@ -375,7 +377,7 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         stepping, processes = self.stepping, self.processes
-        routing = load_checkpoint(checkpoint, self.model, stepping.adamw, processes)
+        routing = load_checkpoint(checkpoint, self.model, stepping.optimizer, processes)
         state = read_state(checkpoint)
         with readable(checkpoint):
             if stepping.control is not None:

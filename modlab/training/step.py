@@ -32,6 +32,7 @@ from modlab.training.processes import Processes
 from modlab.training.schedule import is_what_if, keep_target, lr_factor
 from modlab.training.sharding import shard, whole
 from modlab.training.threshold_control import ThresholdControl
+from modlab.training.zero import Zero
 
 OF_THE_WHOLE = (
     "target",
@@ -80,7 +81,8 @@ class Step:
             betas=config.betas,
             fused=self.device.type == "cuda",
         )
-        if not processes.shards:
+        self.zero = Zero(model, self.adamw, config, processes) if processes.zero else None
+        if not processes.shards and not processes.zero:
             self.wrapped = processes.accelerator.prepare_model(model)
         self.distillation = (
             Distillation(model, config, self.layers, processes) if objective == "distil" else None
@@ -95,6 +97,8 @@ class Step:
     def begin(self, step: int, share: float) -> None:
         """Sets what optimiser step `step` (from 0) is done with, `share` of the run being behind."""
         self.number = step
+        if self.zero is not None:
+            self.zero.begin()
         factor = lr_factor(self.config, step, share)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -127,9 +131,12 @@ class Step:
 
     def update(self) -> Tensor:
         """Takes the optimiser's step; this process's part of the gradient's norm, scalar."""
-        trained = [p for group in self.adamw.param_groups for p in group["params"]]
-        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
-        self.adamw.step()
+        if self.zero is not None:  # the step was taken in the backward pass
+            norm = self.zero.norm()
+        else:
+            trained = [p for group in self.adamw.param_groups for p in group["params"]]
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
+            self.adamw.step()
         self.forget()
         if self.control is not None:
             self.control.advance(self.processes.sum)
@@ -138,6 +145,16 @@ class Step:
     def forget(self) -> None:
         """No gradient is left."""
         self.adamw.zero_grad(set_to_none=True)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | Zero:
+        """Whose state a checkpoint holds."""
+        return self.zero or self.adamw
+
+    def end(self) -> None:
+        """Nothing of the training is left on the model."""
+        if self.zero is not None:
+            self.zero.end()
 
     def settle_thresholds(self) -> None:
         """The thresholds for `keep_ratio` as plain numbers, for all that comes between two steps."""
@@ -278,4 +295,7 @@ class Step:
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are averaged over processes once, in the last part's backward pass."""
+        if self.zero is not None:
+            self.processes.accelerator.sync_gradients = last
+            return contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.processes.accelerator.no_sync(self.wrapped)

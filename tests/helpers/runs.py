@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def model_in_bf16() -> Any:
     return model
 
 
+def model_for(objective: str) -> Any:
+    """The same, in fp32 where the base stays frozen: DeepSpeed takes models of one dtype."""
+    return model_in_bf16().float() if objective == "distil" else model_in_bf16()
+
+
 def rows() -> torch.Tensor:
     return torch.randint(0, 61, (10, 16), generator=torch.Generator().manual_seed(1))
 
@@ -45,3 +51,9 @@ def began(out: Path, batch_size: int, objective: str = "target") -> modlab.Train
         resume="auto", lr=3e-3, keep_ratio=0.5, calibrate=False, mixed_precision="no",
         **OBJECTIVES[objective],
     )  # fmt: skip
+
+
+def from_step(step: int, of: Path, to: Path) -> Path:
+    """A run's folder as it was after so many steps."""
+    shutil.copytree(of / "checkpoints" / f"step_{step}", to / "checkpoints" / f"step_{step}")
+    return to

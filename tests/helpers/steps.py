@@ -130,6 +130,21 @@ def _keep_high_tokens(model: Any) -> None:
         layer.mod_router.weight.mul_(0.1)[..., 0] = 0.3
 
 
+def after_steps(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Tensor]:
+    """By name: the weights after two steps, and the figures of both; for optimisers that show no gradient."""
+    conversion, settings = CASES[case]
+    model = model_of(conversion)
+    if "adapters" in case:
+        model = adapted(model, routers_of_peft="PEFT" in case)
+    config = modlab.TrainConfig(
+        steps=2, batch_size=batch_size, grad_accum=grad_accum, calibrate=False, log_every=1, warmup=0.0,
+        max_grad_norm=0.5, **{"mixed_precision": "no", **settings},
+    )  # fmt: skip
+    history = modlab.train(model, data(), config, teacher=model_of(None, 1) if config.kl else None).history
+    figures = {name: torch.tensor(history[name].tolist()) for name in ("loss", "grad_norm")}
+    return {name: p.detach().clone() for name, p in model.named_parameters()} | figures
+
+
 def gradient(case: str, batch_size: int, grad_accum: int) -> dict[str, torch.Tensor]:
     """By name: the gradients of the step, and the figures of its log line."""
     conversion, settings = CASES[case]
