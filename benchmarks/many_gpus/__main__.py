@@ -23,7 +23,7 @@ from benchmarks.many_gpus.turns import Ended, Turns
 TAIL = 1500
 """Characters of a log that a failed part leaves in the results."""
 
-OF_THE_LAUNCHER = "torch/distributed/elastic/multiprocessing/api.py"
+OF_THE_LAUNCHER = "torch/distributed/elastic/"
 """From here on a log says how the launcher ended the others."""
 
 
@@ -71,7 +71,7 @@ class Results:
         self.found: dict[str, dict[str, Any]] = {}
         words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
         command = " ".join(["python -m benchmarks.many_gpus", *words])
-        self.head: dict[str, Any] = {"toy": options.toy, "command": command}
+        self.head: dict[str, Any] = {"what": "many_gpus", "toy": options.toy, "command": command}
         if not options.toy:
             random = [model for model in options.model if not worker.has_weights(model)]
             self.head["random weights"] = [Path(model).name for model in random]

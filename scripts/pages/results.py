@@ -12,7 +12,9 @@ from typing import Any
 DEMO_CARD = "../modlab/demo/README.md"
 KV_CARD = "../modlab/demo/kv/README.md"
 # growth is drawn: speed.py
-TABLES = ("speed", "generate", "throughput", "prefill", "decode", "demo")
+TABLES = ("speed", "speed_kv", "speed_leave", "generate", "throughput", "prefill", "decode", "demo")
+GATES = {"layer": "a gate a layer", "kv_head": "a gate a KV head", "none": "-"}
+HEADLINE = "llama-3-8b"
 DEMO_NAMES = {
     "dense": "dense",
     "dense_continuation": "dense, trained on for as long",
@@ -67,10 +69,11 @@ def kv_table(record: dict[str, Any]) -> str:
 
 
 def newest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest result of each benchmark and device, by name."""
-    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    """The newest result of each benchmark and device, by name; of `speed_leave` of each shape."""
+    latest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in sorted(results, key=lambda result: result["date"]):
-        latest[result["what"], result["device_name"]] = result
+        shape = result["settings"]["shape"] if result["what"] == "speed_leave" else ""
+        latest[result["what"], result["device_name"], shape] = result
     return [latest[key] for key in sorted(latest)]
 
 
@@ -78,7 +81,14 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What the rows of a result say besides the times, one sentence each."""
     lines = []
     for row in result["rows"]:
-        if row["case"] == "peak":
+        if row["case"] == "peak" and "dense_engine_peak_bytes" not in row:
+            lines.append(
+                f"- Peak memory of the {row['context']:,}-token prefill, above the weights: "
+                f"{row['dense_peak_bytes'] / 1e9:.1f} GB with this engine and no routing, "
+                f"{row['mod_peak_bytes'] / 1e9:.1f} GB routed, {gates_of(row)} "
+                f"({row['peak_saving']:.2f}x), of which {row['kv_bytes'] / 1e9:.1f} GB are keys and values."
+            )
+        elif row["case"] == "peak":
             lines.append(
                 f"- Peak memory of the {row['context']:,}-token prefill, above the weights: "
                 f"{row['dense_peak_bytes'] / 1e9:.1f} GB in stock transformers, "
@@ -110,14 +120,15 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Time and memory against the dense model, one row a measurement, under its command."""
+    gates = any("granularity" in row for row in rows)
     lines = [
-        f'With `skip="{skipped(result)}"`: '
+        f"With {skipped_words(result)}: "
         f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
         f"{result['versions']['torch']}, {result['date'][:10]}:",
         "",
-        "| | model | batch x tokens | routed layers | kept | dense | MoD | speed-up | ideal | KV saving "
-        "| rounds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| | model | batch x tokens |{' gates |' * gates} routed layers | kept | dense | MoD | speed-up "
+        "| ideal | KV saving | rounds |",
+        f"|---|---|---|{'---|' * gates}---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         unequal = row.get("tokens", 0) != row["batch"] * row["context"] and "tokens" in row
@@ -125,6 +136,7 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['case']} | {row['shape']} "
             f"| {row['batch']} x {'up to ' if unequal else ''}{row['context']:,} "
+            f"{'| ' + gates_of(row) + ' ' if gates else ''}"
             f"| {row['routed_layers']} of {row['num_layers']} "
             f"| {row['keep_ratio']:.0%} | {duration(row['dense_ms'])} | {duration(row['mod_ms'])} "
             f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {saving} "
@@ -133,9 +145,21 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gates_of(row: dict[str, Any]) -> str:
+    """Who decides in the models of a row."""
+    return "whole layers" if row["skip"] == "layer" else GATES[row["granularity"]]
+
+
 def skipped(result: dict[str, Any]) -> str:
     """What a token that is not kept leaves out in the models of a result; the earliest files name nothing."""
-    return str(result.get("settings", {}).get("skip", "layer"))
+    by_case = {"speed_kv": "kv", "speed_leave": "kv+prompt"}  # whatever the settings say
+    return by_case.get(result["what"]) or str(result.get("settings", {}).get("skip", "layer"))
+
+
+def skipped_words(result: dict[str, Any]) -> str:
+    """The same as a table's caption has it."""
+    more = ' and, where nothing is said of gates, `skip="prompt"`' if result["what"] == "speed_leave" else ""
+    return f'`skip="{skipped(result)}"`{more}'
 
 
 def duration(ms: float) -> str:
@@ -154,7 +178,7 @@ def bench_section(results: list[dict[str, Any]]) -> list[str]:
     parts, folded = [], []
     for result in results:
         rows = [row for row in result["rows"] if row["case"] != "baseline"]
-        if result["what"] == "speed" or skipped(result) == "kv":
+        if result["what"] in ("speed", "speed_kv", "speed_leave") or skipped(result) == "kv":
             parts.append(bench_table(result, [row for row in rows if is_headline(row)]))
             parts.append("\n".join(notes(result)).strip())
             rows = [row for row in rows if not is_headline(row)]
@@ -182,12 +206,29 @@ def demos(root: Path) -> str:
 def benchmarks(root: Path) -> str:
     """Times and memory against the dense model, the default routing first."""
     chosen = newest(result for result in results(root) if result["what"] in TABLES)
-    chosen.sort(key=lambda result: skipped(result) != "kv")
+    chosen.sort(
+        key=lambda result: (
+            result["what"] != "speed_kv",
+            result["what"] != "speed_leave",
+            skipped(result) != "kv",
+        )
+    )
     return "\n\n".join(bench_section(chosen)) if chosen else "No result files are in the repository yet."
 
 
 def headline_speed(root: Path) -> str:
-    """The newest run of the GPU suite, long contexts and batches only."""
-    (suite,) = newest(result for result in results(root) if result["what"] == "speed")
-    rows = [row for row in suite["rows"] if is_headline(row) and row["case"] in ("prefill", "decode")]
-    return bench_table(suite, rows)
+    """The newest runs of the GPU suites, long contexts and batches only."""
+    tables = []
+    for what in ("speed_kv", "speed_leave", "speed"):
+        suite = next(
+            result
+            for result in newest(result for result in results(root) if result["what"] == what)
+            if result["settings"]["shape"] == HEADLINE
+        )
+        rows = [row for row in suite["rows"] if is_headline(row) and row["case"] in ("prefill", "decode")]
+        if what != "speed":  # an eighth is in docs/results.md
+            rows = [row for row in rows if row["keep_ratio"] in (0.25, 1.0)]
+        if what == "speed_leave":  # and its decoding is that of the first table
+            rows = [row for row in rows if row["case"] == "prefill"]
+        tables.append(bench_table(suite, rows))
+    return "\n\n".join(tables)
