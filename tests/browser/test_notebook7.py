@@ -7,6 +7,7 @@ import pytest
 from tests.browser.conftest import ROOT, missing
 from tests.browser.helpers import answered, kernel, read, wait_measured, wait_preview
 from tests.browser.notebook_browser import Notebook7
+from tests.helpers.launch import python_path
 
 pytestmark = pytest.mark.browser
 
@@ -18,7 +19,7 @@ def test_the_quickstart_runs_and_answers(tmp_path: Path, shots: Path) -> None:
     pytest.importorskip("notebook")
     if why := missing():
         pytest.skip(why)
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     path = ROOT / "notebooks" / "quickstart.ipynb"
     with (
         Notebook7(env=env) as lab,
