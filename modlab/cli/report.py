@@ -6,11 +6,14 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modlab.cli.flags import Command, read_floats, read_integers, read_name, read_path
 from modlab.cli.models import add_model_flags, load_model
 from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    from modlab.measure.reporting import Report, Setting
 
 
 def add(command: Command) -> None:
@@ -87,7 +90,19 @@ def run(options: argparse.Namespace) -> int:
     routing_of(model)  # a dense model is refused before data are read
     texts = {name: _rows(source, tokenizer, options.limit_tokens) for name, source in sources}
     asked: dict[str, Any] = {"distances": options.distances} if options.distances else {}
-    found = report(
+    source = {
+        "command": shlex.join(["modlab", *sys.argv[1:]]),
+        "commit": source_commit(),
+        **circumstances(model.device, model.dtype),
+    }
+
+    def keep(found: Report) -> None:
+        """Writes what there is so far: the rest may take hours, and be interrupted."""
+        found.source = source
+        found.write(out)
+        print(_sentence(found.settings[-1]), flush=True)
+
+    report(
         model,
         texts,
         tokenizer,
@@ -101,22 +116,20 @@ def run(options: argparse.Namespace) -> int:
         samples=options.samples,
         seed=options.seed,
         batch_size=options.batch_size,
+        each=keep,
         **asked,
     )
-    found.source = {
-        "command": shlex.join(["modlab", *sys.argv[1:]]),
-        "commit": source_commit(),
-        **circumstances(model.device, model.dtype),
-    }
-    figures = found.write(out)
-    for setting in found.settings:
-        name = "present thresholds" if setting.asked is None else f"{setting.asked:g}x"
-        print(
-            f"{name}: K/V {setting.kv_saving:.2f}x smaller, KL {setting.kl_far:.4f}, recall gap up to "
-            f"{setting.recall['gap'].max():+.3f}, {setting.of_dense:.1%} of dense's answers"
-        )
-    print(f"page: {out}\nfigures: {figures}")
+    print(f"page: {out}\nfigures: {figures_of(out)}")
     return 0
+
+
+def _sentence(setting: Setting) -> str:
+    """What a setting saves and costs, in a line."""
+    name = "present thresholds" if setting.asked is None else f"{setting.asked:g}x"
+    return (
+        f"{name}: K/V {setting.kv_saving:.2f}x smaller, KL {setting.kl_far:.4f}, recall gap up to "
+        f"{setting.recall['gap'].max():+.3f}, {setting.of_dense:.1%} of dense's answers"
+    )
 
 
 def _named(text: str, number: int) -> tuple[str, str]:

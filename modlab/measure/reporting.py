@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,7 @@ def report(
     seed: int = 0,
     batch_size: int = 1,
     progress: bool = True,
+    each: Callable[[Report], None] | None = None,
 ) -> Report:
     """Divergence by text, recall and retrieval by distance, RULER-kind tasks: dense and routed side by side.
 
@@ -188,6 +189,8 @@ def report(
         seed: of all material.
         batch_size: rows at once.
         progress: show progress bars.
+        each: called with the report so far whenever a saving has been measured: what is written then
+            outlives an interruption.
 
     Raises:
         ModlabError: a dense model, routers that know no such saving, too little text.
@@ -217,7 +220,7 @@ def report(
         "retrieval": dense_rows(retrieval, model, first, tokenizer, pairs=pairs, **far),
     }
     answers = None
-    found = []
+    found = Report(name or type(model).__name__, [])
     for saving in asked or [None]:  # type: ignore[list-item]
         with thresholds_restored(model) if saving is not None else contextlib.nullcontext():
             if saving is not None:
@@ -227,7 +230,7 @@ def report(
                     model, first, tokenizer, lengths=lengths, samples=samples, by_row=True, dense=answers,
                     **shared,
                 )  # fmt: skip
-            found.append(
+            found.settings.append(
                 Setting(
                     saving,
                     divergence(model, named, tokenizer, seq_len=seq_len, rows=rows, **shared),
@@ -236,7 +239,9 @@ def report(
                     None if answers is None else mean_scores(answers),
                 )
             )
-    return Report(name or type(model).__name__, found)
+        if each is not None:
+            each(found)
+    return found
 
 
 def _plain(value: Any) -> Any:

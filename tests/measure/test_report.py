@@ -118,3 +118,16 @@ def test_names_of_texts_are_text_in_the_legend_too(model) -> None:
     found = report(model, {"<a href='//b'>": STREAM}, make_tokenizer(), **ASKED)
     (line,) = _by_position(found).data
     assert line.name == "present thresholds, &lt;a href=&#x27;//b&#x27;&gt;"
+
+
+def test_what_has_been_measured_outlives_an_interruption(model, tmp_path) -> None:
+    before = dict(model.mod.thresholds)
+
+    def interrupted(found) -> None:
+        found.write(tmp_path / "page.html")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report(model, {"a": STREAM}, make_tokenizer(), savings=(2, 4), each=interrupted, **ASKED)
+    (row,) = json.loads((tmp_path / "page.json").read_text())["rows"]
+    assert row["ratio_asked"] == 2 and model.mod.thresholds == before
