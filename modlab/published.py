@@ -27,8 +27,8 @@ QUALITY = "quality"
 GATES, REPORT = "real_gates", "report"
 SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
 """The run of each real model whose gates are told of: for the first two, those that ship."""
-REAL = ("real", GATES, "real_tasks", REPORT)
-"""Kinds of results of real models; docs/quality.md, docs/results.md, docs/log.md."""
+REAL = ("real", GATES, "real_tasks", REPORT, "depth")
+"""Kinds of results on what real models lose; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")
 TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]
 """Columns that say what was timed: `_timed_name` tells all of them, so that no two things share a name."""

@@ -85,13 +85,19 @@ def test_latencies_are_one_curve_and_say_where_they_come_from() -> None:
         published.latencies("decode", device="an abacus")
 
 
+def gates_record(model: str) -> Path:
+    """The committed file of the study's gates of a model."""
+    files = (ROOT / "benchmarks" / "results").glob(f"real_{model}_2*.json")
+    (path,) = (path for path in files if json.loads(path.read_text())["what"] == published.GATES)
+    return path
+
+
 def test_real_models_are_the_records_of_the_gates_that_ship() -> None:
     frames = published.real_models()
     assert set(published.SHIPPED) <= set(frames)
     for model in published.SHIPPED:
         frame = frames[model]
-        (path,) = (ROOT / "benchmarks" / "results").glob(f"real_{model}_2*.json")
-        record = json.loads(path.read_text())
+        record = json.loads(gates_record(model).read_text())
         run = [row for row in record["rows"] if row["run"] == published.SHIPPED[model]]
         assert frame.kv_saving.is_monotonic_increasing and len(frame) >= 3
         for _, told in frame.iterrows():
@@ -151,7 +157,7 @@ def test_what_modlab_report_measured_is_a_line_of_its_own(
 def test_a_newer_record_of_other_gates_takes_nothing_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (old,) = (ROOT / "benchmarks" / "results").glob("real_coder-0.5b_2*.json")
+    old = gates_record("coder-0.5b")
     record = json.loads(old.read_text())
     (tmp_path / "old.json").write_text(old.read_text())
     rows = [{**row, "run": "another"} for row in record["rows"]]

@@ -27,11 +27,16 @@ def result(folders: list[Path], origin: dict[str, Any]) -> dict[str, Any]:
     times = [row for folder in folders for row in _lines(folder / "prefill.jsonl")]
     if not rows and not times:
         raise ModlabError(f"no rows.jsonl and no prefill.jsonl in {', '.join(map(str, folders))}.")
-    speedup = {(row["model"], row["leave_after"]): row["speedup"] for row in times if row["skip"] == "prompt"}
+    speedup = {_what(row["model"], row): row["speedup"] for row in times}
     for row in rows:
-        after = row["arm_fields"]["mod"].get("leave_after") if "arm_fields" in row else None
-        row["prefill_speedup"] = speedup.get((row["model"], after))
+        row["prefill_speedup"] = speedup.get(_what(row["model"], row.get("arm_fields", {}).get("mod", {})))
     return {"what": "depth", **origin, "rows": rows, "prefill": times}
+
+
+def _what(model: str, mod: dict[str, Any]) -> tuple[str, str, float | None]:
+    """What makes a timed prompt one of an arm; rows of arms are rounded."""
+    after = mod.get("leave_after")
+    return model, mod.get("skip", "prompt"), None if after is None else round(after, 4)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

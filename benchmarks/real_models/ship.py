@@ -1,9 +1,13 @@
-"""Packed gates of this study as routers that ship with modlab: the same bits under the product's names."""
+"""Routers in a few hundred KB: packed gates of this study under the product's names, and the product's own.
+
+`ship` takes gates of the study, bit for bit; `ship_run` what `modlab train` left.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modlab
-from modlab.routing.state import set_kv_saving
+from modlab.routing.state import routing_of, set_kv_saving
 from modlab.routing.trained import Trained
 from modlab.saving.base_check import describe_base
-from modlab.saving.bits import GROUP
+from modlab.saving.bits import GROUP, pack_routers
 from modlab.saving.card import model_card
 from modlab.saving.description import write_description
 from modlab.saving.files import CARD_FILE, ROUTER_FILE
+from modlab.saving.routers import added_in
 
 NAMES = {"linear": "weight", "bias": "bias", "into_KD": "into", "out_AK": "out"}
 SAFE = 2.0
 """KV saving at which shipped routers are loaded."""
+BITS = {"into": 5, "weight": 8}
+"""Bits a weight of the hidden layer and of the linear part, as the study's; what is small stays fp16."""
 
 
 def renamed(state: dict[str, torch.Tensor], D: int) -> dict[str, torch.Tensor]:
@@ -73,5 +80,28 @@ def ship(gates: Path, base: Path, hub_id: str, out: Path) -> None:
     set_kv_saving(model, SAFE)
     out.mkdir(parents=True, exist_ok=True)
     save_file(renamed(load_file(gates), model.config.hidden_size), out / ROUTER_FILE)
+    write_description(model, out, hub_id, base=facts)
+    (out / CARD_FILE).write_text(model_card(model, out.name, routers_of=hub_id), encoding="utf-8")
+
+
+def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: dict[str, str]) -> None:
+    """Packs the routers of a run of `modlab train`.
+
+    Args:
+        run: folder that it left (routers and description).
+        base: folder of the model that they were trained on.
+        hub_id: where others get that model from.
+        out: folder to write; its name is the routers' name.
+        words: of the card (`Trained`): weights, data, method, results.
+    """
+    facts = describe_base(modlab.load(base)[0])
+    model: Any = modlab.load(run, base=base)[0]
+    found = routing_of(model).trained
+    if found is None:
+        raise modlab.ModlabError(f"nothing is known of the routers in {run}: give the folder of a run.")
+    model.mod.trained = replace(found, **words)
+    set_kv_saving(model, SAFE)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(pack_routers(added_in(model.state_dict()), BITS), out / ROUTER_FILE)
     write_description(model, out, hub_id, base=facts)
     (out / CARD_FILE).write_text(model_card(model, out.name, routers_of=hub_id), encoding="utf-8")

@@ -57,26 +57,51 @@ def section(result: dict[str, Any]) -> str:
         f"`{result['command']}`.",
         "",
         f"Compute is the share of the layers' operations that a prompt of {first['length']:,} tokens "
-        f"executes, KL that to the dense model at positions from {first['far_from']:,} on, mean of three "
-        "texts, recall the loss on the second copy of a passage above the dense model's, nearest and "
-        "farthest distance.",
+        "executes, K/V the dense model's keys and values over those stored, KL that to the dense model at "
+        f"positions from {first['far_from']:,} on, mean of three texts, recall the loss on the second copy "
+        f"of a passage above the dense model's, at distances of {_distances(first)} tokens. Tasks: mean "
+        "score, the dense model's, and the standard error of the paired difference."
+        f"{_timed(result)}",
         "",
-        "| arm | tokens | compute asked / got | KL | recall | tasks against dense | prompt |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | tokens | compute asked / got | K/V | KL | recall | tasks against dense | prompt |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        gaps = list(row["recall_gap"].values())
-        mean = row["tasks"].get("mean")
-        tasks = "-" if mean is None else f"{mean['score'] / mean['dense']:.1%} ± {mean['gap_stderr']:.3f}"
-        speed = row.get("prefill_speedup")
+        gaps = " ".join(f"{gap:+.3f}" for gap in row["recall_gap"].values())
+        ratio, speed = row.get("ratio"), row.get("prefill_speedup")
         lines.append(
             f"| {row['arm']} | {row['tokens'] / 1e6:.3g}M | {number(row.get('compute_asked'), '.2f')} / "
-            f"{row['compute']:.3f} | {row['kl_far']:.3f} | {gaps[0]:+.3f} / {gaps[-1]:+.3f} | {tasks} | "
-            f"{'-' if speed is None else f'{speed:.2f}x'} |"
+            f"{row['compute']:.3f} | {'-' if ratio is None else f'{ratio:.2f}x'} | {row['kl_far']:.3f} | "
+            f"{gaps} | {_tasks(row)} | {'-' if speed is None else f'{speed:.2f}x'} |"
         )
     if len(rows) > 2:
         lines += ["", f"![KL over compute, {first['model']}]({picture_name(result)})"]
     return "\n".join(lines)
+
+
+def _distances(row: dict[str, Any]) -> str:
+    return ", ".join(f"{int(distance):,}" for distance in row["recall_gap"])
+
+
+def _timed(result: dict[str, Any]) -> str:
+    """What the column of prompts is about, where some were timed."""
+    lengths = sorted({time["context"] for time in result.get("prefill", [])})
+    if not lengths:
+        return ""
+    said = ", ".join(f"{length:,}" for length in lengths)
+    return f" Prompt: a prompt of {said} tokens through `generate`, dense time over that of leaving."
+
+
+def _tasks(row: dict[str, Any]) -> str:
+    """The mean of the tasks: score, dense score, their quotient and the error of their difference."""
+    mean = row["tasks"].get("mean")
+    if mean is None:
+        return "-"
+    names = ", ".join(name for name in row["tasks"] if name != "mean")
+    return (
+        f"{mean['score']:.4f} of {mean['dense']:.4f} ({mean['score'] / mean['dense']:.1%}) "
+        f"± {mean['gap_stderr']:.4f}{f': {names}' if names else ''}"
+    )
 
 
 def picture_name(result: dict[str, Any]) -> str:

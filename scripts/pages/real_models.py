@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modlab.published import GATES, SHIPPED
+from modlab.published import GATES, REPORT, SHIPPED
 
 CONTROLS = "coder-0.5b"
 LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
@@ -52,27 +52,41 @@ def block(root: Path) -> str:
     )
 
 
+def trained(root: Path) -> str:
+    """A table of routers that `modlab train` made, measured by `modlab report`."""
+    files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return _reports([record for record in read if record["what"] == REPORT])
+
+
 def quick(root: Path) -> str:
     """A table of routers that were only fitted, measured by `modlab report`."""
     files = sorted((root / "benchmarks" / "results").glob("quick_*.json"))
+    return _reports([json.loads(file.read_text(encoding="utf-8")) for file in files])
+
+
+def _reports(records: list[dict[str, Any]]) -> str:
     lines: list[str] = []
-    for record in [json.loads(file.read_text(encoding="utf-8")) for file in files]:
+    for record in records:
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         first = record["rows"][0]
         lines += [
             f"{record['model']}, {record['device_name']}, {record['dtype']}, {versions}, "
             f"{record['date'][:10]}, commit {record['commit'][:7]}, `{record['command']}`. {record['note']}",
             "",
-            "| asked | K/V by text | KL, from position 1,024 | agreement | "
+            "| asked | K/V together | K/V by text | KL, from position 1,024 | agreement | "
             f"recall gap at {_places(first)} | retrieval, of dense's |",
-            "|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|",
         ]
-        lines += [
-            _line("", {**row, "keep_by_text": {t: 1 / r for t, r in row["ratio_by_text"].items()}})[3:]
-            for row in record["rows"]
-        ]
+        lines += [_report_line(row) for row in record["rows"]]
         lines += ["", f"Standard errors of the recall gaps: up to {_largest(record)}."]
     return "\n".join(lines)
+
+
+def _report_line(row: dict[str, Any]) -> str:
+    stored = {text: 1 / ratio for text, ratio in row["ratio_by_text"].items()}
+    _, _, asked, rest = _line("", {**row, "keep_by_text": stored}).split("|", 3)
+    return f"|{asked}| {row['ratio']:.2f}x |{rest}"
 
 
 def _places(row: dict[str, Any]) -> str:

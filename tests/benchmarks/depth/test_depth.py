@@ -222,12 +222,15 @@ def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
-    arm = {"arm_fields": {"mod": {"leave_after": 0.5}}}
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"model": "m", "arm": "leave-1/2", **arm}) + "\n")
-    time = {"model": "m", "leave_after": 0.5, "skip": "prompt", "speedup": 1.5}
+    rows = [
+        {"model": "m", "arm": arm, "arm_fields": {"mod": {"skip": skip, "leave_after": 0.66667}}}
+        for arm, skip in (("leave-2/3", "prompt"), ("kv+leave-2/3-4x", "kv+prompt"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    time = {"model": "m", "leave_after": 2 / 3, "skip": "prompt", "speedup": 1.5}
     both = time | {"skip": "kv+prompt", "speedup": 2.5}
     (tmp_path / "prefill.jsonl").write_text(json.dumps(time) + "\n" + json.dumps(both) + "\n")
-    assert result([tmp_path], ORIGIN)["rows"][0]["prefill_speedup"] == 1.5
+    assert [row["prefill_speedup"] for row in result([tmp_path], ORIGIN)["rows"]] == [1.5, 2.5]
     with pytest.raises(modlab.ModlabError, match="commit"):
         result([tmp_path], {**ORIGIN, "commit": ""})
     with pytest.raises(modlab.ModlabError, match="no rows.jsonl"):
