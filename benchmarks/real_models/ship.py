@@ -84,7 +84,7 @@ def ship(gates: Path, base: Path, hub_id: str, out: Path) -> None:
     (out / CARD_FILE).write_text(model_card(model, out.name, routers_of=hub_id), encoding="utf-8")
 
 
-def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: dict[str, str]) -> None:
+def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: Trained) -> None:
     """Packs the routers of a run of `modlab train`.
 
     Args:
@@ -92,14 +92,17 @@ def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: dict[str, str
         base: folder of the model that they were trained on.
         hub_id: where others get that model from.
         out: folder to write; its name is the routers' name.
-        words: of the card (`Trained`): weights, data, method, results.
+        words: weights, data, method and results, for the card; its figures are those of the run.
+
+    Raises:
+        ModlabError: the folder does not say what its routers were trained for.
     """
     facts = describe_base(modlab.load(base)[0])
     model: Any = modlab.load(run, base=base)[0]
     found = routing_of(model).trained
     if found is None:
         raise modlab.ModlabError(f"nothing is known of the routers in {run}: give the folder of a run.")
-    model.mod.trained = replace(found, **words)
+    model.mod.trained = replace(words, savings=found.savings, seq_len=found.seq_len, tokens=found.tokens)
     set_kv_saving(model, SAFE)
     out.mkdir(parents=True, exist_ok=True)
     save_file(pack_routers(added_in(model.state_dict()), BITS), out / ROUTER_FILE)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import modlab
 from benchmarks.real_models import pack
 from benchmarks.real_models.gates import gate_values
+from benchmarks.real_models.ship import ship_run
+from modlab.errors import ModlabError
 from modlab.routing.router import HiddenRouter
+from modlab.routing.trained import Trained
 from modlab.saving.demos import ROUTER_FOLDER, ROUTERS
 from modlab.saving.description import read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.routers import read_routers
+from tests.helpers.models import dense_llama
 
 GATES = Path(pack.__file__).parent / "gates"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_gates_are_those_of_the_study(name) -> None:
+def test_gates_are_those_of_the_study(name: str) -> None:
     """The product's routers and the study's gates say the same of the same states."""
     theirs = pack.load(GATES / f"{name.removesuffix('-kv')}.safetensors")
     said = read_description(ROUTER_FOLDER / name / CONFIG_FILE, name)
@@ -42,7 +48,7 @@ def test_gates_are_those_of_the_study(name) -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "coder-0.5b"])
-def test_gates_are_packed_as_those_that_are_committed(name, tmp_path: Path) -> None:
+def test_gates_are_packed_as_those_that_are_committed(name: str, tmp_path: Path) -> None:
     """Packed once more they have the same bits, and scales in the same line."""
     bits = json.loads((GATES / f"{name}.json").read_text())["bits"]["hidden"]
     pack.save(pack.load(GATES / f"{name}.safetensors"), tmp_path / "again.safetensors", {}, bits)
@@ -51,3 +57,29 @@ def test_gates_are_packed_as_those_that_are_committed(name, tmp_path: Path) -> N
     for key, tensor in committed.items():
         torch.testing.assert_close(again[key].view(tensor.shape), tensor, rtol=1e-3, atol=0, msg=key)
         assert again[key].dtype == tensor.dtype
+
+
+def test_routers_of_a_run_are_packed(tmp_path: Path, word_tokenizer: Any) -> None:
+    """Loaded again they have the run's thresholds, the card's words, and weights to half a step of 5 bits."""
+    base, run, out = (tmp_path / name for name in ("base", "run", "packed"))
+    model: Any = dense_llama()
+    model.save_pretrained(base)
+    word_tokenizer.save_pretrained(base)
+    modlab.convert(model, modlab.MoDConfig(layers="all", gates="kv_head", router_hidden=16))
+    modlab.save_routers(model, run, base_model=str(base))
+    words = Trained(data="a text", tokens=1)
+    with pytest.raises(ModlabError, match="nothing is known"):
+        ship_run(run, base, "somebody/model", out, words)
+    torch.nn.init.normal_(model.model.layers[1].mod_router.weight)
+    model.mod.trained = Trained({2.0: 0.1, 4.0: 0.5}, seq_len=64, tokens=1000)
+    modlab.save_routers(model, run, base_model=str(base))
+    ship_run(run, base, "somebody/model", out, words)
+    assert "Their data, 1,000 tokens: a text" in (out / "README.md").read_text()
+    again: Any = modlab.load(out, base=base)[0]
+    assert again.mod.trained.savings == {2.0: 0.1, 4.0: 0.5} and again.mod.thresholds[0] == pytest.approx(0.1)
+    for name, value in model.named_parameters():
+        if ".mod_router." in name:
+            torch.testing.assert_close(
+                again.get_parameter(name), value, rtol=1e-3, atol=float(value.abs().max()) / 29
+            )
+    assert (out / ROUTER_FILE).stat().st_size < (run / ROUTER_FILE).stat().st_size
