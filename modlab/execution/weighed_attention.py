@@ -49,12 +49,15 @@ class WeighedKeys:
         earlier: block mask of the others, None where no row is longer than the recent past.
         plain: how many keys are recent, where rows have neither padding nor several documents: the kernel
             then needs no masks. None otherwise.
+        instead: makes the same as a mask for sdpa, where attentions that do more than softmax still run by
+            it; None where they are refused.
     """
 
     log_weight: Tensor
     recent: BlockMask | None
     earlier: BlockMask | None
     plain: int | None = None
+    instead: Callable[[], Any] | None = None
 
 
 def weighed_keys(
@@ -116,6 +119,9 @@ def weighed_attention(
     if not isinstance(attention_mask, WeighedKeys):
         return as_sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None and attention_mask.instead is not None:
+            mask = attention_mask.instead()
+            return as_sdpa(module, query, key, value, mask, scaling=scaling, **kwargs)
         if kwargs.get(name) is not None:
             raise ModlabError(
                 f"weighed keys do not know the attention's {name}: set model.mod.supports_flex = False."

@@ -8,6 +8,7 @@ that nothing of them is left beyond the recent tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from modlab.execution.masked_keys import LEAST_LOG_WEIGHT
 from modlab.execution.packed import run_packed
-from modlab.execution.reference import given_mask
+from modlab.execution.reference import given_mask, hiding_mask
 from modlab.execution.weighed_attention import WeighedKeys, weighing_attention
 from modlab.execution.what_if_attention import takes_flex
 from modlab.hf.arguments import LayerArguments
@@ -39,9 +40,16 @@ def run_keys(
     assert mask_name is not None, "convert refuses an attention without a mask"
     keep, real = site.decision.keep, site.call.real
     log_weight = torch.where(keep, 0.0, LEAST_LOG_WEIGHT)
+    keys = WeighedKeys(
+        log_weight, None, None, plain=site.recent, instead=functools.partial(_as_mask, arguments, site)
+    )
     with weighing_attention(site.routing.model_config):
-        y, rest = arguments.run(dense, {mask_name: WeighedKeys(log_weight, None, None, plain=site.recent)})
+        y, rest = arguments.run(dense, {mask_name: keys})
     return torch.where(over(real, y), y, torch.zeros_like(y)), tuple(None for _ in rest)
+
+
+def _as_mask(arguments: LayerArguments, site: Site) -> Any:
+    return hiding_mask(arguments, site, given_mask(arguments, site), may_flex=False)[0]
 
 
 def takes_whole_rows(module: nn.Module, arguments: LayerArguments, site: Site) -> bool:
