@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from modlab.cli.flags import (
@@ -124,6 +125,10 @@ def run(options: argparse.Namespace) -> int:
     figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
     print(f"{result.stopped} after {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s")
     print(f"{options.out}: {figures}")
+    if result.interrupted:
+        print("next: the same command with --resume auto takes it up again")
+    else:
+        print(f"next: {shlex.join(['modlab', 'eval', str(options.out / 'model'), '--data', options.data])}")
     return INTERRUPTED if result.interrupted else 0
 
 

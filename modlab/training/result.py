@@ -50,6 +50,14 @@ class TrainResult:
         """True if Ctrl-C or the notebook's stop button ended the run."""
         return self.stopped == "interrupted"
 
+    @property
+    def kept_in(self) -> str:
+        """In words: where what was trained is, or that it is not saved yet."""
+        folder = self.out and self.out / "model"
+        if folder and folder.is_dir():
+            return f"Saved in {folder}."
+        return 'Not saved yet: model.save_pretrained("my-model").'
+
     def plot(self) -> go.Figure:
         """Loss over tokens, and the keep ratio of each routed layer where there are any."""
         import plotly.graph_objects as go

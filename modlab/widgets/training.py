@@ -185,7 +185,8 @@ class TrainingPanel(View, view="training"):
             again = "Train on takes it up again." if config.out else "Train on begins a new run from here."
             self._tell("stopped", f"Stopped after {result.steps:,} steps. {again}")
         else:
-            self._tell("finished", f"{result.steps:,} steps in {result.seconds:,.0f} s.", 1.0)
+            done = f"{result.steps:,} steps in {result.seconds:,.0f} s. {result.kept_in}"
+            self._tell("finished", done, 1.0)
 
     def _after_step(self, step: int, share: float) -> bool:
         """Tells the browser now and then, waits while paused, says whether to go on."""

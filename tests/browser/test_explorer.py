@@ -343,9 +343,13 @@ def test_the_curve_has_far_recall_and_the_dense_model(nb: Notebook, shots: Path)
     [
         (
             (0, 0.015, 0.3),
-            r"as well up to [\d.]+x smaller \(p 0\.6\), worse from [\d.]+x smaller \(p 0\.8\) on",
+            r"x smaller \(p 0\.6\) at most 0\.015 nats worse, from [\d.]+x smaller \(p 0\.8\) on beyond",
         ),
-        ((0, 0.3, 0.015), r"as well up to [\d.]+x smaller \(p 0\.8\), the last one measured"),
+        (
+            (-0.02, 0.3, 0.015),
+            r"up to [\d.]+x smaller \(p 0\.8\) at most 0\.300 nats worse, and no more was measured",
+        ),
+        ((-0.02, -0.02, -0.02), r"up to [\d.]+x smaller \(p 0\.8\) no worse, and no more was measured"),
         ((0.1, 0.2, 0.3), "worse at every threshold here"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -251,6 +252,8 @@ def test_train_converts_a_dense_model_and_resumes(source: Path, corpus: Path, tm
     assert done.returncode == 0, done.stderr
     assert "by the recipe layers, routed layers [2, 3, 4], keep ratio 0.333" in done.stdout
     assert "finished after 4 steps" in done.stdout
+    following = re.search(r"^next: modlab (eval .*)$", done.stdout, re.M)
+    assert following and modlab_process(*shlex.split(following[1]), cwd=tmp_path).returncode == 0
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4 and log[-1]["eval_loss"] > 0
     model, tokenizer = modlab.load(tmp_path / "run" / "model")

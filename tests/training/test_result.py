@@ -30,6 +30,14 @@ def test_result_shows_itself(make: Callable[..., Any], rows: torch.Tensor) -> No
     assert "2 steps" in dense._repr_html_() and "<table" in dense._repr_html_()
 
 
+def test_a_result_says_where_it_is(make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path) -> None:
+    result = train(make(), rows, TrainConfig(out=tmp_path / "run", **settings(steps=1)))
+    assert result.kept_in == f"Saved in {tmp_path / 'run' / 'model'}."
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    in_memory = train(make(), rows, TrainConfig(**settings(steps=1))).kept_in
+    assert in_memory.startswith("Not saved yet: model.save_pretrained(")
+
+
 def test_names_and_paths_are_text_not_markup(
     make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_paused_run_is_the_same_run(make_routed_model: Any) -> None:
     panel.resume()
     result = panel.wait(60)
     assert result.stopped == "finished" and not panel.running and panel.progress["state"] == "finished"
+    assert panel.progress["text"].endswith('Not saved yet: model.save_pretrained("my-model").')
     assert torch.equal(weights(model), weights(alone))
     assert result.history.loss.tolist() == want.history.loss.tolist()
     assert panel.history.step.tolist() == [2, 4, 6, 8, 10, 12]

@@ -58,9 +58,10 @@ class Curve {
     const first = points.findLastIndex((d) => !worse(d)) + 1, held = points[first - 1];
     const kept = (d) => (byRatio ? `one in ${number(Number((1 / d.keep_ratio).toPrecision(2)))} kept` : `p ${chance(d.p)}`);
     const at = (d) => `${(summary.dense_bytes / d.kv_bytes).toFixed(2)}x smaller (${kept(d)})`;
-    if (!held) return "Repeated passages are predicted worse at every threshold here.";
-    const holds = `Repeated passages are predicted as well up to ${at(held)}`;
-    return first === points.length ? `${holds}, the last one measured.` : `${holds}, worse from ${at(points[first])} on.`;
+    if (!held) return "Repeated passages: worse at every threshold here, beyond two standard errors.";
+    const most = Math.max(...points.slice(0, first).map((d) => d.recall - base.value));
+    const holds = `Repeated passages: up to ${at(held)} ${most > 0.0005 ? `at most ${most.toFixed(3)} nats` : "no"} worse`;
+    return first === points.length ? `${holds}, and no more was measured.` : `${holds}, from ${at(points[first])} on beyond two standard errors.`;
   }
 
   plot(points, width, scale, key, title, format, base) {
