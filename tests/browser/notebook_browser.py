@@ -131,11 +131,12 @@ class JupyterLab:
         settings: dict | None = None,
         env: dict | None = None,
         start_timeout: float = 90,
+        browser=None,  # of another JupyterLab: a process can start Playwright once
     ):
         # Absolute, as the kernel starts elsewhere; not resolved, as a virtual environment's is a symlink.
         self.kernel_python = os.path.abspath(shutil.which(str(kernel_python)) or str(kernel_python))
         self.viewport, self.start_timeout = viewport, start_timeout
-        self.chromium_path = chromium
+        self.chromium_path, self.browser = chromium, browser
         self.settings = {**LAB_SETTINGS, **(settings or {})}
         self.extra_env = env or {}
         self._stack = contextlib.ExitStack()
@@ -150,7 +151,8 @@ class JupyterLab:
                 )
             )
             self._start_server()
-            self._start_browser()
+            if self.browser is None:
+                self._start_browser()
             return self
         except BaseException:
             self._stack.close()

@@ -343,14 +343,14 @@ def test_the_curve_has_far_recall_and_the_dense_model(nb: Notebook, shots: Path)
     [
         (
             (0, 0.015, 0.3),
-            r"x smaller \(p 0\.6\) at most 0\.015 nats worse, from [\d.]+x smaller \(p 0\.8\) on beyond",
+            r"x smaller \(p 0\.6\) at most 0\.015 nats worse, clearly worse from [\d.]+x \(p 0\.8\) on",
         ),
         (
             (-0.02, 0.3, 0.015),
             r"up to [\d.]+x smaller \(p 0\.8\) at most 0\.300 nats worse, and no more was measured",
         ),
         ((-0.02, -0.02, -0.02), r"up to [\d.]+x smaller \(p 0\.8\) no worse, and no more was measured"),
-        ((0.1, 0.2, 0.3), "worse at every threshold here"),
+        ((0.1, 0.2, 0.3), "clearly worse at every threshold here"),
     ],
 )
 def test_a_sentence_says_where_it_breaks(nb: Notebook, above: tuple[float, ...], says: str) -> None:

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.conftest import ROOT, missing
+from tests.browser.conftest import ROOT
 from tests.browser.helpers import answered, kernel, read, wait_measured, wait_preview
-from tests.browser.notebook_browser import Notebook7
-from tests.helpers.launch import python_path
+from tests.browser.notebook_browser import JupyterLab, Notebook7
 
 pytestmark = pytest.mark.browser
 
@@ -15,15 +14,12 @@ OF_NOTEBOOK = r"reading 'schema'"
 """A script error of Notebook's own, about settings that were made before it started."""
 
 
-def test_the_quickstart_runs_and_answers(tmp_path: Path, shots: Path) -> None:
+def test_the_quickstart_runs_and_answers(lab: JupyterLab, tmp_path: Path, shots: Path) -> None:
     pytest.importorskip("notebook")
-    if why := missing():
-        pytest.skip(why)
-    env = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     path = ROOT / "notebooks" / "quickstart.ipynb"
     with (
-        Notebook7(env=env) as lab,
-        lab.open(path, timeout=240, cwd=tmp_path, ignore_console=[OF_NOTEBOOK]) as nb,
+        Notebook7(env=lab.extra_env, browser=lab.browser) as notebook,
+        notebook.open(path, timeout=240, cwd=tmp_path, ignore_console=[OF_NOTEBOOK]) as nb,
     ):
         nb.run_all()
         p = nb.drag(".modlab-threshold", 0.8, release=False)

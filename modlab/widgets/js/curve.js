@@ -47,7 +47,7 @@ class Curve {
     if (!far) return;
     el(this.plots, "p", "modlab-breaks", this.breaks(points));
     el(this.plots, "p", "mod-note mod-look", "Look for where the last curve leaves its dashed line: two passages of the text come "
-      + "again after its end, and what the cache lost of them the mean loss hides. Bars: standard error.");
+      + "again after its end, and what the cache lost of them the mean loss hides. Bars: standard error; clearly: by more than two.");
   }
 
   // In one sentence: how small the cache may be until passages that come again are predicted worse, beyond the error.
@@ -57,11 +57,11 @@ class Curve {
     const worse = (d) => d.recall - base.value > Math.max(2 * (d.recall_stderr || 0), LEAST_LOST);
     const first = points.findLastIndex((d) => !worse(d)) + 1, held = points[first - 1];
     const kept = (d) => (byRatio ? `one in ${number(Number((1 / d.keep_ratio).toPrecision(2)))} kept` : `p ${chance(d.p)}`);
-    const at = (d) => `${(summary.dense_bytes / d.kv_bytes).toFixed(2)}x smaller (${kept(d)})`;
-    if (!held) return "Repeated passages: worse at every threshold here, beyond two standard errors.";
+    const at = (d, smaller = "") => `${(summary.dense_bytes / d.kv_bytes).toFixed(2)}x${smaller} (${kept(d)})`;
+    if (!held) return "Repeated passages: clearly worse at every threshold here.";
     const most = Math.max(...points.slice(0, first).map((d) => d.recall - base.value));
-    const holds = `Repeated passages: up to ${at(held)} ${most > 0.0005 ? `at most ${most.toFixed(3)} nats` : "no"} worse`;
-    return first === points.length ? `${holds}, and no more was measured.` : `${holds}, from ${at(points[first])} on beyond two standard errors.`;
+    const holds = `Repeated passages: up to ${at(held, " smaller")} ${most > 0.0005 ? `at most ${most.toFixed(3)} nats` : "no"} worse`;
+    return first === points.length ? `${holds}, and no more was measured.` : `${holds}, clearly worse from ${at(points[first])} on.`;
   }
 
   plot(points, width, scale, key, title, format, base) {

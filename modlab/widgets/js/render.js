@@ -14,16 +14,18 @@ function show(model, parent) {
   }
   store.views.push(...view.parts(model).flatMap((part) => build(part, store, root)));
   store.update();
-  // Python may ask for it before the view has a place on the page.
+  // Python may ask for it before the view has a place on the page; no observer tells of that in a cell out of sight.
+  let later = 0;
   const seek = () => {
-    if (!model.get("sought") || !root.clientHeight) return;
+    clearTimeout(later);
+    if (!model.get("sought")) return;
+    if (!root.isConnected) { later = setTimeout(seek, 100); return; }
     root.scrollIntoView({ block: "start" });
     model.set("sought", false);
     store.save();
   };
-  const placed = new ResizeObserver(seek);
-  placed.observe(root);
   model.on("change:sought", seek);
+  seek();
   // JupyterLab writes its theme on the body, and at some other time its colours arrive; a page of its own follows the
   // system. The ground has a transition (style.css), whose beginning tells that the colours are there.
   const follow = () => store.update();
@@ -32,7 +34,13 @@ function show(model, parent) {
   const watch = new MutationObserver(follow), scheme = matchMedia("(prefers-color-scheme: dark)");
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
   scheme.addEventListener("change", follow);
-  return () => { placed.disconnect(); model.off("change:sought", seek); watch.disconnect(); scheme.removeEventListener("change", follow); store.destroy(); };
+  return () => {
+    clearTimeout(later);
+    model.off("change:sought", seek);
+    watch.disconnect();
+    scheme.removeEventListener("change", follow);
+    store.destroy();
+  };
 }
 
 // A part is a class, or a row of columns of parts.
