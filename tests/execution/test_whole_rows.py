@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.execution import whole_rows
-from modlab.execution.weighed_attention import WeighedKeys, weighed_attention
+from modlab.execution import weighed_attention, whole_rows
 from tests.helpers.models import spread_gates
 
 pytest.importorskip("triton")
@@ -90,17 +88,15 @@ def test_only_16_bit_goes_through_the_kernel() -> None:
             assert whole_rows.on_gpu(torch.zeros(1, device="cuda"))
 
 
-def test_an_attention_that_caps_its_scores_keeps_to_its_mask() -> None:
-    """As Gemma 2 with transformers 5.17, which runs under sdpa there."""
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 2, True
+def test_an_attention_that_caps_its_scores_keeps_to_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma 2 with transformers 5.17, which runs under sdpa there; later versions refuse that."""
+    given = []
+    monkeypatch.setattr(weighed_attention, "as_sdpa", lambda *args, **kwargs: given.append((args, kwargs)))
     q, k, v = (torch.randn(1, heads, 130, 16) for heads in (4, 2, 2))
-    mask = torch.ones(130, 130).tril().bool()[None, None]
-    mask[..., :60] &= torch.eye(130).bool()[:, :60]
-    keys = WeighedKeys(torch.zeros(1, 130), None, None, plain=20, instead=lambda: mask)
-    got, _ = weighed_attention(module, q, k, v, keys, softcap=30.0)
-    want, _ = AttentionInterface()["sdpa"](module, q, k, v, mask)
-    assert torch.equal(got, want)
+    keys = weighed_attention.WeighedKeys(torch.zeros(1, 130), None, None, plain=20, instead=lambda: "mask")
+    weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys, scaling=0.3, softcap=30.0)
+    ((args, kwargs),) = given
+    assert args[1:] == (q, k, v, "mask") and kwargs == {"scaling": 0.3, "softcap": 30.0}
     keys.instead = None
     with pytest.raises(ModlabError, match="softcap"):
-        weighed_attention(module, q, k, v, keys, softcap=30.0)
+        weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys, softcap=30.0)
