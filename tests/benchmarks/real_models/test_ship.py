@@ -80,6 +80,6 @@ def test_routers_of_a_run_are_packed(tmp_path: Path, word_tokenizer: Any) -> Non
     for name, value in model.named_parameters():
         if ".mod_router." in name:
             torch.testing.assert_close(
-                again.get_parameter(name), value, rtol=1e-3, atol=float(value.abs().max()) / 29
+                again.get_parameter(name), value, rtol=1e-3, atol=value.abs().max().item() / 29
             )
     assert (out / ROUTER_FILE).stat().st_size < (run / ROUTER_FILE).stat().st_size
