@@ -40,7 +40,7 @@ LEAST_SHARE = 0.4
 
 SKIP_LAYERS = "skipped layers"
 FEWER = 0.94
-"""Of a batch that did not fit, after all."""
+"""Share of a batch that did not fit that is tried next."""
 
 SPARE = 3 * 2**30
 """Bytes left free at the largest batch: what a step and the choice of tokens compute."""

@@ -147,9 +147,8 @@ def _checked(options: argparse.Namespace, given: dict[str, Any]) -> Any:
         return config
     fields = {**RECIPES[options.recipe].train, **given}
     if "keep_ratio" not in fields and fields.get("keep_range") is not None:
-        fields["keep_ratio"] = sum(fields["keep_range"]) / len(
-            fields["keep_range"]
-        )  # `recipe` checks its own
+        # a share within the range stands in for the saving's, which `recipe` checks once it knows the model
+        fields["keep_ratio"] = sum(fields["keep_range"]) / len(fields["keep_range"])
     TrainConfig(**fields).check()
     return config
 

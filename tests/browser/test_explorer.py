@@ -347,8 +347,9 @@ def test_the_curve_has_far_recall_and_the_dense_model(nb: Notebook, shots: Path)
         ),
         (
             (-0.02, 0.3, 0.015),
-            r"up to [\d.]+x smaller \(p 0\.8\) at most 0\.300 nats worse, and no more was measured",
+            r"up to [\d.]+x smaller \(p 0\.5\) no worse, clearly worse at [\d.]+x \(p 0\.6\)\.$",
         ),
+        ((0.3, -0.02, 0.3), r"Repeated passages: clearly worse at [\d.]+x \(p 0\.5\) already\.$"),
         ((-0.02, -0.02, -0.02), r"up to [\d.]+x smaller \(p 0\.8\) no worse, and no more was measured"),
         ((0.1, 0.2, 0.3), "clearly worse at every threshold here"),
     ],

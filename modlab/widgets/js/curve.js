@@ -55,13 +55,15 @@ class Curve {
     const { summary, byRatio } = this.store, base = reference(summary, "recall");
     if (!base) return "";
     const worse = (d) => d.recall - base.value > Math.max(2 * (d.recall_stderr || 0), LEAST_LOST);
-    const first = points.findLastIndex((d) => !worse(d)) + 1, held = points[first - 1];
+    const found = points.findIndex(worse), first = found < 0 ? points.length : found, held = points[first - 1];
     const kept = (d) => (byRatio ? `one in ${number(Number((1 / d.keep_ratio).toPrecision(2)))} kept` : `p ${chance(d.p)}`);
     const at = (d, smaller = "") => `${(summary.dense_bytes / d.kv_bytes).toFixed(2)}x${smaller} (${kept(d)})`;
-    if (!held) return "Repeated passages: clearly worse at every threshold here.";
+    const all = points.slice(first).every(worse);
+    if (!held) return `Repeated passages: clearly worse at ${all ? "every threshold here" : `${at(points[0])} already`}.`;
     const most = Math.max(...points.slice(0, first).map((d) => d.recall - base.value));
     const holds = `Repeated passages: up to ${at(held, " smaller")} ${most > 0.0005 ? `at most ${most.toFixed(3)} nats` : "no"} worse`;
-    return first === points.length ? `${holds}, and no more was measured.` : `${holds}, clearly worse from ${at(points[first])} on.`;
+    if (!points[first]) return `${holds}, and no more was measured.`;
+    return `${holds}, clearly worse ${all ? "from" : "at"} ${at(points[first])}${all ? " on" : ""}.`;
   }
 
   plot(points, width, scale, key, title, format, base) {
