@@ -5,7 +5,6 @@ Shape letters: B rows, T tokens in, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from typing import Any
 
@@ -26,6 +25,7 @@ from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_of
 from modlab.hf.model import eval_mode
 from modlab.hf.names import given_cache
+from modlab.kernels.device import on_device
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
@@ -224,11 +224,6 @@ def fast_generation_report(model: PreTrainedModel) -> dict[str, Any]:
         "batch_sizes": sorted(engine.steps),
         "last": dict(engine.last),
     }
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a GPU the current one: kernels and events go to that, not to where their tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ class WeighedKeys:
         earlier: block mask of the others, None where no row is longer than the recent past.
         plain: how many keys are recent, where rows have neither padding nor several documents: the kernel
             then needs no masks. None otherwise.
-        instead: makes the same as a mask for sdpa, where attentions that do more than softmax still run by
-            it; None where they are refused.
+        instead: makes the same as a mask for sdpa, by which runs what the kernel does not take, or what does
+            more than softmax; None where block masks are there.
     """
 
     log_weight: Tensor
@@ -118,18 +118,19 @@ def weighed_attention(
     """
     if not isinstance(attention_mask, WeighedKeys):
         return as_sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None and attention_mask.instead is not None:
-            mask = attention_mask.instead()
-            return as_sdpa(module, query, key, value, mask, scaling=scaling, **kwargs)
-        if kwargs.get(name) is not None:
-            raise ModlabError(
-                f"weighed keys do not know the attention's {name}: set model.mod.supports_flex = False."
-            )
+    weighed: WeighedKeys = attention_mask
+    more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    by_kernel = weighed.plain is not None and not torch.compiler.is_compiling() and takes(query)
+    if weighed.instead is not None and (more or not by_kernel):
+        return as_sdpa(module, query, key, value, weighed.instead(), scaling=scaling, **kwargs)
+    if more:
+        raise ModlabError(
+            f"weighed keys do not know the attention's {more[0]}: set model.mod.supports_flex = False."
+        )
     query_BNTH, key_BGTH, value_BGTH = as_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weighed: WeighedKeys = attention_mask
-    if weighed.plain is not None and not torch.compiler.is_compiling() and takes(query_BNTH):
+    if by_kernel:
+        assert weighed.plain is not None
         weight_BGT = by_gate(weighed.log_weight).transpose(1, 2).expand(-1, key_BGTH.shape[1], -1)
         q, k, v = (x.transpose(1, 2) for x in (query_BNTH, key_BGTH, value_BGTH))
         return kernel_weighed_attention(q, k, v, weight_BGT, weighed.plain, scale).contiguous(), None

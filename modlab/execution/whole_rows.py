@@ -66,6 +66,7 @@ def takes_whole_rows(module: nn.Module, arguments: LayerArguments, site: Site) -
         and not module.training
         and on_gpu(arguments.hidden)
         and triton is not None
+        and not site.routing.compile_layers  # traced layers cannot call it
         and getattr(module, "head_dim", None) in HEAD_DIMS
         and call.documents is None
         and not call.pads_first

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.kernels.device import on_device
+
 try:
     import triton
     import triton.language as tl
@@ -28,6 +30,9 @@ LOG2E = 1.4426950408889634
 
 HEAD_DIMS = (16, 32, 64, 128)
 """Entries of a head that the kernels take."""
+
+MOST_ENTRIES = 2**31 - 2**28
+"""Places in a tensor are counted in 32 bit, padding included."""
 
 BLOCK = 128
 """Tokens a block: rows are padded to a multiple of it."""
@@ -59,8 +64,8 @@ def weighed_attention(
 
 
 def takes(q_BTNH: Tensor) -> bool:
-    """Whether the kernels know heads of this size."""
-    return triton is not None and q_BTNH.shape[-1] in HEAD_DIMS
+    """Whether the kernels know heads of this size, and count so many entries (B, T and N in any order)."""
+    return triton is not None and q_BTNH.shape[-1] in HEAD_DIMS and q_BTNH.numel() < MOST_ENTRIES
 
 
 def reference_weighed_attention(
@@ -262,9 +267,10 @@ class _Weighed(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
         sizes = WIDE if H > 64 else FORWARD
-        _forward[(T // sizes["BQ"], B * N)](
-            q, k, v, weight, out, lse, T, N, G, scale * LOG2E, window, H=H, **sizes
-        )
+        with on_device(q.device):
+            _forward[(T // sizes["BQ"], B * N)](
+                q, k, v, weight, out, lse, T, N, G, scale * LOG2E, window, H=H, **sizes
+            )
         ctx.save_for_backward(q, k, v, weight, out, lse)
         ctx.window, ctx.scale = window, scale
         return out
@@ -279,15 +285,16 @@ class _Weighed(torch.autograd.Function):
         dq, dk_BTNH, dv_BTNH = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
         dw_BNT = torch.empty_like(lse)
         scale = ctx.scale
-        sizes = KEYS
-        _backward_keys[(T // sizes["BK"], B * N)](
-            q, k, v, weight, d_out, lse, delta, dk_BTNH, dv_BTNH, dw_BNT,
-            T, N, G, scale * LOG2E, scale, ctx.window, H=H, **sizes,
-        )  # fmt: skip
-        sizes = QUERIES
-        _backward_queries[(T // sizes["BQ"], B * N)](
-            q, k, v, weight, d_out, lse, delta, dq,
-            T, N, G, scale * LOG2E, scale, ctx.window, H=H, **sizes,
-        )  # fmt: skip
+        with on_device(q.device):
+            sizes = KEYS
+            _backward_keys[(T // sizes["BK"], B * N)](
+                q, k, v, weight, d_out, lse, delta, dk_BTNH, dv_BTNH, dw_BNT,
+                T, N, G, scale * LOG2E, scale, ctx.window, H=H, **sizes,
+            )  # fmt: skip
+            sizes = QUERIES
+            _backward_queries[(T // sizes["BQ"], B * N)](
+                q, k, v, weight, d_out, lse, delta, dq,
+                T, N, G, scale * LOG2E, scale, ctx.window, H=H, **sizes,
+            )  # fmt: skip
         dk, dv = (x.view(B, T, G, N // G, H).sum(3) for x in (dk_BTNH, dv_BTNH))
         return dq, dk, dv, dw_BNT.view(B, G, N // G, T).sum(2), None, None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.errors import ModlabError, check_count
+from modlab.hf.model import context_length
 from modlab.measure.divergence import divergence, named_texts
 from modlab.probes.distances import DISTANCES
 from modlab.probes.key_value import retrieval
@@ -215,30 +216,30 @@ def report(
         check_count("length", count)
     shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     far = {"distances": far_distances, "rows": questions, **shared}
-    dense = {
-        "recall": dense_rows(recall, model, first, tokenizer, **far),
-        "retrieval": dense_rows(retrieval, model, first, tokenizer, pairs=pairs, **far),
-    }
+    context = context_length(model)
+    if lengths and context is not None and max(lengths) > context:
+        raise ModlabError(f"length={max(lengths)}: the model's context is {context}; give at most that.")
+    dense: dict[str, pd.DataFrame] = {}
     answers = None
     found = Report(name or type(model).__name__, [])
     for saving in asked or [None]:  # type: ignore[list-item]
         with thresholds_restored(model) if saving is not None else contextlib.nullcontext():
             if saving is not None:
                 set_kv_saving(model, saving)
+            # first, as it refuses what does not fit before it runs anything
+            apart = divergence(model, named, tokenizer, seq_len=seq_len, rows=rows, **shared)
+            if not dense:  # the same at all savings
+                dense["recall"] = dense_rows(recall, model, first, tokenizer, **far)
+                dense["retrieval"] = dense_rows(retrieval, model, first, tokenizer, pairs=pairs, **far)
+            recalled = recall_gap(model, first, tokenizer, dense=dense["recall"], **far)
+            retrieved = retrieval_gap(model, first, tokenizer, pairs=pairs, dense=dense["retrieval"], **far)
             if lengths:
                 answers = ruler(
                     model, first, tokenizer, lengths=lengths, samples=samples, by_row=True, dense=answers,
                     **shared,
                 )  # fmt: skip
-            found.settings.append(
-                Setting(
-                    saving,
-                    divergence(model, named, tokenizer, seq_len=seq_len, rows=rows, **shared),
-                    recall_gap(model, first, tokenizer, dense=dense["recall"], **far),
-                    retrieval_gap(model, first, tokenizer, pairs=pairs, dense=dense["retrieval"], **far),
-                    None if answers is None else mean_scores(answers),
-                )
-            )
+            tasks = None if answers is None else mean_scores(answers)
+            found.settings.append(Setting(saving, apart, recalled, retrieved, tasks))
         if each is not None:
             each(found)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 import modlab
 from modlab.errors import ModlabError
 from modlab.execution import weighed_attention, whole_rows
+from modlab.kernels import weighed_attention as kernels
 from tests.helpers.models import spread_gates
 
 pytest.importorskip("triton")
@@ -100,3 +101,24 @@ def test_an_attention_that_caps_its_scores_keeps_to_its_mask(monkeypatch: pytest
     keys.instead = None
     with pytest.raises(ModlabError, match="softcap"):
         weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys, softcap=30.0)
+
+
+@pytest.mark.parametrize("size", ["head_dim", "entries"])
+def test_what_the_kernel_does_not_take_keeps_to_its_mask(make_llama, monkeypatch, size: str) -> None:
+    """A width of heads that the module does not tell, rows too large to count: the mask, never no mask."""
+    routed = model(make_llama, gates="kv_head")
+    if size == "entries":
+        monkeypatch.setattr(kernels, "MOST_ENTRIES", 1)
+    else:
+        monkeypatch.setattr(kernels, "HEAD_DIMS", ())
+    want, got, ran = both(routed, monkeypatch, input_ids=IDS)
+    assert ran
+    torch.testing.assert_close(got, want, rtol=10 * NEAR, atol=NEAR)
+
+
+def test_traced_layers_are_left_to_masks(make_llama, monkeypatch) -> None:
+    routed = model(make_llama)
+    routed.mod.compile_layers = True
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    want, got, ran = both(routed, monkeypatch, input_ids=IDS)
+    assert ran == 0 and torch.equal(got, want)
