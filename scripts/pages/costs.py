@@ -1,6 +1,7 @@
 """The front page's figures: what routing saves and what it costs, each from its result file."""
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from modlab.published import REPORT
+from modlab.recipes import RECIPES
 from scripts.pages.quality import DEFAULT, summary
 from scripts.pages.results import newest, results, skipped
 
@@ -47,12 +49,15 @@ def distilled_sentence(root: Path) -> str:
     record = _distilled(root)
     made, at = record["training"], {row["ratio_asked"]: row for row in record["rows"]}
     four, eight = at[4.0], at[8.0]
+    flags = re.findall(r"--keep-range \S+", record["command"])
+    low, high = RECIPES["distil"].train["keep_range"]
+    unlike = "".join(f", with `{flag}`, the recipe having {low},{high}" for flag in flags)
     return _wrapped(
         'So do not use that recipe where a model has to quote its context. **`recipe("distil")` does far '
         f"better**: after {made['seconds'] / 60:.1f} minutes of training on one {record['device_name']} "
-        f"({made['tokens'] / 1e6:.0f} M tokens) the same model stores {four['ratio']:.1f}x less (asked for "
-        f"4x; a text gets more or less), at most {_gap(four)} nats of recall are lost at all distances to "
-        f"{max(map(int, four['recall_gap'])):,} tokens, and the KL to the dense model is "
+        f"({made['tokens'] / 1e6:.0f} M tokens{unlike}) the same model stores {four['ratio']:.1f}x less "
+        f"(asked for 4x; a text gets more or less), at most {_gap(four)} nats of recall are lost at all "
+        f"distances to {max(map(int, four['recall_gap'])):,} tokens, and the KL to the dense model is "
         f"{four['kl_far']:.3f}; at {eight['ratio']:.1f}x they are {_gap(eight)} and {eight['kl_far']:.3f}."
     )
 

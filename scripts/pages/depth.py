@@ -59,20 +59,23 @@ def section(result: dict[str, Any]) -> str:
         f"Compute is the share of the layers' operations that a prompt of {first['length']:,} tokens "
         "executes, K/V the dense model's keys and values over those stored, KL that to the dense model at "
         f"positions from {first['far_from']:,} on, mean of three texts, recall the loss on the second copy "
-        f"of a passage above the dense model's, at distances of {_distances(first)} tokens. Tasks: mean "
-        "score, the dense model's, and the standard error of the paired difference."
+        f"of a passage above the dense model's, at distances of {_distances(first)} tokens, retrieval, "
+        "at the same distances, that of dense's answers. Tasks: mean score, the dense model's, and the "
+        "standard error of the paired difference."
         f"{_timed(result)}",
         "",
-        "| arm | tokens | compute asked / got | K/V | KL | recall | tasks against dense | prompt |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | tokens | compute asked / got | K/V | KL | recall | retrieval, of dense's "
+        "| tasks against dense | prompt |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         gaps = " ".join(f"{gap:+.3f}" for gap in row["recall_gap"].values())
+        found = " ".join(f"{share:.2f}" for share in row.get("retrieval_of_dense", {}).values()) or "-"
         ratio, speed = row.get("ratio"), row.get("prefill_speedup")
         lines.append(
             f"| {row['arm']} | {row['tokens'] / 1e6:.3g}M | {number(row.get('compute_asked'), '.2f')} / "
             f"{row['compute']:.3f} | {'-' if ratio is None else f'{ratio:.2f}x'} | {row['kl_far']:.3f} | "
-            f"{gaps} | {_tasks(row)} | {'-' if speed is None else f'{speed:.2f}x'} |"
+            f"{gaps} | {found} | {_tasks(row)} | {'-' if speed is None else f'{speed:.2f}x'} |"
         )
     if len(rows) > 2:
         lines += ["", f"![KL over compute, {first['model']}]({picture_name(result)})"]

@@ -42,13 +42,14 @@ def test_without_a_result_nothing_is_claimed(tmp_path: Path) -> None:
 
 def test_the_newest_result_has_a_row_an_arm(tmp_path: Path) -> None:
     new = result("2026-12-02", "leave-2/3", "static-layer-0.9", "topk")
-    new["rows"][0] |= {"prefill_speedup": 1.46}
+    new["rows"][0] |= {"prefill_speedup": 1.46, "retrieval_of_dense": {"256": 0.90385, "1024": 0.8}}
     new["rows"][0]["tasks"] = {"piqa": {}, "mean": {"score": 0.49, "dense": 0.5, "gap_stderr": 0.004}}
     new["rows"][0]["ratio"], new["prefill"] = 4.03, [{"context": 32768}]
     text = depth.block(committed(tmp_path, new, result("2026-12-01", "mlp-0.9")))
     tasks = "0.4900 of 0.5000 (98.0%) ± 0.0040: piqa"
-    assert f"| leave-2/3 | 3M | 0.70 / 0.600 | 4.03x | 0.200 | +0.010 -0.020 | {tasks} | 1.46x |" in text
-    assert "| topk | 3M | 0.70 / 0.800 | - | 0.100 | +0.010 -0.020 | - | - |" in text
+    quality = "0.200 | +0.010 -0.020 | 0.90 0.80"
+    assert f"| leave-2/3 | 3M | 0.70 / 0.600 | 4.03x | {quality} | {tasks} | 1.46x |" in text
+    assert "| topk | 3M | 0.70 / 0.800 | - | 0.100 | +0.010 -0.020 | - | - | - |" in text
     assert "at distances of 256, 1,024 tokens" in text and "a prompt of 32,768 tokens" in text
     assert "mlp-0.9" not in text and "`the command`" in text and "](depth_toy.png)" in text
 
