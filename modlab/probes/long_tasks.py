@@ -17,16 +17,20 @@ import torch
 
 from modlab.errors import ModlabError, check_count
 from modlab.hf.model import context_length
+from modlab.probes.dense_side import check_dense, digest_of, sign
 from modlab.probes.material import token_stream, windows
 from modlab.probes.ruler_tasks import TASKS, Page, Question
 from modlab.probes.writing import write
-from modlab.routing.state import is_converted, routing_off
+from modlab.routing.state import is_converted, routing_of, routing_off
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
 LENGTHS = (4096, 8192)
+KEYS = ["task", "length", "row"]
+"""What names a line of the table by row."""
+
 APART = 64  # tokens from one prompt's place in the text to the next one's
 
 
@@ -58,7 +62,7 @@ def ruler(
         batch_size: prompts at once.
         by_row: one line a question instead of means.
         dense: a table by row of a call with the same arguments, whose dense side is taken instead of written
-            again: it is the same at all thresholds.
+            again: it is the same at all thresholds. For a converted model.
         progress: show a progress bar.
 
     Returns:
@@ -67,7 +71,8 @@ def ruler(
         that of paired questions. With `by_row`: `row` in place of `samples`, and no `stderr`.
 
     Raises:
-        ModlabError: no such task, prompts beyond the context or shorter than a question, too little text.
+        ModlabError: no such task, prompts beyond the context or shorter than a question, too little text;
+            `dense` is of other text or arguments, or given for a dense model.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -77,7 +82,11 @@ def ruler(
     check_count("batch_size", batch_size)
     stream_M = token_stream(data, tokenizer, model)
     sides = ("routed", "dense") if is_converted(model) else ("score",)
+    settings = {"lengths": wanted, "tasks": chosen, "samples": samples, "seed": seed}
+    digest = digest_of(stream_M, settings)
     if dense is not None:
+        routing_of(model)
+        check_dense(dense, digest, KEYS, "dense", "ruler(..., by_row=True) of a converted model")
         sides = ("routed",)
     lines: list[dict[str, Any]] = []
     total = len(sides) * len(chosen) * len(wanted) * samples
@@ -97,18 +106,12 @@ def ruler(
                 ]
     table = pd.DataFrame(lines)
     if dense is not None:
-        table = _joined(table, dense)
-    return table if by_row else mean_scores(table)
-
-
-def _joined(routed: pd.DataFrame, dense: pd.DataFrame) -> pd.DataFrame:
-    keys = ["task", "length", "row"]
-    if len(routed) != len(dense) or not (routed[keys] == dense[keys]).all(axis=None):
-        raise ModlabError(
-            f"the dense side has {len(dense)} questions that are not these {len(routed)}: make it with the "
-            "same arguments (lengths, tasks, samples and seed)."
-        )
-    return routed.merge(dense[[*keys, "dense"]], on=keys, validate="one_to_one")[[*keys, "dense", "routed"]]
+        joined = table.merge(dense[[*KEYS, "dense"]], on=KEYS, validate="one_to_one")
+        table = joined[[*KEYS, "dense", "routed"]]
+    if not by_row:
+        return mean_scores(table)
+    sign(table, digest)
+    return table
 
 
 def _checked(model: Any, tasks: Iterable[str], lengths: Iterable[int]) -> tuple[list[str], list[int]]:

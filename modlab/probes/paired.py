@@ -6,18 +6,21 @@ rows are, which is several times larger.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from modlab.errors import ModlabError
+from modlab.probes.dense_side import check_dense, digest_of, sign
 from modlab.probes.key_value import retrieval
+from modlab.probes.material import token_stream
 from modlab.probes.repeated_passage import recall
 from modlab.routing.state import routing_of, routing_off
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 KEYS = ["distance", "row"]
@@ -42,12 +45,15 @@ def recall_gap(
         dense: the dense side, from `dense_rows(recall, ...)` with the same arguments, where it is known.
         settings: further arguments of `recall`.
 
+    Raises:
+        ModlabError: a dense model; `dense` is of other text or settings; and what `recall` raises.
+
     Returns:
         DataFrame, one line a distance: `distance`, `passages`; `dense` and `routed`, loss on the second copy
         in nats a token; `gap`, their difference, and its `stderr` over passages; `keep_ratio` of the first
         copy. `frame.attrs["left_out"]` as in `recall`.
     """
-    table = _both(recall, model, data, tokenizer, dense, settings)
+    table = _both(recall, model, data, tokenizer, dense, settings, "second_loss")
     table["gap"] = table["second_loss"] - table["second_loss_dense"]
     groups = table.groupby("distance")
     return _with_left_out(
@@ -81,7 +87,7 @@ def retrieval_gap(
         the dense model answers, and `of_dense`, the share of these that the routed one answers too (NaN
         where there are none); `keep_ratio` of the asked assignment. `frame.attrs["left_out"]` as in `recall`.
     """
-    table = _both(retrieval, model, data, tokenizer, dense, settings)
+    table = _both(retrieval, model, data, tokenizer, dense, settings, "right")
     table["both"] = table["right"] & table["right_dense"]
     table["difference"] = table["right"].astype(float) - table["right_dense"].astype(float)
     groups = table.groupby("distance")
@@ -105,12 +111,34 @@ def dense_rows(
     probe: Callable[..., pd.DataFrame], model: Any, data: Any, tokenizer: Any, **settings: Any
 ) -> pd.DataFrame:
     """A probe's table of the dense model, a line a row: the same at all thresholds, so that several settings
-    of one model are held against it."""
+    of one model are held against it. `frame.attrs["made_of"]` is a digest of text and settings, by which a
+    dense side of other rows is refused."""
     routing_of(model)
+    settings, stream_M = _all_settings(probe, settings), token_stream(data, tokenizer, model)
+    table = _dense(probe, model, stream_M, tokenizer, settings)
+    sign(table, digest_of(stream_M, settings))
+    return table
+
+
+def _dense(
+    probe: Callable[..., Any], model: Any, stream_M: Tensor, tokenizer: Any, settings: dict[str, Any]
+) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*distances left out")  # the routed side says it
         with routing_off(model):
-            return probe(model, data, tokenizer, **{**settings, "by_row": True})
+            return probe(model, stream_M[None], tokenizer, **{**settings, "by_row": True})
+
+
+def _all_settings(probe: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of those not given; several values as a tuple, since both sides read them."""
+    parameters = inspect.signature(probe).parameters.values()
+    known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    several = {
+        name: tuple(value)
+        for name, value in given.items()
+        if isinstance(value, Iterable) and not isinstance(value, str)
+    }
+    return known | given | several
 
 
 def _both(
@@ -120,16 +148,16 @@ def _both(
     tokenizer: Any,
     dense: pd.DataFrame | None,
     settings: dict[str, Any],
+    column: str,
 ) -> pd.DataFrame:
     """Row by row of the routed model, with the dense one's figures under `..._dense`."""
+    routing_of(model)
+    settings, stream_M = _all_settings(probe, settings), token_stream(data, tokenizer, model)
     if dense is None:
-        dense = dense_rows(probe, model, data, tokenizer, **settings)
-    routed = probe(model, data, tokenizer, **{**settings, "by_row": True})
-    if len(routed) != len(dense) or not (routed[KEYS] == dense[KEYS]).all(axis=None):
-        raise ModlabError(
-            f"the dense side has {len(dense)} rows that are not these {len(routed)}: make it with the same "
-            "arguments (distances, rows and seed)."
-        )
+        dense = _dense(probe, model, stream_M, tokenizer, settings)
+    else:
+        check_dense(dense, digest_of(stream_M, settings), KEYS, column, f"dense_rows({probe.__name__}, ...)")
+    routed = probe(model, stream_M[None], tokenizer, **{**settings, "by_row": True})
     table = routed.merge(dense, on=KEYS, suffixes=("", "_dense"), validate="one_to_one")
     table.attrs["left_out"] = routed.attrs["left_out"]
     return table

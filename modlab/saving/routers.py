@@ -6,7 +6,7 @@ What conversion adds has ".mod_" in its name. Where PEFT has wrapped such a modu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modlab.errors import ModlabError
+from modlab.hf.anatomy import WRAPPED
 from modlab.routing.router import is_router
 from modlab.saving.bits import unpack_routers
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
@@ -29,13 +30,47 @@ PEFTS_OWN = ("modules_to_save", "original_module")
 
 def added_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of a state dict what conversion added, under the names of a model without adapters, on the CPU."""
+    return {plain: state[name].detach().cpu().contiguous() for plain, name in added_names(state).items()}
+
+
+def added_names(names: Iterable[str]) -> dict[str, str]:
+    """Of a state dict's names those of what conversion added, by the name in a model without adapters."""
     added = {}
-    for name, tensor in state.items():
+    for name in names:
         parts = name.split(".")
         if is_router(name) and not any(part in PEFTS_OWN or part.startswith("lora_") for part in parts):
-            plain = ".".join(part for part in parts if part != "base_layer")
-            added[plain] = tensor.detach().cpu().contiguous()
+            added[".".join(part for part in parts if part != "base_layer")] = name
     return added
+
+
+def missing_of(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What conversion added to `model` and a state dict of these names lacks. A wrapper's part of a name
+    (checkpointing, torch.compile) counts for nothing, as state dicts have it or not."""
+
+    def bare(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+    given = set(map(bare, added_names(names)))
+    return [name for name in added_names(tensors_of(model)) if bare(name) not in given]
+
+
+def check_none_missing(model: nn.Module, names: Iterable[str]) -> None:
+    """Whether a state dict that somebody gives for saving has all that conversion added to `model`.
+
+    Args:
+        model: converted, with or without adapters.
+        names: in the state, as in the model itself.
+
+    Raises:
+        ModlabError: some are missing, so that what is saved could not be loaded.
+    """
+    if missing := missing_of(model, names):
+        raise ModlabError(
+            f"the state_dict given lacks {len(missing)} tensors that conversion added to the model, such as "
+            f"{missing[0]}, and without them the folder could not be loaded: give the state of the whole "
+            "model, accelerator.get_state_dict(model), and save in the process that holds it; or give none "
+            "where the model is not sharded."
+        )
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from modlab.saving.description import write_description
 from modlab.saving.files import ADAPTER_CONFIG, MARKER, WEIGHT_PATTERNS, holds_model
 from modlab.saving.fingerprint import fingerprints
 from modlab.saving.gguf import check_saving
-from modlab.saving.routers import added_in, tensors_of, write_routers
+from modlab.saving.routers import added_in, check_none_missing, tensors_of, write_routers
 from modlab.saving.save_adapters import check_no_adapters, describe_adapters, described_by_caller
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def save_converted(
 
     Args:
         evaluation: figures for the model card, as `modlab.measure.evaluate` gives them.
+
+    Raises:
+        ModlabError: `state_dict` lacks some of what conversion added.
     """
     if not is_main_process:
         return
@@ -54,6 +57,8 @@ def save_converted(
         return
     check_saving(model)
     check_no_adapters(model, "save the PeftModel around it, by its own save_pretrained")
+    if state_dict is not None:
+        check_none_missing(model, state_dict)
     state = dict(model.state_dict() if state_dict is None else state_dict)
     added = added_in(state)
     with atomic_directory(save_directory, replaces=WEIGHT_PATTERNS) as folder:

@@ -24,7 +24,14 @@ from modlab.errors import ModlabError
 from modlab.routing.state import is_converted
 from modlab.saving.description import write_description
 from modlab.saving.files import ROUTER_FILE, holds_model
-from modlab.saving.routers import added_in, tensors_of, write_routers
+from modlab.saving.routers import (
+    added_in,
+    added_names,
+    check_none_missing,
+    missing_of,
+    tensors_of,
+    write_routers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +54,14 @@ def save_adapters(
         state: of `model`, whole, where FSDP2 shards it.
 
     Raises:
-        ModlabError: this process holds parts of the model, and no state was given.
+        ModlabError: this process holds parts of adapters or routers, and no state was given; or the state
+            lacks routers.
     """
     if state is None:
-        _refuse_parts(tensors_of(model))
+        check_whole(converted)
+        _refuse_parts(_of_adapters(model))
+    else:
+        _unwrapped(converted, state)  # refused before PEFT writes
     with described_by_caller():
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     describe_adapters(converted, folder, state)
@@ -65,23 +76,46 @@ def describe_adapters(model: Any, folder: Path, state: Mapping[str, Tensor] | No
         state: of the model or of PEFT's around it, whole, where FSDP2 shards it.
 
     Raises:
-        ModlabError: this process holds parts of the routers, and no state was given.
+        ModlabError: this process holds parts of the routers, and no state was given; or the state lacks
+            routers that PEFT did not save.
     """
     if holds_model(folder):
         return
     if state is None:
         check_whole(model)
-    if added := added_in(tensors_of(model) if state is None else _unwrapped(state)):
+    if added := added_in(tensors_of(model) if state is None else _unwrapped(model, state)):
         write_routers(added, folder)
     else:
         (folder / ROUTER_FILE).unlink(missing_ok=True)  # of adapters that lay there before
     write_description(model, folder)
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of the model inside PEFT's."""
-    prefix = next((p for p in WRAPPED if all(name.startswith(p) for name in state)), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+def _unwrapped(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of `model`, the one inside PEFT's.
+
+    Raises:
+        ModlabError: the state is empty, as other processes than the first may hold it, or lacks routers.
+    """
+    if not state:
+        raise ModlabError(
+            "the state_dict given is empty, and so would be the adapters: save in the process that holds the "
+            "state of the whole model (accelerator.is_main_process)."
+        )
+    stripped = ({name.removeprefix(p): tensor for name, tensor in state.items()} for p in ("", *WRAPPED))
+    named = next((one for one in stripped if not missing_of(model, one)), dict(state))
+    check_none_missing(model, named)
+    return named
+
+
+def _of_adapters(model: Any) -> dict[str, Tensor]:
+    """Of PEFT's model what it saves: what is trained, or has the name of an adapter or of its method. The
+    base may lie in parts, as tensor parallelism leaves it."""
+    adapters, method = set(model.peft_config), getattr(model.base_model, "prefix", None) or "lora_"
+    return {
+        name: tensor
+        for name, tensor in tensors_of(model).items()
+        if tensor.requires_grad or any(p in adapters or p.startswith(method) for p in name.split("."))
+    }
 
 
 def check_whole(model: Any) -> None:
@@ -90,7 +124,8 @@ def check_whole(model: Any) -> None:
     Raises:
         ModlabError: it holds parts of the routers.
     """
-    _refuse_parts(added_in(tensors_of(model)))
+    tensors = tensors_of(model)
+    _refuse_parts({plain: tensors[name] for plain, name in added_names(tensors).items()})
 
 
 def _refuse_parts(tensors: Mapping[str, Tensor]) -> None:

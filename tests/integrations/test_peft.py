@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import sys
@@ -290,6 +291,12 @@ def test_adapters_that_transformers_put_on(base, tmp_path, monkeypatch) -> None:
     model.save_pretrained(tmp_path / "adapter")
     again, _ = modlab.load(tmp_path / "adapter")
     assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
+    adapters = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    for state in (adapters, {}):
+        with pytest.raises(ModlabError, match="state_dict given"):
+            model.save_pretrained(tmp_path / "adapter", state_dict=state)
+    again, _ = modlab.load(tmp_path / "adapter")  # still there
+    assert torch.equal(again(ROWS[:2]).logits, model(ROWS[:2]).logits)
 
 
 @pytest.mark.parametrize(
@@ -368,3 +375,45 @@ def test_adapters_in_the_way_of_leaving_are_named_as_such(make_llama) -> None:
     with pytest.raises(ModlabError, match="carry adapters.*leave_rank"):
         modlab.convert(base, modlab.MoDConfig(skip="prompt"))
     assert modlab.is_converted(modlab.convert(base, modlab.MoDConfig(skip="prompt", leave_rank=2)))
+
+
+@pytest.mark.parametrize("routers_of_peft", [False, True])
+def test_a_state_without_routers_is_refused(base, tmp_path, routers_of_peft) -> None:
+    """The adapters' alone, or what a process other than the first holds; a folder that lies there stays."""
+    extra = {"modules_to_save": ["mod_router"]} if routers_of_peft else {}
+    model = peft.get_peft_model(scatter_gates(converted(base)), peft.LoraConfig(**PLAIN, **extra)).eval()
+    whole = dict(model.state_dict())
+    save_adapter(model, tmp_path / "adapter", state_dict=whole)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(ModlabError, match="state_dict given is empty"):
+        save_adapter(model, tmp_path / "adapter", state_dict={})
+    if not routers_of_peft:
+        alone = {name: tensor for name, tensor in whole.items() if "lora_" in name}
+        with pytest.raises(ModlabError, match=r"lacks 4 tensors .*layers\.1\.mod_router"):
+            save_adapter(model, tmp_path / "adapter", state_dict=alone)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+
+
+def test_the_state_of_learned_prompts_has_other_names(base, tmp_path) -> None:
+    model = peft.get_peft_model(scatter_gates(converted(base)), PROMPTS["prompt tuning"]()).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = dict(model.state_dict())
+    save_adapter(model, tmp_path / "adapter", state_dict=whole)
+    loaded, _ = modlab.load(tmp_path / "adapter")
+    want = model(input_ids=ROWS[:2], use_cache=False).logits
+    assert torch.equal(loaded(input_ids=ROWS[:2], use_cache=False).logits, want)
+
+
+@pytest.mark.parametrize(("part", "refused"), [("base_layer", False), ("lora_A", True), ("mod_router", True)])
+def test_parts_of_the_base_are_no_parts_of_adapters(base, tmp_path, part, refused) -> None:
+    """Tensor parallelism cuts up the base, and leaves adapters and routers whole."""
+    model = peft.get_peft_model(scatter_gates(converted(base)), peft.LoraConfig(**PLAIN)).eval()
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.full_tensor = lambda: None  # as a DTensor's
+    with pytest.raises(ModlabError, match="holds a part of") if refused else contextlib.nullcontext():
+        save_adapter(model, tmp_path / "adapter")
+    if not refused:
+        loaded, _ = modlab.load(tmp_path / "adapter")
+        assert torch.equal(loaded(ROWS[:2]).logits, model(ROWS[:2]).logits)

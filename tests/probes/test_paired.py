@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -84,6 +86,7 @@ def test_a_dense_side_that_is_known_is_not_measured_again(sides, monkeypatch) ->
     dense = paired.dense_rows(recall, model, STREAM, None, **asked)
     off = []
 
+    @functools.wraps(recall)
     def probe(model, *rest, **settings):
         off.append(model.mod.is_off)
         return recall(model, *rest, **settings)
@@ -91,5 +94,34 @@ def test_a_dense_side_that_is_known_is_not_measured_again(sides, monkeypatch) ->
     monkeypatch.setattr(paired, "recall", probe)
     assert recall_gap(model, STREAM, dense=dense, **asked).equals(want)
     assert off == [False]
-    with pytest.raises(ModlabError, match="10 rows that are not these 8"):
-        recall_gap(model, STREAM, dense=dense, **asked | {"rows": 4})
+    once = asked | {"distances": iter((60, 150))}
+    assert recall_gap(model, iter([STREAM]), dense=dense[::-1], **once).equals(want)
+    assert recall_gap(model, STREAM, dense=dense, **asked | {"batch_size": 2}).gap.notna().all()
+
+
+def test_a_dense_side_of_other_rows_is_refused_before_anything_runs(sides, monkeypatch) -> None:
+    from modlab.probes import paired, recall, retrieval
+
+    model, plain = sides
+    asked = {**SMALL, "passage": 16, "prefix": 8, "distances": (60, 150)}
+    dense = paired.dense_rows(recall, model, STREAM, None, **asked)
+    near = SMALL | {"distances": (100,), "pairs": 2, "lead": 4}
+    found = paired.dense_rows(retrieval, model, STREAM, make_tokenizer(), **near)
+    for name, probe in {"recall": recall, "retrieval": retrieval}.items():
+        monkeypatch.setattr(paired, name, functools.wraps(probe)(lambda *_, **__: pytest.fail("it ran")))
+    others = ({"seed": 1}, {"rows": 4}, {"passage": 15}, {"prefix": 9}, {"distances": (60, 151)})
+    for other in others:
+        with pytest.raises(ModlabError, match="of other material or settings"):
+            recall_gap(model, STREAM, dense=dense, **asked | other)
+    with pytest.raises(ModlabError, match="of other material or settings"):
+        recall_gap(model, STREAM.roll(1), dense=dense, **asked)
+    for other in ({"pairs": 3}, {"lead": 5}):
+        with pytest.raises(ModlabError, match="of other material or settings"):
+            retrieval_gap(model, STREAM, make_tokenizer(), dense=found, **near | other)
+    for parts in (dense[:8], dense.iloc[[0, 0, *range(2, 10)]]):
+        with pytest.raises(ModlabError, match="doubled or some are missing"):
+            recall_gap(model, STREAM, dense=parts, **asked)
+    with pytest.raises(ModlabError, match=r"take what dense_rows\(recall"):
+        recall_gap(model, STREAM, dense=recall(model, STREAM, by_row=True, **asked), **asked)
+    with pytest.raises(ModlabError, match="is dense"):
+        recall_gap(plain, STREAM, dense=dense, **asked)

@@ -85,6 +85,22 @@ def test_both_sides_answer_the_same_questions(tokenizer, monkeypatch) -> None:
     assert (table.stderr == 0).all()
     rows = ruler(model, STREAM, tokenizer, by_row=True, **asked)
     assert len(rows) == 6 and set(rows) == {"task", "length", "row", "dense", "routed"}
+    seen.clear()
+    again = ruler(model, STREAM, tokenizer, by_row=True, dense=rows[::-1], **asked)
+    assert again.equals(rows) and again.attrs == rows.attrs and len(seen) == 2  # the routed side alone
+
+    monkeypatch.setattr(long_tasks, "write", None)  # nothing runs before the refusals
+    for other in ({"seed": 1}, {"samples": 2}, {"tasks": ["needle"]}, {"lengths": (999,)}):
+        with pytest.raises(ModlabError, match="of other material or settings"):
+            ruler(model, STREAM, tokenizer, dense=rows, **asked | other)
+    with pytest.raises(ModlabError, match="of other material or settings"):
+        ruler(model, STREAM.roll(1), tokenizer, dense=rows, **asked)
+    with pytest.raises(ModlabError, match="doubled or some are missing"):
+        ruler(model, STREAM, tokenizer, dense=rows[:3], **asked)
+    with pytest.raises(ModlabError, match="take what ruler"):
+        ruler(model, STREAM, tokenizer, dense=rows.drop(columns="dense"), **asked)
+    with pytest.raises(ModlabError, match="is dense"):
+        ruler(dense_llama(**sizes), STREAM, tokenizer, dense=rows, **asked)
 
 
 def test_a_dense_model_writes_its_answers(tokenizer) -> None:

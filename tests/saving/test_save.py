@@ -135,3 +135,13 @@ def test_shards_of_an_earlier_save_do_not_stay(tiny_llama, tmp_path) -> None:
     tiny_llama.save_pretrained(folder)
     assert sorted(p.name for p in folder.glob("model*")) == ["model.safetensors"]
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_state_without_routers_is_refused(tiny_llama, saved) -> None:
+    """They would be missing from a folder that held them."""
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    dense = {name: tensor for name, tensor in tiny_llama.state_dict().items() if ".mod_" not in name}
+    for state in (dense, {}):
+        with pytest.raises(ModlabError, match="state_dict given lacks"):
+            tiny_llama.save_pretrained(saved, state_dict=state)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
