@@ -1,7 +1,8 @@
 """What was measured: speed, memory, loss and recall, from the committed result files.
 
 Reads modlab/demo/results.json and modlab/demo/kv/results.json (the demos' own scripts) and
-benchmarks/results/*.json (`modlab bench`). Of several results for one thing on one device the newest counts.
+benchmarks/results/*.json (`modlab bench`). Of several results for one thing on one device the newest counts;
+in the suites of `SHAPED`, of each shape.
 """
 
 import json
@@ -13,6 +14,7 @@ DEMO_CARD = "../modlab/demo/README.md"
 KV_CARD = "../modlab/demo/kv/README.md"
 # growth is drawn: speed.py
 TABLES = ("speed", "speed_kv", "speed_leave", "generate", "throughput", "prefill", "decode", "demo")
+SHAPED = ("speed_kv", "speed_leave")  # measured for several shapes, each of which counts
 GATES = {"layer": "a gate a layer", "kv_head": "a gate a KV head", "none": "-"}
 HEADLINE = "llama-3-8b"
 DEMO_NAMES = {
@@ -69,10 +71,10 @@ def kv_table(record: dict[str, Any]) -> str:
 
 
 def newest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest result of each benchmark and device, by name; of `speed_leave` of each shape."""
+    """The newest result of each benchmark and device, by name; of those in `SHAPED`, of each shape."""
     latest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in sorted(results, key=lambda result: result["date"]):
-        shape = result["settings"]["shape"] if result["what"] == "speed_leave" else ""
+        shape = result["settings"]["shape"] if result["what"] in SHAPED else ""
         latest[result["what"], result["device_name"], shape] = result
     return [latest[key] for key in sorted(latest)]
 
@@ -138,7 +140,7 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             f"| {row['batch']} x {'up to ' if unequal else ''}{row['context']:,} "
             f"{'| ' + gates_of(row) + ' ' if gates else ''}"
             f"| {row['routed_layers']} of {row['num_layers']} "
-            f"| {row['keep_ratio']:.0%} | {duration(row['dense_ms'])} | {duration(row['mod_ms'])} "
+            f"| {share(row['keep_ratio'])} | {duration(row['dense_ms'])} | {duration(row['mod_ms'])} "
             f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {saving} "
             f"| {row.get('rounds', '')} |"
         )
@@ -160,6 +162,11 @@ def skipped_words(result: dict[str, Any]) -> str:
     """The same as a table's caption has it."""
     more = ' and, where nothing is said of gates, `skip="prompt"`' if result["what"] == "speed_leave" else ""
     return f'`skip="{skipped(result)}"`{more}'
+
+
+def share(part: float) -> str:
+    """A share in percent, to a tenth where it has one: an eighth is 12.5%."""
+    return f"{round(100 * part, 1):g}%"
 
 
 def duration(ms: float) -> str:
@@ -217,14 +224,14 @@ def benchmarks(root: Path) -> str:
 
 
 def headline_speed(root: Path) -> str:
-    """The newest runs of the GPU suites, long contexts and batches only."""
+    """The newest run of each GPU suite on any device, long contexts and batches only.
+
+    Raises:
+        SystemExit: a suite has no result for `HEADLINE`.
+    """
     tables = []
     for what in ("speed_kv", "speed_leave", "speed"):
-        suite = next(
-            result
-            for result in newest(result for result in results(root) if result["what"] == what)
-            if result["settings"]["shape"] == HEADLINE
-        )
+        suite = newest_headline(root, what)
         rows = [row for row in suite["rows"] if is_headline(row) and row["case"] in ("prefill", "decode")]
         if what != "speed":  # an eighth is in docs/results.md
             rows = [row for row in rows if row["keep_ratio"] in (0.25, 1.0)]
@@ -232,3 +239,18 @@ def headline_speed(root: Path) -> str:
             rows = [row for row in rows if row["case"] == "prefill"]
         tables.append(bench_table(suite, rows))
     return "\n\n".join(tables)
+
+
+def newest_headline(root: Path, what: str) -> dict[str, Any]:
+    """The newest result of a suite for the shape `HEADLINE`, whatever the device.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = [r for r in results(root) if r["what"] == what and r["settings"]["shape"] == HEADLINE]
+    if not found:
+        raise SystemExit(
+            f"No result of `modlab bench {what} --shape {HEADLINE}` is in benchmarks/results: the headline "
+            "of the speed tables needs one. Run it and commit its file."
+        )
+    return max(found, key=lambda result: str(result["date"]))

@@ -52,6 +52,33 @@ def test_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
     assert "`modlab bench prefill`" in table and "1,234.5 ms" in table and "25%" in table
 
 
+@pytest.mark.parametrize("what", results.SHAPED)
+def test_a_newer_result_of_another_shape_hides_none(what: str) -> None:
+    one = {"what": what, "device_name": "a GPU", "date": "2030-01-01", "settings": {"shape": "wide"}}
+    other = one | {"date": "2030-01-02", "settings": {"shape": "narrow"}}
+    again = one | {"date": "2030-01-03"}
+    assert results.newest([again, one, other]) == [other, again]
+
+
+@pytest.mark.parametrize("newest", ["A", "Z"])
+def test_the_headline_is_the_newest_of_all_devices(tmp_path: Path, newest: str) -> None:
+    with pytest.raises(SystemExit, match=r"modlab bench speed_kv --shape llama-3-8b.*commit its file"):
+        results.headline_speed(tmp_path)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    dates = {"A": "2030-01-01", "Z": "2030-01-01", newest: "2030-01-02", "other": "2030-01-03"}
+    for device, date in dates.items():
+        shape = "wide" if device == "other" else "llama-3-8b"
+        result = {"what": "speed_kv", "device_name": device, "date": date, "settings": {"shape": shape}}
+        (folder / f"{device}.json").write_text(json.dumps(result))
+    assert results.newest_headline(tmp_path, "speed_kv")["device_name"] == newest
+
+
+@pytest.mark.parametrize("part, said", [(0.125, "12.5%"), (0.25, "25%"), (1.0, "100%"), (0.0998, "10%")])
+def test_a_share_of_an_eighth_is_not_rounded(part: float, said: str) -> None:
+    assert results.share(part) == said
+
+
 def test_the_front_page_says_what_a_real_model_loses() -> None:
     said = " ".join(costs.real_sentence(ROOT).split())
     assert "loses verbatim recall at 1.8x" in said
