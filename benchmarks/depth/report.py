@@ -10,13 +10,19 @@ from modlab.errors import ModlabError
 
 ORIGIN = ("date", "device_name", "dtype", "commit", "command", "versions")
 
+NOTE = (
+    "Each arm is distilled against its dense self for as many tokens as its row says; its plan may name "
+    "more, where --minutes ended it."
+)
+"""What a reader of any such file has to know; an origin may say more."""
+
 
 def result(folders: list[Path], origin: dict[str, Any]) -> dict[str, Any]:
     """The file's content: where it comes from, and all rows.
 
     Args:
         folders: of runs, each with rows.jsonl, prefill.jsonl or both.
-        origin: what `ORIGIN` names.
+        origin: what `ORIGIN` names, and maybe a note.
 
     Raises:
         ModlabError: something of the origin is missing, or there is nothing to report.
@@ -30,7 +36,7 @@ def result(folders: list[Path], origin: dict[str, Any]) -> dict[str, Any]:
     speedup = {_what(row["model"], row): row["speedup"] for row in times}
     for row in rows:
         row["prefill_speedup"] = speedup.get(_what(row["model"], row.get("arm_fields", {}).get("mod", {})))
-    return {"what": "depth", **origin, "rows": rows, "prefill": times}
+    return {"what": "depth", "note": NOTE, **origin, "rows": rows, "prefill": times}
 
 
 def _what(model: str, mod: dict[str, Any]) -> tuple[str, str, float | None]:
