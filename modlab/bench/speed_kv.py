@@ -258,8 +258,7 @@ def _at_largest_batch(
 def _timed_if_it_fits(workload: KeptWorkload, model: Any) -> tuple[float, float] | None:
     """ms of the prefill and of a further token; None where memory did not do for it."""
     try:
-        first, each = workload.timed(model, workload.ids_BT, workload.mask_BT)
-        return first, each
+        return workload.timed(model, workload.ids_BT, workload.mask_BT)
     except torch.OutOfMemoryError:
         if len(workload.lengths) == 1:
             raise

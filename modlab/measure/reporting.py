@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.errors import ModlabError, check_count
-from modlab.hf.model import context_length
 from modlab.measure.divergence import divergence, named_texts
 from modlab.probes.distances import DISTANCES
 from modlab.probes.key_value import retrieval
-from modlab.probes.long_tasks import mean_scores, ruler
+from modlab.probes.long_tasks import checked_tasks, mean_scores, ruler
 from modlab.probes.paired import dense_rows, recall_gap, retrieval_gap
 from modlab.probes.repeated_passage import recall
+from modlab.probes.ruler_tasks import TASKS
 from modlab.routing.state import routing_of, set_kv_saving, thresholds_restored
 
 if TYPE_CHECKING:
@@ -212,13 +212,10 @@ def report(
         check_count(what, count)
     for count in far_distances:
         check_count("distance", count)
-    for count in lengths:
-        check_count("length", count)
+    if lengths:
+        checked_tasks(model, TASKS, lengths)
     shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     far = {"distances": far_distances, "rows": questions, **shared}
-    context = context_length(model)
-    if lengths and context is not None and max(lengths) > context:
-        raise ModlabError(f"length={max(lengths)}: the model's context is {context}; give at most that.")
     dense: dict[str, pd.DataFrame] = {}
     answers = None
     found = Report(name or type(model).__name__, [])

@@ -77,7 +77,7 @@ def ruler(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    chosen, wanted = _checked(model, tasks, lengths)
+    chosen, wanted = checked_tasks(model, tasks, lengths)
     check_count("samples", samples, 1)
     check_count("batch_size", batch_size)
     stream_M = token_stream(data, tokenizer, model)
@@ -114,7 +114,12 @@ def ruler(
     return table
 
 
-def _checked(model: Any, tasks: Iterable[str], lengths: Iterable[int]) -> tuple[list[str], list[int]]:
+def checked_tasks(model: Any, tasks: Iterable[str], lengths: Iterable[int]) -> tuple[list[str], list[int]]:
+    """The tasks and lengths to ask, the latter ascending.
+
+    Raises:
+        ModlabError: no such task, no length, or one beyond the context.
+    """
     chosen = [tasks] if isinstance(tasks, str) else list(tasks)
     for task in chosen:
         if task not in TASKS:

@@ -131,3 +131,15 @@ def test_what_has_been_measured_outlives_an_interruption(model, tmp_path) -> Non
         report(model, {"a": STREAM}, make_tokenizer(), savings=(2, 4), each=interrupted, **ASKED)
     (row,) = json.loads((tmp_path / "page.json").read_text())["rows"]
     assert row["ratio_asked"] == 2 and model.mod.thresholds == before
+
+
+@pytest.mark.parametrize("wrong", [{"lengths": (5000,)}, {"seq_len": 5000}], ids=["tasks", "rows"])
+def test_what_is_beyond_the_context_is_refused_before_anything_runs(model, wrong) -> None:
+    ran = []
+    hook = model.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        with pytest.raises(ModlabError, match="=5000: the model's context is 1024"):
+            report(model, {"a": STREAM}, make_tokenizer(), savings=(2,), **ASKED | wrong)
+    finally:
+        hook.remove()
+    assert not ran
