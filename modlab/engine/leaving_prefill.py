@@ -62,6 +62,7 @@ class LeavingPrefill(RoutedPrefill):
         self.new: tuple[Tensor, Tensor] | None = None
         self.stored: Stored | None = None
         part.attend = self.attend
+        line.left.append(self)
 
     def forwards(self) -> dict[nn.Module, Forward]:
         return super().forwards() | {self.attention: self.run_attention}
@@ -94,7 +95,15 @@ class LeavingPrefill(RoutedPrefill):
     def run_attention(self, *args: Any, **kwargs: Any) -> Any:
         """The attention's forward: keys and values of all tokens, then queries of the last ones."""
         which = keys_alone if self.new is None else queries_alone
-        other = twin(self.attention, which(self.attention, self.trained))
+        projections = which(self.attention, self.trained)
+        if self.new is None and (width := getattr(self.attention, "head_dim", None)):
+            narrow = projections | {"q_proj": lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)}
+            with contextlib.suppress(RuntimeError):  # a family that asks for all heads of a query
+                return self._run(narrow, args, kwargs)
+        return self._run(projections, args, kwargs)
+
+    def _run(self, projections: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        other = twin(self.attention, projections)
         return self.attention.dense_class.forward(other, *args, **kwargs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -140,7 +149,11 @@ class LeavingPrefill(RoutedPrefill):
 
 
 class LeavingKeysPrefill(LeavingPrefill, KeptKeysPrefill):
-    """The same where routers decide whose keys and values stay: they read the state where tokens leave."""
+    """The same where routers decide whose keys and values stay: they read the state where tokens leave. So
+    the first of these layers has all of them decide, and the host waits once, not once a layer."""
 
     def decide_keys(self, arguments: LayerArguments) -> None:
-        self.decide(arguments.bound.args, arguments.bound.kwargs)
+        own_class = self.layer.dense_class
+        for other in self.line.left:
+            if other.part.kept is None and other.layer.dense_class is own_class:
+                other.decide(arguments.bound.args, arguments.bound.kwargs)

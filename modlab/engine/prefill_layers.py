@@ -11,7 +11,7 @@ Shape letters: S tokens of all rows in one line, B rows, D model dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ class PrefillLine:
         blocks: the line as kernels cut it.
         most_older: tokens that a row may store besides its ring (`budget`); None for no bound.
         entered: state [1, S, D] with which all tokens entered the first layer that they leave out.
+        left: what runs the layers that they leave out, in their order.
     """
 
     routing: Routing | None
@@ -53,6 +54,7 @@ class PrefillLine:
     blocks: LineBlocks
     most_older: int | None = None
     entered: Tensor | None = None
+    left: list[Any] = field(default_factory=list)
 
 
 class DensePrefill:

@@ -185,6 +185,48 @@ def test_tokens_that_leave_run_nothing_above(skip: str, gates: str, monkeypatch:
     assert ran == {index: 2 * (45 if index < FIRST else 3) for index in range(6)}
 
 
+def test_layers_above_ask_the_host_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their routers read one state: the first of them has all counts sent, before any is waited for."""
+    model, inputs, events = leaving("kv+prompt", "kv_head"), prompts(30, 3, 12), []
+
+    class Noting(attention_module.Fetched):
+        def __init__(self, numbers: Tensor) -> None:
+            events.append("asked")
+            super().__init__(numbers)
+
+        def read(self) -> list[int]:
+            events.append("read")
+            return super().read()
+
+    monkeypatch.setattr(attention_module, "Fetched", Noting)
+    engine = use_engine(model)
+    with torch.no_grad():
+        prefill(engine, inputs["input_ids"], inputs["attention_mask"])
+    assert events == ["asked", "read"] * FIRST + ["asked"] * 2 + ["read"] * 2
+
+
+@pytest.mark.parametrize(("model_type", "heads"), [("qwen2", 1), ("olmo2", None)])
+def test_writing_computes_no_wide_queries(
+    model_type: str, heads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One head's width of zeros, but for families whose forward asks for all heads of a query."""
+    dense: Any = tiny_model(model_type)
+    vocabulary = dense.get_input_embeddings().weight.shape[0]
+    model, widths = leaving("prompt", "layer", dense=dense), []
+    attend = LeavingPrefill.attend
+
+    def noting(self: LeavingPrefill, query: Tensor, *others: Any) -> Tensor:
+        if self.new is None:
+            widths.append(query.shape[1])
+        return attend(self, query, *others)
+
+    monkeypatch.setattr(LeavingPrefill, "attend", noting)
+    engine, inputs = use_engine(model), prompts(13, 5, vocabulary=vocabulary)
+    with torch.no_grad():
+        prefill(engine, inputs["input_ids"], inputs["attention_mask"])
+    assert widths and set(widths) == {heads or dense.config.num_attention_heads}
+
+
 @kinds
 def test_buffers_hold_what_the_ordinary_cache_holds(skip: str, gates: str) -> None:
     model, inputs = leaving(skip, gates), prompts(60, 20)
