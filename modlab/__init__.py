@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from modlab.routing.table import RoutingTable
     from modlab.saving.load import load
     from modlab.saving.save import save_routers
+    from modlab.saving.start import start_from
     from modlab.traces.aggregate import RoutingAggregate, aggregate_routing
     from modlab.traces.routing_trace import RoutingTrace
     from modlab.traces.run import trace
@@ -49,6 +50,7 @@ _HOME: dict[str, str | None] = {
     "RaggedCache": "cache.ragged",
     "load": "saving.load",
     "save_routers": "saving.save",
+    "start_from": "saving.start",
     "convert": "conversion.convert",
     "revert": "conversion.convert",
     "is_converted": "routing.state",
@@ -116,6 +118,7 @@ __all__ = [
     "routing_off",
     "routing_override",
     "save_routers",
+    "start_from",
     "set_kv_saving",
     "set_threshold",
     "sweep",

@@ -17,7 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     stages = parser.add_subparsers(dest="stage", required=True)
     run = stages.add_parser("run", help="convert, distil, measure")
-    run.add_argument("--arms", required=True, help="names with commas between them; `arms` lists them")
+    run.add_argument(
+        "--arms", required=True,
+        help="names with commas between them, `arms` lists them; NAME@SECONDS cuts one distillation",
+    )  # fmt: skip
     run.add_argument("--data", type=Path, required=True, help="what benchmarks.real_models texts wrote")
     run.add_argument("--questions", type=Path, help="folder of the tasks' jsonl files")
     run.add_argument("--items", type=int, default=1000, help="of each task")
@@ -27,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--rows", type=int, default=2, help="of a forward")
     run.add_argument("--batch", type=int, default=32_768, help="tokens of a step")
     run.add_argument("--minutes", type=float, help="cut each distillation to this")
+    run.add_argument("--start", help="K/V routers that arms named started begin with (default: shipped ones)")
     run.add_argument("--seed", type=int, default=0)
     prefill = stages.add_parser("prefill", help="time prompts through generate")
     prefill.add_argument("--lengths", default="32768")
@@ -60,17 +64,21 @@ def _run(options: argparse.Namespace) -> None:
     from benchmarks.depth.run import Study
     from benchmarks.real_models.texts import Data
 
-    names = options.arms.split(",")
-    for name in names:
+    given = [name.partition("@")[::2] for name in options.arms.split(",")]
+    for name, _ in given:
         arm_named(name)
     study = Study(
         options.model, options.device, Data.load(options.data), options.out,
-        options.questions, options.items, options.measured,
+        options.questions, options.items, options.measured, options.start,
     )  # fmt: skip
     _write_origin(options)
     plan = Plan(int(options.tokens * 1e6), options.length, options.rows, options.batch, seed=options.seed)
-    for name in names:
-        study.run(name, plan, options.minutes)
+    for name, cut in given:
+        if study.done(name, plan.seed):
+            study.say(f"{name} is there already")
+            continue
+        seconds = float(cut) if cut else options.minutes and 60 * options.minutes
+        study.run(name, plan, seconds)
 
 
 def _prefill(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from modlab.errors import ModlabError
 
-Trains = Literal["added", "lora", "all"]
+Trains = Literal["none", "added", "lora", "all"]
 Pull = Literal["none", "target", "load", "topk"]
 Removes = Literal["", "layer", "attention"]
 
@@ -18,13 +18,16 @@ class Arm:
 
     Attributes:
         mod: fields of `MoDConfig`; none for static removal.
-        trains: what conversion added alone, LoRA on the base too, or all weights.
+        trains: nothing, what conversion added alone (by `modlab.train`), LoRA on the base too, or all
+            weights.
         pull: the term next to the KL: none where the position decides, a two-sided pull to `compute`, the
             paper's load, top-k's.
         compute: share of the layers' operations that is aimed at, where something pulls.
         ratio: how many times smaller the K/V cache is to be, with "kv+prompt".
         alpha: weight of the paper's load term.
         scored: whether gates start from the relative size of the update (`scores.py`).
+        started: whether routers start from those of K/V routing, and begin at the ratio aimed at.
+        above: whether only what is above the point of leaving trains.
         removes: what static removal takes out: whole layers, or attentions.
         rate: learning rate of what conversion added; of trained projections it is `PROJECTION_RATE`.
         base_rate: learning rate of the base's weights, where they train.
@@ -37,6 +40,8 @@ class Arm:
     ratio: float = 1.0
     alpha: float = 0.01
     scored: bool = False
+    started: bool = False
+    above: bool = False
     removes: Removes = ""
     rate: float = 2e-4
     base_rate: float = 3e-5
@@ -51,7 +56,7 @@ def _routed(skip: str, compute: float, scored: bool, trains: Trains) -> Arm:
     return Arm(mod, trains, "target", compute, scored=scored, rate=2e-3)
 
 
-def _both(after: float, ratio: float) -> Arm:
+def _both(after: float, ratio: float, **fields: Any) -> Arm:
     mod = {
         "skip": "kv+prompt",
         "layers": "all",
@@ -59,7 +64,7 @@ def _both(after: float, ratio: float) -> Arm:
         "router_hidden": 16,
         "leave_after": after,
     }
-    return Arm(mod, pull="target", ratio=ratio, rate=1e-2)
+    return Arm(mod, pull="target", ratio=ratio, **{"rate": 1e-2, **fields})
 
 
 TRAINED: dict[str, tuple[bool, Trains]] = {
@@ -68,12 +73,13 @@ TRAINED: dict[str, tuple[bool, Trains]] = {
     "-scored": (True, "added"),
     "-scored-lora": (True, "lora"),
     "-scored-all": (True, "all"),
+    "-scored-free": (True, "none"),
 }
 """Whether gates start from scores, and what trains."""
 
 
 REMOVED: tuple[Removes, ...] = ("layer", "attention")
-HEALED: dict[str, Trains] = {"": "all", "-lora": "lora"}
+HEALED: dict[str, Trains] = {"": "all", "-lora": "lora", "-free": "none"}
 
 PROJECTION_RATE = 2e-4
 
@@ -83,6 +89,11 @@ ARMS: dict[str, Arm] = {
     "leave-3/4": _leave(3 / 4),
     "kv+leave-2/3-4x": _both(2 / 3, 4.0),
     "kv+leave-1/2-4x": _both(1 / 2, 4.0),
+    **{
+        f"kv+leave-{name}-4x-started{more}": _both(after, 4.0, started=True, above=bool(more), rate=2e-3)
+        for name, after in (("1/2", 1 / 2), ("2/3", 2 / 3), ("3/4", 3 / 4))
+        for more in ("", "-above")
+    },
     **{f"leave-2/3-rank-{rank}": _leave(2 / 3, leave_rank=rank) for rank in (16, 64)},
     **{
         f"{skip}-{compute:g}{name}": _routed(skip, compute, scored, trains)

@@ -1,6 +1,8 @@
 """Distillation against the dense self: KL of every token, and what pulls the keep ratio.
 
-The teacher is the same model with routing off where its base is frozen, else a copy of the dense model.
+Where the base is frozen that is `modlab.train` with objective="distil", whose teacher is the same model with
+routing off (`by_package`). Where weights of the base train too, which it has no objective for, the teacher is
+a copy of the dense model (`distil`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from benchmarks.depth.arms import PROJECTION_RATE, Arm
 from benchmarks.depth.model import head, states
 from benchmarks.real_models.mixture import Mixture
 from modlab.execution.projections import PROJECTIONS
+from modlab.hf.anatomy import decoder_layers
 from modlab.routing.record import RoutingStep
 from modlab.routing.router import is_router
 from modlab.training.objectives import kl_to_teacher, load_objective, target_objective, topk_bce
@@ -61,6 +64,41 @@ class Plan:
         return max(1, self.batch // (self.rows * self.length))
 
 
+def by_package(
+    model: Any, arm: Arm, mixture: Mixture, plan: Plan, say: Callable[[str], None], seconds: float | None
+) -> dict[str, Any]:
+    """As `distil`, by the product itself: whole batches in one forward, logits in pieces.
+
+    Args:
+        seconds: the run is that long, and its schedules follow the clock; `plan.tokens` are drawn all the
+            same, and come again where they do not do.
+    """
+    rows = max(1, plan.batch // plan.length)
+    if arm.above:
+        _freeze_below(model)
+    gates: dict[str, Any] = {}
+    if arm.pull == "target":
+        gates = {"keep_ratio": plan.keep, "ramp": 0.0 if arm.started else RAMP, "router_lr": arm.rate}
+    config = modlab.TrainConfig(
+        objective="distil", lr=PROJECTION_RATE, warmup=WARMUP, calibrate=False,
+        batch_size=rows, seed=plan.seed, log_every=max(1, plan.steps // 50),
+        **({"max_minutes": seconds / 60} if seconds else {"steps": plan.steps}), **gates,
+    )  # fmt: skip
+    batches = [{"input_ids": mixture.rows(rows, plan.length)} for _ in range(plan.steps)]
+    result = modlab.train(model, batches, config)
+    lines = result.history.fillna(1.0)[["tokens", "kl", "keep_ratio"]].values.tolist()
+    curve = [(int(tokens), round(kl, 5), round(kept, 4)) for tokens, kl, kept in lines]
+    say(f"{result.tokens:,} tokens, {result.tokens / result.seconds:,.0f} a second, KL {curve[-1][1]:.4f}")
+    return {"tokens": result.tokens, "seconds": round(result.seconds, 1), "curve": curve}
+
+
+def _freeze_below(model: Any) -> None:
+    """Routers below the point of leaving stay as they are: nothing is computed backwards there."""
+    for layer in decoder_layers(model)[: model.mod.first_left]:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not is_router(f".{name}"))
+
+
 def trainable(model: Any, arm: Arm) -> list[dict[str, Any]]:
     """Parameter groups; what trains becomes fp32, all else is frozen."""
     added: list[Any] = []
@@ -90,7 +128,7 @@ def distil(
     say: Callable[[str], None],
     minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Trains in place; the model ends in eval mode.
+    """Trains in place, weights of the base too; the model ends in eval mode.
 
     Args:
         model: converted, or dense with parts removed.
@@ -100,8 +138,7 @@ def distil(
         tokens, seconds and the curve of (tokens, kl, keep ratio).
     """
     device = next(model.parameters()).device
-    alone = arm.trains == "added"
-    teacher = None if alone else _teacher(model)
+    teacher = _teacher(model)
     optimiser = torch.optim.AdamW(trainable(model, arm), betas=(0.9, 0.95), weight_decay=0.0)
     torch.manual_seed(plan.seed)
     model.train()
@@ -113,8 +150,8 @@ def distil(
         total, kept = 0.0, 1.0
         for _ in range(plan.forwards):
             ids = mixture.rows(plan.rows, plan.length).to(device)
-            with torch.no_grad(), _dense(model, teacher) as dense:
-                told = states(dense, ids) @ head(dense).T
+            with torch.no_grad():
+                told = states(teacher, ids) @ head(teacher).T
             with recorded(model, detach=False) as steps:
                 said = _said(model, ids, told.dtype)
             kl = kl_to_teacher(said, told, torch.ones_like(ids).bool())
@@ -151,18 +188,6 @@ def _teacher(model: Any) -> Any:
         modlab.revert(other)
     removal.forget(other)
     return other.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _dense(model: Any, teacher: Any) -> Iterator[Any]:
-    if teacher is not None:
-        yield teacher
-        return
-    was = model.training
-    model.eval()
-    with modlab.routing_off(model):
-        yield model
-    model.train(was)
 
 
 @contextlib.contextmanager

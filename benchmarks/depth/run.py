@@ -14,7 +14,7 @@ import torch
 import modlab
 from benchmarks.depth import compute, removal, tasks
 from benchmarks.depth.arms import Arm, arm_named
-from benchmarks.depth.distil import Plan, distil
+from benchmarks.depth.distil import Plan, by_package, distil
 from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import load
 from benchmarks.depth.scores import start_from_scores
@@ -36,6 +36,7 @@ class Study:
         questions: folder of the tasks' files, or None.
         items: of each task.
         measured: rows of each text.
+        start: K/V routers that arms start from which say so; by default those that ship for the model.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Study:
         questions: Path | None = None,
         items: int = 1000,
         measured: int = MEASURED,
+        start: str | None = None,
     ) -> None:
         self.folder, self.device, self.data, self.out = folder, device, data, out
         self.questions, self.items, self.measured = questions, items, measured
+        self.start = start or f"{folder.name}-kv"
         self.begun = time.monotonic()
         self.known: Dense | None = None
         self.dense_right: dict[str, np.ndarray] = {}
@@ -63,8 +66,18 @@ class Study:
         """Tokens of the rows that operations are counted for."""
         return int(self.data.recall.rows.shape[1])
 
-    def run(self, name: str, plan: Plan, minutes: float | None = None) -> dict[str, Any]:
-        """One arm, from the dense model to its row."""
+    def done(self, name: str, seed: int) -> bool:
+        """Whether an earlier call of this folder has come to the arm's row."""
+        path = self.out / "rows.jsonl"
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+        return any((row["model"], row["arm"], row["seed"]) == (self.folder.name, name, seed) for row in rows)
+
+    def run(self, name: str, plan: Plan, seconds: float | None = None) -> dict[str, Any]:
+        """One arm, from the dense model to its row.
+
+        Args:
+            seconds: of distillation, instead of the plan's tokens.
+        """
         arm = arm_named(name)
         model = load(self.folder, self.device)
         self._know(model)
@@ -79,6 +92,9 @@ class Study:
         else:
             modlab.convert(model, modlab.MoDConfig(**arm.mod))
             model.mod.what_if = True
+            if arm.started:
+                taken = modlab.start_from(model, self.start)
+                facts["start"] = {"from": Path(self.start).name, "tensors": len(taken)}
         if arm.pull == "target":
             plan = dataclasses.replace(plan, keep=_keep(model, arm, self.measured_length))
             facts["keep_asked"] = plan.keep
@@ -88,7 +104,10 @@ class Study:
             )
         if arm.trains == "lora":
             _add_lora(model)
-        if plan.tokens:
+        if plan.tokens and arm.trains == "added":
+            facts["distillation"] = by_package(model, arm, mixture, plan, self.say, seconds)
+        elif plan.tokens and arm.trains != "none":
+            minutes = seconds and seconds / 60
             facts["distillation"] = distil(model, arm, mixture, plan, self.say, minutes)
         if arm.pull in ("target", "topk"):
             keep = plan.keep if arm.pull == "target" else model.mod.config.capacity

@@ -54,6 +54,11 @@ def add(command: Command) -> None:
         "--kv-saving", metavar="X", type=float,
         help="with --recipe: how many times smaller the K/V cache is to be (the recipe's own)",
     )  # fmt: skip
+    sub.add_argument(
+        "--start", metavar="ROUTERS", type=read_name,
+        help="with a dense MODEL: routers that its conversion starts from (a folder, a hub id, or some that "
+        "ship), wherever both have them; nothing is fitted, and --ramp is 0 by default",
+    )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     distil = sub.add_argument_group("with --objective distil")
@@ -85,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
     from modlab.training.config import TrainConfig
 
     given = given_flags(options, TrainConfig)
+    if options.start:
+        given = {"ramp": 0.0, **given}
     config = _checked(options, given)  # before a model is loaded and text is tokenised for nothing
     _check_lengths(options)
     if config.kl and options.teacher is None:
@@ -92,6 +99,8 @@ def run(options: argparse.Namespace) -> int:
 
     import modlab
     from modlab.data import packed
+    from modlab.routing.router import is_router
+    from modlab.training.checkpoints import checkpoints
 
     model, tokenizer = load_model(options, options.model)
     if not modlab.is_converted(model) and not options.dense:
@@ -102,9 +111,13 @@ def run(options: argparse.Namespace) -> int:
             f"{options.model} is dense: converted by the recipe {name}, routed layers "
             f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
         )
-    elif options.recipe or options.kv_saving is not None:
+        if options.start and not checkpoints(options.out):
+            taken = len(modlab.start_from(model, options.start))
+            new = sum(map(is_router, dict(model.named_parameters()))) - taken
+            print(f"{taken} tensors of {options.start} are the start, {new} are new")
+    elif options.recipe or options.kv_saving is not None or options.start:
         raise ModlabError(
-            "--recipe and --kv-saving are for a dense MODEL that is converted; this one is not: say "
+            "--recipe, --kv-saving and --start are for a dense MODEL that is converted; this one is not: say "
             "--objective, --keep-ratio and so on."
         )
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
@@ -179,7 +192,8 @@ def _distilled(options: argparse.Namespace, config: Any, model: Any, tokenizer: 
     from modlab.training.checkpoints import checkpoints
     from modlab.training.fit import why_not_fitted
 
-    fresh = options.fit_tokens != 0 and model.mod.trained is None and not checkpoints(options.out)
+    started = model.mod.trained is not None or options.start is not None
+    fresh = options.fit_tokens != 0 and not started and not checkpoints(options.out)
     if fresh and (reason := why_not_fitted(model.mod)):
         print(f"Nothing is fitted first: {reason}")
     elif fresh:

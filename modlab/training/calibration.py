@@ -24,7 +24,7 @@ RATIOS = (2.0, 4.0, 8.0, 16.0)
 """Whose thresholds a distilled model is given."""
 
 BEGIN = 0.9
-"""Keep ratio at which distillation begins."""
+"""Keep ratio at which distillation begins at most."""
 
 CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 
@@ -97,9 +97,10 @@ def open_gates(
     batches: list[Batch],
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     accelerator: Any = None,
+    target: float = 1.0,
 ) -> None:
-    """Before distillation: routers that were fitted or trained are opened to where it begins. Fresh ones,
-    whose gates are all alike, are open."""
+    """Before distillation: routers that were fitted or trained are shifted to where it begins, `BEGIN` or the
+    `target` of its first step if that is less (`ramp=0`). Fresh ones, whose gates are all alike, are open."""
     if model.mod.skip.decides_itself:
         return
     layers = decoder_layers(model)
@@ -108,8 +109,9 @@ def open_gates(
     # whole: with fewer gates than processes some of these hold no part, and would decide otherwise
     if any(bool(whole(p).any()) for name, p in named if name.endswith("weight")):
         calibrate_trained(
-            model, batches, keep_ratio=BEGIN, tolerance=0.02, autocast=autocast, accelerator=accelerator
-        )
+            model, batches, keep_ratio=min(BEGIN, target), tolerance=0.02, autocast=autocast,
+            accelerator=accelerator,
+        )  # fmt: skip
 
 
 def thresholds_by_ratio(

@@ -55,6 +55,7 @@ from modlab.training.processes import Processes
 from modlab.training.reach import Reach
 from modlab.training.result import Stopped, TrainResult
 from modlab.training.resume import check_resumable, find_checkpoint
+from modlab.training.schedule import keep_target
 from modlab.training.sharding import reshard, whole_state
 from modlab.training.step import Step
 from modlab.training.window import FIGURES, Window
@@ -441,7 +442,8 @@ class Run:
     def _begin_distillation(self) -> None:
         batches, stepping = self._calibration_batches(), self.stepping
         self._forget_origin()  # gates that open are shifted
-        open_gates(self.model, batches, stepping.autocast, self._sharing)
+        target = keep_target(self.config, 0, 0.0)
+        open_gates(self.model, batches, stepping.autocast, self._sharing, target)
         assert stepping.distillation is not None
         stepping.distillation.prime(batches, stepping.autocast, self.processes.sum)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import modlab
+from modlab.cli.program import main
 from modlab.cli.train import _check_lengths, _checked, _distilled
 from modlab.errors import ModlabError
 from modlab.training.config import TrainConfig
-from tests.helpers.models import dense_llama
+from tests.helpers.models import dense_llama, scatter_gates
+from tests.helpers.tokenizers import make_tokenizer
 
 
 @pytest.mark.parametrize(("skip", "why"), [("kv+prompt", "from layer 4 on"), ("prompt", "has no routers")])
@@ -21,12 +24,48 @@ def test_what_cannot_be_fitted_is_distilled_without(
 ) -> None:
     model = modlab.convert(dense_llama(), modlab.MoDConfig(skip=skip))  # type: ignore[arg-type]
     rows = torch.randint(3, 48, (8, 32))
-    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None)
+    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None, start=None)
     config = TrainConfig(steps=1, objective="distil")
     assert _distilled(options, config, model, None, rows) is rows
     said = capsys.readouterr().out
     assert "Nothing is fitted first" in said and why in said
     assert model.mod.trained is None
+
+
+def test_leaving_is_trained_on_top_of_trained_routers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--recipe speed --start` routers of K/V, as a user types it; and once more, to go on."""
+    dense_llama().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 90}" for i in range(4000)))
+    config = modlab.MoDConfig(layers="all", gates="kv_head", router_hidden=16)
+    trained = scatter_gates(modlab.convert(dense_llama(), config))
+    modlab.save_routers(trained, tmp_path / "kv", str(tmp_path / "tiny"))
+    words = ["train", str(tmp_path / "tiny"), "--recipe", "speed", "--start", str(tmp_path / "kv")]
+    words += ["--data", str(tmp_path / "text.txt"), "--seq-len", "300", "--batch-size", "2"]
+    words += [
+        "--device",
+        "cpu",
+        "--heldout-tokens",
+        "0",
+        "--no-repeats",
+        "--no-calibrate",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    words += ["--kv-saving", "1.5", "--keep-range", "0.1,0.9", "--lr", "1e-5", "--router-lr", "1e-6"]
+    assert main([*words, "--steps", "2", "--save-every", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "are the start" in said and "fitted" not in said
+    both = load_file(tmp_path / "run" / "model" / "modlab_router.safetensors")
+    source = load_file(tmp_path / "kv" / "modlab_router.safetensors")
+    assert any("mod_projections" in name for name in both)
+    for name in source:
+        if not name.endswith("bias"):  # gates are shifted to where the target begins
+            torch.testing.assert_close(both[name], source[name], atol=1e-4, rtol=0)
+    assert main([*words, "--steps", "3", "--resume", "auto"]) == 0
+    assert "are the start" not in capsys.readouterr().out
 
 
 def test_rows_are_as_long_as_the_longest_of_the_lengths_that_are_cut_from_them() -> None:

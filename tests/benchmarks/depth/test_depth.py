@@ -26,7 +26,7 @@ from benchmarks.depth.scores import start_from_scores
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import Data
 from modlab.hf.anatomy import decoder_layers
-from tests.helpers.models import dense_llama, tiny_config
+from tests.helpers.models import dense_llama, scatter_gates, tiny_config
 from tests.helpers.tokenizers import make_tokenizer
 
 T = 48
@@ -60,10 +60,18 @@ def data() -> Data:
 
 PLAN = Plan(tokens=2 * 4 * T, length=T, rows=2, batch=4 * T)
 
+
+def kv_routers(at: Path) -> Path:
+    config = modlab.MoDConfig(layers="all", gates="kv_head", router_hidden=16)
+    model = scatter_gates(modlab.convert(dense_llama(), config))
+    modlab.save_routers(model, at / "kv", "some/base")
+    return at / "kv"
+
+
 KINDS = [
     "leave-2/3", "leave-2/3-rank-16", "written-0.8-scored", "sublayers-0.9", "sublayers-0.8-scored-all",
     "mlp-0.9-scored-lora", "paper-alpha-0.01", "topk", "static-layer-0.8", "static-attention-0.9-lora",
-    "kv+leave-2/3-4x",
+    "kv+leave-2/3-4x", "kv+leave-1/2-4x-started", "kv+leave-2/3-4x-started-above",
 ]  # fmt: skip
 
 
@@ -71,7 +79,7 @@ KINDS = [
 def test_an_arm_comes_to_its_row(name: str, folder: Path, data: Data, tmp_path: Path) -> None:
     if "lora" in name:
         pytest.importorskip("peft")
-    study = Study(folder, "cpu", data, tmp_path / "out", measured=2)
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2, start=str(kv_routers(tmp_path)))
     row = study.run(name, PLAN)
     assert 0 <= row["kl_far"] < 20 and 0 < row["compute"] <= 1 and row["tokens"] == PLAN.tokens
     assert set(row["recall_gap"]) == {"8", "16"} and row["tasks"] == {}
@@ -91,6 +99,33 @@ def test_a_frozen_base_stays_the_teacher(folder: Path, data: Data, tmp_path: Pat
     model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="written"))
     found = measure(model, Arm({"skip": "written"}), data, dense(dense_llama(), data, 2), [])
     assert found["kl_far"] == pytest.approx(0, abs=1e-6) and found["compute"] == 1
+
+
+@pytest.mark.parametrize("name", ["static-layer-0.8-free", "written-0.8-scored-free"])
+def test_an_arm_without_training_trains_nothing(name: str, folder: Path, data: Data, tmp_path: Path) -> None:
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2)
+    row = study.run(name, PLAN)
+    assert row["tokens"] == 0 and "distillation" not in row and 0 < row["kl_far"] < 20
+    assert row["compute"] == pytest.approx(0.8, abs=0.1)
+    assert study.done(name, PLAN.seed) and not study.done(name, 1) and not study.done("topk", PLAN.seed)
+
+
+def test_what_is_below_the_point_of_leaving_stays(folder: Path, data: Data, tmp_path: Path) -> None:
+    """Routers there are those of the start; the others and the projections have moved."""
+    start = kv_routers(tmp_path)
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2, start=str(start))
+    row = study.run("kv+leave-2/3-4x-started-above", PLAN)
+    assert row["start"] == {"from": "kv", "tensors": 4 * 6}
+    (file,) = (tmp_path / "out").glob("added_*/modlab_router.safetensors")
+    found, before = load_file(file), load_file(start / "modlab_router.safetensors")
+    same = {name: torch.equal(tensor, found[name]) for name, tensor in before.items() if "into" in name}
+    assert same == {name: int(name.split(".")[2]) < 4 for name in same}
+
+
+def test_a_run_can_be_as_long_as_the_clock_says(folder: Path, data: Data, tmp_path: Path) -> None:
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=2)
+    row = study.run("leave-2/3", replace(PLAN, tokens=4 * T), seconds=0.5)
+    assert row["tokens"] > 0 and row["distillation"]["seconds"] > 0
 
 
 def test_distillation_lowers_the_divergence(folder: Path, data: Data, tmp_path: Path) -> None:
