@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import signal
 import sys
@@ -17,7 +18,8 @@ import torch
 from benchmarks.many_gpus import rows as text
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.compared import compared
-from benchmarks.many_gpus.parts import Part, command, environment, parts
+from benchmarks.many_gpus.parts import LARGE_SHAPE, SHARDED, Part, command, environment, parts
+from benchmarks.many_gpus.training import KILLED
 from benchmarks.many_gpus.turns import Ended, Turns
 
 TAIL = 1500
@@ -41,20 +43,35 @@ def _all(options: argparse.Namespace, work: Path) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     results = Results(options, work)
-    models = [_toy(work)] if options.toy else [_with_weights(model, work) for model in options.model]
-    rows = {model: _rows_that_fit(options, model) for model in models}
-    for model, count in rows.items():
-        text.write_rows(
-            model, options.steps * max(count, options.gpus * 2), options.length,
-            work / f"rows_{Path(model).name}.pt",
-        )  # fmt: skip
+    if options.only == LARGE_SHAPE:
+        wanted = [Part("large shape", (LARGE_SHAPE,), options.gpus, options.seconds)]
+    else:
+        models = [_with_weights(model, work) for model in options.model]
+        if options.toy:
+            models = [_toy(work, "small", 3), _toy(work, "large", 4)]
+        _write_rows(options, models, work)
+        wanted = [part for part in parts(models, options.gpus) if options.only in ("", part.what)]
+    if options.toy:  # a few busy cores do it
+        wanted = [dataclasses.replace(part, limit=options.seconds) for part in wanted]
 
     def begin(part: Part, gpus: list[int]) -> tuple[list[str], dict[str, str]]:
-        return command(part, options, rows[part.model], work), environment(options, gpus)
+        return command(part, options, work), environment(options, gpus)
 
     turns = Turns(options.gpus, options.seconds - (time.monotonic() - BEGAN), begin, results.log, results.add)
-    wanted = [part for part in parts(models, options.gpus) if options.only in part.name]
     results.end([part.name for part in turns.run(wanted)])
+
+
+def _write_rows(options: argparse.Namespace, models: list[str], work: Path) -> None:
+    """Rows for all scenes; tokenized once where models share a tokenizer."""
+    written: dict[bytes, Path] = {}
+    for model in models:
+        file, tokenizer = work / f"rows_{Path(model).name}.pt", Path(model) / "tokenizer.json"
+        same = tokenizer.read_bytes() if tokenizer.exists() else b""
+        if same in written:
+            file.write_bytes(written[same].read_bytes())
+        else:
+            text.write_rows(model, options.steps * options.rows * options.gpus, options.length, file)
+        written[same] = file
 
 
 class Results:
@@ -67,7 +84,7 @@ class Results:
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.work = work
         self.name = f"many_gpus_{time.strftime('%Y-%m-%d')}{'_toy' if options.toy else ''}"
-        self.out: Path = options.out
+        self.out, self.rows = options.out, options.rows
         self.found: dict[str, dict[str, Any]] = {}
         words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
         command = " ".join(["python -m benchmarks.many_gpus", *words])
@@ -85,20 +102,27 @@ class Results:
         figures: dict[str, Any] = {"ended with": "its limit" if ended.code is None else ended.code}
         figures |= {"seconds": round(ended.seconds, 1), "together with": ended.together}
         figures["processes left over"] = ended.left_over
-        file, steps = (self.work / f"{part.file}.{suffix}" for suffix in ("json", "jsonl"))
-        if steps.exists():
-            figures["steps"] = [json.loads(line) for line in steps.read_text().splitlines()]
-        if part.what == "killed":
-            figures["checkpoints"] = sorted(p.name for p in self.work.glob("killed/checkpoints/step_*"))
+        file, lines = self.work / f"{part.file}.json", self.work / "killed.jsonl"
         if file.exists():
             figures |= json.loads(file.read_text())
+        if part.what == SHARDED and lines.exists():
+            figures["scenes"][KILLED] = {
+                "lines": [json.loads(line) for line in lines.read_text().splitlines()],
+                "rows": self.rows,
+                "checkpoints": sorted(p.name for p in self.work.glob("killed/checkpoints/step_*")),
+            }
         if ended.code != 0:
             said = self.log(part).read_text(errors="replace")
             figures["end of its log"] = said.split(OF_THE_LAUNCHER)[0][-TAIL:]
         self.found[part.name] = figures
         self._write()
-        shown = {name: value for name, value in figures.items() if not isinstance(value, (list, dict))}
-        print(f"{time.monotonic() - BEGAN:.0f} s: {part.name}: {shown}", flush=True)
+        speeds = {
+            name: round(scene["tokens_per_s"])
+            for name, scene in figures.get("scenes", {}).items()
+            if "tokens_per_s" in scene
+        }
+        ended_with = f"{part.name} ended with {figures['ended with']} after {figures['seconds']} s"
+        print(f"{time.monotonic() - BEGAN:.0f} s: {ended_with}, tokens a second: {speeds}", flush=True)
 
     def end(self, not_begun: list[str]) -> None:
         """No more parts."""
@@ -127,20 +151,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--work", type=Path, help="folder for everything else; by default removed at the end")
     parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
-    parser.add_argument("--only", default="", help="parts whose name holds this, as 'ddp' or 'coder-0.5b'")
+    parser.add_argument("--only", default="", help=f"one part, as ddp, or {LARGE_SHAPE}, alone")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--memory", type=float, default=139.0, help="GiB of a GPU")
-    parser.add_argument("--rows", type=int, default=8, help="of a global batch, halved to fit one GPU")
+    parser.add_argument("--rows", type=int, default=8, help="a GPU; one GPU takes gpus times as many as well")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
-    parser.add_argument("--steps", type=int, default=20, help="of training")
+    parser.add_argument("--steps", type=int, default=16, help="of training")
     parser.add_argument("--toy", action="store_true", help="on the CPU, with a tiny model")
-    for name in ("--part", "--kind", "--file"):
+    for name in ("--part", "--file"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.toy:
         options.rows, options.length, options.context, options.steps = 4, 192, 300, 8
-    elif not options.model:
+    elif not options.model and options.only != LARGE_SHAPE:
         parser.error("--model is needed")
     return options
 
@@ -148,29 +172,15 @@ def _options() -> argparse.Namespace:
 def _part(options: argparse.Namespace) -> None:
     if options.part == "notebook":
         from benchmarks.many_gpus.notebook import executed as run
+    elif options.part == "large shape":
+        from benchmarks.many_gpus.large_shape import measured as run
     elif options.part in ("alone", "tensor parallel", "device_map"):
         from benchmarks.many_gpus.inference import inferred as run
-    elif options.part.startswith("skipping"):
-        from benchmarks.many_gpus.training import skipped as run
     else:
         from benchmarks.many_gpus.training import trained as run
     worker.write(options, run(options))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _rows_that_fit(options: argparse.Namespace, model: str) -> int:
-    """Rows of a global batch that one GPU takes alone, its routers distilled: by the planner's word, in six
-    tenths of its memory."""
-    from modlab.plan import plan
-
-    rows: int = options.rows
-    while rows > options.gpus and not options.toy:
-        table = plan(model, memory=options.memory, context=options.length, batch=rows, checkpointing=False)
-        if table[table["use"] == "routers"]["total"].max() < 0.6 * options.memory:
-            break
-        rows //= 2
-    return rows
 
 
 def _with_weights(model: str, work: Path) -> str:
@@ -181,22 +191,25 @@ def _with_weights(model: str, work: Path) -> str:
 
     folder = work / Path(model).name
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+    with worker.device():  # on a CPU 1.5 B of them take a minute
+        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
     made.save_pretrained(folder)
+    worker.forget(made)
+    del made
     for file in Path(model).glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return str(folder)
 
 
-def _toy(work: Path) -> str:
+def _toy(work: Path, name: str, layers: int) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024,
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(work / "toy")
-    return str(work / "toy")
+    LlamaForCausalLM(config).save_pretrained(work / name)
+    return str(work / name)
 
 
 BEGAN = time.monotonic()

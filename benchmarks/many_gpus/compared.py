@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-TRAINED = re.compile(r"(?P<model>\S+) (?P<way>ddp|fsdp2)(?P<kind>.*)")
-SKIPPED = re.compile(r"(?P<model>\S+) skipping (?P<way>ddp|fsdp2)")
-RESUMED = re.compile(r"(?P<model>\S+) resumed(?P<kind>.*)")
+TIMES = "tokens a second, times one GPU"
 
 
 def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By part: tokens a second as a multiple of one GPU's, the largest differences of a step's figures."""
+    """By part and scene: tokens a second as a multiple of one GPU's, with the same global batch and with as
+    many rows a GPU; the largest differences of a log line's figures with the same global batch."""
+    one = found.get("one", {}).get("scenes", {})
     said: dict[str, Any] = {}
     for part, figures in found.items():
-        for pattern, other in ((TRAINED, "{model} one{kind}"), (SKIPPED, "{model} skipping one"),
-                               (RESUMED, "{model} one{kind}")):  # fmt: skip
-            if match := pattern.fullmatch(part):
-                one = found.get(other.format(**match.groupdict()), {})
-                said[part] = _against(figures, one)
-            if match and pattern is TRAINED and "tokens_per_s" in figures and "tokens_per_s" in one:
-                times = figures["tokens_per_s"] / one["tokens_per_s"]
-                said[part]["tokens a second, times one GPU"] = times
+        if part == "one":
+            continue
+        for name, scene in figures.get("scenes", {}).items():
+            same = one.get(name) or _same_rows(one, scene)
+            if "lines" in scene and same:
+                said[f"{part}, {name}"] = _against(scene, same) | _times(scene, figures, one, name)
     return said
 
 
-def _against(figures: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
-    before = {row["step"]: row for row in one.get("steps", [])}
-    pairs = [(before[row["step"]], row) for row in figures.get("steps", []) if row["step"] in before]
+def _same_rows(one: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:
+    """What one GPU did with the small model and as many rows: a run that was killed, or taken up."""
+    if "tokens_per_s" in scene:
+        return {}
+    of_rows = [other for other in one.values() if other.get("rows") == scene.get("rows")]
+    return of_rows[0] if of_rows else {}
+
+
+def _times(
+    scene: dict[str, Any], figures: dict[str, Any], one: dict[str, Any], name: str
+) -> dict[str, float]:
+    if "tokens_per_s" not in scene:
+        return {}
+    model, said = name.rpartition(", ")[0], {}
+    a_gpu = scene["rows"] // figures["processes"]
+    for what, rows in (("the same global batch", scene["rows"]), ("as many rows a GPU", a_gpu)):
+        other = one.get(f"{model}, {rows} rows")
+        if other is not None:
+            said[f"{TIMES}, {what}"] = scene["tokens_per_s"] / other["tokens_per_s"]
+    return said
+
+
+def _against(scene: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    before = {line["step"]: line for line in one.get("lines", [])}
+    pairs = [(before[line["step"]], line) for line in scene["lines"] if line["step"] in before]
     if not pairs:
         return {}
-    said: dict[str, Any] = {"steps compared": len(pairs)}
+    said: dict[str, Any] = {"log lines compared": len(pairs)}
     for name in ("loss", "kl", "keep_ratio"):
         off = [abs(a[name] - b[name]) for a, b in pairs if name in a and name in b]
         if off:

@@ -22,7 +22,7 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {"context": options.context}
     for kind in dict.fromkeys((worker.dtype(options), torch.float32)):
-        model = worker.loaded(options, kind, **_place(options))
+        model = worker.loaded(options.model[0], kind, **_place(options))
         if options.part == "alone":
             model.to(worker.device())
         for granularity, settings in GRANULARITIES.items():
@@ -35,8 +35,10 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
             figures[name] |= _compared(options, name, found)
             worker.write(options, figures)
             modlab.revert(model)
+        worker.forget(model)
         del model
-    return figures | {"planned": worker.planned(options, "inference")}
+    planned = worker.planned(options, options.model[0], "inference", options.context)
+    return figures | {"planned": planned}
 
 
 def _place(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,11 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-DISTILLED, WEIGHTS = "distilled", "weights"
-"""What a part trains: routers, on their own dense self; or all weights, on the loss and a teacher."""
-
-STARTED_BY_LAUNCHER = ("ddp", "fsdp2", "killed", "skipping ddp", "skipping fsdp2", "tensor parallel")
-SHARDED = ("fsdp2", "killed", "skipping fsdp2")
+STARTED_BY_LAUNCHER = ("ddp", "fsdp2", "tensor parallel")
+SHARDED = "fsdp2"
 
 
 @dataclass(frozen=True)
@@ -20,25 +17,25 @@ class Part:
     """One command.
 
     Attributes:
-        what: "one", "ddp", "fsdp2"; "killed" (FSDP2, a process is killed) and "resumed" (by one GPU);
-            "skipping one", "skipping ddp" and "skipping fsdp2"; "alone", "tensor parallel", "device_map"
-            (inference); "notebook".
-        model: a folder.
+        what: "one", "ddp", "fsdp2": training, in scenes (`training.py`), the last of which a process of
+            "fsdp2" does not survive; "resumed": that one taken up by one GPU; "alone", "tensor parallel",
+            "device_map": inference; "notebook"; "large shape": inference of a model of random weights.
+        models: folders, from small to large; or the name of a shape.
         gpus: that it needs.
         limit: seconds that it may take.
-        kind: of training, `DISTILLED` or `WEIGHTS`; "" elsewhere.
+        timed: whether it needs its GPUs to itself. Of the others as many run at once as there are.
     """
 
     what: str
-    model: str
+    models: tuple[str, ...]
     gpus: int
     limit: float = 100.0
-    kind: str = ""
+    timed: bool = True
 
     @property
     def name(self) -> str:
         """As the results call it."""
-        return " ".join(filter(None, (Path(self.model).name, self.what, self.kind)))
+        return self.what
 
     @property
     def file(self) -> str:
@@ -46,39 +43,39 @@ class Part:
         return self.name.replace(" ", "_")
 
 
+LARGE_SHAPE = "llama-3-70b"
+
+
 def parts(models: list[str], gpus: int) -> list[Part]:
-    """All parts, the most valuable first; `models` from small to large."""
-    small, large = models[0], models[-1]
-    sizes = list(dict.fromkeys((small, large)))
-    found = [Part("one", model, 1, kind=DISTILLED) for model in sizes]
-    found += [Part(way, model, gpus, kind=DISTILLED) for way in ("ddp", "fsdp2") for model in sizes]
-    found += [Part("alone", large, 1), Part("one", small, 1, kind=WEIGHTS)]
-    found += [Part("tensor parallel", large, gpus), Part("device_map", large, gpus)]
-    found += [Part("killed", small, gpus, 90, DISTILLED)]
-    found += [Part("resumed", small, 1, 90, DISTILLED), Part("skipping one", small, 1, 60)]
-    found += [Part("skipping fsdp2", small, gpus, 60), Part("notebook", small, gpus, 90)]
-    found += [Part(way, small, gpus, kind=WEIGHTS) for way in ("ddp", "fsdp2")]
-    found += [Part("skipping ddp", small, gpus, 60)]
-    if large != small:
-        found += [Part("one", large, 1, kind=WEIGHTS)]
-        found += [Part(way, large, gpus, kind=WEIGHTS) for way in ("ddp", "fsdp2")]
-    return found
+    """All parts but the large shape, the most valuable first; `models` from small to large."""
+    sizes = tuple(dict.fromkeys((models[0], models[-1])))
+    large = sizes[-1:]
+    return [
+        Part("ddp", sizes, gpus, 110),
+        Part("one", sizes, 1, 120),
+        Part("alone", large, 1, 90, timed=False),
+        Part("fsdp2", sizes, gpus, 110),
+        Part("resumed", sizes[:1], 1, 80, timed=False),
+        Part("tensor parallel", large, gpus, 90, timed=False),
+        Part("device_map", large, gpus, 90, timed=False),
+        Part("notebook", sizes[:1], gpus, 80, timed=False),
+    ]
 
 
-def command(part: Part, options: argparse.Namespace, rows: int, work: Path) -> list[str]:
-    """What runs a part; `rows` of a global batch."""
+def command(part: Part, options: argparse.Namespace, work: Path) -> list[str]:
+    """What runs a part."""
     launch = [sys.executable]
     if part.what in STARTED_BY_LAUNCHER:
         launch += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
         launch += ["--dynamo_backend", "no", "--num_processes", str(options.gpus)]
         launch += ["--main_process_port", "0"]  # a free one
-        if part.what in SHARDED and not options.toy:  # on a CPU accelerate does not know FSDP
+        if part.what == SHARDED and not options.toy:  # on a CPU accelerate does not know FSDP
             launch += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false"]
         else:
             launch += ["--multi_gpu"]
-    own = ["--out", str(work), "--work", str(work), "--model", part.model, "--gpus", str(options.gpus)]
-    own += ["--part", part.what, "--kind", part.kind, "--file", part.file, "--rows", str(rows)]
-    for name in ("length", "context", "steps", "memory"):
+    own = ["--out", str(work), "--work", str(work), "--model", *part.models, "--gpus", str(options.gpus)]
+    own += ["--part", part.what, "--file", part.file]
+    for name in ("length", "context", "steps", "memory", "rows"):
         own += [f"--{name}", str(getattr(options, name))]
     own += ["--toy"] if options.toy else []
     return [*launch, "-m", "benchmarks.many_gpus", *own]
@@ -92,7 +89,7 @@ def environment(options: argparse.Namespace, gpus: list[int]) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # the notebook forks, and may not have touched a GPU
-        "OMP_NUM_THREADS": "8",  # the launcher would say 1, with which weights are slow to load
+        "OMP_NUM_THREADS": "4",  # the launcher would say 1, with which weights are slow to load
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
     }
     if options.toy:

@@ -1,4 +1,8 @@
-"""Training in one process or several: what every step said, and how fast it was."""
+"""Training in one process or several, in scenes of a few steps: what they said, and how fast it was.
+
+All scenes of a part run in the same processes, which import, compile and meet each other once. What is known
+is written after each scene.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import argparse
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +18,157 @@ import torch
 
 import modlab
 from benchmarks.many_gpus import worker
-from benchmarks.many_gpus.parts import DISTILLED, SHARDED, WEIGHTS
+from benchmarks.many_gpus.breakdown import Breakdown
+from benchmarks.many_gpus.parts import SHARDED
 
 KEYS = ("step", "loss", "kl", "keep_ratio", "grad_norm", "tokens_per_s", "seconds")
 SKIPPED_STEPS = 4
+LOG_EVERY = 4
+"""Steps between two log lines: each waits for the GPU, which the steps between do not."""
 
+KILLED = "killed"
+"""The scene of which a process is killed, and in "resumed" what is taken up."""
 
-def saved_at(steps: int) -> int:
-    """The step whose checkpoint the killed run leaves; its process dies two steps later."""
-    return max(1, steps // 4)
+Scene = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 class Told:
-    """A run's monitor that writes every step to a file as soon as it is known, and may end the run.
+    """A run's monitor that writes every log line to a file as soon as it is known, and may end the run.
 
     Args:
-        file: one JSON object a line, by the first process.
+        file: one JSON object a line, by the first process; None: nowhere.
         dies_at: the step after which the last process is killed, as by a machine that is gone.
         stops_at: the step after which the run is ended.
+        watch: told of every step.
     """
 
-    def __init__(self, file: Path, dies_at: int | None = None, stops_at: int | None = None) -> None:
-        self.file, self.dies_at, self.stops_at = file, dies_at, stops_at
-        self.file.unlink(missing_ok=True)
+    def __init__(
+        self, file: Path | None = None, dies_at: int | None = None, stops_at: int | None = None,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.file, self.dies_at, self.stops_at, self.watch = file, dies_at, stops_at, watch
+        if self.file is not None and worker.rank() == 0:
+            self.file.unlink(missing_ok=True)
 
     def step(self, step: int, share: float) -> bool:
         """Kills its process, or ends the run, where that is due."""
+        if self.watch is not None:
+            self.watch(step)
         if step == self.dies_at and worker.rank() == worker.world() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step != self.stops_at
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row."""
-        if worker.rank() == 0:
+        if self.file is not None and worker.rank() == 0:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({key: row[key] for key in KEYS if key in row}) + "\n")
 
 
 def trained(options: argparse.Namespace) -> dict[str, Any]:
-    """Routers distilled, or all weights with the loss and a dense teacher."""
-    what, steps = options.part, options.steps
-    _shard_on_a_cpu(options)
-    distils = options.kind == DISTILLED
-    model = worker.loaded(options, worker.dtype(options))
-    modlab.convert(model, modlab.MoDConfig(layers="all", **(worker.HEADS if distils else {})))
-    worker.scatter(model)  # so that the keep ratio is no trivial one from the first step on
-    more: dict[str, Any] = {"objective": "distil", "keep_ratio": 0.25, "ramp": 0.7, "router_lr": 0.05}
-    teacher = None
-    if options.kind == WEIGHTS:
-        more, teacher = {"lr": 1e-5, "kl": 1.0}, worker.loaded(options, worker.dtype(options))
-    told = Told(options.work / f"{options.file}.jsonl")
-    if what in ("killed", "resumed"):
-        more |= {"out": options.work / "killed", "save_every": saved_at(steps), "resume": "auto"}
-        told.dies_at = saved_at(steps) + 2 if what == "killed" else None
-        told.stops_at = saved_at(steps) + 4 if what == "resumed" else None
-    config = modlab.TrainConfig(
-        steps=steps, batch_size=options.rows // worker.world(), log_every=1, calibrate=False, num_workers=0,
-        **more,
-    )  # fmt: skip
-    rows = torch.load(options.work / f"rows_{Path(options.model[0]).name}.pt")[: steps * options.rows]
-    result = modlab.train(model, rows, config, teacher=teacher, monitor=told)
-    history = result.history
-    speed = history["tokens_per_s"].iloc[len(history) // 2 :].median()
-    figures = {"tokens_per_s": float(speed), "steps": history[_known(history)].to_dict("records")}
-    worker.write(options, figures)
+    """All scenes of a part, by name."""
+    if options.toy and options.part == SHARDED:  # on a CPU accelerate never looks at its flags
+        from tests.helpers.fsdp_on_cpu import launched_with_fsdp
+
+        launched_with_fsdp()
+    found: dict[str, Any] = {"scenes": {}}
+    for name, scene in scenes(options).items():
+        worker.forget_peaks()
+        found["scenes"][name] = scene(options)
+        worker.write(options, found)
+    return found
+
+
+def scenes(options: argparse.Namespace) -> dict[str, Scene]:
+    """Of a part, the most valuable first. Both global batches of the small model are run by one GPU and by
+    several: the same rows, and as many a card."""
+    small, large = options.model[0], options.model[-1]
+    rows, several = options.rows, options.rows * options.gpus
+    if options.part == "resumed":
+        return {KILLED: taken_up}
+    found: dict[str, Scene] = {
+        title(small, several): lambda o: distilled(o, small, several),
+        title(small, rows): lambda o: distilled(o, small, rows),
+        f"{Path(small).name}, one part skips": skipped,
+    }
+    if large != small:
+        found[title(large, rows)] = lambda o: distilled(o, large, rows)
+    if options.part == "ddp":
+        found["where the time goes"] = broken_down
+    if options.part == SHARDED:
+        found[KILLED] = killed
+    return found
+
+
+def title(model: str, rows: int) -> str:
+    """Of a scene in which routers are distilled, `rows` in a global batch."""
+    return f"{Path(model).name}, {rows} rows"
+
+
+def distilled(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
+    """Routers by KV head on their own dense self; the large model for half as many steps."""
+    half = max(options.steps // 2, 2 * LOG_EVERY)
+    steps = options.steps if model == options.model[0] else half
+    history = _run(options, model, rows, Told(), steps=steps)
+    lines = history["tokens_per_s"].iloc[1:]  # the first line has compiled
     return {
-        **figures,
-        "rows": options.rows,
+        "tokens_per_s": float(lines.median()),
+        "lines": history[_known(history)].to_dict("records"),
+        "rows": rows,
         "length": options.length,
         "allocated": worker.allocated(),
-        "planned": worker.planned(options, "routers" if distils else "weights"),
+        "planned": worker.planned(options, model, "routers", options.length, rows // worker.world()),
     }
+
+
+def broken_down(options: argparse.Namespace) -> dict[str, Any]:
+    """Where two steps of each process go, with the smaller global batch."""
+    watch = Breakdown(first=2, steps=2)
+    _run(options, options.model[0], options.rows, Told(watch=watch.step, stops_at=watch.last), log_every=100)
+    return {"rows": options.rows, **watch.of_all()}
+
+
+def killed(options: argparse.Namespace) -> dict[str, Any]:
+    """A run with checkpoints; the process that this kills is the last that the part does."""
+    told = Told(options.work / "killed.jsonl", dies_at=LOG_EVERY + 2)
+    _run(options, options.model[0], options.rows, told, **_kept(options))
+    return {"failed": "no process was killed"}
+
+
+def taken_up(options: argparse.Namespace) -> dict[str, Any]:
+    """The same run from its checkpoint on, by as many processes as there are now."""
+    told = Told(options.work / "resumed.jsonl", stops_at=2 * LOG_EVERY)
+    history = _run(options, options.model[0], options.rows, told, **_kept(options))
+    return {"lines": history[_known(history)].to_dict("records"), "rows": options.rows}
+
+
+def _kept(options: argparse.Namespace) -> dict[str, Any]:
+    return {"out": options.work / "killed", "save_every": LOG_EVERY, "resume": "auto"}
+
+
+def _run(
+    options: argparse.Namespace, folder: str, rows: int, told: Told, steps: int | None = None,
+    log_every: int = LOG_EVERY, **more: Any,
+) -> Any:  # fmt: skip
+    """The history of a run that distils routers."""
+    model = worker.loaded(folder, worker.dtype(options))
+    modlab.convert(model, modlab.MoDConfig(layers="all", **worker.HEADS))
+    worker.scatter(model)  # so that the keep ratio is no trivial one from the first step on
+    steps = steps or options.steps
+    config = modlab.TrainConfig(
+        steps=steps, batch_size=rows // worker.world(), log_every=log_every,
+        calibrate=False, num_workers=0, objective="distil", keep_ratio=0.25, ramp=0.7, router_lr=0.05, **more,
+    )  # fmt: skip
+    ids = worker.rows_of(options, folder)[: steps * rows]
+    history = modlab.train(model, ids, config, monitor=told).history
+    worker.forget(model)
+    return history
 
 
 def skipped(options: argparse.Namespace) -> dict[str, Any]:
     """All weights for a few steps in which no token of the last of `gpus` parts of a batch is kept anywhere:
     with as many processes that is all that the last one has."""
-    _shard_on_a_cpu(options)
-    model = worker.loaded(options, worker.dtype(options))
+    model = worker.loaded(options.model[0], worker.dtype(options))
     modlab.convert(model, modlab.MoDConfig(skip="layer", layers="all", keep_first=0))
     rows, length = 2 * options.gpus, min(options.length, 1024)
     own = rows // worker.world()
@@ -101,25 +179,16 @@ def skipped(options: argparse.Namespace) -> dict[str, Any]:
         kept_BT = (number < rows - 2)[:, None] & (positions % 2 == layer % 2)
         return kept_BT
 
-    told = Told(options.work / f"{options.file}.jsonl")
     config = modlab.TrainConfig(
         steps=SKIPPED_STEPS, batch_size=own, lr=1e-5, log_every=1, calibrate=False, num_workers=0,
         what_if=0.0, objective="none",
     )  # fmt: skip
-    every = torch.load(options.work / f"rows_{Path(options.model[0]).name}.pt")
-    ids = every[: rows * SKIPPED_STEPS, :length]
+    ids = worker.rows_of(options, options.model[0])[: rows * SKIPPED_STEPS, :length]
     with modlab.routing_override(model, keep):
-        history = modlab.train(model, ids, config, monitor=told).history
-    return {"steps": history[_known(history)].to_dict("records"), "rows": rows, "length": length}
+        history = modlab.train(model, ids, config, monitor=Told()).history
+    worker.forget(model)
+    return {"lines": history[_known(history)].to_dict("records"), "rows": rows, "length": length}
 
 
 def _known(history: Any) -> list[str]:
     return [key for key in KEYS if key in history]
-
-
-def _shard_on_a_cpu(options: argparse.Namespace) -> None:
-    """There accelerate never looks at its flags."""
-    if options.toy and options.part in SHARDED:
-        from tests.helpers.fsdp_on_cpu import launched_with_fsdp
-
-        launched_with_fsdp()

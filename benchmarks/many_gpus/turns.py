@@ -1,4 +1,7 @@
-"""Commands that take turns on the GPUs: the next one begins as soon as as many are free as it needs."""
+"""Commands that take turns on the GPUs: the next one begins as soon as as many are free as it needs.
+
+Parts that are not timed share GPUs with each other.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class Turns:
         log: Callable[[Part], Path],
         ended: Callable[[Part, Ended], None],
     ) -> None:
-        self.free = list(range(gpus))
+        self.gpus = list(range(gpus))
         self.deadline = time.monotonic() + seconds
         self.begin, self.log, self.ended = begin, log, ended
         self.running: list[_Running] = []
@@ -73,7 +76,7 @@ class Turns:
         waiting = list(parts)
         try:
             while self.running or (waiting and self.left > LEAST):
-                while waiting and self.left > LEAST and waiting[0].gpus <= len(self.free):
+                while waiting and self.left > LEAST and self._has_room(waiting[0]):
                     self._begin(waiting.pop(0))
                 time.sleep(0.1)
                 for one in list(self.running):
@@ -88,8 +91,16 @@ class Turns:
         """Seconds."""
         return self.deadline - time.monotonic()
 
+    def _free(self, part: Part) -> list[int]:
+        """GPUs that the part may have: none has a timed part, and a timed part has none with others."""
+        held = [one for one in self.running if part.timed or one.part.timed]
+        return [gpu for gpu in self.gpus if not any(gpu in one.gpus for one in held)]
+
+    def _has_room(self, part: Part) -> bool:
+        return part.gpus <= len(self._free(part))
+
     def _begin(self, part: Part) -> None:
-        gpus, self.free = self.free[: part.gpus], self.free[part.gpus :]
+        gpus = self._free(part)[: part.gpus]
         command, environment = self.begin(part, gpus)
         mark = uuid.uuid4().hex
         with open(self.log(part), "w") as log:
@@ -110,7 +121,6 @@ class Turns:
         seconds = time.monotonic() - one.began
         left_over = _end(one)
         self.running.remove(one)
-        self.free = sorted(self.free + one.gpus)
         self.ended(one.part, Ended(code, seconds, one.together, 0 if code is None else left_over))
 
 

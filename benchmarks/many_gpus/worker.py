@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from pathlib import Path
@@ -42,11 +43,25 @@ def has_weights(model: str) -> bool:
     return any(Path(model).glob("*.safetensors"))
 
 
-def loaded(options: argparse.Namespace, kind: torch.dtype, **more: Any) -> Any:
-    """The dense model of the options' folder."""
+def loaded(model: str, kind: torch.dtype, **more: Any) -> Any:
+    """The dense model of a folder."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(options.model[0], dtype=kind, **more)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=kind, **more)
+
+
+def rows_of(options: argparse.Namespace, model: str) -> torch.Tensor:
+    """The rows that were written for a model, int64 [rows, T]."""
+    rows: torch.Tensor = torch.load(options.work / f"rows_{Path(model).name}.pt")
+    return rows
+
+
+def forget(model: Any) -> None:
+    """Gives a model's memory back; the caller holds it no longer."""
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -71,6 +86,12 @@ def forget_peaks() -> None:
         torch.cuda.reset_peak_memory_stats(number)
 
 
+def wait() -> None:
+    """Until this process's GPUs have done what they were told."""
+    for number in _own_gpus():
+        torch.cuda.synchronize(number)
+
+
 def allocated() -> dict[str, int]:
     """Most bytes allocated on each GPU, by whichever process uses it."""
     own = {f"cuda:{number}": torch.cuda.max_memory_allocated(number) for number in _own_gpus()}
@@ -81,20 +102,21 @@ def allocated() -> dict[str, int]:
     return {name: most for one in found for name, most in one.items()}
 
 
-def planned(options: argparse.Namespace, use: str) -> list[dict[str, Any]]:
-    """What `modlab plan` says of a use, GiB a GPU."""
+def planned(
+    options: argparse.Namespace, model: str, use: str, context: int, rows: int = 1
+) -> list[dict[str, Any]]:
+    """What `modlab plan` says of a use, GiB a GPU.
+
+    Args:
+        context: tokens of a row.
+        rows: a GPU.
+    """
     from modlab.plan import plan
 
-    trains = use != "inference"
     table = plan(
-        options.model[0],
-        gpus=options.gpus,
-        memory=options.memory,
-        context=options.length if trains else options.context,
-        batch=options.rows // world() if trains else 1,
-        kv_saving=1.0,
+        model, gpus=options.gpus, memory=options.memory, context=context, batch=rows, kv_saving=1.0,
         checkpointing=False,
-    )
+    )  # fmt: skip
     lines: list[dict[str, Any]] = table[table["use"] == use].to_dict("records")
     return lines
 

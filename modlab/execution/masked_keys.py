@@ -93,8 +93,9 @@ def weighing_mask(
     assert site.recent is not None
     if takes_flex(site, given, real.device):
         keys = weighed_keys(
-            log_weight, real, site.recent, site.call.documents, padded=site.call.padding_mask is not None
-        )
+            log_weight, real, site.recent, site.call.documents,
+            padded=site.call.padding_mask is not None, at_once=site.routing.compile_layers,
+        )  # fmt: skip
         return keys, weighing_attention(site.routing.model_config)
     seen = visible_mask(given, given.keys_RK, given.keys_RK, untold_window(given, site), site.attention)
     visible, dtype = masked_reference_mask(real, real, visible=seen), arguments.hidden.dtype

@@ -37,6 +37,9 @@ MORE_ENTRIES = 8
 """A head gets so many more entries, all zero but one: 16 bytes in 16 bit, so that rows stay aligned."""
 
 
+Blocks = tuple[BlockMask, BlockMask | None]
+
+
 @dataclass
 class WeighedKeys:
     """What a layer passes instead of a mask.
@@ -44,19 +47,18 @@ class WeighedKeys:
     Attributes:
         log_weight: added to the scores of keys that are not recent, at most 0, [B, T] or [B, T, G]; with
             gradient.
-        recent: block mask of the keys that are; every token sees itself. None where the kernel is known to
-            take them.
-        earlier: block mask of the others, None where no row is longer than the recent past.
         plain: how many keys are recent, where rows have neither padding nor several documents: the kernel
             then needs no masks. None otherwise.
+        blocks: block masks of the keys that are recent (every token sees itself) and of the others (None
+            where no row is longer than the recent past), or what makes them: each is dozens of launches,
+            which the kernel has no use for.
         instead: makes the same as a mask for sdpa, by which runs what the kernel does not take, or what does
-            more than softmax; None where block masks are there.
+            more than softmax; None where there are `blocks`.
     """
 
     log_weight: Tensor
-    recent: BlockMask | None
-    earlier: BlockMask | None
-    plain: int | None = None
+    plain: int | None
+    blocks: Blocks | Callable[[], Blocks] | None = None
     instead: Callable[[], Any] | None = None
 
 
@@ -66,11 +68,13 @@ def weighed_keys(
     recent: int,
     documents_BT: Tensor | None = None,
     padded: bool = True,
+    at_once: bool = False,
 ) -> WeighedKeys:
     """What a token sees of its document, in two parts: its latest `recent` tokens, and all before them.
 
     Args:
         padded: whether there may be padding in `real_BT`.
+        at_once: makes block masks now, for layers that are traced.
     """
     T = real_BT.shape[1]
     document_BT = torch.zeros_like(real_BT, dtype=torch.long) if documents_BT is None else documents_BT
@@ -84,13 +88,13 @@ def weighed_keys(
     def far(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query - key >= recent) & together(row, query, key)
 
-    device = real_BT.device
-    return WeighedKeys(
-        log_weight,
-        band_block_mask(near, T, 0, recent, device),
-        band_block_mask(far, T, recent, T, device) if recent < T else None,
-        None if padded or documents_BT is not None else recent,
-    )
+    def blocks() -> Blocks:
+        device = real_BT.device
+        earlier = band_block_mask(far, T, recent, T, device) if recent < T else None
+        return band_block_mask(near, T, 0, recent, device), earlier
+
+    plain = None if padded or documents_BT is not None else recent
+    return WeighedKeys(log_weight, plain, blocks() if at_once else blocks)
 
 
 def weighing_attention(model_config: Any) -> contextlib.AbstractContextManager[None]:
@@ -135,10 +139,13 @@ def weighed_attention(
         q, k, v = (x.transpose(1, 2) for x in (query_BNTH, key_BGTH, value_BGTH))
         return kernel_weighed_attention(q, k, v, weight_BGT, weighed.plain, scale).contiguous(), None
     attend = functools.partial(_flex(), scale=scale, return_aux=AuxRequest(lse=True), enable_gqa=True)
-    out_BNTH, near = attend(query_BNTH, key_BGTH, value_BGTH, block_mask=weighed.recent)
-    if weighed.earlier is not None:
+    blocks = weighed.blocks() if callable(weighed.blocks) else weighed.blocks
+    assert blocks is not None
+    recent, earlier = blocks
+    out_BNTH, near = attend(query_BNTH, key_BGTH, value_BGTH, block_mask=recent)
+    if earlier is not None:
         longer_query, longer_key = _with_weights(query_BNTH, key_BGTH, weighed.log_weight / scale)
-        far_BNTH, far = attend(longer_query, longer_key, value_BGTH, block_mask=weighed.earlier)
+        far_BNTH, far = attend(longer_query, longer_key, value_BGTH, block_mask=earlier)
         share_BNT1 = torch.sigmoid(far.lse - near.lse)[..., None]  # 0 where there is no earlier key
         out_BNTH = out_BNTH + share_BNT1.to(out_BNTH.dtype) * (far_BNTH - out_BNTH)
     return out_BNTH.transpose(1, 2).contiguous(), None

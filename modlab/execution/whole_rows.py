@@ -41,7 +41,7 @@ def run_keys(
     keep, real = site.decision.keep, site.call.real
     log_weight = torch.where(keep, 0.0, LEAST_LOG_WEIGHT)
     keys = WeighedKeys(
-        log_weight, None, None, plain=site.recent, instead=functools.partial(_as_mask, arguments, site)
+        log_weight, plain=site.recent, instead=functools.partial(_as_mask, arguments, site)
     )
     with weighing_attention(site.routing.model_config):
         y, rest = arguments.run(dense, {mask_name: keys})

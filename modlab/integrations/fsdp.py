@@ -27,19 +27,25 @@ def give_groups(model: nn.Module) -> None:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    shared = list(_shared_groups(model))
-    if not shared:
+    groups = list(_all_groups(model))
+    if not groups:
         return
-    routers = [module for name, module in model.named_modules() if name.rpartition(".")[2] == ROUTER]
+    owner = {module: router for router in routers_of(model) for module in router.modules()}
     try:
-        for state, group in shared:
-            for router in routers:
+        for state, group in groups:
+            inside = (owner.get(p._module_info.module) for p in group.fsdp_params)
+            for router in dict.fromkeys(router for router in inside if router is not None):
                 _take_out(state, group, router)
     except (AttributeError, TypeError, ImportError) as error:
         raise ModlabError(
             f"FSDP2 of torch {torch.__version__} gives routers no group of their own ({error}): call "
             "fully_shard(layer.mod_router) for each routed layer before fully_shard(layer)."
         ) from error
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that decide."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] == ROUTER]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -56,8 +62,8 @@ def reshard_routers(model: nn.Module) -> None:
             group.reshard()
 
 
-def _shared_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """States of FSDP2 and their groups of more than one module."""
+def _all_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """States of FSDP2 and their groups."""
     seen = set()
     for module in model.modules():
         find = getattr(type(module), "_get_fsdp_state", None)

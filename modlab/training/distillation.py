@@ -125,18 +125,18 @@ class Distillation:
         step = recording.steps[-1]
         self._see(step)
         real_BT = real_of(part)
+        line = _in_line(real_BT if "attention_mask" in part else None)
         targets_BT = F.pad(targets_of(part), (0, 1), value=IGNORE)
         weight_BT = real_BT.float() / real
         student_BTD = self.head.states
         with autocast():
             total, kl_S, loss_S = divergence(
-                self.head, _line(student_BTD, real_BT), _line(taught_BTD, real_BT),
-                _line(weight_BT, real_BT), _line(targets_BT, real_BT),
-            )  # fmt: skip
+                self.head, line(student_BTD), line(taught_BTD), line(weight_BT), line(targets_BT)
+            )
         counted = self.pulled(step, noise).real
         figures = {
             "loss": loss_S.sum() / predicted,
-            "kl": (kl_S * _line(counted.float(), real_BT)).sum(),
+            "kl": (kl_S * line(counted.float())).sum(),
         }
         return total, step, figures
 
@@ -157,9 +157,13 @@ class Distillation:
         return rows_B % 2 == 1
 
 
-def _line(value_BT: Tensor, real_BT: Tensor) -> Tensor:
-    """The real tokens of all rows, one after another."""
-    return value_BT[real_BT.to(value_BT.device)]
+def _in_line(real_BT: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What lays the real tokens of all rows [B, T, ...] one after another. Where they are told apart the host
+    waits, once, for their number; None: all of them are real, and nothing is copied."""
+    if real_BT is None:
+        return lambda value: value.flatten(0, 1)
+    at_S = real_BT.flatten().nonzero()[:, 0]
+    return lambda value: value.flatten(0, 1)[at_S.to(value.device)]
 
 
 def check_distillation(config: TrainConfig, teacher: Any) -> None:

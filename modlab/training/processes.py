@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, gather_object
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, gather_object
+from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.training.zero import check_settings
@@ -49,6 +49,15 @@ class Processes:
     def plugin(self) -> Any:
         """accelerate's settings of FSDP."""
         return self.accelerator.state.fsdp_plugin
+
+    def copied(self, model: Any) -> Any:
+        """The model as DDP's wrapper trains it, whose gradients are averaged; itself in a single process.
+
+        Buffers that a checkpoint holds are the first process's in every forward. Those that it does not hold
+        (rotary tables) are the same in all of them, and no forward waits for them.
+        """
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=_has_state(model))
+        return self.accelerator.prepare_model(model)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over processes, on each of them."""
@@ -112,3 +121,12 @@ class Processes:
 
     def _of_all(self, value: float) -> float:
         return float(self.sum(torch.tensor([value], device=self.device)).item())
+
+
+def _has_state(model: nn.Module) -> bool:
+    """Whether a buffer of the model is saved with it."""
+    return any(
+        value is not None and name not in module._non_persistent_buffers_set
+        for module in model.modules()
+        for name, value in module._buffers.items()
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
-from modlab.integrations.fsdp import give_groups, is_sharded, reshard_routers
+from modlab.integrations.fsdp import give_groups, is_sharded, reshard_routers, routers_of
 
 if TYPE_CHECKING:
     from modlab.training.processes import Processes
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 def shard(model: Any, processes: Processes, bf16: bool) -> None:
     """Shards weights layer by layer, with accelerate's settings; a model that is sharded stays as it is.
 
-    Routers get groups of their own, in fp32 (`integrations/fsdp.py`): at once, since around adapters FSDP2
-    begins with PEFT's forward, before the model's own.
+    Routers that are trained alone stay whole in each process: a few hundred kB, whose groups would be two of
+    five that a step gathers and all that it scatters. `Step` averages their gradients. Otherwise they get
+    groups of their own, in fp32 (`integrations/fsdp.py`): at once, since around adapters FSDP2 begins with
+    PEFT's forward, before the model's own.
 
     Args:
         model: whole, in each process the same; on the CPU it is never whole on a GPU.
@@ -31,19 +33,30 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
         bf16: weights are gathered in bf16 (gradients are reduced in fp32).
 
     Raises:
-        ModlabError: activation checkpointing is wanted of a model that has none.
+        ModlabError: activation checkpointing is wanted of a model that has none; an earlier run has left the
+            routers of this model whole.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    trained = [p for p in model.parameters() if p.requires_grad]
     if is_sharded(model):
+        if len({is_part(p) for p in trained}) > 1:
+            raise ModlabError(
+                "an earlier run has sharded this model and trained its routers alone, which stayed whole in "
+                "each process: to train other weights too, load what it saved into a new model."
+            )
         return
+    routers = {p for router in routers_of(model) for p in router.parameters()}
+    alone = routers if routers.issuperset(trained) else set()
+    for parameter in alone:
+        parameter.data = parameter.data.to(processes.device)
     plugin = processes.plugin
     if plugin.activation_checkpointing:
         _checkpoint_activations(model)
     policy = MixedPrecisionPolicy()
     if bf16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    settings = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
+    settings = {"mp_policy": policy, "offload_policy": plugin.cpu_offload, "ignored_params": alone}
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **settings)
     fully_shard(model, **settings)

@@ -30,7 +30,7 @@ from modlab.training.model import balancing_loss, forward, parameter_groups, rea
 from modlab.training.objectives import IGNORE, Sums
 from modlab.training.processes import Processes
 from modlab.training.schedule import is_what_if, keep_target, lr_factor
-from modlab.training.sharding import shard, whole
+from modlab.training.sharding import is_part, shard, whole
 from modlab.training.threshold_control import ThresholdControl
 from modlab.training.zero import Zero
 
@@ -83,7 +83,7 @@ class Step:
         )
         self.zero = Zero(model, self.adamw, config, processes) if processes.zero else None
         if not processes.shards and not processes.zero:
-            self.wrapped = processes.accelerator.prepare_model(model)
+            self.wrapped = processes.copied(model)
         self.distillation = (
             Distillation(model, config, self.layers, processes) if objective == "distil" else None
         )
@@ -135,6 +135,8 @@ class Step:
             norm = self.zero.norm()
         else:
             trained = [p for group in self.adamw.param_groups for p in group["params"]]
+            if self.processes.shards:
+                self._average([p for p in trained if not is_part(p)])
             norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
             self.adamw.step()
         self.forget()
@@ -292,6 +294,17 @@ class Step:
             return
         with record_routing(self.model, detach=False) as recording:
             yield recording
+
+    def _average(self, weights: list[torch.nn.Parameter]) -> None:
+        """The gradients of weights that FSDP2 leaves whole, as DDP would: the average over processes, at
+        once."""
+        if not weights or self.processes.world == 1:
+            return
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        summed = self.processes.sum(torch.cat([gradient.flatten() for gradient in own]))
+        parts = (summed / self.processes.world).split([p.numel() for p in weights])
+        for parameter, part in zip(weights, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are averaged over processes once, in the last part's backward pass."""

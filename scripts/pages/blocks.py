@@ -10,6 +10,7 @@ from scripts.pages import (
     costs,
     defaults,
     depth,
+    many_gpus,
     models,
     quality,
     real_models,
@@ -28,6 +29,7 @@ PAGES = (
     "docs/fast_generation.md",
     "docs/architecture.md",
     "docs/robustness.md",
+    "docs/many_gpus.md",
 )
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "why": costs.why,
@@ -51,6 +53,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "commands": commands.reference,
     "tree": architecture.tree,
     "robustness": robustness.block,
+    "many gpus": many_gpus.block,
 }
 """What stands between a block's markers, from the files below a root."""
 

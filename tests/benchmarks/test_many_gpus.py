@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pytest
+import torch
 
-from benchmarks.many_gpus.compared import compared
+from benchmarks.many_gpus import large_shape
+from benchmarks.many_gpus.breakdown import summed
+from benchmarks.many_gpus.compared import TIMES, compared
 from benchmarks.many_gpus.parts import Part, parts
+from benchmarks.many_gpus.training import KILLED, scenes
 from benchmarks.many_gpus.turns import Ended, Turns
 
 SLEEP = "import time; time.sleep(600)"
+
+
+def part(what: str, gpus: int, limit: float = 100.0, timed: bool = True) -> Part:
+    """Of any model."""
+    return Part(what, ("m",), gpus, limit, timed)
 
 
 class Ran:
@@ -46,10 +58,10 @@ def test_parts_share_the_gpus_in_their_order(tmp_path: Path) -> None:
         "both": "print('done')",
     }
     ran = Ran(tmp_path, programs)
-    assert ran.turns.run([Part("a", "m", 1), Part("b", "m", 1), Part("both", "m", 2)]) == []
+    assert ran.turns.run([part("a", 1), part("b", 1), part("both", 2)]) == []
     assert ran.given == {"a": [0], "b": [1], "both": [0, 1]}
     assert {name: one.code for name, one in ran.ended.items()} == {"a": 0, "b": 3, "both": 0}
-    assert ran.ended["a"].together == ["m b"] and ran.ended["both"].together == []
+    assert ran.ended["a"].together == ["b"] and ran.ended["both"].together == []
     assert (tmp_path / "both.log").read_text() == "done\n"
 
 
@@ -61,42 +73,122 @@ def test_what_a_part_leaves_behind_is_ended(tmp_path: Path) -> None:
         "print(one.pid)"
     )
     ran = Ran(tmp_path, {"leaves": program})
-    ran.turns.run([Part("leaves", "m", 1)])
+    ran.turns.run([part("leaves", 1)])
     assert (ran.ended["leaves"].code, ran.ended["leaves"].left_over) == (0, 1)
     assert not psutil.pid_exists(int((tmp_path / "leaves.log").read_text()))
 
 
 def test_limits_end_parts_and_the_call(tmp_path: Path) -> None:
     ran = Ran(tmp_path, {"long": SLEEP, "next": ""}, gpus=1)
-    assert ran.turns.run([Part("long", "m", 1, limit=0.5), Part("next", "m", 1)]) == []
+    assert ran.turns.run([part("long", 1, limit=0.5), part("next", 1)]) == []
     assert (ran.ended["long"].code, ran.ended["next"].code) == (None, 0)
     late = Ran(tmp_path, {"never": ""}, seconds=0)
-    assert [part.what for part in late.turns.run([Part("never", "m", 1)])] == ["never"]
+    assert [one.what for one in late.turns.run([part("never", 1)])] == ["never"]
     assert not late.ended
+
+
+def test_parts_that_are_not_timed_share_gpus(tmp_path: Path) -> None:
+    """Two that want both GPUs run at once; a timed one waits for them, and they would for it."""
+    meet = (
+        "import pathlib, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / sys.argv[1]).touch()\n"
+        "while len(list(folder.glob('here *'))) < 2: time.sleep(0.05)\n"
+    )
+    programs = {
+        "a": f"import sys; sys.argv.append('here a')\n{meet}",
+        "b": f"import sys; sys.argv.append('here b')\n{meet}",
+        "timed": "",
+        "c": "",
+    }
+    ran = Ran(tmp_path, programs)
+    untimed = {name: part(name, 2, timed=False) for name in ("a", "b", "c")}
+    assert ran.turns.run([untimed["a"], untimed["b"], part("timed", 1), untimed["c"]]) == []
+    assert all(given == [0, 1] for name, given in ran.given.items() if name != "timed")
+    assert ran.ended["a"].together == ["b"] and ran.ended["timed"].together == []
+
+
+def test_a_process_is_timed_with_its_gpu_to_itself(tmp_path: Path) -> None:
+    """One that is not timed gets another GPU."""
+    ran = Ran(tmp_path, {"timed": "import time; time.sleep(1)", "other": ""})
+    ran.turns.run([part("timed", 1), part("other", 1, timed=False)])
+    assert ran.given == {"timed": [0], "other": [1]}
 
 
 def test_all_parts_have_names_of_their_own() -> None:
     found = parts(["models/small", "models/large"], 2)
-    assert len({part.file for part in found}) == len(found)
-    assert [part.name for part in found[:2]] == ["small one distilled", "large one distilled"]
-    alone = parts(["models/small"], 2)
-    assert len({part.file for part in alone}) == len(alone) and len(alone) < len(found)
+    assert len({one.file for one in found}) == len(found)
+    names = [one.name for one in found]
+    assert names.index("alone") < min(names.index("tensor parallel"), names.index("device_map"))
+    assert names.index("fsdp2") < names.index("resumed"), "nothing to take up yet"
+    assert all(len(one.models) == 1 for one in parts(["models/small"], 2))
+
+
+@pytest.mark.parametrize("part_of", ["one", "ddp", "fsdp2", "resumed"])
+def test_one_gpu_does_what_several_are_compared_with(part_of: str) -> None:
+    """Every scene of several GPUs has one of the same name or batch; the one that kills comes last."""
+    options = argparse.Namespace(part=part_of, model=["m/small", "m/large"], rows=8, gpus=2)
+    names = list(scenes(options))
+    one = list(scenes(argparse.Namespace(**{**vars(options), "part": "one"})))
+    assert set(names) - {"where the time goes", KILLED} <= set(one)
+    assert KILLED not in names or names[-1] == KILLED
+    assert one[:2] == ["small, 16 rows", "small, 8 rows"]
 
 
 def test_several_gpus_are_compared_with_one() -> None:
-    def run(losses: list[float], speed: float, first: int = 1) -> dict[str, Any]:
-        steps = [{"step": first + i, "loss": loss, "keep_ratio": 0.5} for i, loss in enumerate(losses)]
-        return {"steps": steps, "tokens_per_s": speed}
+    def run(losses: list[float], rows: int, speed: float | None = None, first: int = 1) -> dict[str, Any]:
+        lines = [{"step": first + i, "loss": loss, "keep_ratio": 0.5} for i, loss in enumerate(losses)]
+        return {"lines": lines, "rows": rows} | ({} if speed is None else {"tokens_per_s": speed})
 
+    one = {"m, 16 rows": run([3.0, 2.0, 1.0], 16, 100.0), "m, 8 rows": run([3.5, 2.5], 8, 95.0)}
+    ddp = {"m, 16 rows": run([3.0, 2.1, 1.0], 16, 190.0), "where the time goes": {"rows": 8}}
     found = {
-        "m one distilled": run([3.0, 2.0, 1.0], 100.0),
-        "m ddp distilled": run([3.0, 2.1, 1.0], 190.0),
-        "m resumed distilled": run([0.75], 100.0, first=3),
-        "m fsdp2 weights": run([3.0], 1.0),
+        "one": {"processes": 1, "scenes": one},
+        "ddp": {"processes": 2, "scenes": ddp},
+        "resumed": {"processes": 1, "scenes": {KILLED: run([2.75], 8, first=2)}},
+        "fsdp2": {"processes": 2, "scenes": {"big, 8 rows": run([3.0], 8, 1.0)}},
+        "alone": {"processes": 1},
     }
     said = compared(found)
-    assert said["m ddp distilled"]["tokens a second, times one GPU"] == 1.9
-    assert abs(said["m ddp distilled"]["largest difference of loss"] - 0.1) < 1e-9
-    assert said["m resumed distilled"]["largest difference of loss"] == 0.25
-    assert said["m resumed distilled"]["steps compared"] == 1
-    assert said["m fsdp2 weights"] == {}  # one GPU's part has not run
+    assert said["ddp, m, 16 rows"][f"{TIMES}, the same global batch"] == 1.9
+    assert said["ddp, m, 16 rows"][f"{TIMES}, as many rows a GPU"] == 2.0
+    assert abs(said["ddp, m, 16 rows"]["largest difference of loss"] - 0.1) < 1e-9
+    assert said[f"resumed, {KILLED}"] == {
+        "log lines compared": 1, "largest difference of loss": 0.25, "largest difference of keep_ratio": 0.0,
+    }  # fmt: skip
+    assert set(said) == {"ddp, m, 16 rows", f"resumed, {KILLED}"}  # the large model of one GPU has not run
+
+
+def test_a_breakdown_counts_kernels_once() -> None:
+    """Ranges on a GPU hold kernels, and those of NCCL have a range too."""
+
+    def event(key: str, count: int, device: str, us: float = 0.0, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            key=key, count=count, device_type=f"DeviceType.{device}", self_device_time_total=us,
+            self_cpu_time_total=us, is_user_annotation=annotation,
+        )  # fmt: skip
+
+    found = summed(
+        [
+            event("ncclDevKernel_AllReduce", 6, "CUDA", 4000.0),
+            event("nccl:all_reduce", 6, "CUDA", 4000.0),
+            event("step", 2, "CUDA", 9000.0, annotation=True),
+            event("gemm", 10, "CUDA", 20000.0),
+            event("aten::mm", 10, "CPU", 100.0),
+            event("cudaLaunchKernel", 8, "CPU", 50.0),
+            event("cudaStreamSynchronize", 2, "CPU", 3000.0),
+        ],
+        steps=2,
+    )
+    assert found == {
+        "kernels, ms": 10.0, "kernels": 5, "collectives, ms": 2.0, "collectives": 3, "launches": 4,
+        "waits": 1, "waits, ms": 1.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_large_shape_is_made_where_its_layers_lie(number: int) -> None:
+    """Its weights are those of the shape, none of them left out, and a forward runs."""
+    model = large_shape.spread(large_shape.TOY, 64, [torch.device("cpu")] * number, torch.float32)
+    assert all(not weight.is_meta and weight.isfinite().all() for weight in model.parameters())
+    assert model(torch.randint(3, 250, (1, 9))).logits.isfinite().all()

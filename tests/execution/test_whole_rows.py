@@ -94,7 +94,7 @@ def test_an_attention_that_caps_its_scores_keeps_to_its_mask(monkeypatch: pytest
     given = []
     monkeypatch.setattr(weighed_attention, "as_sdpa", lambda *args, **kwargs: given.append((args, kwargs)))
     q, k, v = (torch.randn(1, heads, 130, 16) for heads in (4, 2, 2))
-    keys = weighed_attention.WeighedKeys(torch.zeros(1, 130), None, None, plain=20, instead=lambda: "mask")
+    keys = weighed_attention.WeighedKeys(torch.zeros(1, 130), plain=20, instead=lambda: "mask")
     weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys, scaling=0.3, softcap=30.0)
     ((args, kwargs),) = given
     assert args[1:] == (q, k, v, "mask") and kwargs == {"scaling": 0.3, "softcap": 30.0}

@@ -40,7 +40,7 @@ for N, G, T, recent, scale in ((4, 2, 384, 128, None), (3, 1, 256, 100, 0.3), (2
 for gates in (2, 1):
     q, k, v = (torch.randn(1, heads, 130, 16).requires_grad_() for heads in (4, 2, 2))
     weight = (-3 * torch.rand(1, 130, gates)).requires_grad_()
-    keys = WeighedKeys(weight if gates == 2 else weight[..., 0], None, None, plain=20)
+    keys = WeighedKeys(weight if gates == 2 else weight[..., 0], plain=20)
     found, _ = weighed_attention(torch.nn.Module(), q, k, v, keys)
     by_head = weight.transpose(1, 2).expand(-1, 2, -1)
     right = reference_weighed_attention(*(x.transpose(1, 2) for x in (q, k, v)), by_head, 20)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modlab.training.loop import TrainConfig, train
+from modlab.training.run import Run
 from tests.helpers.launch import launch
-from tests.helpers.steps import CASES, ROWS, gradient
+from tests.helpers.steps import CASES, ROWS, gradient, model_of
 from tests.helpers.training import settings
 
 WORKER = Path(__file__).with_name("steps_in_processes.py")
+COUNTS = Path(__file__).with_name("collectives_in_processes.py")
 
 
 def assert_same_step(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -67,6 +73,56 @@ def test_several_processes_give_the_gradient_of_one(
         expected = gradient(case, ROWS, 1)
         for rank in ranks:
             assert_same_step(rank[case], expected)
+
+
+@pytest.mark.parametrize("kind", ["copies", "sharded"])
+def test_processes_wait_for_each_other_three_times_in_a_distilled_step(tmp_path: Path, kind: str) -> None:
+    """For the number of tokens, for what routers kept, for all of their gradients; FSDP2 gathers each layer
+    for the teacher, the student and the backward pass, and the model's ends once."""
+    out = tmp_path / kind
+    out.mkdir()
+    launch(COUNTS, 2, out)
+    found = json.loads((out / "collectives.json").read_text())
+    gathers = {"c10d::_allgather_base_": 3 * 2 + 1} if kind == "sharded" else {}
+    assert found == {"c10d::allreduce_": 3} | gathers
+
+
+def test_the_host_waits_for_the_device_nowhere_in_a_distilled_step() -> None:
+    """But where transformers asks whether positions begin again, in both forwards. Otherwise a GPU stands
+    still while the next part of the step is launched, which with several is what each waits for."""
+    conversion, settings = CASES["distil"]
+    config = TrainConfig(
+        steps=2,
+        batch_size=2,
+        log_every=2,
+        calibrate=False,
+        mixed_precision="no",
+        max_grad_norm=1e9,
+        **settings,
+    )
+    rows = torch.randint(2, 97, (4, 24), generator=torch.Generator().manual_seed(0))
+    with Run(model_of(conversion), rows, config) as run:
+        batches = run.batches()
+        run.train_step(next(batches))
+        with patch.object(run.stepping.adamw, "step"), Waits() as waits:  # on a GPU it is one fused kernel
+            run.train_step(next(batches))
+    assert set(waits.seen) <= {"masking_utils.py"} and len(waits.seen) <= 2, waits.seen
+
+
+class Waits(TorchDispatchMode):
+    """Notes the files whose calls read a value, or have a number of values for a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = function._schema.name
+        by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
+            frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+            self.seen.append(Path(frames[-2].filename).name)
+        return function(*args, **(kwargs or {}))
 
 
 def test_every_row_has_noise_of_its_own(make: Callable[..., Any], rows: torch.Tensor) -> None:

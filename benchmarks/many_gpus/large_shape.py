@@ -1,0 +1,152 @@
+"""The 70B shape with random weights, its layers spread over all GPUs: prefill and decode, dense and routed.
+
+Weights are made where they lie: 141 GB in 16 bit pass neither a disk nor the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import modlab
+from benchmarks.many_gpus import worker
+from modlab.bench.models import SHAPES, Shape
+from modlab.cache.bytes import snapshot
+from modlab.hf.anatomy import decoder_layers
+
+LENGTHS = (4096, 32768)
+TOY = Shape(hidden=64, intermediate=128, layers=4, heads=4, kv_heads=2, vocab=256)
+DECODED = 8
+SHARE = 0.25
+KINDS: dict[str, dict[str, Any] | None] = {"dense": None, "by layer": {}, "by KV head": {"gates": "kv_head"}}
+
+
+@torch.no_grad()
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and bytes by length and kind, written after each."""
+    began = time.perf_counter()
+    places = _places(options)
+    shape = TOY if options.toy else SHAPES[options.model[0]]
+    model = spread(shape, max(LENGTHS) + 64, places, worker.dtype(options))
+    lengths = (64, 300) if options.toy else LENGTHS
+    found: dict[str, Any] = {"seconds until there": time.perf_counter() - began, "by length": {}}
+    found["weight_bytes"] = _by_place(model.parameters())
+    for length in lengths:
+        ids = torch.randint(3, 250, (1, length), generator=torch.Generator().manual_seed(0)).to(places[0])
+        rows = found["by length"].setdefault(str(length), {})
+        for name, settings in KINDS.items():
+            worker.forget_peaks()
+            rows[name] = _row(model, ids, settings)
+            rows[name]["allocated"] = worker.allocated()
+            worker.write(options, found)
+    return found
+
+
+def _places(options: argparse.Namespace) -> list[torch.device]:
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    return [torch.device("cuda", number) for number in range(min(options.gpus, torch.cuda.device_count()))]
+
+
+def spread(shape: Shape, context: int, places: list[torch.device], dtype: torch.dtype) -> Any:
+    """A Llama of random weights, its layers shared out among the places in their order, as accelerate spreads
+    a model (`dispatch_model`)."""
+    from accelerate import dispatch_model
+    from transformers import LlamaForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(shape.config(context)).eval()
+    finally:
+        torch.set_default_dtype(before)
+    layers, first, last = model.model.layers, places[0], places[-1]
+    of_layers = {f"model.layers.{i}": places[i * len(places) // len(layers)] for i in range(len(layers))}
+    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": last, "lm_head": last}
+    with first:
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    for name, place in (of_layers | ends).items():
+        if name != "model.rotary_emb":
+            _filled(model.get_submodule(name), place, shape.layers)
+    if len(places) > 1:
+        numbers = {name: place.index for name, place in (of_layers | ends).items()}
+        model = dispatch_model(model, numbers, main_device=first.index)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _filled(module: nn.Module, place: torch.device, layers: int) -> None:
+    """Gives a module of the device "meta" weights, small enough for as many layers."""
+    module.to_empty(device=place)
+    for name, weight in module.named_parameters():
+        if weight.dim() == 1:
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, 0.02 / (layers**0.5 if "o_proj" in name or "down_proj" in name else 1.0))
+
+
+def _row(model: Any, ids: Tensor, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """One kind with one prompt; the first run of a kind and length warms up."""
+    if settings is not None:
+        modlab.convert(model, modlab.MoDConfig(layers="all", init_gate=0.9, **settings))
+    try:
+        routed = settings is not None
+        with modlab.routing_override(model, by_chance) if routed else contextlib.nullcontext():
+            _prompt(model, ids[:, : min(ids.shape[1], 2048)])  # compiles
+            seconds, output = _timed(functools.partial(_prompt, model, ids))
+            steps = []
+            for _ in range(DECODED):
+                token = output.logits[:, -1:].argmax(-1).to(ids.device)
+                more = {"past_key_values": output.past_key_values, "use_cache": True}
+                second, output = _timed(functools.partial(model, token, **more))
+                steps.append(second)
+            cache = output.past_key_values
+        row = {"prefill, s": seconds, "decode, ms": 1000 * statistics.median(steps[2:])}
+        return row | {"kv_bytes": _kv_bytes(model, cache)}
+    finally:
+        if settings is not None:
+            modlab.revert(model)
+
+
+def by_chance(layer: int, gate: Tensor, positions: Tensor) -> Tensor:
+    """Keeps a quarter, each layer and head another: what it costs in time does not ask which."""
+    position = positions if gate.dim() == 2 else positions[..., None]
+    head = torch.arange(gate.shape[-1], device=gate.device) if gate.dim() == 3 else 0
+    drawn = (position * 2654435761 + layer * 40503 + head * 69069) % 65536
+    return drawn < SHARE * 65536
+
+
+def _prompt(model: Any, ids: Tensor) -> Any:
+    return model(ids, use_cache=True, logits_to_keep=1)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    worker.wait()
+    began = time.perf_counter()
+    result = call()
+    worker.wait()
+    return time.perf_counter() - began, result
+
+
+def _by_place(tensors: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        found[str(tensor.device)] = found.get(str(tensor.device), 0) + tensor.nbytes
+    return found
+
+
+def _kv_bytes(model: Any, cache: Any) -> dict[str, int]:
+    layers, found = decoder_layers(model), dict[str, int]()
+    for row in snapshot(cache):
+        place = str(next(layers[row["layer"]].parameters()).device)
+        found[place] = found.get(place, 0) + row["kv_bytes"]
+    return found

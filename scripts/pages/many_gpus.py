@@ -1,0 +1,154 @@
+"""Several GPUs against one, from what `python -m benchmarks.many_gpus` wrote."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path("benchmarks", "results", "many_gpus")
+WAYS = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
+INFERENCE = {
+    "alone": "one GPU",
+    "tensor parallel": "tensor parallel",
+    "device_map": "layers spread (`device_map`)",
+}
+TRAINED = {"one": "DDP", "ddp": "DDP", "fsdp2": "FSDP2"}
+"""Names of the planner's lines. One GPU holds what each copy of DDP does."""
+
+PLANNED = {"alone": "copies", "tensor parallel": "tensor parallel", "device_map": "layers spread"}
+NOTHING = "No run with these tables yet."
+
+
+def block(root: Path) -> str:
+    """The tables of every run, newest first."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((root / FOLDER).glob("*.json"))]
+    runs = [run for run in found if not run["toy"] and any(map(_is_told, run["parts"].values()))]
+    runs.sort(key=_date, reverse=True)
+    return "\n\n".join(text for run in runs for text in _texts(run)) or NOTHING
+
+
+def _is_told(part: dict[str, Any]) -> bool:
+    return "scenes" in part or "by length" in part
+
+
+def _date(run: dict[str, Any]) -> str:
+    return max(str(part.get("date", "")) for part in run["parts"].values())
+
+
+def _texts(run: dict[str, Any]) -> Iterable[str]:
+    parts = run["parts"]
+    first = next(part for part in parts.values() if _is_told(part) and "device_name" in part)
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(first["versions"].items()))
+    yield f"`{run['command']}` on {first['device_name']}, {versions}, {first['date'][:10]}:"
+    yield from filter(None, (_speed(run), _equal(run), _time(parts), _inference(parts), _large(parts)))
+    ended = [
+        f"{name} ({part['ended with']})" for name, part in parts.items() if part["ended with"] == "its limit"
+    ]
+    unfinished = [f"ended by a limit: {', '.join(ended)}"] if ended else []
+    unfinished += [f"not begun: {', '.join(run['not begun'])}"] if run["not begun"] else []
+    if unfinished:
+        yield "; ".join(unfinished).capitalize() + "."
+
+
+def _speed(run: dict[str, Any]) -> str:
+    heads = (
+        "routers distilled", "rows of a global batch", "way", "tokens/s", "times one GPU, same batch",
+        "times one GPU, as many rows a GPU", "allocated a GPU, GiB", "planned",
+    )  # fmt: skip
+    rows = []
+    for way, name in WAYS.items():
+        for title, scene in run["parts"].get(way, {}).get("scenes", {}).items():
+            if "tokens_per_s" not in scene:
+                continue
+            said = run["compared"].get(f"{way}, {title}", {})
+            times = [
+                said.get(f"tokens a second, times one GPU, {what}")
+                for what in ("the same global batch", "as many rows a GPU")
+            ]
+            most = max(scene["allocated"].values(), default=0) / 2**30
+            rows.append(
+                (title.rpartition(", ")[0], scene["rows"], name, f"{scene['tokens_per_s']:,.0f}",
+                 *("" if one is None else f"{one:.2f}x" for one in times), f"{most:.1f}",
+                 _planned(scene, TRAINED[way]))
+            )  # fmt: skip
+    return _table(heads, sorted(rows, key=lambda row: (row[0], -row[1])))
+
+
+def _planned(figures: dict[str, Any], way: str) -> str:
+    """GiB by the planner."""
+    known = {line["way"]: line["total"] for line in figures.get("planned", [])}
+    value = known.get(way)
+    return "" if value is None else f"{value:.1f}"
+
+
+def _equal(run: dict[str, Any]) -> str:
+    heads = ("against one GPU", "log lines", "largest difference of loss", "of KL", "of the keep ratio")
+    rows = [
+        (name, said["log lines compared"], *(
+            f"{said[f'largest difference of {what}']:.4f}" if f"largest difference of {what}" in said else ""
+            for what in ("loss", "kl", "keep_ratio")
+        ))
+        for name, said in run["compared"].items() if "log lines compared" in said
+    ]  # fmt: skip
+    return _table(heads, rows)
+
+
+def _time(parts: dict[str, Any]) -> str:
+    told = parts.get("ddp", {}).get("scenes", {}).get("where the time goes")
+    if told is None:
+        return ""
+    heads = (f"DDP, a step of {told['rows']} rows", *told["processes"][0])
+    return _table(
+        heads,
+        [
+            (f"process {number}", *(f"{value:,.1f}" for value in own.values()))
+            for number, own in enumerate(told["processes"])
+        ],
+    )
+
+
+def _inference(parts: dict[str, Any]) -> str:
+    heads = (
+        "inference", "gates, type", "weights a GPU, GiB", "K/V a GPU", "allocated", "planned",
+        "largest difference of logits", "decided alike", "same tokens",
+    )  # fmt: skip
+    rows = []
+    for part, name in INFERENCE.items():
+        for kind, found in parts.get(part, {}).items():
+            if not isinstance(found, dict) or "weight_bytes" not in found:
+                continue
+            off = found.get("largest difference of logits")
+            same = f"{found['same tokens']} of {found['of tokens']}" if "same tokens" in found else ""
+            rows.append(
+                (name, kind, *(_most(found[what]) for what in ("weight_bytes", "kv_bytes", "allocated")),
+                 _planned(parts[part], PLANNED[part]), "" if off is None else f"{off:.4f}",
+                 f"{found['decided alike']:.2%}" if "decided alike" in found else "", same)
+            )  # fmt: skip
+    return _table(heads, rows)
+
+
+def _large(parts: dict[str, Any]) -> str:
+    told = parts.get("large shape")
+    if told is None or "by length" not in told:
+        return ""
+    heads = (
+        "70B shape, random weights, tokens", "K/V", "prefill, s", "a token, ms", "K/V a GPU, GiB",
+        "allocated",
+    )  # fmt: skip
+    rows = [
+        (f"{int(length):,}", kind, f"{row['prefill, s']:.2f}", f"{row['decode, ms']:.1f}",
+         _most(row["kv_bytes"]), _most(row["allocated"]))
+        for length, kinds in told["by length"].items() for kind, row in kinds.items()
+    ]  # fmt: skip
+    return _table(heads, rows)
+
+
+def _most(by_place: dict[str, int]) -> str:
+    return f"{max(by_place.values(), default=0) / 2**30:.2f}"
+
+
+def _table(heads: tuple[Any, ...], rows: list[tuple[Any, ...]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])

@@ -1,0 +1,67 @@
+"""The tables on several GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.pages import many_gpus
+
+
+def run(date: str, **more: Any) -> dict[str, Any]:
+    """What `python -m benchmarks.many_gpus` writes."""
+    here = {"date": date, "device_name": "A GPU", "versions": {"torch": "2.11.0"}, "ended with": 0}
+    lines = [{"step": 4, "loss": 1.0}]
+    planned = [{"way": "DDP", "total": 70.5}, {"way": "FSDP2", "total": 36.0}]
+
+    def scene(speed: float) -> dict[str, Any]:
+        allocated = {"cuda:0": 2**30, "cuda:1": 3 * 2**30}
+        return {"tokens_per_s": speed, "rows": 16, "lines": lines, "allocated": allocated, "planned": planned}
+
+    kind = {"weight_bytes": {"cuda:0": 2**31}, "kv_bytes": {"cuda:0": 2**29}, "allocated": {"cuda:0": 2**32}}
+    same = {"largest difference of logits": 0.01, "decided alike": 0.999, "same tokens": 16, "of tokens": 16}
+    length = {"32768": {"dense": {"prefill, s": 9.5, "decode, ms": 50.0, "kv_bytes": {}, "allocated": {}}}}
+    told = {"rows": 8, "processes": [{"ms a step": ms, "kernels": 9.0} for ms in (300.0, 301.0)]}
+    times = {"tokens a second, times one GPU, the same global batch": 1.9, "log lines compared": 4}
+    return {
+        "toy": False, "command": "python -m benchmarks.many_gpus", "not begun": ["notebook"],
+        "compared": {"ddp, m, 16 rows": times | {"largest difference of loss": 0.004}},
+        "parts": {
+            "one": {"scenes": {"m, 16 rows": scene(100.0)}} | here,
+            "ddp": {"scenes": {"m, 16 rows": scene(190.0), "where the time goes": told}} | here,
+            "fsdp2": here | {"ended with": "its limit"},
+            "tensor parallel": {"by layer, bfloat16": kind | same, "planned": planned} | here,
+            "large shape": {"by length": length} | here,
+        },
+    } | more  # fmt: skip
+
+
+def write(root: Path, name: str, result: dict[str, Any]) -> None:
+    folder = root / many_gpus.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def test_all_that_was_measured_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "new", run("2026-12-02"))
+    text = many_gpus.block(tmp_path)
+    assert "| m | 16 | DDP | 190 | 1.90x |  | 3.0 | 70.5 |" in text
+    assert "| m | 16 | one GPU | 100 |  |  | 3.0 | 70.5 |" in text
+    assert "| ddp, m, 16 rows | 4 | 0.0040 |  |  |" in text
+    assert "| process 1 | 301.0 | 9.0 |" in text
+    row = "| tensor parallel | by layer, bfloat16 | 2.00 | 0.50 | 4.00 |  | 0.0100 | 99.90% | 16 of 16 |"
+    assert row in text
+    assert "| 32,768 | dense | 9.50 | 50.0 |" in text
+    assert "Ended by a limit: fsdp2 (its limit); not begun: notebook." in text
+
+
+def test_the_newest_run_comes_first_and_trials_do_not_count(tmp_path: Path) -> None:
+    assert many_gpus.block(tmp_path) == many_gpus.NOTHING
+    write(tmp_path, "trial", run("2026-12-09", toy=True))
+    write(tmp_path, "before", {"toy": False, "parts": {"m ddp distilled": {"steps": []}}})
+    assert many_gpus.block(tmp_path) == many_gpus.NOTHING
+    write(tmp_path, "a", run("2026-12-03"))
+    write(tmp_path, "b", run("2026-12-02"))
+    text = many_gpus.block(tmp_path)
+    assert text.index("2026-12-03") < text.index("2026-12-02") and "2026-12-09" not in text
