@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from modlab.training.config import TrainConfig
     from modlab.training.fit import fit_routers
     from modlab.training.fit_config import FitConfig
+    from modlab.training.fit_projections import fit_projections
     from modlab.training.loop import train
     from modlab.training.result import TrainResult
 
@@ -77,6 +78,7 @@ _HOME: dict[str, str | None] = {
     "trace": "traces.run",
     "FitConfig": "training.fit_config",
     "fit_routers": "training.fit",
+    "fit_projections": "training.fit_projections",
     "TrainConfig": "training.config",
     "TrainResult": "training.result",
     "train": "training.loop",
@@ -106,6 +108,7 @@ __all__ = [
     "families",
     "fast_generation_report",
     "fit_routers",
+    "fit_projections",
     "generation_health",
     "is_converted",
     "load",

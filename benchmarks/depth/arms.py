@@ -27,6 +27,7 @@ class Arm:
         alpha: weight of the paper's load term.
         scored: whether gates start from the relative size of the update (`scores.py`).
         started: whether routers start from those of K/V routing, and begin at the ratio aimed at.
+        fitted: whether projections start from the closed form (`modlab.fit_projections`).
         above: whether only what is above the point of leaving trains.
         removes: what static removal takes out: whole layers, or attentions.
         rate: learning rate of what conversion added; of trained projections it is `PROJECTION_RATE`.
@@ -41,14 +42,16 @@ class Arm:
     alpha: float = 0.01
     scored: bool = False
     started: bool = False
+    fitted: bool = False
     above: bool = False
     removes: Removes = ""
     rate: float = 2e-4
     base_rate: float = 3e-5
 
 
-def _leave(after: float, **fields: Any) -> Arm:
-    return Arm({"skip": "prompt", "leave_after": after, **fields})
+def _leave(after: float, rank: int = 0, **fields: Any) -> Arm:
+    mod = {"skip": "prompt", "leave_after": after} | ({"leave_rank": rank} if rank else {})
+    return Arm(mod, **fields)
 
 
 def _routed(skip: str, compute: float, scored: bool, trains: Trains) -> Arm:
@@ -81,6 +84,9 @@ TRAINED: dict[str, tuple[bool, Trains]] = {
 REMOVED: tuple[Removes, ...] = ("layer", "attention")
 HEALED: dict[str, Trains] = {"": "all", "-lora": "lora", "-free": "none"}
 
+AFTER = {"1/2": 1 / 2, "2/3": 2 / 3, "3/4": 3 / 4}
+"""Shares of the layers after which prompt tokens leave."""
+
 PROJECTION_RATE = 2e-4
 
 ARMS: dict[str, Arm] = {
@@ -90,11 +96,20 @@ ARMS: dict[str, Arm] = {
     "kv+leave-2/3-4x": _both(2 / 3, 4.0),
     "kv+leave-1/2-4x": _both(1 / 2, 4.0),
     **{
-        f"kv+leave-{name}-4x-started{more}": _both(after, 4.0, started=True, above=bool(more), rate=2e-3)
-        for name, after in (("1/2", 1 / 2), ("2/3", 2 / 3), ("3/4", 3 / 4))
-        for more in ("", "-above")
+        f"kv+leave-{name}-4x-started{more}": _both(
+            after, 4.0, started=True, fitted=True, rate=2e-3, above=more == "-above",
+            trains="none" if more == "-free" else "added",
+        )
+        for name, after in AFTER.items()
+        for more in ("", "-above", "-free")
     },
-    **{f"leave-2/3-rank-{rank}": _leave(2 / 3, leave_rank=rank) for rank in (16, 64)},
+    **{
+        f"leave-{name}-fitted{more}": _leave(after, fitted=True, trains="none" if more else "added")
+        for name, after in AFTER.items()
+        for more in ("", "-free")
+    },
+    **{f"leave-2/3-rank-{rank}": _leave(2 / 3, rank) for rank in (16, 64)},
+    **{f"leave-2/3-rank-{rank}-fitted": _leave(2 / 3, rank, fitted=True) for rank in (16, 64)},
     **{
         f"{skip}-{compute:g}{name}": _routed(skip, compute, scored, trains)
         for compute in (0.9, 0.8)

@@ -23,8 +23,9 @@ from benchmarks.real_models.mixture import Mixture
 from benchmarks.real_models.run import rounded
 from benchmarks.real_models.texts import Data
 
-CALIBRATED, SCORED = 4, 16
-"""Training rows on which a threshold is set or removal is chosen, and on which scores are regressed."""
+CALIBRATED, SCORED, FITTED = 4, 16, 32
+"""Training rows on which a threshold is set or removal is chosen, on which scores are regressed, and to which
+projections are fitted."""
 
 
 class Study:
@@ -102,6 +103,9 @@ class Study:
             facts["scores_r2"] = start_from_scores(
                 model, plain.rows(SCORED, plan.length).to(self.device).split(1), plan.keep
             )
+        if arm.fitted:
+            shares = modlab.fit_projections(model, plain.rows(FITTED, plan.length))
+            facts["fitted"] = {str(index): share for index, share in shares.items()}
         if arm.trains == "lora":
             _add_lora(model)
         if plan.tokens and arm.trains == "added":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 from typing import Any
 
@@ -57,14 +58,15 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--start", metavar="ROUTERS", type=read_name,
         help="with a dense MODEL: routers that its conversion starts from (a folder, a hub id, or some that "
-        "ship), wherever both have them; nothing is fitted, and --ramp is 0 by default",
+        "ship), wherever both have them; routers are not fitted then, and --ramp is 0 by default",
     )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     distil = sub.add_argument_group("with --objective distil")
     distil.add_argument(
         "--fit-tokens", metavar="N", type=int,
-        help="tokens that routers are fitted to before a fresh run (default: as `modlab fit`); 0: none",
+        help="tokens that routers (where prompts leave, projections) are fitted to before a fresh run "
+        "(default: as `modlab fit`); 0: none",
     )  # fmt: skip
     distil.add_argument(
         "--repeats", action=argparse.BooleanOptionalAction, default=True,
@@ -103,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     from modlab.training.checkpoints import checkpoints
 
     model, tokenizer = load_model(options, options.model)
+    taken: list[str] = []
     if not modlab.is_converted(model) and not options.dense:
         name = options.recipe or "default"
         mod_config, config = modlab.recipe(name, model, kv_saving=options.kv_saving, **given)
@@ -112,9 +115,9 @@ def run(options: argparse.Namespace) -> int:
             f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
         )
         if options.start and not checkpoints(options.out):
-            taken = len(modlab.start_from(model, options.start))
-            new = sum(map(is_router, dict(model.named_parameters()))) - taken
-            print(f"{taken} tensors of {options.start} are the start, {new} are new")
+            taken = modlab.start_from(model, options.start)
+            new = sum(map(is_router, dict(model.named_parameters()))) - len(taken)
+            print(f"{len(taken)} tensors of {options.start} are the start, {new} are new")
     elif options.recipe or options.kv_saving is not None or options.start:
         raise ModlabError(
             "--recipe, --kv-saving and --start are for a dense MODEL that is converted; this one is not: say "
@@ -128,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
 
     data = rows("train", options.limit_tokens)
     if config.objective == "distil":
-        data = _distilled(options, config, model, tokenizer, data)
+        data = _distilled(options, config, model, tokenizer, data, taken)
     heldout = rows("heldout", options.heldout_tokens) if options.heldout_tokens else None
     result = modlab.train(model, data, config, eval_data=heldout, teacher=teacher, tokenizer=tokenizer)
     last = result.history.iloc[-1].dropna().to_dict() if len(result.history) else {}
@@ -184,21 +187,39 @@ def _check_lengths(options: argparse.Namespace) -> None:
         )
 
 
-def _distilled(options: argparse.Namespace, config: Any, model: Any, tokenizer: Any, data: Any) -> Any:
-    """The rows or batches of a distillation; the routers of a fresh run are fitted to them first, where
-    they can be."""
+def _fit(options: argparse.Namespace, model: Any, tokenizer: Any, data: Any, taken: list[str]) -> None:
+    """Before a fresh run: routers are fitted, or projections above the point of leaving, unless the tensors
+    `taken` from elsewhere hold them."""
     import modlab
-    from modlab.data import mixed_lengths, with_repeats
-    from modlab.training.checkpoints import checkpoints
+    from modlab.execution.projections import PROJECTIONS
     from modlab.training.fit import why_not_fitted
 
-    started = model.mod.trained is not None or options.start is not None
-    fresh = options.fit_tokens != 0 and not started and not checkpoints(options.out)
-    if fresh and (reason := why_not_fitted(model.mod)):
+    leaves = model.mod.first_left < model.mod.num_layers
+    if not leaves and not taken and (reason := why_not_fitted(model.mod)):
         print(f"Nothing is fitted first: {reason}")
-    elif fresh:
+    elif not leaves and not taken:
         settings = modlab.FitConfig(tokens=options.fit_tokens)
         print(modlab.fit_routers(model, data, settings, tokenizer=tokenizer))
+    elif leaves and not any(f".{PROJECTIONS}." in name for name in taken):
+        tokens = options.fit_tokens or (131_072 if model.device.type == "cuda" else 16_384)
+        rows = itertools.islice(data, max(1, tokens // row_length(options, model)))
+        shares = modlab.fit_projections(model, rows).values()
+        print(
+            f"Projections above layer {model.mod.first_left} are fitted: {sum(shares) / len(shares):.2f} of "
+            "what copies miss of the dense model's keys and values is there now"
+        )
+
+
+def _distilled(
+    options: argparse.Namespace, config: Any, model: Any, tokenizer: Any, data: Any, taken: list[str]
+) -> Any:
+    """The rows or batches of a distillation; routers or projections of a fresh run are fitted to them
+    first."""
+    from modlab.data import mixed_lengths, with_repeats
+    from modlab.training.checkpoints import checkpoints
+
+    if options.fit_tokens != 0 and model.mod.trained is None and not checkpoints(options.out):
+        _fit(options, model, tokenizer, data, taken)
     shares = {} if options.repeats else {"passages": 0.0, "lines": 0.0}
     if options.lengths:
         tokens = config.batch_size * row_length(options, model)

@@ -18,18 +18,27 @@ from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.tokenizers import make_tokenizer
 
 
-@pytest.mark.parametrize(("skip", "why"), [("kv+prompt", "from layer 4 on"), ("prompt", "has no routers")])
-def test_what_cannot_be_fitted_is_distilled_without(
-    skip: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("skip", ["kv+prompt", "prompt"])
+def test_projections_are_fitted_where_prompts_leave(
+    skip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = modlab.convert(dense_llama(), modlab.MoDConfig(skip=skip))  # type: ignore[arg-type]
     rows = torch.randint(3, 48, (8, 32))
-    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None, start=None)
+    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None, seq_len=32)
     config = TrainConfig(steps=1, objective="distil")
-    assert _distilled(options, config, model, None, rows) is rows
-    said = capsys.readouterr().out
-    assert "Nothing is fitted first" in said and why in said
+    for tokens, taken, fitted in ((None, [], 1), (0, [], 0), (64, ["x.mod_projections.k_proj.weight"], 0)):
+        options.fit_tokens = tokens
+        assert _distilled(options, config, model, None, rows, taken) is rows
+        assert capsys.readouterr().out.count("Projections above layer 4 are fitted") == fitted
     assert model.mod.trained is None
+
+
+def test_what_has_no_fit_is_distilled_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="mlp"))
+    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None)
+    rows = torch.randint(3, 48, (8, 32))
+    assert _distilled(options, TrainConfig(steps=1, objective="distil"), model, None, rows, []) is rows
+    assert "Nothing is fitted first" in capsys.readouterr().out
 
 
 def test_leaving_is_trained_on_top_of_trained_routers(
@@ -57,12 +66,13 @@ def test_leaving_is_trained_on_top_of_trained_routers(
     words += ["--kv-saving", "1.5", "--keep-range", "0.1,0.9", "--lr", "1e-5", "--router-lr", "1e-6"]
     assert main([*words, "--steps", "2", "--save-every", "1"]) == 0
     said = capsys.readouterr().out
-    assert "are the start" in said and "fitted" not in said
+    assert "are the start" in said and "Projections above layer 4 are fitted" in said
     both = load_file(tmp_path / "run" / "model" / "modlab_router.safetensors")
     source = load_file(tmp_path / "kv" / "modlab_router.safetensors")
     assert any("mod_projections" in name for name in both)
     for name in source:
-        if not name.endswith("bias"):  # gates are shifted to where the target begins
+        below = int(name.split(".")[2]) < 4  # above, routers are fitted to the state that they read there
+        if not name.endswith("bias") and (below or not name.endswith("weight")):
             torch.testing.assert_close(both[name], source[name], atol=1e-4, rtol=0)
     assert main([*words, "--steps", "3", "--resume", "auto"]) == 0
     assert "are the start" not in capsys.readouterr().out
