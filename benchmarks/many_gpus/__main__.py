@@ -194,8 +194,8 @@ def _with_weights(model: str, work: Path) -> str:
     with worker.device():  # on a CPU 1.5 B of them take a minute
         made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
     made.save_pretrained(folder)
-    worker.forget(made)
     del made
+    worker.tidy()
     for file in Path(model).glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return str(folder)

@@ -35,8 +35,8 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
             figures[name] |= _compared(options, name, found)
             worker.write(options, figures)
             modlab.revert(model)
-        worker.forget(model)
         del model
+        worker.tidy()
     planned = worker.planned(options, options.model[0], "inference", options.context)
     return figures | {"planned": planned}
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +27,25 @@ from modlab.hf.anatomy import decoder_layers
 LENGTHS = (4096, 32768)
 TOY = Shape(hidden=64, intermediate=128, layers=4, heads=4, kv_heads=2, vocab=256)
 DECODED = 8
-SHARE = 0.25
-KINDS: dict[str, dict[str, Any] | None] = {"dense": None, "by layer": {}, "by KV head": {"gates": "kv_head"}}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the model is converted (None: it stays dense), and what share is kept."""
+
+    settings: dict[str, Any] | None = None
+    share: float = 1.0
+
+
+FIRST = {
+    "dense": Kind(),
+    "K/V, a quarter by layer": Kind({"skip": "kv"}, 0.25),
+    "K/V, a quarter by KV head": Kind({"skip": "kv", "gates": "kv_head"}, 0.25),
+}
+THEN = {
+    "the same by layer, leaving after two thirds": Kind({"skip": "kv+prompt", "leave_rank": 16}, 0.25),
+    "alternate layers at 0.10": Kind({"skip": "layer", "layers": "alternate"}, 0.1),
+}
 
 
 @torch.no_grad()
@@ -39,14 +58,15 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     lengths = (64, 300) if options.toy else LENGTHS
     found: dict[str, Any] = {"seconds until there": time.perf_counter() - began, "by length": {}}
     found["weight_bytes"] = _by_place(model.parameters())
-    for length in lengths:
+    for kinds, length in itertools.product((FIRST, THEN), lengths):
         ids = torch.randint(3, 250, (1, length), generator=torch.Generator().manual_seed(0)).to(places[0])
         rows = found["by length"].setdefault(str(length), {})
-        for name, settings in KINDS.items():
+        for name, kind in kinds.items():
             worker.forget_peaks()
-            rows[name] = _row(model, ids, settings)
+            rows[name] = _row(model, ids, kind)
             rows[name]["allocated"] = worker.allocated()
             worker.write(options, found)
+            worker.tidy()  # this kind's cache
     return found
 
 
@@ -79,7 +99,8 @@ def spread(shape: Shape, context: int, places: list[torch.device], dtype: torch.
             _filled(model.get_submodule(name), place, shape.layers)
     if len(places) > 1:
         numbers = {name: place.index for name, place in (of_layers | ends).items()}
-        model = dispatch_model(model, numbers, main_device=first.index)
+        keys = model._skip_keys_device_placement  # a cache stays where its layers are
+        model = dispatch_model(model, numbers, main_device=first.index, skip_keys=keys)
     return model.requires_grad_(False)
 
 
@@ -94,14 +115,15 @@ def _filled(module: nn.Module, place: torch.device, layers: int) -> None:
             weight.normal_(0.0, 0.02 / (layers**0.5 if "o_proj" in name or "down_proj" in name else 1.0))
 
 
-def _row(model: Any, ids: Tensor, settings: dict[str, Any] | None) -> dict[str, Any]:
-    """One kind with one prompt; the first run of a kind and length warms up."""
-    if settings is not None:
-        modlab.convert(model, modlab.MoDConfig(layers="all", init_gate=0.9, **settings))
+def _row(model: Any, ids: Tensor, kind: Kind) -> dict[str, Any]:
+    """One kind with one prompt; a shorter one before it warms up."""
+    routed = kind.settings is not None
+    if kind.settings is not None:
+        modlab.convert(model, modlab.MoDConfig(**{"layers": "all", "init_gate": 0.9, **kind.settings}))
+    keep = functools.partial(by_chance, kind.share)
     try:
-        routed = settings is not None
-        with modlab.routing_override(model, by_chance) if routed else contextlib.nullcontext():
-            _prompt(model, ids[:, : min(ids.shape[1], 2048)])  # compiles
+        with modlab.routing_override(model, keep) if routed else contextlib.nullcontext():
+            _prompt(model, ids[:, : min(ids.shape[1], 2048)])
             seconds, output = _timed(functools.partial(_prompt, model, ids))
             steps = []
             for _ in range(DECODED):
@@ -109,20 +131,19 @@ def _row(model: Any, ids: Tensor, settings: dict[str, Any] | None) -> dict[str, 
                 more = {"past_key_values": output.past_key_values, "use_cache": True}
                 second, output = _timed(functools.partial(model, token, **more))
                 steps.append(second)
-            cache = output.past_key_values
         row = {"prefill, s": seconds, "decode, ms": 1000 * statistics.median(steps[2:])}
-        return row | {"kv_bytes": _kv_bytes(model, cache)}
+        return row | {"kv_bytes": _kv_bytes(model, output.past_key_values)}
     finally:
-        if settings is not None:
+        if routed:
             modlab.revert(model)
 
 
-def by_chance(layer: int, gate: Tensor, positions: Tensor) -> Tensor:
-    """Keeps a quarter, each layer and head another: what it costs in time does not ask which."""
+def by_chance(share: float, layer: int, gate: Tensor, positions: Tensor) -> Tensor:
+    """Keeps a share, each layer and head another: what it costs in time does not ask which."""
     position = positions if gate.dim() == 2 else positions[..., None]
     head = torch.arange(gate.shape[-1], device=gate.device) if gate.dim() == 3 else 0
     drawn = (position * 2654435761 + layer * 40503 + head * 69069) % 65536
-    return drawn < SHARE * 65536
+    return drawn < share * 65536
 
 
 def _prompt(model: Any, ids: Tensor) -> Any:

@@ -73,6 +73,7 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
         launched_with_fsdp()
     found: dict[str, Any] = {"scenes": {}}
     for name, scene in scenes(options).items():
+        worker.tidy()  # the scene before has left a model
         worker.forget_peaks()
         found["scenes"][name] = scene(options)
         worker.write(options, found)
@@ -160,9 +161,7 @@ def _run(
         calibrate=False, num_workers=0, objective="distil", keep_ratio=0.25, ramp=0.7, router_lr=0.05, **more,
     )  # fmt: skip
     ids = worker.rows_of(options, folder)[: steps * rows]
-    history = modlab.train(model, ids, config, monitor=told).history
-    worker.forget(model)
-    return history
+    return modlab.train(model, ids, config, monitor=told).history
 
 
 def skipped(options: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +185,6 @@ def skipped(options: argparse.Namespace) -> dict[str, Any]:
     ids = worker.rows_of(options, options.model[0])[: rows * SKIPPED_STEPS, :length]
     with modlab.routing_override(model, keep):
         history = modlab.train(model, ids, config, monitor=Told()).history
-    worker.forget(model)
     return {"lines": history[_known(history)].to_dict("records"), "rows": rows, "length": length}
 
 

@@ -56,9 +56,8 @@ def rows_of(options: argparse.Namespace, model: str) -> torch.Tensor:
     return rows
 
 
-def forget(model: Any) -> None:
-    """Gives a model's memory back; the caller holds it no longer."""
-    del model
+def tidy() -> None:
+    """Gives back the memory of what nobody holds any longer."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
