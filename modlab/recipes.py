@@ -47,6 +47,18 @@ BY_HEAD = MoDConfig(layers="all", gates="kv_head", router_hidden=16)
 LEAVING = replace(BY_HEAD, skip="kv+prompt")
 """The same with less work for prompts."""
 
+DISTILLING: dict[str, Any] = {
+    "objective": "distil",
+    "keep_range": (0.04, 0.67),  # 16x to 1.5x less K/V at 8,192 tokens, the latest 128 included
+    "ramp": 0.7,
+    "warmup": 0.01,
+    # The rate stays up until the target has reached its end, then falls to nothing: at a rate of 0.001 a step
+    # of AdamW still moves logits by more than what tells neighbouring savings apart.
+    "cooldown": 0.3,
+    "min_lr_ratio": 0.0,
+}
+"""How gates are distilled to the dense model."""
+
 # Figures: docs/quality.md, 55.6 M parameters, 10 M tokens, gap to the dense continuation in nats a token.
 RECIPES = {
     "quick": Recipe(
@@ -59,15 +71,15 @@ RECIPES = {
     "distil": Recipe(
         "the same gates, distilled to the dense model, base frozen; one run leaves thresholds for 2x to 16x; "
         "coder-0.5b, asked for 4x: 3.2x less K/V, KL 0.024, recall gap at most 0.011 nats",
-        BY_HEAD,  # docs/quality.md: 21 M tokens in 6.6 minutes on one H200, keep_range from 0.04
-        {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01},
+        BY_HEAD,  # docs/quality.md: 21 M tokens in 6.6 minutes on one H200, when rates ended at a tenth
+        DISTILLING,
         kv_saving=4.0,
     ),
     "safe": Recipe(
         "distil, aimed at 2x: a study of this method on real models of 0.1 to 1.5 B found a KL of at most "
         "0.011 to the dense model and a recall gap of at most 0.042 nats",
         BY_HEAD,  # docs/quality.md, coder-0.5b .0055, coder-1.5b .0104, smollm2 .0067
-        {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01},
+        DISTILLING,
         kv_saving=2.0,
     ),
     "default": Recipe(
@@ -85,7 +97,7 @@ RECIPES = {
         "of this form on coder-0.5b, 3 M tokens, 4x, has a KL of 0.15, recall gaps up to 0.11 nats, "
         "retrieval of 0.80 to 0.94 of dense's, four zero-shot tasks +0.001 ± 0.008 (LAMBADA -0.037 ± 0.019)",
         LEAVING,  # docs/quality.md, its section on depth
-        {"objective": "distil", "keep_range": (0.05, 0.67), "ramp": 0.7, "warmup": 0.01, "lr": 2e-4},
+        {**DISTILLING, "lr": 2e-4},
         kv_saving=4.0,
     ),
     "layers": Recipe(

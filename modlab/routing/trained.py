@@ -26,7 +26,7 @@ class Trained:
     Attributes:
         savings: threshold p by KV saving (dense bytes over allocated ones), as calibrated over several texts
             together; one text may get more or less.
-        seq_len: tokens of the texts on which it was. Shorter ones save less, as the latest `keep_recent`
+        seq_len: tokens of the texts in which that is so. Shorter ones save less, as the latest `keep_recent`
             tokens are always there.
         tokens: that the routers were trained on.
         weights: the weights under the routers then, in words.

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from modlab.cache.stored import unbounded_keep_ratio
+from modlab.cache.stored import recent_share, unbounded_keep_ratio
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import attention_name, decoder_layers
+from modlab.hf.model import context_length
 from modlab.measure import Calibration, calibrate
 from modlab.routing.router import Router, logit_of
 from modlab.routing.state import thresholds_restored
@@ -25,6 +26,9 @@ RATIOS = (2.0, 4.0, 8.0, 16.0)
 
 BEGIN = 0.9
 """Keep ratio at which distillation begins at most."""
+
+SAVING_TEXT = 8192
+"""Tokens of a text in which a saving is counted, where neither rows nor the model's context say otherwise."""
 
 CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 
@@ -121,12 +125,13 @@ def thresholds_by_ratio(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     accelerator: Any = None,
 ) -> dict[float, dict[int, float]]:
-    """Thresholds by layer for 2x, 4x, 8x and 16x less K/V in long texts, as far as they lie within the keep
-    ratios that were trained; the model's own stay."""
+    """Thresholds by layer for 2x, 4x, 8x and 16x less K/V in texts of `saving_text` tokens, as far as they
+    lie within the keep ratios that were trained; the model's own stay."""
     found: dict[float, dict[int, float]] = {}
     low, high = keep_range
+    context = saving_text(model, batches[0]["input_ids"].shape[1])
     for ratio in RATIOS:
-        keep_ratio = keep_for_saving(model, ratio)
+        keep_ratio = keep_for_saving(model, ratio, context)
         if not low <= keep_ratio <= high:
             continue
         try:
@@ -142,11 +147,20 @@ def thresholds_by_ratio(
     return found
 
 
-def keep_for_saving(model: Any, kv_saving: float) -> float:
-    """The keep ratio of the routed layers at which a long text takes so many times fewer bytes; not above 0
-    where too few layers are routed."""
+def saving_text(model: Any, row: int) -> int:
+    """Tokens of the text in which savings are counted: as many as rows have, 8,192 where these are shorter
+    and the model's context is not."""
+    context = context_length(model)
+    return max(row, SAVING_TEXT if context is None else min(SAVING_TEXT, context))
+
+
+def keep_for_saving(model: Any, kv_saving: float, context: int) -> float:
+    """The keep ratio of the routed layers at which a text of `context` tokens takes so many times fewer
+    bytes, its latest tokens, which are there anyway, included; not above 0 where too few layers are routed,
+    or the text is too short."""
     holding = sum(attention_name(layer) is not None for layer in decoder_layers(model))
-    return unbounded_keep_ratio(kv_saving, len(model.mod.layers), holding)
+    recent = recent_share(model.mod.config, context)
+    return unbounded_keep_ratio(kv_saving, len(model.mod.layers), holding, recent)
 
 
 def common(thresholds: dict[float, dict[int, float]]) -> dict[float, float]:

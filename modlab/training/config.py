@@ -33,6 +33,8 @@ class TrainConfig:
         router_lr: peak learning rate of the routers; None means `lr`, with objective="distil" 0.01.
         warmup: linear warm-up, in steps, or as a share of the run if below 1.
         min_lr_ratio: the cosine ends at this share of the peak.
+        cooldown: share of the run, at its end, over which the rates fall along the cosine; 1 is all of it, 0
+            leaves them at their peak.
         weight_decay: of matrices; vectors and routers have none.
         betas: of AdamW.
         max_grad_norm: gradients are clipped to this norm.
@@ -61,7 +63,8 @@ class TrainConfig:
             ratio grows evenly; 0.7 was studied; 0 begins at keep_ratio: for routers that are trained).
         calibrate: after a whole run with "distil", "target" or "budget", shift the gates (or, where they
             enter the output, the thresholds) so that keep_ratio of the first training batches is kept, within
-            0.004 (with per_layer: by each layer, within 0.02).
+            0.004 (with per_layer: by each layer, within 0.02). With "distil" it is that of `eval_data`, where
+            there is some: it is nearer to texts of later use than rows with repetitions are.
         what_if: share of steps, evenly spread, in which routed layers run on all tokens so that skipped
             tokens give the router a gradient too (`model.mod.what_if`); with skip="kv", in which they attend
             to all keys, weighed by their gates. The rest run packed.
@@ -93,6 +96,7 @@ class TrainConfig:
     router_lr: float | None = None
     warmup: float = 0.02
     min_lr_ratio: float = 0.1
+    cooldown: float = 1.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -141,7 +145,7 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "lam", "alpha", "bce", "kl"):
             if not getattr(self, name) >= 0:
                 raise ModlabError(f"{name}={getattr(self, name)} has to be 0 or more.")
-        for name in ("hold", "ramp", "what_if", "min_lr_ratio"):
+        for name in ("hold", "ramp", "what_if", "min_lr_ratio", "cooldown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ModlabError(f"{name}={getattr(self, name)} is a share and has to lie in [0, 1].")
         if not 0 < self.keep_ratio <= 1:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from modlab.errors import ModlabError
 from modlab.hf.model import eval_mode
 from modlab.measure.evaluation import targets_of
 from modlab.routing.noise import Noise
-from modlab.routing.record import RoutingStep
+from modlab.routing.record import RoutingStep, kept_share
 from modlab.routing.router import logit_of
-from modlab.routing.state import record_routing, routing_off
+from modlab.routing.state import record_routing, routing_off, thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.divergence import divergence
 from modlab.training.head import Head
@@ -36,6 +37,7 @@ from modlab.training.loader import Batch
 from modlab.training.model import forward, real_of
 from modlab.training.objectives import IGNORE
 from modlab.training.processes import Processes
+from modlab.training.schedule import GOLDEN
 from modlab.training.threshold_control import ThresholdControl
 
 LEAST_RATIO = 2.0
@@ -85,7 +87,9 @@ class Distillation:
         if self.control is None or self.config.keep_range is None:
             return
         rows_B = noise.rows
-        drawn_B = noise.uniform(DRAW, torch.ones_like(rows_B)[:, None].bool())[:, 0, 0]
+        first = Noise(noise.seed, noise.step, torch.zeros_like(rows_B[:1]))
+        drawn = first.uniform(DRAW, torch.ones_like(rows_B[:1])[:, None].bool())[0, 0, 0]
+        drawn_B = (drawn + rows_B // 2 * GOLDEN) % 1  # a step's rows lie apart, however few they are
         mildest = 1 / self.config.keep_range[1]
         furthest = max(LEAST_RATIO, 1 / target, mildest)
         ratio_B = mildest * (furthest / mildest) ** drawn_B
@@ -140,6 +144,47 @@ class Distillation:
         }
         return total, step, figures
 
+    @torch.no_grad()
+    def held_out(
+        self,
+        batches: Iterable[Batch],
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        settled: bool = False,
+    ) -> dict[str, float]:
+        """How far the model is from its dense self where it keeps `keep_ratio`, whatever the target is now:
+        what runs of different lengths can be compared by. All processes read all batches.
+
+        Args:
+            batches: held-out ones.
+            settled: at the model's own thresholds, instead of those for `keep_ratio` of the tokens seen
+                lately.
+
+        Returns:
+            eval_kl, nats a token, and eval_kl_keep, the share of tokens kept.
+        """
+        total = tokens = kept = 0.0
+        with thresholds_restored(self.base):
+            if self.control is not None and not settled:
+                found = self.control.thresholds(self.config.keep_ratio)
+                own = self.routing.thresholds
+                own.update({i: _moved(own[i], by=float(p)) for i, p in found.items()})
+            for batch in batches:
+                batch = {name: value.to(self.head.model.device) for name, value in batch.items()}
+                real_BT = real_of(batch)
+                line = _in_line(real_BT if "attention_mask" in batch else None)
+                taught_SD = line(self._dense(batch, autocast))
+                with eval_mode(self.model), autocast(), record_routing(self.model) as recording:
+                    with self.head.noting():
+                        forward(self.model, batch, **self.head.short)
+                    student_SD = line(self.head.states)
+                    weight_S = torch.ones(len(student_SD), device=student_SD.device)
+                    nothing_S = torch.full_like(weight_S, IGNORE, dtype=torch.long)
+                    kl, _, _ = divergence(self.head, student_SD, taught_SD, weight_S, nothing_S)
+                step = recording.steps[-1]
+                kept += float(sum(kept_share(keep).sum() for keep in step.keep.values())) / len(step.keep)
+                total, tokens = total + float(kl), tokens + float(step.real.sum())
+        return {"eval_kl": total / tokens, "eval_kl_keep": kept / tokens}
+
     def _see(self, step: RoutingStep) -> None:
         if self.control is not None:
             offsets = {i: logit_of(p) for i, p in self.routing.thresholds.items()}
@@ -164,6 +209,11 @@ def _in_line(real_BT: Tensor | None) -> Callable[[Tensor], Tensor]:
         return lambda value: value.flatten(0, 1)
     at_S = real_BT.flatten().nonzero()[:, 0]
     return lambda value: value.flatten(0, 1)[at_S.to(value.device)]
+
+
+def _moved(p: float, by: float) -> float:
+    """A threshold, with that of `by` counted from it on."""
+    return 1 / (1 + math.exp(-logit_of(p) - logit_of(by)))
 
 
 def check_distillation(config: TrainConfig, teacher: Any) -> None:

@@ -28,7 +28,7 @@ from modlab.hf.model import check_model, context_length, device_of, eval_mode
 from modlab.routing.router import Router
 from modlab.routing.state import Routing, routing_of, set_threshold
 from modlab.routing.trained import Trained
-from modlab.training.calibration import calibrate_trained, common, keep_for_saving
+from modlab.training.calibration import calibrate_trained, common, keep_for_saving, saving_text
 from modlab.training.contexts import contexts, prompt_ids
 from modlab.training.fit_config import FitConfig
 from modlab.training.fit_pass import FitPass, sample_size
@@ -142,13 +142,14 @@ def _run(steps: FitPass, rows: Tensor, fitted: int, batch_size: int, progress: b
 def _trained(model: Any, steps: FitPass, keep_ratio: float, tokens: int) -> Trained:
     """What is known of the routers: thresholds from 1.5x to 4x, beyond which scores alone do not carry."""
     asked, savings = steps.logit_keeping(keep_ratio), {}
+    context = saving_text(model, steps.length)
     for saving in SAVINGS:
-        wanted = keep_for_saving(model, saving)
+        wanted = keep_for_saving(model, saving, context)
         if wanted > 0:
             savings[saving] = 1 / (1 + math.exp(asked - steps.logit_keeping(wanted)))
     rising = common({saving: {0: p} for saving, p in savings.items() if 0 < p < 1})
     method = f"fitted to scores of {tokens:,} tokens in closed form, nothing trained"
-    return Trained(savings=rising, seq_len=steps.length, tokens=tokens, method=method)
+    return Trained(savings=rising, seq_len=context, tokens=tokens, method=method)
 
 
 def _shown(r2: float) -> str:

@@ -24,7 +24,8 @@ class TrainResult:
         history: one row a log line: step, tokens, loss (nats), keep_ratio (mean over routed layers),
             keep_<layer>, objective (its value), kl, balance (what a mixture of
             experts adds to balance them), target, lr, grad_norm, tokens_per_s, seconds; eval_loss
-            and eval_keep_ratio where an evaluation ran.
+            and eval_keep_ratio where an evaluation ran, of a distillation also eval_kl and eval_kl_keep (KL
+            to the dense model on held-out data at the threshold for keep_ratio, and what it keeps there).
         model: the trained model, in eval mode.
         out: the run's folder, or None.
         steps: optimiser steps done in all.

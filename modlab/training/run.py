@@ -27,6 +27,7 @@ from modlab.training.calibration import (
     calibration_batches,
     common,
     open_gates,
+    saving_text,
     thresholds_by_ratio,
 )
 from modlab.training.checkpoints import (
@@ -286,8 +287,13 @@ class Run:
         self.clock.set_mark(self.tokens)
         return row
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and keep ratio on the held-out data, as decoding would see them."""
+    def evaluate(self, settled: bool = False) -> dict[str, float]:
+        """Loss and keep ratio on the held-out data, as decoding would see them; of a distillation also the KL
+        at its `keep_ratio`.
+
+        Args:
+            settled: the model's own thresholds keep that, as they do once it is calibrated.
+        """
         source, config = self.eval_source, self.config
         if source is None:
             return {}
@@ -305,7 +311,15 @@ class Run:
                 forward=self.model.forward if config.compile else None,
             )
         figures = {"eval_loss": found.loss}
-        return figures | ({"eval_keep_ratio": found.keep_ratio} if self.stepping.layers else {})
+        if self.stepping.layers:
+            figures["eval_keep_ratio"] = found.keep_ratio
+        if (distillation := self.stepping.distillation) is not None:
+            with self.compilation.paused() if self.compilation is not None else contextlib.nullcontext():
+                batches = itertools.islice(
+                    source.iterate(size, seed=None, epochs=1), config.eval_batches or None
+                )
+                figures |= distillation.held_out(batches, self.stepping.autocast, settled)
+        return figures
 
     def save(self) -> None:
         """Writes a checkpoint, unless this step has one."""
@@ -337,12 +351,13 @@ class Run:
         if complete:
             if self.window.steps:
                 self.log()
-            if config.calibrate and self._aims:
+            settled = config.calibrate and self._aims
+            if settled:
                 if config.save_every:
                     self.save()  # before: a longer run goes on from the model as trained
                 self._calibrate()
             if self.eval_source is not None and self.history and "eval_loss" not in self.history[-1]:
-                self.history[-1] |= self.evaluate()
+                self.history[-1] |= self.evaluate(settled)
                 self.folder.write_log(self.history)
         if not complete or config.save_every:
             self.save()
@@ -410,7 +425,12 @@ class Run:
         return sums
 
     def _calibrate(self) -> None:
-        batches, config = self._calibration_batches(), self.config
+        config, held_out = self.config, self.eval_source
+        if self.objective != "distil" or held_out is None:
+            batches = self._calibration_batches()
+        else:
+            world, device = self.processes.world, self.processes.device
+            batches = calibration_batches(held_out, config, [], world, device)
         if not batches or config.keep_ratio == 1:
             return
         if self.compilation is not None:
@@ -430,7 +450,7 @@ class Run:
             self.folder.write_thresholds(self.thresholds)
             self.model.mod.trained = Trained(
                 savings=common(self.thresholds),
-                seq_len=batches[0]["input_ids"].shape[1],
+                seq_len=saving_text(self.model, batches[0]["input_ids"].shape[1]),
                 tokens=self.tokens,
                 method=f"distilled to the dense model, {self.tokens:,} tokens",
             )

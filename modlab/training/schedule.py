@@ -17,7 +17,10 @@ def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
         warm = max(progress, 1e-3) / config.warmup
     else:
         warm = 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    falling = 0.0
+    if config.cooldown > 0:
+        falling = max(0.0, min(progress, 1.0) - (1 - config.cooldown)) / config.cooldown
+    cosine = 0.5 * (1 + math.cos(math.pi * falling))
     return min(1.0, warm) * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 

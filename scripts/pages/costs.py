@@ -51,7 +51,8 @@ def distilled_sentence(root: Path) -> str:
     four, eight = at[4.0], at[8.0]
     flags = re.findall(r"--keep-range \S+", record["command"])
     low, high = RECIPES["distil"].train["keep_range"]
-    unlike = "".join(f", with `{flag}`, the recipe having {low},{high}" for flag in flags)
+    own = f"{low},{high}"
+    unlike = "".join(f", with `{flag}`, the recipe having {own}" for flag in flags if flag.split()[1] != own)
     return _wrapped(
         'So do not use that recipe where a model has to quote its context. **`recipe("distil")` does far '
         f"better**: after {made['seconds'] / 60:.1f} minutes of training on one {record['device_name']} "

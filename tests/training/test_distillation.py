@@ -16,15 +16,18 @@ from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.noise import Noise
 from modlab.routing.router import is_router
+from modlab.training.calibration import SAVING_TEXT, keep_for_saving, saving_text
 from modlab.training.config import TrainConfig
 from modlab.training.divergence import divergence
 from modlab.training.head import Head
 from modlab.training.objectives import IGNORE
 from modlab.training.reach import Reach
+from modlab.training.run import Run
 from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.training import same_weights
 
 V, T = 48, 96
+CONTEXT = 2048
 HEADS = {"layers": "all", "gates": "kv_head", "router_hidden": 4, "keep_recent": 8}
 SIZES = {"vocab_size": V, "num_hidden_layers": 2, "initializer_range": 0.2}
 
@@ -243,7 +246,7 @@ def test_a_run_lowers_kl_below_chance_with_the_same_head_shares() -> None:
         steps=90,
         batch_size=8,
         keep_ratio=0.25,
-        keep_range=(0.125, 0.7),
+        keep_range=(0.1, 0.7),
         ramp=0.6,
         lam=8.0,
         calibrate=True,
@@ -270,7 +273,68 @@ def test_a_run_lowers_kl_below_chance_with_the_same_head_shares() -> None:
     for ratio, thresholds in result.thresholds.items():
         modlab.set_threshold(model, thresholds)
         found = modlab.measure.evaluate(model, rows[:16], cache=False)
-        assert found.keep_ratio == pytest.approx(1 / ratio, rel=0.15)
+        assert found.keep_ratio == pytest.approx(keep_for_saving(model, ratio, CONTEXT), rel=0.15)
+
+
+def test_thresholds_are_those_of_held_out_rows() -> None:
+    """Rows of the training have repetitions, in which gates say something else."""
+    model, rows = routed(), torch.full((16, T), 7)
+    rows[:, ::3] = texts(16, len(range(0, T, 3)))
+    config = distil(steps=2, keep_range=(0.1, 0.8), calibrate=True)
+    result = modlab.train(model, rows, config, eval_data=texts(8))
+    found = modlab.measure.evaluate(model, texts(8), cache=False)
+    assert found.keep_ratio == pytest.approx(0.3, abs=0.005)
+    assert modlab.measure.evaluate(model, rows, cache=False).keep_ratio != pytest.approx(0.3, abs=0.02)
+    assert result.history["eval_kl_keep"].iloc[-1] == pytest.approx(0.3, abs=0.005)
+    assert model.mod.trained.seq_len == CONTEXT
+
+
+def test_savings_count_the_latest_tokens_of_a_text() -> None:
+    model = routed()
+    recent = model.mod.config.recent_stored
+    for context in (CONTEXT, 8192):
+        keep_ratio = keep_for_saving(model, 4.0, context)
+        assert recent + (context - recent) * keep_ratio == pytest.approx(context / 4)
+    assert saving_text(model, T) == saving_text(model, CONTEXT) == CONTEXT  # the model can have no longer one
+    longer = routed(max_position_embeddings=16_384)
+    assert saving_text(longer, T) == SAVING_TEXT and saving_text(longer, 12_000) == 12_000
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_kl_of_held_out_rows_is_that_of_whole_logits_where_keep_ratio_is_kept(settled: bool) -> None:
+    model = routed()
+    run = Run(model, texts(), distil(steps=2, keep_range=(0.1, 0.8)), eval_data=texts(4))
+    with run:
+        before = dict(model.mod.thresholds)
+        found = run.evaluate(settled)
+        assert model.mod.thresholds == before
+    with torch.no_grad():
+        with modlab.routing_off(model):
+            dense = model(texts(4), use_cache=False).logits
+        if not settled:
+            modlab.calibrate(model, texts(8), keep_ratio=0.3, tolerance=0.003)
+        with modlab.record_routing(model) as recording:
+            apart = kl(model(texts(4), use_cache=False).logits, dense).mean()
+    kept = sum(float(keep.float().mean()) for keep in recording.steps[0].keep.values()) / 2
+    close = 1e-5 if settled else 0.02  # its thresholds are of the tokens seen lately, not of these
+    assert found["eval_kl_keep"] == pytest.approx(kept, abs=close)
+    assert found["eval_kl"] == pytest.approx(float(apart), rel=1e-4 if settled else 0.15)
+
+
+def test_a_steps_rows_lie_apart_over_the_range() -> None:
+    """With few rows a step, chance would leave whole ratios out for many of them."""
+    asked: list[Tensor] = []
+    model = routed()
+    with Run(model, texts(), distil(steps=2, keep_range=(0.1, 0.8))) as run:
+        distillation: Any = run.stepping.distillation
+        distillation.control.expected = lambda keep_B: asked.append(keep_B) or torch.ones_like(keep_B)
+        for step in range(20):
+            distillation.begin_rows(Noise(0, step, torch.arange(8)), 0.1)
+    for keep_B in asked:
+        place = (keep_B[1::2] * 0.8 / 0.64).log() / torch.tensor(0.1 / 0.8).log()
+        gaps = place.sort().values.diff()
+        assert gaps.min() > 0.1, "two rows of a step ask for nearly the same"
+    assert len({round(float(keep_B[1]), 4) for keep_B in asked}) == 20
 
 
 def test_adapters_are_trained_against_the_base_without_them() -> None:

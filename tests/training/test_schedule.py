@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from modlab.recipes import RECIPES
 from modlab.training.loop import TrainConfig
 from modlab.training.schedule import keep_target, lr_factor, ramped_target
 
@@ -33,4 +34,21 @@ def test_lr_schedule() -> None:
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0.1 <= factors[-1] < 0.105
     assert lr_factor(TrainConfig(steps=100, warmup=0), 0, 0.0) == 1.0
+    assert lr_factor(TrainConfig(steps=1, warmup=0, cooldown=0.0), 0, 0.9) == 1.0
     assert lr_factor(TrainConfig(max_minutes=1, warmup=0.1), 0, 0.05) == pytest.approx(0.5, rel=0.01)
+
+
+def test_rates_stay_up_until_the_cooldown() -> None:
+    config = TrainConfig(steps=100, warmup=10, min_lr_ratio=0.0, cooldown=0.3)
+    factors = [lr_factor(config, s, s / 100) for s in range(101)]
+    assert set(factors[10:71]) == {1.0}
+    assert factors[70:] == sorted(factors[70:], reverse=True)
+    assert factors[85] == pytest.approx(0.5) and factors[100] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["distil", "safe", "speed"])
+def test_distilled_recipes_cool_down_once_the_target_is_reached(name: str) -> None:
+    config = TrainConfig(steps=100, keep_ratio=0.25, **RECIPES[name].train)
+    reached = next(s for s in range(101) if keep_target(config, s, s / 100) <= 0.04)
+    assert lr_factor(config, reached, reached / 100) == 1.0
+    assert lr_factor(config, 100, 1.0) == pytest.approx(0.0, abs=1e-12)
