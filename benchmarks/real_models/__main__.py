@@ -69,7 +69,25 @@ def main(arguments: list[str] | None = None) -> None:
     tasks.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
     tasks.add_argument("--tasks", default="hellaswag,piqa,arc_easy,arc_challenge")
     tasks.add_argument("--limit", type=int, help="documents a task")
-    for stage in (texts, run, report, ship, tasks):
+    measure = stages.add_parser("measure", help="all rows of the table, by the product's cache; resumable")
+    measure.add_argument("--model", type=Path, required=True, help="folder of the base, or converted")
+    measure.add_argument("--routers", type=Path, help="folder of the routers, where --model is the base")
+    measure.add_argument("--data", type=Path, required=True, help="what `texts` wrote")
+    measure.add_argument("--questions", type=Path, help="folder of the evaluation sets")
+    measure.add_argument("--savings", default="2,4,8,16")
+    measure.add_argument("--only", default="", help="kinds of pieces, with commas between them")
+    measure.add_argument("--minutes", type=float, help="begin no piece after so many")
+    measure.add_argument("--arm", default="distil", help="what the routers are called in the results")
+    measure.add_argument("--tokens", type=float, default=0, help="millions, that the routers were trained on")
+    measure.add_argument("--seed", type=int, default=0, help="of their training")
+    measure.add_argument("--commit", help="of the source tree, where git cannot be asked")
+    measure.add_argument("--device", default="cuda")
+    measure.add_argument("--slow", action="store_true", help="generate without fast generation")
+    measure.add_argument("--sizes", type=json.loads, default={}, help="JSON: fields of work.Sizes")
+    join = stages.add_parser("join", help="what `measure` left, as one result file")
+    join.add_argument("--run", type=Path, required=True, help="its folder")
+    join.add_argument("--note", default="", help="what else is to be said of the figures")
+    for stage in (texts, run, report, ship, tasks, measure, join):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     verbs = {
@@ -80,6 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
         "report": _report,
         "ship": _ship,
         "tasks": _tasks,
+        "measure": _measure,
+        "join": _join,
     }
     verbs[options.stage](options)
 
@@ -169,6 +189,26 @@ def _tasks(options: argparse.Namespace) -> None:
         + (f" --limit {options.limit}" if options.limit else "")
     )
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from benchmarks.real_models.measured.run import run
+
+    run(
+        options.model, options.routers, options.data, options.questions, options.out,
+        [float(saving) for saving in options.savings.split(",")],
+        tuple(kind for kind in options.only.split(",") if kind),
+        about={"arm": options.arm, "tokens": round(options.tokens * 1e6), "seed": options.seed},
+        commit=options.commit, device=options.device, fast=not options.slow,
+        minutes=options.minutes, sizes=options.sizes,
+    )  # fmt: skip
+
+
+def _join(options: argparse.Namespace) -> None:
+    from benchmarks.real_models.measured.join import joined
+
+    found = joined(options.run) | ({"note": options.note} if options.note else {})
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,11 +54,21 @@ def dense(base: Base, data: Data) -> Dense:
         )
     for probe, name in ((data.recall, "copies"), (data.retrieval, "right")):
         hidden = torch.cat([dense_hidden(base, ids) for ids in batches(probe.rows, base.device)])
-        setattr(found, name, _asked(base, probe, hidden)[0 if name == "copies" else 1])
+        setattr(found, name, asked(base, probe, hidden)[0 if name == "copies" else 1])
     return found
 
 
-def _asked(base: Base, probe: Probe, hidden_RTD: Tensor) -> tuple[np.ndarray, np.ndarray]:
+class Headed(Protocol):
+    """What turns states into logits, and where."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def head_VD(self) -> Tensor: ...
+
+
+def asked(base: Headed, probe: Probe, hidden_RTD: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Of each span the mean loss, and whether all of its tokens were the likeliest."""
     lengths = probe.spans[:, 2] - probe.spans[:, 1]
     row = np.repeat(probe.spans[:, 0], lengths)
@@ -121,7 +131,7 @@ def _probe(
     base: Base, gates: Gates, probe: Probe, window: int, keep: KeepRule | None
 ) -> tuple[np.ndarray, np.ndarray]:
     rows = [hard_hidden(base, gates, ids, window, keep)[0] for ids in batches(probe.rows, base.device)]
-    return _asked(base, probe, torch.cat(rows))
+    return asked(base, probe, torch.cat(rows))
 
 
 def _mean(by_text: dict[str, float]) -> float:

@@ -52,7 +52,7 @@ def ruler(
 
     Args:
         model: dense or converted, at its present thresholds; of a converted one the dense side (routing off)
-            answers the same questions.
+            answers the same questions. Inside `modlab.routing_off` a converted one is dense.
         data: running text to hide things in: texts or token batches, as `modlab.data.batches` takes them.
         tokenizer: the model's.
         lengths: tokens of a prompt with the room for its answer.
@@ -81,11 +81,13 @@ def ruler(
     check_count("samples", samples, 1)
     check_count("batch_size", batch_size)
     stream_M = token_stream(data, tokenizer, model)
-    sides = ("routed", "dense") if is_converted(model) else ("score",)
+    routed = is_converted(model) and not routing_of(model).is_off
+    sides = ("routed", "dense") if routed else ("score",)
     settings = {"lengths": wanted, "tasks": chosen, "samples": samples, "seed": seed}
     digest = digest_of(stream_M, settings)
     if dense is not None:
-        routing_of(model)
+        if routing_of(model).is_off:
+            raise ModlabError("dense is given while routing is off: there is nothing to hold against it.")
         check_dense(dense, digest, KEYS, "dense", "ruler(..., by_row=True) of a converted model")
         sides = ("routed",)
     lines: list[dict[str, Any]] = []

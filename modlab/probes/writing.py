@@ -65,7 +65,7 @@ def write(
         if temperature is not None:
             seeds = [seed * 2**20 + start + row for row in range(len(ids_BP))]
             processors.append(SeededSampling(temperature, seeds))
-        with eval_mode(model), _plain_generation(model):
+        with eval_mode(model), plain_generation(model):
             made_BT = model.generate(
                 ids_BP,
                 attention_mask=torch.ones_like(ids_BP),
@@ -86,7 +86,7 @@ def write(
 
 
 @contextlib.contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
+def plain_generation(model: Any) -> Iterator[None]:
     """Nothing of the model's generation config inside but its special tokens: no penalty, filter or beam."""
     own, ends = model.generation_config, end_tokens(model)
     pad = own.pad_token_id if own.pad_token_id is not None else next(iter(ends), 0)

@@ -1,0 +1,73 @@
+"""One process of a run: loads the model, takes pieces until none is left."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_models.measured.pieces import Folder, run_all
+from benchmarks.real_models.measured.product import Product
+from benchmarks.real_models.measured.work import KINDS, Sizes, Work
+from benchmarks.real_models.texts import Data
+from modlab.bench.results import circumstances, source_commit
+from modlab.errors import ModlabError
+
+ORIGIN = "origin"
+
+
+def run(
+    model: Path, routers: Path | None, data: Path, questions: Path | None, out: Path, savings: list[float],
+    kinds: tuple[str, ...], *, about: dict[str, Any], commit: str | None = None, device: str = "cuda",
+    fast: bool = True, minutes: float | None = None, sizes: dict[str, Any] | None = None,
+) -> list[str]:  # fmt: skip
+    """Measures what nobody has measured in `out`; see `work.py`.
+
+    Returns:
+        names of the pieces that failed.
+
+    Raises:
+        ModlabError: no such kind, or questions without their folder.
+    """
+    begun = time.monotonic()
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ModlabError(f"there is no kind {kind!r}: choose some of {', '.join(KINDS)}.")
+    chosen = kinds or KINDS
+    if questions is None and {"humaneval", "shots"} & set(chosen):
+        raise ModlabError("--questions: HumanEval and many shots need the folder of the evaluation sets.")
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begun:6.1f} {os.getpid()}] {text}", flush=True)
+
+    product = Product.load(model, routers, device, fast)
+    say(f"{product.name}: loaded, {product.routing!r}")
+    folder = Folder(out)
+    if not folder.done(ORIGIN):
+        folder.write(ORIGIN, {"model": model.name, **about, **_origin(product, commit)})
+    work = Work(product, Data.load(data), questions or data, folder, Sizes(**_sizes(sizes or {})))
+    deadline = None if minutes is None else begun + 60 * minutes
+    failed = run_all(work.pieces(savings, chosen), folder, say, deadline)
+    say(f"nothing left to do; failed: {', '.join(failed) or 'none'}")
+    return failed
+
+
+def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _origin(product: Product, commit: str | None) -> dict[str, Any]:
+    paths = {word: Path(word).name for word in sys.argv[1:] if "/" in word}
+    return {
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.real_models", *(paths.get(word, word) for word in sys.argv[1:])]
+        ),
+        "commit": commit or source_commit(),
+        **circumstances(product.device, product.dtype),
+        "granularity": "head" if max(product.routing.gates.values()) > 1 else "layer",
+        "keep_recent": product.window,
+        "keep_first": product.first,
+    }

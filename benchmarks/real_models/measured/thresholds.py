@@ -1,0 +1,85 @@
+"""The threshold at which K/V really is so many times smaller over the three texts together.
+
+Set on other rows of these texts than those that are measured. What is allocated is more than what is stored
+(an index, room to grow): how much is found by filling the product's cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.real_models.evaluate import MEASURED, older_share
+from benchmarks.real_models.measured.product import Product, stored
+from benchmarks.real_models.texts import COUNTED, Data
+from modlab.errors import ModlabError
+
+OVERHEAD = 1.05  # allocated over stored, to begin with
+CLOSE = 0.02  # a ratio may be off by this share
+ROUNDS = 5
+SETTLE = 2  # passes until gates and threshold agree: what is dropped below changes the gates above
+
+
+def held_rows(data: Data, rows: int) -> np.ndarray:
+    """Rows of the three texts that are not measured, [3 * rows, T]."""
+    return np.concatenate([data.texts[name][MEASURED : MEASURED + rows] for name in COUNTED])
+
+
+def find(product: Product, data: Data, rows_each: int, asked: float) -> dict[str, Any]:
+    """Threshold, and the ratio that it gives on the rows it was set on, so many of each text.
+
+    Raises:
+        ModlabError: the window alone takes more than that.
+    """
+    rows = torch.from_numpy(held_rows(data, rows_each).astype(np.int64)).to(product.device)
+    T, overhead = rows.shape[1], OVERHEAD
+    tried: list[dict[str, float]] = []
+    p = _first_guess(product, asked)
+    for _ in range(ROUNDS):
+        share = older_share(asked * overhead, T, product.window, product.first)
+        if share <= 0:
+            raise ModlabError(
+                f"{asked:g}x in rows of {T} tokens is less than the latest {product.window} and the first "
+                f"{product.first}: take longer rows or a smaller saving."
+            )
+        for _ in range(SETTLE):
+            p = _keeping(product, rows, p, share)
+        with product.at(p):
+            *_, (_, cache, _) = product.pieces(rows)
+        held = stored(cache)
+        del cache
+        ratio = held.dense_kv_bytes / held.kv_bytes
+        tried.append(
+            {"threshold": p, "ratio": ratio, "overhead": held.kv_bytes / held.dense_kv_bytes / held.keys}
+        )
+        if abs(ratio / asked - 1) <= CLOSE:
+            break
+        overhead *= asked / ratio
+    best = min(tried, key=lambda one: abs(one["ratio"] / asked - 1))
+    known = product.routing.trained
+    return {
+        "asked": asked, "threshold": best["threshold"], "ratio_set": best["ratio"], "tried": tried,
+        "beyond_training": bool(known is not None and best["threshold"] > known.largest),
+    }  # fmt: skip
+
+
+def _first_guess(product: Product, asked: float) -> float:
+    """What the routers know of the saving, as far as they know any."""
+    known = product.routing.trained
+    if known is None or known.range is None:
+        return 0.5
+    low, high = known.range
+    return known.threshold_for(min(max(asked, low), high))
+
+
+def _keeping(product: Product, rows: Tensor, p: float, share: float) -> float:
+    """The threshold that keeps this share of the keys that are neither first nor recent, gates as at `p`."""
+    with product.at(p):
+        gates, _ = product.gates(rows)
+    older = slice(product.first, rows.shape[1] - product.window)
+    values = torch.cat([gate[:, older].flatten() for gate in gates]).sort().values
+    found = values[min(len(values) - 1, int(len(values) * (1 - share)))].item()
+    return min(max(found, 1e-6), 1 - 1e-6)
