@@ -146,14 +146,15 @@ def measure(product: Product, task: str, folder: Path, items: int, batch: int = 
 @torch.no_grad()
 def _by_letter(product: Product, made: Sequence[Sheet], batch: int) -> list[float]:
     """1 where the likeliest letter is right; whole rows, padded on the right."""
-    rows, golds = [], []
+    rows: list[list[int]] = []
+    golds: list[int] = []
     for sheet in made:
         shots = product.ids(sheet.shots)
         rows += [shots + product.ids(asked.query) for asked in sheet.questions]
         golds += [asked.gold for asked in sheet.questions]
     told = [product.ids(f" {letter}") for letter in LETTERS]
     same = os.path.commonprefix(told)  # a blank, where it is a token of its own
-    rows = [row + same for row in rows]
+    rows = [[*row, *same] for row in rows]
     letters = torch.tensor([ids[len(same)] for ids in told], device=product.device)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     right = [0.0] * len(rows)
