@@ -19,6 +19,8 @@ RANGES = ("nccl:", "FSDP::", "Optimizer.", "DistributedDataParallel")
 class Breakdown:
     """Watches a run from the end of one step to that of another.
 
+    Where a step takes no longer than until it is launched, its host is what it waits for.
+
     Args:
         first: the step after which it begins to watch.
         steps: how many it watches; first without the profiler, whose own time is large, then with it.
@@ -27,7 +29,8 @@ class Breakdown:
     def __init__(self, first: int, steps: int) -> None:
         self.steps = steps
         self.plain, self.profiled, self.last = first, first + steps, first + 2 * steps
-        self.began = self.seconds = 0.0
+        self.began = 0.0
+        self.own: dict[str, float] = {}
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -35,20 +38,25 @@ class Breakdown:
 
     def step(self, step: int) -> None:
         """A step has been launched."""
+        launched = time.perf_counter()
         if step in (self.plain, self.profiled, self.last):
             _wait()
         if step == self.plain:
             self.began = time.perf_counter()
         elif step == self.profiled:
-            self.seconds = time.perf_counter() - self.began
+            done = time.perf_counter()
+            self.own = {
+                "ms a step": 1000 * (done - self.began) / self.steps,
+                "until launched, ms": 1000 * (launched - self.began) / self.steps,
+            }
+            print(self.own, flush=True)  # should the profiler fail
             self.profiler.start()
         elif step == self.last:
             self.profiler.stop()
 
     def of_all(self) -> dict[str, Any]:
         """Milliseconds and numbers a step, of every process."""
-        own = {"ms a step": 1000 * self.seconds / self.steps}
-        own |= summed(self.profiler.key_averages(), self.steps)
+        own = self.own | summed(self.profiler.key_averages(), self.steps)
         if not torch.distributed.is_initialized():
             return {"processes": [own]}
         found: list[Any] = [None] * torch.distributed.get_world_size()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.many_gpus import large_shape
-from benchmarks.many_gpus.breakdown import summed
+from benchmarks.many_gpus.breakdown import Breakdown, summed
 from benchmarks.many_gpus.compared import TIMES, compared
 from benchmarks.many_gpus.parts import Part, parts
 from benchmarks.many_gpus.training import KILLED, scenes
@@ -184,6 +184,17 @@ def test_a_breakdown_counts_kernels_once() -> None:
         "kernels, ms": 10.0, "kernels": 5, "collectives, ms": 2.0, "collectives": 3, "launches": 4,
         "waits": 1, "waits, ms": 1.5,
     }  # fmt: skip
+
+
+def test_a_breakdown_watches_so_many_steps_of_each_kind() -> None:
+    watch = Breakdown(first=1, steps=2)
+    for step in range(1, watch.last + 1):
+        torch.ones(3).sum()
+        watch.step(step)
+    assert watch.last == 5
+    (own,) = watch.of_all()["processes"]
+    assert own["ms a step"] >= own["until launched, ms"] > 0
+    assert own["kernels"] == 0 or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("number", [1, 2])
