@@ -33,23 +33,27 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--start", help="K/V routers that arms named started begin with (default: shipped ones)")
     run.add_argument("--seed", type=int, default=0)
     prefill = stages.add_parser("prefill", help="time prompts through generate")
-    prefill.add_argument("--lengths", default="32768")
-    prefill.add_argument("--leave-after", type=float, default=2 / 3)
     prefill.add_argument("--repeats", type=int, default=5)
-    prefill.add_argument("--shape", help="random weights of a shape of modlab.bench, such as llama-3-8b")
+    profile = stages.add_parser("profile", help="where the time of a prompt goes, by kernel")
+    for stage in (prefill, profile):
+        stage.add_argument("--lengths", default="32768")
+        stage.add_argument("--leave-after", type=float, default=2 / 3)
+        stage.add_argument("--shape", help="random weights of a shape of modlab.bench, such as llama-3-8b")
     report = stages.add_parser("report", help="what runs have left, as one result file")
     report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
     report.add_argument("--origin", type=Path, help="origin.json of a run; by default the first run's")
     stages.add_parser("arms", help="list the arms")
-    for stage in (run, prefill):
+    for stage in (run, prefill, profile):
         stage.add_argument("--model", type=Path, required=stage is run, help="the model's folder")
         stage.add_argument("--device", default="cuda")
         stage.add_argument("--commit", help="of the source tree, where git cannot be asked")
-    for stage in (run, prefill, report):
+    for stage in (run, prefill, profile, report):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     options.argv = sys.argv[1:] if arguments is None else arguments
-    {"run": _run, "prefill": _prefill, "report": _report, "arms": _arms}[options.stage](options)
+    {"run": _run, "prefill": _prefill, "profile": _profile, "report": _report, "arms": _arms}[options.stage](
+        options
+    )
 
 
 def _arms(options: argparse.Namespace) -> None:
@@ -82,10 +86,34 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _prefill(options: argparse.Namespace) -> None:
+    from benchmarks.depth.prefill import time_prompts
+
+    lengths, name, model = _timed_model(options)
+    _write_origin(options)
+    with (options.out / "prefill.jsonl").open("a") as file:
+        for row in time_prompts(model, lengths, options.repeats, options.leave_after):
+            file.write(json.dumps({"model": name, **row}) + "\n")
+            print(name, row, flush=True)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from benchmarks.depth.profile import profile_prompts
+
+    lengths, name, model = _timed_model(options)
+    _write_origin(options)
+    with (options.out / "profile.jsonl").open("a") as file:
+        for length in lengths:
+            for row in profile_prompts(model, length, options.leave_after):
+                file.write(json.dumps({"model": name, **row}) + "\n")
+                kernels = row.pop("kernels")
+                print(name, row, *(f"\n    {k['ms']:9.3f} ms {k['count']:5} {k['name']}" for k in kernels))
+
+
+def _timed_model(options: argparse.Namespace) -> tuple[list[int], str, Any]:
+    """Lengths of prompts, the model's name and the model."""
     import torch
 
     from benchmarks.depth.model import load
-    from benchmarks.depth.prefill import time_prompts
 
     lengths = [int(length) for length in options.lengths.split(",")]
     if options.shape:
@@ -99,13 +127,7 @@ def _prefill(options: argparse.Namespace) -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     else:
         model = load(options.model, options.device)
-    name = options.shape or options.model.name
-    options.out.mkdir(parents=True, exist_ok=True)
-    _write_origin(options)
-    with (options.out / "prefill.jsonl").open("a") as file:
-        for row in time_prompts(model, lengths, options.repeats, options.leave_after):
-            file.write(json.dumps({"model": name, **row}) + "\n")
-            print(name, row, flush=True)
+    return lengths, options.shape or options.model.name, model
 
 
 def _write_origin(options: argparse.Namespace) -> None:

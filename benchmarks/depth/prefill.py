@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,28 @@ def time_prompts(
         model: dense; its twins share its weights, and it is left as it was.
         repeats: of which medians are taken, after one that warms up.
     """
+    found = []
+    with prompt_calls(model, leave_after, rows, keep_ratio) as calls_of:
+        for length in lengths:
+            calls = calls_of(length)
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for turn in range(repeats + 1):
+                for name, call in calls.items():
+                    took = call()
+                    if turn:
+                        times[name].append(took)
+            for name in ("prompt", "kv+prompt"):
+                twin = calls[name].args[0]
+                found.append(_row(twin, name, times, length, rows, leave_after, keep_ratio))
+    return found
+
+
+@contextlib.contextmanager
+def prompt_calls(
+    model: Any, leave_after: float, rows: int = 1, keep_ratio: float = 0.25
+) -> Iterator[Callable[[int], dict[str, partial[float]]]]:
+    """Inside this block: for prompts of a length, calls of the dense model in fast generation ("dense") and
+    not ("without"), and of its twins; each takes a prompt to its first token and says the milliseconds."""
     fields: dict[str, Any] = {"skip": "prompt", "leave_after": leave_after}
     routed = {**fields, "skip": "kv+prompt", "gates": "kv_head", "layers": "all", "router_hidden": HIDDEN}
     twins = {
@@ -44,30 +66,23 @@ def time_prompts(
         for name, one in (("prompt", fields), ("kv+prompt", routed))
     }
     plain = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    found = []
+
+    def calls_of(length: int) -> dict[str, partial[float]]:
+        ids = _prompt(model, rows, length)
+        table = _table(twins["kv+prompt"], keep_ratio, length)
+        return {
+            "dense": partial(_first_token, model, ids),
+            "without": partial(_first_token, plain, ids),
+            "prompt": partial(_first_token, twins["prompt"], ids),
+            "kv+prompt": partial(_first_token, twins["kv+prompt"], ids, table),
+        }
+
     try:
         for fast in (model, *twins.values()):
             modlab.enable_fast_generation(fast, check=False)
-        for length in lengths:
-            ids = _prompt(model, rows, length)
-            table = _table(twins["kv+prompt"], keep_ratio, length)
-            calls: dict[str, Callable[[], float]] = {
-                "dense": partial(_first_token, model, ids),
-                "without": partial(_first_token, plain, ids),
-                "prompt": partial(_first_token, twins["prompt"], ids),
-                "kv+prompt": partial(_first_token, twins["kv+prompt"], ids, table),
-            }
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for turn in range(repeats + 1):
-                for name, call in calls.items():
-                    took = call()
-                    if turn:
-                        times[name].append(took)
-            for name in twins:
-                found.append(_row(twins[name], name, times, length, rows, leave_after, keep_ratio))
+        yield calls_of
     finally:
         modlab.disable_fast_generation(model)
-    return found
 
 
 def _row(

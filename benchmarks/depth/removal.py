@@ -6,6 +6,7 @@ What is removed is silenced by hooks, so that any architecture has it; its opera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,12 +38,13 @@ def restore(model: Any) -> None:
 
 
 @torch.no_grad()
-def greedy(model: Any, what: str, count: int, rows_BT: Tensor) -> list[int]:
-    """The layers without which, one after another, the KL to the dense model on `rows_BT` grows least."""
+def greedy(model: Any, what: str, count: int, rows_BT: Tensor, known: Sequence[int] = ()) -> list[int]:
+    """The layers without which, one after another, the KL to the dense model on `rows_BT` grows least;
+    `known` are the first of them."""
     told = states(model, rows_BT) @ head(model).T
     real = torch.ones_like(rows_BT).bool()
-    out: list[int] = []
-    for _ in range(count):
+    out: list[int] = list(known)
+    while len(out) < count:
         found = []
         for index in range(1, len(decoder_layers(model)) - 1):
             if index in out:

@@ -56,6 +56,7 @@ class Study:
         self.start = start or f"{folder.name}-kv"
         self.begun = time.monotonic()
         self.known: Dense | None = None
+        self.order: dict[str, list[int]] = {}  # of removal, which arms share
         self.dense_right: dict[str, np.ndarray] = {}
         out.mkdir(parents=True, exist_ok=True)
 
@@ -156,7 +157,10 @@ class Study:
         L, T = model.config.num_hidden_layers, self.measured_length
         key = "layers" if arm.removes == "layer" else "attentions"
         count = min(range(L), key=lambda n: abs(compute.removed(model.config, T, **{key: n}) - arm.compute))
-        chosen = removal.greedy(model, arm.removes, count, rows)
+        known = self.order.get(arm.removes, [])
+        if len(known) < count:
+            known = self.order[arm.removes] = removal.greedy(model, arm.removes, count, rows[:1], known)
+        chosen = known[:count]
         removal.remove(model, arm.removes, chosen)
         return sorted(chosen)
 

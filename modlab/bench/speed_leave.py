@@ -17,6 +17,7 @@ from modlab.bench.limits import need_gpu
 from modlab.bench.models import converted_twin, dense_model
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.speed_kv import KeptWorkload, Sizes, both, twins_by_gates
+from modlab.errors import ModlabError
 from modlab.routing.table import RoutingTable
 
 LEAVES = "prompt"
@@ -46,18 +47,23 @@ def leaving_models(settings: Settings, context: int) -> Iterator[tuple[Any, dict
         yield dense, twins
 
 
-def leaving_rows(
-    settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes, longest: bool = True
-) -> Iterator[Row]:
-    """Prompts through `generate`: long, unequal, the longest; a quarter kept and an eighth."""
+def leaving_rows(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
+    """Prompts through `generate`: long, unequal, the longest; a quarter kept and an eighth. Where contexts
+    other than the default are set, only the prompts as long as one of them."""
+    chosen = {sizes.long, max(sizes.unequal), sizes.longest}
+    if tuple(settings.contexts) != Settings.contexts:
+        chosen &= set(settings.contexts)
     settings = dataclasses.replace(settings, skip="kv+prompt")
     alone = Variant(LEAVES, 1.0)
     long = LeavingWorkload(settings, dense, twins, [sizes.long], sizes.new)
-    yield from long.rows([alone, *both(0.25), *both(0.125)], settings.repeats)
-    unequal = LeavingWorkload(settings, dense, twins, sizes.unequal, sizes.new)
-    yield from unequal.rows([alone, *both(0.25)], settings.repeats)
-    yield from long.static_rows(Variant("layer", 0.25), 1)
-    if longest:
+    if sizes.long in chosen:
+        yield from long.rows([alone, *both(0.25), *both(0.125)], settings.repeats)
+    if max(sizes.unequal) in chosen:
+        unequal = LeavingWorkload(settings, dense, twins, sizes.unequal, sizes.new)
+        yield from unequal.rows([alone, *both(0.25)], settings.repeats)
+    if sizes.long in chosen:
+        yield from long.static_rows(Variant("layer", 0.25), 1)
+    if sizes.longest in chosen:
         workload = LeavingWorkload(settings, dense, twins, [sizes.longest], 2)
         rows = workload.rows([alone, *both(0.25)], 1, whole_warm_up=False)
         yield from (row for row in rows if row["case"] == "prefill")
@@ -65,8 +71,12 @@ def leaving_rows(
 
 @case
 def speed_leave(settings: Settings) -> Iterator[Row]:
-    """Prompts that leave after two thirds of the model, K/V routed or not, on one GPU: 32k, 8 rows, 128k."""
+    """Prompts that leave after two thirds of the model, K/V routed or not, on one GPU: 32k, 8 rows, 128k
+    (--context 131072: that one alone)."""
     need_gpu(settings, "speed_leave")
     sizes = Sizes()
+    known = (sizes.long, max(sizes.unequal), sizes.longest)
+    if tuple(settings.contexts) != Settings.contexts and not set(settings.contexts) <= set(known):
+        raise ModlabError(f"--context {list(settings.contexts)}: speed_leave has prompts of {known} tokens.")
     with leaving_models(settings, sizes.longest + 64) as (dense, twins):
         yield from leaving_rows(settings, dense, twins, sizes)

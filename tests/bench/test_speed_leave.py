@@ -40,6 +40,13 @@ def test_rows_say_who_leaves_and_who_decides(rows: list[dict[str, Any]]) -> None
         assert (row["kv_saving"] > 1.3) == (row["skip"] == "kv+prompt" and row["context"] != 200)
 
 
+def test_a_context_is_measured_alone() -> None:
+    settings = registry.Settings(shape="tiny", layers=6, repeats=1, contexts=(350,))
+    with speed_leave.leaving_models(settings, 400) as (dense, twins):
+        rows = list(speed_leave.leaving_rows(settings, dense, twins, SIZES))
+    assert [(row["case"], row["context"]) for row in rows] == [("prefill", 350)] * 3
+
+
 def test_ideals_count_what_is_run() -> None:
     """By hand: two thirds of the layers in full, keys and values of the others."""
     config, length = SHAPES["llama-3-8b"].config(40_000), 32_768

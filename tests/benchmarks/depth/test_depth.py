@@ -20,6 +20,7 @@ from benchmarks.depth.arms import ARMS, Arm, arm_named
 from benchmarks.depth.distil import Plan
 from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import states
+from benchmarks.depth.profile import _covered
 from benchmarks.depth.report import result
 from benchmarks.depth.run import Study
 from benchmarks.depth.scores import start_from_scores
@@ -189,6 +190,7 @@ def test_removal_is_greedy_and_undone(what: str) -> None:
     model, ids = dense_llama(), torch.randint(3, 500, (2, 30))
     want = states(model, ids)
     chosen = removal.greedy(model, what, 2, ids)
+    assert removal.greedy(model, what, 2, ids, chosen[:1]) == chosen
     assert len(set(chosen)) == 2 and all(0 < index < 5 for index in chosen)
     assert torch.equal(states(model, ids), want)
     removal.remove(model, what, chosen)
@@ -256,6 +258,20 @@ def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
     for row in record["prefill"]:
         assert row["fast"] and row["speedup"] > 0 and row["ideal"] > 1 and row["dense_by"]
     assert str(tmp_path) not in record["command"], "paths of a machine are not published"
+
+
+def test_a_prompt_is_taken_apart(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    common = ["--device", "cpu", "--out", str(out), "--commit", "0" * 40]
+    main(["profile", "--model", str(folder), "--lengths", "40", *common])
+    rows = [json.loads(line) for line in (out / "profile.jsonl").read_text().splitlines()]
+    assert [row["call"] for row in rows] == ["dense", "without", "prompt", "kv+prompt"]
+    assert all(row["ms"] > 0 and row["kernels"][0]["ms"] >= row["kernels"][-1]["ms"] for row in rows)
+    assert "aten::" in capsys.readouterr().out
+
+
+def test_busy_time_counts_overlaps_once() -> None:
+    assert _covered([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
 
 
 def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
