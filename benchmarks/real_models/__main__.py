@@ -87,6 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
     join = stages.add_parser("join", help="what `measure` left, as one result file")
     join.add_argument("--run", type=Path, required=True, help="its folder")
     join.add_argument("--note", default="", help="what else is to be said of the figures")
+    budget = stages.add_parser("budget", help="what a larger budget would give, from a distillation's log")
+    budget.add_argument("--log", type=Path, required=True, help="log.jsonl of a run with --eval-every")
+    budget.add_argument("--keep-ratio", type=float, default=0.25, help="that the run was asked for")
+    budget.add_argument("--tokens", default="60,120,240", help="millions, with commas between them")
     for stage in (texts, run, report, ship, tasks, measure, join):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -100,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         "tasks": _tasks,
         "measure": _measure,
         "join": _join,
+        "budget": _budget,
     }
     verbs[options.stage](options)
 
@@ -209,6 +214,13 @@ def _join(options: argparse.Namespace) -> None:
 
     found = joined(options.run) | ({"note": options.note} if options.note else {})
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _budget(options: argparse.Namespace) -> None:
+    from benchmarks.real_models.budget import fit, said
+
+    tokens = [1e6 * float(count) for count in options.tokens.split(",")]
+    print(said(fit(options.log, options.keep_ratio), tokens))
 
 
 if __name__ == "__main__":
