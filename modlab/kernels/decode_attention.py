@@ -24,6 +24,7 @@ W tokens of a ring, U rows whose heads are rows.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,29 @@ try:
     import triton.language as tl
 except ImportError:  # no Triton (CPU or macOS builds of torch): the reference below serves
     triton = None
+
+@dataclass(frozen=True)
+class Shares:
+    """Another way to cut keys into parts: all blocks of all heads in one line, of which each program takes
+    an equal share, whatever heads it meets there. No part is short because a head ends.
+
+    Attributes:
+        programs: of a multiprocessor at once.
+        block: keys of a block.
+        warps, stages: of a program.
+        joined: parts that are joined at once.
+    """
+
+    programs: int = 2
+    block: int = 64
+    warps: int = 4
+    stages: int = 3
+    joined: int = 64
+
+
+SHARES: Shares | None = None
+"""How keys are cut; None for parts of one head each. Which of the two is faster is for a GPU to say
+(`python -m benchmarks.decode_speed`); the slower one goes."""
 
 KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
 """Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
@@ -204,32 +228,16 @@ if triton is not None:
         return tl.cdiv(blocks, size), size
 
     @triton.jit
-    def _attend_part(
-        q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
-        share_ptr, ring_ptr, position_ptr, place_ptr,
+    def _attend_keys(
+        q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr, position_ptr, place_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-        G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+        row, head, first, end, length, part,
+        M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
-        IEEE: tl.constexpr,
+        GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr,
     ):  # fmt: skip
-        """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
-        rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
-        parts_B, size = _parts(lengths_ptr, keep_ptr, rows, B, G, BLOCK_K, PROCESSORS, LEAST, RING)
-        ends_B = tl.cumsum(parts_B, 0) * G  # of each row's programs
-        row = tl.sum((ends_B <= program).to(tl.int32), 0)
-        if row >= B:
-            return
-        parts = tl.sum(tl.where(rows == row, parts_B, 0), 0)
-        begin = tl.sum(tl.where(rows == row, ends_B, 0), 0) - parts * G
-        if program == begin:  # for those who join them, by when lengths may have changed
-            tl.store(share_ptr + row * 2, begin)
-            tl.store(share_ptr + row * 2 + 1, parts)
-        head, part = (program - begin) // parts, (program - begin) % parts
-        length = tl.load(lengths_ptr + row)  # before this token
-        first = part * size * BLOCK_K
-        end = tl.minimum(first + size * BLOCK_K, length + 1)
+        """The keys from `first` to `end` of one kv head, for its M query heads: softmax sums and log-sum, as
+        part number `part`. The row had `length` tokens before this one, which its last part stores."""
         element = q_ptr.dtype
         capacity = tl.load(table_ptr + 3)
         start = tl.load(table_ptr + 4 + row)
@@ -298,9 +306,90 @@ if triton is not None:
             top = new_top
         acc = acc / tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-30)), -1e30)
-        slot = program * M + m_ids
+        slot = part * M + m_ids
         tl.store(part_ptr + slot[:, None] * HV + hv[None, :], acc, mask=in_m[:, None] & in_hv[None, :])
         tl.store(part_lse_ptr + slot, lse, mask=in_m)
+
+    @triton.jit
+    def _attend_part(
+        q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
+        share_ptr, ring_ptr, position_ptr, place_ptr,
+        stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+        G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
+        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
+        IEEE: tl.constexpr,
+    ):  # fmt: skip
+        """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
+        rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
+        parts_B, size = _parts(lengths_ptr, keep_ptr, rows, B, G, BLOCK_K, PROCESSORS, LEAST, RING)
+        ends_B = tl.cumsum(parts_B, 0) * G  # of each row's programs
+        row = tl.sum((ends_B <= program).to(tl.int32), 0)
+        if row >= B:
+            return
+        parts = tl.sum(tl.where(rows == row, parts_B, 0), 0)
+        begin = tl.sum(tl.where(rows == row, ends_B, 0), 0) - parts * G
+        if program == begin:  # for those who join them, by when lengths may have changed
+            tl.store(share_ptr + row * 2, begin)
+            tl.store(share_ptr + row * 2 + 1, parts)
+        head, part = (program - begin) // parts, (program - begin) % parts
+        length = tl.load(lengths_ptr + row)  # before this token
+        first = part * size * BLOCK_K
+        end = tl.minimum(first + size * BLOCK_K, length + 1)
+        _attend_keys(
+            q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr, position_ptr,
+            place_ptr, stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+            row, head, first, end, length, program,
+            M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, RING, BUDGET, IEEE,
+        )  # fmt: skip
+
+    @triton.jit
+    def _attend_share(
+        q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
+        share_ptr, ring_ptr, position_ptr, place_ptr,
+        stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+        G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
+        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr,
+    ):  # fmt: skip
+        """One program's share of all blocks of keys: pieces of one head or of several.
+
+        Programs and heads are both in order, so a program's number plus a head's (of all rows) is a number
+        that no other piece has, and those of a head follow each other.
+        """
+        rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
+        lengths_B = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+        blocks_B = tl.cdiv(lengths_B + 1, BLOCK_K) * _running(keep_ptr, rows, B, RING)  # with this token
+        ends_B = tl.cumsum(blocks_B, 0) * G
+        total = tl.sum(blocks_B, 0).to(tl.int64) * G
+        programs = tl.minimum(total, tl.num_programs(0))  # each of them has a block at least
+        if program >= programs:
+            return
+        at = (program * total // programs).to(tl.int32)
+        stop = ((program + 1) * total // programs).to(tl.int32)
+        while at < stop:
+            row = tl.sum((ends_B <= at).to(tl.int32), 0)
+            blocks = tl.sum(tl.where(rows == row, blocks_B, 0), 0)
+            inside = at - tl.sum(tl.where(rows == row, ends_B, 0), 0) + blocks * G
+            head, block = inside // blocks, inside % blocks
+            count = tl.minimum(blocks - block, stop - at)
+            piece = program + row * G + head
+            if block == 0:  # for those who join them, by when lengths may have changed
+                last = ((at + blocks).to(tl.int64) * programs - 1) // total
+                tl.store(share_ptr + (row * G + head) * 2, piece)
+                tl.store(share_ptr + (row * G + head) * 2 + 1, (last - program + 1).to(tl.int32))
+            length = tl.load(lengths_ptr + row)
+            first = block * BLOCK_K
+            end = tl.minimum(first + count * BLOCK_K, length + 1)
+            _attend_keys(
+                q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr, position_ptr,
+                place_ptr, stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+                row, head, first, end, length, piece,
+                M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, RING, BUDGET, IEEE,
+            )  # fmt: skip
+            at += count
 
     @triton.jit
     def _join_parts(
@@ -308,7 +397,7 @@ if triton is not None:
         ring_ptr, position_ptr, place_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
         N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_P: tl.constexpr,
-        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
+        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr, SHARED: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
@@ -319,8 +408,12 @@ if triton is not None:
             tl.store(out, tl.zeros([BLOCK_HV], tl.float32).to(out_ptr.dtype.element_ty), mask=in_hv)
             return
         M: tl.constexpr = N // G
-        parts = tl.load(share_ptr + row * 2 + 1)
-        first = tl.load(share_ptr + row * 2) + head // M * parts  # of the programs that had this head's keys
+        if SHARED:
+            unit = row * G + head // M
+            first, parts = tl.load(share_ptr + unit * 2), tl.load(share_ptr + unit * 2 + 1)
+        else:
+            parts = tl.load(share_ptr + row * 2 + 1)
+            first = tl.load(share_ptr + row * 2) + head // M * parts  # of the programs with this head's keys
         top, total, acc = -1e30, 0.0, tl.zeros([BLOCK_HV], tl.float32)
         for begin in range(0, parts, BLOCK_P):
             ids = begin + tl.arange(0, BLOCK_P)
@@ -419,23 +512,39 @@ def _attend(
         "B": B, "GATES": B // len(position), "RING": 0 if ring is None else ring_kept.shape[1],
         "BUDGET": place is not None,
     }  # fmt: skip
-    part = torch.empty(programs * (N // G), HV, dtype=torch.float32, device=device)
-    part_lse = torch.empty(programs * (N // G), dtype=torch.float32, device=device)
-    share = torch.empty(B, 2, dtype=torch.int32, device=device)
+    shares = SHARES
+    if shares is not None:
+        programs = shares.programs * processors
+    parts = programs + (B * G if shares is not None else 0)
+    part = torch.empty(parts * (N // G), HV, dtype=torch.float32, device=device)
+    part_lse = torch.empty(parts * (N // G), dtype=torch.float32, device=device)
+    share = torch.empty(B * G, 2, dtype=torch.int32, device=device)
     out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=device)
     strides = (k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1))
-    _attend_part[(programs,)](
+    attended = (
         q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse, share, ring_kept, position,
         places, q_BNH.stride(0), q_BNH.stride(1), *strides, scale,
-        M=N // G, BLOCK_HV=max(16, triton.next_power_of_2(HV)),
-        BLOCK_M=max(16, triton.next_power_of_2(N // G)),
-        BLOCK_K=128 if half and max(HK, HV) <= 128 else 32, BLOCK_B=triton.next_power_of_2(B),
-        PROCESSORS=processors, LEAST=LEAST_PARTS, IEEE=not half, **layout,
-        num_warps=4, num_stages=3,
     )  # fmt: skip
+    blocks: dict[str, Any] = {
+        "M": N // G, "BLOCK_M": max(16, triton.next_power_of_2(N // G)),
+        "BLOCK_HV": max(16, triton.next_power_of_2(HV)), "BLOCK_B": triton.next_power_of_2(B),
+        "IEEE": not half,
+    }  # fmt: skip
+    wide = half and max(HK, HV) <= 128
+    if shares is not None:
+        _attend_share[(programs,)](
+            *attended, BLOCK_K=shares.block if wide else 32, **blocks, **layout,
+            num_warps=shares.warps, num_stages=shares.stages,
+        )  # fmt: skip
+    else:
+        _attend_part[(programs,)](
+            *attended, BLOCK_K=128 if wide else 32, PROCESSORS=processors, LEAST=LEAST_PARTS, **blocks,
+            **layout, num_warps=4, num_stages=3,
+        )  # fmt: skip
     _join_parts[(B, N)](
         part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, places,
-        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16, **layout, num_warps=2,
+        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16 if shares is None else shares.joined,
+        SHARED=shares is not None, **layout, num_warps=2 if shares is None else 4,
     )  # fmt: skip
     return out
 

@@ -29,6 +29,13 @@ HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpr
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+@pytest.fixture(params=["parts", "shares"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to cut keys."""
+    shares = attention.Shares(joined=4) if request.param == "shares" else None
+    monkeypatch.setattr(attention, "SHARES", shares)
+
+
 def filled_layer(
     lengths: list[int], G: int, HK: int, HV: int, dtype: torch.dtype, seed: int
 ) -> SegmentedBuffer:
@@ -57,6 +64,7 @@ def address_table(layer: SegmentedBuffer) -> Tensor:
     return torch.tensor([*addresses, layer.columns.numel(), *layer.starts], device=DEVICE)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize(
     ("lengths", "keep", "G", "M", "HK", "HV"),
@@ -148,6 +156,7 @@ def test_parts_fill_the_multiprocessors(rows: int, lengths: str, kv_heads: int) 
     assert size <= max(1, sum(blocks) * kv_heads / (132 * waves) * 1.35 + 1)
 
 
+@pytest.mark.usefixtures("cut")
 def test_attention_follows_a_buffer_that_moves() -> None:
     """Steps with a growth in between, through the same table object, as a captured graph sees it."""
     G, H = 2, 16
@@ -174,6 +183,7 @@ def test_attention_follows_a_buffer_that_moves() -> None:
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize(
     ("W", "positions", "G", "M", "HK", "HV"),
@@ -218,6 +228,7 @@ def test_ring_attention_equals_its_reference(
         )
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
     """Two rows of three KV heads, each with a ring of its own, from empty to far longer than others."""
@@ -251,6 +262,7 @@ def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize(("most", "gates"), [(0, 1), (1, 2), (3, 1)])
 def test_a_row_that_is_full_gives_up_its_lowest_gate(most: int, gates: int) -> None:
     """Kernels and references step by step, and at the end what a sort of all gates says is left."""
