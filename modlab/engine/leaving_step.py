@@ -21,6 +21,7 @@ from modlab.execution.projections import OWN, PROJECTIONS, WholeProjection
 from modlab.execution.routed import CALL
 from modlab.hf.anatomy import attention_name
 from modlab.hf.arguments import LayerArguments, hidden_name
+from modlab.kernels.aside import aside
 
 
 class Sourced(nn.Module):
@@ -121,4 +122,5 @@ class LeavingKeysStep(LeavingStep, KeptKeysStep):
     """The same where routers decide whose keys and values stay: they read the state where tokens leave."""
 
     def decide_keys(self, arguments: LayerArguments) -> None:
-        self.decide(arguments.bound.args, arguments.bound.kwargs, None)  # no IF node follows
+        with aside(self.router.keep.device):
+            self.decide(arguments.bound.args, arguments.bound.kwargs, None)  # no IF node follows

@@ -21,6 +21,7 @@ from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedLayer
 from modlab.hf.anatomy import attention_name, mlp_name
 from modlab.hf.arguments import LayerArguments
+from modlab.kernels.aside import aside
 from modlab.kernels.decode_router import RouterCall
 from modlab.routing.router import HiddenRouter
 from modlab.routing.state import Routing
@@ -218,7 +219,8 @@ class KeptKeysStep(RoutedStep):
     """The whole layer runs; its attention finds in its tables whose new token is kept."""
 
     def run_layer(self, *args: Any, **kwargs: Any) -> Any:
-        self.decide(args, kwargs, None)  # no IF node follows
+        with aside(self.router.keep.device):  # attention asks when it has read all keys
+            self.decide(args, kwargs, None)  # no IF node follows
         return super().run_layer(*args, **kwargs)
 
 

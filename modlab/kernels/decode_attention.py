@@ -30,6 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modlab.kernels.aside import rejoin
+from modlab.kernels.device import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -319,9 +322,12 @@ if triton is not None:
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
         PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
-        IEEE: tl.constexpr,
+        IEEE: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
         parts_B, size = _parts(lengths_ptr, keep_ptr, rows, B, G, BLOCK_K, PROCESSORS, LEAST, RING)
         ends_B = tl.cumsum(parts_B, 0) * G  # of each row's programs
@@ -352,13 +358,16 @@ if triton is not None:
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr,
+        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """One program's share of all blocks of keys: pieces of one head or of several.
 
         Programs and heads are both in order, so a program's number plus a head's (of all rows) is a number
         that no other piece has, and those of a head follow each other.
         """
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
         lengths_B = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
         blocks_B = tl.cdiv(lengths_B + 1, BLOCK_K) * _running(keep_ptr, rows, B, RING)  # with this token
@@ -398,8 +407,12 @@ if triton is not None:
         N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_P: tl.constexpr,
         B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr, SHARED: tl.constexpr,
+        EARLY: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         row, head = tl.program_id(0), tl.program_id(1)
         hv = tl.arange(0, BLOCK_HV)
         in_hv = hv < HV
@@ -534,17 +547,19 @@ def _attend(
     if shares is not None:
         _attend_share[(programs,)](
             *attended, BLOCK_K=shares.block if wide else 32, **blocks, **layout,
-            num_warps=shares.warps, num_stages=shares.stages,
+            num_warps=shares.warps, num_stages=shares.stages, **early_launch(),
         )  # fmt: skip
     else:
         _attend_part[(programs,)](
             *attended, BLOCK_K=128 if wide else 32, PROCESSORS=processors, LEAST=LEAST_PARTS, **blocks,
-            **layout, num_warps=4, num_stages=3,
+            **layout, num_warps=4, num_stages=3, **early_launch(),
         )  # fmt: skip
+    if ring is not None:
+        rejoin(device)  # who is kept was decided meanwhile
     _join_parts[(B, N)](
         part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, places,
         *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16 if shares is None else shares.joined,
-        SHARED=shares is not None, **layout, num_warps=2 if shares is None else 4,
+        SHARED=shares is not None, **layout, num_warps=2 if shares is None else 4, **early_launch(),
     )  # fmt: skip
     return out
 

@@ -1,13 +1,17 @@
-"""A linear map of one token: a matrix-vector product, bound by the reading of the matrix.
+"""A linear map of one token of one row or of a few: bound by the reading of the matrix.
 
-Shape letters: D features in, E features out.
+Shape letters: B rows, D features in, E features out.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from modlab.kernels.device import early_launch
 
 try:
     import triton
@@ -20,18 +24,49 @@ BLOCK_D = 1024
 where cuBLAS reads it at 3.6 (docs/log.md).
 """
 
+AHEAD: int | None = None
+"""Features of a block of the kernel for one row that asks for a block ahead; None for the other one, which
+goes if this one is faster (`python -m benchmarks.decode_speed`)."""
 
-def reference_decode_linear(x_11D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """Plain torch: what the kernel below computes.
+MOST_ROWS = 16
+"""Tokens that the kernel for several of them takes at most: the rows of a matrix unit's smallest tile."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of the kernel for several rows reads at once.
+
+    Attributes:
+        outputs, inputs: features E and D.
+        warps, stages: of a program.
+    """
+
+    outputs: int = 32
+    inputs: int = 128
+    warps: int = 4
+    stages: int = 5
+
+
+NARROW = Tile(outputs=16, inputs=256, warps=4, stages=4)
+"""Where a matrix has too few rows for every multiprocessor to have several programs of `WIDE`."""
+
+WIDE = Tile()
+
+FEW_OUTPUTS = 8192
+"""Up to here a matrix is read by `NARROW`."""
+
+
+def reference_decode_linear(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Plain torch: what the kernels below compute.
 
     Args:
-        x_11D: one token of one row; leading dimensions of 1.
+        x_B1D: one token of each row.
         weight_ED, bias_E: of an `nn.Linear`, in the same dtype.
 
     Returns:
-        [1, 1, E].
+        [B, 1, E].
     """
-    return F.linear(x_11D, weight_ED, bias_E)
+    return F.linear(x_B1D, weight_ED, bias_E)
 
 
 if triton is not None:
@@ -59,19 +94,97 @@ if triton is not None:
             out += tl.load(bias_ptr + row).to(tl.float32)
         tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
 
+    @triton.jit
+    def _early_row_times_vector(
+        x_ptr, weight_ptr, bias_ptr, out_ptr, stride_e, D,
+        HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
+        """The same, each block of the matrix asked for before the one ahead of it is used: the first before
+        there is a vector."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        row = tl.program_id(0)
+        weight = weight_ptr + row.to(tl.int64) * stride_e
+        d = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        w = tl.load(weight + d, mask=d < D, other=0.0, eviction_policy="evict_first")
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        for first in range(0, D, BLOCK):
+            x = tl.load(x_ptr + first + d, mask=first + d < D, other=0.0)
+            ahead = first + BLOCK + d
+            w_ahead = tl.load(weight + ahead, mask=ahead < D, other=0.0, eviction_policy="evict_first")
+            total += w.to(tl.float32) * x.to(tl.float32)
+            w = w_ahead
+        out = tl.sum(total, 0)
+        if HAS_BIAS:
+            out += tl.load(bias_ptr + row).to(tl.float32)
+        tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
+
+    @triton.jit
+    def _rows_times_matrix(
+        x_ptr, weight_ptr, bias_ptr, out_ptr, stride_x, stride_e, rows, D, E,
+        HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+        EVEN: tl.constexpr, IEEE: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
+        """Some rows of the matrix, times all tokens; summed in fp32."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        b = tl.arange(0, BLOCK_B)
+        e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+        d = tl.arange(0, BLOCK_D)
+        precision: tl.constexpr = "ieee" if IEEE else "tf32"
+        x = x_ptr + b[:, None] * stride_x + d[None, :]
+        weight = weight_ptr + e.to(tl.int64)[None, :] * stride_e + d[:, None]
+        acc = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
+        for first in range(0, D, BLOCK_D):
+            if EVEN:
+                w_DE = tl.load(weight + first, eviction_policy="evict_first")
+                x_BD = tl.load(x + first, mask=(b < rows)[:, None], other=0.0)
+            else:
+                inside = first + d < D
+                w_DE = tl.load(weight + first, mask=inside[:, None] & (e < E)[None, :], other=0.0)
+                x_BD = tl.load(x + first, mask=(b < rows)[:, None] & inside[None, :], other=0.0)
+            acc = tl.dot(x_BD, w_DE, acc, input_precision=precision)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            out_ptr + b[:, None] * E + e[None, :], acc.to(out_ptr.dtype.element_ty),
+            mask=(b < rows)[:, None] & (e < E)[None, :],
+        )  # fmt: skip
+
 
 @torch.library.custom_op("modlab::decode_linear", mutates_args=())
-def decode_linear(x_11D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """`reference_decode_linear` by a Triton kernel; x and each row of the weight must be contiguous."""
-    E, D = weight_ED.shape
-    out = x_11D.new_empty(*x_11D.shape[:-1], E)
-    _row_times_vector[(E,)](
-        x_11D, weight_ED, weight_ED if bias_E is None else bias_E, out, weight_ED.stride(0), D,
-        HAS_BIAS=bias_E is not None, BLOCK=BLOCK_D, EVEN=D % BLOCK_D == 0, num_warps=4,
+def decode_linear(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """`reference_decode_linear` by a Triton kernel, for up to `MOST_ROWS` rows; tokens and rows of the weight
+    must be contiguous."""
+    (E, D), rows = weight_ED.shape, x_B1D.numel() // weight_ED.shape[1]
+    out = x_B1D.new_empty(*x_B1D.shape[:-1], E)
+    bias = weight_ED if bias_E is None else bias_E
+    if rows == 1 and AHEAD is not None:
+        _early_row_times_vector[(E,)](
+            x_B1D, weight_ED, bias, out, weight_ED.stride(0), D, HAS_BIAS=bias_E is not None, BLOCK=AHEAD,
+            num_warps=4, **early_launch(),
+        )  # fmt: skip
+        return out
+    if rows == 1:
+        _row_times_vector[(E,)](
+            x_B1D, weight_ED, bias, out, weight_ED.stride(0), D,
+            HAS_BIAS=bias_E is not None, BLOCK=BLOCK_D, EVEN=D % BLOCK_D == 0, num_warps=4,
+        )  # fmt: skip
+        return out
+    tile = NARROW if E <= FEW_OUTPUTS else WIDE
+    x_BD = x_B1D.reshape(rows, D).contiguous()
+    _rows_times_matrix[(triton.cdiv(E, tile.outputs),)](
+        x_BD, weight_ED, bias, out, x_BD.stride(0), weight_ED.stride(0), rows, D, E,
+        HAS_BIAS=bias_E is not None, BLOCK_B=MOST_ROWS, BLOCK_D=tile.inputs, BLOCK_E=tile.outputs,
+        EVEN=D % tile.inputs == 0 and E % tile.outputs == 0, IEEE=x_BD.element_size() > 2,
+        num_warps=tile.warps, num_stages=tile.stages, **early_launch(),
     )  # fmt: skip
     return out
 
 
 @decode_linear.register_fake
-def _(x_11D, weight_ED, bias_E):  # type: ignore[no-untyped-def]
-    return x_11D.new_empty(*x_11D.shape[:-1], weight_ED.shape[0])
+def _(x_B1D, weight_ED, bias_E):  # type: ignore[no-untyped-def]
+    return x_B1D.new_empty(*x_B1D.shape[:-1], weight_ED.shape[0])

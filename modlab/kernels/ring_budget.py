@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modlab.kernels.aside import rejoin
+
 try:
     import triton
     import triton.language as tl
@@ -144,6 +146,7 @@ def make_room(
     """`reference_make_room` by a Triton kernel, for use inside a CUDA graph; `scores_UW` to `keep_first` are
     those of a `RingBudget`, `table` holds the address of the scores that it writes (`SCORES`)."""
     U, W = ring_kept_UW.shape
+    rejoin(table.device)  # gates were computed meanwhile
     _make_room[(U,)](
         table, lengths_U, ring_kept_UW.view(torch.int8), gate_U, position_B, scores_UW, place_U, most_1,
         keep_first, GATES=U // len(position_B), W=W, FIRST=PROTECTED, BLOCK=BLOCK, num_warps=4,

@@ -523,15 +523,33 @@ def test_router_says_nobody_when_nobody_keeps() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize(("D", "E", "bias"), [(16, 5, True), (1024, 3, False), (1500, 4, True)])
-def test_linear_equals_its_reference(D: int, E: int, bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ahead", [None, 512], ids=["one", "ahead"])
+def test_linear_equals_its_reference(
+    D: int, E: int, bias: bool, ahead: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "AHEAD", ahead)
+    check_linear((1, 1), D, E, bias, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
+@pytest.mark.parametrize(("D", "E", "bias"), [(16, 5, True), (512, 32, False), (600, 40, True)])
+@pytest.mark.parametrize("shape", [(2, 1), (7, 1), (16, 1), (1, 1, 3)], ids=str)
+def test_linear_of_several_rows_equals_its_reference(
+    D: int, E: int, bias: bool, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "FEW_OUTPUTS", 32)
+    check_linear(shape, D, E, bias, dtype)
+
+
+def check_linear(shape: tuple[int, ...], D: int, E: int, bias: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(D)
     x, weight, b = (
-        torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in ((1, 1, D), (E, D), (E,))
+        torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in ((*shape, D), (E, D), (E,))
     )
     bias_E = b if bias else None
     got = linear.decode_linear(x, weight, bias_E)
     want = linear.reference_decode_linear(x.double(), weight.double(), None if bias_E is None else b.double())
-    assert got.shape == (1, 1, E) and got.dtype == dtype
+    assert got.shape == (*shape, E) and got.dtype == dtype
     torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype] * 8, rtol=TOLERANCE[dtype])
 
 

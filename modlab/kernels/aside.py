@@ -1,0 +1,49 @@
+"""Small work whose result is not needed at once, on a stream next to the current one.
+
+A router's kernels are short and come before large ones that do not ask for its decision. In line, each of
+them costs what a launch costs; next to the large ones, hardly anything.
+
+Memory that is allocated on the stream aside and used on the other one is safe, although the allocator does
+not know of it: what is launched aside later waits for all that the other stream was told before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+ENABLED = False
+"""Whether it pays to have two streams is for a GPU to say (`python -m benchmarks.decode_speed`)."""
+
+_of_thread = threading.local()
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """What is launched in this block comes after all that was launched before it; what is launched later does
+    not wait for it until `rejoin`."""
+    if not ENABLED or device.type != "cuda":
+        yield
+        return
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    _of_thread.pending = stream.record_event()
+
+
+def rejoin(device: torch.device) -> None:
+    """What is launched from here on comes after what was launched aside, if anything was."""
+    pending, _of_thread.pending = getattr(_of_thread, "pending", None), None
+    if pending is not None:
+        torch.cuda.current_stream(device).wait_event(pending)
