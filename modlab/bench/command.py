@@ -13,7 +13,7 @@ import torch
 
 from modlab import skips
 from modlab.bench.models import SHAPES
-from modlab.bench.registry import CASES, Settings, Skipped
+from modlab.bench.registry import CASES, Settings, Skipped, parts_of
 from modlab.bench.results import finish, free_path, plot, read, report, table, write
 from modlab.errors import ModlabError
 
@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PART", help="parts of a case, where the list names some"
+    )
+    parser.add_argument(
         "--out", type=_path, default=Path("benchmarks/results"), help="folder for the result files"
     )
     parser.add_argument(
@@ -111,6 +114,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         repeats=options.repeats,
         decode_tokens=options.decode_tokens,
         seed=options.seed,
+        only=tuple(options.only),
     )
 
 
@@ -134,12 +138,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.cases:
         for name, run in sorted(CASES.items()):
             print(f"{name:10} {(run.__doc__ or '').splitlines()[0]}")
+            if parts_of(name):
+                print(f"{'':10} --only: {', '.join(parts_of(name))}")
         print("\nrun them with: modlab bench CASE ... (modlab bench --help lists sizes and devices)")
         return 0
     names = sorted(CASES) if options.cases == ["all"] else options.cases
     for name in names:
         if name not in CASES:
             raise ModlabError(f"there is no benchmark {name!r}; there are {', '.join(sorted(CASES))}.")
+        unknown = sorted(set(options.only) - set(parts_of(name)))
+        if unknown:
+            raise ModlabError(
+                f"--only {' '.join(unknown)}: {name} has no such part; it has "
+                f"{', '.join(parts_of(name)) or 'none, and runs whole'}."
+            )
     settings = _settings(options)
     ran = 0
     for name in names:

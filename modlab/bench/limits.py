@@ -6,7 +6,8 @@ Shape letters: L layers, B rows, G kv heads, H head dim.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ from modlab.engine import disable_fast_generation, enable_fast_generation, fast_
 from modlab.engine.engine import Engine
 from modlab.engine.prefill import scratch_buffers
 from modlab.engine.ring import RingBuffer
+from modlab.engine.step import Step
 from modlab.measure import time_generate
 from modlab.routing.state import routing_override
 from modlab.routing.table import RoutingTable
@@ -125,23 +127,43 @@ def step_times_of(
     """
     step = engine.step(batch)
     caches = synthetic_caches(engine, lengths, ratio)
-    tables = step.tables
+    times = timed_steps(step, caches, context, batch, table, tokens)
+    return times, allocated_bytes([vars(cache) for cache in caches])
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """ms of a call: of what it does on a GPU, or of the clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def timed_steps(
+    step: Step,
+    caches: list[SegmentedBuffer],
+    context: int,
+    batch: int,
+    table: RoutingTable | None,
+    tokens: int,
+) -> Times:
+    """ms of each of so many steps that go on from these buffers, one a layer."""
+    tables, engine = step.tables, step.engine
     tables.attach(caches, context, [context] * batch)
     if table is not None:
         tables.force({i: table.for_rows(i, batch, engine.device) for i in engine.routed})
     tables.choice.token.fill_(1)
     times = Times()
-    for _ in range(tokens):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step.run()
-        end.record()
-        end.synchronize()
-        times.wall.append(begin.elapsed_time(end))
-    allocated = allocated_bytes([vars(cache) for cache in caches])
+    times.wall = [milliseconds(step.run, engine.device) for _ in range(tokens)]
     tables.release()
     tables.force({})
-    return times, allocated
+    return times
 
 
 def throughput_rows(

@@ -52,6 +52,7 @@ class Settings:
     repeats: int = 7
     decode_tokens: int = 40
     seed: int = 0
+    only: Sequence[str] = ()  # parts of a case, where it has some; all by default
 
     @property
     def mod(self) -> MoDConfig:
@@ -67,6 +68,12 @@ def case(run: Case) -> Case:
     """Registers a benchmark under its function's name; its docstring's first line is what the list shows."""
     CASES[run.__name__] = run
     return run
+
+
+def parts_of(name: str) -> Sequence[str]:
+    """What `Settings.only` may name of a case; nothing where it is of one piece."""
+    parts: Sequence[str] = getattr(CASES[name], "parts", ())
+    return parts
 
 
 class Skipped(ModlabError):

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,14 @@ from torch import Tensor
 from modlab.bench.clock import Times
 from modlab.bench.fast import Variant, Workload, fast_twins
 from modlab.bench.ideal import ideal_decode, kv_token_bytes, step_bytes
-from modlab.bench.limits import need_gpu, step_times_of
+from modlab.bench.limits import milliseconds, need_gpu, step_times_of, synthetic_caches, timed_steps
 from modlab.bench.models import converted_twin, dense_model, depth, routed_layers
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
-from modlab.engine import fast_generation_report
+from modlab.cache.buffer import SegmentedBuffer
+from modlab.cache.bytes import allocated_bytes
+from modlab.engine.engine import Engine
+from modlab.engine.prefill import prefill
 from modlab.routing.state import routing_override
 from modlab.routing.table import RoutingTable
 
@@ -41,6 +45,9 @@ LEAST_SHARE = 0.4
 SKIP_LAYERS = "skipped layers"
 FEWER = 0.94
 """Share of a batch that did not fit that is tried next."""
+
+LINE_ROWS = 2
+"""Long prompts of which a line of a prefill consists (`LINE_TOKENS`)."""
 
 SPARE = 3 * 2**30
 """Bytes left free at the largest batch: what a step and the choice of tokens compute."""
@@ -136,17 +143,25 @@ def both(ratio: float) -> list[Variant]:
     return [Variant("layer", ratio), Variant("kv_head", ratio)]
 
 
-def generate_rows(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
-    """Prompts through `generate`: short, long, unequal; a quarter kept, an eighth, all gates open."""
+def generate_rows(
+    settings: Settings,
+    dense: Any,
+    twins: dict[str, Any],
+    sizes: Sizes,
+    which: Sequence[str] = ("long", "short", "unequal"),
+) -> Iterator[Row]:
+    """Prompts through `generate`: long, short, unequal; a quarter kept, an eighth, all gates open."""
 
-    def work(lengths: Sequence[int]) -> KeptWorkload:
-        return KeptWorkload(settings, dense, twins, lengths, sizes.new)
+    def rows(lengths: Sequence[int], variants: Sequence[Variant]) -> Iterator[Row]:
+        workload = KeptWorkload(settings, dense, twins, lengths, sizes.new)
+        return workload.rows(variants, settings.repeats)
 
-    yield from work([sizes.long]).rows([*both(0.25), *both(0.125), *both(1.0)], settings.repeats)
-    yield from work([sizes.short]).rows(
-        [*both(0.25), *both(1.0), Variant(SKIP_LAYERS, 0.10)], settings.repeats
-    )
-    yield from work(sizes.unequal).rows(both(0.25), settings.repeats)
+    if "long" in which:
+        yield from rows([sizes.long], [*both(0.25), *both(0.125), *both(1.0)])
+    if "short" in which:
+        yield from rows([sizes.short], [*both(0.25), *both(1.0), Variant(SKIP_LAYERS, 0.10)])
+    if "unequal" in which:
+        yield from rows(sizes.unequal, both(0.25))
 
 
 def longest_rows(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
@@ -214,77 +229,130 @@ def decode_rows(
 
 
 def throughput_rows(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
-    """ms a further token at the largest batch of long prompts that `generate` can prefill and decode."""
-    variant, twin = Variant("kv_head", 0.25), twins["kv_head"]
-    dense_batch, dense_first, dense_each, _ = _at_largest_batch(settings, dense, twins, sizes, None)
-    batch, first, each, workload = _at_largest_batch(settings, dense, twins, sizes, variant)
+    """ms a further token at the largest batch of long prompts whose prefill and decoding fit."""
+    config, twin = dense.config, twins["kv_head"]
+    shares = head_shares(depth(settings), config.num_key_value_heads, 0.25, settings.seed)
+    table = table_of(twin.mod.layers, shares, sizes.long + sizes.steps, settings)
+    lengths = stored_lengths(shares, 1, sizes.long, twin.mod.config.keep_recent)
+    dense_found = largest_batch(LastLine(dense, [[sizes.long]] * len(shares), None, settings, sizes))
+    found = largest_batch(LastLine(twin, lengths, table, settings, sizes))
 
     def bytes_a_row(rows: int, kept: dict[int, float]) -> float:
-        lengths = [sizes.long] * rows
-        return step_bytes(dense.config, lengths, kept, settings.dtype.itemsize, settings.mod) / rows
+        stored = [sizes.long] * rows
+        return step_bytes(config, stored, kept, settings.dtype.itemsize, settings.mod) / rows
 
-    kept = dict.fromkeys(twin.mod.layers, variant.ratio)
-    fields = workload.fields(variant, "decode") | {"case": "throughput"}
-    fields["ideal"] = bytes_a_row(dense_batch, {}) / bytes_a_row(batch, kept)
+    kept = dict.fromkeys(twin.mod.layers, 0.25)
     yield make_row(
-        Times([dense_each]), Times([each]), **fields, dense_batch=dense_batch,
-        dense_tokens_per_s=round(1e3 / dense_each, 1), mod_tokens_per_s=round(1e3 / each, 1),
-        dense_prefill_ms_a_row=round(dense_first, 1), mod_prefill_ms_a_row=round(first, 1),
+        Times([dense_found.step_ms / dense_found.rows]), Times([found.step_ms / found.rows]),
+        case="throughput", shape=settings.shape, context=sizes.long, batch=found.rows,
+        routed_layers=len(kept), num_layers=len(shares), skip="kv", keep_ratio=0.25,
+        ideal=bytes_a_row(dense_found.rows, {}) / bytes_a_row(found.rows, kept), kv_bytes=found.bytes,
+        dense_kv_bytes=dense_found.bytes // dense_found.rows * found.rows, dense_batch=dense_found.rows,
+        dense_tokens_per_s=round(1e3 * dense_found.rows / dense_found.step_ms, 1),
+        mod_tokens_per_s=round(1e3 * found.rows / found.step_ms, 1),
+        dense_prefill_ms_a_row=round(dense_found.line_ms / LINE_ROWS, 1),
+        mod_prefill_ms_a_row=round(found.line_ms / LINE_ROWS, 1),
+        prompt="the last line of a prefill; keys and values of the others are random",
+        **granularity_of("kv_head", len(shares), len(kept)),
     )  # fmt: skip
 
 
-def _at_largest_batch(
-    settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes, variant: Variant | None
-) -> tuple[int, float, float, KeptWorkload]:
-    """Rows, and of each the ms of its prefill and of a further token."""
-    model = dense if variant is None else twins[variant.routed]
-    few = KeptWorkload(settings, dense, twins, [sizes.long] * 2, 2)
-    override = contextlib.nullcontext() if variant is None else routing_override(model, few.routing(variant))
-    with override:
-        batch = largest_batch(few, model)
-        timed = None
-        while timed is None:
-            workload = KeptWorkload(settings, dense, twins, [sizes.long] * batch, sizes.new)
-            timed = _timed_if_it_fits(workload, model)
-            if timed is None:
-                batch = math.floor(FEWER * batch)
-        first, each = timed
-    workload.last = {variant: fast_generation_report(model)["last"]}
-    model.__dict__["mod_engine"].steps.clear()
-    torch.cuda.empty_cache()
-    return batch, first / batch, each / batch, workload
+@dataclass(frozen=True)
+class Found:
+    """A batch that fits: its rows, ms of its last line's prefill and of a step, bytes that it stores."""
+
+    rows: int
+    line_ms: float
+    step_ms: float
+    bytes: int
 
 
-def _timed_if_it_fits(workload: KeptWorkload, model: Any) -> tuple[float, float] | None:
-    """ms of the prefill and of a further token; None where memory did not do for it."""
-    try:
-        return workload.timed(model, workload.ids_BT, workload.mask_BT)
-    except torch.OutOfMemoryError:
-        if len(workload.lengths) == 1:
-            raise
-    model.__dict__["mod_engine"].steps.clear()
-    gc.collect()  # frames of the error hold tensors
-    torch.cuda.empty_cache()
-    return None
+class LastLine:
+    """The prefill of a large batch from its last line on: the lines before it have left their keys and
+    values, which are random here. What has to fit is what has to fit in a prefill of all, and takes a tenth
+    of its time.
 
-
-def largest_batch(few: KeptWorkload, model: Any) -> int:
-    """Rows of which prefill and decoding fit: what one line of them takes, and what each leaves in the cache.
-
-    Lines run one after another, and one layer of all rows is held twice while they are joined. What is lost
-    between the allocator's blocks is not counted: the batch may turn out too large.
+    Args:
+        lengths: tokens of each segment of one row in each layer.
+        table: decides in routed layers.
     """
+
+    def __init__(
+        self,
+        model: Any,
+        lengths: list[list[int]],
+        table: RoutingTable | None,
+        settings: Settings,
+        sizes: Sizes,
+    ) -> None:
+        self.engine: Engine = model.__dict__["mod_engine"]
+        self.lengths, self.table, self.sizes = lengths, table, sizes
+        generator = torch.Generator().manual_seed(settings.seed)
+        ids = torch.randint(1, model.config.vocab_size, (LINE_ROWS, sizes.long), generator=generator)
+        self.ids_BT = ids.to(settings.device)
+
+    def prefilled(self) -> tuple[float, list[SegmentedBuffer]]:
+        """ms, and what it leaves, a buffer a layer."""
+        engine, keep = self.engine, {}
+        if self.table is not None:
+            keep = {i: self.table.for_rows(i, 1, engine.device) for i in engine.routed}
+        buffers: list[SegmentedBuffer] = []
+
+        def run() -> None:
+            buffers.extend(prefill(engine, self.ids_BT, None)[1])
+
+        with torch.no_grad(), engine.deciding(keep):
+            return milliseconds(run, engine.device), buffers
+
+    def tried(self, rows: int) -> Found:
+        """The whole of it, with so many rows.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit.
+        """
+        engine, context, steps = self.engine, self.sizes.long, self.sizes.steps
+        step = engine.step(rows)
+        left = [min(LINE_ROWS, rows - at) for at in range(0, rows - LINE_ROWS, LINE_ROWS)]
+        parts = [synthetic_caches(engine, [n * row for n in self.lengths], 0.25) for row in left]
+        line_ms, last = self.prefilled()
+        parts.append(last)
+        del last
+        buffers = [type(parts[0][0]).joined([part.pop(0) for part in parts]) for _ in engine.layers]
+        rows = sum(left) + LINE_ROWS
+        times = timed_steps(step, buffers, context, rows, self.table, steps)
+        return Found(
+            rows, line_ms, statistics.median(times.wall), allocated_bytes([vars(b) for b in buffers])
+        )
+
+
+def largest_batch(line: LastLine) -> Found:
+    """The largest batch that fits: tried from what one line takes and leaves, downwards. What is lost between
+    the allocator's blocks is not known before."""
     torch.cuda.empty_cache()
+    line.prefilled()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    few.timed(model, few.ids_BT, few.mask_BT)
+    stored = allocated_bytes([vars(buffer) for buffer in line.prefilled()[1]])
     peak = torch.cuda.max_memory_allocated() - before
-    model.__dict__["mod_engine"].steps.clear()
     torch.cuda.empty_cache()
-    a_row = model.__dict__["mod_engine"].last["kv_bytes"] / len(few.lengths)
-    line = max(peak - a_row * len(few.lengths), 0)
-    layers = few.dense.config.num_hidden_layers
-    return max(1, math.floor((torch.cuda.mem_get_info()[0] - line - SPARE) / (a_row * (1 + 1 / layers))))
+    a_row = stored / LINE_ROWS * (1 + 1 / len(line.lengths))  # one layer is held twice while lines are joined
+    rows = math.floor((torch.cuda.mem_get_info()[0] - max(peak - stored, 0) - SPARE) / a_row)
+    while True:
+        rows = max(LINE_ROWS, rows - rows % LINE_ROWS)
+        try:
+            return line.tried(rows)
+        except torch.OutOfMemoryError:
+            if rows == LINE_ROWS:
+                raise
+        finally:
+            line.engine.release()
+            line.engine.steps.clear()
+            gc.collect()  # frames of the error hold tensors
+            torch.cuda.empty_cache()
+        rows = math.floor(FEWER * rows)
+
+
+PARTS = ("long", "short", "unequal", "decode", "longest", "throughput", "static")
 
 
 @case
@@ -292,12 +360,20 @@ def speed_kv(settings: Settings) -> Iterator[Row]:
     """K/V routing on one GPU, by layer and by head: prompts to 128k, decoding, memory, largest batch."""
     need_gpu(settings, "speed_kv")
     settings, sizes = dataclasses.replace(settings, skip="kv"), Sizes()
+    parts = settings.only or PARTS
     with kept_models(settings, sizes.longest + 64) as (dense, twins):
-        yield from generate_rows(settings, dense, twins, sizes)
-        for context, batch in ((sizes.long, 1), (sizes.long, sizes.rows), (sizes.longest, 1)):
-            for ratio in (0.25, 0.125):
-                yield from decode_rows(settings, dense, twins, context, batch, ratio, sizes.steps)
-        yield from longest_rows(settings, dense, twins, sizes)
-        yield from throughput_rows(settings, dense, twins, sizes)
-        static = KeptWorkload(settings, dense, twins, [sizes.long], sizes.new)
-        yield from static.static_rows(Variant("layer", 0.25), 1)
+        yield from generate_rows(settings, dense, twins, sizes, parts)
+        if "decode" in parts:
+            for context, batch in ((sizes.long, 1), (sizes.long, sizes.rows), (sizes.longest, 1)):
+                for ratio in (0.25, 0.125):
+                    yield from decode_rows(settings, dense, twins, context, batch, ratio, sizes.steps)
+        if "longest" in parts:
+            yield from longest_rows(settings, dense, twins, sizes)
+        if "throughput" in parts:
+            yield from throughput_rows(settings, dense, twins, sizes)
+        if "static" in parts:
+            static = KeptWorkload(settings, dense, twins, [sizes.long], sizes.new)
+            yield from static.static_rows(Variant("layer", 0.25), 1)
+
+
+speed_kv.parts = PARTS  # type: ignore[attr-defined]

@@ -39,6 +39,7 @@ try:
 except ImportError:  # no Triton (CPU or macOS builds of torch): the reference below serves
     triton = None
 
+
 @dataclass(frozen=True)
 class Shares:
     """Another way to cut keys into parts: all blocks of all heads in one line, of which each program takes

@@ -3,8 +3,11 @@
 import pkgutil
 import sys
 
+import pytest
+
 from modlab import bench
 from modlab.bench import command, registry
+from modlab.errors import ModlabError
 
 
 def test_every_module_of_the_folder_is_imported() -> None:
@@ -39,3 +42,21 @@ def test_every_case_says_in_a_line_what_it_measures() -> None:
     command.register_cases()
     for name, run in registry.CASES.items():
         assert (run.__doc__ or "").splitlines()[0].endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("case", "said"), [("speed_kv", "it has long, short, unequal"), ("generate", "it has none")]
+)
+def test_a_part_that_a_case_does_not_have_is_refused(case: str, said: str) -> None:
+    with pytest.raises(ModlabError, match=said):
+        bench.main([case, "--only", "longest", "sort", "--no-save"])
+
+
+def test_the_list_names_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([]) == 0
+    assert "--only: long, short, unequal, decode, longest, throughput, static" in capsys.readouterr().out
+
+
+def test_settings_know_which_parts_are_asked_for() -> None:
+    options = command._parser().parse_args(["speed_kv", "--only", "short", "decode"])
+    assert command._settings(options).only == ("short", "decode")

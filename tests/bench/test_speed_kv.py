@@ -91,3 +91,42 @@ def test_a_workload_of_skipped_layers_is_judged_as_one(models: Any) -> None:
     fields = workload.fields(variant, "prefill")
     assert (fields["skip"], fields["routed"], fields["granularity"]) == ("layer", "alternate", "layer")
     assert dataclasses.replace(settings, skip="layer") != workload.settings == settings
+
+
+def last_line(models: Any) -> speed_kv.LastLine:
+    settings, _, twins = models
+    twin = twins["kv_head"]
+    shares = torch.tensor([[1.0, 0.0]] * 4)
+    table = speed_kv.table_of(twin.mod.layers, shares, 300 + SIZES.steps, settings)
+    lengths = speed_kv.stored_lengths(shares, 1, 300, twin.mod.config.keep_recent)
+    return speed_kv.LastLine(twin, lengths, table, settings, SIZES)
+
+
+def test_the_last_line_of_a_batch_joins_those_before_it(models: Any) -> None:
+    found = last_line(models).tried(6)
+    token = 2 * 16 * 4  # bytes of a key and a value of one head
+    kept = 6 * 4 * (300 + 128) * token
+    assert found.rows == 6 and kept <= found.bytes <= 1.15 * kept  # room for 16 tokens more
+    assert found.step_ms > 0 and found.line_ms > 0
+
+
+def test_a_batch_that_does_not_fit_is_tried_smaller(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("empty_cache", None), ("reset_peak_memory_stats", None), ("memory_allocated", 0),
+        ("max_memory_allocated", 0), ("mem_get_info", (speed_kv.SPARE + 40_000_000, 0)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    tried = []
+
+    def run(line: speed_kv.LastLine, rows: int) -> speed_kv.Found:
+        tried.append(rows)
+        if rows > 60:
+            raise torch.OutOfMemoryError
+        return speed_kv.Found(rows, 1.0, 1.0, 1)
+
+    monkeypatch.setattr(speed_kv.LastLine, "tried", run)
+    line = last_line(models)
+    assert speed_kv.largest_batch(line).rows == tried[-1] <= 60 < tried[-2]
+    assert tried == sorted(tried, reverse=True) and all(rows % 2 == 0 for rows in tried)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    assert speed_kv.largest_batch(line).rows == 2
