@@ -73,6 +73,7 @@ TILES = [
     Tile(128, 64, 8, 5),
 ]
 MATRICES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
+AHEAD = [1024, 2048, 4096]
 WARMERS = 20
 PARTS = ["attention", "linear", "step", "prefill", "early"]
 
@@ -101,7 +102,7 @@ class Report:
     def add(self, part: str, **fields: Any) -> None:
         """One row more, printed and written."""
         self.rows.append({"part": part, "at_s": round(time.monotonic() - self.begun, 1)} | fields)
-        short = {name: value for name, value in self.rows[-1].items() if name != "kernels"}
+        short = {name: value for name, value in self.rows[-1].items() if name not in ("kernels", "settings")}
         print(" ".join(f"{name}={value}" for name, value in short.items()), flush=True)
         self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
 
@@ -282,8 +283,8 @@ def linear_part(report: Report, target: torch.device, toy: bool) -> None:
     """Matrix products of one and of eight tokens, each way."""
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float16
     ways: dict[str, dict[str, Any]] = {"cublas": {}}
-    ways |= {f"{t.outputs}x{t.inputs} w{t.warps} s{t.stages}": {"narrow": t, "wide": t} for t in TILES}
-    ahead = {"cublas": {}, "one": {"ahead": None}} | {f"ahead {n}": {"ahead": n} for n in (1024, 2048, 4096)}
+    ways |= {_tile_name(tile): {"narrow": tile, "wide": tile} for tile in TILES}
+    ahead = {"cublas": {}, "one": {"ahead": None}} | {f"ahead {n}": {"ahead": n} for n in AHEAD}
     for D, E in [(256, 64)] if toy else MATRICES:
         count = 2 if toy else max(2, 400_000_000 // (D * E * 2))  # more than the L2 holds
         weights = [torch.randn(E, D, dtype=dtype, device=target) * D**-0.5 for _ in range(count)]
@@ -297,6 +298,10 @@ def linear_part(report: Report, target: torch.device, toy: bool) -> None:
                 report.add("linear", D=D, E=E, batch=B, way=name, **found)
 
 
+def _tile_name(tile: Tile) -> str:
+    return f"{tile.outputs}x{tile.inputs} w{tile.warps} s{tile.stages}"
+
+
 def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.device) -> dict[str, Any]:
     def run(weight: Tensor) -> Tensor:
         return F.linear(x, weight) if name == "cublas" else decode_linear.decode_linear(x, weight, None)
@@ -306,6 +311,34 @@ def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.devic
     error = float((got.double() - want).norm() / want.norm())
     gb_s = round(weights[0].nbytes / ms / 1e6)
     return {"us": round(ms * 1e3, 2), "gb_s": gb_s, "error": float(f"{error:.1e}")}
+
+
+def with_best(values: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A way of computing, with the fastest of `CUTS`, `TILES` and blocks `AHEAD`, as far as measured."""
+
+    def best(named: dict[str, Any], key: str, part: str, **wanted: Any) -> Any:
+        us: dict[str, float] = defaultdict(float)
+        for row in rows:
+            if row["part"] == part and row[key] in named and all(row[k] in v for k, v in wanted.items()):
+                us[row[key]] += row["us"]
+        return {name: named[name] for name in sorted(us, key=lambda name: us[name])[:1]}
+
+    found = dict(values)
+    tiles = {_tile_name(tile): tile for tile in TILES}
+    cuts = {name: cut for name, cut in CUTS.items() if cut is not None}
+    if "rows" in values:
+        narrow, wide = [4096, 1024], [14336]
+        for switch, outputs in (("narrow", narrow), ("wide", wide)):
+            for tile in best(tiles, "way", "linear", E=outputs, batch=[8]).values():
+                found[switch] = tile
+    if "shares" in values:
+        for cut in best(cuts, "cut", "attention", gates=["kv_head"]).values():
+            found["shares"] = cut
+    if "ahead" in values:
+        blocks = {f"ahead {n}": n for n in AHEAD}
+        for block in best(blocks, "way", "linear", batch=[1]).values():
+            found["ahead"] = block
+    return found
 
 
 # Whole steps and prompts
@@ -368,9 +401,11 @@ def step_part(
             engine.steps.clear()
             torch._dynamo.reset()
             before = engine.branch, engine.branch_note, engine.compile
+            values = with_best(values, report.rows)
             with chosen(**values):
                 found = _step_row(engine, batch, context, lengths, table, ratio, steps)
             found["branch"] = engine.branch.name  # "host": the capture failed
+            found["settings"] = str(values)
             report.add("step", batch=batch, gates=name or "dense", way=way, **found)
             engine.branch, engine.branch_note, engine.compile = before
         engine.steps.clear()
@@ -452,7 +487,7 @@ def warm_up(index: int, target: torch.device) -> None:
             jobs.append(lambda cache=cache, shares=shares: _warm_attention(cache, shares, target))  # type: ignore[misc]
     for tile in TILES:
         jobs.append(lambda tile=tile: _warm_linear({"narrow": tile, "wide": tile}, 8, target))  # type: ignore[misc]
-    for n in (1024, 2048, 4096):
+    for n in AHEAD:
         jobs.append(lambda n=n: _warm_linear({"ahead": n}, 1, target))  # type: ignore[misc]
     for job in jobs[index::WARMERS]:
         job()

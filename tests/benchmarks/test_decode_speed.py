@@ -38,3 +38,19 @@ def test_a_linear_map_alone_is_held_to_the_reference() -> None:
     x, weights = torch.randn(3, 1, 256).half(), [torch.randn(64, 256).half()]
     with decode_speed.chosen(narrow=decode_linear.Tile(32, 128)):
         assert decode_speed._linear_row(x, weights, "tile", torch.device("cpu"))["error"] < 1e-3
+
+
+def test_steps_are_timed_with_what_was_fastest_alone() -> None:
+    tiles, cuts = decode_speed.TILES, decode_speed.CUTS
+    rows = [
+        {"part": "linear", "E": E, "batch": 8, "way": decode_speed._tile_name(tiles[i]), "us": us}
+        for E, i, us in ((4096, 0, 5.0), (4096, 1, 6.0), (1024, 0, 4.0), (1024, 1, 1.0), (14336, 3, 9.0))
+    ]
+    rows += [
+        {"part": "attention", "gates": gates, "cut": cut, "us": us}
+        for gates, cut, us in (("kv_head", "parts", 1), ("kv_head", "4x32", 2), ("kv_head", "1x128", 3))
+    ]
+    asked = {"rows": 16, "shares": cuts["2x64"], "aside": True}
+    found = decode_speed.with_best(asked, rows)
+    assert found == asked | {"narrow": tiles[1], "wide": tiles[3], "shares": cuts["4x32"]}
+    assert decode_speed.with_best(asked, []) == asked
