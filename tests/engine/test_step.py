@@ -147,7 +147,7 @@ class OwnEnd(EosTokenCriteria):
     [
         {"do_sample": True},
         {"repetition_penalty": 1.2},
-        {"stopping_criteria": [MaxTimeCriteria(600.0)]},
+        {"stopping_criteria": [MaxTimeCriteria(1e9)]},
         {"stopping_criteria": [OwnEnd(3)]},
         {"eos_token_id": list(range(3, 4 + MAX_ENDS))},
     ],
