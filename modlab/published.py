@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
-GATES, REPORT = "real_gates", "report"
+GATES, REPORT, MEASURED = "real_gates", "report", "real_measured"
 SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
 """The run of each real model whose gates are told of: for the first two, those that ship."""
-REAL = ("real", GATES, "real_tasks", REPORT, "depth")
+REAL = ("real", GATES, "real_tasks", REPORT, MEASURED, "depth")
 """Kinds of results on what real models lose; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")
 TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]

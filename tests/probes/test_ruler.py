@@ -27,6 +27,18 @@ def question(task: str, tokenizer, length: int = 900, seed: int = 0):
     return TASKS[task](Page(tokenizer, text, length, random.Random(seed)))
 
 
+def test_a_converted_model_is_dense_where_routing_is_off(tokenizer) -> None:
+    model = scatter_gates(modlab.convert(dense_llama(), alternate_layers()))
+    settings = {"lengths": (700,), "tasks": "needle", "samples": 2, "by_row": True, "progress": False}
+    with modlab.routing_off(model):
+        alone = ruler(model, STREAM, tokenizer, **settings)
+        with pytest.raises(ModlabError, match="while routing is off"):
+            ruler(model, STREAM, tokenizer, dense=alone.rename(columns={"score": "dense"}), **settings)
+    both = ruler(model, STREAM, tokenizer, dense=alone.rename(columns={"score": "dense"}), **settings)
+    assert list(alone) == ["task", "length", "row", "score"]
+    assert both["dense"].tolist() == alone["score"].tolist() and "routed" in both
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_prompt_has_its_length_and_holds_its_answers(tokenizer, task) -> None:
     asked = question(task, tokenizer)

@@ -11,6 +11,7 @@ from benchmarks.real_models.measured.pieces import Folder
 from benchmarks.real_models.measured.run import ORIGIN
 from benchmarks.real_models.measured.work import DENSE, at
 from benchmarks.real_models.run import rounded
+from modlab.published import MEASURED
 
 NOTE = (
     "By the product's own cache. Thresholds were set on other rows of the same three texts; rows of controls "
@@ -47,7 +48,7 @@ def joined(path: Path) -> dict[str, Any]:
     seconds = {file.stem: folder.read(file.stem).get("seconds") for file in sorted(path.glob("*@*.json"))}
     failed = sorted(file.name.split(".failed")[0] for file in path.glob("*.failed.json"))
     return rounded(
-        {"what": "real_measured", **origin, "note": NOTE, "rows": rows, "failed": failed,
+        {"what": MEASURED, **origin, "note": NOTE, "rows": rows, "failed": failed,
          "seconds": {name: value for name, value in seconds.items() if value is not None}}
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ class Product:
         moved: Any = model
         moved.to(device).eval()
         if fast:
-            modlab.enable_fast_generation(model)
+            modlab.enable_fast_generation(model, compile=False)  # a few batches do not earn it back
         return cls(folder.name, model, tokenizer)
 
     @property

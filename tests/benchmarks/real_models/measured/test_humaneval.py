@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import modlab
 from benchmarks.real_models.measured import humaneval
 from benchmarks.real_models.measured.product import Product
 from benchmarks.real_models.measured.sandbox import all_pass
@@ -55,3 +56,14 @@ def test_writing_stops_once_every_function_is_over(product: Product) -> None:
 def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModlabError, match=r"HumanEval\.jsonl\.gz is not there"):
         humaneval.problems(tmp_path)
+
+
+def test_fast_generation_writes_the_same(converted: Path, product: Product, questions: Path) -> None:
+    fast = Product.load(converted, None, "cpu", fast=True)
+    prompt_NP = humaneval.prompts(product.tokenizer, humaneval.problems(questions), behind=150)
+    texts = []
+    for one in (product, fast):
+        with one.at(0.6):
+            texts.append(humaneval.written(one.model, one.tokenizer, prompt_NP, 12, 2))
+    assert texts[0] == texts[1]
+    assert modlab.fast_generation_report(fast.model)["last"]["fast"] and fast.routing.thresholds[0] == 0.5

@@ -1,0 +1,198 @@
+"""docs/quality.md: what routing of real models is asked for, and what it gives (`real_models join`)."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modlab.published import MEASURED
+
+SAVINGS = (2.0, 4.0, 8.0, 16.0)
+CLOSE = 0.04
+"""A ratio may be so much (as a share) below the one asked: what is met below that is said to be met there."""
+PASSED = 0.5
+"""The dense model passes a task whose score it has."""
+NONE = "No run is committed yet: `python -m benchmarks.real_models measure` fills the table."
+
+
+@dataclass(frozen=True)
+class Found:
+    """A figure, its standard error if it has one, and how they are written."""
+
+    value: float
+    error: float | None = None
+    form: str = ".3f"
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:{self.form}}"
+        return f"{self.value:{self.form}}{error}"
+
+
+Read = Callable[[dict[str, Any], list[dict[str, Any]]], Found | None]
+"""Of a row at a saving, and of the controls at the same."""
+
+
+def _kl(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
+    return Found(row["kl_far"], form=".4f") if "kl_far" in row else None
+
+
+def _recall(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
+    if "recall_gap" not in row:
+        return None
+    far = max(row["recall_gap"], key=lambda distance: row["recall_gap"][distance])
+    return Found(row["recall_gap"][far], row["recall_gap_stderr"][far])
+
+
+def _retrieval(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
+    return Found(min(row["retrieval_of_dense"].values())) if "retrieval_of_dense" in row else None
+
+
+def _of(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [task for task in row["tasks"].values() if task["kind"] == kind]
+
+
+def _ruler(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
+    passed = [task for task in _of(row, "ruler") if task["dense"] >= PASSED]
+    if not passed:
+        return None
+    dense = sum(task["dense"] for task in passed)
+    error = math.sqrt(sum(task["stderr"] ** 2 for task in passed)) / dense
+    return Found(sum(task["score"] for task in passed) / dense, error)
+
+
+def _points(kind: str) -> Read:
+    """Mean points below dense of the tasks of a kind."""
+
+    def read(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
+        tasks = _of(row, kind)
+        if not tasks:
+            return None
+        error = math.sqrt(sum(task["stderr"] ** 2 for task in tasks)) / len(tasks)
+        return Found(-100 * sum(task["difference"] for task in tasks) / len(tasks), 100 * error, ".2f")
+
+    return read
+
+
+def _against(read: Read) -> Read:
+    """The gates' figure over the best control's."""
+
+    def ratio(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
+        own = read(row, [])
+        others = [found.value for control in controls if (found := read(control, []))]
+        if own is None or not others:
+            return None
+        return Found(own.value / min(others) if min(others) > 0 else math.inf, form=".2f")
+
+    return ratio
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A row of the table: what, how it is read, what it may be at each of `SAVINGS` (None: it is only told),
+    and whether less is better."""
+
+    what: str
+    read: Read
+    limits: tuple[float | None, ...]
+    least: bool = False
+
+    def cell(self, limit: float | None, found: Found | None) -> str:
+        if found is None:
+            return "not measured" if limit is not None else "-"
+        if limit is None:
+            return str(found)
+        met = found.value >= limit if self.least else found.value <= limit
+        sign = "≥" if self.least else "≤"
+        return f"{found}, {sign} {limit:.3g}: {'met' if met else '**missed**'}"
+
+
+AIMS = (
+    Aim("KL to dense, positions from 1,024, mean of three texts", _kl, (0.004, 0.015, 0.04, 0.10)),
+    Aim("loss on a passage's second copy above dense, worst distance", _recall, (0.01, 0.02, 0.05, 0.12)),
+    Aim("retrieval, of dense's answers, worst distance", _retrieval, (0.99, 0.98, 0.95, 0.85), least=True),
+    Aim("RULER-kind tasks that dense passes, of dense's score", _ruler, (0.99, 0.97, 0.93, None), least=True),
+    Aim("HumanEval behind other code, points below dense", _points("humaneval"), (1, 2, 3, None)),
+    Aim("many shots, mean points below dense", _points("shots"), (0.3, 0.5, 1.5, None)),
+    Aim("KL over the best control's", _against(_kl), (None, 1 / 3, 1 / 3, None)),
+    Aim("worst recall gap over the best control's", _against(_recall), (None, 1 / 3, 1 / 3, None)),
+)
+
+
+def records(root: Path) -> list[dict[str, Any]]:
+    """The newest record of each model."""
+    files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    newest: dict[str, dict[str, Any]] = {}
+    for record in sorted((one for one in read if one["what"] == MEASURED), key=lambda one: str(one["date"])):
+        newest[record["model"]] = record
+    return [newest[model] for model in sorted(newest)]
+
+
+def block(root: Path) -> str:
+    """A table a model: what was asked, what was got, whether that is enough; then its tasks and controls."""
+    found = records(root)
+    return "\n\n".join(_model(record) for record in found) if found else NONE
+
+
+def _model(record: dict[str, Any]) -> str:
+    arm = record["arm"]
+    rows = {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == arm}
+    controls = {s: [r for r in record["rows"] if r["arm"] != arm and r["ratio_asked"] == s] for s in SAVINGS}
+    floor = rows.get(1.0, {}).get("kl_far")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"**{record['model']}**, routers {arm!r} ({record['tokens']:,} tokens), {record['device_name']}, "
+        f"{record['dtype']}, {versions}, {record['date'][:10]}, commit {str(record['commit'])[:7]}, "
+        f"`{record['command']}`. {record['note']}"
+        + ("" if floor is None else f" With all keys kept the KL is {floor:.4f}: rounding.")
+        + (f" Failed: {', '.join(record['failed'])}." if record.get("failed") else ""),
+        "",
+        "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
+        "|---" * (len(SAVINGS) + 1) + "|",
+        "| ratio got, together (by text) | " + " | ".join(_ratio(rows.get(s, {}), s) for s in SAVINGS) + " |",
+    ]
+    for aim in AIMS:
+        cells = [
+            aim.cell(limit, aim.read(rows[saving], controls[saving]) if saving in rows else None)
+            for saving, limit in zip(SAVINGS, aim.limits, strict=True)
+        ]
+        lines.append(f"| {aim.what} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *_tasks(rows), *_controls(rows, controls)])
+
+
+def _ratio(row: dict[str, Any], asked: float) -> str:
+    if "ratio" not in row:
+        return "not measured"
+    texts = row["ratio_by_text"].values()
+    short = " **(less than asked)**" if row["ratio"] < asked * (1 - CLOSE) else ""
+    return f"{row['ratio']:.2f}x ({min(texts):.1f}x to {max(texts):.1f}x){short}"
+
+
+def _tasks(rows: dict[float, dict[str, Any]]) -> list[str]:
+    told = {name: task for row in rows.values() for name, task in row["tasks"].items()}
+    if not told:
+        return []
+    lines = ["", "| task | items | dense | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |"]
+    lines.append("|---" * (len(SAVINGS) + 3) + "|")
+    for name, task in told.items():
+        cells = []
+        for saving in SAVINGS:
+            one = rows.get(saving, {"tasks": {}})["tasks"].get(name)
+            cells.append(
+                "-" if one is None else f"{one['score']:.3f} ({one['difference']:+.3f} ± {one['stderr']:.3f})"
+            )
+        lines.append(f"| {name} | {task['items']} | {task['dense']:.3f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _controls(rows: dict[float, dict[str, Any]], controls: dict[float, list[dict[str, Any]]]) -> list[str]:
+    lines: list[str] = []
+    for saving, others in controls.items():
+        for row in [rows[saving], *others] if others and saving in rows and "ratio" in rows[saving] else []:
+            name = row["arm"].partition(": ")[2] or "**gates**"
+            gaps = " ".join(f"{gap:.3f}" for gap in row["recall_gap"].values())
+            lines.append(f"| {name} | {saving:g}x | {row['ratio']:.2f}x | {row['kl_far']:.4f} | {gaps} |")
+    head = ["", "| at equal bytes | asked | got | KL | recall gap, by distance |", "|---|---|---|---|---|"]
+    return head + lines if lines else []

@@ -1,0 +1,87 @@
+"""The table of what is asked of real models: every cell follows from the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.pages import measured
+
+
+def task(kind: str, score: float, dense: float) -> dict[str, Any]:
+    gap = {"score": score, "dense": dense, "difference": score - dense, "stderr": 0.01, "items": 10}
+    return {"kind": kind, **gap}
+
+
+def row(saving: float, arm: str = "a", kl: float = 0.01, gap: float = 0.01, **more: Any) -> dict[str, Any]:
+    recall = {"recall_gap": {"256": 0.0, "7000": gap}, "recall_gap_stderr": {"256": 0.1, "7000": 0.002}}
+    return {
+        "arm": arm, "ratio_asked": saving, "ratio": saving * 0.99, "ratio_by_text": {"x": saving, "y": 1.0},
+        "kl_far": kl, **recall,
+        "retrieval_of_dense": {"256": 1.0, "7000": 0.985}, "tasks": {}, **more,
+    }  # fmt: skip
+
+
+def page(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    record = {
+        "what": "real_measured", "model": "m", "arm": "a", "tokens": 5, "device_name": "d", "dtype": "t",
+        "versions": {"torch": "9"}, "date": "2026-01-01", "commit": "c", "command": "go", "note": "Note.",
+        "rows": rows,
+    }  # fmt: skip
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "real_m_2026-01-01.json").write_text(json.dumps(record))
+    return measured.block(tmp_path)
+
+
+def line(said: str, begins: str) -> list[str]:
+    (found,) = (one for one in said.splitlines() if one.startswith(f"| {begins}"))
+    return [cell.strip() for cell in found.split("|")[2:-1]]
+
+
+def test_without_a_record_the_page_says_so(tmp_path: Path) -> None:
+    assert measured.block(tmp_path) == measured.NONE
+
+
+def test_cells_say_what_was_asked_got_and_whether_it_is_enough(tmp_path: Path) -> None:
+    tasks = {
+        "needle 4096": task("ruler", 0.96, 1.0), "variables 4096": task("ruler", 0.0, 0.2),
+        "humaneval": task("humaneval", 0.49, 0.50), "arc": task("shots", 0.402, 0.41),
+        "mmlu": task("shots", 0.41, 0.41),
+    }  # fmt: skip
+    said = page(tmp_path, [row(1.0, kl=0.0004), row(4.0, tasks=tasks), row(8.0, kl=0.05, ratio=7.0)])
+    assert "rounding" in said and "0.0004" in said
+    assert line(said, "KL to dense") == [
+        "not measured",
+        "0.0100, ≤ 0.015: met",
+        "0.0500, ≤ 0.04: **missed**",
+        "not measured",
+    ]
+    assert line(said, "loss on a passage")[1] == "0.010 ± 0.002, ≤ 0.02: met"
+    assert line(said, "retrieval")[1] == "0.985, ≥ 0.98: met"
+    assert line(said, "RULER")[1] == "0.960 ± 0.010, ≥ 0.97: **missed**"  # of what dense passes
+    assert line(said, "HumanEval")[1] == "1.00 ± 1.00, ≤ 2: met"
+    assert line(said, "many shots")[1] == "0.40 ± 0.71, ≤ 0.5: met"
+    assert line(said, "ratio got")[1:3] == [
+        "3.96x (1.0x to 4.0x)",
+        "7.00x (1.0x to 8.0x) **(less than asked)**",
+    ]
+    assert line(said, "needle 4096")[2:5] == ["-", "0.960 (-0.040 ± 0.010)", "-"]
+
+
+def test_the_best_control_of_each_measure_counts(tmp_path: Path) -> None:
+    controls = [row(4.0, "a: chance", kl=0.04, gap=0.5), row(4.0, "a: window alone", kl=0.02, gap=0.9)]
+    said = page(tmp_path, [row(4.0), *controls])
+    assert line(said, "KL over")[1] == "0.50, ≤ 0.333: **missed**"
+    assert line(said, "worst recall gap over")[1] == "0.02, ≤ 0.333: met"
+    assert said.count("| chance | 4x | 3.96x | 0.0400 |") == 1 and "| **gates** | 4x |" in said
+    assert line(said, "KL over")[2] == "not measured"
+
+
+def test_the_newest_record_of_a_model_counts(tmp_path: Path) -> None:
+    page(tmp_path, [row(4.0)])
+    old = tmp_path / "benchmarks" / "results" / "real_m_2025-01-01.json"
+    record = json.loads((tmp_path / "benchmarks" / "results" / "real_m_2026-01-01.json").read_text())
+    old.write_text(json.dumps(record | {"date": "2025-01-01", "note": "Old."}))
+    assert "Old." not in measured.block(tmp_path) and "Note." in measured.block(tmp_path)
