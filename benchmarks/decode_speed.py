@@ -349,14 +349,12 @@ ALL_8 = {"rows": 16, "aside": True, **SHARED}
 ALL_1 = {"aside": True, "ahead": 2048, **SHARED}
 STEPS: list[tuple[int, str, Ways]] = [
     (8, "", [("base", {}), ("rows", {"rows": 16})]),
-    (8, "kv_head", [("base", {}), ("rows shares aside", ALL_8), ("rows shares", {"rows": 16, **SHARED}),
-                    ("shares", SHARED)]),
-    (1, "kv_head", [("base", {}), ("shares aside ahead", ALL_1), ("shares aside", {"aside": True, **SHARED}),
-                    ("shares", SHARED)]),
+    (8, "kv_head", [("base", {}), ("rows shares aside", ALL_8), ("rows shares", {"rows": 16, **SHARED})]),
+    (1, "kv_head", [("base", {}), ("shares aside ahead", ALL_1), ("shares", SHARED)]),
     (1, "", [("base", {}), ("ahead", {"ahead": 2048})]),
-    (1, "layer", [("base", {}), ("aside", {"aside": True})]),
-    (8, "layer", [("base", {}), ("rows aside", {"rows": 16, "aside": True})]),
-]  # fmt: skip
+    (1, "layer", [("base", {}), ("shares aside", {"aside": True, **SHARED})]),
+    (8, "layer", [("rows shares aside", ALL_8)]),
+]
 EARLY: list[tuple[int, str, Ways]] = [
     (1, "", [("ahead early", {"ahead": 2048, "early": True})]),
     (1, "kv_head", [("shares aside ahead early", ALL_1 | {"early": True})]),
@@ -442,9 +440,12 @@ def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str
     layers = dense.config.num_hidden_layers
     quarter = torch.full((layers, 1), 0.25)
     late = {"aside": True, "unsettled": 16384}
-    by_gates: Ways = [("base", {}), ("aside", {"aside": True}), ("unsettled", {"unsettled": 16384}),
-                ("both", late), ("both, router 16", late | {"router_block": 16}),
-                ("router 32", {"router_block": 32})]  # fmt: skip
+    by_gates: Ways = [
+        ("base", {}),
+        ("aside", {"aside": True}),
+        ("aside unsettled", late),
+        ("aside unsettled, router 16", late | {"router_block": 16}),
+    ]
     cases: dict[str, tuple[Tensor | None, Ways]] = {
         "": (None, [("base", {})]),
         "layer": (quarter, by_gates),
