@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_name, read_path
+from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_integers, read_name, read_path
 from modlab.cli.models import add_model_flags, check_target, load_model, save_model
 from modlab.errors import ModlabError
 
@@ -37,7 +37,11 @@ def add(command: Command) -> None:
         help="of a dense SRC: how many times smaller the K/V cache is to be (default: 2)",
     )  # fmt: skip
     add_model_flags(sub)
-    add_dataclass_flags(sub.add_argument_group("FitConfig"), FitConfig)
+    add_dataclass_flags(
+        sub.add_argument_group("FitConfig"),
+        FitConfig,
+        special={"recent_range": ("LOW,HIGH", read_integers)},
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -82,7 +82,11 @@ def add(command: Command) -> None:
     add_dataclass_flags(
         flags,
         TrainConfig,
-        special={"betas": ("B1,B2", read_floats), "keep_range": ("LOW,HIGH", read_floats)},
+        special={
+            "betas": ("B1,B2", read_floats),
+            "keep_range": ("LOW,HIGH", read_floats),
+            "recent_range": ("LOW,HIGH", read_integers),
+        },
         leave_out={"out"},
     )
 

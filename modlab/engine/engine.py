@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,9 +98,9 @@ class Engine:
         self.turns = Turns()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.last: dict[str, Any] = {}
-        self.budget: Budget | None = None
+        self.bound: Budget | None = None
         if kv_tokens is not None or kv_mib is not None:
-            self.budget = self._budget(kv_tokens, kv_mib)
+            self.bound = self._budget(kv_tokens, kv_mib)
 
     def _budget(self, kv_tokens: int | None, kv_mib: float | None) -> Budget:
         if self.keep_recent is None or self.form is None:
@@ -111,9 +112,21 @@ class Engine:
             return Budget(kv_tokens, kv_mib, self.keep_recent, layer_bytes(scratch_buffers(self, 1)))
 
     @property
+    def budget(self) -> Budget | None:
+        """What a generation may store, at the present `keep_recent`; None without a bound.
+
+        Raises:
+            ModlabError: fewer tokens than are recent by now.
+        """
+        recent = self.keep_recent
+        if self.bound is not None and recent is not None and self.bound.recent != recent:
+            self.bound = dataclasses.replace(self.bound, recent=recent)
+        return self.bound
+
+    @property
     def keep_recent(self) -> int | None:
         """Latest tokens that each token sees, kept or not, where routing decides about the cache alone."""
-        return None if self.routing is None else self.routing.skip.recent(self.routing.config)
+        return None if self.routing is None else self.routing.recent
 
     @contextlib.contextmanager
     def forward_as(self, attention: str) -> Iterator[None]:

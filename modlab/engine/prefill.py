@@ -139,6 +139,7 @@ def _flat_call(routing: Routing | None, position_1S: Tensor, rows_S: Tensor, col
         what_if=False,
         masked=False,
         override=override,
+        recent=routing.recent,
     )
     try:
         yield

@@ -223,7 +223,7 @@ class KeptKeysPrefill(RoutedPrefill):
 
     def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
         super().__init__(layer, index, part, line)
-        self.recent = self.routing.skip.recent(self.routing.config)
+        self.recent = self.routing.recent
 
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
         with aside(self.part.bounds.device):  # attention asks, behind the projections

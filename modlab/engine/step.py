@@ -49,6 +49,7 @@ class Step:
             len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent, gates,
             None if routing is None or engine.budget is None else routing.config.keep_first,
         )  # fmt: skip
+        self.recent = engine.keep_recent
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor
@@ -64,8 +65,9 @@ class Step:
                 engine.fall_back(f"{type(engine.model).__name__} cannot be captured in a CUDA graph: {error}")
 
     def is_current(self) -> bool:
-        """False once the model's weights have moved: a captured graph would read the old ones."""
-        return self.weights == _addresses(self.engine.model)
+        """False once the model's weights have moved, since a captured graph would read the old ones, and
+        where rings have another size now."""
+        return self.recent == self.engine.keep_recent and self.weights == _addresses(self.engine.model)
 
     def run(self) -> None:
         """Decodes `choice.token`; the result is in `logits`, and the best next token in `choice.token`.

@@ -68,7 +68,7 @@ class Plan:
             needs_mask=self.needs_mask,
             form=self.gate_form,
             residual=self.part == "layer",
-            recent=routing.skip.recent(routing.config),
+            recent=call.recent,
             query_heads=self.query_heads,
             plain=self.plain,
             branch_ends=self.branch_ends,

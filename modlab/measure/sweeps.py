@@ -121,7 +121,7 @@ def sweep(
     prompt = prompt[:, : max(1, min(prompt_tokens, room))]
 
     longest = max(batch["input_ids"].shape[1] for batch in batches)
-    recent = routing.skip.recent(routing.config)
+    recent = routing.recent
     if recent is not None and longest <= recent:
         warnings.warn(
             f"texts of at most {longest} tokens are not longer than keep_recent={recent}: all of their keys "

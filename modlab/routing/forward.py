@@ -197,6 +197,7 @@ class ForwardHooks:
             row_shift=routing.row_shift if module.training else None,
             masked=of_thread.masked,
             override=of_thread.override,
+            recent=(routing.row_recent if module.training else None) or routing.recent,
             padding_mask=mask,
             documents=documents,
             asked=_asked(of_thread.logits_to_keep, T, tokens.device),

@@ -88,8 +88,8 @@ class ForwardCall:
         num_columns: columns seen once this forward is done.
         cache: the ragged cache that is written, or None.
         steps: the open recordings, each with its entry for this forward.
-        thresholds, what_if, masked, override, noise, row_shift: the routing's, as they stood when the forward
-            began: a gradient-checkpoint recompute decides as the forward did.
+        thresholds, what_if, masked, override, recent, noise, row_shift: the routing's, as they stood when the
+            forward began: a gradient-checkpoint recompute decides as the forward did.
         generates: whether it is one of `generate`: it decides as in eval mode, and `what_if` is False.
         padding_mask: bool [B, K] over all columns seen, False for padding; None where there is none.
         documents: long [B, T], the document of each token where a row packs several; None where it does not.
@@ -114,6 +114,7 @@ class ForwardCall:
     what_if: bool
     masked: bool
     override: OverrideFn | None
+    recent: int | None
     noise: Noise | None = None
     row_shift: Tensor | None = None
     generates: bool = False

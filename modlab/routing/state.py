@@ -13,6 +13,7 @@ Shape letters: B rows, T tokens in, D model dim, G gates of a layer.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from modlab import skips
-from modlab.errors import ModlabError
+from modlab.errors import ModlabError, check_count
 from modlab.hf.attention_names import attention_name
 from modlab.routing import rule
 from modlab.routing.record import Decision, ForwardCall, OverrideFn, Recording
@@ -54,6 +55,7 @@ class _OfThread(threading.local):
         self.override: OverrideFn | None = None
         self.recordings: tuple[Recording, ...] = ()
         self.thresholds: dict[int, float] | None = None  # its own, in a block that takes them back
+        self.config: MoDConfig | None = None  # the same
         self.masked = False  # everything runs through the masked reference, see execution/reference.py
         self.off = False  # routed modules run as dense ones, see `routing_off`
         self.generates = False  # inside `generate`: decides as in eval mode, whatever the mode is
@@ -64,7 +66,8 @@ class Routing:
     """Routing state of a converted model, reachable as `model.mod`.
 
     Attributes:
-        config: the settings of the conversion.
+        config: the settings of the conversion; of the thread in `thresholds_restored`, where it set others
+            (`modlab.set_keep_recent`).
         skip: what a token may skip, `skips.named(config.skip)`.
         layers: indices of the routed layers, ascending.
         num_layers: number of decoder layers, routed or not.
@@ -81,6 +84,8 @@ class Routing:
             from torch's generator.
         row_shift: training only: what is added to each row's threshold in the next forward, as a logit, [B];
             None adds nothing.
+        row_recent: training only: the latest tokens that the next forward's rows see whether kept or not;
+            None as configured.
         supports_flex: whether what-if passes may use transformers' flex attention on a GPU: by default where
             the model's class says that it can. Set to False to keep them on sdpa.
         source: the folder or hub id that the routers were loaded from, "" if they were not or
@@ -102,7 +107,7 @@ class Routing:
         supports_flex: bool = False,
         gates_here: dict[int, int] | None = None,
     ) -> None:
-        self.config = config
+        self.common_config = config
         self.skip = skips.named(config.skip)
         self.supports_flex = supports_flex
         self.model_config = model_config
@@ -126,9 +131,17 @@ class Routing:
         self.what_if = True
         self.noise: Noise | None = None
         self.row_shift: Tensor | None = None
+        self.row_recent: int | None = None
         self.compile_layers = False  # set while training asks for it
         self.hooks: list[RemovableHandle] = []
         self.of_thread = _OfThread()
+
+    def set_config(self, config: MoDConfig) -> None:
+        """Other settings from here on; in `thresholds_restored` this thread's alone."""
+        if self.of_thread.config is None:
+            self.common_config = config
+        else:
+            self.of_thread.config = config
 
     def forget_origin(self) -> None:
         """The routers are about to be others: nothing that is known of those before holds for them."""
@@ -153,6 +166,23 @@ class Routing:
     def _where(self) -> str:
         every = len(self.layers) == self.num_layers
         return f"all {self.num_layers} layers" if every else f"layers {self.layers} of {self.num_layers}"
+
+    @property
+    def config(self) -> MoDConfig:
+        own = self.of_thread.config
+        return self.common_config if own is None else own
+
+    @property
+    def recent(self) -> int | None:
+        """Latest tokens that a token may attend to, kept or not; None where the skip knows no such."""
+        return self.skip.recent(self.config)
+
+    @property
+    def most_recent(self) -> int | None:
+        """The most that `keep_recent` may be: less than every routed layer's sliding window; None without
+        any."""
+        sliding = [window for window in self.windows.values() if window is not None]
+        return min(sliding) - 1 if sliding else None
 
     @property
     def thresholds(self) -> dict[int, float]:
@@ -316,7 +346,8 @@ def set_threshold(
 
 
 def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
-    """Sets the threshold that gives a KV saving, as the routers' training left it (`Routing.trained`).
+    """Sets the threshold that gives a KV saving, as the routers' training left it (`Routing.trained`), and,
+    where that goes with it, how many of the latest tokens stay anyway (`set_keep_recent`).
 
     Args:
         model: a converted model whose routers know thresholds by saving, such as `modlab.load("smollm2-kv")`.
@@ -330,31 +361,69 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
             mean nothing to the skip. Nothing is changed then.
     """
     routing = gated_routing_of(model)
-    p = (routing.trained or Trained()).threshold_for(kv_saving)
+    trained = routing.trained or Trained()
+    p, recent = trained.threshold_for(kv_saving), trained.recent_for(kv_saving)
+    if recent is not None:
+        set_keep_recent(model, recent)
     set_threshold(model, p)
     return p
 
 
+def set_keep_recent(model: PreTrainedModel, tokens: int) -> None:
+    """Sets how many of the latest tokens every token may attend to, kept or not (`MoDConfig.keep_recent`).
+    The next prompt uses it; a cache from before is refused.
+
+    At equal bytes more recent tokens and fewer earlier ones bring the model closer to its dense self on
+    ordinary text and cost recall of what lies further back (docs/quality.md). In texts not much longer than
+    so many tokens nothing is saved.
+
+    Args:
+        model: a converted model whose cache routing decides about (``skip="kv"``, ``"kv+prompt"``).
+        tokens: at least 1, each token sees itself; less than a routed layer's sliding window.
+
+    Raises:
+        ModlabError: another skip, or tokens out of range. Nothing is changed then.
+    """
+    routing = routing_of(model)
+    if routing.recent is None:
+        raise ModlabError(
+            f"with skip={routing.skip.name!r} no token is seen for being recent: keep_recent means nothing "
+            "there."
+        )
+    check_count("keep_recent", tokens)
+    for layer, window in sorted(routing.windows.items()):
+        if window is not None and window <= tokens:
+            raise ModlabError(
+                f"keep_recent={tokens}: the sliding window of layer {layer} has {window} tokens, all of "
+                "which would be recent. Give fewer, or leave that layer out of MoDConfig.layers."
+            )
+    routing.set_config(dataclasses.replace(routing.config, keep_recent=tokens))
+
+
 @contextlib.contextmanager
 def thresholds_restored(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever happens inside, the thresholds are as before afterwards. Other threads, which may generate
-    meanwhile, do not see those that this one sets."""
+    """Whatever happens inside, thresholds and `keep_recent` are as before afterwards. Other threads,
+    which may generate meanwhile, do not see what this one sets."""
     routing = routing_of(model)
-    before, routing.of_thread.thresholds = routing.of_thread.thresholds, dict(routing.thresholds)
+    own = routing.of_thread
+    before = own.thresholds, own.config
+    own.thresholds, own.config = dict(routing.thresholds), routing.config
     try:
         yield
     finally:
-        routing.of_thread.thresholds = before
+        own.thresholds, own.config = before
 
 
 @contextlib.contextmanager
 def thresholds_restored_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """A block that fails or is stopped leaves the thresholds as they were; other threads see its new ones
-    once it has succeeded."""
+    """A block that fails or is stopped leaves thresholds and `keep_recent` as they were; other threads
+    see its new ones once it has succeeded."""
+    routing = routing_of(model)
     with thresholds_restored(model):
         yield
-        found = dict(routing_of(model).thresholds)
+        found, config = dict(routing.thresholds), routing.config
     set_threshold(model, found)
+    routing.set_config(config)
 
 
 @contextlib.contextmanager

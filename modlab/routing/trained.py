@@ -27,7 +27,8 @@ class Trained:
         savings: threshold p by KV saving (dense bytes over allocated ones), as calibrated over several texts
             together; one text may get more or less.
         seq_len: tokens of the texts in which that is so. Shorter ones save less, as the latest `keep_recent`
-            tokens are always there.
+            tokens are always there; longer ones more.
+        recent: `keep_recent` that goes with each saving; empty where all have the conversion's.
         tokens: that the routers were trained on.
         weights: the weights under the routers then, in words.
         data: the texts of the training, in words.
@@ -37,6 +38,7 @@ class Trained:
 
     savings: dict[float, float] = field(default_factory=dict)
     seq_len: int = 0
+    recent: dict[float, int] = field(default_factory=dict)
     tokens: int = 0
     weights: str = ""
     data: str = ""
@@ -67,13 +69,15 @@ class Trained:
                 "and their threshold moves within that. modlab.calibrate(model, texts, keep_ratio=...) goes "
                 "beyond all the same."
             )
-        known = sorted(self.savings.items())
-        if len(known) == 1:
-            return known[0][1]
-        (s0, p0), (s1, p1) = next(pair for pair in pairwise(known) if saving <= pair[1][0])
-        share = math.log(saving / s0) / math.log(s1 / s0)
-        logit = (1 - share) * math.log(p0 / (1 - p0)) + share * math.log(p1 / (1 - p1))
-        return 1 / (1 + math.exp(-logit))
+        logits = {known: math.log(p / (1 - p)) for known, p in self.savings.items()}
+        return 1 / (1 + math.exp(-_between(logits, saving)))
+
+    def recent_for(self, saving: float) -> int | None:
+        """`keep_recent` at a KV saving within their range, between known ones by logarithms; None where
+        none is known."""
+        if not self.recent:
+            return None
+        return round(math.exp(_between({known: math.log(n) for known, n in self.recent.items()}, saving)))
 
     @property
     def largest(self) -> float:
@@ -97,7 +101,10 @@ class Trained:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` reads it back."""
-        return asdict(self) | {"savings": {f"{saving:g}": p for saving, p in sorted(self.savings.items())}}
+        return asdict(self) | {
+            name: {f"{saving:g}": value for saving, value in sorted(getattr(self, name).items())}
+            for name in ("savings", "recent")
+        }
 
     @classmethod
     def from_dict(cls, values: Any) -> Trained:
@@ -115,25 +122,59 @@ class Trained:
         for name in ("seq_len", "tokens"):
             if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
                 raise ModlabError(f"{name}={values[name]!r:.60} of the routers' training is no count")
-        return cls(**{**values, "savings": _savings(values.get("savings", {}))})
+        savings = _savings(values.get("savings", {}))
+        return cls(**{**values, "savings": savings, "recent": _recent(values.get("recent", {}), savings)})
+
+
+def _between(known: Mapping[float, float], saving: float) -> float:
+    """The value at a saving, linear in its logarithm between known ones."""
+    points = sorted(known.items())
+    if len(points) == 1:
+        return points[0][1]
+    (s0, v0), (s1, v1) = next(pair for pair in pairwise(points) if saving <= pair[1][0])
+    share = math.log(saving / s0) / math.log(s1 / s0)
+    return (1 - share) * v0 + share * v1
+
+
+def _recent(found: Any, savings: dict[float, float]) -> dict[float, int]:
+    if not isinstance(found, Mapping):
+        raise ModlabError(f"recent={found!r:.60} of the routers' training are not tokens by saving")
+    read = _by_saving(found)
+    for saving, tokens in read.items():
+        if type(tokens) is not int or tokens < 1:
+            raise ModlabError(
+                f"the routers' training gives {saving:g}x {tokens!r:.60} recent tokens: a count from 1 on"
+            )
+    if read and read.keys() != savings.keys():
+        raise ModlabError(
+            f"recent={found!r:.60} of the routers' training names other savings than their thresholds"
+        )
+    return read
 
 
 def _savings(found: Any) -> dict[float, float]:
     if not isinstance(found, Mapping):
         raise ModlabError(f"savings={found!r:.60} of the routers' training are not thresholds by saving")
+    read = {saving: check_threshold(p) for saving, p in _by_saving(found).items()}
+    for saving, p in read.items():
+        if not p:
+            raise ModlabError(
+                f"the routers' training gives {saving:g}x a threshold of 0, which saves nothing"
+            )
+    if any(later <= earlier for (_, earlier), (_, later) in pairwise(sorted(read.items()))):
+        raise ModlabError(f"savings={found!r:.80} of the routers' training do not rise with their thresholds")
+    return read
+
+
+def _by_saving(found: Mapping[Any, Any]) -> dict[float, Any]:
+    """The same with numbers for keys."""
     read = {}
-    for saving, p in found.items():
+    for saving, value in found.items():
         try:
             number = float(saving)
         except (TypeError, ValueError):
             number = math.nan
         if not 1 <= number < math.inf:
             raise ModlabError(f"the routers' training names a KV saving {saving!r:.60}: a number from 1 on")
-        read[number] = check_threshold(p)
-        if not read[number]:
-            raise ModlabError(
-                f"the routers' training gives {saving!r:.60} a threshold of 0, which saves nothing"
-            )
-    if any(later <= earlier for (_, earlier), (_, later) in pairwise(sorted(read.items()))):
-        raise ModlabError(f"savings={found!r:.80} of the routers' training do not rise with their thresholds")
+        read[number] = value
     return read

@@ -15,20 +15,15 @@ from modlab.errors import ModlabError
 from modlab.hf.anatomy import attention_name, decoder_layers
 from modlab.hf.model import context_length
 from modlab.measure import Calibration, calibrate
+from modlab.routing.recent_tokens import RATIOS, SAVING_TEXT, recent_at
 from modlab.routing.router import Router, logit_of
-from modlab.routing.state import thresholds_restored
+from modlab.routing.state import set_keep_recent, thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
 from modlab.training.sharding import reshard, whole
 
-RATIOS = (2.0, 4.0, 8.0, 16.0)
-"""Whose thresholds a distilled model is given."""
-
 BEGIN = 0.9
 """Keep ratio at which distillation begins at most."""
-
-SAVING_TEXT = 8192
-"""Tokens of a text in which a saving is counted, where neither rows nor the model's context say otherwise."""
 
 CALIBRATION_TOKENS = 2**17  # on a GPU; a sixteenth of it on a CPU
 
@@ -122,26 +117,28 @@ def thresholds_by_ratio(
     model: Any,
     batches: list[Batch],
     keep_range: tuple[float, float],
+    recent_range: tuple[int, int] | None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     accelerator: Any = None,
 ) -> dict[float, dict[int, float]]:
-    """Thresholds by layer for 2x, 4x, 8x and 16x less K/V in texts of `saving_text` tokens, as far as they
-    lie within the keep ratios that were trained; the model's own stay."""
+    """Thresholds by layer for 2x, 4x, 8x and 16x less K/V in texts of `saving_text` tokens, the recent ones
+    counted, as far as they lie within the keep ratios that were trained; the model's own stay."""
     found: dict[float, dict[int, float]] = {}
     low, high = keep_range
     context = saving_text(model, batches[0]["input_ids"].shape[1])
     for ratio in RATIOS:
-        keep_ratio = keep_for_saving(model, ratio, context)
-        if not low <= keep_ratio <= high:
-            continue
         try:
             with thresholds_restored(model), autocast():
-                found[ratio] = dict(
-                    calibrate(
-                        model, batches, keep_ratio=keep_ratio, tolerance=0.05 * keep_ratio, max_passes=15,
-                        accelerator=accelerator,
-                    )
-                )  # fmt: skip
+                if recent_range is not None:
+                    set_keep_recent(model, recent_at(recent_range, ratio, context, model.mod.most_recent))
+                keep_ratio = keep_for_saving(model, ratio, context)
+                if low <= keep_ratio <= high:
+                    found[ratio] = dict(
+                        calibrate(
+                            model, batches, keep_ratio=keep_ratio, tolerance=0.05 * keep_ratio, max_passes=15,
+                            accelerator=accelerator,
+                        )
+                    )  # fmt: skip
         except ModlabError as error:
             warnings.warn(f"No threshold for {ratio:g}x: {error}", stacklevel=2)
     return found
@@ -161,6 +158,12 @@ def keep_for_saving(model: Any, kv_saving: float, context: int) -> float:
     holding = sum(attention_name(layer) is not None for layer in decoder_layers(model))
     recent = recent_share(model.mod.config, context)
     return unbounded_keep_ratio(kv_saving, len(model.mod.layers), holding, recent)
+
+
+def saving_for_keep(model: Any, keep_ratio: float) -> float:
+    """The KV saving of that keep ratio where the recent tokens do not count, as `modlab.recipe` reckons."""
+    holding = sum(attention_name(layer) is not None for layer in decoder_layers(model))
+    return holding / (holding - len(model.mod.layers) * (1 - keep_ratio))
 
 
 def common(thresholds: dict[float, dict[int, float]]) -> dict[float, float]:

@@ -13,7 +13,8 @@ from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
 
 OF_GATES = (
-    "keep_ratio", "keep_range", "per_layer", "lam", "alpha", "bce", "hold", "ramp", "what_if", "router_lr",
+    "keep_ratio", "keep_range", "recent_range", "per_layer", "lam", "alpha", "bce", "hold", "ramp", "what_if",
+    "router_lr",
 )  # fmt: skip
 """Settings of a run that say how gates learn what to keep."""
 
@@ -100,7 +101,7 @@ def nothing_to_learn(model: Any, length: int) -> str:
         return ""
     routing = model.mod
     needed = routing.skip.tokens_to_learn(routing.config)
-    if length >= needed or routing.skip.recent(routing.config) is None:
+    if length >= needed or routing.recent is None:
         return ""
     return (
         f"rows of at most {length} tokens, but with skip={routing.skip.name!r} a token attends to its latest "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from modlab.errors import ModlabError, check_count
+from modlab.routing.recent_tokens import check_recent_range
 
 Objective = Literal["auto", "distil", "target", "budget", "load", "bce", "none"]
 Precision = Literal["auto", "bf16", "no"]
@@ -54,6 +55,10 @@ class TrainConfig:
             between these two. "budget": each step keeps another share, spread evenly between them. "distil":
             the target falls to the first, and of each two rows of a step one keeps some other share of the
             range, drawn evenly by ratio.
+        recent_range: with "distil" and a keep_range: how many of the latest tokens are seen whether kept or
+            not (`MoDConfig.keep_recent`), from the second at 2x less K/V to the first at 16x. Each step has
+            one of these numbers, for rows that are near its saving; `modlab.set_kv_saving` sets it with the
+            threshold. The model keeps its own until then.
         lam: weight of the target, budget or distillation's pull.
         per_layer: every layer has to keep keep_ratio, instead of their mean.
         alpha: weight of the load term.
@@ -104,6 +109,7 @@ class TrainConfig:
     objective: Objective = "auto"
     keep_ratio: float = 0.45
     keep_range: tuple[float, float] | None = None
+    recent_range: tuple[int, int] | None = None
     lam: float = 2.0
     per_layer: bool = False
     alpha: float = 0.01
@@ -156,6 +162,13 @@ class TrainConfig:
             raise ModlabError(f"hold={self.hold} and ramp={self.ramp} together are more than the whole run.")
         if self.keep_range is not None:
             self._check_range(self.keep_range)
+        if self.recent_range is not None:
+            check_recent_range(self.recent_range)
+            if self.objective != "distil" or self.keep_range is None:
+                raise ModlabError(
+                    f"recent_range={self.recent_range} needs objective='distil' and a keep_range: the tokens "
+                    "go with savings."
+                )
         for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ModlabError(

@@ -27,9 +27,11 @@ from modlab.errors import ModlabError
 from modlab.hf.model import eval_mode
 from modlab.measure.evaluation import targets_of
 from modlab.routing.noise import Noise
+from modlab.routing.recent_tokens import recent_at
 from modlab.routing.record import RoutingStep, kept_share
 from modlab.routing.router import logit_of
-from modlab.routing.state import record_routing, routing_off, thresholds_restored
+from modlab.routing.state import record_routing, routing_off, set_keep_recent, thresholds_restored
+from modlab.training.calibration import keep_for_saving, saving_for_keep, saving_text
 from modlab.training.config import TrainConfig
 from modlab.training.divergence import divergence
 from modlab.training.head import Head
@@ -37,7 +39,7 @@ from modlab.training.loader import Batch
 from modlab.training.model import forward, real_of
 from modlab.training.objectives import IGNORE
 from modlab.training.processes import Processes
-from modlab.training.schedule import GOLDEN
+from modlab.training.schedule import GOLDEN, step_saving
 from modlab.training.threshold_control import ThresholdControl
 
 LEAST_RATIO = 2.0
@@ -81,8 +83,9 @@ class Distillation:
             self._see(recording.steps[-1])
         self.control.advance(summed)
 
-    def begin_rows(self, noise: Noise, target: float) -> None:
-        """Gives rows of the next forward their thresholds: 0 for those that the target is for."""
+    def begin_rows(self, part: Batch, noise: Noise, target: float, step: int) -> None:
+        """Gives rows of the next forward their thresholds: 0 for those that the target is for. With recent
+        tokens by saving, the others are near the step's saving, within twice and half of it."""
         self.routing.row_shift = None
         if self.control is None or self.config.keep_range is None:
             return
@@ -92,6 +95,11 @@ class Distillation:
         drawn_B = (drawn + rows_B // 2 * GOLDEN) % 1  # a step's rows lie apart, however few they are
         mildest = 1 / self.config.keep_range[1]
         furthest = max(LEAST_RATIO, 1 / target, mildest)
+        if self.config.recent_range is not None:
+            near, length = step_saving(step), part["input_ids"].shape[1]
+            most = self.routing.most_recent
+            self.routing.row_recent = recent_at(self.config.recent_range, near, length, most)
+            mildest, furthest = (min(max(bound, mildest), furthest) for bound in (near / 2, near * 2))
         ratio_B = mildest * (furthest / mildest) ** drawn_B
         shift_B = self.control.expected(1 / ratio_B)
         self.routing.row_shift = torch.where(self._is_free(rows_B), shift_B, 0.0)
@@ -165,7 +173,7 @@ class Distillation:
         total = tokens = kept = 0.0
         with thresholds_restored(self.base):
             if self.control is not None and not settled:
-                found = self.control.thresholds(self.config.keep_ratio)
+                found = self.control.thresholds(self._keep_ratio())
                 own = self.routing.thresholds
                 own.update({i: _moved(own[i], by=float(p)) for i, p in found.items()})
             for batch in batches:
@@ -184,6 +192,18 @@ class Distillation:
                 kept += float(sum(kept_share(keep).sum() for keep in step.keep.values())) / len(step.keep)
                 total, tokens = total + float(kl), tokens + float(step.real.sum())
         return {"eval_kl": total / tokens, "eval_kl_keep": kept / tokens}
+
+    def _keep_ratio(self) -> float:
+        """What the run will end at: `keep_ratio`, or, with recent tokens by saving, what those leave of it.
+        Sets the latter."""
+        config = self.config
+        if config.recent_range is None:
+            return config.keep_ratio
+        saving = saving_for_keep(self.base, config.keep_ratio)
+        context = saving_text(self.base, 1)
+        recent = recent_at(config.recent_range, saving, context, self.routing.most_recent)
+        set_keep_recent(self.base, recent)
+        return max(keep_for_saving(self.base, saving, context), min(config.keep_range or (0.0,)))
 
     def _see(self, step: RoutingStep) -> None:
         if self.control is not None:

@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.model import check_model, context_length, device_of, eval_mode
+from modlab.routing.recent_tokens import recent_at
 from modlab.routing.router import Router
-from modlab.routing.state import Routing, routing_of, set_threshold
+from modlab.routing.state import Routing, routing_of, set_keep_recent, set_threshold, thresholds_restored
 from modlab.routing.trained import Trained
 from modlab.training.calibration import calibrate_trained, common, keep_for_saving, saving_text
 from modlab.training.contexts import contexts, prompt_ids
@@ -113,7 +114,7 @@ def fit_routers(
         read = rows[fitted:][: max(1, CALIBRATION_TOKENS * (8 if on_gpu else 1) // length)]
         routing_of(model).forget_origin()  # before thresholds are compared with those of other routers
         kept = _calibrated(model, read.to(device), config.keep_ratio)
-        routing_of(model).trained = _trained(model, steps, config.keep_ratio, fitted * length)
+        routing_of(model).trained = _trained(model, steps, config, fitted * length)
     mean = statistics.fmean(kept.values()) if kept else expected
     seconds = time.monotonic() - began
     return Fit(fitted * length, steps.held.r2, steps.held_linear.r2, mean, seconds, kept)
@@ -139,17 +140,24 @@ def _run(steps: FitPass, rows: Tensor, fitted: int, batch_size: int, progress: b
             bar.set_postfix_str(_shown(steps.held.r2))
 
 
-def _trained(model: Any, steps: FitPass, keep_ratio: float, tokens: int) -> Trained:
-    """What is known of the routers: thresholds from 1.5x to 4x, beyond which scores alone do not carry."""
-    asked, savings = steps.logit_keeping(keep_ratio), {}
-    context = saving_text(model, steps.length)
+def _trained(model: Any, steps: FitPass, config: FitConfig, tokens: int) -> Trained:
+    """What is known of the routers: thresholds from 1.5x to 4x, beyond which scores alone do not carry, and
+    the recent tokens that go with them in texts of `saving_text` tokens."""
+    asked, savings = steps.logit_keeping(config.keep_ratio), {}
+    recent: dict[float, int] = {}
+    length = saving_text(model, steps.length)
     for saving in SAVINGS:
-        wanted = keep_for_saving(model, saving, context)
+        with thresholds_restored(model):
+            if config.recent_range is not None:
+                recent[saving] = recent_at(config.recent_range, saving, length, model.mod.most_recent)
+                set_keep_recent(model, recent[saving])
+            wanted = keep_for_saving(model, saving, length)
         if wanted > 0:
             savings[saving] = 1 / (1 + math.exp(asked - steps.logit_keeping(wanted)))
     rising = common({saving: {0: p} for saving, p in savings.items() if 0 < p < 1})
     method = f"fitted to scores of {tokens:,} tokens in closed form, nothing trained"
-    return Trained(savings=rising, seq_len=context, tokens=tokens, method=method)
+    recent = {saving: recent[saving] for saving in rising} if recent else {}
+    return Trained(savings=rising, seq_len=length, recent=recent, tokens=tokens, method=method)
 
 
 def _shown(r2: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modlab.errors import ModlabError, check_count, check_number
+from modlab.routing.recent_tokens import check_recent_range
 
 
 @dataclass
@@ -13,6 +14,9 @@ class FitConfig:
 
     Attributes:
         keep_ratio: share of tokens that the routed layers keep afterwards, mean over them, in (0, 1].
+        recent_range: how many of the latest tokens stay anyway (`MoDConfig.keep_recent`), from the second
+            at 2x less K/V to the first at 16x: `modlab.set_kv_saving` sets them with the threshold. None: as
+            converted, at all savings.
         tokens: of text that routers are fitted to; None: 16,384 on a CPU, 196,608 on a GPU. Text that is
             shorter gives what it has.
         context: tokens of a text, which is read twice in a row; None: 1,024 on a CPU, 2,048 on a GPU, or half
@@ -27,6 +31,7 @@ class FitConfig:
     """
 
     keep_ratio: float = 0.5
+    recent_range: tuple[int, int] | None = (128, 1024)
     tokens: int | None = None
     context: int | None = None
     batch_size: int | None = None
@@ -45,6 +50,8 @@ class FitConfig:
         for name in ("tokens", "context", "batch_size"):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value)
+        if self.recent_range is not None:
+            check_recent_range(self.recent_range)
         check_count("sample_mib", self.sample_mib)
         check_count("seed", self.seed, 0)
         if self.hidden_steps is not None:

@@ -67,7 +67,7 @@ class FitPass:
         self.scores = {}
         for i, router in self.routers.items():
             attention = layers[i].get_submodule(attention_name(layers[i]) or "")
-            recent = routing.skip.recent(routing.config) or 1
+            recent = routing.recent or 1
             self.scores[i] = (layers[i], attention, routing.windows[i], recent, router.bias.numel())
 
     def fit(self, text_BC: Tensor) -> None:

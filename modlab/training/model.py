@@ -129,7 +129,8 @@ def _routing_lent(routing: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        routing.what_if, routing.noise, routing.row_shift = what_if, None, None
+        routing.what_if, routing.noise = what_if, None
+        routing.row_shift = routing.row_recent = None
         # a run that failed between two steps leaves tensors, which nothing can save
         routing.thresholds.update({layer: float(p) for layer, p in routing.thresholds.items()})
 

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from modlab.errors import ModlabError
 from modlab.measure.evaluation import evaluate_batches
-from modlab.routing.state import is_converted
+from modlab.routing.recent_tokens import recent_at
+from modlab.routing.state import is_converted, set_kv_saving
 from modlab.routing.trained import Trained
 from modlab.training.anchors import anchored, may_skip_all
 from modlab.training.calibration import (
@@ -27,6 +28,7 @@ from modlab.training.calibration import (
     calibration_batches,
     common,
     open_gates,
+    saving_for_keep,
     saving_text,
     thresholds_by_ratio,
 )
@@ -445,15 +447,33 @@ class Run:
         )
         if self.objective == "distil" and config.keep_range is not None:
             self.thresholds = thresholds_by_ratio(
-                self.model, batches, config.keep_range, self.stepping.autocast, self._sharing
-            )
+                self.model, batches, config.keep_range, config.recent_range, self.stepping.autocast,
+                self._sharing,
+            )  # fmt: skip
             self.folder.write_thresholds(self.thresholds)
-            self.model.mod.trained = Trained(
-                savings=common(self.thresholds),
-                seq_len=saving_text(self.model, batches[0]["input_ids"].shape[1]),
-                tokens=self.tokens,
-                method=f"distilled to the dense model, {self.tokens:,} tokens",
+            self._note_savings(
+                common(self.thresholds), saving_text(self.model, batches[0]["input_ids"].shape[1])
             )
+
+    def _note_savings(self, savings: dict[float, float], seq_len: int) -> None:
+        """What is known of the routers from here on; with recent tokens by saving the model gets those, and
+        the threshold, of the saving that was asked for."""
+        recent_range, routing = self.config.recent_range, self.model.mod
+        asked = saving_for_keep(self.model, self.config.keep_ratio)
+        recent = (
+            {}
+            if recent_range is None
+            else {saving: recent_at(recent_range, saving, seq_len, routing.most_recent) for saving in savings}
+        )
+        routing.trained = Trained(
+            savings=savings,
+            recent=recent,
+            seq_len=seq_len,
+            tokens=self.tokens,
+            method=f"distilled to the dense model, {self.tokens:,} tokens",
+        )
+        if recent and min(recent) <= asked <= max(recent):
+            set_kv_saving(self.model, asked)
 
     def _forget_origin(self) -> None:
         if self.routers_learn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from modlab.routing.recent_tokens import RATIOS
 from modlab.training.config import TrainConfig
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -59,6 +60,12 @@ def ratio_target(aim: float, progress: float, ramp: float) -> float:
         return 1.0
     done = 1.0 if ramp <= 0 else min(1.0, progress / ramp)
     return 1 / (1 + (1 / aim - 1) * done)
+
+
+def step_saving(step: int) -> float:
+    """The saving that optimiser step `step` (from 0) has its recent tokens from: each as often, evenly
+    spread."""
+    return RATIOS[int((step + 1) * GOLDEN % 1.0 * len(RATIOS))]
 
 
 def is_what_if(share: float, step: int) -> bool:

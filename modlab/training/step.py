@@ -221,7 +221,7 @@ class Step:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with objective="distil", whose figures are of the rows that the target is for."""
         noise = self.routing.noise
-        distillation.begin_rows(noise, self.target)
+        distillation.begin_rows(part, noise, self.target, self.number)
         divergence, step, figures = distillation.loss(self.wrapped, part, noise, self.autocast, *count)
         pulled = distillation.pulled(step, noise)
         own = Sums.of(pulled)
@@ -267,7 +267,7 @@ class Step:
             for number, part in enumerate(parts):
                 self._give_noise(parts, number)
                 if self.distillation is not None:
-                    self.distillation.begin_rows(self.routing.noise, self.target)
+                    self.distillation.begin_rows(part, self.routing.noise, self.target, self.number)
                 with self.autocast(), record_routing(self.model) as recording:
                     forward(self.model, part, **short)
                 step = recording.steps[-1]

@@ -17,12 +17,14 @@ from modlab.engine import attention as attention_module
 from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks, attend_by_head, keep_everything
 from modlab.engine.prefill import prefill
 from modlab.engine.ring import RingBuffer
+from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.kernels.kept_attention import reference_kept_attention, reference_store_kept
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
     both_ways,
+    generated,
     llama_on_device,
     prompts,
     stored_at_thresholds,
@@ -45,6 +47,31 @@ def masks_by_head(model: Any, shares: tuple[float, ...], length: int) -> dict[in
     generator = torch.Generator().manual_seed(2)
     chance = torch.tensor(shares)
     return {i: torch.rand(2, length, len(shares), generator=generator) < chance for i in model.mod.layers}
+
+
+@pytest.mark.parametrize("gates", ["layer", "kv_head"])
+def test_recent_tokens_are_live(gates: str) -> None:
+    """An engine that has steps for one number of them makes new ones for another."""
+    model, ordinary = (llama_on_device(skip="kv", gates=gates) for _ in range(2))
+    modlab.enable_fast_generation(model, compile=False)
+    inputs, stored = prompts(30, 9), []
+    for tokens in (RECENT, 9, 1, RECENT):
+        modlab.set_keep_recent(model, tokens)
+        modlab.set_keep_recent(ordinary, tokens)
+        want = generated(ordinary, inputs, eos_token_id=None)
+        assert generated(model, inputs, eos_token_id=None) == want
+        stored.append(modlab.fast_generation_report(model)["last"]["kept_tokens"])
+    assert stored[0] == stored[3] != stored[1] != stored[2]
+
+
+def test_more_recent_tokens_than_a_bound_allows_are_refused() -> None:
+    model = llama_on_device(skip="kv", gates="kv_head")
+    modlab.enable_fast_generation(model, compile=False, kv_tokens=8)
+    modlab.set_keep_recent(model, 9)
+    with pytest.raises(ModlabError, match="kv_tokens=8 is less than the latest 9 tokens"):
+        model.generate(**prompts(14), max_new_tokens=2)
+    modlab.set_keep_recent(model, 8)
+    model.generate(**prompts(14), max_new_tokens=2)
 
 
 @pytest.mark.usefixtures("unsettled")

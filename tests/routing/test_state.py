@@ -8,7 +8,7 @@ import torch
 import modlab
 from modlab.errors import ModlabError
 from modlab.routing.state import thresholds_restored, thresholds_restored_on_error
-from tests.helpers.models import alternate_layers, leaving_llama, spread_gates
+from tests.helpers.models import alternate_layers, leaving_llama, routed_llama, scatter_gates, spread_gates
 
 IDS = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(3))
 
@@ -291,3 +291,82 @@ def test_input_longer_than_the_context(make_llama) -> None:
         model(IDS)
     with pytest.raises(ModlabError, match="no token"):
         model(IDS[:, :0])
+
+
+def with_recent(tokens: int, gates: str = "kv_head", **changes: object) -> object:
+    return scatter_gates(routed_llama(skip="kv", gates=gates, keep_recent=tokens, **changes))
+
+
+@pytest.mark.parametrize("gates", ["layer", "kv_head"])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@torch.no_grad()
+def test_recent_tokens_are_live(gates: str, tokens: int) -> None:
+    """As converted with that many: whole rows, a cache in pieces, what is stored, and generated tokens."""
+    model, want = with_recent(6, gates), with_recent(tokens, gates)
+    modlab.set_keep_recent(model, tokens)
+    assert model.mod.config == want.mod.config and model.mod.recent == tokens
+    assert torch.equal(model(IDS, use_cache=False).logits, want(IDS, use_cache=False).logits)
+    caches = []
+    for one in (model, want):
+        cache = None
+        for part in IDS.split(12, 1):
+            output = one(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+        caches.append((output.logits, cache.kept_tokens, cache.nbytes))
+    assert torch.equal(caches[0][0], caches[1][0]) and torch.equal(caches[0][1], caches[1][1])
+    assert caches[0][2] == caches[1][2]
+    told = [one.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None) for one in (model, want)]
+    assert torch.equal(*told)
+
+
+def test_recent_tokens_of_a_block_are_its_threads_own() -> None:
+    model, seen = with_recent(6), []
+    with thresholds_restored(model):
+        modlab.set_keep_recent(model, 9)
+        other = threading.Thread(target=lambda: seen.append(model.mod.recent))
+        other.start()
+        other.join(60)
+        assert model.mod.recent == 9
+    assert seen == [6] and model.mod.recent == 6
+    with thresholds_restored_on_error(model):
+        modlab.set_keep_recent(model, 9)
+        assert model.mod.common_config.keep_recent == 6
+    assert model.mod.recent == 9
+    with pytest.raises(KeyboardInterrupt), thresholds_restored_on_error(model):
+        modlab.set_keep_recent(model, 2)
+        raise KeyboardInterrupt
+    assert model.mod.recent == 9
+
+
+def test_a_cache_from_before_other_recent_tokens_is_refused() -> None:
+    model = with_recent(6)
+    cache = model(IDS, use_cache=True).past_key_values
+    modlab.set_keep_recent(model, 7)
+    with pytest.raises(ModlabError, match="keep_recent differ"):
+        model(IDS[:, :1], past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, True, "8"])
+def test_recent_tokens_are_a_count(tokens: object) -> None:
+    model = with_recent(6)
+    with pytest.raises(ModlabError, match="keep_recent="):
+        modlab.set_keep_recent(model, tokens)
+    assert model.mod.recent == 6
+
+
+def test_recent_tokens_need_a_cache_that_drops_some(tiny_llama) -> None:
+    with pytest.raises(ModlabError, match="keep_recent means nothing"):
+        modlab.set_keep_recent(tiny_llama, 4)
+
+
+def test_recent_tokens_fit_into_a_sliding_window() -> None:
+    from modlab.families.tiny_models import tiny_model
+
+    model = modlab.convert(
+        tiny_model("mistral", sliding_window=12), modlab.MoDConfig(layers="all", keep_recent=4)
+    )
+    assert model.mod.most_recent == 11
+    with pytest.raises(ModlabError, match="sliding window of layer 0 has 12 tokens"):
+        modlab.set_keep_recent(model, 12)
+    modlab.set_keep_recent(model, 11)
+    assert with_recent(4).mod.most_recent is None

@@ -33,6 +33,19 @@ def test_a_saving_outside_the_range_is_refused_and_nothing_changes(saving) -> No
     assert set(model.mod.thresholds.values()) == {KNOWN.threshold_for(4)}
 
 
+def test_recent_tokens_go_with_a_saving() -> None:
+    known = Trained(savings={2.0: 0.1, 8.0: 0.9}, recent={2.0: 1024, 8.0: 256})
+    assert [known.recent_for(saving) for saving in (2, 4, 8)] == [1024, 512, 256]
+    assert KNOWN.recent_for(4) is None
+    assert Trained.from_dict(known.to_dict()) == known
+    model = routed_llama(skip="kv")
+    model.mod.trained = known
+    assert modlab.set_kv_saving(model, 4) == pytest.approx(0.5) and model.mod.recent == 512
+    model.mod.trained = KNOWN
+    modlab.set_kv_saving(model, 8)
+    assert model.mod.recent == 512
+
+
 def test_routers_that_know_nothing_say_what_to_do() -> None:
     with pytest.raises(ModlabError, match=r"modlab.calibrate\(model, texts, keep_ratio"):
         modlab.set_kv_saving(routed_llama(skip="kv"), 2)
@@ -51,7 +64,9 @@ def test_it_comes_back_from_its_dict() -> None:
     "wrong",
     [None, {"surprise": 1}, {"savings": [2]}, {"savings": {"two": 0.5}}, {"savings": {"2": 1.5}},
      {"savings": {"0.5": 0.5}}, {"savings": {"nan": 0.5}}, {"savings": {"2": 0.5, "4": 0.4}},
-     {"tokens": -1}, {"tokens": True}, {"weights": 3}, {"savings": {"2": math.inf}}],
+     {"tokens": -1}, {"tokens": True}, {"weights": 3}, {"savings": {"2": math.inf}},
+     {"recent": [2]}, {"recent": {"2": 8}}, {"savings": {"2": 0.5}, "recent": {"4": 8}},
+     {"savings": {"2": 0.5}, "recent": {"2": 0}}, {"savings": {"2": 0.5}, "recent": {"2": 8.5}}],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(wrong) -> None:
     with pytest.raises(ModlabError):

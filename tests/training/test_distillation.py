@@ -15,8 +15,9 @@ from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.noise import Noise
+from modlab.routing.recent_tokens import SAVING_TEXT
 from modlab.routing.router import is_router
-from modlab.training.calibration import SAVING_TEXT, keep_for_saving, saving_text
+from modlab.training.calibration import keep_for_saving, saving_text
 from modlab.training.config import TrainConfig
 from modlab.training.divergence import divergence
 from modlab.training.head import Head
@@ -226,6 +227,67 @@ def test_thresholds_of_rows_give_the_expected_share() -> None:
     keep = torch.tensor([0.7, 0.25, 0.06])
     found = torch.sigmoid(z.flatten()[:, None] - control.expected(keep)).mean(0)
     torch.testing.assert_close(found, keep, rtol=5e-3, atol=1e-3)
+
+
+def noted_calls(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[Any]:
+    """The calls of the student's passes, as they come."""
+    from modlab.routing.forward import ForwardHooks
+
+    calls: list[Any] = []
+    real = ForwardHooks._new_call
+
+    def noting(self: Any, *args: Any) -> Any:
+        call = real(self, *args)
+        if model.training:
+            calls.append(call)
+        return call
+
+    monkeypatch.setattr(ForwardHooks, "_new_call", noting)
+    return calls
+
+
+def test_recent_tokens_go_with_the_rows_savings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step has a number of its own, in all of its forwards; afterwards the model has its own again."""
+    from modlab.training.schedule import step_saving
+
+    model = routed()
+    calls = noted_calls(monkeypatch, model)
+    settings = {"keep_range": (0.05, 0.8), "recent_range": (2, 16), "ramp": 0.0, "steps": 8}
+    modlab.train(model, texts(), distil(grad_accum=2, batch_size=2, **settings))
+    assert len(calls) == 8 * 4  # two parts, each looked at once before
+    for step in range(8):
+        near = step_saving(step)
+        for call in calls[4 * step : 4 * step + 4]:
+            assert call.recent == {2.0: 16, 4.0: 8, 8.0: 4, 16.0: 2}[near]
+    assert {step_saving(step) for step in range(8)} == {2.0, 4.0, 8.0, 16.0}
+    assert model.mod.row_recent is None and model.mod.recent == HEADS["keep_recent"]
+
+
+def test_a_steps_gradient_is_that_of_a_model_with_its_recent_tokens() -> None:
+    one, other = routed(), routed()
+    ids = texts(2)
+    one.mod.row_recent = 3
+    modlab.set_keep_recent(other, 3)
+    for model in (one, other):
+        model.train()
+        model.mod.noise = Noise(0, 0, torch.arange(2))
+        model(ids, labels=ids).loss.backward()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+def test_a_run_with_recent_tokens_by_saving_ends_at_what_was_asked() -> None:
+    """And its savings are those of long texts, recent tokens counted."""
+    model = routed(max_position_embeddings=8192)
+    settings = {"keep_ratio": 0.25, "keep_range": (0.04, 0.8), "recent_range": (128, 1024), "calibrate": True}
+    modlab.train(model, texts(), distil(**settings))
+    trained = model.mod.trained
+    assert trained.seq_len == 8192 and set(trained.recent) == set(trained.savings)
+    assert trained.recent[4.0] == 512 == model.mod.recent
+    assert set(model.mod.thresholds.values()) == {trained.savings[4.0]}
+    found = modlab.measure.evaluate(model, texts(), cache=False)
+    assert found.keep_ratio == pytest.approx((8192 / 4 - 512) / (8192 - 512), abs=0.02)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -107,7 +107,10 @@ def test_a_fit_explains_held_out_rows_and_keeps_what_was_asked(capsys: pytest.Ca
     assert list(savings) == [1.5, 2.0, 3.0, 4.0] and savings[3.0] < 0.6 < 2 * savings[4.0]
     modlab.set_kv_saving(model, 2.0)
     read = {"input_ids": texts(20, 64)}
-    assert modlab.measure.evaluate(model, read, cache=False).keep_ratio == pytest.approx(0.5, abs=0.05)
+    length, recent = model.mod.trained.seq_len, model.mod.recent
+    assert recent == model.mod.trained.recent[2.0] == length / 2 / 2  # half of what such texts store
+    want = (length / 2 - recent) / (length - recent)
+    assert modlab.measure.evaluate(model, read, cache=False).keep_ratio == pytest.approx(want, abs=0.05)
     modlab.set_threshold(model, 0.5)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert re.search(r"R² 0\.\d{3}", capsys.readouterr().err)

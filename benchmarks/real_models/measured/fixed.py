@@ -10,7 +10,6 @@ Shape letters: B rows, T tokens, G gates of a layer, H head dim, L layers.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from benchmarks.real_models.measured.product import Product
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.record import by_gate
-from modlab.routing.state import routing_override
+from modlab.routing.state import routing_override, set_keep_recent, thresholds_restored
 
 NAMES = (
     "chance",
@@ -64,7 +63,8 @@ def control(product: Product, name: str, gates: dict[str, Any], T: int) -> Itera
     if name not in found:
         raise ModlabError(f"no control {name!r} for these gates: there are {', '.join(found)}.")
     window, rule = found[name]
-    with _window(product, window), routing_override(product.model, ruled(product, rule)):
+    with thresholds_restored(product.model), routing_override(product.model, ruled(product, rule)):
+        set_keep_recent(product.model, window)
         yield
 
 
@@ -77,18 +77,6 @@ def ruled(product: Product, rule: KeepRule) -> Override:
         return (kept_BTG | (position_BT < product.first)[..., None]).view(gate.shape)
 
     return keep
-
-
-@contextlib.contextmanager
-def _window(product: Product, window: int) -> Iterator[None]:
-    """Inside this block so many of the latest tokens are attended to, kept or not."""
-    routing = product.routing
-    before = routing.config
-    routing.config = dataclasses.replace(before, keep_recent=window)
-    try:
-        yield
-    finally:
-        routing.config = before
 
 
 class SmallestKeys:
