@@ -391,7 +391,7 @@ def test_a_steps_rows_lie_apart_over_the_range() -> None:
         distillation: Any = run.stepping.distillation
         distillation.control.expected = lambda keep_B: asked.append(keep_B) or torch.ones_like(keep_B)
         for step in range(20):
-            distillation.begin_rows(Noise(0, step, torch.arange(8)), 0.1)
+            distillation.begin_rows({"input_ids": texts(8)}, Noise(0, step, torch.arange(8)), 0.1, step)
     for keep_B in asked:
         place = (keep_B[1::2] * 0.8 / 0.64).log() / torch.tensor(0.1 / 0.8).log()
         gaps = place.sort().values.diff()
