@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--data", type=Path, required=True, help="what benchmarks.real_models texts wrote")
     run.add_argument("--questions", type=Path, help="folder of the tasks' jsonl files")
     run.add_argument("--items", type=int, default=1000, help="of each task")
+    run.add_argument("--humaneval", type=int, default=0, metavar="N", help="problems of it; 0: none")
     run.add_argument("--measured", type=int, default=8, help="rows of each text")
     run.add_argument("--tokens", type=float, default=10, help="millions, of distillation; 0 for none")
     run.add_argument("--length", type=int, default=4096, help="of a training row")
@@ -74,15 +76,23 @@ def _run(options: argparse.Namespace) -> None:
     study = Study(
         options.model, options.device, Data.load(options.data), options.out,
         options.questions, options.items, options.measured, options.start,
+        options.humaneval,
     )  # fmt: skip
     _write_origin(options)
     plan = Plan(int(options.tokens * 1e6), options.length, options.rows, options.batch, seed=options.seed)
+    failed: list[str] = []
     for name, cut in given:
         if study.done(name, plan.seed):
             study.say(f"{name} is there already")
             continue
         seconds = float(cut) if cut else options.minutes and 60 * options.minutes
-        study.run(name, plan, seconds)
+        try:
+            study.run(name, plan, seconds)
+        except Exception:  # the arms behind it are worth as much
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def _prefill(options: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ class Study:
         questions: folder of the tasks' files, or None.
         items: of each task.
         measured: rows of each text.
+        problems: of HumanEval.
         start: K/V routers that arms start from which say so; by default those that ship for the model.
     """
 
@@ -50,9 +51,11 @@ class Study:
         items: int = 1000,
         measured: int = MEASURED,
         start: str | None = None,
+        problems: int = 0,
     ) -> None:
         self.folder, self.device, self.data, self.out = folder, device, data, out
         self.questions, self.items, self.measured = questions, items, measured
+        self.problems = problems
         self.start = start or f"{folder.name}-kv"
         self.begun = time.monotonic()
         self.known: Dense | None = None
@@ -147,7 +150,9 @@ class Study:
         from transformers import AutoTokenizer
 
         assert self.questions is not None
-        return tasks.right(model, AutoTokenizer.from_pretrained(self.folder), self.questions, self.items)
+        return tasks.right(
+            model, AutoTokenizer.from_pretrained(self.folder), self.questions, self.items, self.problems
+        )
 
     def _tasks(self, model: Any) -> dict[str, Any]:
         return {} if self.questions is None else tasks.paired(self._right(model), self.dense_right)

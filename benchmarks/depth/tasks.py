@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.depth.model import head, states
 from benchmarks.real_models.divergence import logits
+from benchmarks.real_models.measured import humaneval
 
 TASKS = {
     "lambada": "lambada_test.jsonl",
@@ -23,12 +24,15 @@ TASKS = {
     "arc_easy": "arc_easy.jsonl",
 }
 BATCH = 64
+BEHIND = 1000
 
 Pair = tuple[list[int], list[int]]
 
 
-def right(model: Any, tokenizer: Any, folder: Path, items: int) -> dict[str, np.ndarray]:
-    """Whether each of the first `items` of every task that `folder` has is answered, int [items]."""
+def right(model: Any, tokenizer: Any, folder: Path, items: int, problems: int = 0) -> dict[str, np.ndarray]:
+    """Whether each of the first `items` of every task that `folder` has is answered, int [items]; and of so
+    many problems of HumanEval, `BEHIND` tokens of other code in front, whether what `generate` writes passes.
+    """
     found = {}
     for name, file in TASKS.items():
         if not (folder / file).exists():
@@ -37,6 +41,9 @@ def right(model: Any, tokenizer: Any, folder: Path, items: int) -> dict[str, np.
             rows = [json.loads(line) for _, line in zip(range(items), lines, strict=False)]
         score = _last_words if name == "lambada" else _choices
         found[name] = score(model, tokenizer, rows)
+    if problems:
+        scores = humaneval.measure(model, tokenizer, folder, behind=BEHIND, limit=problems)["scores"]
+        found["humaneval"] = np.array(next(iter(scores.values()))).astype(int)
     return found
 
 

@@ -12,7 +12,7 @@ from modlab.errors import ModlabError
 from modlab.routing.router import ROUTER, is_router
 from modlab.routing.state import routing_of, set_threshold
 from modlab.saving.base_check import check_base
-from modlab.saving.demos import folder_named
+from modlab.saving.demos import ROUTERS, folder_named
 from modlab.saving.description import read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.hub import file_of
@@ -39,7 +39,13 @@ def start_from(model: Any, source: str | Path, **hub_arguments: Any) -> list[str
             was then.
     """
     name = str(folder_named(str(source)))
-    described, weights = (file_of(name, file, **hub_arguments) for file in (CONFIG_FILE, ROUTER_FILE))
+    try:
+        described, weights = (file_of(name, file, **hub_arguments) for file in (CONFIG_FILE, ROUTER_FILE))
+    except OSError as error:
+        raise ModlabError(
+            f"there are no routers to start from at {str(source)!r}: no such folder, no hub id that can be "
+            f"had, and not one of those that ship ({', '.join(ROUTERS)})."
+        ) from error
     if described is None or weights is None:
         raise ModlabError(
             f"{str(source)!r} holds no routers to start from: it needs {CONFIG_FILE} and {ROUTER_FILE}, as "

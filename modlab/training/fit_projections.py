@@ -181,9 +181,10 @@ def _put(where: Any, equations: _Equations) -> float:
     if isinstance(where, LowRankProjection):
         weight, _, explained = equations.solve(constant=False)
         U, size, V = torch.linalg.svd(weight, full_matrices=False)
-        rank = len(where.down)
-        where.up.copy_(where.up.float() @ where.down.float() @ V[:rank].T + U[:, :rank] * size[:rank])
-        where.down.copy_(V[:rank])
+        rank = min(len(where.down), len(size))
+        up = where.up.float() @ where.down.float() @ V[:rank].T + U[:, :rank] * size[:rank]
+        where.up.zero_()[:, :rank] = up  # what the map's own width leaves over of the rank stays random
+        where.down[:rank] = V[:rank]
         return explained
     weight, constant, explained = equations.solve(constant=where.bias is not None)
     where.weight.add_(weight.reshape(where.weight.shape).to(where.weight.dtype))

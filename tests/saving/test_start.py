@@ -62,6 +62,8 @@ def test_a_folder_without_routers_and_another_base_are_refused(routers: Path, tm
     model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="kv", **FORM))
     with pytest.raises(ModlabError, match="no routers to start from"):
         modlab.start_from(model, tmp_path)
+    with pytest.raises(ModlabError, match="no such folder.*coder-0.5b-kv"):
+        modlab.start_from(model, tmp_path / "nothing")
     with torch.no_grad():
         model.get_input_embeddings().weight.neg_()
     with pytest.raises(ModlabError):

@@ -31,7 +31,7 @@ def divergence(model: Any) -> float:
     return (told.exp() * (told - said)).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize("rank", [0, 24, 200])
 @pytest.mark.parametrize("skip", ["prompt", "kv+prompt"])
 def test_fitted_copies_say_more_of_what_the_dense_model_says(skip: str, rank: int) -> None:
     model = leaving(skip, leave_rank=rank)

@@ -113,6 +113,23 @@ def test_an_arm_without_training_trains_nothing(name: str, folder: Path, data: D
     assert study.done(name, PLAN.seed) and not study.done(name, 1) and not study.done("topk", PLAN.seed)
 
 
+def test_a_failed_arm_takes_no_other_with_it(
+    folder: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its error is shown, the next one runs, and a second call does what is missing alone."""
+    data.save(tmp_path / "tok")
+    words = ["run", "--model", str(folder), "--data", str(tmp_path / "tok"), "--out", str(tmp_path / "out")]
+    words += ["--measured", "1", "--tokens", "0", "--length", str(T), "--device", "cpu", "--commit", "0" * 40]
+    arms = "kv+leave-2/3-4x-started-free,leave-2/3-fitted-free"
+    with pytest.raises(SystemExit, match="failed: kv"):
+        main([*words, "--arms", arms, "--start", str(tmp_path / "nothing")])
+    assert "no routers to start from" in capsys.readouterr().err
+    main([*words, "--arms", arms, "--start", str(kv_routers(tmp_path))])
+    assert "leave-2/3-fitted-free is there already" in capsys.readouterr().out
+    rows = [json.loads(line)["arm"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert rows == list(reversed(arms.split(",")))
+
+
 def test_what_is_below_the_point_of_leaving_stays(folder: Path, data: Data, tmp_path: Path) -> None:
     """Routers there are those of the start; the others and the projections have moved."""
     start = kv_routers(tmp_path)
@@ -246,6 +263,17 @@ def test_tasks_are_compared_item_by_item(tmp_path: Path) -> None:
     scored = tasks.paired({"piqa": found["piqa"]}, other)
     assert scored["piqa"]["gap"] == pytest.approx(found["piqa"].mean() - other["piqa"].mean())
     assert scored["mean"]["score"] == scored["piqa"]["score"]
+
+
+def test_problems_are_compared_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*args: Any, behind: int, limit: int) -> dict[str, Any]:
+        return {"scores": {f"humaneval behind {behind:,}": [1.0, 0.0, 1.0][:limit]}}
+
+    monkeypatch.setattr(tasks.humaneval, "measure", measured)
+    found = tasks.right(dense_llama(), make_tokenizer(), tmp_path, 5, problems=3)
+    assert found["humaneval"].tolist() == [1, 0, 1]
+    scored = tasks.paired(found, {"humaneval": np.array([1, 1, 1])})
+    assert scored["humaneval"]["gap"] == pytest.approx(-1 / 3)
 
 
 def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
