@@ -75,6 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--data", type=Path, required=True, help="what `texts` wrote")
     measure.add_argument("--questions", type=Path, help="folder of the evaluation sets")
     measure.add_argument("--savings", default="2,4,8,16")
+    measure.add_argument(
+        "--recent",
+        default="",
+        help="latest tokens that stay anyway, a number a saving (default: as trained)",
+    )
     measure.add_argument("--only", default="", help="kinds of pieces, with commas between them")
     measure.add_argument("--minutes", type=float, help="begin no piece after so many")
     measure.add_argument("--arm", default="distil", help="what the routers are called in the results")
@@ -203,6 +208,7 @@ def _measure(options: argparse.Namespace) -> None:
         options.model, options.routers, options.data, options.questions, options.out,
         [float(saving) for saving in options.savings.split(",")],
         tuple(kind for kind in options.only.split(",") if kind),
+        recent=[int(tokens) for tokens in options.recent.split(",") if tokens] or None,
         about={"arm": options.arm, "tokens": round(options.tokens * 1e6), "seed": options.seed},
         commit=options.commit, device=options.device, fast=not options.slow,
         minutes=options.minutes, sizes=options.sizes,

@@ -30,7 +30,7 @@ def joined(path: Path) -> dict[str, Any]:
         row = {**about, "ratio_asked": saving, "tasks": _tasks(folder, saving)}
         if folder.done(at("threshold", saving)):
             found = folder.read(at("threshold", saving))
-            row |= {name: found[name] for name in ("threshold", "ratio_set", "beyond_training")}
+            row |= {name: found[name] for name in ("threshold", "recent", "ratio_set", "beyond_training")}
         if folder.done(at("far", saving)):
             row |= _measures(folder.read(at("far", saving)))
         rows.append(row)

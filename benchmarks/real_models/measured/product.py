@@ -23,6 +23,7 @@ from modlab.routing.state import (
     record_routing,
     routing_of,
     routing_off,
+    set_keep_recent,
     set_threshold,
     thresholds_restored,
 )
@@ -88,18 +89,30 @@ class Product:
     def window(self) -> int:
         return self.routing.config.keep_recent
 
+    def recent_for(self, saving: float) -> int:
+        """How many of the latest tokens go with a saving by the routers' training; else the conversion's."""
+        known = self.routing.trained
+        if known is None or known.range is None:
+            return self.window
+        low, high = known.range
+        found = known.recent_for(min(max(saving, low), high))
+        return self.window if found is None else found
+
     def ids(self, text: str) -> list[int]:
         """Tokens of a text, without special ones."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @contextlib.contextmanager
-    def at(self, threshold: float | None) -> Iterator[None]:
-        """Inside this block all layers have this threshold; None: routing is off, the model is dense."""
+    def at(self, threshold: float | None, recent: int | None = None) -> Iterator[None]:
+        """Inside this block all layers have this threshold, and so many of the latest tokens stay anyway
+        (None: as before); without a threshold routing is off, the model is dense."""
         if threshold is None:
             with routing_off(self.model):
                 yield
             return
         with thresholds_restored(self.model):
+            if recent is not None:
+                set_keep_recent(self.model, recent)
             set_threshold(self.model, threshold)
             yield
 

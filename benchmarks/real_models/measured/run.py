@@ -20,10 +20,22 @@ ORIGIN = "origin"
 
 
 def run(
-    model: Path, routers: Path | None, data: Path, questions: Path | None, out: Path, savings: list[float],
-    kinds: tuple[str, ...], *, about: dict[str, Any], commit: str | None = None, device: str = "cuda",
-    fast: bool = True, minutes: float | None = None, sizes: dict[str, Any] | None = None,
-) -> list[str]:  # fmt: skip
+    model: Path,
+    routers: Path | None,
+    data: Path,
+    questions: Path | None,
+    out: Path,
+    savings: list[float],
+    kinds: tuple[str, ...],
+    *,
+    about: dict[str, Any],
+    recent: list[int] | None = None,
+    commit: str | None = None,
+    device: str = "cuda",
+    fast: bool = True,
+    minutes: float | None = None,
+    sizes: dict[str, Any] | None = None,
+) -> list[str]:
     """Measures what nobody has measured in `out`; see `work.py`.
 
     Returns:
@@ -50,7 +62,8 @@ def run(
         folder.write(ORIGIN, {"model": model.name, **about, **_origin(product, commit)})
     work = Work(product, Data.load(data), questions or data, folder, Sizes(**_sizes(sizes or {})))
     deadline = None if minutes is None else begun + 60 * minutes
-    failed = run_all(work.pieces(savings, chosen), folder, say, deadline)
+    by_saving = dict(zip(savings, recent, strict=True)) if recent else None
+    failed = run_all(work.pieces(savings, chosen, by_saving), folder, say, deadline)
     say(f"nothing left to do; failed: {', '.join(failed) or 'none'}")
     return failed
 
@@ -68,6 +81,5 @@ def _origin(product: Product, commit: str | None) -> dict[str, Any]:
         "commit": commit or source_commit(),
         **circumstances(product.device, product.dtype),
         "granularity": "head" if max(product.routing.gates.values()) > 1 else "layer",
-        "keep_recent": product.window,
         "keep_first": product.first,
     }

@@ -28,26 +28,32 @@ def held_rows(data: Data, rows: int) -> np.ndarray:
     return np.concatenate([data.texts[name][MEASURED : MEASURED + rows] for name in COUNTED])
 
 
-def find(product: Product, data: Data, rows_each: int, asked: float) -> dict[str, Any]:
+def find(
+    product: Product, data: Data, rows_each: int, asked: float, recent: int | None = None
+) -> dict[str, Any]:
     """Threshold, and the ratio that it gives on the rows it was set on, so many of each text.
+
+    Args:
+        recent: how many of the latest tokens stay anyway; by default what goes with the saving.
 
     Raises:
         ModlabError: the window alone takes more than that.
     """
+    recent = product.recent_for(asked) if recent is None else recent
     rows = torch.from_numpy(held_rows(data, rows_each).astype(np.int64)).to(product.device)
     T, overhead = rows.shape[1], OVERHEAD
     tried: list[dict[str, float]] = []
     p = _first_guess(product, asked)
     for _ in range(ROUNDS):
-        share = older_share(asked * overhead, T, product.window, product.first)
+        share = older_share(asked * overhead, T, recent, product.first)
         if share <= 0:
             raise ModlabError(
-                f"{asked:g}x in rows of {T} tokens is less than the latest {product.window} and the first "
+                f"{asked:g}x in rows of {T} tokens is less than the latest {recent} and the first "
                 f"{product.first}: take longer rows or a smaller saving."
             )
         for _ in range(SETTLE):
-            p = _keeping(product, rows, p, share)
-        with product.at(p):
+            p = _keeping(product, rows, p, share, recent)
+        with product.at(p, recent):
             *_, (_, cache, _) = product.pieces(rows)
         held = stored(cache)
         del cache
@@ -61,7 +67,8 @@ def find(product: Product, data: Data, rows_each: int, asked: float) -> dict[str
     best = min(tried, key=lambda one: abs(one["ratio"] / asked - 1))
     known = product.routing.trained
     return {
-        "asked": asked, "threshold": best["threshold"], "ratio_set": best["ratio"], "tried": tried,
+        "asked": asked, "threshold": best["threshold"], "recent": recent, "ratio_set": best["ratio"],
+        "tried": tried,
         "beyond_training": bool(known is not None and best["threshold"] > known.largest),
     }  # fmt: skip
 
@@ -75,11 +82,11 @@ def _first_guess(product: Product, asked: float) -> float:
     return known.threshold_for(min(max(asked, low), high))
 
 
-def _keeping(product: Product, rows: Tensor, p: float, share: float) -> float:
+def _keeping(product: Product, rows: Tensor, p: float, share: float, recent: int) -> float:
     """The threshold that keeps this share of the keys that are neither first nor recent, gates as at `p`."""
-    with product.at(p):
+    with product.at(p, recent):
         gates, _ = product.gates(rows)
-    older = slice(product.first, rows.shape[1] - product.window)
+    older = slice(product.first, rows.shape[1] - recent)
     values = torch.cat([gate[:, older].flatten() for gate in gates]).sort().values
     found = values[min(len(values) - 1, int(len(values) * (1 - share)))].item()
     return min(max(found, 1e-6), 1 - 1e-6)

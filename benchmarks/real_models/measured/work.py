@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -68,11 +69,20 @@ class Work:
         """The dense side, once a process."""
         return Far(self.product, self.data, self.sizes.rows)
 
-    def pieces(self, savings: list[float], kinds: tuple[str, ...] = KINDS) -> list[Piece]:
-        """All of them."""
+    def pieces(
+        self, savings: list[float], kinds: tuple[str, ...] = KINDS, recent: dict[float, int] | None = None
+    ) -> list[Piece]:
+        """All of them.
+
+        Args:
+            recent: by saving, how many of the latest tokens stay anyway; by default what the routers know.
+        """
         order = sorted(savings, key=lambda saving: (saving not in CONTROLLED, saving))
         made = [
-            Piece(at("threshold", s), partial(thresholds.find, self.product, self.data, self.sizes.held, s))
+            Piece(
+                at("threshold", s),
+                partial(thresholds.find, self.product, self.data, self.sizes.held, s, (recent or {}).get(s)),
+            )
             for s in order
         ]
         given: dict[str, Callable[[list[float]], list[Piece]]] = {
@@ -83,13 +93,17 @@ class Work:
             made += given[kind](order)
         return made
 
-    def threshold(self, saving: float) -> float:
-        return float(self.folder.read(at("threshold", saving))["threshold"])
+    def set_to(self, saving: float | None) -> contextlib.AbstractContextManager[None]:
+        """Inside this block the model saves so much; None: it is dense."""
+        if saving is None:
+            return self.product.at(None)
+        found = self.folder.read(at("threshold", saving))
+        return self.product.at(float(found["threshold"]), int(found["recent"]))
 
     def _far(self, savings: list[float]) -> list[Piece]:
         def run(saving: float) -> dict[str, Any]:
             far = self.far
-            with self.product.at(self.threshold(saving)):
+            with self.set_to(saving):
                 return far.by_cache()
 
         def floor() -> dict[str, Any]:
@@ -105,7 +119,8 @@ class Work:
         def run(name: str, saving: float) -> dict[str, Any]:
             gates, far = self.folder.read(at("far", saving)), self.far
             torch.manual_seed(0)
-            with fixed.control(self.product, name, gates, self.data.recall.rows.shape[1]):
+            T = self.data.recall.rows.shape[1]
+            with self.set_to(saving), fixed.control(self.product, name, gates, T):
                 found = far.by_rows(retrieval=True)
             return {"control": name, **found, "ratio": gates["ratio"] * gates["keys"] / found["keys"]}
 
@@ -137,7 +152,7 @@ class Work:
             known = self.folder.read(at(f"ruler {length}", DENSE))
             dense = pd.DataFrame(known["rows"]).rename(columns={"score": "dense"})
             dense.attrs[MADE_OF] = known["made_of"]
-            with self.product.at(self.threshold(saving)):
+            with self.set_to(saving):
                 table = ask(length, dense)
             return {"scores": _by_task(table, "routed")}
 
@@ -159,7 +174,7 @@ class Work:
         sizes = self.sizes
 
         def run(saving: float | None) -> dict[str, Any]:
-            with self.product.at(None if saving is None else self.threshold(saving)):
+            with self.set_to(saving):
                 return humaneval.measure(
                     self.product.model, self.product.tokenizer, self.questions, behind=sizes.behind,
                     new=sizes.new, batch=sizes.batch, limit=sizes.problems,
@@ -172,7 +187,7 @@ class Work:
         for task in shots.SHOTS:
 
             def run(saving: float | None, task: str = task) -> dict[str, Any]:
-                with self.product.at(None if saving is None else self.threshold(saving)):
+                with self.set_to(saving):
                     return shots.measure(self.product, task, self.questions, self.sizes.items)
 
             made += self._with_dense(f"shots {task}", run, savings)

@@ -62,6 +62,22 @@ def test_every_row_of_the_table_is_filled(
     assert {2.0, 4.0} & set(CONTROLLED) == {4.0}
 
 
+def test_each_saving_has_its_recent_tokens(
+    converted: Path, data: Data, questions: Path, tmp_path: Path
+) -> None:
+    data.save(tmp_path / "data")
+    out, given = tmp_path / "run", {"about": ABOUT, "device": "cpu", "fast": False, "sizes": {"held": 1}}
+    assert (
+        run(
+            converted, None, tmp_path / "data", questions, out, [2.0, 3.0], ("far",), recent=[24, 12], **given
+        )
+        == []
+    )
+    for saving, recent in ((2, 24), (3, 12)):
+        found = json.loads((out / f"threshold@{saving}.json").read_text())
+        assert found["recent"] == recent and abs(found["ratio_set"] / saving - 1) < 0.25
+
+
 def test_what_is_beyond_the_time_is_not_begun(
     converted: Path, data: Data, questions: Path, tmp_path: Path
 ) -> None:
