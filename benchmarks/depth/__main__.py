@@ -44,18 +44,31 @@ def main(arguments: list[str] | None = None) -> None:
     report = stages.add_parser("report", help="what runs have left, as one result file")
     report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
     report.add_argument("--origin", type=Path, help="origin.json of a run; by default the first run's")
+    classes = stages.add_parser(
+        "classes", help="which kinds of tokens routers keep, and what each kind loses"
+    )
+    classes.add_argument("--routers", required=True, help="a folder, or some that ship")
+    classes.add_argument("--saving", type=float, help="K/V saving whose threshold is set, if they know it")
+    classes.add_argument("--data", type=Path, required=True, help="what benchmarks.real_models texts wrote")
+    classes.add_argument("--texts", default="novels,python,wikitext,headers")
+    classes.add_argument("--measured", type=int, default=2, help="rows of each text")
     stages.add_parser("arms", help="list the arms")
-    for stage in (run, prefill, profile):
-        stage.add_argument("--model", type=Path, required=stage is run, help="the model's folder")
+    for stage in (run, prefill, profile, classes):
+        stage.add_argument("--model", type=Path, required=stage in (run, classes), help="the model's folder")
         stage.add_argument("--device", default="cuda")
         stage.add_argument("--commit", help="of the source tree, where git cannot be asked")
-    for stage in (run, prefill, profile, report):
+    for stage in (run, prefill, profile, report, classes):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     options.argv = sys.argv[1:] if arguments is None else arguments
-    {"run": _run, "prefill": _prefill, "profile": _profile, "report": _report, "arms": _arms}[options.stage](
-        options
-    )
+    {
+        "run": _run,
+        "prefill": _prefill,
+        "profile": _profile,
+        "classes": _classes,
+        "report": _report,
+        "arms": _arms,
+    }[options.stage](options)
 
 
 def _arms(options: argparse.Namespace) -> None:
@@ -117,6 +130,29 @@ def _profile(options: argparse.Namespace) -> None:
                 file.write(json.dumps({"model": name, **row}) + "\n")
                 kernels = row.pop("kernels")
                 print(name, row, *(f"\n    {k['ms']:9.3f} ms {k['count']:5} {k['name']}" for k in kernels))
+
+
+def _classes(options: argparse.Namespace) -> None:
+    import modlab
+    from benchmarks.depth.classes import losses_by_class
+    from benchmarks.real_models.run import rounded
+    from benchmarks.real_models.texts import Data
+
+    loaded: Any = modlab.load(options.routers, base=str(options.model))
+    model, tokenizer = loaded
+    model.to(options.device).eval()
+    if options.saving:
+        modlab.set_kv_saving(model, options.saving)
+    _write_origin(options)
+    origin = json.loads((options.out / "origin.json").read_text(encoding="utf-8"))
+    rows = losses_by_class(
+        model, tokenizer, Data.load(options.data), options.texts.split(","), options.measured
+    )
+    said = {"model": options.model.name, "routers": Path(options.routers).name, "saving": options.saving}
+    said |= {"skip": model.mod.config.skip, **rounded({"rows": rows})}
+    (options.out / "classes.json").write_text(
+        json.dumps({"what": "classes", **origin, **said}, indent=1) + "\n"
+    )
 
 
 def _timed_model(options: argparse.Namespace) -> tuple[list[int], str, Any]:

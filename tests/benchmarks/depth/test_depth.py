@@ -288,6 +288,22 @@ def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in record["command"], "paths of a machine are not published"
 
 
+def test_classes_of_tokens_lose_each_their_own(folder: Path, data: Data, tmp_path: Path) -> None:
+    data.save(tmp_path / "tok")
+    routers = kv_routers(tmp_path)
+    words = ["classes", "--model", str(folder), "--routers", str(routers), "--data", str(tmp_path / "tok")]
+    words += ["--texts", "python,novels", "--device", "cpu", "--commit", "0" * 40, "--out", str(tmp_path)]
+    main(words)
+    record = json.loads((tmp_path / "classes.json").read_text())
+    assert record["what"] == "classes" and (record["model"], record["routers"]) == ("tiny", "kv")
+    for name in ("python", "novels"):
+        rows = [row for row in record["rows"] if row["text"] == name]
+        assert sum(row["tokens"] for row in rows) == 2 * (T - 1)
+        for row in rows:
+            assert 0 <= row["kept"] <= 1 and row["kl"] >= -1e-6
+            assert row["loss_excess"] == pytest.approx(row["loss"] - row["dense_loss"], abs=1e-3)
+
+
 def test_a_prompt_is_taken_apart(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     common = ["--device", "cpu", "--out", str(out), "--commit", "0" * 40]
