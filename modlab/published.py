@@ -4,6 +4,7 @@
     published.quality()         what conversion recipes cost in loss (python -m benchmarks.quality)
     published.latencies(case)   of these, milliseconds by keep ratio: one curve
     published.real_models()     what K/V routing costs real models (python -m benchmarks.real_models)
+    published.token_classes()   which kinds of tokens real models' routers keep, what each kind loses
     published.kv_latencies()    milliseconds by KV saving, where keys and values are routed
     published.demo()            the demo models on held-out text (modlab/demo/results.json)
 
@@ -25,9 +26,10 @@ CURE = "install modlab again, or in a checkout restore the file"
 PACKAGE = Path(__file__).resolve().parent
 QUALITY = "quality"
 GATES, REPORT, MEASURED = "real_gates", "report", "real_measured"
+CLASSES = "classes"
 SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
 """The run of each real model whose gates are told of: for the first two, those that ship."""
-REAL = ("real", GATES, "real_tasks", REPORT, MEASURED, "depth")
+REAL = ("real", GATES, "real_tasks", REPORT, MEASURED, "depth", CLASSES)
 """Kinds of results on what real models lose; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")
 TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]
@@ -93,6 +95,27 @@ def quality() -> pd.DataFrame:
     frame = pd.DataFrame(studies[-1]["rows"] if studies else [])
     frame.attrs = {name: studies[-1][name] for name in ("date", "command", "device_name")} if studies else {}
     return frame
+
+
+def token_classes() -> pd.DataFrame:
+    """One row a model's routers, text and class of token, from the newest record of each model.
+
+    Columns: model, routers, saving (that their threshold was set for), text, token_class, tokens, kept (share
+    of all gates), dense_loss, loss, loss_excess with its standard error loss_excess_stderr (nats), kl;
+    device_name, date, command.
+    """
+    import pandas as pd
+
+    results = [read_result(path) for path in result_files()]
+    newest = {
+        (result["model"], result["routers"]): result
+        for result in sorted(results, key=_date)
+        if result["what"] == CLASSES
+    }
+    origin = ("model", "routers", "saving", "device_name", "date", "command")
+    return pd.DataFrame(
+        [{**{name: one[name] for name in origin}, **row} for one in newest.values() for row in one["rows"]]
+    )
 
 
 def latencies(

@@ -19,9 +19,9 @@ def main(arguments: list[str]) -> int:
         )
         return int(bool(found))
     if options.pictures:
-        from scripts.pages import depth, quality, speed
+        from scripts.pages import classes, depth, quality, speed
 
-        for path in (*quality.draw(ROOT / "docs"), *depth.draw(ROOT / "docs"), *speed.draw(ROOT / "docs")):
+        for path in (path for part in (quality, depth, classes, speed) for path in part.draw(ROOT / "docs")):
             print(f"drew {path.relative_to(ROOT)}")
     for page in write(PAGES):
         print(f"wrote {page}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scripts.pages import (
     architecture,
+    classes,
     commands,
     costs,
     defaults,
@@ -47,6 +48,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quick": real_models.quick,
     "measured": measured.block,
     "depth": depth.block,
+    "token classes": classes.block,
     "defaults": defaults.block,
     "supported": models.supported,
     "supported by skip": models.by_skip,

@@ -1,6 +1,7 @@
 """The depth section of docs/quality.md and its pictures, from benchmarks/results/depth_*.json.
 
-Of several results for one model on one device the newest counts. Without a result the section says so.
+Results for one model on one device, in rows of one length, are one table; of an arm (and seed) that several
+have the newest counts. Without a result the section says so.
 """
 
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from scripts.pages.quality import HEIGHT, WIDTH, number
 from scripts.pages.screenshot import save_png
@@ -22,17 +24,28 @@ FAMILIES = {  # colours told apart by colour-blind people; a shape for each, too
     "paper": ("#cc79a7", "x"),
     "topk": ("#000000", "star"),
 }
+TALL = 3 * HEIGHT // 2
 NONE = "No result of `python -m benchmarks.depth` is committed yet."
 
 
-def newest(root: Path) -> list[dict[str, Any]]:
-    """The newest result of each model and device, by model."""
-    latest: dict[tuple[str, str], dict[str, Any]] = {}
+def joined(root: Path) -> list[dict[str, Any]]:
+    """Of each model, device and length: `rows`, `prefill`, and the results that they are `of`, oldest
+    first."""
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("depth_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        key = (result["rows"][0]["model"], result["device_name"])
-        latest[key] = max(latest.get(key, result), result, key=lambda found: found["date"])
-    return [latest[key] for key in sorted(latest)]
+        first = result["rows"][0]
+        found.setdefault((first["model"], result["device_name"], first["length"]), []).append(result)
+    return [join(found[key]) for key in sorted(found)]
+
+
+def join(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several results as one, with rows of all that have any in it."""
+    results = sorted(results, key=lambda result: str(result["date"]))
+    rows = {(row["arm"], row.get("seed", 0)): row for result in results for row in result["rows"]}
+    prefill = [time for result in results for time in result.get("prefill", [])]
+    of = [result for result in results if any(row in rows.values() for row in result["rows"])]
+    return {"rows": list(rows.values()), "prefill": prefill, "of": of, "device_name": of[0]["device_name"]}
 
 
 def family(arm: str) -> str:
@@ -42,7 +55,7 @@ def family(arm: str) -> str:
 
 def block(root: Path) -> str:
     """The section's text."""
-    results = newest(root)
+    results = joined(root)
     return "\n\n".join(section(result) for result in results) if results else NONE
 
 
@@ -53,8 +66,11 @@ def section(result: dict[str, Any]) -> str:
     lines = [
         f"### {first['model']} on {result['device_name']}",
         "",
-        f"{result['dtype']}, torch {result['versions']['torch']}, {result['date'][:10]}. Made by "
-        f"`{result['command']}`.",
+        " ".join(
+            f"{one['dtype']}, torch {one['versions']['torch']}, {one['date'][:10]}. Made by "
+            f"`{one['command']}`."
+            for one in result["of"]
+        ),
         "",
         f"Compute is the share of the layers' operations that a prompt of {first['length']:,} tokens "
         "executes, K/V the dense model's keys and values over those stored, KL that to the dense model at "
@@ -77,8 +93,10 @@ def section(result: dict[str, Any]) -> str:
             f"{row['compute']:.3f} | {'-' if ratio is None else f'{ratio:.2f}x'} | {row['kl_far']:.3f} | "
             f"{gaps} | {found} | {_tasks(row)} | {'-' if speed is None else f'{speed:.2f}x'} |"
         )
-    if len(rows) > 2:
-        lines += ["", f"![KL over compute, {first['model']}]({picture_name(result)})"]
+    lines += [
+        "",
+        f"![KL and tasks over operations and over a prompt's time, {first['model']}]({picture_name(result)})",
+    ]
     return "\n".join(lines)
 
 
@@ -109,39 +127,68 @@ def _tasks(row: dict[str, Any]) -> str:
 
 def picture_name(result: dict[str, Any]) -> str:
     """The file of one model's picture."""
-    return f"depth_{result['rows'][0]['model']}.png"
+    row = result["rows"][0]
+    return f"depth_{row['model']}_{row['length']}.png"
 
 
 def figure(result: dict[str, Any]) -> go.Figure:
-    """KL over executed operations, a point an arm; bars are from the best to the worst text."""
-    drawing = go.Figure()
+    """KL and tasks over executed operations and, of arms whose prompt was timed, over its time; a point an
+    arm. Bars: KL from the best to the worst text, tasks one standard error of the paired difference."""
+    drawing = make_subplots(
+        2, 2, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.05, vertical_spacing=0.06
+    )
     for name in dict.fromkeys(family(row["arm"]) for row in result["rows"]):
         colour, shape = FAMILIES[name]
         rows = sorted((r for r in result["rows"] if family(r["arm"]) == name), key=lambda r: r["compute"])
-        low = [row["kl_far"] - min(row["kl_far_by_text"].values()) for row in rows]
-        high = [max(row["kl_far_by_text"].values()) - row["kl_far"] for row in rows]
-        drawing.add_scatter(
-            x=[row["compute"] for row in rows],
-            y=[row["kl_far"] for row in rows],
-            error_y={"type": "data", "array": high, "arrayminus": low},
-            name=name,
-            text=[row["arm"] for row in rows],
-            mode="markers",
-            marker={"symbol": shape, "size": 10, "color": colour},
-        )
-    drawing.update_xaxes(title_text="executed operations of the layers, share of dense")
-    drawing.update_yaxes(title_text="KL to the dense model (nats a token)", rangemode="tozero")
+        for column, place in enumerate((_compute, _time), 1):
+            for line, value in enumerate((_kl, _share_of_tasks), 1):
+                points = [(place(row), *value(row), row["arm"]) for row in rows]
+                x, y, high, low, arms = zip(*points, strict=True)
+                drawing.add_scatter(
+                    x=x, y=y, error_y={"type": "data", "array": high, "arrayminus": low},
+                    name=name, legendgroup=name, showlegend=(column, line) == (1, 1),
+                    text=arms, mode="markers", marker={"symbol": shape, "size": 10, "color": colour},
+                    row=line, col=column,
+                )  # fmt: skip
+    drawing.update_xaxes(range=[0.35, 1.05], tickformat=".0%")
+    drawing.update_xaxes(title_text="executed operations, share of dense", row=2, col=1)
+    drawing.update_xaxes(title_text="time of a prompt, share of dense", row=2, col=2)
+    drawing.update_yaxes(title_text="KL (nats a token)", rangemode="tozero", row=1, col=1)
+    drawing.update_yaxes(title_text="tasks, share of dense", tickformat=".1%", row=2, col=1)
     drawing.update_layout(
-        template="plotly_white", font={"family": "sans-serif", "size": 12}, width=WIDTH, height=HEIGHT
+        template="plotly_white", font={"family": "sans-serif", "size": 12}, width=WIDTH, height=TALL
     )
     return drawing
+
+
+def _compute(row: dict[str, Any]) -> float | None:
+    found: float = row["compute"]
+    return found
+
+
+def _time(row: dict[str, Any]) -> float | None:
+    speed = row.get("prefill_speedup")
+    return None if speed is None else 1 / speed
+
+
+def _kl(row: dict[str, Any]) -> tuple[float, float, float]:
+    """The mean of the texts, and how far it is to the worst and to the best."""
+    texts = row["kl_far_by_text"].values()
+    return row["kl_far"], max(texts) - row["kl_far"], row["kl_far"] - min(texts)
+
+
+def _share_of_tasks(row: dict[str, Any]) -> tuple[float | None, float, float]:
+    mean = row["tasks"].get("mean")
+    if mean is None:
+        return None, 0.0, 0.0
+    error = mean["gap_stderr"] / mean["dense"]
+    return mean["score"] / mean["dense"], error, error
 
 
 def draw(docs: Path) -> list[Path]:
     """Draws the pictures of the section into `docs`; returns their paths."""
     drawn = []
-    for result in newest(docs.parent):
-        if len(result["rows"]) > 2:
-            drawn.append(docs / picture_name(result))
-            save_png(figure(result), drawn[-1], WIDTH, HEIGHT)
+    for result in joined(docs.parent):
+        drawn.append(docs / picture_name(result))
+        save_png(figure(result), drawn[-1], WIDTH, TALL)
     return drawn
