@@ -3,6 +3,9 @@
     mod_config, train_config = modlab.recipe("default", model, tokens=100_000_000)
     modlab.train(modlab.convert(model, mod_config), rows, train_config)
 
+"speed" gains from a start: routers of K/V that are trained (`modlab.start_from`), projections in closed form
+(`modlab.fit_projections`); `modlab train --recipe speed` does the second by itself, `--start` the first.
+
 What each choice rests on is in docs/defaults.md, docs/quality.md and docs/log.md: measured on this project's
 own models, "distil", "safe" and "speed" on real ones, where the default recipe loses recall over a distance
 (docs/results.md).

@@ -86,9 +86,9 @@ def fit_routers(
         `Fit`: R² on held-out rows, and the keep ratio that the thresholds give there.
 
     Raises:
-        ModlabError: a dense model, another skip (`"prompt"` and `"kv+prompt"` are distilled without a fit),
-            adapters around the routers, too little text. Routers and
-            thresholds are then as before, as they are after Ctrl-C.
+        ModlabError: a dense model, another skip (of `"prompt"` and `"kv+prompt"` projections are fitted, by
+            `fit_projections`), adapters around the routers, too little text. Routers and thresholds are then
+            as before, as they are after Ctrl-C.
     """
     config = FitConfig() if config is None else config
     config.check()
