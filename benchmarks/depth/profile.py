@@ -28,7 +28,7 @@ def profile_prompts(model: Any, length: int, leave_after: float = 2 / 3) -> list
         for name, call in calls_of(length).items():
             call()
             synchronize(device)
-            with profile(activities=activities) as profiled:
+            with profile(activities=activities, acc_events=True) as profiled:
                 took = call()
                 synchronize(device)
             found.append({"call": name, "context": length, "ms": took, **_read(profiled, device.type)})
