@@ -71,8 +71,10 @@ def leaving_rows(settings: Settings, dense: Any, twins: dict[str, Any], sizes: S
 
 @case
 def speed_leave(settings: Settings) -> Iterator[Row]:
-    """Prompts that leave after two thirds of the model, K/V routed or not, on one GPU: 32k, 8 rows, 128k
-    (--context 131072: that one alone)."""
+    """Prompts that leave after two thirds of the model, K/V routed or not, on one GPU: 32k, 8 rows, 128k.
+
+    `--context 131072` measures that one alone.
+    """
     need_gpu(settings, "speed_leave")
     sizes = Sizes()
     known = (sizes.long, max(sizes.unequal), sizes.longest)
