@@ -88,7 +88,7 @@ def test_distillation_fits_first_and_leaves_thresholds(source: Path, corpus: Pat
     assert modlab_process("convert", source, heads, *flags, cwd=source.parent).returncode == 0
     done = modlab_process(
         *("train", heads, "--out", out, "--data", corpus, "--objective", "distil", "--steps", "2"),
-        *("--batch-size", "2", "--lengths", "32,64", "--keep-range", "0.2,0.8", "--keep-ratio", "0.4"),
+        *("--batch-size", "2", "--lengths", "32,64", "--keep-range", "0.1,0.8", "--keep-ratio", "0.4"),
         *("--fit-tokens", "480", "--heldout-tokens", "0", "--limit-tokens", "4096", "--num-workers", "0"),
         cwd=source.parent,
     )
