@@ -1,12 +1,11 @@
-"""Where the time of a decoding step and of a short prompt goes, and which way to compute them is the fastest.
+"""Where the time of a decoding step and of a short prompt goes.
 
-    python -m benchmarks.decode_speed --out build/decode_speed.json --seconds 140
+    python -m benchmarks.decode_speed --out build/decode_speed.json --seconds 60
     python -m benchmarks.decode_speed --out build/toy.json --toy attention linear step prefill
 
 Parts: `attention` and `linear`, those kernels alone, in GB/s; `step`, whole decoding steps of a few layers of
-the 8B shape, one way of computing after the other, with the time of each kernel; `prefill`, 4,096 tokens,
-likewise; `early`, steps whose kernels are launched early. Each row is written when it is there; nothing
-begins after the limit.
+the 8B shape, with the time of each kernel; `prefill`, 4,096 tokens, likewise. Each row is written when it is
+there; nothing begins after the limit.
 
 Shape letters: L layers, B rows, U rows of a layer's cache, G kv heads, H head dim, D features in, E out.
 """
@@ -15,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -34,61 +32,12 @@ from modlab.bench import limits, speed_kv
 from modlab.bench.fast import fast_twins
 from modlab.bench.models import converted_twin, dense_model, random_routing, routed_layers
 from modlab.bench.registry import Settings
-from modlab.engine import attention, lending
-from modlab.kernels import aside, decode_attention, decode_linear, device, router_logits
-from modlab.kernels.decode_attention import Shares
-from modlab.kernels.decode_linear import Tile
+from modlab.kernels import decode_attention, decode_linear
 from modlab.measure import synchronize, time_generate
 from modlab.routing.state import routing_override
 
-SWITCHES: dict[str, tuple[Any, str]] = {
-    "shares": (decode_attention, "SHARES"),
-    "ahead": (decode_linear, "AHEAD"),
-    "narrow": (decode_linear, "NARROW"),
-    "wide": (decode_linear, "WIDE"),
-    "early": (device, "EARLY"),
-    "rows": (lending, "LENT_ROWS"),
-    "aside": (aside, "ENABLED"),
-    "unsettled": (attention, "UNSETTLED_TOKENS"),
-    "router_block": (router_logits, "WIDE_BLOCK_S"),
-}
-CUTS = {
-    "parts": None,
-    "2x64": Shares(),
-    "2x64 s4": Shares(stages=4),
-    "3x64 s2": Shares(programs=3, stages=2),
-    "1x128": Shares(programs=1, block=128),
-    "2x128 s2": Shares(programs=2, block=128, stages=2),
-    "4x32": Shares(programs=4, block=32),
-    "2x64 w8": Shares(warps=8),
-}
-TILES = [
-    Tile(16, 128, 4, 5),
-    Tile(16, 256, 4, 4),
-    Tile(16, 512, 4, 3),
-    Tile(32, 128, 4, 5),
-    Tile(32, 256, 4, 4),
-    Tile(64, 64, 4, 6),
-    Tile(64, 128, 4, 4),
-    Tile(128, 64, 8, 5),
-]
 MATRICES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
-AHEAD = [1024, 2048, 4096]
-WARMERS = 20
-PARTS = ["attention", "linear", "step", "prefill", "early"]
-
-
-@contextlib.contextmanager
-def chosen(**values: Any) -> Iterator[None]:
-    """Inside this block things are computed this way."""
-    before = {name: getattr(*SWITCHES[name]) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(*SWITCHES[name], value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(*SWITCHES[name], value)
+PARTS = ["attention", "linear", "step", "prefill"]
 
 
 class Report:
@@ -102,7 +51,7 @@ class Report:
     def add(self, part: str, **fields: Any) -> None:
         """One row more, printed and written."""
         self.rows.append({"part": part, "at_s": round(time.monotonic() - self.begun, 1)} | fields)
-        short = {name: value for name, value in self.rows[-1].items() if name not in ("kernels", "settings")}
+        short = {name: value for name, value in self.rows[-1].items() if name != "kernels"}
         print(" ".join(f"{name}={value}" for name, value in short.items()), flush=True)
         self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
 
@@ -258,21 +207,19 @@ class Attention:
 
 
 def attention_part(report: Report, target: torch.device, toy: bool) -> None:
-    """Attention alone, each way of cutting keys."""
+    """Attention alone."""
     for cache in CACHES:
         if report.is_over:
             return
         if toy:
             cache = Cache(cache.gates, cache.batch, 300, cache.ratio)
         case = Attention(cache, 1 if toy else 6, target)
-        for name, shares in list(CUTS.items())[: 2 if toy else None]:
-            with chosen(shares=shares):
-                error = case.error()
-                ms = milliseconds(case.all, 12, target) / len(case.layers)
-            report.add(
-                "attention", **vars(cache), cut=name, us=round(ms * 1e3, 2),
-                gb_s=round(case.bytes / ms / 1e6), mb=round(case.bytes / 1e6, 1), error=float(f"{error:.1e}"),
-            )  # fmt: skip
+        error = case.error()
+        ms = milliseconds(case.all, 12, target) / len(case.layers)
+        report.add(
+            "attention", **vars(cache), us=round(ms * 1e3, 2),
+            gb_s=round(case.bytes / ms / 1e6), mb=round(case.bytes / 1e6, 1), error=float(f"{error:.1e}"),
+        )  # fmt: skip
         del case
 
 
@@ -280,26 +227,16 @@ def attention_part(report: Report, target: torch.device, toy: bool) -> None:
 
 
 def linear_part(report: Report, target: torch.device, toy: bool) -> None:
-    """Matrix products of one and of eight tokens, each way."""
+    """Matrix products of eight tokens and of one, by cuBLAS and by the kernels."""
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float16
-    ways: dict[str, dict[str, Any]] = {"cublas": {}}
-    ways |= {_tile_name(tile): {"narrow": tile, "wide": tile} for tile in TILES}
-    ahead = {"cublas": {}, "one": {"ahead": None}} | {f"ahead {n}": {"ahead": n} for n in AHEAD}
     for D, E in [(256, 64)] if toy else MATRICES:
         count = 2 if toy else max(2, 400_000_000 // (D * E * 2))  # more than the L2 holds
         weights = [torch.randn(E, D, dtype=dtype, device=target) * D**-0.5 for _ in range(count)]
-        for B, named in ((8, ways), (1, ahead)):
+        for B, way in itertools.product((8, 1), ("cublas", "kernel")):
+            if report.is_over:
+                return
             x = torch.randn(B, 1, D, dtype=dtype, device=target)
-            for name, way in list(named.items())[: 2 if toy else None]:
-                if report.is_over:
-                    return
-                with chosen(**way):
-                    found = _linear_row(x, weights, name, target)
-                report.add("linear", D=D, E=E, batch=B, way=name, **found)
-
-
-def _tile_name(tile: Tile) -> str:
-    return f"{tile.outputs}x{tile.inputs} w{tile.warps} s{tile.stages}"
+            report.add("linear", D=D, E=E, batch=B, way=way, **_linear_row(x, weights, way, target))
 
 
 def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.device) -> dict[str, Any]:
@@ -313,53 +250,9 @@ def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.devic
     return {"us": round(ms * 1e3, 2), "gb_s": gb_s, "error": float(f"{error:.1e}")}
 
 
-def with_best(values: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A way of computing, with the fastest of `CUTS`, `TILES` and blocks `AHEAD`, as far as measured."""
-
-    def best(named: dict[str, Any], key: str, part: str, **wanted: Any) -> Any:
-        us: dict[str, float] = defaultdict(float)
-        for row in rows:
-            if row["part"] == part and row[key] in named and all(row[k] in v for k, v in wanted.items()):
-                us[row[key]] += row["us"]
-        return {name: named[name] for name in sorted(us, key=lambda name: us[name])[:1]}
-
-    found = dict(values)
-    tiles = {_tile_name(tile): tile for tile in TILES}
-    cuts = {name: cut for name, cut in CUTS.items() if cut is not None}
-    if "rows" in values:
-        narrow, wide = [4096, 1024], [14336]
-        for switch, outputs in (("narrow", narrow), ("wide", wide)):
-            for tile in best(tiles, "way", "linear", E=outputs, batch=[8]).values():
-                found[switch] = tile
-    if "shares" in values:
-        for cut in best(cuts, "cut", "attention", gates=["kv_head"]).values():
-            found["shares"] = cut
-    if "ahead" in values:
-        blocks = {f"ahead {n}": n for n in AHEAD}
-        for block in best(blocks, "way", "linear", batch=[1]).values():
-            found["ahead"] = block
-    return found
-
-
 # Whole steps and prompts
 
-SHARED = {"shares": Shares()}
-Ways = list[tuple[str, dict[str, Any]]]
-ALL_8 = {"rows": 16, "aside": True, **SHARED}
-ALL_1 = {"aside": True, "ahead": 2048, **SHARED}
-STEPS: list[tuple[int, str, Ways]] = [
-    (8, "", [("base", {}), ("rows", {"rows": 16})]),
-    (8, "kv_head", [("base", {}), ("rows shares aside", ALL_8), ("rows shares", {"rows": 16, **SHARED})]),
-    (1, "kv_head", [("base", {}), ("shares aside ahead", ALL_1), ("shares", SHARED)]),
-    (1, "", [("base", {}), ("ahead", {"ahead": 2048})]),
-    (1, "layer", [("base", {}), ("shares aside", {"aside": True, **SHARED})]),
-    (8, "layer", [("rows shares aside", ALL_8)]),
-]
-EARLY: list[tuple[int, str, Ways]] = [
-    (1, "", [("ahead early", {"ahead": 2048, "early": True})]),
-    (1, "kv_head", [("shares aside ahead early", ALL_1 | {"early": True})]),
-    (8, "kv_head", [("rows shares aside early", ALL_8 | {"early": True})]),
-]
+STEPS = [(8, ""), (8, "kv_head"), (8, "layer"), (1, ""), (1, "kv_head"), (1, "layer")]
 """By rows of a batch and gates ("" for the dense model)."""
 
 
@@ -377,13 +270,13 @@ def models(target: torch.device, toy: bool, layers: int) -> Iterator[tuple[Setti
         yield settings, dense, twins
 
 
-def step_part(
-    report: Report, settings: Settings, dense: Any, twins: dict[str, Any], toy: bool, cases: Any
-) -> None:
+def step_part(report: Report, settings: Settings, dense: Any, twins: dict[str, Any], toy: bool) -> None:
     """A decoding step at 32k, a quarter kept, and its kernels."""
     context, steps = (150, 2) if toy else (32768, 24)
     heads, layers = dense.config.num_key_value_heads, dense.config.num_hidden_layers
-    for batch, name, ways in cases:
+    for batch, name in STEPS:
+        if report.is_over:
+            return
         engine = (twins[name] if name else dense).__dict__["mod_engine"]
         lengths, table, ratio = [[context] * batch] * layers, None, 1.0
         if name:
@@ -393,19 +286,13 @@ def step_part(
                 shares = speed_kv.head_shares(layers, heads, ratio, 0)
             table = speed_kv.table_of(range(layers), shares, context + steps, settings)
             lengths = speed_kv.stored_lengths(shares, batch, context, engine.keep_recent)
-        for way, values in ways:
-            if report.is_over:
-                return
-            engine.steps.clear()
-            torch._dynamo.reset()
-            before = engine.branch, engine.branch_note, engine.compile
-            values = with_best(values, report.rows)
-            with chosen(**values):
-                found = _step_row(engine, batch, context, lengths, table, ratio, steps)
-            found["branch"] = engine.branch.name  # "host": the capture failed
-            found["settings"] = str(values)
-            report.add("step", batch=batch, gates=name or "dense", way=way, **found)
-            engine.branch, engine.branch_note, engine.compile = before
+        engine.steps.clear()
+        torch._dynamo.reset()
+        before = engine.branch, engine.branch_note, engine.compile
+        found = _step_row(engine, batch, context, lengths, table, ratio, steps)
+        found["branch"] = engine.branch.name  # "host": the capture failed
+        report.add("step", batch=batch, gates=name or "dense", **found)
+        engine.branch, engine.branch_note, engine.compile = before
         engine.steps.clear()
 
 
@@ -439,20 +326,15 @@ def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str
     ids = torch.randint(1, dense.config.vocab_size, (1, tokens), device=settings.device)
     layers = dense.config.num_hidden_layers
     quarter = torch.full((layers, 1), 0.25)
-    late = {"aside": True, "unsettled": 16384}
-    by_gates: Ways = [
-        ("base", {}),
-        ("aside", {"aside": True}),
-        ("aside unsettled", late),
-        ("aside unsettled, router 16", late | {"router_block": 16}),
-    ]
-    cases: dict[str, tuple[Tensor | None, Ways]] = {
-        "": (None, [("base", {})]),
-        "layer": (quarter, by_gates),
-        "kv_head": (speed_kv.head_shares(layers, dense.config.num_key_value_heads, 0.25, 0), by_gates),
-        speed_kv.SKIP_LAYERS: (None, [("base", {})]),
+    cases: dict[str, Tensor | None] = {
+        "": None,
+        "layer": quarter,
+        "kv_head": speed_kv.head_shares(layers, dense.config.num_key_value_heads, 0.25, 0),
+        speed_kv.SKIP_LAYERS: None,
     }
-    for name, (shares, ways) in cases.items():
+    for name, shares in cases.items():
+        if report.is_over:
+            return
         model = twins[name] if name else dense
         override: Any = contextlib.nullcontext()
         if shares is not None:
@@ -465,44 +347,12 @@ def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str
         engine.step(1)  # not what is measured here
         engine.compile = compiled
         with override:
-            for way, values in ways[: 4 if toy else None]:
-                if report.is_over:
-                    return
-                with chosen(**values):
-                    times = [time_generate(model, ids, 0)[0] for _ in range(repeats + 1)][1:]
-                    found = kernels_of(lambda: time_generate(model, ids, 0), 1, settings.device)  # noqa: B023
-                report.add(
-                    "prefill", gates=name or "dense", way=way, ms=round(statistics.median(times), 3),
-                    ms_min=round(min(times), 3), ms_max=round(max(times), 3), **found,
-                )  # fmt: skip
-
-
-# The kernels of the first two parts, compiled by several processes
-
-
-def warm_up(index: int, target: torch.device) -> None:
-    """Compiles every `WARMERS`th kernel into Triton's cache: at tiny sizes, which its code does not know."""
-    jobs: list[Callable[[], Any]] = []
-    for cache in CACHES:
-        for shares in CUTS.values():
-            jobs.append(lambda cache=cache, shares=shares: _warm_attention(cache, shares, target))  # type: ignore[misc]
-    for tile in TILES:
-        jobs.append(lambda tile=tile: _warm_linear({"narrow": tile, "wide": tile}, 8, target))  # type: ignore[misc]
-    for n in AHEAD:
-        jobs.append(lambda n=n: _warm_linear({"ahead": n}, 1, target))  # type: ignore[misc]
-    for job in jobs[index::WARMERS]:
-        job()
-
-
-def _warm_attention(cache: Cache, shares: Shares | None, target: torch.device) -> None:
-    with chosen(shares=shares):
-        Attention(Cache(cache.gates, cache.batch, 640, cache.ratio), 1, target).all()
-
-
-def _warm_linear(way: dict[str, Any], B: int, target: torch.device) -> None:
-    with chosen(**way):
-        x = torch.zeros(B, 1, 4096, dtype=torch.bfloat16, device=target)
-        decode_linear.decode_linear(x, x.new_zeros(1024, 4096), None)
+            times = [time_generate(model, ids, 0)[0] for _ in range(repeats + 1)][1:]
+            found = kernels_of(lambda: time_generate(model, ids, 0), 1, settings.device)  # noqa: B023
+        report.add(
+            "prefill", gates=name or "dense", ms=round(statistics.median(times), 3),
+            ms_min=round(min(times), 3), ms_max=round(max(times), 3), **found,
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -510,32 +360,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", default=[], help=f"{', '.join(PARTS)} (all)")
     parser.add_argument("--out", type=Path, default=Path("build/decode_speed.json"))
-    parser.add_argument("--seconds", type=float, default=140.0, help="nothing begins after them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="nothing begins after them")
     parser.add_argument("--layers", type=int, default=8, help="of the model of whole steps")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: does the code run, never how fast")
-    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.warm is not None:
-        warm_up(options.warm, target)
-        return
     parts = options.parts or PARTS
     report = Report(options.out, options.seconds)
-    warmers = []
-    if target.type == "cuda" and {"attention", "linear"} & set(parts):
-        command = [sys.executable, "-m", "benchmarks.decode_speed", "--warm"]
-        warmers = [subprocess.Popen([*command, str(i)]) for i in range(WARMERS)]
     with torch.no_grad(), models(target, options.toy, 2 if options.toy else options.layers) as of_a_model:
         report.add("models", layers=options.layers)
-        for warmer in warmers:
-            warmer.wait()  # times are of a card that does nothing else
-        report.add("kernels", processes=len(warmers))
         run: dict[str, Callable[[], None]] = {
             "attention": lambda: attention_part(report, target, options.toy),
             "linear": lambda: linear_part(report, target, options.toy),
-            "step": lambda: step_part(report, *of_a_model, options.toy, STEPS),
+            "step": lambda: step_part(report, *of_a_model, options.toy),
             "prefill": lambda: prefill_part(report, *of_a_model, options.toy),
-            "early": lambda: step_part(report, *of_a_model, options.toy, EARLY),
         }
         for part in parts:
             run[part]()

@@ -26,7 +26,6 @@ from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import LayerStep
 from modlab.engine.transfer import Fetched, sent
 from modlab.errors import ModlabError
-from modlab.kernels.aside import rejoin
 from modlab.kernels.decode_attention import (
     decode_attention,
     decode_ring_attention,
@@ -49,33 +48,11 @@ from modlab.kernels.ring_budget import RingBudget, make_room, reference_make_roo
 from modlab.kernels.varlen_attention import varlen_attention
 
 PREFILL, DECODE = "modlab_prefill", "modlab_decode"
-UNSETTLED_TOKENS = 0
-"""Lines up to this long do not wait for the count of kept tokens. Up to where that pays is for a GPU to say
-(`python -m benchmarks.decode_speed`)."""
-
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "alibi")
 
 
 class CannotCapture(ModlabError):
     """The engine does not cover what this model or this call asks for; the message says what."""
-
-
-class Unsettled:
-    """Buffers of a short line that have room for all of its tokens, because the host would have to wait for
-    the count of those that are kept: each is laid out once more when a later layer is under way."""
-
-    def __init__(self) -> None:
-        self._buffers: list[tuple[RingBuffer, list[int], Fetched]] = []
-
-    def add(self, buffer: RingBuffer, latest: list[int], older: Fetched) -> None:
-        """One that holds the `latest` tokens of each unit, and `older` ones that are kept."""
-        self._buffers.append((buffer, latest, older))
-
-    def settle(self, but: int = 0) -> None:
-        """Lays out all but so many of the latest for what they hold."""
-        while len(self._buffers) > but:
-            buffer, latest, older = self._buffers.pop(0)
-            buffer.settle([ring + old for ring, old in zip(latest, older.read(), strict=True)])
 
 
 class LineBlocks:
@@ -142,7 +119,6 @@ class LayerPrefill:
         kept: where routing decides about the cache alone, whose keys and values stay; then the layer runs all
             tokens.
         attend: what attends instead, where tokens leave (`leaving`): given query, key, value and scaling.
-        unsettled: where the layer's buffer may be laid out before it is known how many tokens are kept.
     """
 
     buffer: SegmentedBuffer
@@ -152,7 +128,6 @@ class LayerPrefill:
     varying: bool
     kept: KeptKeys | None = None
     attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
-    unsettled: Unsettled | None = None
 
 
 def prefill_attention(
@@ -249,13 +224,8 @@ def _keep_keys(
     part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
-    if part.unsettled is not None and kept.most_older is None and sum(part.counts) <= UNSETTLED_TOKENS:
-        part.unsettled.settle(but=1)
-        stored = store_unsettled(part, kept, part.unsettled, query, key, value)
-        whole_A = [False] * len(kept.before)
-    else:
-        stored, older = store_kept_keys(part, kept, query, key, value)
-        whole_A = keep_everything(part.counts, older, kept.recent)
+    stored, older = store_kept_keys(part, kept, query, key, value)
+    whole_A = keep_everything(part.counts, older, kept.recent)
     if query.is_cuda:
         out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
     elif all(whole_A):
@@ -272,35 +242,14 @@ def store_kept_keys(
     """Lays out the layer's buffer and fills it with what is kept or recent; also how many each unit keeps
     that are not recent."""
     assert isinstance(part.buffer, RingBuffer)
-    rejoin(query.device)
     older = kept.older.read()
     stored = part.buffer.lay_out(part.counts, older, kept.before, kept.recent, key[0], value[0])
-    _fill(stored, part, kept, query, key, value)
-    return stored, older
-
-
-def store_unsettled(
-    part: LayerPrefill, kept: KeptKeys, unsettled: Unsettled, query: Tensor, key: Tensor, value: Tensor
-) -> Stored:
-    """The same without knowing how many are kept: in a buffer that has room for all."""
-    buffer, recent, gates = part.buffer, kept.recent, len(kept.before)
-    assert isinstance(buffer, RingBuffer)
-    rejoin(query.device)
-    most = [max(n - recent, 0) for n in part.counts for _ in range(gates)]
-    stored = buffer.lay_out(part.counts, most, kept.before, recent, key[0], value[0], slack=False)
-    _fill(stored, part, kept, query, key, value)
-    unsettled.add(buffer, [min(n, recent) for n in part.counts for _ in range(gates)], kept.older)
-    return stored
-
-
-def _fill(
-    stored: Stored, part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
-) -> None:
     if query.is_cuda:
         size = block_size(query, value)
         store_kept(key, value, kept.blocks.of(size), size, stored)
     else:
         reference_store_kept(key, value, part.counts, stored)
+    return stored, older
 
 
 def hold_to_bound(part: LayerPrefill, kept: KeptKeys, stored: Stored) -> None:

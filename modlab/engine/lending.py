@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from modlab.conversion.extend import extended_class, restore
 from modlab.execution.routed import RoutedLayer, RoutedModule
 from modlab.hf.anatomy import attention_name
-from modlab.kernels.decode_linear import decode_linear
+from modlab.kernels.decode_linear import MOST_ROWS, decode_linear
 from modlab.routing.state import eager
-
-LENT_ROWS = 1
-"""Rows up to which linear maps are lent their own kernel. It takes more (`MOST_ROWS`); whether it is faster
-there than cuBLAS is for a GPU to say (`python -m benchmarks.decode_speed`)."""
 
 LENT = "mod_lent"
 """Name under which a routed sublayer holds the function that it runs."""
@@ -103,7 +99,7 @@ class OneTokenLinear(nn.Linear):
 
     def forward(self, x_B1D: Tensor) -> Tensor:
         """[B, 1, D] in, [B, 1, E] out; what holds more vectors (one a head, say) runs as ever."""
-        if x_B1D.numel() > LENT_ROWS * self.in_features:
+        if x_B1D.numel() > MOST_ROWS * self.in_features:
             return super().forward(x_B1D)
         return decode_linear(x_B1D, self.weight, self.bias)
 
@@ -112,7 +108,7 @@ def as_one_token_linear(weight: Tensor, bias: Tensor | None, batch: int) -> nn.L
     """A linear map of these weights as `one_token_linears` would have it."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear._parameters.update({"weight": weight, "bias": bias})  # type: ignore[dict-item]
-    if batch <= LENT_ROWS and _is_plain(linear):
+    if batch <= MOST_ROWS and _is_plain(linear):
         linear.__class__ = OneTokenLinear
     return linear
 
@@ -120,12 +116,12 @@ def as_one_token_linear(weight: Tensor, bias: Tensor | None, batch: int) -> nn.L
 @contextlib.contextmanager
 def one_token_linears(model: nn.Module, batch: int) -> Iterator[None]:
     """Inside this block plain half-precision linear layers on a GPU are `OneTokenLinear`s, up to a `batch`
-    of `LENT_ROWS`.
+    of `MOST_ROWS`.
 
     The class is exchanged, not the method: torch.compile then has one graph for all layers, where a method of
     each object's own would cost a compilation each.
     """
-    linears = [m for m in model.modules() if _is_plain(m)] if batch <= LENT_ROWS else []
+    linears = [m for m in model.modules() if _is_plain(m)] if batch <= MOST_ROWS else []
     try:
         for linear in linears:
             linear.__class__ = OneTokenLinear

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
-from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill, LineBlocks, Unsettled
+from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill, LineBlocks
 from modlab.engine.compiled import norm_forwards
 from modlab.engine.forms import prefill_forwards
 from modlab.engine.lending import lent, lent_values, unrouted
@@ -87,11 +87,8 @@ def _prefill_line(
     bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
     ringed = engine.routed if engine.keep_recent else []
     buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
-    unsettled = Unsettled()
-    layers = [
-        LayerPrefill(buffer, counts, columns_S, bounds.int(), varying=False, unsettled=unsettled)
-        for buffer in buffers
-    ]
+    places = bounds.int()
+    layers = [LayerPrefill(buffer, counts, columns_S, places, varying=False) for buffer in buffers]
     assert engine.form is not None, "calls are refused before"
     line = PrefillLine(engine.routing, bounds[1:] - 1, LineBlocks(counts, engine.device), most_older)
     forwards = prefill_forwards(engine.form, engine.layers, layers, line)
@@ -110,7 +107,6 @@ def _prefill_line(
         logits = engine.run_model(ids_1S, position_1S, **asked)
     if logits.shape[0] * logits.shape[1] != B:
         raise CannotCapture("its forward does not take logits_to_keep")
-    unsettled.settle()
     _fill_empty(layers)
     return logits.flatten(0, 1), buffers
 

@@ -24,7 +24,6 @@ from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedModule
 from modlab.hf.anatomy import attention_name, mlp_name
 from modlab.hf.arguments import LayerArguments
-from modlab.kernels.aside import aside
 from modlab.kernels.ring_budget import score_of
 from modlab.kernels.router_logits import router_logits
 from modlab.routing.record import Decision
@@ -226,12 +225,7 @@ class KeptKeysPrefill(RoutedPrefill):
         self.recent = self.routing.recent
 
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
-        with aside(self.part.bounds.device):  # attention asks, behind the projections
-            arguments = super().decide(args, kwargs)
-            self._tell_who_is_kept()
-        return arguments
-
-    def _tell_who_is_kept(self) -> None:
+        arguments = super().decide(args, kwargs)
         assert self.decision is not None and self.recent is not None
         keep, score = self.decision.keep[0], None
         if self.line.most_older is not None:
@@ -240,6 +234,7 @@ class KeptKeysPrefill(RoutedPrefill):
         self.part.kept = KeptKeys(
             keep, self.part.bounds, self.recent, self.line.blocks, self.line.most_older, score
         )
+        return arguments
 
 
 def _own_forward(module: nn.Module) -> Forward:

@@ -51,7 +51,6 @@ class RingBuffer(SegmentedBuffer):
         recent: int,
         k_GSH: Tensor,
         v_GSH: Tensor,
-        slack: bool = True,
     ) -> Stored:
         """Makes room for a prefill's tokens and for decoding; what a kernel then fills.
 
@@ -61,13 +60,12 @@ class RingBuffer(SegmentedBuffer):
             before_AS: see `kernels/kept_attention.py`.
             recent: W.
             k_GSH, v_GSH: keys and values of the rows one after another, for their heads and type.
-            slack: whether with room for tokens to come.
         """
         self.heads = len(before_AS)
         latest = [min(n, recent) for n in counts for _ in range(self.heads)]
         lengths = [ring + old for ring, old in zip(latest, older, strict=True)]
         heads = slice(None) if self.heads == 1 else slice(1)
-        self.reserve([n + self.slack(n) * slack for n in lengths], k_GSH[heads], v_GSH[heads])
+        self.reserve([n + self.slack(n) for n in lengths], k_GSH[heads], v_GSH[heads])
         assert self.keys is not None and self.values is not None
         self.lengths = lengths
         self.ring_kept = torch.zeros(len(lengths), recent, dtype=torch.bool, device=k_GSH.device)
@@ -79,12 +77,6 @@ class RingBuffer(SegmentedBuffer):
         """Tokens of each row; of its heads on the mean, rounded up."""
         by_row = zip(*[iter(self.lengths)] * self.heads, strict=True)
         return [-(-sum(lengths) // self.heads) for lengths in by_row]
-
-    def settle(self, lengths: list[int]) -> None:
-        """Tells how many tokens each segment holds, if there was room for more, and gives back what is not
-        needed."""
-        self.lengths = lengths
-        self.grow()
 
     def grow(self) -> None:
         """As of any buffer, but all segments, of which there may be hundreds, are moved at once."""

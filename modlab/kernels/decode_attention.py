@@ -15,7 +15,8 @@ and is forgotten if not: nothing is ever swept, and no key is read that may not 
 
 Where each KV head keeps tokens of its own, a head of a row is a row by itself: B x G rows of one KV head,
 each with its ring and segment (`fold`). Rows then differ in length as heads do, some of which keep everything
-and most hardly anything, so the keys of all rows are cut into parts of about one length.
+and most hardly anything, so the keys of all rows stand in one line of blocks, of which each program takes an
+equal share.
 
 Shape letters: B rows, N query heads, G kv heads, H head dim, C capacity of the flat buffer, K keys of a row,
 W tokens of a ring, U rows whose heads are rows.
@@ -24,14 +25,12 @@ W tokens of a ring, U rows whose heads are rows.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modlab.kernels.aside import rejoin
-from modlab.kernels.device import early_launch
 
 try:
     import triton
@@ -40,36 +39,22 @@ except ImportError:  # no Triton (CPU or macOS builds of torch): the reference b
     triton = None
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Another way to cut keys into parts: all blocks of all heads in one line, of which each program takes
-    an equal share, whatever heads it meets there. No part is short because a head ends.
-
-    Attributes:
-        programs: of a multiprocessor at once.
-        block: keys of a block.
-        warps, stages: of a program.
-        joined: parts that are joined at once.
-    """
-
-    programs: int = 2
-    block: int = 64
-    warps: int = 4
-    stages: int = 3
-    joined: int = 64
-
-
-SHARES: Shares | None = None
-"""How keys are cut; None for parts of one head each. Which of the two is faster is for a GPU to say
-(`python -m benchmarks.decode_speed`); the slower one goes."""
-
 KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
 """Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
 
 ADDRESS_SLOTS = 4
-LEAST_PARTS = 6
-"""Parts that a head's keys are cut into on the mean, at least: a multiprocessor runs one program at a time,
-and the last wave of them should be nearly full."""
+PROGRAMS = 2
+"""Programs that read keys, of a multiprocessor at once."""
+
+BLOCK_K = 64
+"""Keys of a block, in half precision. Of seven pairs of programs and blocks the fastest by head on an H200
+(docs/log.md)."""
+
+SMALL_BLOCK_K = 32
+"""The same in single precision, or with large heads."""
+
+JOINED = 64
+"""Pieces of a head that are joined at once."""
 
 
 def reference_decode_attention(
@@ -176,11 +161,6 @@ def fold(x_BNH: Tensor, rows: int) -> Tensor:
     return x_BNH if x_BNH.shape[0] == rows else x_BNH.reshape(rows, -1, x_BNH.shape[2])
 
 
-def most_programs(rows: int, kv_heads: int, multiprocessors: int) -> int:
-    """How many programs share the keys of a step in which all rows run: whole waves of them."""
-    return -(-LEAST_PARTS * rows * kv_heads // multiprocessors) * multiprocessors
-
-
 @functools.cache
 def multiprocessors_of(device: torch.device) -> int:
     """Of a GPU; few for Triton's interpreter, which takes its time for each program."""
@@ -209,27 +189,6 @@ if triton is not None:
             stays = tl.load(ring_ptr + row * RING + slot).to(tl.int32)
             place = tl.where(full & (stays == 0), -1, length)
         return place
-
-    @triton.jit
-    def _parts(
-        lengths_ptr, keep_ptr, rows,
-        B: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr,
-    ):  # fmt: skip
-        """Into how many parts a head of each row is cut, and of how many blocks a part is: on the device, as
-        only there is it known how long rows are and which of them keep.
-
-        The smallest parts, all of one size, that are not more than `most_programs`. Rows of one length could
-        do with the mean; of others each leaves a part that is not full.
-        """
-        running = _running(keep_ptr, rows, B, RING)
-        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-        blocks = tl.cdiv(lengths + 1, BLOCK_K) * running  # with this token
-        programs = tl.maximum(tl.cdiv(tl.sum(running, 0) * LEAST * G, PROCESSORS), 1) * PROCESSORS
-        size = tl.maximum(tl.cdiv(tl.sum(blocks, 0) * G, programs), 1)
-        while tl.sum(tl.cdiv(blocks, size), 0) * G > programs:
-            size += tl.cdiv(size, 16)
-        return tl.cdiv(blocks, size), size
 
     @triton.jit
     def _attend_keys(
@@ -315,43 +274,6 @@ if triton is not None:
         tl.store(part_lse_ptr + slot, lse, mask=in_m)
 
     @triton.jit
-    def _attend_part(
-        q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
-        share_ptr, ring_ptr, position_ptr, place_ptr,
-        stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-        G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
-        BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        PROCESSORS: tl.constexpr, LEAST: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
-        IEEE: tl.constexpr, EARLY: tl.constexpr,
-    ):  # fmt: skip
-        """One part of one live row's keys, for the M query heads of one kv head: softmax sums, log-sum."""
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-        rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
-        parts_B, size = _parts(lengths_ptr, keep_ptr, rows, B, G, BLOCK_K, PROCESSORS, LEAST, RING)
-        ends_B = tl.cumsum(parts_B, 0) * G  # of each row's programs
-        row = tl.sum((ends_B <= program).to(tl.int32), 0)
-        if row >= B:
-            return
-        parts = tl.sum(tl.where(rows == row, parts_B, 0), 0)
-        begin = tl.sum(tl.where(rows == row, ends_B, 0), 0) - parts * G
-        if program == begin:  # for those who join them, by when lengths may have changed
-            tl.store(share_ptr + row * 2, begin)
-            tl.store(share_ptr + row * 2 + 1, parts)
-        head, part = (program - begin) // parts, (program - begin) % parts
-        length = tl.load(lengths_ptr + row)  # before this token
-        first = part * size * BLOCK_K
-        end = tl.minimum(first + size * BLOCK_K, length + 1)
-        _attend_keys(
-            q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr, position_ptr,
-            place_ptr, stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-            row, head, first, end, length, program,
-            M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, RING, BUDGET, IEEE,
-        )  # fmt: skip
-
-    @triton.jit
     def _attend_share(
         q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
         share_ptr, ring_ptr, position_ptr, place_ptr,
@@ -359,16 +281,13 @@ if triton is not None:
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr, EARLY: tl.constexpr,
+        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr,
     ):  # fmt: skip
         """One program's share of all blocks of keys: pieces of one head or of several.
 
         Programs and heads are both in order, so a program's number plus a head's (of all rows) is a number
         that no other piece has, and those of a head follow each other.
         """
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
         lengths_B = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
         blocks_B = tl.cdiv(lengths_B + 1, BLOCK_K) * _running(keep_ptr, rows, B, RING)  # with this token
@@ -407,13 +326,9 @@ if triton is not None:
         ring_ptr, position_ptr, place_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
         N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_P: tl.constexpr,
-        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr, SHARED: tl.constexpr,
-        EARLY: tl.constexpr,
+        B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         row, head = tl.program_id(0), tl.program_id(1)
         hv = tl.arange(0, BLOCK_HV)
         in_hv = hv < HV
@@ -422,12 +337,8 @@ if triton is not None:
             tl.store(out, tl.zeros([BLOCK_HV], tl.float32).to(out_ptr.dtype.element_ty), mask=in_hv)
             return
         M: tl.constexpr = N // G
-        if SHARED:
-            unit = row * G + head // M
-            first, parts = tl.load(share_ptr + unit * 2), tl.load(share_ptr + unit * 2 + 1)
-        else:
-            parts = tl.load(share_ptr + row * 2 + 1)
-            first = tl.load(share_ptr + row * 2) + head // M * parts  # of the programs with this head's keys
+        unit = row * G + head // M
+        first, parts = tl.load(share_ptr + unit * 2), tl.load(share_ptr + unit * 2 + 1)
         top, total, acc = -1e30, 0.0, tl.zeros([BLOCK_HV], tl.float32)
         for begin in range(0, parts, BLOCK_P):
             ids = begin + tl.arange(0, BLOCK_P)
@@ -517,8 +428,7 @@ def _attend(
     B, N, HK = q_BNH.shape
     G, HV = v_BGH.shape[1:]
     device, half = q_BNH.device, q_BNH.element_size() == 2
-    processors = multiprocessors_of(device)
-    programs = most_programs(B, G, processors)
+    programs = PROGRAMS * multiprocessors_of(device)
     ring_kept, position, place = (lengths_B, lengths_B, None) if ring is None else ring
     places = lengths_B if place is None else place  # none of the three is read without need
     layout: dict[str, Any] = {
@@ -526,10 +436,7 @@ def _attend(
         "B": B, "GATES": B // len(position), "RING": 0 if ring is None else ring_kept.shape[1],
         "BUDGET": place is not None,
     }  # fmt: skip
-    shares = SHARES
-    if shares is not None:
-        programs = shares.programs * processors
-    parts = programs + (B * G if shares is not None else 0)
+    parts = programs + B * G
     part = torch.empty(parts * (N // G), HV, dtype=torch.float32, device=device)
     part_lse = torch.empty(parts * (N // G), dtype=torch.float32, device=device)
     share = torch.empty(B * G, 2, dtype=torch.int32, device=device)
@@ -544,23 +451,13 @@ def _attend(
         "BLOCK_HV": max(16, triton.next_power_of_2(HV)), "BLOCK_B": triton.next_power_of_2(B),
         "IEEE": not half,
     }  # fmt: skip
-    wide = half and max(HK, HV) <= 128
-    if shares is not None:
-        _attend_share[(programs,)](
-            *attended, BLOCK_K=shares.block if wide else 32, **blocks, **layout,
-            num_warps=shares.warps, num_stages=shares.stages, **early_launch(),
-        )  # fmt: skip
-    else:
-        _attend_part[(programs,)](
-            *attended, BLOCK_K=128 if wide else 32, PROCESSORS=processors, LEAST=LEAST_PARTS, **blocks,
-            **layout, num_warps=4, num_stages=3, **early_launch(),
-        )  # fmt: skip
+    block = BLOCK_K if half and max(HK, HV) <= 128 else SMALL_BLOCK_K
+    _attend_share[(programs,)](*attended, BLOCK_K=block, **blocks, **layout, num_warps=4, num_stages=3)
     if ring is not None:
         rejoin(device)  # who is kept was decided meanwhile
     _join_parts[(B, N)](
         part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, places,
-        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=16 if shares is None else shares.joined,
-        SHARED=shares is not None, **layout, num_warps=2 if shares is None else 4, **early_launch(),
+        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=JOINED, **layout, num_warps=4,
     )  # fmt: skip
     return out
 

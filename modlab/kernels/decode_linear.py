@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modlab.kernels.device import early_launch
-
 try:
     import triton
     import triton.language as tl
@@ -23,10 +21,6 @@ BLOCK_D = 1024
 """Features read at once. On an H200, one row a program and this block read a 4096 x 14336 matrix at 4.1 TB/s,
 where cuBLAS reads it at 3.6 (docs/log.md).
 """
-
-AHEAD: int | None = None
-"""Features of a block of the kernel for one row that asks for a block ahead; None for the other one, which
-goes if this one is faster (`python -m benchmarks.decode_speed`)."""
 
 MOST_ROWS = 16
 """Tokens that the kernel for several of them takes at most: the rows of a matrix unit's smallest tile."""
@@ -41,16 +35,17 @@ class Tile:
         warps, stages: of a program.
     """
 
-    outputs: int = 32
-    inputs: int = 128
+    outputs: int
+    inputs: int
     warps: int = 4
-    stages: int = 5
+    stages: int = 4
 
 
-NARROW = Tile(outputs=16, inputs=256, warps=4, stages=4)
-"""Where a matrix has too few rows for every multiprocessor to have several programs of `WIDE`."""
+NARROW = Tile(outputs=32, inputs=256)
+"""Where a matrix has few rows. Of eight tiles this one, and `WIDE`, were the fastest on an H200; a step then
+has one launch a linear map, where cuBLAS often has two (docs/log.md)."""
 
-WIDE = Tile()
+WIDE = Tile(outputs=64, inputs=128)
 
 FEW_OUTPUTS = 8192
 """Up to here a matrix is read by `NARROW`."""
@@ -95,42 +90,12 @@ if triton is not None:
         tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
 
     @triton.jit
-    def _early_row_times_vector(
-        x_ptr, weight_ptr, bias_ptr, out_ptr, stride_e, D,
-        HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    ):  # fmt: skip
-        """The same, each block of the matrix asked for before the one ahead of it is used: the first before
-        there is a vector."""
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-        row = tl.program_id(0)
-        weight = weight_ptr + row.to(tl.int64) * stride_e
-        d = tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        w = tl.load(weight + d, mask=d < D, other=0.0, eviction_policy="evict_first")
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-        for first in range(0, D, BLOCK):
-            x = tl.load(x_ptr + first + d, mask=first + d < D, other=0.0)
-            ahead = first + BLOCK + d
-            w_ahead = tl.load(weight + ahead, mask=ahead < D, other=0.0, eviction_policy="evict_first")
-            total += w.to(tl.float32) * x.to(tl.float32)
-            w = w_ahead
-        out = tl.sum(total, 0)
-        if HAS_BIAS:
-            out += tl.load(bias_ptr + row).to(tl.float32)
-        tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
-
-    @triton.jit
     def _rows_times_matrix(
         x_ptr, weight_ptr, bias_ptr, out_ptr, stride_x, stride_e, rows, D, E,
         HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-        EVEN: tl.constexpr, IEEE: tl.constexpr, EARLY: tl.constexpr,
+        EVEN: tl.constexpr, IEEE: tl.constexpr,
     ):  # fmt: skip
         """Some rows of the matrix, times all tokens; summed in fp32."""
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         b = tl.arange(0, BLOCK_B)
         e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
         d = tl.arange(0, BLOCK_D)
@@ -162,12 +127,6 @@ def decode_linear(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Te
     (E, D), rows = weight_ED.shape, x_B1D.numel() // weight_ED.shape[1]
     out = x_B1D.new_empty(*x_B1D.shape[:-1], E)
     bias = weight_ED if bias_E is None else bias_E
-    if rows == 1 and AHEAD is not None:
-        _early_row_times_vector[(E,)](
-            x_B1D, weight_ED, bias, out, weight_ED.stride(0), D, HAS_BIAS=bias_E is not None, BLOCK=AHEAD,
-            num_warps=4, **early_launch(),
-        )  # fmt: skip
-        return out
     if rows == 1:
         _row_times_vector[(E,)](
             x_B1D, weight_ED, bias, out, weight_ED.stride(0), D,
@@ -180,7 +139,7 @@ def decode_linear(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Te
         x_BD, weight_ED, bias, out, x_BD.stride(0), weight_ED.stride(0), rows, D, E,
         HAS_BIAS=bias_E is not None, BLOCK_B=MOST_ROWS, BLOCK_D=tile.inputs, BLOCK_E=tile.outputs,
         EVEN=D % tile.inputs == 0 and E % tile.outputs == 0, IEEE=x_BD.element_size() > 2,
-        num_warps=tile.warps, num_stages=tile.stages, **early_launch(),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

@@ -36,12 +36,6 @@ RECENT, G = 4, 2
 """`keep_recent` and KV heads of these models."""
 
 
-@pytest.fixture(params=[0, 10**6], ids=["settled", "unsettled"])
-def unsettled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers that are laid out when it is known what is kept, and before."""
-    monkeypatch.setattr(attention_module, "UNSETTLED_TOKENS", request.param)
-
-
 def masks_by_head(model: Any, shares: tuple[float, ...], length: int) -> dict[int, Tensor]:
     """Forced routing of two rows, bool [2, length, G]: each head keeps its share."""
     generator = torch.Generator().manual_seed(2)
@@ -74,7 +68,6 @@ def test_more_recent_tokens_than_a_bound_allows_are_refused() -> None:
     model.generate(**prompts(14), max_new_tokens=2)
 
 
-@pytest.mark.usefixtures("unsettled")
 @pytest.mark.parametrize("shares", [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.1, 0.9)], ids=str)
 def test_a_table_decides_by_head_and_each_head_stores_what_it_keeps(shares: tuple[float, ...]) -> None:
     model, inputs = llama_on_device(skip="kv", gates="kv_head"), prompts(14, 6)
@@ -122,7 +115,6 @@ def test_thresholds_are_live() -> None:
     assert totals[0] > totals[1] > totals[2]
 
 
-@pytest.mark.usefixtures("unsettled")
 def test_lines_of_rows_are_joined_head_by_head() -> None:
     """Rows that run one line each, as if they had run in one."""
     model, inputs = llama_on_device(skip="kv", gates="kv_head"), prompts(30, 12, 21)
@@ -142,7 +134,6 @@ def test_lines_of_rows_are_joined_head_by_head() -> None:
             torch.testing.assert_close(apart.keys[:, here : here + n], together.keys[:, there : there + n])
 
 
-@pytest.mark.usefixtures("unsettled")
 def test_what_is_allocated_follows_what_each_head_keeps() -> None:
     """One head of a layer keeps everything, the other nothing: half of the bytes, and little more."""
     model, inputs = llama_on_device(skip="kv", gates="kv_head"), prompts(900)
@@ -156,30 +147,6 @@ def test_what_is_allocated_follows_what_each_head_keeps() -> None:
         assert cache.keys is not None and cache.values is not None
         allocated = cache.keys.nbytes + cache.values.nbytes
         assert allocated <= 1.05 * (900 + RECENT) * 2 * 16 * 4
-
-
-@pytest.mark.parametrize("gates", ["layer", "kv_head"])
-def test_a_prompt_that_does_not_wait_leaves_the_same_cache(
-    gates: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = llama_on_device(skip="kv", gates=gates), prompts(30, 3, 61)
-    found = []
-    for tokens in (0, 94, 93):  # of 94: the last line is too long not to wait
-        monkeypatch.setattr(attention_module, "UNSETTLED_TOKENS", tokens)
-        with torch.no_grad():
-            found.append(prefill(use_engine(model), inputs["input_ids"], inputs["attention_mask"])[:2])
-        modlab.disable_fast_generation(model)
-    for logits, buffers in found[1:]:
-        torch.testing.assert_close(logits, found[0][0])
-        for got, want in zip(buffers, found[0][1], strict=True):
-            assert got.lengths == want.lengths and got.starts == want.starts
-            assert got.capacities == want.capacities and got.capacity == want.keys.shape[1]
-            if isinstance(got, RingBuffer):
-                assert torch.equal(got.ring_kept, want.ring_kept)
-            for n, at in zip(got.lengths, got.starts, strict=True):
-                for name in ("keys", "values"):
-                    here, there = (getattr(cache, name)[:, at : at + n] for cache in (got, want))
-                    torch.testing.assert_close(here, there)
 
 
 def ring_buffer(lengths: list[int], heads: int, seed: int = 0) -> RingBuffer:

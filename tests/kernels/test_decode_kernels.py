@@ -29,13 +29,6 @@ HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpr
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-@pytest.fixture(params=["parts", "shares"])
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to cut keys."""
-    shares = attention.Shares(joined=4) if request.param == "shares" else None
-    monkeypatch.setattr(attention, "SHARES", shares)
-
-
 def filled_layer(
     lengths: list[int], G: int, HK: int, HV: int, dtype: torch.dtype, seed: int
 ) -> SegmentedBuffer:
@@ -64,7 +57,6 @@ def address_table(layer: SegmentedBuffer) -> Tensor:
     return torch.tensor([*addresses, layer.columns.numel(), *layer.starts], device=DEVICE)
 
 
-@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize(
     ("lengths", "keep", "G", "M", "HK", "HV"),
@@ -86,9 +78,20 @@ def address_table(layer: SegmentedBuffer) -> Tensor:
     ],
     ids=["first", "second", "skipped", "blocks", "ragged", "odd-heads", "many-rows"],
 )
+@pytest.mark.parametrize("joined", [4, 64])
 def test_attention_equals_its_reference(
-    lengths: list[int], keep: list[bool], G: int, M: int, HK: int, HV: int, dtype: torch.dtype
+    lengths: list[int],
+    keep: list[bool],
+    G: int,
+    M: int,
+    HK: int,
+    HV: int,
+    joined: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where a head has more pieces than are joined at once."""
+    monkeypatch.setattr(attention, "JOINED", joined)
     B, N = len(lengths), G * M
     generator = torch.Generator().manual_seed(7)
     q, k, v = (
@@ -116,47 +119,6 @@ def test_attention_equals_its_reference(
         )
 
 
-@triton.jit
-def _cut(
-    lengths_ptr, keep_ptr, out_ptr,
-    B: tl.constexpr, G: tl.constexpr, BLOCK_B: tl.constexpr, LEAST: tl.constexpr,
-) -> None:  # fmt: skip
-    rows = tl.arange(0, BLOCK_B)
-    parts, size = attention._parts(lengths_ptr, keep_ptr, rows, B, G, 128, 132, LEAST, 0)
-    tl.store(out_ptr + rows, parts, mask=rows < B)
-    tl.store(out_ptr + B, size)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 8, 32])
-@pytest.mark.parametrize("lengths", ["equal", "heads", "random", "one"])
-@pytest.mark.parametrize("rows", [1, 5, 64])
-def test_parts_fill_the_multiprocessors(rows: int, lengths: str, kv_heads: int) -> None:
-    """However many rows keep and however long they are: every key is in a part, and no part is much longer
-    than the mean that would keep all multiprocessors busy to the end."""
-    generator = torch.Generator().manual_seed(rows)
-    lengths_B = {
-        "equal": torch.full((rows,), 32768),
-        "heads": torch.where(torch.arange(rows) % 8 == 3, 32768, 2000),  # one of eight keeps everything
-        "random": torch.randint(0, 20000, (rows,), generator=generator),
-        "one": torch.full((rows,), 0).index_fill(0, torch.tensor([rows // 2]), 9000),
-    }[lengths].int()
-    keep_B = torch.rand(rows, generator=generator) < 0.8
-    keep_B[rows // 2] = True
-    out = torch.zeros(rows + 1, dtype=torch.int32, device=DEVICE)
-    block = triton.next_power_of_2(rows)
-    _cut[(1,)](
-        lengths_B.to(DEVICE), keep_B.to(DEVICE), out, rows, kv_heads, block, attention.LEAST_PARTS
-    )  # fmt: skip
-    *parts, size = out.tolist()
-    blocks = [-(-(n + 1) // 128) * k for n, k in zip(lengths_B.tolist(), keep_B.tolist(), strict=True)]
-    assert parts == [-(-n // size) for n in blocks]
-    waves = -(-attention.LEAST_PARTS * int(keep_B.sum()) * kv_heads // 132)
-    assert sum(parts) * kv_heads <= 132 * waves <= attention.most_programs(rows, kv_heads, 132)
-    # a sixth of the programs may have a part that is not full, and sizes are tried in steps of a sixteenth
-    assert size <= max(1, sum(blocks) * kv_heads / (132 * waves) * 1.35 + 1)
-
-
-@pytest.mark.usefixtures("cut")
 def test_attention_follows_a_buffer_that_moves() -> None:
     """Steps with a growth in between, through the same table object, as a captured graph sees it."""
     G, H = 2, 16
@@ -183,7 +145,6 @@ def test_attention_follows_a_buffer_that_moves() -> None:
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize(
     ("W", "positions", "G", "M", "HK", "HV"),
@@ -228,7 +189,6 @@ def test_ring_attention_equals_its_reference(
         )
 
 
-@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
     """Two rows of three KV heads, each with a ring of its own, from empty to far longer than others."""
@@ -262,7 +222,6 @@ def test_heads_are_rows_of_a_ring(dtype: torch.dtype) -> None:
         )
 
 
-@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize(("most", "gates"), [(0, 1), (1, 2), (3, 1)])
 def test_a_row_that_is_full_gives_up_its_lowest_gate(most: int, gates: int) -> None:
     """Kernels and references step by step, and at the end what a sort of all gates says is left."""
@@ -523,11 +482,7 @@ def test_router_says_nobody_when_nobody_keeps() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize(("D", "E", "bias"), [(16, 5, True), (1024, 3, False), (1500, 4, True)])
-@pytest.mark.parametrize("ahead", [None, 512], ids=["one", "ahead"])
-def test_linear_equals_its_reference(
-    D: int, E: int, bias: bool, ahead: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "AHEAD", ahead)
+def test_linear_equals_its_reference(D: int, E: int, bias: bool, dtype: torch.dtype) -> None:
     check_linear((1, 1), D, E, bias, dtype)
 
 
