@@ -24,7 +24,6 @@ FAMILIES = {  # colours told apart by colour-blind people; a shape for each, too
     "paper": ("#cc79a7", "x"),
     "topk": ("#000000", "star"),
 }
-TALL = 3 * HEIGHT // 2
 NONE = "No result of `python -m benchmarks.depth` is committed yet."
 
 
@@ -95,6 +94,9 @@ def section(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
+        "Bars are from the best to the worst text, or one standard error of a paired difference; of "
+        "open points nothing was trained.",
+        "",
         f"![KL and tasks over operations and over a prompt's time, {first['model']}]({picture_name(result)})",
     ]
     return "\n".join(lines)
@@ -132,32 +134,41 @@ def picture_name(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> go.Figure:
-    """KL and tasks over executed operations and, of arms whose prompt was timed, over its time; a point an
-    arm. Bars: KL from the best to the worst text, tasks one standard error of the paired difference."""
+    """KL and, where they were asked, tasks over executed operations and, where a prompt was timed, over its
+    time; a point an arm, an open one where nothing was trained. Bars: KL from the best to the worst text,
+    tasks one standard error of the paired difference."""
+    rows = result["rows"]
+    places = [p for p in PLACES if any(p[1](row) is not None for row in rows)]
+    values = [v for v in VALUES if any(v[1](row)[0] is not None for row in rows)]
     drawing = make_subplots(
-        2, 2, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.05, vertical_spacing=0.06
-    )
-    for name in dict.fromkeys(family(row["arm"]) for row in result["rows"]):
+        len(values), len(places), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.05,
+        vertical_spacing=0.06,
+    )  # fmt: skip
+    for name in dict.fromkeys(family(row["arm"]) for row in rows):
         colour, shape = FAMILIES[name]
-        rows = sorted((r for r in result["rows"] if family(r["arm"]) == name), key=lambda r: r["compute"])
-        for column, place in enumerate((_compute, _time), 1):
-            for line, value in enumerate((_kl, _share_of_tasks), 1):
-                points = [(place(row), *value(row), row["arm"]) for row in rows]
+        own = sorted((row for row in rows if family(row["arm"]) == name), key=lambda row: row["compute"])
+        symbols = [shape if row["tokens"] else f"{shape}-open" for row in own]
+        for column, (_, place) in enumerate(places, 1):
+            for line, (_, value) in enumerate(values, 1):
+                points = [(place(row), *value(row), row["arm"]) for row in own]
                 x, y, high, low, arms = zip(*points, strict=True)
                 drawing.add_scatter(
                     x=x, y=y, error_y={"type": "data", "array": high, "arrayminus": low},
                     name=name, legendgroup=name, showlegend=(column, line) == (1, 1),
-                    text=arms, mode="markers", marker={"symbol": shape, "size": 10, "color": colour},
+                    text=arms, mode="markers", marker={"symbol": symbols, "size": 10, "color": colour},
                     row=line, col=column,
                 )  # fmt: skip
-    drawing.update_xaxes(range=[0.35, 1.05], tickformat=".0%")
-    drawing.update_xaxes(title_text="executed operations, share of dense", row=2, col=1)
-    drawing.update_xaxes(title_text="time of a prompt, share of dense", row=2, col=2)
-    drawing.update_yaxes(title_text="KL (nats a token)", rangemode="tozero", row=1, col=1)
-    drawing.update_yaxes(title_text="tasks, share of dense", tickformat=".1%", row=2, col=1)
+    for column, (title, _) in enumerate(places, 1):
+        drawing.update_xaxes(range=[0.35, 1.05], tickformat=".0%", col=column)
+        drawing.update_xaxes(title_text=title, row=len(values), col=column)
+    for line, (title, _) in enumerate(values, 1):
+        drawing.update_yaxes(title_text=title, row=line, col=1)
+        drawing.update_yaxes(tickformat=".1%" if "share" in title else "", row=line)
+    drawing.update_yaxes(rangemode="tozero", row=1)
     drawing.update_layout(
-        template="plotly_white", font={"family": "sans-serif", "size": 12}, width=WIDTH, height=TALL
-    )
+        template="plotly_white", font={"family": "sans-serif", "size": 12}, width=WIDTH,
+        height=HEIGHT * (1 + len(values)) // 2, margin={"t": 30},
+    )  # fmt: skip
     return drawing
 
 
@@ -185,10 +196,19 @@ def _share_of_tasks(row: dict[str, Any]) -> tuple[float | None, float, float]:
     return mean["score"] / mean["dense"], error, error
 
 
+PLACES = (
+    ("executed operations, share of dense", _compute),
+    ("time of a prompt, share of dense", _time),
+)
+VALUES = (("KL (nats a token)", _kl), ("tasks, share of dense", _share_of_tasks))
+"""Titles of axes, and what of a row stands there."""
+
+
 def draw(docs: Path) -> list[Path]:
     """Draws the pictures of the section into `docs`; returns their paths."""
     drawn = []
     for result in joined(docs.parent):
         drawn.append(docs / picture_name(result))
-        save_png(figure(result), drawn[-1], WIDTH, TALL)
+        drawing = figure(result)
+        save_png(drawing, drawn[-1], WIDTH, drawing.layout.height)
     return drawn

@@ -75,10 +75,15 @@ def test_bars_are_of_texts_and_of_paired_differences() -> None:
         (0.2, pytest.approx(0.05), pytest.approx(0.15)),
         (0.98, pytest.approx(0.008), pytest.approx(0.008)),
     )
+    assert len(depth.figure(result("2026-12-02", "leave-2/3")).data) == 1, "nothing was timed or asked"
     assert points == [(0.6, *kl), (0.6, *tasks), (0.8, *kl), (0.8, *tasks)]
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_has_a_colour(arm: str) -> None:
     drawn = depth.figure(result("2026-12-02", arm))
-    assert drawn.data[0].marker.symbol == depth.FAMILIES[depth.family(arm)][1]
+    (trained,) = drawn.data[0].marker.symbol
+    assert trained == depth.FAMILIES[depth.family(arm)][1]
+    untrained = result("2026-12-02", arm)
+    untrained["rows"][0]["tokens"] = 0
+    assert depth.figure(untrained).data[0].marker.symbol == (f"{trained}-open",)
