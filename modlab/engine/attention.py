@@ -39,6 +39,7 @@ from modlab.kernels.kept_attention import (
     kept_attention,
     kept_before,
     older_kept,
+    older_spans,
     query_blocks,
     reference_kept_attention,
     reference_store_kept,
@@ -56,7 +57,8 @@ class CannotCapture(ModlabError):
 
 
 class LineBlocks:
-    """The blocks of queries in which kernels run a line, made once for all of its layers.
+    """What kernels are told of a line in numbers, sent once for all of its layers: the blocks of queries in
+    which they run it, and which heads keep everything.
 
     Args:
         counts: tokens of each row.
@@ -65,13 +67,34 @@ class LineBlocks:
 
     def __init__(self, counts: list[int], device: torch.device) -> None:
         self.counts, self.device = counts, device
-        self._known: dict[int, Tensor] = {}
+        self._known: dict[Any, Tensor] = {}
 
     def of(self, size: int) -> Tensor:
         """int32 [Q, 4], see `query_blocks`."""
-        if size not in self._known:
-            self._known[size] = sent(query_blocks(self.counts, size), self.device)
-        return self._known[size]
+        return self._once(("blocks", size), lambda: query_blocks(self.counts, size))
+
+    def older(self, recent: int) -> Tensor:
+        """Where the tokens are that are not recent, see `older_spans`."""
+        return self._once(("older", recent), lambda: older_spans(self.counts, recent))
+
+    def heads(self, whole_G: list[bool], group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """KV heads that do not keep everything, those that do, and the query heads of these, long.
+
+        Args:
+            whole_G: which KV heads keep everything.
+            group: query heads of a KV head.
+        """
+        some = [head for head, whole in enumerate(whole_G) if not whole]
+        whole = [head for head, whole in enumerate(whole_G) if whole]
+        queries = [head * group + i for head in whole for i in range(group)]
+        numbers = self._once(("heads", *whole_G, group), lambda: torch.tensor([*some, *whole, *queries]))
+        first, second, third = numbers.split([len(some), len(whole), len(queries)])
+        return first, second, third
+
+    def _once(self, key: Any, numbers: Callable[[], Tensor]) -> Tensor:
+        if key not in self._known:
+            self._known[key] = sent(numbers(), self.device)
+        return self._known[key]
 
 
 class KeptKeys:
@@ -103,7 +126,7 @@ class KeptKeys:
         self.keep, self.recent, self.bounds, self.blocks = keep, recent, bounds, blocks
         self.most_older, self.score = most_older, score
         self.before = kept_before(keep)
-        self.older = Fetched(older_kept(self.before, bounds, recent))
+        self.older = Fetched(older_kept(self.before, blocks.older(recent)))
 
 
 @dataclass
@@ -291,14 +314,11 @@ def attend_by_head(
     if all(whole_A):
         return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
     (N, S), G = query.shape[1:3], key.shape[1]
-    heads = [head for head in range(G) if not whole_A[head % len(whole_A)]]
-    size, device = block_size(query, value), query.device
+    some, whole, queries = blocks.heads([whole_A[head % len(whole_A)] for head in range(G)], N // G)
+    size = block_size(query, value)
     out = query.new_empty(1, S, N, value.shape[3])
-    some = sent(torch.tensor(heads, dtype=torch.int32), device)
     kept_attention(query, key, value, stored, blocks.of(size), size, scaling, some, out)
-    if len(heads) < G:
-        whole = sent(torch.tensor([head for head in range(G) if head not in heads]), device)
-        queries = (whole[:, None] * (N // G) + torch.arange(N // G, device=device)).flatten()
+    if len(whole):
         q, k, v = query[:, queries], key[:, whole], value[:, whole]
         dense = varlen_attention(q, k, v, part.counts, part.bounds, scaling, part.varying)
         out.index_copy_(2, queries, dense)

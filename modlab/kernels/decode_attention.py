@@ -24,13 +24,13 @@ W tokens of a ring, U rows whose heads are rows.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modlab.kernels.aside import rejoin
+from modlab.kernels.device import multiprocessors_of
 
 try:
     import triton
@@ -159,12 +159,6 @@ def _softmax_row(q_NH: Tensor, k_GKH: Tensor, v_GKH: Tensor, scale: float) -> Te
 def fold(x_BNH: Tensor, rows: int) -> Tensor:
     """[U, N / heads, H] for a cache of `rows` U, the heads of a row one after another; as it is if U is B."""
     return x_BNH if x_BNH.shape[0] == rows else x_BNH.reshape(rows, -1, x_BNH.shape[2])
-
-
-@functools.cache
-def multiprocessors_of(device: torch.device) -> int:
-    """Of a GPU; few for Triton's interpreter, which takes its time for each program."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 if triton is not None:

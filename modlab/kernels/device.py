@@ -1,8 +1,9 @@
-"""Which GPU a kernel goes to."""
+"""Which GPU a kernel goes to, and how large it is."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -11,3 +12,9 @@ import torch
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a GPU the current one: kernels and events go to that, not to where their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Of a GPU; few for Triton's interpreter, which takes its time for each program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -13,6 +13,7 @@ Shape letters: S tokens of all rows, B rows, N query heads, G kv heads, H head d
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -58,17 +59,27 @@ def kept_before(keep: Tensor) -> Tensor:
         keep: which tokens are kept, bool [S] or [S, A].
     """
     keep_AS = keep.view(len(keep), -1).t()
-    return F.pad(keep_AS.cumsum(1, dtype=torch.int32), (1, 0))
+    before_AS = keep.new_zeros(len(keep_AS), len(keep) + 1, dtype=torch.int32)
+    before_AS[:, 1:] = keep_AS
+    return before_AS.cumsum(1, dtype=torch.int32)
 
 
-def older_kept(before_AS: Tensor, bounds: Tensor, recent: int) -> Tensor:
-    """How many of each unit's kept tokens are not among its row's latest `recent` ones, int32 [U].
+def older_spans(counts: list[int], recent: int) -> Tensor:
+    """Where the tokens of each row begin and end that are not among its latest `recent`; long [2 x B], on the
+    host."""
+    begins = [0, *itertools.accumulate(counts)][:-1]
+    ends = [begin + max(n - recent, 0) for begin, n in zip(begins, counts, strict=True)]
+    return torch.tensor([*begins, *ends])
+
+
+def older_kept(before_AS: Tensor, spans: Tensor) -> Tensor:
+    """How many of each unit's kept tokens are not among its row's latest ones, int32 [U].
 
     Args:
-        bounds: where each row begins, and the end of the last, [B + 1].
+        spans: see `older_spans`.
     """
-    begins, ends = bounds[:-1], torch.maximum(bounds[1:] - recent, bounds[:-1])
-    return (before_AS[:, ends] - before_AS[:, begins]).t().flatten()
+    begins, ends = before_AS.index_select(1, spans).chunk(2, 1)
+    return (ends - begins).t().flatten()
 
 
 def block_size(q: Tensor, v: Tensor) -> int:
@@ -317,7 +328,7 @@ def kept_attention(
     Args:
         stored: of the same keys and values.
         blocks_Q4, size: of the line, see `query_blocks`.
-        heads: the kv heads to run, int32.
+        heads: the kv heads to run, long.
         out: [1, S, N, H], contiguous; written where the query heads of these are.
     """
     assert out.is_contiguous(), "its strides are not asked"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modlab.kernels.device import multiprocessors_of
 from modlab.routing.router import HiddenRouter, Router
 
 try:
@@ -23,7 +24,9 @@ BLOCK_S = 16
 """Tokens of one program; each is read once, so this only has to keep the memory busy."""
 
 WIDE_BLOCK_S = 64
-"""The same where a router has several gates or a hidden layer, whose weights every program reads."""
+"""The same where a router has several gates or a hidden layer, whose weights every program reads: in lines
+long enough for every multiprocessor to have a program. In shorter ones `BLOCK_S`: 4,096 tokens are 64 blocks
+of this size, which an H200 takes 125 us to read (docs/log.md)."""
 
 
 def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
@@ -50,10 +53,11 @@ def kernel_router_logits(router: Router, x_BTD: Tensor) -> Tensor:
         return out
     into, back = (router.into, router.out) if isinstance(router, HiddenRouter) else (router.weight,) * 2
     K = len(into) if hidden else 0
-    _wide_logits[(triton.cdiv(S, WIDE_BLOCK_S),)](
+    size = WIDE_BLOCK_S if WIDE_BLOCK_S * multiprocessors_of(x_SD.device) <= S else BLOCK_S
+    _wide_logits[(triton.cdiv(S, size),)](
         x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
         A=A, K=K, D=D, BLOCK_A=max(16, triton.next_power_of_2(A)),
-        BLOCK_K=max(16, triton.next_power_of_2(K or 1)), BLOCK_S=WIDE_BLOCK_S, BLOCK_D=64, num_warps=4,
+        BLOCK_K=max(16, triton.next_power_of_2(K or 1)), BLOCK_S=size, BLOCK_D=64, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -189,6 +189,28 @@ def test_heads_that_keep_everything_are_found() -> None:
     ]  # nothing is old enough to be dropped
 
 
+def test_layers_of_a_line_share_the_numbers_that_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+
+    def noting(numbers: Tensor, device: torch.device) -> Tensor:
+        sent.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(attention_module, "sent", noting)
+    blocks = LineBlocks([10, 3], DEVICE)
+    for _ in range(3):
+        assert [t.tolist() for t in blocks.heads([False, True, False, True], 2)] == [
+            [0, 2],
+            [1, 3],
+            [2, 3, 6, 7],
+        ]
+        assert blocks.older(4).tolist() == [0, 10, 6, 10]  # where they begin, then where they end
+    assert len(sent) == 2
+    assert [t.tolist() for t in blocks.heads([False] * 4, 2)] == [[0, 1, 2, 3], [], []]
+    assert blocks.older(2).tolist() == [0, 10, 8, 11]
+    assert len(sent) == 4
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("open_heads", [(), (1,), (0, 2), (0, 1, 2)], ids=str)
 def test_open_heads_run_dense_and_the_others_on_kept_keys(

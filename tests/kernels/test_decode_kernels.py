@@ -308,8 +308,7 @@ def test_a_ring_sees_recent_and_kept_tokens_and_no_others() -> None:
 def laid_out(keep: Tensor, counts: list[int], G: int, HK: int, HV: int, W: int, like: Tensor) -> Stored:
     """An empty cache for these kept tokens, its segments with a gap of NaN behind each."""
     before = kept.kept_before(keep)
-    bounds = torch.tensor([0, *counts], device=DEVICE).cumsum(0)
-    older = kept.older_kept(before, bounds, W).tolist()
+    older = kept.older_kept(before, kept.older_spans(counts, W).to(DEVICE)).tolist()
     gates = len(before)
     lengths = [min(n, W) + old for n, old in zip(np.repeat(counts, gates).tolist(), older, strict=True)]
     starts = torch.tensor([0, *(n + 3 for n in lengths)]).cumsum(0)
@@ -509,7 +508,7 @@ def check_linear(shape: tuple[int, ...], D: int, E: int, bias: bool, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
-@pytest.mark.parametrize(("S", "D"), [(1, 16), (15, 48), (16, 512), (17, 600), (70, 1024)])
+@pytest.mark.parametrize(("S", "D"), [(1, 16), (15, 48), (16, 512), (17, 600), (70, 1024), (520, 48)])
 @pytest.mark.parametrize(("gates", "hidden"), WIDE, ids=str)
 def test_logits_of_a_prefill_equal_the_routers_own(
     gates: int, hidden: int, S: int, D: int, dtype: torch.dtype

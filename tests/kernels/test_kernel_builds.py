@@ -83,7 +83,7 @@ for t in ("*bf16", "*fp32"):
     build(
         kept_attention._attend_kept,
         {"q_ptr": t, "k_ptr": t, "v_ptr": t, "keys_ptr": t, "values_ptr": t, "before_ptr": "*i32",
-         "starts_ptr": "*i64", "blocks_ptr": "*i32", "heads_ptr": "*i32", "out_ptr": t, **LINE_STRIDES,
+         "starts_ptr": "*i64", "blocks_ptr": "*i32", "heads_ptr": "*i64", "out_ptr": t, **LINE_STRIDES,
          "scale": "fp32", "places": "i32", "capacity": "i32"},
         {"N": 32, "M": 4, "A": 8, **heads, "BLOCK_Q": 128 if half else 32, "BLOCK_K": 64 if half else 32,
          "W": 128, "IEEE": not half},
@@ -116,13 +116,14 @@ for t in ("*bf16", "*fp32"):
         {"A": 8, "K": 16, "BLOCK_A": 8, "BLOCK_K": 16, "BLOCK_B": 4}, num_warps=8,
     )
     if half:
-        build(
-            router_logits._wide_logits,
-            {"x_ptr": t, **weights,
-             **dict.fromkeys(("bias_ptr", "into_ptr", "back_ptr", "out_ptr"), "*fp32")},
-            {"A": 8, "K": 16, "D": 4096, "BLOCK_A": 16, "BLOCK_K": 16, "BLOCK_S": 64, "BLOCK_D": 64},
-            num_warps=4,
-        )
+        for size in (router_logits.BLOCK_S, router_logits.WIDE_BLOCK_S):
+            build(
+                router_logits._wide_logits,
+                {"x_ptr": t, **weights,
+                 **dict.fromkeys(("bias_ptr", "into_ptr", "back_ptr", "out_ptr"), "*fp32")},
+                {"A": 8, "K": 16, "D": 4096, "BLOCK_A": 16, "BLOCK_K": 16, "BLOCK_S": size, "BLOCK_D": 64},
+                num_warps=4,
+            )
     build(
         router_logits._logits,
         {"x_ptr": t, "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "stride_x": "i32",
@@ -160,4 +161,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split().count("True") == 45
+    assert run.stdout.split().count("True") == 46
