@@ -21,6 +21,7 @@ from modlab.engine.prefill import scratch_buffers
 from modlab.engine.step_layers import StepPass
 from modlab.engine.tables import Tables
 from modlab.hf.anatomy import decoder_of
+from modlab.kernels.aside import nothing_left_aside
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
@@ -96,6 +97,7 @@ class Step:
             one_token_linears(engine.model, tables.batch),
             unrouted(m for m in engine.kept_keys if m not in forwards),
             lent(forwards),
+            nothing_left_aside(),
         ):
             logits_B1V = engine.run_model(tables.choice.token, tables.position)
         self.logits = logits_B1V[:, -1]

@@ -45,3 +45,13 @@ def rejoin(device: torch.device) -> None:
     pending, _of_thread.pending = getattr(_of_thread, "pending", None), None
     if pending is not None:
         torch.cuda.current_stream(device).wait_event(pending)
+
+
+@contextlib.contextmanager
+def nothing_left_aside() -> Iterator[None]:
+    """However this block ends, nobody waits afterwards for what was launched aside in it: a capture that
+    fails leaves an event for which no stream can wait."""
+    try:
+        yield
+    finally:
+        _of_thread.pending = None
