@@ -89,6 +89,16 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--device", default="cuda")
     measure.add_argument("--slow", action="store_true", help="generate without fast generation")
     measure.add_argument("--sizes", type=json.loads, default={}, help="JSON: fields of work.Sizes")
+    recent = stages.add_parser("recent", help="recent tokens against gated ones at equal bytes, on one text")
+    recent.add_argument("--model", type=Path, required=True, help="folder of the base, or converted")
+    recent.add_argument("--routers", type=Path, help="of the routers, where --model is the base")
+    recent.add_argument("--text", type=Path, nargs="+", required=True, help="files, joined in order")
+    recent.add_argument("--length", type=int, default=8192, help="tokens of a row")
+    recent.add_argument("--savings", default="2,4")
+    recent.add_argument("--recent", default="", help="latest tokens that stay anyway (default: as shipped)")
+    recent.add_argument("--distances", default="", help="of repeated passages, measured too")
+    recent.add_argument("--passages", type=int, default=8, help="of each distance")
+    recent.add_argument("--device", default="cpu")
     join = stages.add_parser("join", help="what `measure` left, as one result file")
     join.add_argument("--run", type=Path, required=True, help="its folder")
     join.add_argument("--note", default="", help="what else is to be said of the figures")
@@ -96,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     budget.add_argument("--log", type=Path, required=True, help="log.jsonl of a run with --eval-every")
     budget.add_argument("--keep-ratio", type=float, default=0.25, help="that the run was asked for")
     budget.add_argument("--tokens", default="60,120,240", help="millions, with commas between them")
-    for stage in (texts, run, report, ship, tasks, measure, join):
+    for stage in (texts, run, report, ship, tasks, measure, recent, join):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     verbs = {
@@ -108,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ship": _ship,
         "tasks": _tasks,
         "measure": _measure,
+        "recent": _recent,
         "join": _join,
         "budget": _budget,
     }
@@ -213,6 +224,25 @@ def _measure(options: argparse.Namespace) -> None:
         commit=options.commit, device=options.device, fast=not options.slow,
         minutes=options.minutes, sizes=options.sizes,
     )  # fmt: skip
+
+
+def _recent(options: argparse.Namespace) -> None:
+    from benchmarks.real_models.measured import recent
+    from benchmarks.real_models.measured.product import Product
+
+    product = Product.load(options.model, options.routers, options.device, fast=False)
+    savings, recents, distances = (
+        [float(number) for number in given.split(",") if number]
+        for given in (options.savings, options.recent, options.distances)
+    )
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in options.text]
+    lines = recent.run(
+        product, texts, options.length, savings, [int(n) for n in recents],
+        tuple(int(n) for n in distances), options.passages,
+    )  # fmt: skip
+    with options.out.open("w", encoding="utf-8") as file:
+        for line in lines:
+            print(json.dumps(line), file=file, flush=True)
 
 
 def _join(options: argparse.Namespace) -> None:

@@ -86,7 +86,16 @@ def _keeping(product: Product, rows: Tensor, p: float, share: float, recent: int
     """The threshold that keeps this share of the keys that are neither first nor recent, gates as at `p`."""
     with product.at(p, recent):
         gates, _ = product.gates(rows)
-    older = slice(product.first, rows.shape[1] - recent)
+    return keeping(gates, share, product.first, recent)
+
+
+def keeping(gates: list[Tensor], share: float, first: int, recent: int) -> float:
+    """The threshold that keeps this share of the keys that are neither first nor recent.
+
+    Args:
+        gates: of each layer, [B, T, G].
+    """
+    older = slice(first, gates[0].shape[1] - recent)
     values = torch.cat([gate[:, older].flatten() for gate in gates]).sort().values
     found = values[min(len(values) - 1, int(len(values) * (1 - share)))].item()
     return min(max(found, 1e-6), 1 - 1e-6)
