@@ -74,17 +74,16 @@ RECIPES = {
     ),
     "distil": Recipe(
         "the same gates, distilled to the dense model, base frozen; one run leaves thresholds for 2x to 16x; "
-        "coder-0.5b, asked for 4x: 3.2x less K/V, KL 0.024, recall gap at most 0.011 nats",
-        # docs/quality.md: 21 M tokens in 6.6 minutes on one H200, when rates ended at a tenth and 128 tokens
-        # were recent at all savings
-        BY_HEAD,
+        "at 4x a KL of 0.016 and 0.013 to the dense model and recall gaps of at most 0.039 and 0.034 nats on "
+        "coder-0.5b and coder-1.5b",
+        BY_HEAD,  # docs/quality.md: 29 M tokens in 8.7 minutes on one H200; 3.7 M; router_lr 0.004
         DISTILLING,
         kv_saving=4.0,
     ),
     "safe": Recipe(
-        "distil, aimed at 2x: a study of this method on real models of 0.1 to 1.5 B found a KL of at most "
-        "0.011 to the dense model and a recall gap of at most 0.042 nats",
-        BY_HEAD,  # docs/quality.md, coder-0.5b .0055, coder-1.5b .0104, smollm2 .0067
+        "distil, aimed at 2x: a KL of at most 0.0025 to the dense model and a recall gap of at most 0.009 "
+        "nats on coder-0.5b and coder-1.5b",
+        BY_HEAD,  # docs/quality.md
         DISTILLING,
         kv_saving=2.0,
     ),

@@ -1,15 +1,13 @@
 """The front page's figures: what routing saves and what it costs, each from its result file."""
 
 import json
-import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from modlab.published import REPORT
-from modlab.recipes import RECIPES
+from modlab.published import MEASURED
 from scripts.pages.quality import DEFAULT, summary
 from scripts.pages.results import newest, results, skipped
 
@@ -45,29 +43,35 @@ def real_sentence(root: Path) -> str:
 
 
 def distilled_sentence(root: Path) -> str:
-    """What the package's own distillation reaches on a real model, at the two savings in the middle."""
-    record = _distilled(root)
-    made, at = record["training"], {row["ratio_asked"]: row for row in record["rows"]}
-    four, eight = at[4.0], at[8.0]
-    flags = re.findall(r"--keep-range \S+", record["command"])
-    low, high = RECIPES["distil"].train["keep_range"]
-    own = f"{low},{high}"
-    unlike = "".join(f", with `{flag}`, the recipe having {own}" for flag in flags if flag.split()[1] != own)
+    """What the package's own distillation reaches on real models, at 2x and 4x."""
+    small, large = (_measured(root, name) for name in ("coder-0.5b", "coder-1.5b"))
+    made, (two, four) = small["training"], _at(small, 2.0, 4.0)
+    more = " and ".join(_lost(row) for row in _at(large, 2.0, 4.0))
     return _wrapped(
         'So do not use that recipe where a model has to quote its context. **`recipe("distil")` does far '
-        f"better**: after {made['seconds'] / 60:.1f} minutes of training on one {record['device_name']} "
-        f"({made['tokens'] / 1e6:.0f} M tokens{unlike}) the same model stores {four['ratio']:.1f}x less "
-        f"(asked for 4x; a text gets more or less), at most {_gap(four)} nats of recall are lost at all "
-        f"distances to {max(map(int, four['recall_gap'])):,} tokens, and the KL to the dense model is "
-        f"{four['kl_far']:.3f}; at {eight['ratio']:.1f}x they are {_gap(eight)} and {eight['kl_far']:.3f}."
+        f"better**: after {made['seconds'] / 60:.1f} minutes of training on one {small['device_name']} "
+        f"({made['tokens'] / 1e6:.0f} M tokens) the same model stores {two['ratio']:.1f}x less at a KL of "
+        f"{two['kl_far']:.4f} to the dense model, and at most {_gap(two)} nats of recall are lost at any "
+        f"distance to {max(map(int, two['recall_gap'])):,} tokens; {_lost(four)}. Its sibling of 1.5 B, "
+        f"after {large['tokens'] / 1e6:.1f} M tokens: {more}. Beyond 4x recall falls."
     )
 
 
-def _distilled(root: Path) -> dict[str, Any]:
-    """The newest record of `modlab report` on the model whose recall the first recipe loses."""
-    files = (root / "benchmarks" / "results").glob("real_coder-0.5b_20*.json")
+def _measured(root: Path, model: str) -> dict[str, Any]:
+    """The newest record of a model at ratios that it really has."""
+    files = (root / "benchmarks" / "results").glob(f"real_{model}_20*.json")
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return max((one for one in read if one["what"] == REPORT), key=lambda one: str(one["date"]))
+    return max((one for one in read if one["what"] == MEASURED), key=lambda one: str(one["date"]))
+
+
+def _at(record: dict[str, Any], *savings: float) -> list[dict[str, Any]]:
+    """Its routers' rows at these savings."""
+    rows = {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == record["arm"]}
+    return [rows[saving] for saving in savings]
+
+
+def _lost(row: dict[str, Any]) -> str:
+    return f"at {row['ratio']:.1f}x they are {row['kl_far']:.4f} and {_gap(row)}"
 
 
 def _gap(row: dict[str, Any]) -> str:
@@ -123,15 +127,16 @@ def _real_rows(root: Path) -> list[Row]:
                 f"**{far - near:+.2f}** on a passage seen 1,024 tokens before",
             )
         )
-    distilled = [row for row in _distilled(root)["rows"] if row["ratio_asked"] in (4.0, 8.0)]
-    return rows + [_distilled_row(row) for row in distilled]
+    for name, model in (("coder-0.5b", "0.5B"), ("coder-1.5b", "1.5B")):
+        rows += [_distilled_row(row, model) for row in _at(_measured(root, name), 2.0, 4.0)]
+    return rows
 
 
-def _distilled_row(row: dict[str, Any]) -> Row:
+def _distilled_row(row: dict[str, Any], size: str) -> Row:
     gap = row["recall_gap"]["1024"]
     return (
-        f"cache, recipe `distil`, asked for {row['ratio_asked']:g}x",
-        REAL.removesuffix("-Instruct"),
+        "cache, recipe `distil`",
+        f"Qwen2.5-Coder-{size}",
         f"K/V {row['ratio']:.1f}x",
         f"KL {row['kl_far']:.3f}, {gap:+.3f} nats on a passage seen 1,024 tokens before",
     )
