@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from modlab import bench, published
-from modlab.bench import fast, growth, ideal, limits, models, overhead, registry, results, speed, training
+from modlab.bench import (
+    fast,
+    growth,
+    ideal,
+    limits,
+    models,
+    ordinary,
+    overhead,
+    registry,
+    results,
+    speed,
+    training,
+)
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.measure import time_generate
@@ -190,8 +202,8 @@ def test_rows_of_models_that_skip_a_part(skip):
         decode_tokens=9,
         skip=skip,
     )
-    for name in ("generate", "prefill", "decode"):
-        rows = list(registry.CASES[name](settings))
+    for run in (fast.generate, ordinary.prefill, ordinary.decode):
+        rows = list(run(settings))
         check_rows(rows)
         for row in rows:
             assert row["skip"] == skip and row["keep_ratio"] == pytest.approx(0.25, abs=0.02)
@@ -225,7 +237,7 @@ def test_demo_case_or_a_clear_reason(capsys):
     """Without the demo models the case is skipped and says so; with them its rows are checked."""
     settings = registry.Settings(contexts=(128,), repeats=1, decode_tokens=4)
     try:
-        rows = list(registry.CASES["demo"](settings))
+        rows = list(ordinary.demo(settings))
     except registry.Skipped as reason:
         assert "demo" in str(reason)
         assert bench.main(["demo", "--no-save"]) == 1
