@@ -31,6 +31,7 @@ REQUIRED = (
     "modlab/demo/kv/modlab_router.safetensors",
     "modlab/routers/smollm2-kv/modlab_router.safetensors",
     "modlab/routers/coder-0.5b-kv/modlab_router.safetensors",
+    "modlab/routers/coder-1.5b-kv/modlab_router.safetensors",
 )
 
 

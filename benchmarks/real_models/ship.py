@@ -84,7 +84,9 @@ def ship(gates: Path, base: Path, hub_id: str, out: Path) -> None:
     (out / CARD_FILE).write_text(model_card(model, out.name, routers_of=hub_id), encoding="utf-8")
 
 
-def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: Trained) -> None:
+def ship_run(
+    run: Path, base: Path, hub_id: str, out: Path, words: Trained, pieces: Path | None = None
+) -> None:
     """Packs the routers of a run of `modlab train`.
 
     Args:
@@ -93,6 +95,8 @@ def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: Trained) -> N
         hub_id: where others get that model from.
         out: folder to write; its name is the routers' name.
         words: weights, data, method and results, for the card; its figures are those of the run.
+        pieces: folder of `measure` on these routers: its thresholds, which give each ratio by the product's
+            cache, and the recent tokens with them take the place of the run's.
 
     Raises:
         ModlabError: the folder does not say what its routers were trained for.
@@ -102,9 +106,28 @@ def ship_run(run: Path, base: Path, hub_id: str, out: Path, words: Trained) -> N
     found = routing_of(model).trained
     if found is None:
         raise modlab.ModlabError(f"nothing is known of the routers in {run}: give the folder of a run.")
-    model.mod.trained = replace(words, savings=found.savings, seq_len=found.seq_len, tokens=found.tokens)
+    if pieces is not None:
+        found = with_measured(found, pieces)
+    said = {name: getattr(words, name) for name in ("weights", "data", "method", "results")}
+    model.mod.trained = replace(found, **said)
     set_kv_saving(model, SAFE)
     out.mkdir(parents=True, exist_ok=True)
     save_file(pack_routers(added_in(model.state_dict()), BITS), out / ROUTER_FILE)
     write_description(model, out, hub_id, base=facts)
     (out / CARD_FILE).write_text(model_card(model, out.name, routers_of=hub_id), encoding="utf-8")
+
+
+def with_measured(found: Trained, pieces: Path) -> Trained:
+    """The same routers with the thresholds and recent tokens of `benchmarks.real_models measure`."""
+    files = sorted(pieces.glob("threshold@*.json"))
+    if not files:
+        raise modlab.ModlabError(
+            f"{pieces} has no threshold@SAVING.json: give the folder of `measure --out`."
+        )
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    by_saving = sorted(read, key=lambda one: float(one["asked"]))
+    return replace(
+        found,
+        savings={float(one["asked"]): float(one["threshold"]) for one in by_saving},
+        recent={float(one["asked"]): int(one["recent"]) for one in by_saving},
+    )

@@ -163,7 +163,11 @@ def _trained(trained: Trained | None) -> str:
     """What is known of the routers, as further paragraphs."""
     if trained is None:
         return ""
-    known = ", ".join(f"{saving:g}x at p = {p:.4g}" for saving, p in sorted(trained.savings.items()))
+    known = ", ".join(
+        f"{saving:g}x at p = {p:.4g}"
+        + (f" with the latest {trained.recent[saving]:,}" if trained.recent else "")
+        for saving, p in sorted(trained.savings.items())
+    )
     said = [
         f"Thresholds by KV saving, for `modlab.set_kv_saving(model, ...)`: {known}; over texts of "
         f"{trained.seq_len:,} tokens, of which one may get more or less."

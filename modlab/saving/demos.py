@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1]
 DEMO_FOLDER = PACKAGE / "demo"
 DEMOS = {"demo": "mod", "demo-dense": "dense", "demo-kv": "kv"}
 ROUTER_FOLDER = PACKAGE / "routers"
-ROUTERS = ("smollm2-kv", "coder-0.5b-kv")
+ROUTERS = ("smollm2-kv", "coder-0.5b-kv", "coder-1.5b-kv")
 """Routers alone, for models from the hub."""
 SHIPPED = (*DEMOS, *ROUTERS)
 

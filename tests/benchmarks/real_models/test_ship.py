@@ -1,4 +1,4 @@
-"""Routers that ship are the study's gates, bit for bit, under the product's names."""
+"""Routers that ship: the study's gates, bit for bit, under the product's names, or a run's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 import modlab
 from benchmarks.real_models import pack
 from benchmarks.real_models.gates import gate_values
-from benchmarks.real_models.ship import ship_run
+from benchmarks.real_models.ship import ship_run, with_measured
 from modlab.errors import ModlabError
 from modlab.routing.router import HiddenRouter
 from modlab.routing.trained import Trained
-from modlab.saving.demos import ROUTER_FOLDER, ROUTERS
+from modlab.saving.demos import ROUTER_FOLDER
 from modlab.saving.description import read_description
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.routers import read_routers
@@ -26,7 +26,7 @@ from tests.helpers.models import dense_llama
 GATES = Path(pack.__file__).parent / "gates"
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ["smollm2-kv"])
 def test_gates_are_those_of_the_study(name: str) -> None:
     """The product's routers and the study's gates say the same of the same states."""
     theirs = pack.load(GATES / f"{name.removesuffix('-kv')}.safetensors")
@@ -71,15 +71,29 @@ def test_routers_of_a_run_are_packed(tmp_path: Path, word_tokenizer: Any) -> Non
     with pytest.raises(ModlabError, match="nothing is known"):
         ship_run(run, base, "somebody/model", out, words)
     torch.nn.init.normal_(model.model.layers[1].mod_router.weight)
-    model.mod.trained = Trained({2.0: 0.1, 4.0: 0.5}, seq_len=64, tokens=1000)
+    model.mod.trained = Trained({2.0: 0.1, 4.0: 0.5}, seq_len=64, recent={2.0: 16, 4.0: 8}, tokens=1000)
     modlab.save_routers(model, run, base_model=str(base))
     ship_run(run, base, "somebody/model", out, words)
     assert "Their data, 1,000 tokens: a text" in (out / "README.md").read_text()
     again: Any = modlab.load(out, base=base)[0]
     assert again.mod.trained.savings == {2.0: 0.1, 4.0: 0.5} and again.mod.thresholds[0] == pytest.approx(0.1)
+    assert again.mod.trained.recent == {2.0: 16, 4.0: 8} and again.mod.config.keep_recent == 16
     for name, value in model.named_parameters():
         if ".mod_router." in name:
             torch.testing.assert_close(
                 again.get_parameter(name), value, rtol=1e-3, atol=value.abs().max().item() / 29
             )
     assert (out / ROUTER_FILE).stat().st_size < (run / ROUTER_FILE).stat().st_size
+
+
+def test_measured_thresholds_take_the_place_of_a_runs(tmp_path: Path) -> None:
+    """With their recent tokens, in order of the saving whatever the order of the files."""
+    run = Trained({2.0: 0.1, 4.0: 0.5}, seq_len=64, recent={2.0: 8, 4.0: 4}, tokens=1000)
+    with pytest.raises(ModlabError, match="has no threshold@SAVING.json"):
+        with_measured(run, tmp_path)
+    for saving, p, recent in ((2, 0.2, 16), (4, 0.6, 8), (16, 0.9, 2)):
+        piece = {"asked": float(saving), "threshold": p, "recent": recent, "ratio_set": saving * 1.01}
+        (tmp_path / f"threshold@{saving}.json").write_text(json.dumps(piece))
+    found = with_measured(run, tmp_path)
+    assert list(found.savings.items()) == [(2.0, 0.2), (4.0, 0.6), (16.0, 0.9)]
+    assert found.recent == {2.0: 16, 4.0: 8, 16.0: 2} and found.tokens == 1000
