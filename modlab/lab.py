@@ -280,6 +280,10 @@ REAL = "MODLAB_SMOLLM2"
 """Environment variable: a folder with SmolLM2-135M-Instruct, or "hub"."""
 
 
+RECENT = 128
+"""Latest tokens that stay anyway in the notebooks: their texts are shorter than what long ones keep at 2x."""
+
+
 def real_model() -> tuple[Any, Any] | None:
     """SmolLM2-135M with the routers that ship with modlab, and its tokenizer, for the notebooks' last cells.
 
@@ -298,7 +302,9 @@ def real_model() -> tuple[Any, Any] | None:
         )
         return None
     source = {} if base == "hub" else {"base": base}
-    return modlab.load("smollm2-kv", dtype=torch.float32, **source)  # two CPU cores are slow in bf16
+    model, tokenizer = modlab.load("smollm2-kv", dtype=torch.float32, **source)  # bf16 is slow on a CPU
+    modlab.set_keep_recent(model, RECENT)
+    return model, tokenizer
 
 
 LOCKERS = ("Ada", "Ben", "Cora", "Dan", "Ella", "Finn", "Gus", "Hana")
