@@ -453,6 +453,8 @@ def test_the_real_model_of_the_notebooks(
 
     asked: list[object] = []
     monkeypatch.setattr("modlab.load", lambda *args, **more: asked.append((args, more)) or ("model", "words"))
+    recent: list[object] = []
+    monkeypatch.setattr("modlab.set_keep_recent", lambda *given: recent.append(given))
     monkeypatch.delenv(lab.REAL, raising=False)
     assert lab.real_model() is None and lab.REAL in capsys.readouterr().out and not asked
     for given, base in (("some/folder", {"base": "some/folder"}), ("hub", {})):
@@ -460,6 +462,7 @@ def test_the_real_model_of_the_notebooks(
         assert lab.real_model() == ("model", "words")
         args, more = asked[-1]
         assert args == ("smollm2-kv",) and {**more, "dtype": None} == {**base, "dtype": None}
+        assert recent[-1] == ("model", lab.RECENT)
 
 
 def test_execute_keeps_what_ran_before_a_failing_cell(
