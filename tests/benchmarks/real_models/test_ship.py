@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import modlab
 from benchmarks.real_models import pack
 from benchmarks.real_models.gates import gate_values
-from benchmarks.real_models.ship import ship_run, with_measured
+from benchmarks.real_models.ship import ship_run, trained, with_measured
 from modlab.errors import ModlabError
 from modlab.routing.router import HiddenRouter
 from modlab.routing.trained import Trained
@@ -28,7 +28,8 @@ GATES = Path(pack.__file__).parent / "gates"
 
 @pytest.mark.parametrize("name", ["smollm2-kv"])
 def test_gates_are_those_of_the_study(name: str) -> None:
-    """The product's routers and the study's gates say the same of the same states."""
+    """The product's routers and the study's gates say the same of the same states; thresholds are the
+    product's own, as they count other recent tokens than the study's window."""
     theirs = pack.load(GATES / f"{name.removesuffix('-kv')}.safetensors")
     said = read_description(ROUTER_FOLDER / name / CONFIG_FILE, name)
     routers = read_routers(ROUTER_FOLDER / name / ROUTER_FILE, name, said.routers)
@@ -41,10 +42,17 @@ def test_gates_are_those_of_the_study(name: str) -> None:
         )
         with torch.no_grad():
             torch.testing.assert_close(mine(x), gate_values(x, theirs.of(layer)).transpose(1, 2))
-    card = json.loads((GATES / f"{name.removesuffix('-kv')}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["smollm2", "coder-0.5b"])
+def test_thresholds_of_a_gates_card_are_logits(name: str) -> None:
+    card = json.loads((GATES / f"{name}.json").read_text())
+    savings = trained(card).savings
+    assert savings.keys() == {float(ratio) for ratio in card["thresholds"]}
     for ratio, z in card["thresholds"].items():
-        p = said.trained.savings[float(ratio)]  # type: ignore[union-attr]
-        assert torch.logit(torch.tensor(p, dtype=torch.float64)).item() == pytest.approx(z)
+        assert torch.logit(torch.tensor(savings[float(ratio)], dtype=torch.float64)).item() == pytest.approx(
+            z
+        )
 
 
 @pytest.mark.parametrize("name", ["smollm2", "coder-0.5b"])
