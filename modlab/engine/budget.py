@@ -59,7 +59,8 @@ class Budget:
         if self.tokens is not None and check_count("kv_tokens", self.tokens) < self.recent:
             raise ModlabError(
                 f"kv_tokens={self.tokens} is less than the latest {self.recent} tokens (keep_recent), which "
-                "are stored whether kept or not: allow more, or convert with a smaller keep_recent."
+                "are stored whether kept or not: allow more, or have fewer of them "
+                "(modlab.set_keep_recent, a larger modlab.set_kv_saving)."
             )
         if self.mib is not None and not check_number("kv_mib", self.mib) > 0:
             raise ModlabError(f"kv_mib={self.mib} has to be above 0.")

@@ -98,8 +98,13 @@ class LeavingPrefill(RoutedPrefill):
         projections = which(self.attention, self.trained)
         if self.new is None and (width := getattr(self.attention, "head_dim", None)):
             narrow = projections | {"q_proj": lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)}
-            with contextlib.suppress(RuntimeError):  # a family that asks for all heads of a query
+            try:
                 return self._run(narrow, args, kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a family that asks for all heads of a query
+                if self.new is not None:  # not that: keys are being written already
+                    raise
         return self._run(projections, args, kwargs)
 
     def _run(self, projections: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

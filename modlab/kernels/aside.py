@@ -11,7 +11,6 @@ not know of it: what is launched aside later waits for all that the other stream
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -21,9 +20,12 @@ import torch
 _of_thread = threading.local()
 
 
-@functools.cache
 def _stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
+    """This thread's own: another one may be capturing."""
+    streams = _of_thread.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 @contextlib.contextmanager

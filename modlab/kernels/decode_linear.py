@@ -134,7 +134,7 @@ def decode_linear(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Te
         )  # fmt: skip
         return out
     tile = NARROW if E <= FEW_OUTPUTS else WIDE
-    x_BD = x_B1D.reshape(rows, D).contiguous()
+    x_BD = x_B1D.reshape(rows, D).to(weight_ED.dtype).contiguous()
     _rows_times_matrix[(triton.cdiv(E, tile.outputs),)](
         x_BD, weight_ED, bias, out, x_BD.stride(0), weight_ED.stride(0), rows, D, E,
         HAS_BIAS=bias_E is not None, BLOCK_B=MOST_ROWS, BLOCK_D=tile.inputs, BLOCK_E=tile.outputs,

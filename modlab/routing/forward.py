@@ -185,6 +185,8 @@ class ForwardHooks:
             raise ModlabError(
                 f"the input has {longest} tokens, the model's context is {context}: {beyond_context(module)}."
             )
+        # a step's own settings are for its rows, not for what is generated between two steps
+        of_rows = module.training and not of_thread.generates
         steps = [(recording, RoutingStep(real, position_ids)) for recording in of_thread.recordings]
         for recording, step in steps:
             recording.steps.append(step)
@@ -194,10 +196,10 @@ class ForwardHooks:
             what_if=self._what_if,
             generates=of_thread.generates,
             noise=routing.noise,
-            row_shift=routing.row_shift if module.training else None,
+            row_shift=routing.row_shift if of_rows else None,
             masked=of_thread.masked,
             override=of_thread.override,
-            recent=(routing.row_recent if module.training else None) or routing.recent,
+            recent=(routing.row_recent if of_rows else None) or routing.recent,
             padding_mask=mask,
             documents=documents,
             asked=_asked(of_thread.logits_to_keep, T, tokens.device),

@@ -420,10 +420,14 @@ def thresholds_restored_on_error(model: PreTrainedModel) -> Iterator[None]:
     see its new ones once it has succeeded."""
     routing = routing_of(model)
     with thresholds_restored(model):
+        before, config_before = dict(routing.thresholds), routing.config
         yield
         found, config = dict(routing.thresholds), routing.config
-    set_threshold(model, found)
-    routing.set_config(config)
+    # what the block left alone may have been set by another thread meanwhile
+    if moved := {layer: p for layer, p in found.items() if p != before[layer]}:
+        set_threshold(model, moved)
+    if config is not config_before:
+        routing.set_config(config)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modlab.errors import ModlabError
 from modlab.routing.router import ROUTER, is_router
-from modlab.routing.state import routing_of, set_threshold
+from modlab.routing.state import routing_of, set_keep_recent, set_threshold
 from modlab.saving.base_check import check_base
 from modlab.saving.demos import ROUTERS, folder_named
 from modlab.saving.description import read_description
@@ -63,9 +63,13 @@ def start_from(model: Any, source: str | Path, **hub_arguments: Any) -> list[str
             f"this model has {_form(routing_of(model).config)}. Convert with the same gates and "
             "router_hidden."
         )
+    routing = routing_of(model)
+    routing.forget_origin()
     with torch.no_grad():
         for key in taken:
             own[key].copy_(found[key])
+    if routing.recent is not None and description.config.recent_stored:
+        set_keep_recent(model, description.config.keep_recent)  # its thresholds count on them
     routers = [key.split(".") for key in taken if f".{ROUTER}." in key]
     routed = {int(part) for parts in routers for part in parts if part.isdigit()}
     if routed and not routing_of(model).skip.decides_itself:

@@ -132,6 +132,12 @@ def thresholds_by_ratio(
                 if recent_range is not None:
                     set_keep_recent(model, recent_at(recent_range, ratio, context, model.mod.most_recent))
                 keep_ratio = keep_for_saving(model, ratio, context)
+                if keep_ratio < low <= 1 / ratio:  # for the recent tokens' sake
+                    warnings.warn(
+                        f"No threshold for {ratio:g}x: in texts of {context:,} tokens gates would have to "
+                        f"keep {keep_ratio:.3g}, less than the {low:g} that they are trained to (keep_range).",
+                        stacklevel=2,
+                    )
                 if low <= keep_ratio <= high:
                     found[ratio] = dict(
                         calibrate(

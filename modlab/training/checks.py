@@ -95,6 +95,19 @@ def check_fit(model: Any, source: Batches, what: str) -> None:
         )
 
 
+def check_recent(config: TrainConfig, model: Any) -> None:
+    """Recent tokens by saving need a skip that has such.
+
+    Raises:
+        ModlabError: it has none.
+    """
+    if config.recent_range is not None and is_converted(model) and model.mod.recent is None:
+        raise ModlabError(
+            f"recent_range={config.recent_range}: with skip={model.mod.skip.name!r} no token is seen for "
+            "being recent. Leave it out (with a recipe: recent_range=None)."
+        )
+
+
 def nothing_to_learn(model: Any, length: int) -> str:
     """Why rows of at most `length` tokens teach the routers nothing; "" if they do."""
     if not is_converted(model):

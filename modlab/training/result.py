@@ -34,7 +34,8 @@ class TrainResult:
         stopped: why it ended: "finished", "time" (max_minutes), "interrupted", or "data" (a one-time stream
             ended).
         thresholds: of objective="distil" with a keep_range: by ratio (2.0, 4.0, ...), the thresholds by layer
-            that keep so much less; `modlab.set_threshold(model, result.thresholds[4.0])`.
+            that keep so much less, with the recent tokens that go with them: `modlab.set_kv_saving(model, 4)`
+            sets both.
     """
 
     history: pd.DataFrame

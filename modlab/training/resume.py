@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modlab.errors import ModlabError
+from modlab.routing.state import set_keep_recent
 from modlab.training.checkpoints import checkpoints, read_state
 from modlab.training.config import TrainConfig
 from modlab.training.folder import LOG, same
@@ -54,6 +55,14 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
             f"{out} already holds a run, and resume={str(path)!r} is of another one: choose another folder."
         )
     return path
+
+
+def resume_recent(path: Path, model: Any) -> None:
+    """The model has the recent tokens of the checkpoint's run again: a finished run with a `recent_range` has
+    left it those of a saving."""
+    was = read_state(path).run.get("mod")
+    if isinstance(was, dict) and isinstance(tokens := was.get("keep_recent"), int):
+        set_keep_recent(model, tokens)
 
 
 def check_resumable(path: Path, description: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ from modlab.training.checkpoints import (
 from modlab.training.checks import (
     check_fit,
     check_processes,
+    check_recent,
     check_rows_teach,
     check_teacher,
     choose_objective,
@@ -57,7 +58,7 @@ from modlab.training.monitor import Monitor
 from modlab.training.processes import Processes
 from modlab.training.reach import Reach
 from modlab.training.result import Stopped, TrainResult
-from modlab.training.resume import check_resumable, find_checkpoint
+from modlab.training.resume import check_resumable, find_checkpoint, resume_recent
 from modlab.training.schedule import keep_target
 from modlab.training.sharding import reshard, whole_state
 from modlab.training.step import Step
@@ -91,10 +92,12 @@ class Run:
         self.source = open_batches(batches)
         self.eval_source = _repeatable(eval_data)
         check_fit(model, self.source, "batches")
-        check_rows_teach(model, self.source, self.objective)
+        if config.recent_range is None:  # else rows have fewer recent tokens than they store
+            check_rows_teach(model, self.source, self.objective)
         if self.eval_source is not None:
             check_fit(model, self.eval_source, "eval_data")
         check_distillation(config, teacher)
+        check_recent(config, model)
         check_teacher(config, model, teacher)
         self.processes = Processes()
         check_processes(config, self.source, self.processes.world)
@@ -105,8 +108,10 @@ class Run:
             )
         self.steps = _steps(config, self.source, self.processes.world)
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self.description = self._description()
         checkpoint = find_checkpoint(config)
+        if checkpoint is not None and config.recent_range is not None:
+            resume_recent(checkpoint, model)
+        self.description = self._description()
         if checkpoint is not None:
             check_resumable(checkpoint, self.description)
 
@@ -459,7 +464,7 @@ class Run:
         """What is known of the routers from here on; with recent tokens by saving the model gets those, and
         the threshold, of the saving that was asked for."""
         recent_range, routing = self.config.recent_range, self.model.mod
-        asked = saving_for_keep(self.model, self.config.keep_ratio)
+        asked = round(saving_for_keep(self.model, self.config.keep_ratio), 6)
         recent = (
             {}
             if recent_range is None

@@ -145,8 +145,10 @@ class Step:
         return norm.detach() / self.processes.world
 
     def forget(self) -> None:
-        """No gradient is left."""
+        """No gradient is left, and nothing of the step's rows."""
         self.adamw.zero_grad(set_to_none=True)
+        if self.distillation is not None:
+            self.routing.row_shift = self.routing.row_recent = None
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | Zero:

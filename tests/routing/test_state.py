@@ -370,3 +370,25 @@ def test_recent_tokens_fit_into_a_sliding_window() -> None:
         modlab.set_keep_recent(model, 12)
     modlab.set_keep_recent(model, 11)
     assert with_recent(4).mod.most_recent is None
+
+
+def test_what_a_block_leaves_alone_another_thread_may_set_meanwhile() -> None:
+    model = with_recent(6)
+    layer = model.mod.layers[0]
+    with thresholds_restored_on_error(model):
+        other = threading.Thread(
+            target=lambda: (modlab.set_keep_recent(model, 9), modlab.set_threshold(model, 0.9))
+        )
+        other.start()
+        other.join(60)
+        modlab.set_threshold(model, 0.2, layers=[layer])
+    assert model.mod.recent == 9
+    assert model.mod.thresholds[layer] == 0.2 and set(model.mod.thresholds.values()) == {0.2, 0.9}
+
+
+@torch.no_grad()
+def test_a_steps_rows_are_not_what_is_generated_between_two_steps() -> None:
+    model = with_recent(6).train()
+    told = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    model.mod.row_recent, model.mod.row_shift = 20, torch.full((5,), 3.0)  # of five rows
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None), told)

@@ -197,6 +197,8 @@ def test_evaluations_in_a_run_know_no_thresholds_of_rows() -> None:
 
     class Watcher:
         def step(self, step: int, share: float) -> bool:
+            assert model.mod.row_shift is None and model.mod.row_recent is None
+            model.mod.row_shift = torch.full((4,), 3.0)
             model.eval()
             for shift in (model.mod.row_shift, None):
                 before, model.mod.row_shift = model.mod.row_shift, shift
@@ -261,6 +263,21 @@ def test_recent_tokens_go_with_the_rows_savings(monkeypatch: pytest.MonkeyPatch)
             assert call.recent == {2.0: 16, 4.0: 8, 8.0: 4, 16.0: 2}[near]
     assert {step_saving(step) for step in range(8)} == {2.0, 4.0, 8.0, 16.0}
     assert model.mod.row_recent is None and model.mod.recent == HEADS["keep_recent"]
+
+
+def test_recent_tokens_by_saving_need_a_skip_that_has_some() -> None:
+    model = modlab.convert(dense_llama(0, **SIZES), modlab.MoDConfig(skip="layer", layers="all"))
+    with pytest.raises(ModlabError, match="skip='layer' no token is seen for being recent"):
+        modlab.train(model, texts(), distil(keep_range=(0.1, 0.8), recent_range=(2, 16)))
+
+
+def test_a_finished_run_with_recent_tokens_by_saving_goes_on(tmp_path: Path) -> None:
+    model = routed(max_position_embeddings=8192)
+    settings = {"keep_range": (0.04, 0.8), "recent_range": (128, 1024), "keep_ratio": 0.25, "calibrate": True}
+    modlab.train(model, texts(), distil(out=tmp_path, steps=4, save_every=2, **settings))
+    assert model.mod.recent == 512
+    result = modlab.train(model, texts(), distil(out=tmp_path, steps=6, resume="auto", **settings))
+    assert result.steps == 6
 
 
 def test_a_steps_gradient_is_that_of_a_model_with_its_recent_tokens() -> None:
