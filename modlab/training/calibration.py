@@ -135,7 +135,7 @@ def thresholds_by_ratio(
                 if keep_ratio < low <= 1 / ratio:  # for the recent tokens' sake
                     warnings.warn(
                         f"No threshold for {ratio:g}x: in texts of {context:,} tokens gates would have to "
-                        f"keep {keep_ratio:.3g}, less than the {low:g} that they are trained to (keep_range).",
+                        f"keep {keep_ratio:.3g}, less than the {low:g} they are trained to (keep_range).",
                         stacklevel=2,
                     )
                 if low <= keep_ratio <= high:

@@ -57,8 +57,9 @@ class TrainConfig:
             range, drawn evenly by ratio.
         recent_range: with "distil" and a keep_range: how many of the latest tokens are seen whether kept or
             not (`MoDConfig.keep_recent`), from the second at 2x less K/V to the first at 16x. Each step has
-            one of these numbers, for rows that are near its saving; `modlab.set_kv_saving` sets it with the
-            threshold. The model keeps its own until then.
+            one of these numbers, and its rows with thresholds of their own are near that saving; rows of the
+            target have it too, so their `kl` goes up and down from step to step. `modlab.set_kv_saving`
+            sets it with the threshold; a run ends at those of its keep_ratio.
         lam: weight of the target, budget or distillation's pull.
         per_layer: every layer has to keep keep_ratio, instead of their mean.
         alpha: weight of the load term.
