@@ -53,7 +53,8 @@ def distilled_sentence(root: Path) -> str:
         f"({made['tokens'] / 1e6:.0f} M tokens, `router_lr` .004) the same model stores "
         f"{two['ratio']:.1f}x less at a KL of {two['kl_far']:.4f} to the dense model, and "
         f"at most {_gap(two)} nats of recall are lost up to {max(map(int, two['recall_gap'])):,} tokens; "
-        f"{_lost(four)}. Its sibling of 1.5 B, after {large['tokens'] / 1e6:.1f} M tokens: {more}. Beyond 4x recall falls."
+        f"{_lost(four)}. Its sibling of 1.5 B, after {large['tokens'] / 1e6:.1f} M tokens: {more}. "
+        "Beyond 4x recall falls."
     )
 
 
