@@ -212,6 +212,7 @@ def test_padding_inside_a_row_is_told_from_padding_around_it(rows: list[str], ga
         what_if=False,
         masked=False,
         override=None,
+        recent=None,
         padding_mask=real,
     )
     assert call.has_gaps == gaps
