@@ -129,9 +129,7 @@ def thresholds_by_ratio(
     for ratio in RATIOS:
         try:
             with thresholds_restored(model), autocast():
-                if recent_range is not None:
-                    set_keep_recent(model, recent_at(recent_range, ratio, context, model.mod.most_recent))
-                keep_ratio = keep_for_saving(model, ratio, context)
+                keep_ratio = keep_with_recent(model, recent_range, ratio, context)
                 if keep_ratio < low <= 1 / ratio:  # for the recent tokens' sake
                     warnings.warn(
                         f"No threshold for {ratio:g}x: in texts of {context:,} tokens gates would have to "
@@ -164,6 +162,16 @@ def keep_for_saving(model: Any, kv_saving: float, context: int) -> float:
     holding = sum(attention_name(layer) is not None for layer in decoder_layers(model))
     recent = recent_share(model.mod.config, context)
     return unbounded_keep_ratio(kv_saving, len(model.mod.layers), holding, recent)
+
+
+def keep_with_recent(
+    model: Any, recent_range: tuple[int, int] | None, kv_saving: float, context: int
+) -> float:
+    """As `keep_for_saving`, with the recent tokens that go with the saving, which the model has from here on;
+    without a range with those that it has."""
+    if recent_range is not None:
+        set_keep_recent(model, recent_at(recent_range, kv_saving, context, model.mod.most_recent))
+    return keep_for_saving(model, kv_saving, context)
 
 
 def saving_for_keep(model: Any, keep_ratio: float) -> float:

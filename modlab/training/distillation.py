@@ -30,8 +30,8 @@ from modlab.routing.noise import Noise
 from modlab.routing.recent_tokens import recent_at
 from modlab.routing.record import RoutingStep, kept_share
 from modlab.routing.router import logit_of
-from modlab.routing.state import record_routing, routing_off, set_keep_recent, thresholds_restored
-from modlab.training.calibration import keep_for_saving, saving_for_keep, saving_text
+from modlab.routing.state import record_routing, routing_off, thresholds_restored
+from modlab.training.calibration import keep_with_recent, saving_for_keep, saving_text
 from modlab.training.config import TrainConfig
 from modlab.training.divergence import divergence
 from modlab.training.head import Head
@@ -201,9 +201,8 @@ class Distillation:
             return config.keep_ratio
         saving = saving_for_keep(self.base, config.keep_ratio)
         context = saving_text(self.base, 1)
-        recent = recent_at(config.recent_range, saving, context, self.routing.most_recent)
-        set_keep_recent(self.base, recent)
-        return max(keep_for_saving(self.base, saving, context), min(config.keep_range or (0.0,)))
+        keep_ratio = keep_with_recent(self.base, config.recent_range, saving, context)
+        return max(keep_ratio, min(config.keep_range or (0.0,)))
 
     def _see(self, step: RoutingStep) -> None:
         if self.control is not None:

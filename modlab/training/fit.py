@@ -25,11 +25,10 @@ from tqdm.auto import tqdm
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_layers
 from modlab.hf.model import check_model, context_length, device_of, eval_mode
-from modlab.routing.recent_tokens import recent_at
 from modlab.routing.router import Router
-from modlab.routing.state import Routing, routing_of, set_keep_recent, set_threshold, thresholds_restored
+from modlab.routing.state import Routing, routing_of, set_threshold, thresholds_restored
 from modlab.routing.trained import Trained
-from modlab.training.calibration import calibrate_trained, common, keep_for_saving, saving_text
+from modlab.training.calibration import calibrate_trained, common, keep_with_recent, saving_text
 from modlab.training.contexts import contexts, prompt_ids
 from modlab.training.fit_config import FitConfig
 from modlab.training.fit_pass import FitPass, sample_size
@@ -148,15 +147,13 @@ def _trained(model: Any, steps: FitPass, config: FitConfig, tokens: int) -> Trai
     length = saving_text(model, steps.length)
     for saving in SAVINGS:
         with thresholds_restored(model):
-            if config.recent_range is not None:
-                recent[saving] = recent_at(config.recent_range, saving, length, model.mod.most_recent)
-                set_keep_recent(model, recent[saving])
-            wanted = keep_for_saving(model, saving, length)
+            wanted = keep_with_recent(model, config.recent_range, saving, length)
+            recent[saving] = model.mod.config.keep_recent
         if wanted > 0:
             savings[saving] = 1 / (1 + math.exp(asked - steps.logit_keeping(wanted)))
     rising = common({saving: {0: p} for saving, p in savings.items() if 0 < p < 1})
     method = f"fitted to scores of {tokens:,} tokens in closed form, nothing trained"
-    recent = {saving: recent[saving] for saving in rising} if recent else {}
+    recent = {saving: recent[saving] for saving in rising} if config.recent_range is not None else {}
     return Trained(savings=rising, seq_len=length, recent=recent, tokens=tokens, method=method)
 
 

@@ -44,14 +44,19 @@ class Ran:
         return [sys.executable, "-c", self.programs[part.what]], dict(os.environ)
 
 
-def test_parts_share_the_gpus_in_their_order(tmp_path: Path) -> None:
-    """Two of one GPU side by side, and one of both after them, though one of the two fails."""
-    meet = (
+def meeting_in(folder: Path) -> str:
+    """A program that waits for another one of its kind."""
+    return (
         "import pathlib, sys, time\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
         "(folder / sys.argv[1]).touch()\n"
         "while len(list(folder.glob('here *'))) < 2: time.sleep(0.05)\n"
     )
+
+
+def test_parts_share_the_gpus_in_their_order(tmp_path: Path) -> None:
+    """Two of one GPU side by side, and one of both after them, though one of the two fails."""
+    meet = meeting_in(tmp_path)
     programs = {
         "a": f"import sys; sys.argv.append('here a')\n{meet}",
         "b": f"import sys; sys.argv.append('here b')\n{meet}sys.exit(3)",
@@ -89,12 +94,7 @@ def test_limits_end_parts_and_the_call(tmp_path: Path) -> None:
 
 def test_parts_that_are_not_timed_share_gpus(tmp_path: Path) -> None:
     """Two that want both GPUs run at once; a timed one waits for them, and they would for it."""
-    meet = (
-        "import pathlib, sys, time\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "(folder / sys.argv[1]).touch()\n"
-        "while len(list(folder.glob('here *'))) < 2: time.sleep(0.05)\n"
-    )
+    meet = meeting_in(tmp_path)
     programs = {
         "a": f"import sys; sys.argv.append('here a')\n{meet}",
         "b": f"import sys; sys.argv.append('here b')\n{meet}",
