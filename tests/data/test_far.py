@@ -51,6 +51,17 @@ def test_distances_reach_over_the_whole_row(rows: torch.Tensor) -> None:
     assert max(apart) > 0.85 * T and min(apart) <= 64
 
 
+def test_far_distances_come_as_often_as_near_ones(rows: torch.Tensor) -> None:
+    drawn = np.random.default_rng(0)
+    pairs = np.array([far._far_pair(255, 1, drawn) for _ in range(8000)])
+    counts, _ = np.histogram(pairs[:, 1] - pairs[:, 0], bins=8, range=(1, 255))
+    assert pairs.min() >= 0 and pairs.max() <= 254
+    assert all(abs(counts / 1000 - 1) < 0.15), counts
+    apart = [d for row in data.with_repeats(rows, passages=1.0, lines=0.0) for d in repetitions(row)]
+    counts, _ = np.histogram(apart, bins=4, range=(0, T))
+    assert counts[3] > counts.sum() / 16, counts
+
+
 def test_lines_come_in_pairs_and_in_no_form_of_the_probe(rows: torch.Tensor) -> None:
     tokenizer = character_tokenizer(bos_token="<s>", eos_token="</s>")
     changed = data.with_repeats(rows, tokenizer, passages=0.0, lines=1.0)
