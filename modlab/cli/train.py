@@ -70,7 +70,15 @@ def add(command: Command) -> None:
     )  # fmt: skip
     distil.add_argument(
         "--repeats", action=argparse.BooleanOptionalAction, default=True,
-        help="passages and key-value lines come again in half of the rows, at all distances",
+        help="passages and key-value lines come again in some of the rows, at all distances",
+    )  # fmt: skip
+    distil.add_argument(
+        "--passages", metavar="SHARE", type=float,
+        help="of the rows, in which passages come again (default: 0.25)",
+    )  # fmt: skip
+    distil.add_argument(
+        "--lines", metavar="SHARE", type=float,
+        help="of the rows, in which key-value lines come again (default: 0.2)",
     )  # fmt: skip
     distil.add_argument(
         "--lengths", metavar="T,T", type=read_integers,
@@ -100,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         given = {"ramp": 0.0, **given}
     config = _checked(options, given)  # before a model is loaded and text is tokenised for nothing
     _check_lengths(options)
+    _shares(options)
     if config.kl and options.teacher is None:
         raise ModlabError(f"--kl {config.kl} needs --teacher MODEL.")
 
@@ -127,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
             "--recipe, --kv-saving and --start are for a dense MODEL that is converted; this one is not: say "
             "--objective, --keep-ratio and so on."
         )
+    _check_distils(options, config)
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
 
     def rows(split: str, limit: int | None) -> Any:
@@ -191,6 +201,40 @@ def _check_lengths(options: argparse.Namespace) -> None:
         )
 
 
+def _check_distils(options: argparse.Namespace, config: Any) -> None:
+    """Flags that change a distillation are for one.
+
+    Raises:
+        ModlabError: a flag that nothing would use.
+    """
+    names = ("fit_tokens", "passages", "lines", "lengths")
+    unused = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if unused and config.objective != "distil":
+        raise ModlabError(
+            f"{', '.join(unused)}: used with --objective distil only; this run's is {config.objective!r}."
+        )
+
+
+def _shares(options: argparse.Namespace) -> dict[str, float]:
+    """Of rows with repeated passages and with repeated lines, as `data.with_repeats` takes them.
+
+    Raises:
+        ModlabError: shares that are none, or are asked for together with --no-repeats.
+    """
+    from modlab.data.far import LINES_SHARE, PASSAGES_SHARE, check_shares
+
+    asked = {"passages": options.passages, "lines": options.lines}
+    given = {name: share for name, share in asked.items() if share is not None}
+    if not options.repeats:
+        if given:
+            flags = " ".join(f"--{name} {share:g}" for name, share in given.items())
+            raise ModlabError(f"--no-repeats leaves no rows for {flags}: give one or the other.")
+        return {"passages": 0.0, "lines": 0.0}
+    shares = {"passages": PASSAGES_SHARE, "lines": LINES_SHARE, **given}
+    check_shares(**shares)
+    return shares
+
+
 def _fit(options: argparse.Namespace, model: Any, tokenizer: Any, data: Any, taken: list[str]) -> None:
     """Before a fresh run: routers are fitted, or projections above the point of leaving, unless the tensors
     `taken` from elsewhere hold them."""
@@ -224,10 +268,10 @@ def _distilled(
 
     if options.fit_tokens != 0 and model.mod.trained is None and not checkpoints(options.out):
         _fit(options, model, tokenizer, data, taken)
-    shares = {} if options.repeats else {"passages": 0.0, "lines": 0.0}
+    shares = _shares(options)
     if options.lengths:
         tokens = config.batch_size * row_length(options, model)
         return mixed_lengths(
             data, tokenizer, lengths=options.lengths, tokens=tokens, seed=config.seed, **shares
         )
-    return with_repeats(data, tokenizer, seed=config.seed) if options.repeats else data
+    return with_repeats(data, tokenizer, seed=config.seed, **shares) if any(shares.values()) else data

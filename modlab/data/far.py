@@ -18,6 +18,9 @@ from modlab.errors import ModlabError, check_count, check_number
 if TYPE_CHECKING:
     from torch import Tensor
 
+PASSAGES_SHARE, LINES_SHARE = 0.25, 0.2
+"""Of the rows, unless asked otherwise."""
+
 PASSAGES = (16, 32, 64, 128, 256)
 """Lengths of repeated passages, in tokens."""
 
@@ -27,7 +30,12 @@ LINES, LINE = 4000, 32  # made-up lines, and the most tokens of one
 
 
 def with_repeats(
-    rows: Any, tokenizer: Any = None, *, passages: float = 0.25, lines: float = 0.2, seed: int = 0
+    rows: Any,
+    tokenizer: Any = None,
+    *,
+    passages: float = PASSAGES_SHARE,
+    lines: float = LINES_SHARE,
+    seed: int = 0,
 ) -> Tensor:
     """Rows, in some of which passages come again, in others lines of made-up keys and values.
 
@@ -49,11 +57,7 @@ def with_repeats(
     """
     import torch
 
-    for name, share in (("passages", passages), ("lines", lines)):
-        if not 0 <= check_number(name, share) <= 1:
-            raise ModlabError(f"{name}={share}: a share of the rows, in [0, 1].")
-    if passages + lines > 1:
-        raise ModlabError(f"passages={passages} and lines={lines} together are more than all rows.")
+    check_shares(passages, lines)
     check_count("seed", seed, 0)
     table = _as_table(rows).copy()
     drawn = np.random.default_rng(seed)
@@ -67,14 +71,27 @@ def with_repeats(
     return torch.from_numpy(table)
 
 
+def check_shares(passages: float, lines: float) -> None:
+    """They are shares of the same rows.
+
+    Raises:
+        ModlabError: one outside [0, 1], or both together more than all rows.
+    """
+    for name, share in (("passages", passages), ("lines", lines)):
+        if not 0 <= check_number(name, share) <= 1:
+            raise ModlabError(f"{name}={share}: a share of the rows, in [0, 1].")
+    if passages + lines > 1:
+        raise ModlabError(f"passages={passages} and lines={lines} together are more than all rows.")
+
+
 def mixed_lengths(
     rows: Any,
     tokenizer: Any = None,
     *,
     lengths: Sequence[int],
     tokens: int,
-    passages: float = 0.25,
-    lines: float = 0.2,
+    passages: float = PASSAGES_SHARE,
+    lines: float = LINES_SHARE,
     seed: int = 0,
 ) -> list[Tensor]:
     """Batches for `modlab.train`, each of rows of one length, the lengths in turn: routers that are to work

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,12 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 import modlab
-from modlab.cli.program import main
-from modlab.cli.train import _check_lengths, _checked, _distilled
+from modlab.cli.program import build_parser, main
+from modlab.cli.train import _check_distils, _check_lengths, _checked, _distilled, _shares
+from modlab.data import mixed_lengths, with_repeats
 from modlab.errors import ModlabError
 from modlab.training.config import TrainConfig
 from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.tokenizers import make_tokenizer
+
+
+def _options(*words: str, out: Path = Path("run")) -> Namespace:
+    """Of a command as a user types it."""
+    return build_parser().parse_args(["train", "m", "--data", "d", "--out", str(out), *words])
 
 
 @pytest.mark.parametrize("skip", ["kv+prompt", "prompt"])
@@ -24,7 +32,7 @@ def test_projections_are_fitted_where_prompts_leave(
 ) -> None:
     model = modlab.convert(dense_llama(), modlab.MoDConfig(skip=skip))  # type: ignore[arg-type]
     rows = torch.randint(3, 48, (8, 32))
-    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None, seq_len=32)
+    options = _options("--no-repeats", "--seq-len", "32", out=tmp_path)
     config = TrainConfig(steps=1, objective="distil")
     for tokens, taken, fitted in ((None, [], 1), (0, [], 0), (64, ["x.mod_projections.k_proj.weight"], 0)):
         options.fit_tokens = tokens
@@ -35,7 +43,7 @@ def test_projections_are_fitted_where_prompts_leave(
 
 def test_what_has_no_fit_is_distilled_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="mlp"))
-    options = Namespace(fit_tokens=None, out=tmp_path, repeats=False, lengths=None)
+    options = _options("--no-repeats", out=tmp_path)
     rows = torch.randint(3, 48, (8, 32))
     assert _distilled(options, TrainConfig(steps=1, objective="distil"), model, None, rows, []) is rows
     assert "Nothing is fitted first" in capsys.readouterr().out
@@ -97,3 +105,88 @@ def test_flags_given_with_a_recipe_are_checked_with_what_the_recipe_says() -> No
             _checked(distil, {"tokens": 9, **given})
     with pytest.raises(ModlabError, match="keep_range needs"):
         _checked(Namespace(recipe=None), {"tokens": 9, "keep_range": (0.04, 0.67)})
+
+
+def test_shares_of_rows_with_repeats_go_to_the_rows_and_to_batches_of_several_lengths() -> None:
+    rows = torch.arange(1024).repeat(200, 1)
+    config = TrainConfig(steps=1, batch_size=1, objective="distil")
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="kv"))
+    fixed = ("--fit-tokens", "0", "--lines", "0", "--passages")
+    for share in ("0.25", "0.75"):
+        made = _distilled(_options(*fixed, share), config, model, None, rows, [])
+        assert torch.equal(made, with_repeats(rows, passages=float(share), lines=0.0))
+        changed = float((made != rows).any(1).float().mean())
+        assert abs(changed - float(share)) < 0.1
+        of_lengths = _distilled(
+            _options(*fixed, share, "--lengths", "512,1024", "--seq-len", "1024"),
+            config,
+            model,
+            None,
+            rows,
+            [],
+        )
+        wanted = mixed_lengths(rows, lengths=(512, 1024), tokens=1024, passages=float(share), lines=0.0)
+        assert all(torch.equal(*pair) for pair in zip(of_lengths, wanted, strict=True))
+    assert _distilled(_options(*fixed, "0"), config, model, None, rows, []) is rows
+
+
+def test_shares_that_are_not_given_are_those_of_with_repeats(capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {
+        name: inspect.signature(with_repeats).parameters[name].default for name in ("passages", "lines")
+    }
+    assert _shares(_options()) == defaults
+    assert _shares(_options("--passages", "0.5")) == {**defaults, "passages": 0.5}
+    assert _shares(_options("--no-repeats")) == {"passages": 0.0, "lines": 0.0}
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, share in defaults.items():
+        assert re.search(rf"--{name} SHARE of the rows, in which [\w -]+ \(default: {share}\)", said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--no-repeats", "--passages", "0.5"), "--no-repeats leaves no rows for --passages 0.5: give one"),
+        (("--no-repeats", "--lines", "0"), "--no-repeats leaves no rows for --lines 0: give one"),
+        (("--passages", "1.5"), r"passages=1.5: a share of the rows"),
+        (("--lines", "-1"), r"lines=-1.0: a share of the rows"),
+        (("--passages", "0.9"), "passages=0.9 and lines=0.2 together are more than all rows"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused_before_a_model_is_loaded(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "no/such/model", "--data", "d", "--out", "o", "--steps", "1", *words]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "words", [("--passages", "0.3"), ("--lines", "0"), ("--lengths", "32"), ("--fit-tokens", "0")]
+)
+def test_flags_of_a_distillation_are_refused_for_another_objective(words: tuple[str, ...]) -> None:
+    options = _options(*words)
+    _check_distils(options, TrainConfig(steps=1, objective="distil"))
+    with pytest.raises(ModlabError, match=f"{words[0]}: used with --objective distil only; .*'none'"):
+        _check_distils(options, TrainConfig(steps=1, objective="none"))
+
+
+def test_a_resumed_run_notices_other_shares_as_other_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both change the rows, which a run is resumed with as they were."""
+    dense_llama().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 90}" for i in range(9000)))
+    words = ["train", str(tmp_path / "tiny"), "--recipe", "distil", "--data", str(tmp_path / "text.txt")]
+    words += ["--fit-tokens", "0", "--heldout-tokens", "0", "--no-calibrate", "--device", "cpu"]
+    words += ["--seq-len", "300", "--batch-size", "2", "--save-every", "1", "--out", str(tmp_path / "run")]
+    words += ["--kv-saving", "1.5", "--keep-range", "0.1,0.9", "--recent-range", "8,32"]
+    assert main([*words, "--passages", "0.5", "--steps", "1"]) == 0
+    again = [*words, "--steps", "2", "--resume", "auto"]
+    capsys.readouterr()
+    for other in (("--passages", "0.6"), (), ("--passages", "0.5", "--lines", "0.4"), ("--no-repeats",),
+                  ("--passages", "0.5", "--lengths", "150,300")):  # fmt: skip
+        assert main([*again, *other]) == 2, other
+        assert re.search(r"needs the data and the settings.*data\.", capsys.readouterr().err), other
+    assert main([*again, "--passages", "0.5"]) == 0
