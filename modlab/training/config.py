@@ -60,6 +60,9 @@ class TrainConfig:
             one of these numbers, and its rows with thresholds of their own are near that saving; rows of the
             target have it too, so their `kl` goes up and down from step to step. `modlab.set_kv_saving`
             sets it with the threshold; a run ends at those of its keep_ratio.
+        row_weight: with "distil" and a keep_range: rows with thresholds of their own count (furthest ratio /
+            theirs) ** row_weight times in the loss. KL grows faster than the ratio, so that with 0 the
+            furthest rows decide what routers learn; 1 lets rows of 2x say as much as rows of 16x.
         lam: weight of the target, budget or distillation's pull.
         per_layer: every layer has to keep keep_ratio, instead of their mean.
         alpha: weight of the load term.
@@ -111,6 +114,7 @@ class TrainConfig:
     keep_ratio: float = 0.45
     keep_range: tuple[float, float] | None = None
     recent_range: tuple[int, int] | None = None
+    row_weight: float = 0.0
     lam: float = 2.0
     per_layer: bool = False
     alpha: float = 0.01
@@ -149,7 +153,7 @@ class TrainConfig:
         for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ModlabError(f"{name}={getattr(self, name)} has to be above 0.")
-        for name in ("warmup", "weight_decay", "lam", "alpha", "bce", "kl"):
+        for name in ("warmup", "weight_decay", "row_weight", "lam", "alpha", "bce", "kl"):
             if not getattr(self, name) >= 0:
                 raise ModlabError(f"{name}={getattr(self, name)} has to be 0 or more.")
         for name in ("hold", "ramp", "what_if", "min_lr_ratio", "cooldown"):
@@ -170,6 +174,11 @@ class TrainConfig:
                     f"recent_range={self.recent_range} needs objective='distil' and a keep_range: the tokens "
                     "go with savings."
                 )
+        if self.row_weight and (self.objective != "distil" or self.keep_range is None):
+            raise ModlabError(
+                f"row_weight={self.row_weight} needs objective='distil' and a keep_range: it weighs rows by "
+                "their savings."
+            )
         for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ModlabError(

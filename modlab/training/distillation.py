@@ -65,6 +65,7 @@ class Distillation:
         self.control = (
             ThresholdControl(layers, False, processes.device) if config.keep_range is not None else None
         )
+        self.weight_B: Tensor | None = None  # of the rows that have begun; None: all alike
 
     @torch.no_grad()
     def prime(
@@ -85,8 +86,9 @@ class Distillation:
 
     def begin_rows(self, part: Batch, noise: Noise, target: float, step: int) -> None:
         """Gives rows of the next forward their thresholds: 0 for those that the target is for. With recent
-        tokens by saving, the others are near the step's saving, within twice and half of it."""
-        self.routing.row_shift = None
+        tokens by saving, the others are near the step's saving, within twice and half of it. They count as
+        `row_weight` says."""
+        self.routing.row_shift = self.weight_B = None
         if self.control is None or self.config.keep_range is None:
             return
         rows_B = noise.rows
@@ -103,6 +105,9 @@ class Distillation:
         ratio_B = mildest * (furthest / mildest) ** drawn_B
         shift_B = self.control.expected(1 / ratio_B)
         self.routing.row_shift = torch.where(self._is_free(rows_B), shift_B, 0.0)
+        if self.config.row_weight:
+            weight_B = (furthest / ratio_B) ** self.config.row_weight
+            self.weight_B = torch.where(self._is_free(rows_B), weight_B, 1.0)
 
     def pulled(self, step: RoutingStep, noise: Noise) -> RoutingStep:
         """The step as the rows see it that the target is for: the others are padding in it."""
@@ -140,6 +145,8 @@ class Distillation:
         line = _in_line(real_BT if "attention_mask" in part else None)
         targets_BT = F.pad(targets_of(part), (0, 1), value=IGNORE)
         weight_BT = real_BT.float() / real
+        if self.weight_B is not None:
+            weight_BT = weight_BT * self.weight_B[:, None]
         student_BTD = self.head.states
         with autocast():
             total, kl_S, loss_S = divergence(

@@ -191,6 +191,36 @@ def test_every_other_row_has_a_threshold_of_its_own(monkeypatch: pytest.MonkeyPa
     assert {"kl", "keep_ratio", "target", "loss"} <= set(result.history.columns)
 
 
+def test_rows_of_milder_savings_count_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modlab.training import distillation
+    from modlab.training.threshold_control import ThresholdControl
+
+    weights: list[Tensor] = []
+    shares: list[Tensor] = []
+    whole, expected = distillation.divergence, ThresholdControl.expected
+
+    def noting(head: Any, student: Tensor, taught: Tensor, weight_S: Tensor, targets: Tensor) -> Any:
+        weights.append(weight_S)
+        return whole(head, student, taught, weight_S, targets)
+
+    def seeing(self: Any, share_B: Tensor) -> Tensor:
+        shares.append(share_B)
+        return expected(self, share_B)
+
+    monkeypatch.setattr(distillation, "divergence", noting)
+    monkeypatch.setattr(ThresholdControl, "expected", seeing)
+    settings = {"steps": 3, "ramp": 0.0, "keep_range": (0.1, 0.8)}
+    modlab.train(routed(), texts(), distil(row_weight=1.0, **settings))
+    assert len(weights) == len(shares) == 3
+    for weight_S, share_B in zip(weights, shares, strict=True):
+        weight_B = weight_S.reshape(4, -1).sum(1) * 4  # 1: as much as one of four rows
+        torch.testing.assert_close(weight_B[::2], torch.ones(2))
+        torch.testing.assert_close(weight_B[1::2], share_B[1::2] / 0.1)
+    weights.clear()
+    modlab.train(routed(), texts(), distil(**settings))
+    assert all(torch.equal(weight_S, weight_S[:1].expand_as(weight_S)) for weight_S in weights)
+
+
 def test_evaluations_in_a_run_know_no_thresholds_of_rows() -> None:
     kept: list[float] = []
     model = routed()
@@ -463,6 +493,7 @@ def test_the_bar_shows_kl_and_ratio(capsys: pytest.CaptureFixture[str]) -> None:
         ({}, True, "learns from the model itself"),
         ({"keep_range": (0.1, 0.8), "batch_size": 1}, False, "need two rows"),
         ({"keep_range": (0.4, 0.8)}, False, "keep_ratio=0.3 between"),
+        ({"row_weight": 1.0}, False, "needs objective='distil' and a keep_range"),
     ],
 )
 def test_refusals(config: dict[str, Any], teacher: bool, message: str) -> None:
