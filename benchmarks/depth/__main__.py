@@ -36,6 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--seed", type=int, default=0)
     prefill = stages.add_parser("prefill", help="time prompts through generate")
     prefill.add_argument("--repeats", type=int, default=5)
+    prefill.add_argument("--decode", type=int, default=0, metavar="N", help="tokens after the first")
+    prefill.add_argument(
+        "--routers", help="K/V routers, a folder or some that ship, that decide; drawn decisions without"
+    )
+    prefill.add_argument("--saving", type=float, default=4.0, help="K/V saving that these aim at")
+    prefill.add_argument("--data", type=Path, help="what benchmarks.real_models texts wrote, for --routers")
+    prefill.add_argument("--text", default="wikitext", help="of it that prompts are taken from")
     profile = stages.add_parser("profile", help="where the time of a prompt goes, by kernel")
     for stage in (prefill, profile):
         stage.add_argument("--lengths", default="32768")
@@ -109,12 +116,22 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _prefill(options: argparse.Namespace) -> None:
-    from benchmarks.depth.prefill import time_prompts
+    from benchmarks.depth.prefill import Real, time_prompts
+    from benchmarks.real_models.texts import Data
+    from modlab.errors import ModlabError
 
+    real = None
+    if options.routers:
+        if options.data is None:
+            raise ModlabError("--routers decide about real text: give --data too.")
+        real = Real(options.routers, options.saving, Data.load(options.data), options.text)
     lengths, name, model = _timed_model(options)
     _write_origin(options)
     with (options.out / "prefill.jsonl").open("a") as file:
-        for row in time_prompts(model, lengths, options.repeats, options.leave_after):
+        rows = time_prompts(
+            model, lengths, options.repeats, options.leave_after, decode=options.decode, real=real
+        )
+        for row in rows:
             file.write(json.dumps({"model": name, **row}) + "\n")
             print(name, row, flush=True)
 

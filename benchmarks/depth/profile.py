@@ -29,7 +29,7 @@ def profile_prompts(model: Any, length: int, leave_after: float = 2 / 3) -> list
             call()
             synchronize(device)
             with profile(activities=activities, acc_events=True) as profiled:
-                took = call()
+                took, _ = call()
                 synchronize(device)
             found.append({"call": name, "context": length, "ms": took, **_read(profiled, device.type)})
     return found

@@ -33,7 +33,8 @@ def result(folders: list[Path], origin: dict[str, Any]) -> dict[str, Any]:
     times = [row for folder in folders for row in _lines(folder / "prefill.jsonl")]
     if not rows and not times:
         raise ModlabError(f"no rows.jsonl and no prefill.jsonl in {', '.join(map(str, folders))}.")
-    speedup = {_what(row["model"], row): row["speedup"] for row in times}
+    drawn_first = sorted(times, key=lambda row: row.get("routing") == "trained")  # the last one counts
+    speedup = {_what(row["model"], row): row["speedup"] for row in drawn_first}
     for row in rows:
         row["prefill_speedup"] = speedup.get(_what(row["model"], row.get("arm_fields", {}).get("mod", {})))
     return {"what": "depth", "note": NOTE, **origin, "rows": rows, "prefill": times}

@@ -18,6 +18,7 @@ from benchmarks.depth.distil import Plan, by_package, distil
 from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import load
 from benchmarks.depth.scores import start_from_scores
+from benchmarks.depth.start import start
 from benchmarks.real_models.evaluate import MEASURED, Dense
 from benchmarks.real_models.mixture import Mixture
 from benchmarks.real_models.run import rounded
@@ -56,7 +57,7 @@ class Study:
         self.folder, self.device, self.data, self.out = folder, device, data, out
         self.questions, self.items, self.measured = questions, items, measured
         self.problems = problems
-        self.start = start or f"{folder.name}-kv"
+        self.start_from = start or f"{folder.name}-kv"
         self.begun = time.monotonic()
         self.known: Dense | None = None
         self.order: dict[str, list[int]] = {}  # of removal, which arms share
@@ -98,8 +99,7 @@ class Study:
             modlab.convert(model, modlab.MoDConfig(**arm.mod))
             model.mod.what_if = True
             if arm.started:
-                taken = modlab.start_from(model, self.start)
-                facts["start"] = {"from": Path(self.start).name, "tensors": len(taken)}
+                facts["start"] = start(model, self.start_from, arm.ratio)
         if arm.pull == "target":
             plan = dataclasses.replace(plan, keep=_keep(model, arm, self.measured_length))
             facts["keep_asked"] = plan.keep

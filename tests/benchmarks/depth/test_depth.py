@@ -24,9 +24,11 @@ from benchmarks.depth.profile import _covered
 from benchmarks.depth.report import result
 from benchmarks.depth.run import Study
 from benchmarks.depth.scores import start_from_scores
+from benchmarks.depth.start import start
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import Data
 from modlab.hf.anatomy import decoder_layers
+from modlab.routing.trained import Trained
 from tests.helpers.models import dense_llama, scatter_gates, tiny_config
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -62,9 +64,10 @@ def data() -> Data:
 PLAN = Plan(tokens=2 * 4 * T, length=T, rows=2, batch=4 * T)
 
 
-def kv_routers(at: Path) -> Path:
+def kv_routers(at: Path, trained: Trained | None = None) -> Path:
     config = modlab.MoDConfig(layers="all", gates="kv_head", router_hidden=16)
     model = scatter_gates(modlab.convert(dense_llama(), config))
+    model.mod.trained = trained
     modlab.save_routers(model, at / "kv", "some/base")
     return at / "kv"
 
@@ -135,7 +138,7 @@ def test_what_is_below_the_point_of_leaving_stays(folder: Path, data: Data, tmp_
     start = kv_routers(tmp_path)
     study = Study(folder, "cpu", data, tmp_path / "out", measured=2, start=str(start))
     row = study.run("kv+leave-2/3-4x-started-above", PLAN)
-    assert row["start"] == {"from": "kv", "tensors": 4 * 6}
+    assert row["start"] == {"from": "kv", "tensors": 4 * 6, "threshold": None, "recent": 128}
     (file,) = (tmp_path / "out").glob("added_*/modlab_router.safetensors")
     found, before = load_file(file), load_file(start / "modlab_router.safetensors")
     same = {name: torch.equal(tensor, found[name]) for name, tensor in before.items() if "into" in name}
@@ -282,10 +285,43 @@ def test_a_prompt_is_timed_and_reported(folder: Path, tmp_path: Path) -> None:
     main(["prefill", "--model", str(folder), "--lengths", "40", "--repeats", "2", *common])
     main(["report", "--runs", str(out), "--out", str(tmp_path / "depth.json")])
     record = json.loads((tmp_path / "depth.json").read_text())
-    assert record["what"] == "depth" and [row["skip"] for row in record["prefill"]] == ["prompt", "kv+prompt"]
+    assert record["what"] == "depth"
+    assert [row["skip"] for row in record["prefill"]] == ["kv", "prompt", "kv+prompt"]
     for row in record["prefill"]:
-        assert row["fast"] and row["speedup"] > 0 and row["ideal"] > 1 and row["dense_by"]
+        assert row["fast"] and row["speedup"] > 0 and row["dense_by"] and row["routing"] == "drawn"
+        assert row["ideal"] > 1 or row["skip"] == "kv", "so short a prompt is all recent"
+        assert "mod_token_ms" not in row
     assert str(tmp_path) not in record["command"], "paths of a machine are not published"
+
+
+def test_trained_routers_decide_about_real_text(folder: Path, data: Data, tmp_path: Path) -> None:
+    """Their saving is had from what the cache allocates, and tokens after the first are timed too."""
+    data.save(tmp_path / "tok")
+    kv_routers(tmp_path, Trained(savings={2.0: 0.4, 8.0: 0.6}, recent={2.0: 16, 8.0: 4}))
+    words = ["prefill", "--model", str(folder), "--lengths", "400", "--repeats", "1", "--decode", "3"]
+    words += ["--routers", str(tmp_path / "kv"), "--device", "cpu", "--commit", "0" * 40]
+    words += ["--out", str(tmp_path)]
+    with pytest.raises(modlab.ModlabError, match="give --data too"):
+        main(words)
+    main([*words, "--data", str(tmp_path / "tok")])
+    rows = {
+        row["skip"]: row for row in map(json.loads, (tmp_path / "prefill.jsonl").read_text().splitlines())
+    }
+    for skip, row in rows.items():
+        assert row["routing"] == "trained" and row["fast"] and row["mod_token_ms"] > 0
+        assert (row["ratio"] > 1.1) == (skip != "prompt") and (row["keep_ratio"] == 1) == (skip == "prompt")
+
+
+def test_an_arm_starts_at_the_saving_that_it_aims_at(tmp_path: Path) -> None:
+    """With its threshold and its recent tokens, not those that the routers were saved with."""
+    source = str(kv_routers(tmp_path, Trained(savings={2.0: 0.2, 8.0: 0.8}, recent={2.0: 16, 8.0: 4})))
+    fields: dict[str, Any] = {"layers": "all", "gates": "kv_head", "router_hidden": 16}
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="kv+prompt", **fields))
+    facts = start(model, source, 4.0)
+    assert facts["recent"] == model.mod.config.keep_recent == 8
+    assert facts["threshold"] == pytest.approx(0.5) and set(model.mod.thresholds.values()) == {
+        facts["threshold"]
+    }
 
 
 def test_classes_of_tokens_lose_each_their_own(folder: Path, data: Data, tmp_path: Path) -> None:
@@ -309,7 +345,7 @@ def test_a_prompt_is_taken_apart(folder: Path, tmp_path: Path, capsys: pytest.Ca
     common = ["--device", "cpu", "--out", str(out), "--commit", "0" * 40]
     main(["profile", "--model", str(folder), "--lengths", "40", *common])
     rows = [json.loads(line) for line in (out / "profile.jsonl").read_text().splitlines()]
-    assert [row["call"] for row in rows] == ["dense", "without", "prompt", "kv+prompt"]
+    assert [row["call"] for row in rows] == ["dense", "without", "kv", "prompt", "kv+prompt"]
     assert all(row["ms"] > 0 and row["kernels"][0]["ms"] >= row["kernels"][-1]["ms"] for row in rows)
     assert "aten::" in capsys.readouterr().out
 
@@ -326,7 +362,9 @@ def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     time = {"model": "m", "leave_after": 2 / 3, "skip": "prompt", "speedup": 1.5}
     both = time | {"skip": "kv+prompt", "speedup": 2.5}
-    (tmp_path / "prefill.jsonl").write_text(json.dumps(time) + "\n" + json.dumps(both) + "\n")
+    trained = both | {"routing": "trained"}  # rather than drawn ones, in any order
+    times = [trained, both | {"routing": "drawn", "speedup": 9.0}, time]
+    (tmp_path / "prefill.jsonl").write_text("\n".join(map(json.dumps, times)) + "\n")
     assert [row["prefill_speedup"] for row in result([tmp_path], ORIGIN)["rows"]] == [1.5, 2.5]
     with pytest.raises(modlab.ModlabError, match="commit"):
         result([tmp_path], {**ORIGIN, "commit": ""})
