@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,22 @@ class Study:
 
     def done(self, name: str, seed: int) -> bool:
         """Whether an earlier call of this folder has come to the arm's row."""
+        return any(_of(row) == (self.folder.name, name, seed) for row in self._rows() if "left" not in row)
+
+    def _rows(self) -> list[dict[str, Any]]:
         path = self.out / "rows.jsonl"
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
-        return any((row["model"], row["arm"], row["seed"]) == (self.folder.name, name, seed) for row in rows)
+        return (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.exists()
+            else []
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """In the place of what the arm had come to before."""
+        rows = [other for other in self._rows() if _of(other) != _of(row)]
+        lines = [json.dumps(one) for one in [*rows, rounded(row)]]
+        (self.out / "rows.part").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (self.out / "rows.part").replace(self.out / "rows.jsonl")
 
     def run(self, name: str, plan: Plan, seconds: float | None = None) -> dict[str, Any]:
         """One arm, from the dense model to its row.
@@ -120,17 +135,21 @@ class Study:
         if arm.pull in ("target", "topk"):
             keep = plan.keep if arm.pull == "target" else model.mod.config.capacity
             modlab.calibrate(model, [{"input_ids": rows}], keep_ratio=keep)
+        if modlab.is_converted(model) and arm.trains == "added":
+            modlab.save_routers(model, self.out / f"added_{name.replace('/', '-')}", self.folder.name)
         found = measure(model, arm, self.data, self._known(), removed)
         row = {
             "model": self.folder.name, "arm": name, "seed": plan.seed,
             "tokens": facts.get("distillation", {}).get("tokens", 0),
             "compute_asked": arm.compute if arm.compute < 1 else None,
-            **found, "tasks": self._tasks(model), **facts,
+            **found, "tasks": {}, **facts,
         }  # fmt: skip
-        with (self.out / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(rounded(row)) + "\n")
-        if modlab.is_converted(model) and arm.trains == "added":
-            modlab.save_routers(model, self.out / f"added_{name.replace('/', '-')}", self.folder.name)
+        right: dict[str, np.ndarray] = {}
+        for task, left in zip(asked := self._asked(), range(len(asked), 0, -1), strict=True):
+            self._write({**row, "left": left})  # of the tasks: time may run out in any of them
+            right |= task(model)
+            row["tasks"] = tasks.paired(right, self.dense_right)
+        self._write(row)
         gap = " ".join(f"{value:+.3f}" for value in found["recall_gap"].values())
         self.say(f"RESULT {name} compute {found['compute']:.3f} KL {found['kl_far']:.4f} recall {gap}")
         return row
@@ -138,24 +157,28 @@ class Study:
     def _know(self, model: Any) -> None:
         if self.known is None:
             self.known = dense(model, self.data, self.measured)
-            if self.questions is not None:
-                self.dense_right = self._right(model)
+            for task in self._asked():
+                self.dense_right |= task(model)
             self.say("dense measured")
 
     def _known(self) -> Dense:
         assert self.known is not None
         return self.known
 
-    def _right(self, model: Any) -> dict[str, np.ndarray]:
+    def _asked(self) -> list[Callable[[Any], dict[str, np.ndarray]]]:
+        """What says of a model which items of some tasks it gets right."""
+        if self.questions is None:
+            return []
         from transformers import AutoTokenizer
 
-        assert self.questions is not None
-        return tasks.right(
-            model, AutoTokenizer.from_pretrained(self.folder), self.questions, self.items, self.problems
-        )
-
-    def _tasks(self, model: Any) -> dict[str, Any]:
-        return {} if self.questions is None else tasks.paired(self._right(model), self.dense_right)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        asked: list[Callable[[Any], dict[str, np.ndarray]]]
+        asked = [partial(tasks.right, tokenizer=tokenizer, folder=self.questions, items=self.items)]
+        if self.problems:
+            asked.append(
+                partial(tasks.written, tokenizer=tokenizer, folder=self.questions, problems=self.problems)
+            )
+        return asked
 
     def _remove(self, model: Any, arm: Arm, rows: torch.Tensor) -> list[int]:
         """As many as bring the operations nearest to what is asked."""
@@ -168,6 +191,11 @@ class Study:
         chosen = known[:count]
         removal.remove(model, arm.removes, chosen)
         return sorted(chosen)
+
+
+def _of(row: dict[str, Any]) -> tuple[str, str, int]:
+    """What tells rows apart."""
+    return row["model"], row["arm"], row["seed"]
 
 
 def _keep(model: Any, arm: Arm, T: int) -> float:

@@ -29,10 +29,8 @@ BEHIND = 1000
 Pair = tuple[list[int], list[int]]
 
 
-def right(model: Any, tokenizer: Any, folder: Path, items: int, problems: int = 0) -> dict[str, np.ndarray]:
-    """Whether each of the first `items` of every task that `folder` has is answered, int [items]; and of so
-    many problems of HumanEval, `BEHIND` tokens of other code in front, whether what `generate` writes passes.
-    """
+def right(model: Any, tokenizer: Any, folder: Path, items: int) -> dict[str, np.ndarray]:
+    """Whether each of the first `items` of every task that `folder` has is answered, int [items]."""
     found = {}
     for name, file in TASKS.items():
         if not (folder / file).exists():
@@ -41,10 +39,16 @@ def right(model: Any, tokenizer: Any, folder: Path, items: int, problems: int = 
             rows = [json.loads(line) for _, line in zip(range(items), lines, strict=False)]
         score = _last_words if name == "lambada" else _choices
         found[name] = score(model, tokenizer, rows)
-    if problems:
-        scores = humaneval.measure(model, tokenizer, folder, behind=BEHIND, limit=problems)["scores"]
-        found["humaneval"] = np.array(next(iter(scores.values()))).astype(int)
     return found
+
+
+def written(model: Any, tokenizer: Any, folder: Path, problems: int) -> dict[str, np.ndarray]:
+    """Whether what `generate` writes for each of so many problems of HumanEval passes, int [problems];
+    `BEHIND` tokens of other code are in front. All are one batch: each step of so small ones waits for its
+    launches."""
+    found = humaneval.measure(model, tokenizer, folder, behind=BEHIND, limit=problems, batch=problems)
+    scores = found["scores"]
+    return {"humaneval": np.array(next(iter(scores.values()))).astype(int)}
 
 
 def paired(mine: dict[str, np.ndarray], dense: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -133,6 +133,32 @@ def test_a_failed_arm_takes_no_other_with_it(
     assert rows == list(reversed(arms.split(",")))
 
 
+def test_a_row_is_there_before_its_tasks(
+    folder: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What time runs out in leaves the rest behind; the next call does the arm again, in the row's place."""
+    item = {"query": "w1", "choices": [" w3", " w4"], "gold": 0}
+    (tmp_path / "piqa.jsonl").write_text(f"{json.dumps(item)}\n{json.dumps(item)}\n")
+    study = Study(folder, "cpu", data, tmp_path / "out", questions=tmp_path, items=2, measured=1, problems=2)
+    answered = iter([1, 0])
+
+    def written(*args: Any, **given: Any) -> dict[str, Any]:
+        return {"humaneval": np.array([next(answered), 1])}
+
+    monkeypatch.setattr(tasks, "written", written)
+    written_down = tmp_path / "out" / "rows.jsonl"
+    study._know(dense_llama())
+    next(answered)
+    with pytest.raises(StopIteration):
+        study.run("leave-2/3-fitted-free", PLAN)
+    (row,) = map(json.loads, written_down.read_text().splitlines())
+    assert row["left"] == 1 and "piqa" in row["tasks"] and not study.done(row["arm"], 0)
+    answered = iter([1])
+    study.run("leave-2/3-fitted-free", PLAN)
+    (row,) = map(json.loads, written_down.read_text().splitlines())
+    assert "left" not in row and row["tasks"]["humaneval"]["gap"] == 0 and study.done(row["arm"], 0)
+
+
 def test_what_is_below_the_point_of_leaving_stays(folder: Path, data: Data, tmp_path: Path) -> None:
     """Routers there are those of the start; the others and the projections have moved."""
     start = kv_routers(tmp_path)
@@ -269,11 +295,11 @@ def test_tasks_are_compared_item_by_item(tmp_path: Path) -> None:
 
 
 def test_problems_are_compared_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(*args: Any, behind: int, limit: int) -> dict[str, Any]:
+    def measured(*args: Any, behind: int, limit: int, batch: int) -> dict[str, Any]:
         return {"scores": {f"humaneval behind {behind:,}": [1.0, 0.0, 1.0][:limit]}}
 
     monkeypatch.setattr(tasks.humaneval, "measure", measured)
-    found = tasks.right(dense_llama(), make_tokenizer(), tmp_path, 5, problems=3)
+    found = tasks.written(dense_llama(), make_tokenizer(), tmp_path, problems=3)
     assert found["humaneval"].tolist() == [1, 0, 1]
     scored = tasks.paired(found, {"humaneval": np.array([1, 1, 1])})
     assert scored["humaneval"]["gap"] == pytest.approx(-1 / 3)
