@@ -18,7 +18,8 @@ import torch
 from benchmarks.many_gpus import rows as text
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.compared import compared
-from benchmarks.many_gpus.parts import LARGE_SHAPE, SHARDED, Part, command, environment, parts
+from benchmarks.many_gpus.inference import against_one
+from benchmarks.many_gpus.parts import INFERENCE, LARGE_SHAPE, SHARDED, Part, command, environment, parts
 from benchmarks.many_gpus.training import KILLED
 from benchmarks.many_gpus.turns import Ended, Turns
 
@@ -43,14 +44,16 @@ def _all(options: argparse.Namespace, work: Path) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     results = Results(options, work)
-    if options.only == LARGE_SHAPE:
+    if LARGE_SHAPE in options.only:
         wanted = [Part("large shape", (LARGE_SHAPE,), options.gpus, options.seconds)]
     else:
         models = [_with_weights(model, work) for model in options.model]
         if options.toy:
             models = [_toy(work, "small", 3), _toy(work, "large", 4)]
         _write_rows(options, models, work)
-        wanted = [part for part in parts(models, options.gpus) if options.only in ("", part.what)]
+        wanted = [
+            part for part in parts(models, options.gpus) if (not options.only or part.what in options.only)
+        ]
     if options.toy:  # a few busy cores do it
         wanted = [dataclasses.replace(part, limit=options.seconds) for part in wanted]
 
@@ -115,6 +118,7 @@ class Results:
             said = self.log(part).read_text(errors="replace")
             figures["end of its log"] = said.split(OF_THE_LAUNCHER)[0][-TAIL:]
         self.found[part.name] = figures
+        self._compare_inference()
         self._write()
         speeds = {
             name: round(scene["tokens_per_s"])
@@ -137,6 +141,12 @@ class Results:
         print(json.dumps(compared(self.found), indent=2))
         print("not begun:", ", ".join(not_begun) or "nothing")
 
+    def _compare_inference(self) -> None:
+        for part in INFERENCE:
+            for name, found in self.found.get(part, {}).items():
+                if isinstance(found, dict) and "kv_bytes" in found:
+                    found |= against_one(self.work, part, name)
+
     def _write(self) -> None:
         everything = {**self.head, "parts": self.found, "compared": compared(self.found)}
         text = json.dumps(everything, indent=1) + "\n"
@@ -151,20 +161,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--work", type=Path, help="folder for everything else; by default removed at the end")
     parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
-    parser.add_argument("--only", default="", help=f"one part, as ddp, or {LARGE_SHAPE}, alone")
+    parser.add_argument("--only", nargs="+", default=[], help=f"parts, as ddp one, or {LARGE_SHAPE}, alone")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--memory", type=float, default=139.0, help="GiB of a GPU")
     parser.add_argument("--rows", type=int, default=8, help="a GPU; one GPU takes gpus times as many as well")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
-    parser.add_argument("--steps", type=int, default=16, help="of training")
+    parser.add_argument("--steps", type=int, default=12, help="of training")
     parser.add_argument("--toy", action="store_true", help="on the CPU, with a tiny model")
     for name in ("--part", "--file"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.toy:
         options.rows, options.length, options.context, options.steps = 4, 192, 300, 8
-    elif not options.model and options.only != LARGE_SHAPE:
+    elif not options.model and LARGE_SHAPE not in options.only:
         parser.error("--model is needed")
     return options
 
@@ -174,10 +184,11 @@ def _part(options: argparse.Namespace) -> None:
         from benchmarks.many_gpus.notebook import executed as run
     elif options.part == "large shape":
         from benchmarks.many_gpus.large_shape import measured as run
-    elif options.part in ("alone", "tensor parallel", "device_map"):
+    elif options.part in INFERENCE:
         from benchmarks.many_gpus.inference import inferred as run
     else:
         from benchmarks.many_gpus.training import trained as run
+    worker.begin()
     worker.write(options, run(options))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.many_gpus.parts import ONE, ONE_LARGE
+
 TIMES = "tokens a second, times one GPU"
 
 
 def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By part and scene: tokens a second as a multiple of one GPU's, with the same global batch and with as
     many rows a GPU; the largest differences of a log line's figures with the same global batch."""
-    one = found.get("one", {}).get("scenes", {})
+    of_small, of_large = (found.get(part, {}).get("scenes", {}) for part in (ONE, ONE_LARGE))
+    one = of_small | of_large
     said: dict[str, Any] = {}
     for part, figures in found.items():
-        if part == "one":
+        if part in (ONE, ONE_LARGE):
             continue
         for name, scene in figures.get("scenes", {}).items():
-            same = one.get(name) or _same_rows(one, scene)
-            if "lines" in scene and same:
-                said[f"{part}, {name}"] = _against(scene, same) | _times(scene, figures, one, name)
+            if "lines" not in scene:
+                continue
+            same = one.get(name) or _same_rows(of_small, scene)
+            of_scene = _against(scene, same) | _times(scene, figures, one, name)
+            if of_scene:
+                said[f"{part}, {name}"] = of_scene
     return said
 
 

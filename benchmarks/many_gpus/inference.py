@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +14,20 @@ from benchmarks.many_gpus import worker
 from modlab.hf.anatomy import decoder_layers
 
 NEW_TOKENS = 16
+ALONE = "alone"
 GRANULARITIES: dict[str, dict[str, Any]] = {"by layer": {}, "by KV head": worker.HEADS}
 
 
 def inferred(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes in the model's usual dtype and agreement in it and in fp32, gates by layer and by KV head.
+    """Bytes in the model's usual dtype and in fp32, gates by layer and by KV head.
 
-    The part "alone" leaves what it found for the others to compare with.
+    Each part leaves what it found, to be compared (`against_one`) by whom has called it: no part waits for
+    another.
     """
     figures: dict[str, Any] = {"context": options.context}
     for kind in dict.fromkeys((worker.dtype(options), torch.float32)):
         model = worker.loaded(options.model[0], kind, **_place(options))
-        if options.part == "alone":
+        if options.part == ALONE:
             model.to(worker.device())
         for granularity, settings in GRANULARITIES.items():
             modlab.convert(model.eval(), modlab.MoDConfig(layers="all", **settings))
@@ -32,7 +36,9 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
             name = f"{granularity}, {str(kind).removeprefix('torch.')}"
             found = _prompted(model, options.context)
             figures[name] = found.pop("bytes") | {"allocated": worker.allocated()}
-            figures[name] |= _compared(options, name, found)
+            figures[name]["kept"] = float(found["keep"].float().mean())
+            if worker.rank() == 0:
+                _save(found, _file(options.work, options.part, name))
             worker.write(options, figures)
             modlab.revert(model)
         del model
@@ -80,21 +86,32 @@ def _prompted(model: Any, context: int) -> dict[str, Any]:
     }
 
 
-def _compared(options: argparse.Namespace, name: str, found: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Against one GPU, if that part has run."""
-    file = options.work / f"alone {name}.pt"
-    kept = {"kept": float(found["keep"].float().mean())}
-    if options.part == "alone":
-        torch.save(found, file)
-        return kept
-    if not file.exists():
-        return kept
-    expected = torch.load(file)
+def against_one(work: Path, part: str, name: str) -> dict[str, Any]:
+    """What a part found of a kind against one GPU, if both have found it.
+
+    Args:
+        name: granularity and dtype, as the figures call them.
+    """
+    files = [_file(work, what, name) for what in (part, ALONE)]
+    if part == ALONE or not all(file.exists() for file in files):
+        return {}
+    found, expected = (torch.load(file) for file in files)
     off = found["logits"] - expected["logits"]
-    return kept | {
+    return {
         "largest difference of logits": float(off.abs().max()),
         "largest logit": float(expected["logits"].abs().max()),
         "decided alike": float((found["keep"] == expected["keep"]).float().mean()),
         "same tokens": int((found["tokens"] == expected["tokens"]).long().cumprod(1).sum()),
         "of tokens": NEW_TOKENS,
     }
+
+
+def _save(found: dict[str, Any], file: Path) -> None:
+    """Whole or not at all: the caller may look at any time."""
+    temporary = file.with_suffix(".tmp")
+    torch.save(found, temporary)
+    os.replace(temporary, file)
+
+
+def _file(work: Path, part: str, name: str) -> Path:
+    return work / f"{part} {name}.pt"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 STARTED_BY_LAUNCHER = ("ddp", "fsdp2", "tensor parallel")
 SHARDED = "fsdp2"
+ONE, ONE_LARGE = "one", "one large"
+INFERENCE = ("alone", "tensor parallel", "device_map")
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,10 @@ class Part:
     """One command.
 
     Attributes:
-        what: "one", "ddp", "fsdp2": training, in scenes (`training.py`), the last of which a process of
-            "fsdp2" does not survive; "resumed": that one taken up by one GPU; "alone", "tensor parallel",
-            "device_map": inference; "notebook"; "large shape": inference of a model of random weights.
+        what: "one" and "one large" (models of one GPU), "ddp", "fsdp2": training, in scenes (`training.py`),
+            the last of which a process of "fsdp2" does not survive; "resumed": that one taken up by one GPU;
+            "alone", "tensor parallel", "device_map": inference; "notebook"; "large shape": inference of a
+            model of random weights.
         models: folders, from small to large; or the name of a shape.
         gpus: that it needs.
         limit: seconds that it may take.
@@ -47,18 +50,18 @@ LARGE_SHAPE = "llama-3-70b"
 
 
 def parts(models: list[str], gpus: int) -> list[Part]:
-    """All parts but the large shape, the most valuable first; `models` from small to large."""
+    """All parts but the large shape, the most valuable first; `models` from small to large. A limit is about
+    one and a half times what a part was thought to take: one that hangs does not cost all the others."""
     sizes = tuple(dict.fromkeys((models[0], models[-1])))
-    large = sizes[-1:]
+    small, large = sizes[:1], sizes[-1:]
     return [
-        Part("ddp", sizes, gpus, 110),
-        Part("one", sizes, 1, 120),
-        Part("alone", large, 1, 90, timed=False),
-        Part("fsdp2", sizes, gpus, 110),
-        Part("resumed", sizes[:1], 1, 80, timed=False),
-        Part("tensor parallel", large, gpus, 90, timed=False),
-        Part("device_map", large, gpus, 90, timed=False),
-        Part("notebook", sizes[:1], gpus, 80, timed=False),
+        Part("ddp", sizes, gpus, 150),
+        Part(ONE, small, 1, 90),
+        *([Part(ONE_LARGE, large, 1, 90)] if large != small else []),
+        *(Part(what, large, 1 if what == "alone" else gpus, 100, timed=False) for what in INFERENCE),
+        Part("notebook", small, gpus, 80, timed=False),
+        Part(SHARDED, sizes, gpus, 110),
+        Part("resumed", small, 1, 60, timed=False),
     ]
 
 

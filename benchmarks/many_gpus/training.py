@@ -7,6 +7,7 @@ is written after each scene.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import torch
 import modlab
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.breakdown import Breakdown
-from benchmarks.many_gpus.parts import SHARDED
+from benchmarks.many_gpus.parts import ONE, ONE_LARGE, SHARDED
 
 KEYS = ("step", "loss", "kl", "keep_ratio", "grad_norm", "tokens_per_s", "seconds")
 SKIPPED_STEPS = 4
@@ -81,24 +82,32 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def scenes(options: argparse.Namespace) -> dict[str, Scene]:
-    """Of a part, the most valuable first. Both global batches of the small model are run by one GPU and by
-    several: the same rows, and as many a card."""
+    """Of a part, the most valuable first.
+
+    DDP runs two global batches of each model: `rows` a GPU, and `rows` in all. One GPU runs what they are
+    held against: as many rows a GPU as in either of them. The larger of these is also the smaller global
+    batch, so that losses can be compared.
+    """
     small, large = options.model[0], options.model[-1]
-    rows, several = options.rows, options.rows * options.gpus
+    rows, several, few = options.rows, options.rows * options.gpus, options.rows // options.gpus
+    skipping: dict[str, Scene] = {f"{Path(small).name}, one part skips": skipped}
     if options.part == "resumed":
         return {KILLED: taken_up}
-    found: dict[str, Scene] = {
-        title(small, several): lambda o: distilled(o, small, several),
-        title(small, rows): lambda o: distilled(o, small, rows),
-        f"{Path(small).name}, one part skips": skipped,
-    }
-    if large != small:
-        found[title(large, rows)] = lambda o: distilled(o, large, rows)
-    if options.part == "ddp":
-        found["where the time goes"] = broken_down
+    if options.part == ONE:
+        return _distilling((small, rows), (small, few)) | skipping
+    if options.part == ONE_LARGE:
+        return _distilling((large, rows), (large, few))
     if options.part == SHARDED:
-        found[KILLED] = killed
-    return found
+        return _distilling((small, rows)) | skipping | _distilling((large, rows)) | {KILLED: killed}
+    batches = _distilling((small, several), (small, rows), (large, several), (large, rows))
+    return batches | skipping | {"where the time goes": broken_down}
+
+
+def _distilling(*batches: tuple[str, int]) -> dict[str, Scene]:
+    """A scene for each model and number of rows of a global batch."""
+    return {
+        title(model, rows): functools.partial(distilled, model=model, rows=rows) for model, rows in batches
+    }
 
 
 def title(model: str, rows: int) -> str:
@@ -107,10 +116,8 @@ def title(model: str, rows: int) -> str:
 
 
 def distilled(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
-    """Routers by KV head on their own dense self; the large model for half as many steps."""
-    half = max(options.steps // 2, 2 * LOG_EVERY)
-    steps = options.steps if model == options.model[0] else half
-    history = _run(options, model, rows, Told(), steps=steps)
+    """Routers by KV head on their own dense self."""
+    history = _run(options, model, rows, Told())
     lines = history["tokens_per_s"].iloc[1:]  # the first line has compiled
     return {
         "tokens_per_s": float(lines.median()),
@@ -148,19 +155,17 @@ def _kept(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(
-    options: argparse.Namespace, folder: str, rows: int, told: Told, steps: int | None = None,
-    log_every: int = LOG_EVERY, **more: Any,
-) -> Any:  # fmt: skip
+    options: argparse.Namespace, folder: str, rows: int, told: Told, log_every: int = LOG_EVERY, **more: Any
+) -> Any:
     """The history of a run that distils routers."""
     model = worker.loaded(folder, worker.dtype(options))
     modlab.convert(model, modlab.MoDConfig(layers="all", **worker.HEADS))
     worker.scatter(model)  # so that the keep ratio is no trivial one from the first step on
-    steps = steps or options.steps
     config = modlab.TrainConfig(
-        steps=steps, batch_size=rows // worker.world(), log_every=log_every,
+        steps=options.steps, batch_size=rows // worker.world(), log_every=log_every,
         calibrate=False, num_workers=0, objective="distil", keep_ratio=0.25, ramp=0.7, router_lr=0.05, **more,
     )  # fmt: skip
-    ids = worker.rows_of(options, folder)[: steps * rows]
+    ids = worker.rows_of(options, folder)[: options.steps * rows]
     return modlab.train(model, ids, config, monitor=told).history
 
 

@@ -1,12 +1,15 @@
 """Commands that take turns on the GPUs: the next one begins as soon as as many are free as it needs.
 
-Parts that are not timed share GPUs with each other.
+Parts that are not timed share GPUs with each other. The next part is started ahead where it is known which
+GPUs it will get: it imports, and then waits for a file (`wait_for_turn`) before it touches any of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -23,6 +26,16 @@ LEAST = 20.0
 MARK = "MODLAB_MANY_GPUS_PART"
 """Environment variable by which all processes of a part are known: the launcher gives each a session of its
 own, and they outlive it if it is killed."""
+
+TURN = "MODLAB_MANY_GPUS_TURN"
+"""Environment variable that names the file whose being there says that a part may use its GPUs."""
+
+
+def wait_for_turn() -> None:
+    """Called by a part that has imported what it needs."""
+    file = os.environ.get(TURN)
+    while file is not None and not os.path.exists(file):
+        time.sleep(0.05)
 
 
 @dataclass
@@ -42,8 +55,9 @@ class _Running:
     process: subprocess.Popen[bytes]
     mark: str
     gpus: list[int]
-    began: float
-    until: float
+    turn: Path
+    began: float = 0.0
+    until: float = 0.0
     together: list[str] = field(default_factory=list)
 
 
@@ -70,20 +84,25 @@ class Turns:
         self.deadline = time.monotonic() + seconds
         self.begin, self.log, self.ended = begin, log, ended
         self.running: list[_Running] = []
+        self.ahead: _Running | None = None
 
     def run(self, parts: Iterable[Part]) -> list[Part]:
         """All parts in their order; those that were not begun."""
         waiting = list(parts)
-        try:
-            while self.running or (waiting and self.left > LEAST):
-                while waiting and self.left > LEAST and self._has_room(waiting[0]):
-                    self._begin(waiting.pop(0))
-                time.sleep(0.1)
-                for one in list(self.running):
-                    self._look(one)
-        finally:
-            for one in self.running:
-                _end(one)
+        with tempfile.TemporaryDirectory() as folder:
+            self.folder = Path(folder)
+            try:
+                while self.running or (waiting and self.left > LEAST):
+                    while waiting and self.left > LEAST and self._has_room(waiting[0]):
+                        self._begin(waiting.pop(0))
+                    if waiting and self.left > LEAST:
+                        self._start_ahead(waiting[0])
+                    time.sleep(0.1)
+                    for one in list(self.running):
+                        self._look(one)
+            finally:
+                for one in [*self.running, *([self.ahead] if self.ahead else [])]:
+                    _end(one)
         return waiting
 
     @property
@@ -99,16 +118,32 @@ class Turns:
     def _has_room(self, part: Part) -> bool:
         return part.gpus <= len(self._free(part))
 
-    def _begin(self, part: Part) -> None:
-        gpus = self._free(part)[: part.gpus]
+    def _start_ahead(self, part: Part) -> None:
+        """Starts a part that cannot begin yet, once, where its GPUs are known: it needs all of them, or one
+        part has all of them until it begins."""
+        held_by_one = any(one.part.timed and one.gpus == self.gpus for one in self.running)
+        if self.ahead is None and (held_by_one or part.gpus == len(self.gpus)):
+            self.ahead = self._started(part, self.gpus[: part.gpus])
+
+    def _started(self, part: Part, gpus: list[int]) -> _Running:
         command, environment = self.begin(part, gpus)
         mark = uuid.uuid4().hex
+        turn = self.folder / mark
         with open(self.log(part), "w") as log:
             process = subprocess.Popen(
-                command, env={**environment, MARK: mark}, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env={**environment, MARK: mark, TURN: str(turn)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
-        now = time.monotonic()
-        one = _Running(part, process, mark, gpus, now, min(now + part.limit, self.deadline))
+        return _Running(part, process, mark, gpus, turn)
+
+    def _begin(self, part: Part) -> None:
+        one = self.ahead or self._started(part, self._free(part)[: part.gpus])
+        self.ahead = None
+        one.turn.touch()
+        one.began = time.monotonic()
+        one.until = min(one.began + part.limit, self.deadline)
         for other in self.running:
             other.together.append(part.name)
             one.together.append(other.part.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 from pathlib import Path
@@ -11,10 +12,18 @@ from typing import Any
 
 import torch
 
+from benchmarks.many_gpus.turns import wait_for_turn
 from modlab.bench.results import circumstances
 
 HEADS: dict[str, Any] = {"gates": "kv_head", "router_hidden": 16}
 """Routers by KV head, which are those that are distilled."""
+
+
+def begin() -> None:
+    """Imports what takes long, then waits for this part's turn."""
+    for name in ("accelerate", "transformers.models.llama.modeling_llama"):  # and what all models import
+        importlib.import_module(name)
+    wait_for_turn()
 
 
 def rank() -> int:

@@ -19,10 +19,11 @@ def main(arguments: list[str]) -> int:
         )
         return int(bool(found))
     if options.pictures:
-        from scripts.pages import classes, depth, quality, speed
+        from scripts.pages import classes, depth, many_gpus, quality, speed
 
-        for path in (path for part in (quality, depth, classes, speed) for path in part.draw(ROOT / "docs")):
-            print(f"drew {path.relative_to(ROOT)}")
+        for part in (quality, depth, classes, speed, many_gpus):
+            for path in part.draw(ROOT / "docs"):
+                print(f"drew {path.relative_to(ROOT)}")
     for page in write(PAGES):
         print(f"wrote {page}")
     return 0

@@ -5,14 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
+
+from scripts.pages.screenshot import save_png
+
+WIDTH, HEIGHT = 1000, 420
+PLOTLY = "application/vnd.plotly.v1+json"
 FOLDER = Path("benchmarks", "results", "many_gpus")
-WAYS = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
+WAYS = {"one": "one GPU", "one large": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
 INFERENCE = {
     "alone": "one GPU",
     "tensor parallel": "tensor parallel",
     "device_map": "layers spread (`device_map`)",
 }
-TRAINED = {"one": "DDP", "ddp": "DDP", "fsdp2": "FSDP2"}
+TRAINED = {"one": "DDP", "one large": "DDP", "ddp": "DDP", "fsdp2": "FSDP2"}
 """Names of the planner's lines. One GPU holds what each copy of DDP does."""
 
 PLANNED = {"alone": "copies", "tensor parallel": "tensor parallel", "device_map": "layers spread"}
@@ -24,7 +30,35 @@ def block(root: Path) -> str:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((root / FOLDER).glob("*.json"))]
     runs = [run for run in found if not run["toy"] and any(map(_is_told, run["parts"].values()))]
     runs.sort(key=_date, reverse=True)
-    return "\n\n".join(text for run in runs for text in _texts(run)) or NOTHING
+    texts = [text for run in runs for text in _texts(run)]
+    notebook = executed(root)
+    if notebook is not None:
+        texts.append(f"Notebook 6, executed there (`{notebook.relative_to(root)}`):")
+        texts += [f"![A figure of notebook 6]({name})" for name in pictures(notebook)]
+    return "\n\n".join(texts) or NOTHING
+
+
+def executed(root: Path) -> Path | None:
+    """The newest notebook with outputs, by its name."""
+    found = sorted((root / FOLDER).glob("*.ipynb"))
+    return found[-1] if found else None
+
+
+def pictures(notebook: Path) -> dict[str, dict[str, Any]]:
+    """Its plotly figures, by the name of their file in docs."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+    figures = [data[PLOTLY] for data in shown if PLOTLY in data]
+    return {f"many_gpus_notebook_{number}.png": figure for number, figure in enumerate(figures, 1)}
+
+
+def draw(docs: Path) -> list[Path]:
+    """Draws the notebook's figures into `docs`, if one was executed; returns their paths."""
+    notebook = executed(docs.parent)
+    drawn = {} if notebook is None else pictures(notebook)
+    for name, figure in drawn.items():
+        save_png(go.Figure(figure), docs / name, WIDTH, HEIGHT)
+    return [docs / name for name in drawn]
 
 
 def _is_told(part: dict[str, Any]) -> bool:

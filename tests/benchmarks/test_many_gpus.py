@@ -16,9 +16,10 @@ import torch
 from benchmarks.many_gpus import large_shape
 from benchmarks.many_gpus.breakdown import Breakdown, summed
 from benchmarks.many_gpus.compared import TIMES, compared
-from benchmarks.many_gpus.parts import Part, parts
+from benchmarks.many_gpus.inference import ALONE, NEW_TOKENS, against_one
+from benchmarks.many_gpus.parts import ONE, ONE_LARGE, Part, parts
 from benchmarks.many_gpus.training import KILLED, scenes
-from benchmarks.many_gpus.turns import Ended, Turns
+from benchmarks.many_gpus.turns import LEAST, Ended, Turns
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -92,6 +93,46 @@ def test_limits_end_parts_and_the_call(tmp_path: Path) -> None:
     assert not late.ended
 
 
+WAITING = (
+    "import pathlib, sys, time\n"
+    "def wait_for(file):\n"
+    "    while not pathlib.Path(file).exists(): time.sleep(0.05)\n"
+)
+
+
+def test_the_next_part_is_started_ahead_and_waits_for_its_turn(tmp_path: Path) -> None:
+    """The first one ends once the next has been started; that one goes on when the first has ended."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    programs = {
+        "first": f"{WAITING}wait_for({str(started)!r})\npathlib.Path({str(ended)!r}).touch()",
+        "next": (
+            f"{WAITING}from benchmarks.many_gpus.turns import wait_for_turn\n"
+            f"pathlib.Path({str(started)!r}).touch()\n"
+            f"wait_for_turn()\nsys.exit(0 if pathlib.Path({str(ended)!r}).exists() else 5)"
+        ),
+    }
+    ran = Ran(tmp_path, programs)
+    assert ran.turns.run([part("first", 2), part("next", 1)]) == []
+    assert {name: one.code for name, one in ran.ended.items()} == {"first": 0, "next": 0}
+    assert ran.given == {"first": [0, 1], "next": [0]} and ran.ended["next"].together == []
+
+
+def test_a_part_started_ahead_is_ended_when_time_is_up(tmp_path: Path) -> None:
+    """It counts as not begun."""
+    own = tmp_path / "pid"
+    ahead = f"import os, pathlib\npathlib.Path({str(own)!r}).write_text(str(os.getpid()))\n{SLEEP}"
+    programs = {"first": f"{WAITING}wait_for({str(own)!r})\nraise SystemExit(0)", "next": ahead}
+    ran = Ran(tmp_path, programs, seconds=LEAST + 600)
+
+    def over(one: Part, ended: Ended) -> None:
+        ran.ended[one.what] = ended
+        ran.turns.deadline = 0.0
+
+    ran.turns.ended = over
+    assert [one.what for one in ran.turns.run([part("first", 1), part("next", 2)])] == ["next"]
+    assert set(ran.ended) == {"first"} and not psutil.pid_exists(int(own.read_text()))
+
+
 def test_parts_that_are_not_timed_share_gpus(tmp_path: Path) -> None:
     """Two that want both GPUs run at once; a timed one waits for them, and they would for it."""
     meet = meeting_in(tmp_path)
@@ -119,20 +160,39 @@ def test_all_parts_have_names_of_their_own() -> None:
     found = parts(["models/small", "models/large"], 2)
     assert len({one.file for one in found}) == len(found)
     names = [one.name for one in found]
-    assert names.index("alone") < min(names.index("tensor parallel"), names.index("device_map"))
     assert names.index("fsdp2") < names.index("resumed"), "nothing to take up yet"
-    assert all(len(one.models) == 1 for one in parts(["models/small"], 2))
+    assert {one.name: one.models for one in found if one.name in (ONE, ONE_LARGE)} == {
+        ONE: ("models/small",), ONE_LARGE: ("models/large",),
+    }  # fmt: skip
+    alone = parts(["models/small"], 2)
+    assert all(len(one.models) == 1 for one in alone) and ONE_LARGE not in {one.name for one in alone}
 
 
-@pytest.mark.parametrize("part_of", ["one", "ddp", "fsdp2", "resumed"])
-def test_one_gpu_does_what_several_are_compared_with(part_of: str) -> None:
-    """Every scene of several GPUs has one of the same name or batch; the one that kills comes last."""
-    options = argparse.Namespace(part=part_of, model=["m/small", "m/large"], rows=8, gpus=2)
-    names = list(scenes(options))
-    one = list(scenes(argparse.Namespace(**{**vars(options), "part": "one"})))
-    assert set(names) - {"where the time goes", KILLED} <= set(one)
-    assert KILLED not in names or names[-1] == KILLED
-    assert one[:2] == ["small, 16 rows", "small, 8 rows"]
+def names_of(part_of: str, models: list[str], gpus: int = 2) -> list[str]:
+    """Scenes of a part."""
+    return list(scenes(argparse.Namespace(part=part_of, model=models, rows=8, gpus=gpus)))
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("part_of", ["ddp", "fsdp2", "resumed"])
+def test_one_gpu_does_what_several_are_compared_with(part_of: str, gpus: int) -> None:
+    """Every scene of several GPUs has one with as many rows a GPU, of `rows` one with the same rows as well;
+    the one that kills comes last."""
+    several = names_of(part_of, ["m/small", "m/large"], gpus)
+    one = {*names_of(ONE, ["m/small"], gpus), *names_of(ONE_LARGE, ["m/large"], gpus)}
+    trained = [name for name in several if name.endswith(" rows")]
+    for name in trained:
+        model, _, rows = name.removesuffix(" rows").rpartition(", ")
+        assert f"{model}, {int(rows) // gpus} rows" in one
+        assert name in one or int(rows) == 8 * gpus
+    assert set(several) - {"where the time goes", KILLED, *trained} <= one
+    assert KILLED not in several or several[-1] == KILLED
+
+
+def test_both_models_are_trained_with_both_batches() -> None:
+    rows = ["small, 16 rows", "small, 8 rows", "large, 16 rows", "large, 8 rows"]
+    assert names_of("ddp", ["m/small", "m/large"])[:4] == rows
+    assert names_of("ddp", ["m/small"])[:3] == ["small, 16 rows", "small, 8 rows", "small, one part skips"]
 
 
 def test_several_gpus_are_compared_with_one() -> None:
@@ -140,23 +200,47 @@ def test_several_gpus_are_compared_with_one() -> None:
         lines = [{"step": first + i, "loss": loss, "keep_ratio": 0.5} for i, loss in enumerate(losses)]
         return {"lines": lines, "rows": rows} | ({} if speed is None else {"tokens_per_s": speed})
 
-    one = {"m, 16 rows": run([3.0, 2.0, 1.0], 16, 100.0), "m, 8 rows": run([3.5, 2.5], 8, 95.0)}
-    ddp = {"m, 16 rows": run([3.0, 2.1, 1.0], 16, 190.0), "where the time goes": {"rows": 8}}
-    found = {
+    one = {"m, 8 rows": run([3.0, 2.0, 1.0], 8, 100.0), "m, 4 rows": run([3.5, 2.5], 4, 95.0)}
+    ddp = {
+        "m, 16 rows": run([3.0], 16, 180.0), "m, 8 rows": run([3.0, 2.1, 1.0], 8, 190.0),
+        "big, 8 rows": run([4.25, 3.0], 8, 60.0), "where the time goes": {"rows": 8},
+    }  # fmt: skip
+    found: dict[str, dict[str, Any]] = {
+        "one large": {"processes": 1, "scenes": {"big, 8 rows": run([4.0, 3.0], 8, 40.0)}},
         "one": {"processes": 1, "scenes": one},
         "ddp": {"processes": 2, "scenes": ddp},
-        "resumed": {"processes": 1, "scenes": {KILLED: run([2.75], 8, first=2)}},
-        "fsdp2": {"processes": 2, "scenes": {"big, 8 rows": run([3.0], 8, 1.0)}},
+        "resumed": {"processes": 1, "scenes": {KILLED: run([2.25], 8, first=2)}},
+        "fsdp2": {"processes": 2, "scenes": {"other, 8 rows": run([3.0], 8, 1.0)}},
         "alone": {"processes": 1},
     }
     said = compared(found)
-    assert said["ddp, m, 16 rows"][f"{TIMES}, the same global batch"] == 1.9
-    assert said["ddp, m, 16 rows"][f"{TIMES}, as many rows a GPU"] == 2.0
-    assert abs(said["ddp, m, 16 rows"]["largest difference of loss"] - 0.1) < 1e-9
+    assert said["ddp, m, 16 rows"] == {f"{TIMES}, as many rows a GPU": 1.8}
+    assert said["ddp, m, 8 rows"][f"{TIMES}, the same global batch"] == 1.9
+    assert said["ddp, m, 8 rows"][f"{TIMES}, as many rows a GPU"] == 2.0
+    assert abs(said["ddp, m, 8 rows"]["largest difference of loss"] - 0.1) < 1e-9
+    assert said["ddp, big, 8 rows"][f"{TIMES}, the same global batch"] == 1.5
+    assert said["ddp, big, 8 rows"]["largest difference of loss"] == 0.25
     assert said[f"resumed, {KILLED}"] == {
         "log lines compared": 1, "largest difference of loss": 0.25, "largest difference of keep_ratio": 0.0,
     }  # fmt: skip
-    assert set(said) == {"ddp, m, 16 rows", f"resumed, {KILLED}"}  # the large model of one GPU has not run
+    assert not any(name.startswith(("fsdp2", "one")) for name in said)  # that model of one GPU has not run
+    del found["one"]
+    assert f"resumed, {KILLED}" not in compared(found), "the large model is another"
+
+
+def test_inference_is_compared_once_both_have_found_it(tmp_path: Path) -> None:
+    def leave(part_of: str, kept: list[bool], tokens: list[int]) -> None:
+        found = {"logits": torch.ones(2) * len(tokens), "keep": torch.tensor(kept)}
+        torch.save(found | {"tokens": torch.tensor([tokens])}, tmp_path / f"{part_of} by layer.pt")
+
+    leave("device_map", [True, False, False, True], [5, 6, 7])
+    assert against_one(tmp_path, "device_map", "by layer") == {}
+    leave(ALONE, [True, False, True, True], [5, 8, 7])
+    assert against_one(tmp_path, "device_map", "by layer") == {
+        "largest difference of logits": 0.0, "largest logit": 3.0, "decided alike": 0.75, "same tokens": 1,
+        "of tokens": NEW_TOKENS,
+    }  # fmt: skip
+    assert against_one(tmp_path, ALONE, "by layer") == {} == against_one(tmp_path, "device_map", "by KV head")
 
 
 def test_a_breakdown_counts_kernels_once() -> None:

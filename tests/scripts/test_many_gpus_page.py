@@ -56,6 +56,21 @@ def test_all_that_was_measured_is_told(tmp_path: Path) -> None:
     assert "Ended by a limit: fsdp2 (its limit); not begun: notebook." in text
 
 
+def test_an_executed_notebook_is_shown_by_its_figures(tmp_path: Path) -> None:
+    write(tmp_path, "new", run("2026-12-02"))
+    assert many_gpus.executed(tmp_path) is None and many_gpus.draw(tmp_path / "docs") == []
+    figure = {"data": [{"y": [1.0, 2.0], "type": "scatter"}], "layout": {"title": {"text": "Loss"}}}
+    text: dict[str, Any] = {"output_type": "stream", "name": "stdout", "text": "2 GPU(s)"}
+    shown = {"output_type": "execute_result", "data": {many_gpus.PLOTLY: figure}}
+    cells = [{"cell_type": "markdown"}, {"cell_type": "code", "outputs": [text, shown]}]
+    file = tmp_path / many_gpus.FOLDER / "a_gpu_6_many_gpus.ipynb"
+    file.write_text(json.dumps({"cells": cells}))
+    page = many_gpus.block(tmp_path)
+    assert page.endswith("![A figure of notebook 6](many_gpus_notebook_1.png)")
+    assert "`benchmarks/results/many_gpus/a_gpu_6_many_gpus.ipynb`" in page
+    assert many_gpus.pictures(file) == {"many_gpus_notebook_1.png": figure}
+
+
 def test_the_newest_run_comes_first_and_trials_do_not_count(tmp_path: Path) -> None:
     assert many_gpus.block(tmp_path) == many_gpus.NOTHING
     write(tmp_path, "trial", run("2026-12-09", toy=True))
