@@ -6,7 +6,8 @@ Decoding steps are timed on the GPU with caches of random keys (`limits.step_tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,19 @@ from modlab.bench.limits import need_gpu, step_times
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
 
-CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
-BATCHES = (1, 4, 16, 32)
 RATIOS = (0.05, 0.10, 0.25, 0.50, 1.00)
-BATCH_CONTEXT = 8192
-FIT_CONTEXT = 32768
 STEPS = 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the case. `fit` is the context whose rows tell what a token costs, and the last one whose prompts
+    are run at all keep ratios."""
+
+    contexts: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
+    batches: tuple[int, ...] = (4, 16, 32)
+    batch_context: int = 8192
+    fit: int = 32768
 
 
 def decode_rows(
@@ -69,26 +77,53 @@ def head_share(config: Any, context: int) -> float:
     return head / step_bytes(config, [context], {}, 1)
 
 
+def by_context(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
+    """A decoding step of one row."""
+    routed = settings.routed
+    for context in sizes.contexts:
+        rows = list(decode_rows(settings, dense, twins[routed], routed, context, 1, RATIOS))
+        costs = token_costs(rows, 1, head_share(dense.config, context)) if context == sizes.fit else {}
+        yield from (row | costs for row in rows)
+
+
+def by_prompt(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
+    """Prompts of one row; of the longest ones two keep ratios, once."""
+    for context in sizes.contexts:
+        few = context > sizes.fit
+        variants = [Variant(settings.routed, r) for r in ((0.10, 0.50) if few else RATIOS)]
+        workload = Workload(settings, dense, twins, [context], 2)
+        found = workload.rows(variants, 1 if few else settings.repeats, whole_warm_up=not few)
+        rows = [row for row in found if row["case"] == "prefill"]
+        costs = token_costs(rows, context) if context == sizes.fit else {}
+        yield from (row | costs for row in rows)
+
+
+def by_batch(settings: Settings, dense: Any, twins: dict[str, Any], sizes: Sizes) -> Iterator[Row]:
+    """A decoding step of several rows."""
+    twin = twins[settings.routed]
+    for batch in sizes.batches:
+        yield from decode_rows(
+            settings, dense, twin, settings.routed, sizes.batch_context, batch, (0.10, 0.50)
+        )
+        for model in (dense, twin):
+            model.__dict__["mod_engine"].steps.pop(batch)
+
+
+PARTS: dict[str, Callable[[Settings, Any, dict[str, Any], Sizes], Iterator[Row]]] = {
+    "decode": by_context,
+    "prefill": by_prompt,
+    "batch": by_batch,
+}
+
+
 @case
 def growth(settings: Settings) -> Iterator[Row]:
     """How times grow with context, batch and keep ratio; the cost of a kept and of a skipped token."""
     need_gpu(settings, "growth")
-    routed = settings.routed
-    with fast_models(settings, max(CONTEXTS) + 64, [routed]) as (dense, twins):
-        twin = twins[routed]
-        for context in CONTEXTS:
-            rows = list(decode_rows(settings, dense, twin, routed, context, 1, RATIOS))
-            costs = token_costs(rows, 1, head_share(dense.config, context)) if context == FIT_CONTEXT else {}
-            yield from (row | costs for row in rows)
-        for context in CONTEXTS:
-            few = context > FIT_CONTEXT
-            variants = [Variant(routed, r) for r in ((0.10, 0.50) if few else RATIOS)]
-            workload = Workload(settings, dense, twins, [context], 2)
-            found = workload.rows(variants, 1 if few else settings.repeats, whole_warm_up=not few)
-            rows = [row for row in found if row["case"] == "prefill"]
-            costs = token_costs(rows, context) if context == FIT_CONTEXT else {}
-            yield from (row | costs for row in rows)
-        for batch in BATCHES[1:]:
-            yield from decode_rows(settings, dense, twin, routed, BATCH_CONTEXT, batch, (0.10, 0.50))
-            for model in (dense, twin):
-                model.__dict__["mod_engine"].steps.pop(batch)
+    sizes = Sizes()
+    with fast_models(settings, max(sizes.contexts) + 64, [settings.routed]) as (dense, twins):
+        for name in settings.only or PARTS:
+            yield from PARTS[name](settings, dense, twins, sizes)
+
+
+growth.parts = tuple(PARTS)  # type: ignore[attr-defined]
