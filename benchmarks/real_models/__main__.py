@@ -74,11 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--routers", type=Path, help="folder of the routers, where --model is the base")
     measure.add_argument("--data", type=Path, required=True, help="what `texts` wrote")
     measure.add_argument("--questions", type=Path, help="folder of the evaluation sets")
-    measure.add_argument("--savings", default="2,4,8,16")
+    measure.add_argument("--savings", default="2,4,8,16", help="one may come again with other --recent")
     measure.add_argument(
         "--recent",
         default="",
-        help="latest tokens that stay anyway, a number a saving (default: as trained)",
+        help="latest tokens that stay anyway, a number for each of --savings (default: as trained)",
     )
     measure.add_argument("--only", default="", help="kinds of pieces, with commas between them")
     measure.add_argument("--minutes", type=float, help="begin no piece after so many")

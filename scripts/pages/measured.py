@@ -90,13 +90,15 @@ def _against(read: Read) -> Read:
 
 @dataclass(frozen=True)
 class Aim:
-    """A row of the table: what, how it is read, what it may be at each of `SAVINGS` (None: it is only told),
-    and whether less is better."""
+    """A row of the table: what, the same in a word or two, how it is read, what it may be at each of
+    `SAVINGS` (None: it is only told), whether that is the least, and whether it is held against controls."""
 
     what: str
+    short: str
     read: Read
     limits: tuple[float | None, ...]
     least: bool = False
+    compares: bool = False
 
     def cell(self, limit: float | None, found: Found | None) -> str:
         if found is None:
@@ -109,15 +111,30 @@ class Aim:
 
 
 AIMS = (
-    Aim("KL to dense, positions from 1,024, mean of three texts", _kl, (0.004, 0.015, 0.04, 0.10)),
-    Aim("loss on a passage's second copy above dense, worst distance", _recall, (0.01, 0.02, 0.05, 0.12)),
-    Aim("retrieval, of dense's answers, worst distance", _retrieval, (0.99, 0.98, 0.95, 0.85), least=True),
-    Aim("RULER-kind tasks that dense passes, of dense's score", _ruler, (0.99, 0.97, 0.93, None), least=True),
-    Aim("HumanEval behind other code, points below dense", _points("humaneval"), (1, 2, 3, None)),
-    Aim("many shots, mean points below dense", _points("shots"), (0.3, 0.5, 1.5, None)),
-    Aim("KL over the best control's", _against(_kl), (None, 1 / 3, 1 / 3, None)),
-    Aim("worst recall gap over the best control's", _against(_recall), (None, 1 / 3, 1 / 3, None)),
-)
+    Aim("KL to dense, positions from 1,024, mean of three texts", "KL", _kl, (0.004, 0.015, 0.04, 0.10)),
+    Aim(
+        "loss on a passage's second copy above dense, worst distance", "worst recall gap", _recall,
+        (0.01, 0.02, 0.05, 0.12),
+    ),
+    Aim(
+        "retrieval, of dense's answers, worst distance", "worst retrieval", _retrieval,
+        (0.99, 0.98, 0.95, 0.85), least=True,
+    ),
+    Aim(
+        "RULER-kind tasks that dense passes, of dense's score", "RULER-kind, of dense's", _ruler,
+        (0.99, 0.97, 0.93, None), least=True,
+    ),
+    Aim(
+        "HumanEval behind other code, points below dense", "HumanEval, points", _points("humaneval"),
+        (1, 2, 3, None),
+    ),
+    Aim("many shots, mean points below dense", "many shots, points", _points("shots"), (0.3, 0.5, 1.5, None)),
+    Aim("KL over the best control's", "", _against(_kl), (None, 1 / 3, 1 / 3, None), compares=True),
+    Aim(
+        "worst recall gap over the best control's", "", _against(_recall), (None, 1 / 3, 1 / 3, None),
+        compares=True,
+    ),
+)  # fmt: skip
 
 
 def records(root: Path) -> list[dict[str, Any]]:
@@ -139,7 +156,7 @@ def block(root: Path) -> str:
 def _model(record: dict[str, Any]) -> str:
     arm = record["arm"]
     rows = {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == arm}
-    controls = {s: [r for r in record["rows"] if r["arm"] != arm and r["ratio_asked"] == s] for s in SAVINGS}
+    controls = {s: _controls_of(record, s) for s in SAVINGS}
     floor = rows.get(1.0, {}).get("kl_far")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
@@ -151,6 +168,7 @@ def _model(record: dict[str, Any]) -> str:
         "",
         "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
         "|---" * (len(SAVINGS) + 1) + "|",
+        "| recent tokens | " + " | ".join(_recent(rows.get(s, {})) for s in SAVINGS) + " |",
         "| ratio got, together (by text) | " + " | ".join(_ratio(rows.get(s, {}), s) for s in SAVINGS) + " |",
     ]
     for aim in AIMS:
@@ -159,7 +177,31 @@ def _model(record: dict[str, Any]) -> str:
             for saving, limit in zip(SAVINGS, aim.limits, strict=True)
         ]
         lines.append(f"| {aim.what} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_tasks(rows), *_controls(rows, controls)])
+    return "\n".join([*lines, *_others(record), *_tasks(rows), *_controls(rows, controls)])
+
+
+def _controls_of(record: dict[str, Any], saving: float) -> list[dict[str, Any]]:
+    begins = f"{record['arm']}: "
+    return [row for row in record["rows"] if row["arm"].startswith(begins) and row["ratio_asked"] == saving]
+
+
+def _others(record: dict[str, Any]) -> list[str]:
+    """Settings that no column of the table is for: other savings, and a saving with other recent tokens."""
+    arm, told = record["arm"], [aim for aim in AIMS if not aim.compares]
+    lines = []
+    for row in record["rows"]:
+        further = row["arm"].startswith(f"{arm}, ") and ": " not in row["arm"].removeprefix(arm)
+        if not further and (row["arm"] != arm or row["ratio_asked"] in (1.0, *SAVINGS)):
+            continue
+        cells = [aim.cell(None, aim.read(row, [])) for aim in told]
+        asked = row["ratio_asked"]
+        lines.append(f"| {asked:g}x | {_recent(row)} | {_ratio(row, asked)} | {' | '.join(cells)} |")
+    head = ["", "| also | recent | got (by text) | " + " | ".join(aim.short for aim in told) + " |"]
+    return [*head, "|---" * (len(told) + 3) + "|", *lines] if lines else []
+
+
+def _recent(row: dict[str, Any]) -> str:
+    return f"{row['recent']:,}" if "recent" in row else "-"
 
 
 def _ratio(row: dict[str, Any], asked: float) -> str:
@@ -171,7 +213,7 @@ def _ratio(row: dict[str, Any], asked: float) -> str:
 
 
 def _tasks(rows: dict[float, dict[str, Any]]) -> list[str]:
-    told = {name: task for row in rows.values() for name, task in row["tasks"].items()}
+    told = {name: task for s in SAVINGS if s in rows for name, task in rows[s]["tasks"].items()}
     if not told:
         return []
     lines = ["", "| task | items | dense | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |"]

@@ -85,3 +85,31 @@ def test_the_newest_record_of_a_model_counts(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "benchmarks" / "results" / "real_m_2026-01-01.json").read_text())
     old.write_text(json.dumps(record | {"date": "2025-01-01", "note": "Old."}))
     assert "Old." not in measured.block(tmp_path) and "Note." in measured.block(tmp_path)
+
+
+def test_other_savings_and_other_recent_tokens_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """And leave the columns of the first as they are."""
+    tasks = {"needle 4096": task("ruler", 0.9, 1.0), "arc": task("shots", 0.40, 0.41)}
+    plain = [row(1.0, kl=0.0004), row(4.0, recent=1512), row(4.0, "a: chance", kl=0.04, gap=0.5)]
+    without = page(tmp_path, plain)
+    assert "| also |" not in without
+    more = [
+        row(3.0, recent=700, kl=0.007, tasks=tasks), row(3.0, "a: chance", kl=0.02),
+        row(4.0, "a, 384 recent tokens", recent=384, kl=0.0123, gap=0.004),
+        row(4.0, "a, 384 recent tokens: chance", kl=0.001, gap=0.001),
+        {"arm": "a", "ratio_asked": 6.0, "tasks": {}},
+    ]  # fmt: skip
+    said = page(tmp_path, plain + more)
+    lines = said.splitlines()
+    at = next(i for i, one in enumerate(lines) if one.startswith("| also |"))
+    kept = [one for i, one in enumerate(lines) if not at - 1 <= i <= at + 4]
+    assert kept == without.splitlines()
+    assert [cell.count("|") for cell in lines[at : at + 5]] == [10] * 5
+    assert line(said, "3x") == [
+        "700", "2.97x (1.0x to 3.0x)", "0.0070", "0.010 ± 0.002", "0.985", "0.900 ± 0.010", "-",
+        "1.00 ± 1.00",
+    ]  # fmt: skip
+    assert lines[at + 3].startswith("| 4x | 384 | 3.96x (1.0x to 4.0x) | 0.0123 | 0.004 ± 0.002 |")
+    assert line(said, "6x") == ["-", "not measured", *["-"] * 6]
+    assert line(said, "recent tokens") == ["-", "1,512", "-", "-"]
+    assert line(said, "KL over")[1] == "0.25, ≤ 0.333: met"

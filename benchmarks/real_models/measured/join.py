@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.real_models.measured.pieces import Folder
 from benchmarks.real_models.measured.run import ORIGIN
-from benchmarks.real_models.measured.work import DENSE, at
+from benchmarks.real_models.measured.settings import DENSE, Setting, at, named
 from benchmarks.real_models.run import rounded
 from modlab.published import MEASURED
 
@@ -20,30 +20,21 @@ NOTE = (
 
 
 def joined(path: Path) -> dict[str, Any]:
-    """The file's content: where it comes from, a row a saving, and one a control; what was not measured is
-    missing from a row."""
+    """The file's content: where it comes from, a row a setting, and one a control; what was not measured is
+    missing from a row. A saving's first setting, that with its own recent tokens if it is there, has the name
+    of the arm; those after it say how many tokens are recent, too."""
     folder = Folder(path)
     origin = folder.read(ORIGIN)
     about = {name: origin[name] for name in ("model", "arm", "granularity", "tokens", "seed")}
-    rows = []
-    for saving in _savings(folder):
-        row = {**about, "ratio_asked": saving, "tasks": _tasks(folder, saving)}
-        if folder.done(at("threshold", saving)):
-            found = folder.read(at("threshold", saving))
-            row |= {name: found[name] for name in ("threshold", "recent", "ratio_set", "beyond_training")}
-        if folder.done(at("far", saving)):
-            row |= _measures(folder.read(at("far", saving)))
-        rows.append(row)
+    rows: list[dict[str, Any]] = []
+    for setting in _settings(folder):
+        again = any(row["ratio_asked"] == setting.saving for row in rows)
+        arm = f"{about['arm']}, {setting.recent:,} recent tokens" if again else about["arm"]
+        rows.append(_row(folder, setting, {**about, "arm": arm}))
+        own = {**about, "tokens": 0, "ratio_asked": setting.saving, "tasks": {}}
         rows += [
-            {
-                **about,
-                "tokens": 0,
-                "arm": f"{about['arm']}: {found['control']}",
-                "ratio_asked": saving,
-                "tasks": {},
-            }
-            | _measures(found)
-            for found in _controls(folder, saving)
+            {**own, "arm": f"{arm}: {found['control']}"} | _measures(found)
+            for found in _controls(folder, setting)
         ]
     seconds = {file.stem: folder.read(file.stem).get("seconds") for file in sorted(path.glob("*@*.json"))}
     failed = sorted(file.name.split(".failed")[0] for file in path.glob("*.failed.json"))
@@ -53,34 +44,41 @@ def joined(path: Path) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _row(folder: Folder, setting: Setting, about: dict[str, Any]) -> dict[str, Any]:
+    row = {**about, "ratio_asked": setting.saving, "tasks": _tasks(folder, setting)}
+    if folder.done(at("threshold", setting)):
+        found = folder.read(at("threshold", setting))
+        row |= {name: found[name] for name in ("threshold", "recent", "ratio_set", "beyond_training")}
+    return row | (_measures(folder.read(at("far", setting))) if folder.done(at("far", setting)) else {})
+
+
 def _measures(found: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in found.items() if name not in ("seconds", "control", "keep_by_gate")
     }
 
 
-def _savings(folder: Folder) -> list[float]:
-    found = {file.stem.rsplit("@", 1)[1] for file in folder.path.glob("*@*.json")}
-    return sorted(float(saving) for saving in found if saving.replace(".", "").isdigit())
+def _settings(folder: Folder) -> list[Setting]:
+    found = {named(file.stem) for file in folder.path.glob("*@*.json")}
+    return sorted((setting for setting in found if setting is not None), key=lambda one: one.order)
 
 
-def _controls(folder: Folder, saving: float) -> list[dict[str, Any]]:
-    files = sorted(folder.path.glob(at("control *", saving) + ".json"))
+def _controls(folder: Folder, setting: Setting) -> list[dict[str, Any]]:
+    files = sorted(folder.path.glob(at("control *", setting) + ".json"))
     return sorted((folder.read(file.stem) for file in files), key=lambda found: found["kl_far"])
 
 
-def _tasks(folder: Folder, saving: float) -> dict[str, Any]:
-    """Each task at a saving next to the dense model, paired."""
+def _tasks(folder: Folder, setting: Setting) -> dict[str, Any]:
+    """Each task at a setting next to the dense model, paired, and by which path it ran if there are two."""
     tasks: dict[str, Any] = {}
-    for file in sorted(folder.path.glob(at("*", saving) + ".json")):
+    for file in sorted(folder.path.glob(at("*", setting) + ".json")):
         kind = file.stem.rsplit("@", 1)[0]
-        scores = folder.read(file.stem).get("scores")
-        if scores is None or not folder.done(at(kind, DENSE)):
+        found = folder.read(file.stem)
+        if "scores" not in found or not folder.done(at(kind, DENSE)):
             continue
         dense = folder.read(at(kind, DENSE))["scores"]
-        tasks |= {
-            name: {"kind": kind.split("_")[0], **paired(own, dense[name])} for name, own in scores.items()
-        }
+        told = {"kind": kind.split("_")[0]} | {name: found[name] for name in ("path",) if name in found}
+        tasks |= {name: {**told, **paired(own, dense[name])} for name, own in found["scores"].items()}
     return tasks
 
 

@@ -117,10 +117,9 @@ class Product:
             yield
 
     @torch.no_grad()
-    def states(self, ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """Last states [B, T, D] of whole rows, without a cache; `real_BT` is 0 for padding."""
-        given = {} if real_BT is None or bool(real_BT.all()) else {"attention_mask": real_BT}
-        states: Tensor = self.decoder(input_ids=ids_BT, use_cache=False, **given).last_hidden_state
+    def states(self, ids_BT: Tensor) -> Tensor:
+        """Last states [B, T, D] of whole rows, without a cache."""
+        states: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
         return states
 
     @torch.no_grad()

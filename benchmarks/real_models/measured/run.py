@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.real_models.measured.pieces import Folder, run_all
 from benchmarks.real_models.measured.product import Product
+from benchmarks.real_models.measured.settings import Setting, settings
 from benchmarks.real_models.measured.work import KINDS, Sizes, Work
 from benchmarks.real_models.texts import Data
 from modlab.bench.results import circumstances, source_commit
@@ -38,13 +39,18 @@ def run(
 ) -> list[str]:
     """Measures what nobody has measured in `out`; see `work.py`.
 
+    Args:
+        recent: for each of `savings`, how many of the latest tokens stay anyway (default: what the routers
+            know). Where that is not what they know, the setting's pieces have names of their own.
+
     Returns:
         names of the pieces that failed.
 
     Raises:
-        ModlabError: no such kind, or questions without their folder.
+        ModlabError: no such kind, questions without their folder, or settings that are none.
     """
     begun = time.monotonic()
+    asked = settings(savings, recent)
     for kind in kinds:
         if kind not in KINDS:
             raise ModlabError(f"there is no kind {kind!r}: choose some of {', '.join(KINDS)}.")
@@ -62,8 +68,8 @@ def run(
         folder.write(ORIGIN, {"model": model.name, **about, **_origin(product, commit)})
     work = Work(product, Data.load(data), questions or data, folder, Sizes(**_sizes(sizes or {})))
     deadline = None if minutes is None else begun + 60 * minutes
-    by_saving = dict(zip(savings, recent, strict=True)) if recent else None
-    failed = run_all(work.pieces(savings, chosen, by_saving), folder, say, deadline)
+    own = [s if s.recent != product.recent_for(s.saving) else Setting(s.saving) for s in asked]
+    failed = run_all(work.pieces(own, chosen), folder, say, deadline)
     say(f"nothing left to do; failed: {', '.join(failed) or 'none'}")
     return failed
 

@@ -1,9 +1,16 @@
-"""Many shots: the likelihood of choices behind examples that stand in the model's cache, routed as it is.
+"""Many shots: the likelihood of choices behind examples, routed as they are.
 
-ARC-Challenge with 25 shots, HellaSwag with 10, MMLU with 5 of the question's subject. The examples of the
-first two run once; their cache is copied for the questions behind them, so what it has dropped is gone for
-all of them. MMLU's, which are different for each subject, run as whole rows with their questions.
-Our own scorer, not lm-evaluation-harness: its rows would run the examples again for every choice.
+ARC-Challenge with 25 shots, HellaSwag with 10, MMLU with 5 of the question's subject. Choices run by one of
+two paths, which give the same up to rounding, and the record says which:
+
+- `CACHE`: the examples run once, and their cache is copied for the questions behind them, so what it has
+  dropped is gone for all of them. The least work; but each head of each copy of a routed cache is moved by
+  itself, which takes a GPU far longer than the work (197 s of 300 questions of ARC, where dense takes 10).
+- `ROWS`: examples, question and choice as one row without a cache, hidden keys masked: on a GPU in 16 bit
+  one kernel a layer. Dense rows go the same way there, so that both sides round alike.
+
+MMLU's examples, which are different for each subject, are rows with their questions anyway.
+Our own scorer, not lm-evaluation-harness: neither routed caches nor their settings are known to it.
 
 Where no examples are at hand apart from the questions (of ARC 20 of 25, of HellaSwag 5 of 10), they are
 questions that are not asked. ARC and HellaSwag by likelihood over length in characters, MMLU by the letter.
@@ -16,8 +23,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +41,8 @@ from modlab.hf.names import cache_argument, given_cache
 
 LETTERS = "ABCD"
 BATCH = 64
+CACHE, ROWS = "cache", "whole rows"
+"""Paths; see above."""
 SUBJECTS = 20
 """Of MMLU's 57, evenly spaced: each costs a prompt of its own."""
 SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5}
@@ -124,22 +134,31 @@ def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def measure(product: Product, task: str, folder: Path, items: int, batch: int = BATCH) -> dict[str, Any]:
-    """Which questions are answered, at the product's present setting, and what the examples' cache stores."""
+def measure(
+    product: Product, task: str, folder: Path, items: int, batch: int = BATCH, path: str | None = None
+) -> dict[str, Any]:
+    """Which questions are answered, at the product's present setting, and what the examples' cache stores.
+
+    Args:
+        path: `CACHE` or `ROWS`, of ARC and HellaSwag; by default rows on a GPU, the cache elsewhere.
+    """
     made = sheets(task, folder, items)
+    path = path or (ROWS if product.device.type == "cuda" or task == "mmlu" else CACHE)
     if task == "mmlu":
         found: dict[str, Any] = {"scores": _by_letter(product, made, batch)}
     else:
         (sheet,) = made
-        cache = _cache_of(product, product.ids(sheet.shots))
-        found = {"scores": _answered(product, sheet.questions, cache, batch)}
+        shots = product.ids(sheet.shots)
+        cache = _cache_of(product, shots)
+        said = partial(_behind, product, cache) if path == CACHE else partial(_in_rows, product, shots)
+        found = {"scores": _answered(product, sheet.questions, said, batch)}
         if not product.routing.is_off:
             held = stored(cache)
             found["kv_saving"] = held.dense_kv_bytes / held.kv_bytes
     tokens = [len(product.ids(sheet.shots)) for sheet in made]
     return {
         **found, "scores": {f"{task} {SHOTS[task]}-shot": found["scores"]},
-        "shot_tokens": [min(tokens), max(tokens)],
+        "shot_tokens": [min(tokens), max(tokens)], "path": path,
     }  # fmt: skip
 
 
@@ -160,9 +179,9 @@ def _by_letter(product: Product, made: Sequence[Sheet], batch: int) -> list[floa
     right = [0.0] * len(rows)
 
     def said(some: Sequence[int]) -> list[int]:
-        ids_BT, real_BT = padded([rows[i] for i in some], product.device)
-        states_BTD = product.states(ids_BT, real_BT)
-        last = states_BTD[torch.arange(len(some), device=product.device), real_BT.sum(1) - 1]
+        states_BTD = product.states(padded([rows[i] for i in some], product.device))
+        ends = torch.tensor([len(rows[i]) - 1 for i in some], device=product.device)
+        last = states_BTD[torch.arange(len(some), device=product.device), ends]
         chosen: list[int] = logits(last, product.head_VD)[:, letters].argmax(-1).tolist()
         return chosen
 
@@ -174,13 +193,13 @@ def _by_letter(product: Product, made: Sequence[Sheet], batch: int) -> list[floa
     return right
 
 
-def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and which are real, long [B, T], padding behind."""
+def padded(rows: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Token ids, long [B, T], rows filled up behind their end, where no token of theirs looks: so no mask
+    says which they are, and attention stays with its fastest kernels."""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    real = torch.zeros_like(ids)
     for place, row in enumerate(rows):
-        ids[place, : len(row)], real[place, : len(row)] = torch.tensor(row), 1
-    return ids.to(device), real.to(device)
+        ids[place, : len(row)] = torch.tensor(row)
+    return ids.to(device)
 
 
 @torch.no_grad()
@@ -189,36 +208,64 @@ def _cache_of(product: Product, ids: list[int]) -> Any:
     return given_cache(product.decoder(input_ids=row, use_cache=True))
 
 
-def _answered(product: Product, questions: Sequence[Asked], cache: Any, batch: int) -> list[float]:
+@dataclass(frozen=True)
+class Choice:
+    """One choice of a question, by their numbers, and the tokens of both."""
+
+    number: int
+    place: int
+    query: list[int]
+    told: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.query + self.told
+
+
+Likelihoods = Callable[[Sequence[Choice]], list[float]]
+"""Log-likelihood of each choice behind the examples and its question."""
+
+
+def _answered(
+    product: Product, questions: Sequence[Asked], likelihoods: Likelihoods, batch: int
+) -> list[float]:
     """1 where the likeliest choice is the right one."""
-    rows = []
+    choices = []
     for number, asked in enumerate(questions):
         query = product.ids(asked.query)
-        rows += [(number, place, query, product.ids(choice)) for place, choice in enumerate(asked.choices)]
+        choices += [Choice(number, at, query, product.ids(text)) for at, text in enumerate(asked.choices)]
     total = np.full((len(questions), max(len(asked.choices) for asked in questions)), -np.inf)
-    by_length: dict[int, list[tuple[int, int, list[int], list[int]]]] = {}
-    for row in rows:  # rows of one length run together, without padding
-        by_length.setdefault(len(row[2]) + len(row[3]), []).append(row)
-    for alike in by_length.values():
-        for part in halving(alike, batch, lambda some: (some, _likelihoods(product, some, cache))):
-            for (number, place, _, _), said in zip(*part, strict=True):
-                total[number, place] = said / questions[number].lengths[place]
+    order = sorted(choices, key=lambda one: len(one.ids))
+    for part in halving(order, batch, lambda some: list(zip(some, likelihoods(some), strict=True))):
+        for one, said in part:
+            total[one.number, one.place] = said / questions[one.number].lengths[one.place]
     return [float(line.argmax() == asked.gold) for line, asked in zip(total, questions, strict=True)]
 
 
 @torch.no_grad()
-def _likelihoods(
-    product: Product, rows: Sequence[tuple[int, int, list[int], list[int]]], cache: Any
-) -> list[float]:
-    """Log-likelihood of each row's choice behind its query and what the cache holds."""
-    ids_BT = torch.tensor([query + choice for _, _, query, choice in rows], device=product.device)
+def _behind(product: Product, cache: Any, some: Sequence[Choice]) -> list[float]:
+    """Behind what the cache of the examples holds."""
     own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(len(rows))
+    own.batch_repeat_interleave(len(some))
     given = {cache_argument(product.model): own}
-    states_BTD: Tensor = product.decoder(input_ids=ids_BT, use_cache=True, **given).last_hidden_state
+    ids_BT = padded([one.ids for one in some], product.device)
+    states = product.decoder(input_ids=ids_BT, use_cache=True, **given).last_hidden_state
+    return _told(product, some, states, 0)
+
+
+@torch.no_grad()
+def _in_rows(product: Product, shots: list[int], some: Sequence[Choice]) -> list[float]:
+    """As rows of their own, examples included."""
+    states = product.states(padded([shots + one.ids for one in some], product.device))
+    return _told(product, some, states, len(shots))
+
+
+def _told(product: Product, some: Sequence[Choice], states_BTD: Tensor, before: int) -> list[float]:
+    """Of last states of rows in which a choice's question begins behind so many tokens."""
     found = []
-    for states_TD, ids_T, (_, _, query, choice) in zip(states_BTD, ids_BT, rows, strict=True):
-        where = slice(len(query) - 1, len(query) + len(choice) - 1)
-        said = logits(states_TD[where], product.head_VD).log_softmax(-1)
-        found.append(said.gather(1, ids_T[len(query) :, None]).sum())
+    for states_TD, one in zip(states_BTD, some, strict=True):
+        start = before + len(one.query) - 1
+        said = logits(states_TD[start : start + len(one.told)], product.head_VD).log_softmax(-1)
+        told = torch.tensor(one.told, device=said.device)
+        found.append(said.gather(1, told[:, None]).sum())
     return torch.stack(found).tolist()

@@ -17,11 +17,11 @@ from benchmarks.real_models.measured import fixed, humaneval, shots, thresholds
 from benchmarks.real_models.measured.far import Far
 from benchmarks.real_models.measured.pieces import Folder, Piece
 from benchmarks.real_models.measured.product import Product
+from benchmarks.real_models.measured.settings import DENSE, Setting, at
 from benchmarks.real_models.texts import Data
 from modlab.probes.dense_side import MADE_OF
 from modlab.probes.long_tasks import ruler
 
-DENSE = "dense"
 CONTROLLED = (4.0, 8.0)
 """Savings at which controls are run."""
 KINDS = ("far", "controls", "ruler", "humaneval", "shots")
@@ -69,23 +69,17 @@ class Work:
         """The dense side, once a process."""
         return Far(self.product, self.data, self.sizes.rows)
 
-    def pieces(
-        self, savings: list[float], kinds: tuple[str, ...] = KINDS, recent: dict[float, int] | None = None
-    ) -> list[Piece]:
-        """All of them.
-
-        Args:
-            recent: by saving, how many of the latest tokens stay anyway; by default what the routers know.
-        """
-        order = sorted(savings, key=lambda saving: (saving not in CONTROLLED, saving))
+    def pieces(self, settings: list[Setting], kinds: tuple[str, ...] = KINDS) -> list[Piece]:
+        """All of them."""
+        order = sorted(settings, key=lambda one: (one.saving not in CONTROLLED, one.saving))
         made = [
             Piece(
                 at("threshold", s),
-                partial(thresholds.find, self.product, self.data, self.sizes.held, s, (recent or {}).get(s)),
+                partial(thresholds.find, self.product, self.data, self.sizes.held, s.saving, s.recent),
             )
             for s in order
         ]
-        given: dict[str, Callable[[list[float]], list[Piece]]] = {
+        given: dict[str, Callable[[list[Setting]], list[Piece]]] = {
             "far": self._far, "controls": self._controls, "ruler": self._ruler,
             "humaneval": self._humaneval, "shots": self._shots,
         }  # fmt: skip
@@ -93,17 +87,17 @@ class Work:
             made += given[kind](order)
         return made
 
-    def set_to(self, saving: float | None) -> contextlib.AbstractContextManager[None]:
+    def set_to(self, setting: Setting | None) -> contextlib.AbstractContextManager[None]:
         """Inside this block the model saves so much; None: it is dense."""
-        if saving is None:
+        if setting is None:
             return self.product.at(None)
-        found = self.folder.read(at("threshold", saving))
+        found = self.folder.read(at("threshold", setting))
         return self.product.at(float(found["threshold"]), int(found["recent"]))
 
-    def _far(self, savings: list[float]) -> list[Piece]:
-        def run(saving: float) -> dict[str, Any]:
+    def _far(self, settings: list[Setting]) -> list[Piece]:
+        def run(setting: Setting) -> dict[str, Any]:
             far = self.far
-            with self.set_to(saving):
+            with self.set_to(setting):
                 return far.by_cache()
 
         def floor() -> dict[str, Any]:
@@ -112,15 +106,15 @@ class Work:
             with self.product.at(0.0):
                 return far.by_cache()
 
-        made = [Piece(at("far", s), partial(run, s), (at("threshold", s),)) for s in savings]
+        made = [Piece(at("far", s), partial(run, s), (at("threshold", s),)) for s in settings]
         return [*made, Piece(at("far", 1), floor)]
 
-    def _controls(self, savings: list[float]) -> list[Piece]:
-        def run(name: str, saving: float) -> dict[str, Any]:
-            gates, far = self.folder.read(at("far", saving)), self.far
+    def _controls(self, settings: list[Setting]) -> list[Piece]:
+        def run(name: str, setting: Setting) -> dict[str, Any]:
+            gates, far = self.folder.read(at("far", setting)), self.far
             torch.manual_seed(0)
             T = self.data.recall.rows.shape[1]
-            with self.set_to(saving), fixed.control(self.product, name, gates, T):
+            with self.set_to(setting), fixed.control(self.product, name, gates, T):
                 found = far.by_rows(retrieval=True)
             return {"control": name, **found, "ratio": gates["ratio"] * gates["keys"] / found["keys"]}
 
@@ -128,12 +122,12 @@ class Work:
         names = [n for n in fixed.NAMES if several or n not in ("chance per head", "whole heads")]
         return [
             Piece(at(f"control {name}", s), partial(run, name, s), (at("far", s),))
-            for s in savings
-            if s in CONTROLLED
+            for s in _first_of_each(settings)
+            if s.saving in CONTROLLED
             for name in names
         ]
 
-    def _ruler(self, savings: list[float]) -> list[Piece]:
+    def _ruler(self, settings: list[Setting]) -> list[Piece]:
         haystack = {"input_ids": np.concatenate(list(self.data.texts["novels"])).tolist()}
 
         def ask(length: int, dense: pd.DataFrame | None) -> pd.DataFrame:
@@ -148,11 +142,11 @@ class Work:
             return {"scores": _by_task(table, "score"), "made_of": table.attrs[MADE_OF],
                     "rows": table.to_dict("records")}  # fmt: skip
 
-        def run(length: int, saving: float) -> dict[str, Any]:
+        def run(length: int, setting: Setting) -> dict[str, Any]:
             known = self.folder.read(at(f"ruler {length}", DENSE))
             dense = pd.DataFrame(known["rows"]).rename(columns={"score": "dense"})
             dense.attrs[MADE_OF] = known["made_of"]
-            with self.set_to(saving):
+            with self.set_to(setting):
                 table = ask(length, dense)
             return {"scores": _by_task(table, "routed")}
 
@@ -166,43 +160,46 @@ class Work:
                     partial(run, length, s),
                     (base, at("threshold", s)),
                 )
-                for s in savings
+                for s in settings
             ]
         return made
 
-    def _humaneval(self, savings: list[float]) -> list[Piece]:
+    def _humaneval(self, settings: list[Setting]) -> list[Piece]:
         sizes = self.sizes
 
-        def run(saving: float | None) -> dict[str, Any]:
-            with self.set_to(saving):
+        def run(setting: Setting | None) -> dict[str, Any]:
+            with self.set_to(setting):
                 return humaneval.measure(
                     self.product.model, self.product.tokenizer, self.questions, behind=sizes.behind,
                     new=sizes.new, batch=sizes.batch, limit=sizes.problems,
                 )  # fmt: skip
 
-        return self._with_dense("humaneval", run, savings)
+        return self._with_dense("humaneval", run, settings)
 
-    def _shots(self, savings: list[float]) -> list[Piece]:
+    def _shots(self, settings: list[Setting]) -> list[Piece]:
         made = []
         for task in shots.SHOTS:
 
-            def run(saving: float | None, task: str = task) -> dict[str, Any]:
-                with self.set_to(saving):
+            def run(setting: Setting | None, task: str = task) -> dict[str, Any]:
+                with self.set_to(setting):
                     return shots.measure(self.product, task, self.questions, self.sizes.items)
 
-            made += self._with_dense(f"shots {task}", run, savings)
+            made += self._with_dense(f"shots {task}", run, settings)
         return made
 
     def _with_dense(
-        self, name: str, run: Callable[[float | None], dict[str, Any]], savings: list[float]
+        self, name: str, run: Callable[[Setting | None], dict[str, Any]], settings: list[Setting]
     ) -> list[Piece]:
         made = [Piece(at(name, DENSE), partial(run, None))]
-        return made + [Piece(at(name, s), partial(run, s), (at("threshold", s),)) for s in savings]
+        return made + [Piece(at(name, s), partial(run, s), (at("threshold", s),)) for s in settings]
 
 
-def at(kind: str, saving: float | str) -> str:
-    """The name of a piece: "far@4"."""
-    return f"{kind}@{saving if isinstance(saving, str) else f'{saving:g}'}".replace(" ", "_")
+def _first_of_each(settings: list[Setting]) -> list[Setting]:
+    """The first setting of each saving: it is the one that is held against controls."""
+    first: dict[float, Setting] = {}
+    for setting in settings:
+        first.setdefault(setting.saving, setting)
+    return list(first.values())
 
 
 def _by_task(table: pd.DataFrame, column: str) -> dict[str, list[float]]:

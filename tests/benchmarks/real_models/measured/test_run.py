@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.real_models.__main__ import main
 from benchmarks.real_models.measured import fixed
+from benchmarks.real_models.measured.join import joined
 from benchmarks.real_models.measured.run import run
 from benchmarks.real_models.measured.work import CONTROLLED
 from benchmarks.real_models.texts import Data
@@ -62,20 +63,68 @@ def test_every_row_of_the_table_is_filled(
     assert {2.0, 4.0} & set(CONTROLLED) == {4.0}
 
 
-def test_each_saving_has_its_recent_tokens(
+def test_settings_of_one_saving_lie_in_one_folder_and_are_told_apart(
+    converted: Path, data: Data, questions: Path, tmp_path: Path
+) -> None:
+    """And a saving that is no power of two. 16 recent tokens are the model's own."""
+    data.save(tmp_path / "data")
+    out = tmp_path / "run"
+
+    def measured(savings: list[float], recent: list[int] | None) -> list[str]:
+        return run(
+            converted, None, tmp_path / "data", questions, out, savings, ("far", "controls", "shots"),
+            recent=recent, about=ABOUT, device="cpu", fast=False,
+            sizes={"rows": 1, "held": 1, "items": 2},
+        )  # fmt: skip
+
+    assert measured([3.0, 4.0], None) == []
+    before = {path.name: path.read_text() for path in out.glob("*@*.json")}
+    assert measured([4.0, 4.0, 3.0], [16, 24, 12]) == []
+    after = {path.name: path.read_text() for path in out.glob("*@*.json")}
+    assert before == {name: text for name, text in after.items() if "_recent_" not in name}
+    assert {name for name in after if name.startswith("far")} == {
+        "far@1.json", "far@3.json", "far@4.json", "far@4_recent_24.json", "far@3_recent_12.json",
+    }  # fmt: skip
+    assert not any("control" in name and "_recent_" in name for name in after), "each saving's first has them"
+    for name, saving, recent in (("4_recent_24", 4, 24), ("3_recent_12", 3, 12), ("4", 4, 16), ("3", 3, 16)):
+        found = json.loads(after[f"threshold@{name}.json"])
+        assert found["recent"] == recent and abs(found["ratio_set"] / saving - 1) < 0.25
+    rows = [row for row in joined(out)["rows"] if ": " not in row["arm"]]
+    assert [(row["arm"], row["ratio_asked"], row.get("recent")) for row in rows] == [
+        ("random", 1.0, None),
+        ("random", 3.0, 16), ("random, 12 recent tokens", 3.0, 12),
+        ("random", 4.0, 16), ("random, 24 recent tokens", 4.0, 24),
+    ]  # fmt: skip
+    assert len({row["kl_far"] for row in rows}) == len({row.get("threshold") for row in rows}) == 5
+    for row in rows[1:]:
+        assert {(task["kind"], task["path"]) for task in row["tasks"].values()} == {
+            ("shots", "cache"), ("shots", "whole rows"),
+        }  # fmt: skip
+
+
+def test_a_saving_without_its_own_recent_tokens_has_the_name_of_the_arm(
     converted: Path, data: Data, questions: Path, tmp_path: Path
 ) -> None:
     data.save(tmp_path / "data")
-    out, given = tmp_path / "run", {"about": ABOUT, "device": "cpu", "fast": False, "sizes": {"held": 1}}
-    assert (
-        run(
-            converted, None, tmp_path / "data", questions, out, [2.0, 3.0], ("far",), recent=[24, 12], **given
-        )
-        == []
-    )
-    for saving, recent in ((2, 24), (3, 12)):
-        found = json.loads((out / f"threshold@{saving}.json").read_text())
-        assert found["recent"] == recent and abs(found["ratio_set"] / saving - 1) < 0.25
+    out, given = tmp_path / "run", {"about": ABOUT, "device": "cpu", "fast": False, "sizes": {"rows": 1}}
+    run(converted, None, tmp_path / "data", questions, out, [2.0], ("far",), recent=[24], **given)
+    assert [(row["arm"], row["ratio_asked"]) for row in joined(out)["rows"]] == [
+        ("random", 1.0),
+        ("random", 2.0),
+    ]
+
+
+def test_settings_that_are_none_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    for savings, recent, said in (
+        ([2.0, 4.0], [16], "1 numbers of recent tokens for 2 savings"),
+        ([4.0, 4.0], [16, 16], "4_recent_16 is asked for twice"),
+        ([4.0, 2.0, 4.0], None, "4 is asked for twice"),
+    ):
+        with pytest.raises(ModlabError, match=said):
+            run(
+                tmp_path, None, tmp_path, tmp_path, tmp_path, savings, (), recent=recent, about=ABOUT,
+                device="cpu",
+            )  # fmt: skip
 
 
 def test_what_is_beyond_the_time_is_not_begun(
