@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modlab import skips
 from modlab.bench.models import SHAPES
 from modlab.bench.registry import CASES, Settings, Skipped, parts_of
-from modlab.bench.results import finish, free_path, plot, read, report, table, write
+from modlab.bench.results import finish, own_file, plot, read, report, table, write
 from modlab.errors import ModlabError
 
 
@@ -156,19 +158,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     ran = 0
     for name in names:
         result = report(name, settings, argv, options.commit)
-        path = None if options.no_save else free_path(result, options.out)
         try:
-            for row in CASES[name](settings):
-                result["rows"].append(row)
-                print(table([row], header=len(result["rows"]) == 1), flush=True)
-                if path is not None:
-                    write(result, path)  # after each row: a run that is cut off leaves what it measured
+            with contextlib.nullcontext() if options.no_save else own_file(result, options.out) as path:
+                _run(name, settings, result, path)
         except Skipped as reason:
             print(f"skipped {reason}")
             continue
         ran += 1
-        finish(result)
+    return 0 if ran else 1
+
+
+def _run(name: str, settings: Settings, result: dict[str, Any], path: Path | None) -> None:
+    """Adds the rows of a case to its result, and writes it after each: a run that is cut off leaves what it
+    measured."""
+    for row in CASES[name](settings):
+        result["rows"].append(row)
+        print(table([row], header=len(result["rows"]) == 1), flush=True)
         if path is not None:
             write(result, path)
-            print(f"wrote {path}")
-    return 0 if ran else 1
+    finish(result)
+    if path is not None:
+        write(result, path)
+        print(f"wrote {path}")

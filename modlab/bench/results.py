@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,30 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def free_path(result: dict[str, Any], folder: Path) -> Path:
-    """`<what>_<device>_<date>.json`; a second run of a day gets a number."""
+@contextlib.contextmanager
+def own_file(result: dict[str, Any], folder: Path) -> Iterator[Path]:
+    """A file `<what>_<device>_<date>.json` with the result as it is now; a second run of a day gets a number,
+    also while the first is still at work. If there are no rows at the end, it goes again."""
     folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if result["device"] == "cpu" else "-".join(result["device_name"].lower().split())
     stem = f"{result['what']}_{device}_{result['date'][:10]}"
-    path = folder / f"{stem}.json"
-    number = 2
-    while path.exists():
-        path = folder / f"{stem}-{number}.json"
-        number += 1
-    return path
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    path = _made(folder / f"{stem}{number}.json" for number in numbers)
+    try:
+        write(result, path)
+        yield path
+    finally:
+        if not result["rows"]:
+            path.unlink()
+
+
+def _made(paths: Iterable[Path]) -> Path:
+    """The first one that is not there yet, empty."""
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError("there is no last number")
 
 
 def write(result: dict[str, Any], path: Path) -> None:

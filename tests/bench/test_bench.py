@@ -108,11 +108,13 @@ def test_the_commit_can_be_told_where_git_cannot_be_asked(tmp_path, monkeypatch)
 
 
 def test_a_second_run_of_a_day_overwrites_nothing(tmp_path):
-    result = {"what": "prefill", "device": "cpu", "device_name": "x", "date": "2030-01-02T03:04:05"}
+    result = {
+        "what": "prefill", "device": "cpu", "device_name": "x", "date": "2030-01-02T03:04:05", "rows": [{}],
+    }  # fmt: skip
     names = []
     for turn in range(3):
-        path = results.free_path(result, tmp_path)
-        results.write(result | {"turn": turn}, path)
+        with results.own_file(result, tmp_path) as path:
+            results.write(result | {"turn": turn}, path)
         names.append(path.name)
     assert names == [
         "prefill_cpu_2030-01-02.json",
@@ -120,8 +122,18 @@ def test_a_second_run_of_a_day_overwrites_nothing(tmp_path):
         "prefill_cpu_2030-01-02-3.json",
     ]
     assert [json.loads((tmp_path / name).read_text())["turn"] for name in names] == [0, 1, 2]
-    gpu = results.free_path(result | {"device": "cuda", "device_name": "NVIDIA H200"}, tmp_path)
-    assert gpu.name == "prefill_nvidia-h200_2030-01-02.json"
+    gpu = result | {"device": "cuda", "device_name": "NVIDIA H200"}
+    with results.own_file(gpu, tmp_path) as first, results.own_file(gpu, tmp_path) as second:
+        assert first.name == "prefill_nvidia-h200_2030-01-02.json"  # neither has measured anything yet
+        assert second.name == "prefill_nvidia-h200_2030-01-02-2.json"
+
+
+def test_a_run_without_rows_leaves_no_file(tmp_path):
+    result = {"what": "x", "device": "cpu", "device_name": "x", "date": "2030-01-02T03:04:05", "rows": []}
+    with pytest.raises(ValueError, match="no room"), results.own_file(result, tmp_path) as path:
+        assert json.loads(path.read_text()) == result
+        raise ValueError("no room")
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_routing_has_the_exact_ratio_in_every_span():
