@@ -327,7 +327,7 @@ class LastLine:
 
 def largest_batch(line: LastLine) -> Found:
     """The largest batch that fits: tried from what one line takes and leaves, downwards. What is lost between
-    the allocator's blocks is not known before."""
+    the allocator's blocks is not known before. Says what it found at once: its row comes much later."""
     torch.cuda.empty_cache()
     line.prefilled()
     before = torch.cuda.memory_allocated()
@@ -340,7 +340,12 @@ def largest_batch(line: LastLine) -> Found:
     while True:
         rows = max(LINE_ROWS, rows - rows % LINE_ROWS)
         try:
-            return line.tried(rows)
+            found = line.tried(rows)
+            print(
+                f"{'dense' if line.table is None else 'routed'}, {line.sizes.long} tokens: {found}",
+                flush=True,
+            )
+            return found
         except torch.OutOfMemoryError:
             if rows == LINE_ROWS:
                 raise
