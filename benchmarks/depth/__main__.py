@@ -10,6 +10,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from benchmarks.depth.arms import PROJECTION_RATE
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line and runs the stage."""
@@ -31,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--length", type=int, default=4096, help="of a training row")
     run.add_argument("--rows", type=int, default=2, help="of a forward")
     run.add_argument("--batch", type=int, default=32_768, help="tokens of a step")
+    run.add_argument("--rate", type=float, default=PROJECTION_RATE, help="of projections, at its peak")
     run.add_argument("--minutes", type=float, help="cut each distillation to this")
     run.add_argument("--start", help="K/V routers that arms named started begin with (default: shipped ones)")
     run.add_argument("--seed", type=int, default=0)
@@ -99,7 +102,10 @@ def _run(options: argparse.Namespace) -> None:
         options.humaneval,
     )  # fmt: skip
     _write_origin(options)
-    plan = Plan(int(options.tokens * 1e6), options.length, options.rows, options.batch, seed=options.seed)
+    plan = Plan(
+        int(options.tokens * 1e6), options.length, options.rows, options.batch, seed=options.seed,
+        rate=options.rate,
+    )  # fmt: skip
     failed: list[str] = []
     for name, cut in given:
         if study.done(name, plan.seed):

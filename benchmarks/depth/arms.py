@@ -30,7 +30,7 @@ class Arm:
         fitted: whether projections start from the closed form (`modlab.fit_projections`).
         above: whether only what is above the point of leaving trains.
         removes: what static removal takes out: whole layers, or attentions.
-        rate: learning rate of what conversion added; of trained projections it is `PROJECTION_RATE`.
+        rate: learning rate of what conversion added; trained projections have the plan's.
         base_rate: learning rate of the base's weights, where they train.
     """
 
@@ -88,6 +88,7 @@ AFTER = {"1/2": 1 / 2, "2/3": 2 / 3, "3/4": 3 / 4}
 """Shares of the layers after which prompt tokens leave."""
 
 PROJECTION_RATE = 2e-4
+"""Learning rate of trained projections, where a run says nothing else."""
 
 ARMS: dict[str, Arm] = {
     "leave-1/2": _leave(1 / 2),

@@ -45,6 +45,7 @@ class Plan:
         batch: tokens of a step.
         keep: keep ratio that "target" pulls to.
         seed: of rows and noise.
+        rate: peak learning rate of trained projections.
     """
 
     tokens: int
@@ -53,6 +54,7 @@ class Plan:
     batch: int = 32_768
     keep: float = 1.0
     seed: int = 0
+    rate: float = PROJECTION_RATE
 
     @property
     def steps(self) -> int:
@@ -80,7 +82,7 @@ def by_package(
     if arm.pull == "target":
         gates = {"keep_ratio": plan.keep, "ramp": 0.0 if arm.started else RAMP, "router_lr": arm.rate}
     config = modlab.TrainConfig(
-        objective="distil", lr=PROJECTION_RATE, warmup=WARMUP, calibrate=False,
+        objective="distil", lr=plan.rate, warmup=WARMUP, calibrate=False,
         batch_size=rows, seed=plan.seed, log_every=max(1, plan.steps // 50),
         **({"max_minutes": seconds / 60} if seconds else {"steps": plan.steps}), **gates,
     )  # fmt: skip
@@ -99,8 +101,8 @@ def _freeze_below(model: Any) -> None:
             parameter.requires_grad_(parameter.requires_grad and not is_router(f".{name}"))
 
 
-def trainable(model: Any, arm: Arm) -> list[dict[str, Any]]:
-    """Parameter groups; what trains becomes fp32, all else is frozen."""
+def trainable(model: Any, arm: Arm, rate: float = PROJECTION_RATE) -> list[dict[str, Any]]:
+    """Parameter groups; what trains becomes fp32, all else is frozen. `rate` is that of projections."""
     added: list[Any] = []
     projections: list[Any] = []
     base: list[Any] = []
@@ -114,7 +116,7 @@ def trainable(model: Any, arm: Arm) -> list[dict[str, Any]]:
             (projections if copied else added if is_added else base).append(parameter)
     groups = [
         {"params": added, "rate": arm.rate},
-        {"params": projections, "rate": PROJECTION_RATE},
+        {"params": projections, "rate": rate},
         {"params": base, "rate": arm.base_rate},
     ]
     return [group for group in groups if group["params"]]
@@ -139,7 +141,7 @@ def distil(
     """
     device = next(model.parameters()).device
     teacher = _teacher(model)
-    optimiser = torch.optim.AdamW(trainable(model, arm), betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(trainable(model, arm, plan.rate), betas=(0.9, 0.95), weight_decay=0.0)
     torch.manual_seed(plan.seed)
     model.train()
     began, curve = time.monotonic(), []
