@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modlab
+from benchmarks.real_models.measured.settings import at, first_of_each, named
 from modlab.routing.state import routing_of, set_kv_saving
 from modlab.routing.trained import Trained
 from modlab.saving.base_check import describe_base
@@ -118,16 +119,22 @@ def ship_run(
 
 
 def with_measured(found: Trained, pieces: Path) -> Trained:
-    """The same routers with the thresholds and recent tokens of `benchmarks.real_models measure`."""
+    """The same routers with the thresholds and recent tokens of `benchmarks.real_models measure`, and which
+    savings lie beyond their training."""
     files = sorted(pieces.glob("threshold@*.json"))
-    if not files:
+    settings = sorted(filter(None, (named(file.stem) for file in files)), key=lambda one: one.order)
+    if not settings:
         raise modlab.ModlabError(
             f"{pieces} has no threshold@SAVING.json: give the folder of `measure --out`."
         )
-    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    by_saving = sorted(read, key=lambda one: float(one["asked"]))
+    names = [pieces / f"{at('threshold', setting)}.json" for setting in first_of_each(settings)]
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in names]
+    within = [float(one["asked"]) for one in read if not one["beyond_training"]]
+    if not within:
+        raise modlab.ModlabError(f"all savings in {pieces} lie beyond the training of these routers.")
     return replace(
         found,
-        savings={float(one["asked"]): float(one["threshold"]) for one in by_saving},
-        recent={float(one["asked"]): int(one["recent"]) for one in by_saving},
+        savings={float(one["asked"]): float(one["threshold"]) for one in read},
+        recent={float(one["asked"]): int(one["recent"]) for one in read},
+        reached=max(within) if len(within) < len(read) else 0.0,
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -347,7 +348,8 @@ def set_threshold(
 
 def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
     """Sets the threshold that gives a KV saving, as the routers' training left it (`Routing.trained`), and,
-    where that goes with it, how many of the latest tokens stay anyway (`set_keep_recent`).
+    where that goes with it, how many of the latest tokens stay anyway (`set_keep_recent`). Warns of a saving
+    beyond those that the routers were trained for (`Trained.reached`).
 
     Args:
         model: a converted model whose routers know thresholds by saving, such as `modlab.load("smollm2-kv")`.
@@ -357,8 +359,8 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
         the threshold, the same for all routed layers.
 
     Raises:
-        ModlabError: no thresholds are known, the saving lies outside the range trained for, or thresholds
-            mean nothing to the skip. Nothing is changed then.
+        ModlabError: no thresholds are known, the saving lies outside their range, or thresholds mean nothing
+            to the skip. Nothing is changed then.
     """
     routing = gated_routing_of(model)
     trained = routing.trained or Trained()
@@ -366,6 +368,8 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
     if recent is not None:
         set_keep_recent(model, recent)
     set_threshold(model, p)
+    if warning := trained.warning_for(p):
+        warnings.warn(f"kv_saving={kv_saving:g}: {warning}", stacklevel=2)
     return p
 
 

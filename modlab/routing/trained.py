@@ -34,6 +34,9 @@ class Trained:
         data: the texts of the training, in words.
         method: how they were trained, in words.
         results: where the measured figures are.
+        reached: the largest of the savings that the training itself came to. Thresholds of larger ones were
+            set afterwards: they give the saving, but nothing has taught the routers what to keep there. 0:
+            it came to all of them.
     """
 
     savings: dict[float, float] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class Trained:
     data: str = ""
     method: str = ""
     results: str = ""
+    reached: float = 0.0
 
     @property
     def range(self) -> tuple[float, float] | None:
@@ -65,9 +69,8 @@ class Trained:
         low, high = self.range
         if not low <= saving <= high:
             raise ModlabError(
-                f"kv_saving={saving:g}: these routers were trained for {low:g}x to {high:g}x, "
-                "and their threshold moves within that. modlab.calibrate(model, texts, keep_ratio=...) goes "
-                "beyond all the same."
+                f"kv_saving={saving:g}: these routers know thresholds for {low:g}x to {high:g}x, and move "
+                "within that. modlab.calibrate(model, texts, keep_ratio=...) goes beyond all the same."
             )
         logits = {known: math.log(p / (1 - p)) for known, p in self.savings.items()}
         return 1 / (1 + math.exp(-_between(logits, saving)))
@@ -80,9 +83,14 @@ class Trained:
         return round(math.exp(_between({known: math.log(n) for known, n in self.recent.items()}, saving)))
 
     @property
+    def trained_to(self) -> float:
+        """The largest KV saving trained for; infinite if none is known."""
+        return self.reached or (self.range[1] if self.range else math.inf)
+
+    @property
     def largest(self) -> float:
         """Threshold of the largest KV saving trained for; 1 if none is known, which no threshold exceeds."""
-        return self.savings[self.range[1]] if self.range else 1.0
+        return self.savings[self.trained_to] if self.range else 1.0
 
     @property
     def beyond(self) -> str:
@@ -90,7 +98,7 @@ class Trained:
         if self.range is None:
             return ""
         return (
-            f"lies beyond {self.largest:.4g}, that of {self.range[1]:g}x, the largest KV saving "
+            f"lies beyond {self.largest:.4g}, that of {self.trained_to:g}x, the largest KV saving "
             "that these routers were trained for: a threshold moves well below it, not beyond. Measure far "
             "recall (modlab.probes.recall_gap)."
         )
@@ -123,6 +131,11 @@ class Trained:
             if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
                 raise ModlabError(f"{name}={values[name]!r:.60} of the routers' training is no count")
         savings = _savings(values.get("savings", {}))
+        if (reached := values.get("reached", 0.0)) not in (0.0, *savings) or isinstance(reached, bool):
+            raise ModlabError(
+                f"reached={reached!r:.60} of the routers' training is none of its savings "
+                f"({', '.join(f'{saving:g}' for saving in savings)}), nor 0"
+            )
         return cls(**{**values, "savings": savings, "recent": _recent(values.get("recent", {}), savings)})
 
 

@@ -166,6 +166,7 @@ def _trained(trained: Trained | None) -> str:
     known = ", ".join(
         f"{saving:g}x at p = {p:.4g}"
         + (f" with the latest {trained.recent[saving]:,}" if trained.recent else "")
+        + (" (beyond the training)" if saving > trained.trained_to else "")
         for saving, p in sorted(trained.savings.items())
     )
     said = [

@@ -338,6 +338,28 @@ def test_the_curve_has_far_recall_and_the_dense_model(nb: Notebook, shots: Path)
     nb.screenshot(shots / "explorer-curve")
 
 
+def test_points_beyond_the_training_of_the_routers_are_hollow(nb: Notebook, shots: Path) -> None:
+    """Also where their threshold is known, and the slider says so."""
+    curve = nb.page.locator(".mod-curve").first
+    assert curve.locator(".mod-dot").count() == 9 and curve.locator(".mod-untrained").count() == 0
+    nb.python(
+        "from modlab.routing.trained import Trained\n"
+        "model.mod.trained = Trained(savings={2.0: 0.5, 4.0: 0.6, 8.0: 0.8}, reached=4.0)\n"
+        "explorer.run(0.8)"
+    )
+    nb.page.wait_for_function("() => document.querySelectorAll('.mod-curve .mod-untrained').length === 3")
+    said = [dot.text_content() for dot in curve.locator(".mod-untrained").all()]
+    assert all(one.startswith("p 0.8:") and one.endswith("beyond the training") for one in said)
+    assert "Hollow points" in curve.locator(".modlab-untrained").inner_text()
+    warning = nb.page.locator(".modlab-beyond").first.inner_text()
+    assert warning.startswith("Threshold 0.8 lies beyond 0.6, that of 4x")
+    nb.screenshot(shots / "explorer-untrained")
+    nb.python("model.mod.trained = None; explorer.run(0.5)")
+    nb.page.wait_for_function("() => !document.querySelector('.mod-curve .mod-untrained')")
+    assert nb.page.locator(".modlab-beyond").first.is_hidden()
+    assert curve.locator(".modlab-untrained").count() == 0
+
+
 @pytest.mark.parametrize(
     "above, says",
     [

@@ -24,9 +24,9 @@ for name, values in model.named_parameters():
         values.data.fill_(-7.0)
 text = "the router decides which token runs and which token skips, and so on to the end.\\n" * 6
 trace = modlab.trace(model, tokenizer, text)
-twice, fourfold = keeping_one_in(trace, [4, 2])
+twice, fourfold, eightfold = sorted(keeping_one_in(trace, [8, 4, 2]))
 modlab.set_threshold(model, twice)
-model.mod.trained = Trained(savings={2.0: twice, 4.0: fourfold})
+model.mod.trained = Trained(savings={2.0: twice, 4.0: fourfold, 8.0: eightfold}, reached=4.0)
 view = modlab.widgets.Thresholds(model, tokenizer, text)
 view"""
 PATH = "path = modlab.widgets.TokenPath(view.trace)\npath"
@@ -72,7 +72,7 @@ def test_the_slider_says_when_the_routers_were_not_trained_for_it(nb: Notebook, 
     nb.wait_idle()
     warning = nb.page.locator(".modlab-beyond")
     assert warning.is_hidden()
-    nb.drag(".modlab-threshold", 4.0, release=False)  # one in sixteen, trained for one in four
+    nb.drag(".modlab-threshold", 4.0, release=False)  # one in 16: beyond 4x; 8x is known, not trained for
     nb.page.wait_for_function("() => !document.querySelector('.modlab-beyond').hidden")
     with measured(nb):
         nb.page.mouse.up()

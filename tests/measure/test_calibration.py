@@ -72,3 +72,6 @@ def test_a_threshold_beyond_what_routers_were_trained_for_is_warned_of(model, ba
         modlab.calibrate(model, batches, keep_ratio=0.7, tolerance=0.02)
     with pytest.warns(UserWarning, match="beyond .*, that of 4x"):
         modlab.calibrate(model, batches, keep_ratio=0.3, tolerance=0.02)
+    model.mod.trained = Trained(savings={2.0: largest / 4, 4.0: largest / 2, 8.0: largest}, reached=4.0)
+    with pytest.warns(UserWarning, match="beyond .*, that of 4x"):  # 8x is known, and was not trained for
+        modlab.calibrate(model, batches, keep_ratio=0.5)

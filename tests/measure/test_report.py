@@ -76,7 +76,7 @@ def test_share_of_denses_answers_is_over_all_distances(model) -> None:
 
 
 def test_wrong_values_are_refused_before_anything_is_measured(model, tmp_path) -> None:
-    with pytest.raises(ModlabError, match="trained for 2x to 4x"):
+    with pytest.raises(ModlabError, match="know thresholds for 2x to 4x"):
         report(model, STREAM, make_tokenizer(), savings=(2, 16), **ASKED)
     with pytest.raises(ModlabError, match="is dense"):
         report(dense_llama(), STREAM, make_tokenizer(), **ASKED)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 
 import modlab
 from modlab.errors import ModlabError
 from modlab.routing.trained import Trained
+from modlab.saving.description import read_description
+from modlab.saving.files import CONFIG_FILE
 from tests.helpers.models import routed_llama
 
 KNOWN = Trained(savings={2.0: 0.1, 8.0: 0.9}, seq_len=8192, tokens=10, weights="some", data="texts")
@@ -26,7 +30,7 @@ def test_a_saving_outside_the_range_is_refused_and_nothing_changes(saving) -> No
     model = routed_llama(skip="kv")
     model.mod.trained = KNOWN
     before = dict(model.mod.thresholds)
-    with pytest.raises(ModlabError, match="trained for 2x to 8x"):
+    with pytest.raises(ModlabError, match="know thresholds for 2x to 8x"):
         modlab.set_kv_saving(model, saving)
     assert model.mod.thresholds == before
     assert modlab.set_kv_saving(model, 4) == pytest.approx(0.5)
@@ -56,8 +60,43 @@ def test_only_a_threshold_beyond_the_largest_saving_is_warned_of() -> None:
     assert not KNOWN.warning_for(0.9) and not KNOWN.warning_for(0.01) and not Trained().warning_for(0.99)
 
 
-def test_it_comes_back_from_its_dict() -> None:
-    assert Trained.from_dict(KNOWN.to_dict()) == KNOWN
+REACHED = Trained(savings={2.0: 0.1, 8.0: 0.9, 16.0: 0.95}, reached=8.0)
+
+
+def test_a_known_threshold_may_lie_beyond_the_training() -> None:
+    """It is known, and warned of; what the training came to is not."""
+    assert REACHED.range == (2.0, 16.0) and REACHED.trained_to == 8.0 and REACHED.largest == 0.9
+    assert "beyond 0.9, that of 8x" in REACHED.warning_for(0.95) and not REACHED.warning_for(0.9)
+    assert KNOWN.trained_to == 8.0 and Trained().trained_to == math.inf
+
+
+@pytest.mark.parametrize("saving", [9, 16])
+def test_setting_a_saving_beyond_the_training_is_warned_of_and_done(saving: float) -> None:
+    model = routed_llama(skip="kv")
+    model.mod.trained = REACHED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for within in (2, 4, 8):
+            modlab.set_kv_saving(model, within)
+    with pytest.warns(UserWarning, match=f"^kv_saving={saving}: threshold .* beyond 0.9, that of 8x") as said:
+        p = modlab.set_kv_saving(model, saving)
+    assert set(model.mod.thresholds.values()) == {p} == {REACHED.threshold_for(saving)} and p > 0.9
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["coder-0.5b-kv", "coder-1.5b-kv"])
+def test_routers_that_ship_say_that_16x_lies_beyond_their_training(name: str) -> None:
+    folder = Path(modlab.__file__).parent / "routers" / name
+    known = read_description(folder / CONFIG_FILE, name).trained
+    assert known is not None and known.trained_to == 8.0 and known.range == (2.0, 16.0)
+    assert known.warning_for(known.savings[16.0]) and not known.warning_for(known.savings[8.0])
+    assert "16x at p = 0.99" in (card := (folder / "README.md").read_text(encoding="utf-8"))
+    assert card.count("(beyond the training)") == 1 and "latest 128 (beyond the training);" in card
+
+
+@pytest.mark.parametrize("known", [KNOWN, REACHED])
+def test_it_comes_back_from_its_dict(known: Trained) -> None:
+    assert Trained.from_dict(known.to_dict()) == known
 
 
 @pytest.mark.parametrize(
@@ -66,6 +105,8 @@ def test_it_comes_back_from_its_dict() -> None:
      {"savings": {"0.5": 0.5}}, {"savings": {"nan": 0.5}}, {"savings": {"2": 0.5, "4": 0.4}},
      {"tokens": -1}, {"tokens": True}, {"weights": 3}, {"savings": {"2": math.inf}},
      {"recent": [2]}, {"recent": {"2": 8}}, {"savings": {"2": 0.5}, "recent": {"4": 8}},
+     {"savings": {"2": 0.5}, "reached": 4.0}, {"savings": {"2": 0.5}, "reached": "2"}, {"reached": [2]},
+     {"savings": {"1": 0.5}, "reached": True}, {"savings": {"2": 0.5}, "reached": math.nan},
      {"savings": {"2": 0.5}, "recent": {"2": 0}}, {"savings": {"2": 0.5}, "recent": {"2": 8.5}}],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(wrong) -> None:

@@ -412,6 +412,12 @@ def test_what_the_routers_were_trained_for_goes_to_the_browser(
         told = make().summary["trained"]
         assert told["largest"] == 0.75 and known.warning_for(0.8) == f"threshold 0.8 {told['beyond']}"
     assert not known.warning_for(0.75)
+    # a threshold that is known, but that the training did not come to
+    routed_model.mod.trained = known = Trained(savings={2.0: 0.5, 4.0: 0.75}, reached=2.0)
+    for make in views:
+        told = make().summary["trained"]
+        assert told["largest"] == 0.5 and known.warning_for(0.75) == f"threshold 0.75 {told['beyond']}"
+        assert "that of 2x" in told["beyond"]
 
 
 def test_each_has_a_page_and_a_picture(routed_model: Any, word_tokenizer: Any) -> None:

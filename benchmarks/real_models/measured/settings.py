@@ -53,6 +53,14 @@ def settings(savings: list[float], recent: list[int] | None) -> list[Setting]:
     return made
 
 
+def first_of_each(settings: list[Setting]) -> list[Setting]:
+    """The first setting of each saving: the one that is held against controls, and that ships."""
+    first: dict[float, Setting] = {}
+    for setting in settings:
+        first.setdefault(setting.saving, setting)
+    return list(first.values())
+
+
 def named(name: str) -> Setting | None:
     """The setting of a piece's name; None: of the dense model."""
     if not (found := re.fullmatch(r"([\d.]+)(?:_recent_(\d+))?", name.rsplit("@", 1)[1])):

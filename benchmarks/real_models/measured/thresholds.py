@@ -65,12 +65,20 @@ def find(
             break
         overhead *= asked / ratio
     best = min(tried, key=lambda one: abs(one["ratio"] / asked - 1))
-    known = product.routing.trained
     return {
         "asked": asked, "threshold": best["threshold"], "recent": recent, "ratio_set": best["ratio"],
         "tried": tried,
-        "beyond_training": bool(known is not None and best["threshold"] > known.largest),
+        "beyond_training": _beyond(product, asked, best["threshold"]),
     }  # fmt: skip
+
+
+def _beyond(product: Product, asked: float, p: float) -> bool:
+    """Whether the routers' training did not come so far: by the saving where they say to which it came, as
+    the thresholds of such routers were set as these are; else by the threshold that the training left."""
+    known = product.routing.trained
+    if known is None or known.range is None:
+        return False
+    return asked > known.reached if known.reached else p > known.largest
 
 
 def _first_guess(product: Product, asked: float) -> float:

@@ -17,7 +17,7 @@ from benchmarks.real_models.measured import fixed, humaneval, shots, thresholds
 from benchmarks.real_models.measured.far import Far
 from benchmarks.real_models.measured.pieces import Folder, Piece
 from benchmarks.real_models.measured.product import Product
-from benchmarks.real_models.measured.settings import DENSE, Setting, at
+from benchmarks.real_models.measured.settings import DENSE, Setting, at, first_of_each
 from benchmarks.real_models.texts import Data
 from modlab.probes.dense_side import MADE_OF
 from modlab.probes.long_tasks import ruler
@@ -122,7 +122,7 @@ class Work:
         names = [n for n in fixed.NAMES if several or n not in ("chance per head", "whole heads")]
         return [
             Piece(at(f"control {name}", s), partial(run, name, s), (at("far", s),))
-            for s in _first_of_each(settings)
+            for s in first_of_each(settings)
             if s.saving in CONTROLLED
             for name in names
         ]
@@ -192,14 +192,6 @@ class Work:
     ) -> list[Piece]:
         made = [Piece(at(name, DENSE), partial(run, None))]
         return made + [Piece(at(name, s), partial(run, s), (at("threshold", s),)) for s in settings]
-
-
-def _first_of_each(settings: list[Setting]) -> list[Setting]:
-    """The first setting of each saving: it is the one that is held against controls."""
-    first: dict[float, Setting] = {}
-    for setting in settings:
-        first.setdefault(setting.saving, setting)
-    return list(first.values())
 
 
 def _by_task(table: pd.DataFrame, column: str) -> dict[str, list[float]]:

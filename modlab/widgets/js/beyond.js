@@ -11,8 +11,13 @@ class Beyond {
   get shows() { return !this.box.hidden; }
 
   draw(ps) {
-    const { largest, beyond } = this.scene.model.get("summary").trained || {}, p = Math.max(...ps);
-    this.box.hidden = !beyond || p <= largest * (1 + 1e-6);
+    const p = Math.max(...ps), { beyond } = this.scene.model.get("summary").trained || {};
+    this.box.hidden = !untrained(this.scene, p);
     this.box.textContent = this.box.hidden ? "" : `Threshold ${chance(p)} ${beyond}`;
   }
+}
+
+function untrained(scene, p) {
+  const { largest } = scene.model.get("summary").trained || {};
+  return largest !== undefined && p > largest * (1 + 1e-6);
 }

@@ -1,5 +1,5 @@
 // What a threshold costs and buys: K/V bytes, loss and far recall against p, with a marker at the current p.
-// uses: store plot
+// uses: store plot beyond
 
 const LEAST_LOST = 0.01; // nats: less is no loss that a reader would notice
 
@@ -44,6 +44,8 @@ class Curve {
     if (far) wanted.push(["recall", "loss on repeated passages", nats, reference(summary, "recall")]);
     this.narrow = width < 560; // one below the other: the lowest has the scale of all
     wanted.forEach((what, i) => this.plot(points, this.narrow ? width : (width - 24) / 2, !this.narrow || i === wanted.length - 1, ...what));
+    if (points.some((d) => untrained(store, d.p)))
+      el(this.plots, "p", "mod-note modlab-untrained", "Hollow points: thresholds beyond the largest saving that the routers were trained for.");
     if (!far) return;
     el(this.plots, "p", "modlab-breaks", this.breaks(points));
     el(this.plots, "p", "mod-note mod-look", "Look for where the last curve leaves its dashed line: two passages of the text come "
@@ -81,7 +83,8 @@ class Curve {
     plot.line(points.map((d) => [across(d), d[key]]), "mod-line");
     for (const d of points) {
       if (error(d)) plot.error(across(d), d[key], error(d));
-      node(plot.dot(across(d), d[key], "mod-dot", 3), "title", {}, `p ${chance(d.p)}: ${format(d[key])}${error(d) ? ` ± ${format(error(d))}` : ""}`);
+      const beyond = untrained(store, d.p), told = `p ${chance(d.p)}: ${format(d[key])}${error(d) ? ` ± ${format(error(d))}` : ""}`;
+      node(plot.dot(across(d), d[key], beyond ? "mod-dot mod-untrained" : "mod-dot", 3), "title", {}, beyond ? `${told}, beyond the training` : told);
     }
     node(svg, "line", { x1: plot.across(here), x2: plot.across(here), y1: 20, y2: plot.base, class: "mod-marker" });
     const at = interpolate(points, p, key);

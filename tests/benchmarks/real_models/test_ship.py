@@ -99,9 +99,20 @@ def test_measured_thresholds_take_the_place_of_a_runs(tmp_path: Path) -> None:
     run = Trained({2.0: 0.1, 4.0: 0.5}, seq_len=64, recent={2.0: 8, 4.0: 4}, tokens=1000)
     with pytest.raises(ModlabError, match="has no threshold@SAVING.json"):
         with_measured(run, tmp_path)
-    for saving, p, recent in ((2, 0.2, 16), (4, 0.6, 8), (16, 0.9, 2)):
-        piece = {"asked": float(saving), "threshold": p, "recent": recent, "ratio_set": saving * 1.01}
-        (tmp_path / f"threshold@{saving}.json").write_text(json.dumps(piece))
+    pieces = (("2", 0.2, 16), ("4", 0.6, 8), ("16", 0.9, 2), ("4_recent_2", 0.5, 2), ("3_recent_9", 0.4, 9))
+    for name, p, recent in pieces:
+        asked = float(name.split("_")[0])
+        piece = {"asked": asked, "threshold": p, "recent": recent, "beyond_training": asked == 16}
+        (tmp_path / f"threshold@{name}.json").write_text(json.dumps(piece))
+    (tmp_path / "threshold@64.failed.json").write_text('{"error": "", "at": 1}')
     found = with_measured(run, tmp_path)
-    assert list(found.savings.items()) == [(2.0, 0.2), (4.0, 0.6), (16.0, 0.9)]
-    assert found.recent == {2.0: 16, 4.0: 8, 16.0: 2} and found.tokens == 1000
+    assert list(found.savings.items()) == [(2.0, 0.2), (3.0, 0.4), (4.0, 0.6), (16.0, 0.9)]
+    assert found.recent == {2.0: 16, 3.0: 9, 4.0: 8, 16.0: 2} and found.tokens == 1000
+    assert found.reached == found.trained_to == 4.0, "16x lies beyond"
+    (tmp_path / "threshold@16.json").unlink()
+    assert with_measured(run, tmp_path).reached == 0.0, "the training came to all of them"
+    for file in tmp_path.glob("threshold@*[0-9].json"):
+        piece = json.loads(file.read_text()) | {"beyond_training": True}
+        file.write_text(json.dumps(piece))
+    with pytest.raises(ModlabError, match="beyond the training"):
+        with_measured(run, tmp_path)
