@@ -121,7 +121,7 @@ def token_classes() -> pd.DataFrame:
 def latencies(
     case: str, *, device: str = "NVIDIA H200", context: int = 32_768, batch: int = 1
 ) -> pd.DataFrame:
-    """Milliseconds by keep ratio on one device, as `modlab bench growth` measured them.
+    """Milliseconds by keep ratio of whole layers on one device, as `modlab bench growth` measured them.
 
     Args:
         case: "prefill" (of the whole context) or "decode" (one token).
@@ -138,6 +138,8 @@ def latencies(
     """
     frame = benchmarks()
     frame = frame[(frame.result == "growth") & (frame.device_name == device)]
+    if "skip" in frame:  # the earliest files name none
+        frame = frame[frame.skip.fillna("layer") == "layer"]
     chosen = frame[(frame.case == case) & (frame.context == context) & (frame.batch == batch)]
     if chosen.empty:
         keys = frame[["case", "context", "batch"]].drop_duplicates().itertuples(index=False)

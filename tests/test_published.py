@@ -73,7 +73,7 @@ def test_demo_has_the_cost_and_its_control() -> None:
 def test_latencies_are_one_curve_and_say_where_they_come_from() -> None:
     curve = published.latencies("decode")
     rows = published.benchmarks().query(
-        "result == 'growth' and case == 'decode' and context == 32768 and batch == 1"
+        "result == 'growth' and case == 'decode' and context == 32768 and batch == 1 and skip != 'kv'"
     )
     assert curve.keep_ratio.is_monotonic_increasing and len(curve) >= 3
     assert set(curve.mod_ms) == set(rows.mod_ms) and curve.dense_ms.nunique() == 1
@@ -83,6 +83,23 @@ def test_latencies_are_one_curve_and_say_where_they_come_from() -> None:
         published.latencies("decode", context=7)
     with pytest.raises(ModlabError, match="there is nothing"):
         published.latencies("decode", device="an abacus")
+
+
+def test_latencies_are_of_whole_layers_wherever_growth_was_measured_of_the_cache_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    timed(tmp_path / "b.json", "growth", "2030-01-02", ("all", 4.0, 7.0))
+    timed(tmp_path / "a.json", "growth", "2030-01-01", ("alternate", 2.0, 5.0))
+    for name in ("a.json", "b.json"):
+        result = json.loads((tmp_path / name).read_text())
+        for row in result["rows"]:
+            row |= {"keep_ratio": 0.5, "speedup": 1.5, "ideal": 2.0}
+            if name == "a.json":  # as the earliest files have it
+                row.pop("skip")
+        (tmp_path / name).write_text(json.dumps(result))
+    curve = published.latencies("decode", device="a GPU", context=512)
+    assert list(curve.mod_ms) == [5.0] and "2030-01-01" in curve.attrs["origin"]
 
 
 def gates_record(model: str) -> Path:

@@ -2,7 +2,7 @@
 
 Reads modlab/demo/results.json and modlab/demo/kv/results.json (the demos' own scripts) and
 benchmarks/results/*.json (`modlab bench`). Of several results for one thing on one device the newest counts;
-in the suites of `SHAPED`, of each shape.
+in the suites of `SHAPED`, which may run in parts, of each shape and row.
 """
 
 import json
@@ -14,7 +14,9 @@ DEMO_CARD = "../modlab/demo/README.md"
 KV_CARD = "../modlab/demo/kv/README.md"
 # growth is drawn: speed.py
 TABLES = ("speed", "speed_kv", "speed_leave", "generate", "throughput", "prefill", "decode", "demo")
-SHAPED = ("speed_kv", "speed_leave")  # measured for several shapes, each of which counts
+SHAPED = ("speed_kv", "speed_leave")  # measured for several shapes, each of which counts, and in parts
+SAME_ROW = ("case", "what", "shape", "context", "routed", "granularity", "skip", "prompt", "tokens")
+"""What, with keep ratio and batch, makes two rows of a suite on one device measurements of one thing."""
 GATES = {"layer": "a gate a layer", "kv_head": "a gate a KV head", "none": "-"}
 HEADLINE = "llama-3-8b"
 DEMO_NAMES = {
@@ -71,12 +73,31 @@ def kv_table(record: dict[str, Any]) -> str:
 
 
 def newest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest result of each benchmark and device, by name; of those in `SHAPED`, of each shape."""
-    latest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    """The newest result of each benchmark and device, by name; of those in `SHAPED`, the newest rows of each
+    shape."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["date"]):
         shape = result["settings"]["shape"] if result["what"] in SHAPED else ""
-        latest[result["what"], result["device_name"], shape] = result
-    return [latest[key] for key in sorted(latest)]
+        found.setdefault((result["what"], result["device_name"], shape), []).append(result)
+    return [joined(found[key]) if key[0] in SHAPED else found[key][-1] for key in sorted(found)]
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several results of one suite, device and shape, the oldest first, as the newest with the newest row of
+    everything that was measured: each row's `run` is its result's place in `of`, which lists those that have
+    any."""
+    newest: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
+    for number, result in enumerate(results):
+        newest |= {_measured(row): (number, row) for row in result["rows"]}
+    left = sorted({number for number, _ in newest.values()})
+    rows = [row | {"run": left.index(number)} for number, row in newest.values()]
+    return results[-1] | {"rows": rows, "of": [results[number] for number in left]}
+
+
+def _measured(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of. The largest batch is a figure itself."""
+    batch = None if row["case"] == "throughput" else row["batch"]
+    return (*(row.get(name) for name in SAME_ROW), batch, round(row["keep_ratio"], 3))
 
 
 def notes(result: dict[str, Any]) -> list[str]:
@@ -103,8 +124,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             lines.append(
                 f"- Largest batch whose cache fits at {row['context']:,} tokens: {row['dense_batch']} rows "
                 f"and {row['dense_tokens_per_s']:,.0f} tokens/s dense, {row['batch']} rows and "
-                f"{row['mod_tokens_per_s']:,.0f} tokens/s routed. Decoding steps alone: random keys stand in "
-                "for the prompts, whose prefill would need somewhat more room."
+                f"{row['mod_tokens_per_s']:,.0f} tokens/s routed. {_room(row)}"
             )
         if row["case"] == "baseline" and row["what"] == "decode":
             lines.append(
@@ -120,17 +140,29 @@ def notes(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _room(row: dict[str, Any]) -> str:
+    """What has to fit in a row's largest batch."""
+    if "mod_prefill_ms_a_row" in row:
+        return (
+            "The prefill of its last line has to fit as well; random keys stand in for the lines before it."
+        )
+    return (
+        "Decoding steps alone: random keys stand in for the prompts, whose prefill would need somewhat more "
+        "room."
+    )
+
+
 def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Time and memory against the dense model, one row a measurement, under its command."""
     gates = any("granularity" in row for row in rows)
+    of = result.get("of", [result])
+    several = len(of) > 1
     lines = [
-        f"With {skipped_words(result)}: "
-        f"`{result['command']}` on {result['device_name']}, {result['dtype']}, torch "
-        f"{result['versions']['torch']}, {result['date'][:10]}:",
+        f"With {skipped_words(result)}: {runs(of)}",
         "",
         f"| | model | batch x tokens |{' gates |' * gates} routed layers | kept | dense | MoD | speed-up "
-        "| ideal | KV saving | rounds |",
-        f"|---|---|---|{'---|' * gates}---|---|---|---|---|---|---|---|",
+        f"| ideal | KV saving | rounds |{' run |' * several}",
+        f"|---|---|---|{'---|' * gates}---|---|---|---|---|---|---|---|{'---|' * several}",
     ]
     for row in rows:
         unequal = row.get("tokens", 0) != row["batch"] * row["context"] and "tokens" in row
@@ -142,9 +174,23 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             f"| {row['routed_layers']} of {row['num_layers']} "
             f"| {share(row['keep_ratio'])} | {duration(row['dense_ms'])} | {duration(row['mod_ms'])} "
             f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {saving} "
-            f"| {row.get('rounds', '')} |"
+            f"| {row.get('rounds', '')} |" + f" {row.get('run', 0) + 1} |" * several
         )
     return "\n".join(lines)
+
+
+def runs(of: list[dict[str, Any]]) -> str:
+    """Where rows come from: the command of one result, or of each by its number."""
+    told = [
+        f"`{one['command']}` on {one['device_name']}, {one['dtype']}, torch {one['versions']['torch']}, "
+        f"{one['date'][:10]}"
+        for one in of
+    ]
+    if len(told) == 1:
+        return f"{told[0]}:"
+    commits = [f", commit {str(one['commit'])[:7]}" if one.get("commit") else "" for one in of]
+    numbered = (f"({n}) {one}{commit}" for n, (one, commit) in enumerate(zip(told, commits, strict=True), 1))
+    return "; ".join(numbered) + ":"
 
 
 def gates_of(row: dict[str, Any]) -> str:
@@ -242,12 +288,13 @@ def headline_speed(root: Path) -> str:
 
 
 def newest_headline(root: Path, what: str) -> dict[str, Any]:
-    """The newest result of a suite for the shape `HEADLINE`, whatever the device.
+    """The newest rows of a suite for the shape `HEADLINE`, on the device with the newest result.
 
     Raises:
         SystemExit: there is none.
     """
-    found = [r for r in results(root) if r["what"] == what and r["settings"]["shape"] == HEADLINE]
+    of = (r for r in results(root) if r["what"] == what and r["settings"]["shape"] == HEADLINE)
+    found = newest(of)
     if not found:
         raise SystemExit(
             f"No result of `modlab bench {what} --shape {HEADLINE}` is in benchmarks/results: the headline "

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,10 +55,71 @@ def test_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", results.SHAPED)
 def test_a_newer_result_of_another_shape_hides_none(what: str) -> None:
-    one = {"what": what, "device_name": "a GPU", "date": "2030-01-01", "settings": {"shape": "wide"}}
+    row = {"case": "decode", "batch": 1, "keep_ratio": 0.25, "mod_ms": 3.0}
+    one: dict[str, Any] = {"what": what, "device_name": "a GPU", "date": "2030-01-01", "rows": [row]}
+    one["settings"] = {"shape": "wide"}
     other = one | {"date": "2030-01-02", "settings": {"shape": "narrow"}}
-    again = one | {"date": "2030-01-03"}
-    assert results.newest([again, one, other]) == [other, again]
+    again = one | {"date": "2030-01-03", "rows": [row | {"mod_ms": 2.0}]}
+    found = results.newest([again, one, other])
+    assert [(result["date"], result["rows"][0]["mod_ms"]) for result in found] == [
+        ("2030-01-02", 3.0), ("2030-01-03", 2.0),
+    ]  # fmt: skip
+    assert [result["of"] for result in found] == [[other], [again]]
+
+
+def suite(date: str, part: str, *rows: dict[str, Any]) -> dict[str, Any]:
+    """A run of some parts of `speed_kv`."""
+    return {
+        "what": "speed_kv", "device_name": "a GPU", "dtype": "bfloat16", "date": date, "commit": "abc",
+        "settings": {"shape": "llama-3-8b"}, "versions": {"torch": "2.13.0"},
+        "command": f"modlab bench speed_kv --only {part}", "rows": list(rows),
+    }  # fmt: skip
+
+
+def row_of(case: str, ms: float, context: int = 32768, keep: float = 0.25, **more: Any) -> dict[str, Any]:
+    row = {"case": case, "shape": "llama-3-8b", "context": context, "batch": 1, "skip": "kv"}
+    row |= {"routed": "all", "granularity": "layer", "routed_layers": 32, "num_layers": 32}
+    return row | {
+        "keep_ratio": keep, "dense_ms": 10.0, "mod_ms": ms, "speedup": 10 / ms, "ideal": 2.0,
+        "kv_saving": 3.0,
+    } | more  # fmt: skip
+
+
+def test_a_newer_run_of_one_part_hides_no_row_of_the_others(tmp_path: Path) -> None:
+    """Each row is the newest of its kind and says of which run it is; a run of which nothing is left is not
+    told of."""
+    whole = suite(
+        "2030-01-01", "all", row_of("prefill", 8.0), row_of("decode", 7.0), row_of("decode", 6.0, keep=0.125)
+    )
+    again = suite("2030-01-02", "first", row_of("decode", 5.5))
+    last = suite(
+        "2030-01-02T01", "decode", row_of("decode", 5.0), row_of("decode", 4.0, batch=8),
+        row_of("decode", 3.0, prompt="synthetic keys and values"),
+    )  # fmt: skip
+    (found,) = results.newest([last, whole, again])
+    assert [(row["case"], row["mod_ms"], row["run"]) for row in found["rows"]] == [
+        ("prefill", 8.0, 0), ("decode", 5.0, 1), ("decode", 6.0, 0), ("decode", 4.0, 1), ("decode", 3.0, 1),
+    ]  # fmt: skip
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for number, result in enumerate((last, whole, again)):
+        (folder / f"speed_kv_a-gpu-{number}.json").write_text(json.dumps(result))
+    page = results.benchmarks(tmp_path)
+    assert (
+        "(1) `modlab bench speed_kv --only all`" in page
+        and "(2) `modlab bench speed_kv --only decode`" in page
+    )
+    assert "--only first" not in page and "commit abc" in page
+    assert "| 5.00 ms | 2.00x | 2.00x | 3.00x |  | 2 |" in page
+    assert "| 8.00 ms | 1.25x | 2.00x | 3.00x |  | 1 |" in page
+    assert results.newest_headline(tmp_path, "speed_kv") == found
+
+
+def test_the_largest_batch_replaces_the_one_before() -> None:
+    """Its rows are what was measured."""
+    one, other = (row_of("throughput", 1.0, batch=batch) for batch in (90, 96))
+    (found,) = results.newest([suite("2030-01-01", "a", one), suite("2030-01-02", "b", other)])
+    assert [row["batch"] for row in found["rows"]] == [96] and len(found["of"]) == 1
 
 
 @pytest.mark.parametrize("newest", ["A", "Z"])
@@ -70,6 +132,7 @@ def test_the_headline_is_the_newest_of_all_devices(tmp_path: Path, newest: str) 
     for device, date in dates.items():
         shape = "wide" if device == "other" else "llama-3-8b"
         result = {"what": "speed_kv", "device_name": device, "date": date, "settings": {"shape": shape}}
+        result["rows"] = []
         (folder / f"{device}.json").write_text(json.dumps(result))
     assert results.newest_headline(tmp_path, "speed_kv")["device_name"] == newest
 
