@@ -18,6 +18,7 @@ from scripts.pages import (
     real_models,
     results,
     robustness,
+    speed,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "demos": results.demos,
     "benchmarks": results.benchmarks,
     "headline speed": results.headline_speed,
+    "growth": speed.block,
     "quality": quality.block,
     "real gates": real_models.block,
     "distilled": real_models.trained,
