@@ -1,13 +1,15 @@
 """Checkpoints of a run: `checkpoints/step_N`, each complete or absent.
 
-    state.json              where the run was, its description, and the sha256 of the files next to it
-    model.safetensors       all weights, tied ones once
+    state.json              where the run was, its description, digests of the weights that it leaves as they
+                            are, and the sha256 of the files next to it
+    model.safetensors       the weights that it changes, tied ones once; see `weights.py`
     optimizer.safetensors   AdamW's state, as <name of the parameter>/<name of the state>
     routing.safetensors     of objective="budget": what its thresholds follow
     random_<rank>.json      each process's random number generators
 
 They hold numbers only: nothing is executed when one is read. Where FSDP2 shards the model, the files hold
-whole tensors all the same: a run goes on in any number of processes, sharded or not.
+whole tensors all the same: a run goes on in any number of processes, sharded or not. Where the base is frozen
+they hold none of it, and a run goes on with the one that it began with alone.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from torch import Tensor, nn
 
 from modlab.errors import ModlabError
 from modlab.training.processes import Processes
-from modlab.training.sharding import gathered, is_part, like, put, reshard
+from modlab.training.sharding import gathered, like
+from modlab.training.weights import Weights
 from modlab.training.zero import Zero
 
-FORMAT = 1
+FORMAT = 2
+WHOLE = 1  # the format before: model.safetensors held all weights
 STATE = "state.json"
 MODEL, OPTIMIZER, ROUTING = "model.safetensors", "optimizer.safetensors", "routing.safetensors"
 
@@ -76,7 +80,7 @@ def checkpoints(out: Path | None) -> list[Path]:
 def write_checkpoint(
     out: Path,
     state: State,
-    model: nn.Module,
+    weights: Weights,
     optimizer: torch.optim.Optimizer | Zero,
     routing: dict[str, Tensor] | None,
     processes: Processes,
@@ -95,8 +99,9 @@ def write_checkpoint(
             temporary.mkdir(parents=True)
         processes.wait()
         write_json(temporary / f"random_{processes.rank}.json", _random_state())
-        reshard(model)
-        for name, tensors in ((MODEL, _unique(model)), (OPTIMIZER, _optimizer_state(model, optimizer))):
+        unchanged = weights.unchanged()
+        of_optimizer = _optimizer_state(weights.model, optimizer)
+        for name, tensors in ((MODEL, weights.changed()), (OPTIMIZER, of_optimizer)):
             full = gathered(tensors, keep=processes.is_main)
             if processes.is_main:
                 save_file(full, temporary / name)
@@ -106,7 +111,8 @@ def write_checkpoint(
         processes.wait()
         if processes.is_main:
             files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-            write_json(temporary / STATE, {"format": FORMAT, **asdict(state), "files": files})
+            described = {"format": FORMAT, **asdict(state), "unchanged": unchanged, "files": files}
+            write_json(temporary / STATE, described)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(temporary, target)
@@ -129,7 +135,7 @@ def read_state(path: Path) -> State:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Zero, processes: Processes
+    path: Path, weights: Weights, optimizer: torch.optim.Optimizer | Zero, processes: Processes
 ) -> dict[str, Tensor] | None:
     """Puts a checkpoint's weights into the model and its state into optimiser and random number generators.
 
@@ -139,10 +145,10 @@ def load_checkpoint(
         what was given to `write_checkpoint` as `routing`.
 
     Raises:
-        ModlabError: it is damaged, or of another model.
+        ModlabError: it is damaged, or of another model, or goes with other frozen weights.
     """
     with readable(path):
-        state, files = _read(path)
+        state, unchanged, files = _read(path)
         random_file = f"random_{processes.rank}.json"
         as_many = state.run.get("processes") == processes.world  # else each process keeps its fresh numbers
         for name in (MODEL, OPTIMIZER, *([random_file] if as_many else [])):
@@ -152,8 +158,15 @@ def load_checkpoint(
             for name, digest in files.items():
                 if _digest(path / name) != digest:
                     raise ValueError(f"{name} is not as it was written")
-        _load_unique(model, load_file(path / MODEL))
-        _load_optimizer(model, optimizer, load_file(path / OPTIMIZER))
+        _load_optimizer(weights.model, optimizer, load_file(path / OPTIMIZER))
+        saved = load_file(path / MODEL)
+        if differ := weights.differences(saved, unchanged):
+            raise ModlabError(
+                f"The checkpoint {path} goes with other weights, which its run left as they were: "
+                f"{'; '.join(differ[:2])}{'; ...' if len(differ) > 2 else ''}. Load the base that the run "
+                "began with, in the same dtype."
+            )
+        weights.restore(saved)
         if as_many:
             _set_random_state(read_json(path / random_file))
         return load_file(path / ROUTING) if ROUTING in files else None
@@ -186,12 +199,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(path: Path) -> tuple[State, dict[str, str]]:
-    """State, and digests of files by name, of which none is outside the folder."""
+def _read(path: Path) -> tuple[State, dict[str, str], dict[str, str]]:
+    """State; digests of the weights that the run leaves as they are, by name; digests of files by name, of
+    which none is outside the folder."""
     with readable(path):
         found = read_json(path / STATE)
-        if found.pop("format", None) != FORMAT:
+        version = found.pop("format", None)
+        if type(version) is not int or version not in (WHOLE, FORMAT):
             raise ValueError(f"{STATE} is not of format {FORMAT}")
+        unchanged = found.pop("unchanged", None) if version == FORMAT else {}
+        if not isinstance(unchanged, dict) or not all(isinstance(one, str) for one in unchanged.values()):
+            raise ValueError(f"{STATE} does not say which weights it goes with")
         files = found.pop("files", None)
         if not isinstance(files, dict) or not all(
             isinstance(digest, str) and Path(name).name == name for name, digest in files.items()
@@ -210,7 +228,7 @@ def _read(path: Path) -> tuple[State, dict[str, str]]:
         wrong += [name for name in counts if name not in wrong and found[name] < 0]
         if wrong:
             raise ValueError(f"{STATE} has a wrong value for {', '.join(wrong)}")
-        return State(**found), files
+        return State(**found), unchanged, files
 
 
 @contextlib.contextmanager
@@ -231,33 +249,6 @@ def readable(path: Path) -> Iterator[None]:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _unique(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state by name, tensors that are tied under their first name."""
-    first: dict[Any, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        place: Any = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if is_part(tensor):  # parts may be empty, and those have no place
-            place = id(tensor)
-        first.setdefault(place if tensor.numel() else name, name)
-    return {name: state[name].detach() for name in first.values()}
-
-
-@torch.no_grad()
-def _load_unique(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    own = _unique(model)
-    if set(own) != set(saved):
-        raise ValueError(f"its weights are others: {sorted(set(own) ^ set(saved))[:3]}")
-    for name, tensor in own.items():
-        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
-            raise ValueError(
-                f"{name} is {saved[name].dtype} {tuple(saved[name].shape)}, in the model "
-                f"{tensor.dtype} {tuple(tensor.shape)}"
-            )
-    for name, tensor in own.items():
-        put(tensor, saved[name])
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer | Zero) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ from modlab.training.resume import check_resumable, find_checkpoint, resume_rece
 from modlab.training.schedule import keep_target
 from modlab.training.sharding import reshard, whole_state
 from modlab.training.step import Step
+from modlab.training.weights import Weights
 from modlab.training.window import FIGURES, Window
 
 
@@ -142,6 +143,7 @@ class Run:
             self.window = Window(self.stepping.layers, self.processes.device)
             self.thresholds: dict[float, dict[int, float]] = {}
             self.reach = self._reach()
+            self.weights = Weights(model)
             if checkpoint is not None:
                 self._restore(checkpoint)
             elif self.objective == "distil":
@@ -342,7 +344,7 @@ class Run:
             write_checkpoint(
                 self.folder.path,
                 state,
-                self.model,
+                self.weights,
                 self.stepping.optimizer,
                 control.state() if control is not None else None,
                 self.processes,
@@ -400,7 +402,7 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         stepping, processes = self.stepping, self.processes
-        routing = load_checkpoint(checkpoint, self.model, stepping.optimizer, processes)
+        routing = load_checkpoint(checkpoint, self.weights, stepping.optimizer, processes)
         state = read_state(checkpoint)
         with readable(checkpoint):
             if stepping.control is not None:

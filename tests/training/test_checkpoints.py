@@ -119,7 +119,9 @@ def test_a_damaged_checkpoint_is_said_to_be_so(
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 3},
+        {"format": 1},
+        {"format": True},
         {"format": None},
         {"step": "2"},
         {"step": -1},
@@ -137,6 +139,9 @@ def test_a_damaged_checkpoint_is_said_to_be_so(
         {"files": []},
         {"files": {}},
         {"files": {"../../model.safetensors": "0"}},
+        {"unchanged": None},
+        {"unchanged": {"lm_head.weight": 1}},
+        {"unchanged": {"more": "float32 [3] 0"}},
         {"more": 1},
     ],
     ids=str,

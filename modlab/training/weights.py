@@ -1,0 +1,132 @@
+"""A model's weights as a checkpoint takes them: those that the run changes whole, of the others a digest.
+
+A digest reads the bytes as integers of 64 bits and hashes the sum of each 1,024 of them: any device gives the
+same one, at the speed of its memory, and a single other number another one. It tells bases apart; it is no
+seal against forgers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modlab.routing.router import is_router
+from modlab.training.sharding import is_part, put, reshard, whole
+
+INTEGER = 8  # bytes
+BLOCK = 1024
+
+
+class Weights:
+    """The weights of a model in training. All processes have to call its methods together.
+
+    A run changes the weights that it trains. Routers, and what else conversion added, count as changed even
+    where they are frozen, for their biases are shifted; buffers count as changed from the moment they are.
+
+    Args:
+        model: as this call was given it, nothing of a checkpoint in it yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._frozen: dict[str, str] = {}
+        self._changed: set[str] = set()  # buffers
+        self._buffers = {name: digest(t) for name, t in self._state().items() if not _is_parameter(t)}
+
+    def changed(self) -> dict[str, Tensor]:
+        """What the run changes, by name; sharded tensors as they are."""
+        unchanged = self.unchanged()
+        return {name: tensor.detach() for name, tensor in self._state().items() if name not in unchanged}
+
+    def unchanged(self) -> dict[str, str]:
+        """Digests of all other weights, by name."""
+        found = {}
+        for name, tensor in self._state().items():
+            if _is_frozen(name, tensor):
+                found[name] = self._digest(name, tensor)
+            elif not _is_parameter(tensor) and name not in self._changed:
+                now = digest(tensor)
+                if now == self._buffers.get(name):
+                    found[name] = now
+                else:
+                    self._changed.add(name)
+        return found
+
+    def differences(self, saved: Mapping[str, Tensor], unchanged: Mapping[str, str]) -> list[str]:
+        """What of the weights that a run leaves alone is not as in a checkpoint, in words.
+
+        Args:
+            saved: the tensors in the checkpoint; all weights, of runs that wrote them all.
+            unchanged: digests of the others.
+
+        Raises:
+            ValueError: the names are others, or a tensor's shape or dtype.
+        """
+        own = self._state()
+        if other := sorted(own.keys() ^ (saved.keys() | unchanged.keys())):
+            raise ValueError(f"its weights are others: {other[:3]}")
+        for name, value in saved.items():
+            if (own[name].shape, own[name].dtype) != (value.shape, value.dtype):
+                raise ValueError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}, in the model "
+                    f"{own[name].dtype} {tuple(own[name].shape)}"
+                )
+        wanted = {name: digest(value) for name, value in saved.items() if _is_frozen(name, own[name])}
+        wanted |= unchanged
+        now = {name: self._digest(name, own[name]) for name in wanted}
+        return [f"{name} is {now[name]} (was {was})" for name, was in wanted.items() if now[name] != was]
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes over the tensors of a checkpoint from which nothing differs."""
+        for name, tensor in self._state().items():
+            if name in saved and not _is_frozen(name, tensor):
+                put(tensor, saved[name])
+                if not _is_parameter(tensor):
+                    self._changed.add(name)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The model's state by name, tensors that are tied under their first name."""
+        reshard(self.model)
+        first: dict[Any, str] = {}
+        state = self.model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            place: Any = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if is_part(tensor):  # parts may be empty, and those have no place
+                place = id(tensor)
+            first.setdefault(place if tensor.numel() else name, name)
+        return {name: state[name] for name in first.values()}
+
+    def _digest(self, name: str, tensor: Tensor) -> str:
+        if not _is_frozen(name, tensor):
+            return digest(tensor)
+        if name not in self._frozen:  # it stays so
+            self._frozen[name] = digest(tensor)
+        return self._frozen[name]
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> str:
+    """dtype, shape and a hash of the numbers; of a sharded tensor, every process has to ask for it."""
+    data = whole(tensor.detach()).contiguous().flatten().view(torch.uint8)
+    if data.storage_offset() % INTEGER:
+        data = data.clone()
+    integers = data[: len(data) // INTEGER * INTEGER].view(torch.int64)
+    even = len(integers) // BLOCK * BLOCK
+    sums = integers[:even].view(-1, BLOCK).sum(1)
+    found = hashlib.sha256()
+    for part in (sums, integers[even:], data[len(integers) * INTEGER :]):
+        found.update(part.cpu().numpy().tobytes())
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {found.hexdigest()[:32]}"
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _is_frozen(name: str, tensor: Tensor) -> bool:
+    return _is_parameter(tensor) and not tensor.requires_grad and not is_router(name)

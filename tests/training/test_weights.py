@@ -1,0 +1,207 @@
+"""Checkpoints hold what a run changes, and a run goes on with the rest that it began with alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from modlab.errors import ModlabError
+from modlab.routing.router import is_router
+from modlab.training.loop import TrainConfig, train
+from modlab.training.weights import BLOCK, Weights, digest
+from tests.helpers.models import alternate_layers, routed_llama
+from tests.helpers.steps import adapted
+from tests.helpers.training import same_weights, settings
+
+KINDS: dict[str, dict[str, Any]] = {
+    "frozen": {"freeze_base": True, "keep_ratio": 0.4, "what_if": 0.5, "ramp": 0.5},
+    "frozen, budget": {"freeze_base": True, "objective": "budget", "keep_ratio": 0.4, "ramp": 0.5},
+    "distil": {"objective": "distil", "keep_range": (0.4, 0.9), "ramp": 0.5},
+    "adapters": {"keep_ratio": 0.4, "what_if": 0.5, "ramp": 0.5},
+}
+
+
+@pytest.fixture
+def model_for(make: Callable[..., Any]) -> Callable[[str], Any]:
+    """A fresh model for a kind of run; its base is the same each time, its routers are not."""
+
+    def model_for(kind: str, router_seed: int = 0) -> Any:
+        mod = {"skip": "kv", "keep_recent": 4} if kind == "distil" else {"init_gate": 0.6}
+        model = make(mod=alternate_layers(**mod), attention_dropout=0.2)
+        generator = torch.Generator().manual_seed(router_seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if is_router(name):
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return adapted(model) if kind == "adapters" else model
+
+    return model_for
+
+
+def run(model: Any, rows: torch.Tensor, out: Path, kind: str, **more: Any) -> Any:
+    config = settings(steps=6, save_every=3, keep_last=9, **KINDS[kind])
+    return train(model, rows, TrainConfig(out=out, **config | more))
+
+
+def weights_in(out: Path, step: int = 3) -> Path:
+    return out / "checkpoints" / f"step_{step}" / "model.safetensors"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_a_frozen_base_goes_on_exactly_from_what_it_trained(
+    model_for: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, kind: str
+) -> None:
+    """Six steps are three and three, bit for bit, though the checkpoint has nothing of the base; and from one
+    that has all of it, as they were once written."""
+    whole = run(model_for(kind), rows, tmp_path / "whole", kind)
+    saved = load_file(weights_in(tmp_path / "whole"))
+    assert saved and all(is_router(name) or ".lora_" in name for name in saved)
+    of_all = sum(p.nbytes for p in whole.model.parameters())
+    assert weights_in(tmp_path / "whole").stat().st_size < 0.25 * of_all
+    older = shutil.copytree(tmp_path / "whole", tmp_path / "older")
+    as_written_before(older / "checkpoints" / "step_3", model_for(kind))
+    for out in ("whole", "older"):
+        path = tmp_path / out / "checkpoints" / "step_3"
+        resumed = run(model_for(kind, router_seed=1), rows, tmp_path / f"from {out}", kind, resume=path)
+        assert same_weights(whole.model, resumed.model)
+        keys = [c for c in whole.history if c not in ("tokens_per_s", "seconds")]
+        assert resumed.history[keys].equals(whole.history[keys].iloc[3:].reset_index(drop=True))
+
+
+def as_written_before(checkpoint: Path, model: Any) -> None:
+    """The checkpoint of a base, in the format that held all weights."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    weights = checkpoint / "model.safetensors"
+    saved = load_file(weights)
+    base = {name: value for name, value in model.state_dict().items() if name in state["unchanged"]}
+    save_file(saved | base, weights)
+    assert base and state.pop("unchanged").keys() == base.keys()
+    state["format"] = 1
+    state["files"]["model.safetensors"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def test_a_base_that_is_trained_is_saved_whole(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    model = make(mod=alternate_layers())
+    train(model, rows, TrainConfig(out=tmp_path, **settings(steps=3, save_every=3)))
+    assert load_file(weights_in(tmp_path)).keys() == dict(model.named_parameters()).keys()
+    state = json.loads((weights_in(tmp_path).parent / "state.json").read_text())
+    assert state["unchanged"] == {}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as written", "as written before"])
+@pytest.mark.parametrize("kind", ["frozen", "distil", "adapters"])
+def test_another_base_is_refused(
+    model_for: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, kind: str, older: bool
+) -> None:
+    """By a single number; the model and the folder are then as they were."""
+    run(model_for(kind), rows, tmp_path / "run", kind)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_6")
+    if older:
+        as_written_before(tmp_path / "run" / "checkpoints" / "step_3", model_for(kind))
+    model = model_for(kind, router_seed=1)
+    name = next(n for n in dict(model.named_parameters()) if "layers.2.mlp.up_proj" in n and "lora" not in n)
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] += 1e-3
+    before = {n: value.clone() for n, value in model.state_dict().items()}
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(
+        ModlabError, match=rf"step_3 goes with other weights.*{name} is .*\(was .*Load the base"
+    ):
+        run(model, rows, tmp_path / "run", kind, resume="auto")
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_base_in_another_dtype_is_refused(
+    model_for: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    run(model_for("frozen").to(torch.bfloat16), rows, tmp_path / "run", "frozen")
+    with pytest.raises(ModlabError, match=r"is float32 \[.*\(was bfloat16 \[.*in the same dtype"):
+        run(model_for("frozen"), rows, tmp_path / "run", "frozen", resume="auto", steps=8)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit flipped"])
+def test_weights_without_the_base_are_watched_as_others_are(
+    model_for: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, damage: str
+) -> None:
+    run(model_for("frozen"), rows, tmp_path / "run", "frozen")
+    path = weights_in(tmp_path / "run", 6)
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] if damage == "cut" else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(ModlabError, match="Could not load the checkpoint .*step_6.*damaged"):
+        run(model_for("frozen"), rows, tmp_path / "run", "frozen", resume="auto", steps=8)
+
+
+class Counts(nn.Module):
+    """Stands in for a layer that learns statistics: counts its forwards and adds them, and has a constant."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("constant", torch.ones(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += self.training
+        return self.inner(x) + 1e-3 * self.seen * self.constant
+
+
+def test_buffers_that_change_are_saved_and_others_are_not(
+    model_for: Callable[..., Any], rows: torch.Tensor, tmp_path: Path
+) -> None:
+    """A run in two calls, with a fresh model or the same, whose third call is again exact."""
+
+    def fresh() -> Any:
+        model = model_for("frozen")
+        model.model.layers[0].mlp = Counts(model.model.layers[0].mlp)
+        return model
+
+    def steps(model: Any, out: str, steps: int) -> Any:
+        more = {"min_lr_ratio": 1.0, "warmup": 0.0, "ramp": 0.0, "resume": "auto"}
+        return run(model, rows, tmp_path / out, "frozen", steps=steps, **more)
+
+    whole = steps(fresh(), "whole", 9).model
+    name = "model.layers.0.mlp.seen"
+    for step in (3, 6):
+        saved = load_file(weights_in(tmp_path / "whole", step))
+        assert saved[name] == step and all(is_router(other) for other in saved if other != name)
+    model = steps(fresh(), "parts", 3).model
+    steps(model, "parts", 6)
+    assert same_weights(steps(fresh(), "parts", 9).model, whole)
+    model = fresh()
+    model.model.layers[0].mlp.constant[3] = 2
+    with pytest.raises(ModlabError, match=r"layers.0.mlp.constant is .*\(was"):
+        steps(model, "parts", 12)
+
+
+def test_what_conversion_added_is_saved_though_it_is_frozen() -> None:
+    model = routed_llama().requires_grad_(False)
+    assert set(Weights(model).changed()) == {name for name, _ in model.named_parameters() if is_router(name)}
+
+
+def test_every_number_of_a_tensor_counts() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.bool, torch.float8_e4m3fn):
+        for length in (1, 7, 8 * BLOCK + 3):
+            whole = torch.ones(length).to(dtype)
+            for at in (0, length // 2, length - 1):
+                changed = whole.float().clone()
+                changed[at] = 0
+                assert digest(whole) != digest(changed.to(dtype)), (dtype, length, at)
+    numbers = torch.arange(40.0).view(5, 8)
+    assert digest(numbers[1:, 1:]) == digest(numbers[1:, 1:].clone())
+    assert digest(numbers.half()[:, 1]) == digest(numbers.half()[:, 1].clone())
+    assert digest(numbers) != digest(numbers.T) != digest(numbers.T.contiguous().view(5, 8))
+    assert digest(numbers[0, 3]).startswith("float32 [] ")
+    assert digest(numbers[:0]) != digest(numbers[:0].half())
