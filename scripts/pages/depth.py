@@ -33,6 +33,8 @@ def joined(root: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("depth_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if not result["rows"]:  # times alone
+            continue
         first = result["rows"][0]
         found.setdefault((first["model"], result["device_name"], first["length"]), []).append(result)
     return [join(found[key]) for key in sorted(found)]
