@@ -35,7 +35,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
 
     Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
     model's threshold (it stays set: a later `generate` uses it) and runs the text: measured. Another text is
-    pasted, or opened from a file, in the widget; a curve that was there is measured again for it.
+    pasted, or opened from a file, in the widget; a curve that was there is measured again for it, and for
+    another number of recent tokens, which a cell may have set.
 
     Attributes:
         forms: what each of the models routes, as the switch names it; form: the one that shows.
@@ -60,7 +61,9 @@ class RoutingExplorer(SteeredView, view="explorer"):
         points = curve(sweep)
         self._by_form = _by_form([model, *others])
         self._wanted = [point["p"] for point in points]
-        self._found: dict[float, dict[str, float]] = {}  # points of a curve that is not complete yet
+        # Points of a curve that is not complete yet, by p and recent tokens: a cell may set other ones.
+        self._found: dict[tuple[float, int], dict[str, float]] = {}
+        self._recent = _recent_of(model)  # with which runs, points and speed were measured
         forms = list(self._by_form)
         super().__init__(model, tokenizer, text, dense=dense, points=points, forms=forms, form=forms[0])
 
@@ -122,15 +125,18 @@ class RoutingExplorer(SteeredView, view="explorer"):
 
         self._measure_recall(job)
         count = len(self._wanted)
-        for index, p in enumerate(self._wanted):
-            if p in self._found:
-                continue
+        while missing := [p for p in self._wanted if (p, _recent_of(self._model)) not in self._found]:
+            p, index = missing[0], self._wanted.index(missing[0])
             text, part = f"Measuring the curve, p {p:g}", (index / count, (index + 1) / count)
             with using(self._model, job, text, part=part), thresholds_restored(self._model):
                 trace, output, recall = self._at(p)
-            self._found[p] = self._point_at(p, trace, float(given_cache(output).nbytes), recall)
-        found = [self._found[p] for p in self._wanted]
+            bytes_there = float(given_cache(output).nbytes)
+            self._found[p, trace.keep_recent] = self._point_at(p, trace, bytes_there, recall)
+        self._with_recent(_recent_of(self._model))
+        found = [self._found[p, self._recent] for p in self._wanted]
         self.points = [point for point in found if not math.isnan(point["loss"])]
+        if self._trace.keep_recent != self._recent:
+            self._measure(dict(self._model.mod.thresholds), job)  # what shows, too
 
     def _measure_recall(self, job: Job | None) -> None:
         """Far recall of what the curve is compared with, if it is not known yet."""
@@ -197,7 +203,13 @@ class RoutingExplorer(SteeredView, view="explorer"):
         self.points, self.runs, self._found, self.speed = [], [], {}, {}
         super()._take(trace, output)
 
+    def _with_recent(self, recent: int) -> None:
+        """What was measured with other recent tokens is forgotten."""
+        if recent != self._recent:
+            self._recent, self.points, self.runs, self.speed = recent, [], [], {}
+
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
+        self._with_recent(trace.keep_recent)
         super()._show(trace, cache)
         measured = self.summary
         self.runs = [r for r in self.runs if r["p"] != measured["p"]] + self._point(measured)
@@ -253,6 +265,11 @@ def explore(
             sweep without the columns needed.
     """
     return RoutingExplorer(model, tokenizer, text, sweep, dense, others)
+
+
+def _recent_of(model: Any) -> int:
+    """How many recent tokens a trace of the model would say: `RoutingTrace.keep_recent`."""
+    return int(model.mod.config.recent_stored)
 
 
 def _by_form(models: Sequence[Any]) -> dict[str, Any]:

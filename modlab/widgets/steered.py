@@ -115,6 +115,7 @@ class SteeredView(MeasuredView):
             self._search(keep_ratio, per_layer)
             trace, output = run_traced(model, self._tokenizer, self.text)
             self._show(trace, given_cache(output))
+        self._refine(job)
         return dict(model.mod.thresholds)
 
     def _fitting_ratio(self, kv_mib: Any, context: Any) -> float:

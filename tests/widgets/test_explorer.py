@@ -1,0 +1,108 @@
+"""The explorer's curve and runs belong to the recent tokens that they were measured with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import modlab
+from modlab.widgets import RoutingExplorer, explore
+from modlab.widgets.jobs import Cancelled
+from tests.helpers.models import routed_llama
+
+TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
+ASKED = (0.0, 0.45, 0.6)
+
+
+@pytest.fixture
+def model() -> Any:
+    return routed_llama(skip="kv", keep_recent=40)
+
+
+def measured(model: Any, word_tokenizer: Any) -> RoutingExplorer:
+    explorer = explore(model, word_tokenizer, TEXT)
+    explorer.measure_curve(ASKED)
+    return explorer
+
+
+def rerun(explorer: RoutingExplorer) -> None:
+    explorer.run(0.45)
+
+
+def again(explorer: RoutingExplorer) -> None:
+    explorer.measure_curve(ASKED)
+
+
+def find(explorer: RoutingExplorer) -> None:
+    explorer.calibrate(keep_ratio=0.6)
+
+
+@pytest.mark.parametrize("ask", [rerun, again, find])
+def test_a_curve_is_measured_again_with_other_recent_tokens(
+    model: Any, word_tokenizer: Any, ask: Callable[[RoutingExplorer], None]
+) -> None:
+    explorer = measured(model, word_tokenizer)
+    before = explorer.points
+    explorer.run(0.6)
+    explorer.measure_speed()
+    modlab.set_keep_recent(model, 8)  # as another cell does
+    ask(explorer)
+    want = measured(model, word_tokenizer)
+    assert explorer.points == want.points and [point["p"] for point in explorer.points] == list(ASKED)
+    assert want.points[-1]["kv_bytes"] < before[-1]["kv_bytes"]
+    assert explorer.summary["recent"] == model.mod.config.recent_stored == 7
+    assert [run["p"] for run in explorer.runs] == [explorer.summary["p"]] and not explorer.speed
+    assert explorer.runs[0]["kv_bytes"] == explorer.summary["kv_bytes"]
+
+
+def test_where_recent_tokens_stay_the_curve_does(model: Any, word_tokenizer: Any) -> None:
+    explorer = measured(model, word_tokenizer)
+    points, runs = explorer.points, explorer.runs
+    explorer.run(0.6)
+    assert explorer.points is points and explorer.runs[:-1] == runs
+
+
+def test_a_given_sweep_is_measured_again_too(model: Any, word_tokenizer: Any) -> None:
+    def sweep() -> Any:
+        return modlab.sweep(model, word_tokenizer, [TEXT], ASKED, repeats=0, recall_rows=0, progress=False)
+
+    explorer = explore(model, word_tokenizer, TEXT, sweep())
+    modlab.set_keep_recent(model, 8)
+    explorer.run(0.45)
+    assert [point["kv_bytes"] for point in explorer.points] == sweep().kv_bytes.tolist()
+
+
+def test_a_curve_that_was_stopped_does_not_mix_recent_tokens(
+    model: Any, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One point is there when it is stopped, another when a cell sets others while it is measured."""
+    explorer = explore(model, word_tokenizer, TEXT)
+    at, asked = explorer._at, list[float]()
+
+    def stopped(p: float) -> Any:
+        if len(asked) == 1:
+            raise Cancelled
+        asked.append(p)
+        return at(p)
+
+    monkeypatch.setattr(explorer, "_at", stopped)
+    with pytest.raises(Cancelled):
+        explorer.measure_curve(ASKED)
+    modlab.set_keep_recent(model, 20)
+
+    def moved(p: float) -> Any:
+        asked.append(p)
+        if len(asked) == 3:
+            cell = threading.Thread(target=modlab.set_keep_recent, args=(model, 8))
+            cell.start()
+            cell.join()
+        return at(p)
+
+    monkeypatch.setattr(explorer, "_at", moved)
+    explorer.run(0.45)
+    assert asked == [0.0, 0.0, 0.45, *ASKED]
+    assert explorer.points == measured(model, word_tokenizer).points
+    assert explorer.summary["recent"] == 7 and explorer.runs[0]["kv_bytes"] == explorer.summary["kv_bytes"]
