@@ -32,6 +32,7 @@ from modlab.bench import limits, speed_kv
 from modlab.bench.fast import fast_twins
 from modlab.bench.models import converted_twin, dense_model, random_routing, routed_layers
 from modlab.bench.registry import Settings
+from modlab.engine.guesses import Guesses
 from modlab.kernels import decode_attention, decode_linear
 from modlab.measure import synchronize, time_generate
 from modlab.routing.state import routing_override
@@ -321,18 +322,21 @@ def _step_row(
 
 
 def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str, Any], toy: bool) -> None:
-    """4,096 tokens to the first token, and the kernels of it."""
+    """4,096 tokens to the first token, and the kernels of it; whole layers also on guessed numbers of kept
+    tokens."""
     tokens, repeats = (40, 1) if toy else (4096, 9)
     ids = torch.randint(1, dense.config.vocab_size, (1, tokens), device=settings.device)
     layers = dense.config.num_hidden_layers
     quarter = torch.full((layers, 1), 0.25)
-    cases: dict[str, Tensor | None] = {
-        "": None,
-        "layer": quarter,
-        "kv_head": speed_kv.head_shares(layers, dense.config.num_key_value_heads, 0.25, 0),
-        speed_kv.SKIP_LAYERS: None,
-    }
-    for name, shares in cases.items():
+    by_head = speed_kv.head_shares(layers, dense.config.num_key_value_heads, 0.25, 0)
+    cases: list[tuple[str, Tensor | None, Guesses | None]] = [
+        ("", None, None),
+        ("layer", quarter, None),
+        ("kv_head", by_head, None),
+        (speed_kv.SKIP_LAYERS, None, None),
+        (speed_kv.SKIP_LAYERS, None, Guesses(least=8, multiple=4) if toy else Guesses()),
+    ]
+    for name, shares, guesses in cases:
         if report.is_over:
             return
         model = twins[name] if name else dense
@@ -345,14 +349,16 @@ def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str
         engine = model.__dict__["mod_engine"]
         compiled, engine.compile = engine.compile, False
         engine.step(1)  # not what is measured here
-        engine.compile = compiled
+        engine.compile, engine.guesses = compiled, guesses
         with override:
             times = [time_generate(model, ids, 0)[0] for _ in range(repeats + 1)][1:]
             found = kernels_of(lambda: time_generate(model, ids, 0), 1, settings.device)  # noqa: B023
         report.add(
-            "prefill", gates=name or "dense", ms=round(statistics.median(times), 3),
-            ms_min=round(min(times), 3), ms_max=round(max(times), 3), **found,
+            "prefill", gates=name or "dense", guessed=guesses and guesses.right,
+            ms=round(statistics.median(times), 3), ms_min=round(min(times), 3), ms_max=round(max(times), 3),
+            **found,
         )  # fmt: skip
+        engine.guesses = None
 
 
 def main(argv: list[str] | None = None) -> None:

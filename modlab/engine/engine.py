@@ -18,6 +18,7 @@ from modlab.engine.branch import Branch, HostBranch, choose_branch
 from modlab.engine.budget import Budget, layer_bytes
 from modlab.engine.compiled import Compiler
 from modlab.engine.forms import form_of
+from modlab.engine.guesses import Guesses
 from modlab.engine.lending import attention_modules
 from modlab.engine.prefill import scratch_buffers
 from modlab.engine.step import Step
@@ -60,6 +61,7 @@ class Engine:
         form: how routed layers run; None where the engine has no form for what they skip.
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
         uncompiled: what runs as it is although it was to be compiled, by name, with the reason.
+        guesses: how many tokens layers of a prompt keep, guessed; None, where each layer asks the GPU.
         last: facts of the latest generation.
     """
 
@@ -97,6 +99,7 @@ class Engine:
         self.steps: dict[int, Step] = {}
         self.turns = Turns()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
+        self.guesses: Guesses | None = None  # whether it pays has not been measured
         self.last: dict[str, Any] = {}
         self.bound: Budget | None = None
         if kv_tokens is not None or kv_mib is not None:

@@ -79,6 +79,43 @@ def _prefill_line(
     first_row: int,
     most_older: int | None,
 ) -> tuple[Tensor, list[SegmentedBuffer]]:
+    """Logits of each row's last token, and a buffer a layer; of one row perhaps on guesses (`guesses.py`)."""
+    guesses = engine.guesses if len(counts) == 1 else None
+    sizes = {} if guesses is None else guesses.of(counts[0])
+    logits, buffers, kept = _run_line(engine, ids_BT, real_BT, counts, first_row, most_older, sizes)
+    if guesses is None:
+        return logits, buffers
+    right = all(kept[layer] <= size for layer, size in sizes.items())
+    guesses.right += bool(sizes) and right
+    guesses.wrong += not right
+    if not right:
+        logits, buffers, kept = _run_line(engine, ids_BT, real_BT, counts, first_row, most_older, {})
+    else:
+        _forget_copies(buffers, sizes, kept)
+    guesses.learn(kept, counts[0])
+    return logits, buffers
+
+
+def _forget_copies(buffers: list[SegmentedBuffer], sizes: dict[int, int], kept: dict[int, int]) -> None:
+    """Of one row's layers that ran on guesses, leaves what they have kept, with room as without a guess."""
+    for layer, size in sizes.items():
+        buffer, count = buffers[layer], kept[layer]
+        if buffer.lengths == [size] and count < size:  # an MLP's layer stores all tokens
+            buffer.lengths = [count]
+            buffer.rearrange([0], [count + buffer.slack(count)])
+
+
+def _run_line(
+    engine: Engine,
+    ids_BT: Tensor,
+    real_BT: Tensor,
+    counts: list[int],
+    first_row: int,
+    most_older: int | None,
+    guesses: dict[int, int],
+) -> tuple[Tensor, list[SegmentedBuffer], dict[int, int]]:
+    """The same with what the layers have kept, as far as packed layers go; `guesses` are tokens that layers
+    run."""
     B, T = ids_BT.shape
     # A boolean index would ask the host how many there are; it knows.
     at_S = torch.nonzero_static(real_BT.flatten(), size=sum(counts))[:, 0]
@@ -90,7 +127,8 @@ def _prefill_line(
     places = bounds.int()
     layers = [LayerPrefill(buffer, counts, columns_S, places, varying=False) for buffer in buffers]
     assert engine.form is not None, "calls are refused before"
-    line = PrefillLine(engine.routing, bounds[1:] - 1, LineBlocks(counts, engine.device), most_older)
+    blocks = LineBlocks(counts, engine.device)
+    line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, most_older, guesses)
     forwards = prefill_forwards(engine.form, engine.layers, layers, line)
     if engine.compile is True:
         forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
@@ -108,7 +146,11 @@ def _prefill_line(
     if logits.shape[0] * logits.shape[1] != B:
         raise CannotCapture("its forward does not take logits_to_keep")
     _fill_empty(layers)
-    return logits.flatten(0, 1), buffers
+    kept = {layer: count for layer, count in line.kept.items() if isinstance(count, int)}
+    if guesses:  # the host waits here, once
+        counted = torch.stack([torch.as_tensor(line.kept[layer]) for layer in guesses])
+        kept |= dict(zip(guesses, counted.tolist(), strict=True))
+    return logits.flatten(0, 1), buffers, kept
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks
+from modlab.engine.guesses import guessed_places
 from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedModule
 from modlab.hf.anatomy import attention_name, mlp_name
@@ -45,6 +46,8 @@ class PrefillLine:
         last: last position of each row in the line, long [B].
         blocks: the line as kernels cut it.
         most_older: tokens that a row may store besides its ring (`budget`); None for no bound.
+        guesses: tokens that a layer runs, by its index, where that was guessed (`guesses`).
+        kept: tokens that a layer has kept, by its index: a tensor [] of those that were guessed.
         entered: state [1, S, D] with which all tokens entered the first layer that they leave out.
         left: what runs the layers that they leave out, in their order.
     """
@@ -53,6 +56,8 @@ class PrefillLine:
     last: Tensor
     blocks: LineBlocks
     most_older: int | None = None
+    guesses: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int | Tensor] = field(default_factory=dict)
     entered: Tensor | None = None
     left: list[Any] = field(default_factory=list)
 
@@ -122,14 +127,21 @@ class RoutedPrefill(DensePrefill):
         """
         assert self.decision is not None
         x, gate_1S, keep_S = arguments.hidden, self.decision.gate, self.decision.keep[0]
-        passed_B = keep_S.cumsum(0)[self.line.last]
-        passed = passed_B.tolist()  # the one host sync of the layer
-        kept = passed[-1]
-        varying = kept < x.shape[1]
         changes: dict[str, Any] = {}
-        kept_S = None
-        if kept and varying:
-            kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
+        kept_S, real_S = None, None
+        if self.index in self.line.guesses:
+            kept = self.line.guesses[self.index]
+            passed, passed_B = [kept], self.part.bounds[1:].clamp(max=kept)
+            varying, self.line.kept[self.index] = True, keep_S.sum()
+            kept_S, real_S = guessed_places(keep_S, kept)
+        else:
+            passed_B = keep_S.cumsum(0)[self.line.last]
+            passed = passed_B.tolist()  # the one host sync of the layer
+            kept = self.line.kept[self.index] = passed[-1]
+            varying = kept < x.shape[1]
+            if kept and varying:
+                kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
+        if kept_S is not None:
             changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
             gate_1S = gate_1S[:, kept_S]
         if attends:
@@ -142,6 +154,8 @@ class RoutedPrefill(DensePrefill):
             y, rest = arguments.run(forward, changes)
         skipped = changes.get(arguments.hidden_name, x) if residual else 0.0
         y = gated_output(form, y, skipped, gate_1S, False)
+        if real_S is not None:
+            y = torch.where(real_S[None, :, None], y, skipped)
         if kept_S is not None:
             out = x if residual else torch.zeros_like(x)
             y = out.index_copy_(1, kept_S, y.to(x.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.overrides import TorchFunctionMode
 
 import modlab
 from modlab.engine import attention as attention_module
@@ -22,35 +20,7 @@ from modlab.engine.tables import Tables
 from modlab.families.tiny_models import tiny_model
 from modlab.kernels import varlen_attention as varlen
 from tests.helpers.fast_generation import DEVICE, generated, llama_on_device, prompts
-
-WAITING = {
-    Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.nonzero, torch.nonzero, torch.masked_select,
-    Tensor.masked_select, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
-}  # fmt: skip
-
-
-class Waits(TorchFunctionMode):
-    """Counts the calls that would make the host wait for a GPU: values asked for, sizes that depend on
-    values, uploads of Python lists.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: collections.Counter[str] = collections.Counter()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in WAITING:
-            self.calls[func.__name__] += 1
-        elif func in (Tensor.__getitem__, Tensor.__setitem__):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in index):
-                self.calls["bool index"] += 1
-            if any(isinstance(i, list) for i in index):
-                self.calls["list index"] += 1
-        elif func is torch.tensor and kwargs.get("device") is not None:
-            self.calls["upload"] += 1
-        return func(*args, **kwargs)
+from tests.helpers.waits import WAITING, Waits
 
 
 def leave_references_out(monkeypatch: pytest.MonkeyPatch) -> None:
