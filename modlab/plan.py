@@ -1,8 +1,9 @@
 """What a model takes on each GPU, worked out before anybody loads it: `modlab.plan`, `modlab plan`.
 
 Weights, gradients and optimiser follow from the shapes of the parameters, K/V from those of the cache: these
-are exact. Activations are what autograd keeps in a forward on the meta device, attention scores left out (no
-kernel in use keeps them): an estimate, to which a real run adds what its libraries and fragments take.
+are exact. Activations are what autograd keeps in a forward on the meta device (`activations.py`), and the
+logits that are in memory at once: an estimate, to which a real run adds what its libraries and fragments
+take. The peaks of distillation on an H200 are within 5 % of it (tests/test_plan.py).
 
 Shape letters: B rows, T tokens, D model dim, V vocabulary, L layers.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from modlab.activations import kept_bytes
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.anatomy import attention_windows, decoder_layers
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 FP32 = 4
 OPTIMIZER = 2 * FP32  # AdamW's two moments, a weight
-LOGITS_AT_ONCE = 2**28  # as training/objectives.py cuts them
-SHORT = 32  # tokens of the forwards from which activations are extrapolated
+LOGITS_AT_ONCE = 2**28  # as training/objectives.py and training/divergence.py cut them
+COPIES_AT_ONCE = 4  # of these logits in distillation: student's, teacher's, their slope, the slope before
+STATES = 3  # of the last layer in distillation: student's, teacher's, their slope
+ROUTER_COPIES = 2  # of the state in fp32, which a router with a hidden layer keeps: as it is, and normalised
 
 
 @dataclass
@@ -44,7 +48,8 @@ class Sizes:
         heads: KV heads.
         token_bytes: of keys and values of a token in one layer.
         windows: of each layer, None for full attention.
-        activations: bytes that autograd keeps of a token in the largest layer.
+        activations: bytes that autograd keeps of a token in a layer, on average, where weights are trained.
+        frozen: the same where routers alone are.
         hidden, vocabulary: D, V.
         itemsize: bytes of a weight.
     """
@@ -59,6 +64,7 @@ class Sizes:
     token_bytes: int
     windows: list[int | None]
     activations: float
+    frozen: float
     hidden: int
     vocabulary: int
     itemsize: int
@@ -88,11 +94,11 @@ def plan(
         checkpointing: training keeps one state a layer and computes the rest again.
 
     Returns:
-        DataFrame, one line a way, in GiB a GPU: `use` (inference; routers: the base frozen; weights: all
-        trained), `way`, `weights`, `optimizer` (gradients and AdamW's moments), `activations`, `kv` (dense),
-        `kv_routed`, `total` (with `kv_routed`), `total_dense`, `fits` (the total, in nine tenths of
-        `memory`). "tensor parallel" is left out where the family has no plan for it, or the GPUs cannot
-        share its KV heads evenly.
+        DataFrame, one line a way, in GiB a GPU: `use` (inference; routers: distilled, the base frozen;
+        weights: all trained on texts), `way`, `weights`, `optimizer` (gradients and AdamW's moments),
+        `activations`, `kv` (dense), `kv_routed`, `total` (with `kv_routed`), `total_dense`, `fits` (the
+        total, in nine tenths of `memory`). "tensor parallel" is left out where the family has no plan for
+        it, or the GPUs cannot share its KV heads evenly.
 
     Raises:
         ModlabError: no such model, or one without keys and values in plain heads.
@@ -153,7 +159,8 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
         heads=heads,
         token_bytes=2 * heads * size * dtype.itemsize,
         windows=[windows[i] for i in range(len(layers))],  # type: ignore[misc]  # the texts were refused
-        activations=_kept_by_autograd(model) / len(layers),
+        activations=kept_bytes(model, frozen=False) / len(layers),
+        frozen=kept_bytes(model, frozen=True) / len(layers),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         itemsize=dtype.itemsize,
@@ -194,40 +201,51 @@ def _inference(
 
 
 def _training(sizes: Sizes, gpus: int, context: int, batch: int, checkpointing: bool) -> list[dict[str, Any]]:
-    """DDP and FSDP2, with the base frozen and with all weights trained. Routers are a thousandth of a layer
-    and are left out."""
-    layers, tokens = len(sizes.windows), batch * context
-    logits = tokens * sizes.vocabulary
-    head = logits * 2 * sizes.itemsize + 2 * FP32 * min(logits, LOGITS_AT_ONCE)
+    """DDP and FSDP2, with the base frozen and with all weights trained. Routers' weights, a thousandth of a
+    layer, are left out; what they keep of the states is not."""
+    tokens = batch * context
     gathered = (2 * sizes.layer + sizes.rest) * sizes.itemsize  # this layer, the next, and the ends
+    copies = (sizes.itemsize + FP32) * sizes.parameters  # autocast's own, and DDP's buckets
+    whole_gradients = (FP32 + sizes.itemsize) * sizes.layer  # before they are cut
+    distilled = tokens * _kept(sizes, sizes.frozen, sizes.itemsize, checkpointing)
+    distilled += _distilling(sizes, tokens)
+    held = {("routers", "DDP"): distilled, ("routers", "FSDP2"): distilled + gathered}
+    for way, state, more in (("DDP", FP32, copies), ("FSDP2", sizes.itemsize, gathered + whole_gradients)):
+        kept = tokens * _kept(sizes, sizes.activations, state, checkpointing)
+        held["weights", way] = kept + _text_loss(sizes, tokens) + more
+    of_weight = {"routers": (sizes.itemsize, 0), "weights": (FP32, FP32 + OPTIMIZER)}
+    count = {"DDP": sizes.parameters, "FSDP2": sizes.by_rows}
+    return [
+        {
+            "use": use, "way": way, "weights": count[way] * of_weight[use][0],
+            "optimizer": count[way] * of_weight[use][1], "activations": bytes_held,
+        }
+        for (use, way), bytes_held in held.items()
+    ]  # fmt: skip
 
-    def work(state: int) -> float:
-        """With the residual stream in so many bytes a number: fp32 under autocast, bf16 with FSDP2."""
-        kept = layers * sizes.hidden * state + sizes.activations
-        return head + tokens * (kept if checkpointing else layers * sizes.activations)
 
-    lines = []
-    for use, weight, more in (
-        ("routers", sizes.itemsize, 0),
-        ("weights", FP32, FP32 + OPTIMIZER),
-    ):
-        copies = sizes.itemsize * sizes.parameters if more else 0  # autocast's own
-        whole_gradients = (FP32 + sizes.itemsize) * sizes.layer if more else 0  # before they are cut
-        for way, count, held in (
-            (
-                "DDP",
-                sizes.parameters,
-                work(FP32) + copies + (FP32 * sizes.parameters if more else 0),
-            ),  # buckets
-            ("FSDP2", sizes.by_rows, work(sizes.itemsize) + gathered + whole_gradients),
-        ):
-            lines.append(
-                {
-                    "use": use, "way": way, "weights": count * weight, "optimizer": count * more,
-                    "activations": held,
-                }
-            )  # fmt: skip
-    return lines
+def _kept(sizes: Sizes, activations: float, state: int, checkpointing: bool) -> float:
+    """Bytes of a token that the layers keep.
+
+    Args:
+        activations: of a layer without its router.
+        state: bytes of a number of the residual stream, which is what stays of a layer with `checkpointing`:
+            fp32 under autocast, 16 bit with FSDP2 and where the base is frozen.
+    """
+    layers, of_layer = len(sizes.windows), activations + ROUTER_COPIES * FP32 * sizes.hidden
+    return layers * sizes.hidden * state + of_layer if checkpointing else layers * of_layer
+
+
+def _distilling(sizes: Sizes, tokens: int) -> float:
+    """Bytes behind the layers in distillation, where no logits wait for a backward pass."""
+    logits = min(tokens * sizes.vocabulary, LOGITS_AT_ONCE)
+    return (COPIES_AT_ONCE * logits + STATES * tokens * sizes.hidden) * sizes.itemsize
+
+
+def _text_loss(sizes: Sizes, tokens: int) -> float:
+    """Bytes of all logits and their gradient, and of the pieces that the loss reads in fp32."""
+    logits = tokens * sizes.vocabulary
+    return logits * 2 * sizes.itemsize + 2 * FP32 * min(logits, LOGITS_AT_ONCE)
 
 
 def _config(model: Any) -> Any:
@@ -270,28 +288,3 @@ def _cut(model: Any) -> set[str]:
     return {
         name for name, p in model.named_parameters() if p.dim() > 1 and found.match(name.rpartition(".")[0])
     }
-
-
-def _kept_by_autograd(model: Any) -> float:
-    """Bytes a token that the layers' forward keeps for the backward pass, but for what grows with the square
-    of the length."""
-    model.train()
-    short, long = (_saved_bytes(model, length) for length in (SHORT, 2 * SHORT))
-    return (4 * short - long) / (2 * SHORT)
-
-
-def _saved_bytes(model: Any, length: int) -> int:
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen: dict[int, tuple[torch.UntypedStorage, int]] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = (storage, storage.nbytes())  # held, so that its address stays its own
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-        mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device="meta")  # given: none is looked at
-        model.get_decoder()(ids, attention_mask=mask, use_cache=False)
-    return sum(size for _, size in seen.values())

@@ -1,0 +1,97 @@
+"""Bytes that autograd keeps of a forward, found out on the meta device: nothing is computed.
+
+Attention counts as its kernels keep it (queries, keys, values, result, log-sum-exps); the meta device has
+none, and torch would keep products in fp32 there. Of frozen weights the inputs are not kept.
+
+Shape letters: B rows, T tokens, N query heads, G kv heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from modlab.hf.attention_names import attention_named
+
+NAME = "modlab_planned"
+"""Under which transformers knows `planned_attention`."""
+
+SHORT = 32  # tokens of the forwards from which bytes a token are extrapolated
+
+
+def kept_bytes(model: Any, frozen: bool) -> float:
+    """Bytes a token that the layers' forward keeps for the backward pass, all layers together, but for what
+    grows with the square of the length.
+
+    Args:
+        model: a causal LM on the meta device.
+        frozen: whether its weights get no gradient; the states that they read do all the same.
+    """
+    model.train().requires_grad_(not frozen)
+    with attention_named([model.get_decoder().config], NAME), _states_learn(model):
+        short, long = (_saved_bytes(model, length) for length in (SHORT, 2 * SHORT))
+    return (4 * short - long) / (2 * SHORT)
+
+
+def planned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Keeps what an attention kernel does and computes nothing. Arguments and result as of transformers'
+    attention functions; queries [B, N, T, H], keys and values [B, G, T, H]."""
+    out: Tensor = _Planned.apply(query, key, value)
+    return out, None
+
+
+class _Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        B, N, T, _ = query.shape
+        out_BTNH = query.new_empty(B, T, N, value.shape[-1])
+        sums_BNT = query.new_empty(B, N, T, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out_BTNH, sums_BNT)
+        return out_BTNH
+
+    @staticmethod
+    def backward(ctx: Any, *by_out: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError("a forward is planned, nothing is computed")
+
+
+# Additions under a new name.
+AttentionInterface.register(NAME, planned_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+
+
+@contextlib.contextmanager
+def _states_learn(model: Any) -> Iterator[None]:
+    """Inside this block the layers' input takes part in the backward pass, as behind a router that learns."""
+
+    def learn(_module: nn.Module, _args: Any, states: Tensor) -> Tensor:
+        return states if states.requires_grad else states.requires_grad_()
+
+    handle = model.get_input_embeddings().register_forward_hook(learn)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _saved_bytes(model: Any, length: int) -> int:
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = (storage, storage.nbytes())  # held, so that its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device="meta")  # given: none is looked at
+        model.get_decoder()(ids, attention_mask=mask, use_cache=False)
+    return sum(size for _, size in seen.values())
