@@ -141,13 +141,3 @@ def test_a_model_of_ones_own_is_converted_and_trained(data_dir: Path, tmp_path: 
         assert done.error is None, f"{name}: {done.error}"
     model, _ = modlab.load(tmp_path / "my-mod-model")
     assert modlab.is_converted(model)
-
-
-def test_the_real_model_keeps_few_recent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notebook texts are shorter than the recent tokens of long ones: the slider would change nothing."""
-    model, tokenizer = modlab.load("demo-kv")
-    modlab.set_keep_recent(model, 1024)
-    monkeypatch.setattr(modlab, "load", lambda *_, **__: (model, tokenizer))
-    monkeypatch.setenv(lab.REAL, "folder")
-    found = lab.real_model()
-    assert found is not None and found[0].mod.config.keep_recent == lab.RECENT == 128
