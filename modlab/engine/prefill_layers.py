@@ -5,7 +5,7 @@ what its router decides for, and each MLP run a method of an object of this file
 the module's own code. One class a form: a layer without a router, whole layers routed, attention or MLP
 alone, the cache alone. `forms` says which one a model's layers have.
 
-Shape letters: S tokens of all rows in one line, B rows, D model dim.
+Shape letters: S tokens of all rows in one line, K of them that run, B rows, D model dim.
 """
 
 from __future__ import annotations
@@ -60,6 +60,29 @@ class PrefillLine:
     kept: dict[int, int | Tensor] = field(default_factory=dict)
     entered: Tensor | None = None
     left: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Packed:
+    """Tokens of the line that a layer runs.
+
+    Attributes:
+        ends: how many of the rows up to each have, and `ends_B` the same on the device.
+        varying: whether these are other numbers than those of the layer's neighbours.
+        places: in the line, long [K]; None: all or none of them.
+        real: False at places that are there only because so many were guessed, bool [K]; None: nowhere.
+    """
+
+    ends: list[int]
+    ends_B: Tensor
+    varying: bool
+    places: Tensor | None
+    real: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.ends[-1]
 
 
 class DensePrefill:
@@ -128,25 +151,15 @@ class RoutedPrefill(DensePrefill):
         assert self.decision is not None
         x, gate_1S, keep_S = arguments.hidden, self.decision.gate, self.decision.keep[0]
         changes: dict[str, Any] = {}
-        kept_S, real_S = None, None
-        if self.index in self.line.guesses:
-            kept = self.line.guesses[self.index]
-            passed, passed_B = [kept], self.part.bounds[1:].clamp(max=kept)
-            varying, self.line.kept[self.index] = True, keep_S.sum()
-            kept_S, real_S = guessed_places(keep_S, kept)
-        else:
-            passed_B = keep_S.cumsum(0)[self.line.last]
-            passed = passed_B.tolist()  # the one host sync of the layer
-            kept = self.line.kept[self.index] = passed[-1]
-            varying = kept < x.shape[1]
-            if kept and varying:
-                kept_S = torch.nonzero_static(keep_S, size=kept)[:, 0]
-        if kept_S is not None:
-            changes = arguments.select(torch.zeros(1, 1, dtype=torch.long, device=x.device), kept_S[None])
-            gate_1S = gate_1S[:, kept_S]
+        size = self.line.guesses.get(self.index)
+        packed = self._asked(keep_S) if size is None else self._guessed(keep_S, size)
+        if packed.places is not None:
+            first = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+            changes = arguments.select(first, packed.places[None])
+            gate_1S = gate_1S[:, packed.places]
         if attends:
-            self._tell_attention(passed, passed_B, kept_S, varying)
-        if kept == 0:
+            self._tell_attention(packed)
+        if packed.size == 0:
             out = x if residual else torch.zeros_like(x)
             return module.joined(out, (None,) * module.mod_plan.extra_outputs)
         form = self.routing.skip.gate_form(self.routing.config, self.gated)
@@ -154,25 +167,40 @@ class RoutedPrefill(DensePrefill):
             y, rest = arguments.run(forward, changes)
         skipped = changes.get(arguments.hidden_name, x) if residual else 0.0
         y = gated_output(form, y, skipped, gate_1S, False)
-        if real_S is not None:
-            y = torch.where(real_S[None, :, None], y, skipped)
-        if kept_S is not None:
+        if packed.real is not None:
+            y = torch.where(packed.real[None, :, None], y, skipped)
+        if packed.places is not None:
             out = x if residual else torch.zeros_like(x)
-            y = out.index_copy_(1, kept_S, y.to(x.dtype))
+            y = out.index_copy_(1, packed.places, y.to(x.dtype))
         return module.joined(y, tuple(None for _ in rest), arguments.in_tuple)
 
-    def _tell_attention(
-        self, passed: list[int], passed_B: Tensor, kept_S: Tensor | None, varying: bool
-    ) -> None:
-        """Which tokens of the line come to the layer's attention: `kept_S`, or all or none of them."""
-        part = self.part
-        part.counts = [b - a for a, b in zip([0, *passed], passed, strict=False)]
-        part.varying = varying
-        part.bounds = F.pad(passed_B, (1, 0)).int()  # small, and by now the GPU has large tensors to gather
-        if passed[-1] == 0:
+    def _asked(self, keep_S: Tensor) -> Packed:
+        """The kept tokens; the host waits for their number."""
+        passed_B = keep_S.cumsum(0)[self.line.last]
+        passed = passed_B.tolist()  # the one host sync of the layer
+        kept = self.line.kept[self.index] = passed[-1]
+        varying = kept < len(keep_S)
+        places = torch.nonzero_static(keep_S, size=kept)[:, 0] if kept and varying else None
+        return Packed(passed, passed_B, varying, places)
+
+    def _guessed(self, keep_S: Tensor, size: int) -> Packed:
+        """So many tokens of one row, the kept ones first."""
+        self.line.kept[self.index] = keep_S.sum()
+        places, real = guessed_places(keep_S, size)
+        return Packed([size], self.part.bounds[1:].clamp(max=size), True, places, real)
+
+    def _tell_attention(self, packed: Packed) -> None:
+        """Which tokens of the line come to the layer's attention."""
+        part, ends = self.part, packed.ends
+        part.counts = [b - a for a, b in zip([0, *ends], ends, strict=False)]
+        part.varying = packed.varying
+        part.bounds = F.pad(
+            packed.ends_B, (1, 0)
+        ).int()  # small, and by now the GPU has large tensors to gather
+        if packed.size == 0:
             part.buffer.lengths, part.columns = part.counts, part.columns[:0]
-        elif kept_S is not None:
-            part.columns = part.columns[kept_S]
+        elif packed.places is not None:
+            part.columns = part.columns[packed.places]
 
 
 class WholeLayerPrefill(RoutedPrefill):
