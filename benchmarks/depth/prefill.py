@@ -1,5 +1,7 @@
-"""Time of a prompt, and of tokens after it, through the user's own `generate`: dense, with a routed cache,
-leaving, and both, in turns on the same weights."""
+"""Time of a prompt and of tokens after it, dense, with a routed cache, leaving, and both.
+
+Through the user's own `generate`, in turns on the same weights.
+"""
 
 from __future__ import annotations
 

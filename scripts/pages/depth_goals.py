@@ -1,8 +1,7 @@
-"""The first table of the depth section of docs/quality.md: what is asked of less compute a token on real
-models, and what committed results give.
+"""The first table of the depth section of docs/quality.md: what is asked, and what results give.
 
-A line a goal and model, "not run" where no result has it. Of several arms of one form the one nearest to the
-dense model counts.
+The goals are those of less compute a token on real models. A line a goal and model, "not run" where no
+result has it. Of several arms of one form the one nearest to the dense model counts.
 """
 
 import json

@@ -1,5 +1,7 @@
-"""The table of times of the depth section of docs/quality.md: prompts and tokens of real models through
-`generate`, from `python -m benchmarks.depth prefill`, whose rows stand in benchmarks/results/depth_*.json.
+"""The table of times of the depth section of docs/quality.md: prompts and tokens of real models.
+
+Through `generate`, from `python -m benchmarks.depth prefill`, whose rows stand in
+benchmarks/results/depth_*.json.
 """
 
 import json

@@ -1,5 +1,8 @@
-"""How times grow with context, batch and keep ratio: pictures and a sentence, from what `modlab bench growth`
-wrote, of whole layers (docs/speed.png) and of K/V routing (docs/speed_kv.png)."""
+"""How times grow with context, batch and keep ratio: pictures and a sentence.
+
+From what `modlab bench growth` wrote, of whole layers (docs/speed.png) and of K/V routing
+(docs/speed_kv.png).
+"""
 
 from pathlib import Path
 from typing import Any
