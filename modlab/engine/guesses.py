@@ -6,7 +6,7 @@ as many tokens as were guessed. Those that are too many are copies of one skippe
 others, are seen by none of them, and are dropped. Where more tokens were kept than guessed the prompt runs
 again, without guesses.
 
-Shape letters: S tokens of the line, K tokens that run.
+Shape letters: S tokens of the line, R tokens that run.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Guesses:
 
 
 def guessed_places(keep_S: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The kept tokens, then one skipped token as often as it takes, long [K = size]; and which places hold
-    kept ones, bool [K]. Of more kept tokens than `size` the first."""
-    found_K = torch.nonzero_static(keep_S, size=size, fill_value=-1)[:, 0]
-    real_K = found_K >= 0
-    return torch.where(real_K, found_K, keep_S.to(torch.uint8).argmin()), real_K
+    """The kept tokens, then one skipped token as often as it takes, long [R = size]; and which places hold
+    kept ones, bool [R]. Of more kept tokens than `size` the first."""
+    found_R = torch.nonzero_static(keep_S, size=size, fill_value=-1)[:, 0]
+    real_R = found_R >= 0
+    return torch.where(real_R, found_R, keep_S.to(torch.uint8).argmin()), real_R

@@ -5,7 +5,7 @@ what its router decides for, and each MLP run a method of an object of this file
 the module's own code. One class a form: a layer without a router, whole layers routed, attention or MLP
 alone, the cache alone. `forms` says which one a model's layers have.
 
-Shape letters: S tokens of all rows in one line, K of them that run, B rows, D model dim.
+Shape letters: S tokens of all rows in one line, R tokens of them that run, B rows, D model dim.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Packed:
     Attributes:
         ends: how many of the rows up to each have, and `ends_B` the same on the device.
         varying: whether these are other numbers than those of the layer's neighbours.
-        places: in the line, long [K]; None: all or none of them.
-        real: False at places that are there only because so many were guessed, bool [K]; None: nowhere.
+        places: in the line, long [R]; None: all or none of them.
+        real: False at places that are there only because so many were guessed, bool [R]; None: nowhere.
     """
 
     ends: list[int]
@@ -81,7 +81,7 @@ class Packed:
 
     @property
     def size(self) -> int:
-        """K."""
+        """R."""
         return self.ends[-1]
 
 
