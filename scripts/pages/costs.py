@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from modlab.published import MEASURED
+from scripts.pages.measured import records, ships
 from scripts.pages.quality import DEFAULT, summary
 from scripts.pages.results import newest, results, skipped
 
@@ -59,10 +59,8 @@ def distilled_sentence(root: Path) -> str:
 
 
 def _measured(root: Path, model: str) -> dict[str, Any]:
-    """The newest record of a model at ratios that it really has."""
-    files = (root / "benchmarks" / "results").glob(f"real_{model}_20*.json")
-    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return max((one for one in read if one["what"] == MEASURED), key=lambda one: str(one["date"]))
+    """The newest record of a model's routers that ship, at ratios that it really has."""
+    return next(one for one in records(root) if one["model"] == model and ships(one))
 
 
 def _at(record: dict[str, Any], *savings: float) -> list[dict[str, Any]]:

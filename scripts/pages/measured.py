@@ -13,7 +13,10 @@ SAVINGS = (2.0, 4.0, 8.0, 16.0)
 CLOSE = 0.04
 """A ratio may be so much (as a share) below the one asked: what is met below that is said to be met there."""
 PASSED = 0.5
-"""The dense model passes a task whose score it has."""
+"""The dense model passes a task whose score it has, and answers questions at a distance where that share of
+them is right."""
+VARIES = ", "
+"""In an arm's name before what it does otherwise than the routers that ship, which are the arm before it."""
 NONE = "No run is committed yet: `python -m benchmarks.real_models measure` fills the table."
 
 
@@ -46,7 +49,9 @@ def _recall(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None
 
 
 def _retrieval(row: dict[str, Any], controls: list[dict[str, Any]]) -> Found | None:
-    return Found(min(row["retrieval_of_dense"].values())) if "retrieval_of_dense" in row else None
+    dense = row.get("retrieval_dense", {})
+    shares = [share for d, share in row.get("retrieval_of_dense", {}).items() if dense.get(d, 1) >= PASSED]
+    return Found(min(shares)) if shares else None
 
 
 def _of(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -138,19 +143,25 @@ AIMS = (
 
 
 def records(root: Path) -> list[dict[str, Any]]:
-    """The newest record of each model."""
+    """The newest record of each model and arm, those that ship before those that vary them."""
     files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    newest: dict[str, dict[str, Any]] = {}
+    newest: dict[tuple[str, bool, str], dict[str, Any]] = {}
     for record in sorted((one for one in read if one["what"] == MEASURED), key=lambda one: str(one["date"])):
-        newest[record["model"]] = record
-    return [newest[model] for model in sorted(newest)]
+        newest[record["model"], not ships(record), record["arm"]] = record
+    return [newest[name] for name in sorted(newest)]
+
+
+def ships(record: dict[str, Any]) -> bool:
+    """Whether a record is of routers that ship, or did; not of a variation that did no better."""
+    return VARIES not in record["arm"]
 
 
 def block(root: Path) -> str:
-    """A table a model: what was asked, what was got, whether that is enough; then its tasks and controls."""
-    found = records(root)
-    return "\n\n".join(_model(record) for record in found) if found else NONE
+    """A table a model: what was asked, what was got, whether that is enough; then its tasks and controls. A
+    variation of what ships has a short table."""
+    found = [_model(record) if ships(record) else _variation(record) for record in records(root)]
+    return "\n\n".join(found) if found else NONE
 
 
 def _model(record: dict[str, Any]) -> str:
@@ -158,13 +169,11 @@ def _model(record: dict[str, Any]) -> str:
     rows = {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == arm}
     controls = {s: _controls_of(record, s) for s in SAVINGS}
     floor = rows.get(1.0, {}).get("kl_far")
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"**{record['model']}**, routers {arm!r} ({record['tokens']:,} tokens), {record['device_name']}, "
-        f"{record['dtype']}, {versions}, {record['date'][:10]}, commit {str(record['commit'])[:7]}, "
-        f"`{record['command']}`. {record['note']}"
+        _origin(record)
         + ("" if floor is None else f" With all keys kept the KL is {floor:.4f}: rounding.")
-        + (f" Failed: {', '.join(record['failed'])}." if record.get("failed") else ""),
+        + (f" Failed: {', '.join(record['failed'])}." if record.get("failed") else "")
+        + _answers(rows.get(1.0, {})),
         "",
         "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
         "|---" * (len(SAVINGS) + 1) + "|",
@@ -180,6 +189,29 @@ def _model(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *_others(record), *_tasks(rows), *_controls(rows, controls)])
 
 
+def _origin(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return (
+        f"**{record['model']}**, routers {record['arm']!r} ({record['tokens']:,} tokens), "
+        f"{record['device_name']}, {record['dtype']}, {versions}, {record['date'][:10]}, commit "
+        f"{str(record['commit'])[:7]}, `{record['command']}`. {record['note']}"
+    )
+
+
+def _answers(row: dict[str, Any]) -> str:
+    """At which distances retrieval is not counted, as the dense model does not pass it there."""
+    dense = row.get("retrieval_dense", {})
+    if all(share >= PASSED for share in dense.values()):
+        return ""
+    told = ", ".join(f"{share:.3g} at {int(distance):,}" for distance, share in dense.items())
+    return f" The dense model answers {told} tokens: retrieval counts where that is {PASSED:g} at least."
+
+
+def _variation(record: dict[str, Any]) -> str:
+    rows = [row for row in record["rows"] if row["arm"] == record["arm"] and row["ratio_asked"] > 1]
+    return "\n".join([_origin(record), *_short(rows, "not shipped")])
+
+
 def _controls_of(record: dict[str, Any], saving: float) -> list[dict[str, Any]]:
     begins = f"{record['arm']}: "
     return [row for row in record["rows"] if row["arm"].startswith(begins) and row["ratio_asked"] == saving]
@@ -187,16 +219,23 @@ def _controls_of(record: dict[str, Any], saving: float) -> list[dict[str, Any]]:
 
 def _others(record: dict[str, Any]) -> list[str]:
     """Settings that no column of the table is for: other savings, and a saving with other recent tokens."""
-    arm, told = record["arm"], [aim for aim in AIMS if not aim.compares]
-    lines = []
+    arm, rows = record["arm"], []
     for row in record["rows"]:
         further = row["arm"].startswith(f"{arm}, ") and ": " not in row["arm"].removeprefix(arm)
-        if not further and (row["arm"] != arm or row["ratio_asked"] in (1.0, *SAVINGS)):
-            continue
+        if further or (row["arm"] == arm and row["ratio_asked"] not in (1.0, *SAVINGS)):
+            rows.append(row)
+    return _short(rows, "also")
+
+
+def _short(rows: list[dict[str, Any]], title: str) -> list[str]:
+    """A line a row, without limits."""
+    told = [aim for aim in AIMS if not aim.compares]
+    lines = []
+    for row in rows:
         cells = [aim.cell(None, aim.read(row, [])) for aim in told]
         asked = row["ratio_asked"]
         lines.append(f"| {asked:g}x | {_recent(row)} | {_ratio(row, asked)} | {' | '.join(cells)} |")
-    head = ["", "| also | recent | got (by text) | " + " | ".join(aim.short for aim in told) + " |"]
+    head = ["", f"| {title} | recent | got (by text) | " + " | ".join(aim.short for aim in told) + " |"]
     return [*head, "|---" * (len(told) + 3) + "|", *lines] if lines else []
 
 

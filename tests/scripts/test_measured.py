@@ -87,6 +87,38 @@ def test_the_newest_record_of_a_model_counts(tmp_path: Path) -> None:
     assert "Old." not in measured.block(tmp_path) and "Note." in measured.block(tmp_path)
 
 
+def test_a_variation_of_what_ships_has_a_short_table_and_hides_nothing(tmp_path: Path) -> None:
+    without = page(tmp_path, [row(1.0, kl=0.0004), row(4.0)])
+    folder = tmp_path / "benchmarks" / "results"
+    record = json.loads((folder / "real_m_2026-01-01.json").read_text())
+    rows = [row(saving, "a, longer", kl=0.0007 * saving) for saving in (1.0, 2.0, 4.0)]
+    rows.append(row(4.0, "a, longer: chance", kl=0.2))
+    new = record | {"arm": "a, longer", "date": "2026-02-02", "note": "No better.", "rows": rows}
+    (folder / "real_m_2026-02-02.json").write_text(json.dumps(new))
+    said = measured.block(tmp_path)
+    assert said.startswith(without)
+    told = said.removeprefix(without).splitlines()
+    assert "'a, longer'" in said and "No better." in said
+    assert told[4].startswith("| not shipped |") and [one.split(" |")[0] for one in told[6:]] == [
+        "| 2x",
+        "| 4x",
+    ]
+    assert "0.0028" in told[7] and "chance" not in said
+    assert [measured.ships(one) for one in measured.records(tmp_path)] == [True, False]
+
+
+def test_retrieval_counts_where_the_dense_model_can_do_it(tmp_path: Path) -> None:
+    shares = {
+        "retrieval_dense": {"256": 0.76, "7000": 0.08},
+        "retrieval_of_dense": {"256": 0.96, "7000": 0.1},
+    }
+    said = page(tmp_path, [row(1.0, **shares), row(4.0, **shares)])
+    assert line(said, "retrieval")[1] == "0.960, ≥ 0.98: **missed**"
+    assert "The dense model answers 0.76 at 256, 0.08 at 7,000 tokens" in said
+    shares["retrieval_dense"]["256"] = 0.4
+    assert line(page(tmp_path, [row(4.0, **shares)]), "retrieval")[1] == "not measured"
+
+
 def test_other_savings_and_other_recent_tokens_have_a_table_of_their_own(tmp_path: Path) -> None:
     """And leave the columns of the first as they are."""
     tasks = {"needle 4096": task("ruler", 0.9, 1.0), "arc": task("shots", 0.40, 0.41)}

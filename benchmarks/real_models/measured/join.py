@@ -21,8 +21,9 @@ NOTE = (
 
 def joined(path: Path) -> dict[str, Any]:
     """The file's content: where it comes from, a row a setting, and one a control; what was not measured is
-    missing from a row. A saving's first setting, that with its own recent tokens if it is there, has the name
-    of the arm; those after it say how many tokens are recent, too."""
+    missing from a row, and a setting of which nothing is known but its threshold has none. A saving's first
+    setting, that with its own recent tokens if it is there, has the name of the arm; those after it say how
+    many tokens are recent, too."""
     folder = Folder(path)
     origin = folder.read(ORIGIN)
     about = {name: origin[name] for name in ("model", "arm", "granularity", "tokens", "seed")}
@@ -59,7 +60,8 @@ def _measures(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(folder: Folder) -> list[Setting]:
-    found = {named(file.stem) for file in folder.path.glob("*@*.json")}
+    files = [file for file in folder.path.glob("*@*.json") if not file.name.startswith("threshold@")]
+    found = {named(file.stem) for file in files}
     return sorted((setting for setting in found if setting is not None), key=lambda one: one.order)
 
 

@@ -114,6 +114,17 @@ def test_a_saving_without_its_own_recent_tokens_has_the_name_of_the_arm(
     ]
 
 
+def test_a_setting_of_which_only_the_threshold_is_known_is_no_row(
+    converted: Path, data: Data, questions: Path, tmp_path: Path
+) -> None:
+    data.save(tmp_path / "data")
+    out, given = tmp_path / "run", {"about": ABOUT, "device": "cpu", "fast": False, "sizes": {"rows": 1}}
+    run(converted, None, tmp_path / "data", questions, out, [2.0], ("far",), **given)
+    measured = joined(out)["rows"]
+    (out / "threshold@4.json").write_text((out / "threshold@2.json").read_text())
+    assert joined(out)["rows"] == measured and measured[1]["threshold"]
+
+
 def test_settings_that_are_none_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     for savings, recent, said in (
         ([2.0, 4.0], [16], "1 numbers of recent tokens for 2 savings"),
