@@ -69,7 +69,7 @@ def section(result: dict[str, Any]) -> str:
         "",
         " ".join(
             f"{one['dtype']}, torch {one['versions']['torch']}, {one['date'][:10]}. Made by "
-            f"`{one['command']}`."
+            f"`{one['command']}`.{_note(one)}"
             for one in result["of"]
         ),
         "",
@@ -102,6 +102,10 @@ def section(result: dict[str, Any]) -> str:
         f"![KL and tasks over operations and over a prompt's time, {first['model']}]({picture_name(result)})",
     ]
     return "\n".join(lines)
+
+
+def _note(result: dict[str, Any]) -> str:
+    return f" {result['note']}" if result.get("note") else ""
 
 
 def _distances(row: dict[str, Any]) -> str:
@@ -152,26 +156,40 @@ def figure(result: dict[str, Any]) -> go.Figure:
         symbols = [shape if row["tokens"] else f"{shape}-open" for row in own]
         for column, (_, place) in enumerate(places, 1):
             for line, (_, value) in enumerate(values, 1):
-                points = [(place(row), *value(row), row["arm"]) for row in own]
-                x, y, high, low, arms = zip(*points, strict=True)
+                points = [
+                    (place(row), *value(row), row["arm"], symbol)
+                    for row, symbol in zip(own, symbols, strict=True)
+                    if None not in (place(row), value(row)[0])
+                ]
+                if not points:
+                    continue
+                x, y, high, low, arms, drawn = zip(*points, strict=True)
                 drawing.add_scatter(
                     x=x, y=y, error_y={"type": "data", "array": high, "arrayminus": low},
                     name=name, legendgroup=name, showlegend=(column, line) == (1, 1),
-                    text=arms, mode="markers", marker={"symbol": symbols, "size": 10, "color": colour},
+                    text=arms, mode="markers", marker={"symbol": drawn, "size": 10, "color": colour},
                     row=line, col=column,
                 )  # fmt: skip
     for column, (title, _) in enumerate(places, 1):
         drawing.update_xaxes(range=[0.35, 1.05], tickformat=".0%", col=column)
         drawing.update_xaxes(title_text=title, row=len(values), col=column)
-    for line, (title, _) in enumerate(values, 1):
+    for line, (title, value) in enumerate(values, 1):
         drawing.update_yaxes(title_text=title, row=line, col=1)
+        drawing.update_yaxes(range=_range([value(row) for row in rows], "share" not in title), row=line)
         drawing.update_yaxes(tickformat=".1%" if "share" in title else "", row=line)
-    drawing.update_yaxes(rangemode="tozero", row=1)
     drawing.update_layout(
         template="plotly_white", font={"family": "sans-serif", "size": 12}, width=WIDTH,
         height=HEIGHT * (1 + len(values)) // 2, margin={"t": 30},
     )  # fmt: skip
     return drawing
+
+
+def _range(values: list[tuple[float | None, float, float]], from_zero: bool) -> list[float]:
+    """Of an axis, with bars and a tenth of room: axes that share theirs find none by themselves."""
+    shown = [(value, high, low) for value, high, low in values if value is not None]
+    top, bottom = max(v + high for v, high, _ in shown), min(v - low for v, _, low in shown)
+    room = (top - bottom) / 10 or 0.01
+    return [0.0 if from_zero else bottom - room, top + room]
 
 
 def _compute(row: dict[str, Any]) -> float | None:

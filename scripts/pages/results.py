@@ -180,17 +180,23 @@ def bench_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def runs(of: list[dict[str, Any]]) -> str:
-    """Where rows come from: the command of one result, or of each by its number."""
+    """Where rows come from, under what conditions: the command of one result, or of each by its number."""
     told = [
         f"`{one['command']}` on {one['device_name']}, {one['dtype']}, torch {one['versions']['torch']}, "
         f"{one['date'][:10]}"
         for one in of
     ]
+    notes = [_aside(one["note"]) if one.get("note") else "" for one in of]
     if len(told) == 1:
-        return f"{told[0]}:"
+        return f"{told[0]}{notes[0]}:"
     commits = [f", commit {str(one['commit'])[:7]}" if one.get("commit") else "" for one in of]
-    numbered = (f"({n}) {one}{commit}" for n, (one, commit) in enumerate(zip(told, commits, strict=True), 1))
-    return "; ".join(numbered) + ":"
+    every = zip(told, commits, notes, strict=True)
+    return "; ".join(f"({n}) {one}{commit}{note}" for n, (one, commit, note) in enumerate(every, 1)) + ":"
+
+
+def _aside(note: str) -> str:
+    """A sentence in parentheses."""
+    return f" ({note[0].lower()}{note[1:].rstrip('.')})"
 
 
 def gates_of(row: dict[str, Any]) -> str:

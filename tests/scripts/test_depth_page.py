@@ -79,6 +79,20 @@ def test_bars_are_of_texts_and_of_paired_differences() -> None:
     assert points == [(0.6, *kl), (0.6, *tasks), (0.8, *kl), (0.8, *tasks)]
 
 
+def test_an_arm_without_tasks_is_no_point_there_and_axes_fit_what_is_shown() -> None:
+    one = result("2026-12-02", "leave-2/3", "static-layer-0.9")
+    one["rows"][0]["tasks"] = {"mean": {"score": 0.49, "dense": 0.5, "gap_stderr": 0.005}}
+    drawing = depth.figure(one)
+    assert [(p.name, p.yaxis) for p in drawing.data] == [("leave", "y"), ("leave", "y2"), ("static", "y")]
+    kl, tasks = drawing.layout.yaxis.range, drawing.layout.yaxis2.range
+    assert kl == (0, pytest.approx(0.25 + 0.02)) and tasks == (pytest.approx(0.968), pytest.approx(0.992))
+
+
+def test_what_a_record_notes_stands_with_its_command(tmp_path: Path) -> None:
+    text = depth.block(committed(tmp_path, result("2026-12-02", "topk") | {"note": "On a busy card."}))
+    assert "Made by `the command`. On a busy card." in text
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_has_a_colour(arm: str) -> None:
     drawn = depth.figure(result("2026-12-02", arm))

@@ -115,6 +115,13 @@ def test_a_newer_run_of_one_part_hides_no_row_of_the_others(tmp_path: Path) -> N
     assert results.newest_headline(tmp_path, "speed_kv") == found
 
 
+def test_conditions_of_a_run_stand_with_its_command() -> None:
+    noted = suite("2030-01-01", "all", row_of("prefill", 8.0)) | {"note": "Alone on its card."}
+    assert "2030-01-01 (alone on its card):" in results.runs([noted])
+    told = results.runs([noted, suite("2030-01-02", "decode", row_of("decode", 5.0))])
+    assert "commit abc (alone on its card); (2) `modlab bench speed_kv --only decode`" in told
+
+
 def test_the_largest_batch_replaces_the_one_before() -> None:
     """Its rows are what was measured."""
     one, other = (row_of("throughput", 1.0, batch=batch) for batch in (90, 96))
