@@ -90,11 +90,20 @@ MODELS = {  # the folders that were measured held a head of their own
 
 def measured() -> Iterator[tuple[str, int, int, str, float]]:
     """Model, GPUs, rows a GPU of 4,096 tokens, way, bytes allocated: distillation on H200, not compiled."""
-    pair = json.loads((RECORDED / "many_gpus" / "nvidia-h200-x2_2026-11-30.json").read_text())["parts"]
-    for name, part in pair.items():
+    first, later = (
+        json.loads((RECORDED / "many_gpus" / f"nvidia-h200-x2_{name}.json").read_text())["parts"]
+        for name in ("2026-11-30", "2026-11-30_scenes")
+    )
+    for name, part in first.items():
         if "distilled" in name and "allocated" in part:
             gpus, way = part["processes"], "FSDP2" if "fsdp2" in name else "DDP"
             yield name.split()[0], gpus, part["rows"] // gpus, way, max(part["allocated"].values())
+    for name, part in later.items():
+        for title, scene in part.get("scenes", {}).items():
+            if "allocated" in scene:
+                gpus, way = part["processes"], "FSDP2" if name == "fsdp2" else "DDP"
+                model = title.rpartition(", ")[0]
+                yield model, gpus, scene["rows"] // gpus, way, max(scene["allocated"].values())
     alone = json.loads((RECORDED / "training" / "nvidia-h200_2026-11-30.json").read_text())["rows"]
     for row in alone:
         if "train_peak_mib" in row and not row["compile"]:
@@ -112,7 +121,7 @@ def test_distillation_takes_what_was_planned(
 
 
 def test_there_are_measured_peaks() -> None:
-    assert len(list(measured())) == 6
+    assert len(list(measured())) == 16
 
 
 def test_the_routed_cache_takes_what_was_planned() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import tarfile
@@ -58,6 +59,7 @@ def _all(options: argparse.Namespace, work: Path) -> None:
         wanted = [dataclasses.replace(part, limit=options.seconds) for part in wanted]
 
     def begin(part: Part, gpus: list[int]) -> tuple[list[str], dict[str, str]]:
+        forget(part, work)
         return command(part, options, work), environment(options, gpus)
 
     turns = Turns(options.gpus, options.seconds - (time.monotonic() - BEGAN), begin, results.log, results.add)
@@ -75,6 +77,15 @@ def _write_rows(options: argparse.Namespace, models: list[str], work: Path) -> N
         else:
             text.write_rows(model, options.steps * options.rows * options.gpus, options.length, file)
         written[same] = file
+
+
+def forget(part: Part, work: Path) -> None:
+    """Removes what a part of an earlier call with the same folder has left, which would pass for its own."""
+    for file in (work / f"{part.file}.json", *work.glob(f"{part.what} by *.pt")):
+        file.unlink(missing_ok=True)
+    if part.what == SHARDED:
+        (work / "killed.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(work / "killed", ignore_errors=True)
 
 
 class Results:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.many_gpus.parts import ONE, ONE_LARGE
+from benchmarks.many_gpus.parts import INFERENCE, ONE, ONE_LARGE
 
 TIMES = "tokens a second, times one GPU"
+OF_LOGITS = "largest difference of logits"
+OF_INFERENCE = (OF_LOGITS, "largest logit", "decided alike", "same tokens", "of tokens")
+"""What `inference.against_one` says, once a part and one GPU have both found something."""
 
 
 def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By part and scene: tokens a second as a multiple of one GPU's, with the same global batch and with as
-    many rows a GPU; the largest differences of a log line's figures with the same global batch."""
+    many rows a GPU; the largest differences of a log line's figures with the same global batch. Of inference
+    what its parts hold of one GPU's logits, decisions and tokens."""
     of_small, of_large = (found.get(part, {}).get("scenes", {}) for part in (ONE, ONE_LARGE))
     one = of_small | of_large
-    said: dict[str, Any] = {}
+    said = _of_inference(found)
     for part, figures in found.items():
         if part in (ONE, ONE_LARGE):
             continue
@@ -26,6 +30,15 @@ def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
             if of_scene:
                 said[f"{part}, {name}"] = of_scene
     return said
+
+
+def _of_inference(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{part}, {kind}": {name: figures[name] for name in OF_INFERENCE}
+        for part in INFERENCE
+        for kind, figures in found.get(part, {}).items()
+        if isinstance(figures, dict) and OF_LOGITS in figures
+    }
 
 
 def _same_rows(one: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:

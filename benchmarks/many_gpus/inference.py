@@ -11,6 +11,7 @@ import torch
 
 import modlab
 from benchmarks.many_gpus import worker
+from benchmarks.many_gpus.compared import OF_INFERENCE
 from modlab.hf.anatomy import decoder_layers
 
 NEW_TOKENS = 16
@@ -97,13 +98,14 @@ def against_one(work: Path, part: str, name: str) -> dict[str, Any]:
         return {}
     found, expected = (torch.load(file) for file in files)
     off = found["logits"] - expected["logits"]
-    return {
-        "largest difference of logits": float(off.abs().max()),
-        "largest logit": float(expected["logits"].abs().max()),
-        "decided alike": float((found["keep"] == expected["keep"]).float().mean()),
-        "same tokens": int((found["tokens"] == expected["tokens"]).long().cumprod(1).sum()),
-        "of tokens": NEW_TOKENS,
-    }
+    said = (
+        float(off.abs().max()),
+        float(expected["logits"].abs().max()),
+        float((found["keep"] == expected["keep"]).float().mean()),
+        int((found["tokens"] == expected["tokens"]).long().cumprod(1).sum()),
+        NEW_TOKENS,
+    )
+    return dict(zip(OF_INFERENCE, said, strict=True))
 
 
 def _save(found: dict[str, Any], file: Path) -> None:

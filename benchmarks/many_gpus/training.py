@@ -21,6 +21,8 @@ import modlab
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.breakdown import Breakdown
 from benchmarks.many_gpus.parts import ONE, ONE_LARGE, SHARDED
+from modlab.errors import ModlabError
+from modlab.training.checkpoints import checkpoints
 
 KEYS = ("step", "loss", "kl", "keep_ratio", "grad_norm", "tokens_per_s", "seconds")
 SKIPPED_STEPS = 4
@@ -144,10 +146,23 @@ def killed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def taken_up(options: argparse.Namespace) -> dict[str, Any]:
-    """The same run from its checkpoint on, by as many processes as there are now."""
+    """The same run from its checkpoint on, by as many processes as there are now; its lines from there on.
+
+    Raises:
+        ModlabError: there is no checkpoint. The run would begin at its first step, and agree all the better.
+    """
+    saved = checkpoints(options.work / "killed")
+    if not saved:
+        raise ModlabError(
+            f"{options.work / 'killed'} holds no checkpoint to take up: run the part {SHARDED!r} first, with "
+            "the same --work."
+        )
+    taken = int(saved[-1].name.removeprefix("step_"))
     told = Told(options.work / "resumed.jsonl", stops_at=2 * LOG_EVERY)
     history = _run(options, options.model[0], options.rows, told, **_kept(options))
-    return {"lines": history[_known(history)].to_dict("records"), "rows": options.rows}
+    lines = history[_known(history)].to_dict("records")
+    own = [line for line in lines if line["step"] > taken]
+    return {"taken up at step": taken, "lines": own, "rows": options.rows}
 
 
 def _kept(options: argparse.Namespace) -> dict[str, Any]:

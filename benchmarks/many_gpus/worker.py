@@ -90,6 +90,8 @@ def _own_gpus() -> list[int]:
 
 def forget_peaks() -> None:
     """What `allocated` says is counted from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # a GPU that is asked for by number is not there before
     for number in _own_gpus():
         torch.cuda.reset_peak_memory_stats(number)
 

@@ -22,6 +22,9 @@ TRAINED = {"one": "DDP", "one large": "DDP", "ddp": "DDP", "fsdp2": "FSDP2"}
 """Names of the planner's lines. One GPU holds what each copy of DDP does."""
 
 PLANNED = {"alone": "copies", "tensor parallel": "tensor parallel", "device_map": "layers spread"}
+IN_TYPE = "bfloat16"
+"""That the planner plans in, as the models' configs say; the same model in fp32 has no plan."""
+
 NOTHING = "No run with these tables yet."
 
 
@@ -73,7 +76,10 @@ def _texts(run: dict[str, Any]) -> Iterable[str]:
     parts = run["parts"]
     first = next(part for part in parts.values() if _is_told(part) and "device_name" in part)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(first["versions"].items()))
-    yield f"`{run['command']}` on {first['device_name']}, {versions}, {first['date'][:10]}:"
+    commands = [run["command"]] if isinstance(run["command"], str) else run["command"]
+    said = ", then ".join(f"`{command}`" for command in commands)
+    note = f" {run['note']}" if "note" in run else ""
+    yield f"{said} on {first['device_name']}, {versions}, {first['date'][:10]}.{note}"
     yield from filter(None, (_speed(run), _equal(run), _time(parts), _inference(parts), _large(parts)))
     ended = [
         f"{name} ({part['ended with']})" for name, part in parts.items() if part["ended with"] == "its limit"
@@ -155,7 +161,8 @@ def _inference(parts: dict[str, Any]) -> str:
             same = f"{found['same tokens']} of {found['of tokens']}" if "same tokens" in found else ""
             rows.append(
                 (name, kind, *(_most(found[what]) for what in ("weight_bytes", "kv_bytes", "allocated")),
-                 _planned(parts[part], PLANNED[part]), "" if off is None else f"{off:.4f}",
+                 _planned(parts[part], PLANNED[part]) if kind.endswith(IN_TYPE) else "",
+                 "" if off is None else f"{off:.2g}",
                  f"{found['decided alike']:.2%}" if "decided alike" in found else "", same)
             )  # fmt: skip
     return _table(heads, rows)

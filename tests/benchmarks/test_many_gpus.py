@@ -12,14 +12,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.many_gpus import large_shape
+from benchmarks.many_gpus import large_shape, training, worker
+from benchmarks.many_gpus.__main__ import forget
 from benchmarks.many_gpus.breakdown import Breakdown, summed
-from benchmarks.many_gpus.compared import TIMES, compared
+from benchmarks.many_gpus.compared import OF_INFERENCE, TIMES, compared
 from benchmarks.many_gpus.inference import ALONE, NEW_TOKENS, against_one
+from benchmarks.many_gpus.joined import joined
 from benchmarks.many_gpus.parts import ONE, ONE_LARGE, Part, parts
-from benchmarks.many_gpus.training import KILLED, scenes
+from benchmarks.many_gpus.training import KILLED, LOG_EVERY, scenes
 from benchmarks.many_gpus.turns import LEAST, Ended, Turns
+from modlab.errors import ModlabError
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -241,6 +245,100 @@ def test_inference_is_compared_once_both_have_found_it(tmp_path: Path) -> None:
         "of tokens": NEW_TOKENS,
     }  # fmt: skip
     assert against_one(tmp_path, ALONE, "by layer") == {} == against_one(tmp_path, "device_map", "by KV head")
+
+
+def test_what_inference_said_stands_with_what_else_is_compared() -> None:
+    """Though no training of one GPU is there; what one GPU found itself is held against nothing."""
+    off = dict.fromkeys(OF_INFERENCE, 0.5)
+    own: dict[str, Any] = {"kv_bytes": {"cuda:0": 9}}
+    found = {
+        "ddp": {"processes": 2, "scenes": {"m, 8 rows": {"lines": [], "rows": 8, "tokens_per_s": 1.0}}},
+        "tensor parallel": {"context": 9, "by layer, float32": own | off, "by layer, bfloat16": own},
+        ALONE: {"by layer, float32": own},
+    }
+    assert compared(found) == {"tensor parallel, by layer, float32": off}
+
+
+def test_peaks_are_forgotten_of_gpus_that_nothing_has_used_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is asked for by its number is an "Invalid device argument" before CUDA has begun."""
+    begun: list[bool] = []
+    forgotten: list[int] = []
+
+    def reset(number: int) -> None:
+        assert begun, "Invalid device argument"
+        forgotten.append(number)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: begun.append(True))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    worker.forget_peaks()
+    assert forgotten == [0, 1]
+
+
+def toy(folder: Path, part_of: str) -> argparse.Namespace:
+    """Options of a part that trains a tiny model, whose rows are written."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    torch.save(torch.randint(3, 250, (24, 192)), folder / "rows_tiny.pt")
+    return argparse.Namespace(
+        part=part_of, toy=True, model=[str(folder / "tiny")], work=folder, rows=2, gpus=2, steps=12
+    )
+
+
+def test_a_run_is_taken_up_at_its_checkpoint_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun at its first step it would agree with one GPU to the last bit, and show nothing."""
+    options = toy(tmp_path, "resumed")
+    with pytest.raises(ModlabError, match="no checkpoint to take up: run the part 'fsdp2' first"):
+        training.taken_up(options)
+
+    def kill(*_: int) -> None:
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(training.os, "kill", kill)
+    with pytest.raises(SystemExit, match="killed"):
+        training.killed(options)
+    found = training.taken_up(options)
+    assert found["taken up at step"] == LOG_EVERY
+    assert [line["step"] for line in found["lines"]] == [2 * LOG_EVERY]
+
+
+def test_what_an_earlier_call_left_does_not_pass_for_a_parts_own(tmp_path: Path) -> None:
+    """Except the checkpoint that is to be taken up."""
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step_4"
+    checkpoint.mkdir(parents=True)
+    for name in ("fsdp2.json", "killed.jsonl", "resumed.json", "tensor_parallel.json"):
+        (tmp_path / name).touch()
+    for name in ("tensor parallel by layer.pt", "alone by layer.pt", "rows_m.pt"):
+        (tmp_path / name).touch()
+    forget(part("resumed", 1), tmp_path)
+    assert checkpoint.exists() and not (tmp_path / "resumed.json").exists()
+    forget(part("tensor parallel", 2), tmp_path)
+    forget(part("fsdp2", 2), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone by layer.pt", "rows_m.pt"]
+
+
+def test_calls_are_joined_by_their_parts() -> None:
+    def call(command: str, **of_parts: Any) -> dict[str, Any]:
+        return {"toy": False, "command": command, "random weights": [], "parts": of_parts}
+
+    lines = [{"step": 4, "loss": 2.0}]
+    scene = {"lines": lines, "rows": 8, "tokens_per_s": 100.0}
+    first = call("a", ddp={"processes": 2, "scenes": {"m, 8 rows": scene | {"tokens_per_s": 150.0}}}, one={})
+    later = call("b", one={"processes": 1, "scenes": {"m, 8 rows": scene}})
+    found = joined("Two calls.", [(first, ["ddp"]), (later, ["one"])])
+    assert found["command"] == ["a", "b"] and found["note"] == "Two calls."
+    assert {name: one["command"] for name, one in found["parts"].items()} == {"ddp": "a", "one": "b"}
+    assert found["compared"]["ddp, m, 8 rows"][f"{TIMES}, the same global batch"] == 1.5
+    trial = first | {"toy": True}
+    for again in ([(first, ["one"]), (later, ["one"])], [(later, ["ddp"])], [(trial, ["ddp"])]):
+        with pytest.raises(ModlabError, match="take each part from one real call"):
+            joined("", again)
 
 
 def test_a_breakdown_counts_kernels_once() -> None:

@@ -21,6 +21,10 @@ def run(date: str, **more: Any) -> dict[str, Any]:
 
     kind = {"weight_bytes": {"cuda:0": 2**31}, "kv_bytes": {"cuda:0": 2**29}, "allocated": {"cuda:0": 2**32}}
     same = {"largest difference of logits": 0.01, "decided alike": 0.999, "same tokens": 16, "of tokens": 16}
+    kinds = {
+        "by layer, bfloat16": kind | same,
+        "by layer, float32": kind | same | {"largest difference of logits": 5e-5},
+    }
     length = {"32768": {"dense": {"prefill, s": 9.5, "decode, ms": 50.0, "kv_bytes": {}, "allocated": {}}}}
     told = {"rows": 8, "processes": [{"ms a step": ms, "kernels": 9.0} for ms in (300.0, 301.0)]}
     times = {"tokens a second, times one GPU, the same global batch": 1.9, "log lines compared": 4}
@@ -31,7 +35,7 @@ def run(date: str, **more: Any) -> dict[str, Any]:
             "one": {"scenes": {"m, 16 rows": scene(100.0)}} | here,
             "ddp": {"scenes": {"m, 16 rows": scene(190.0), "where the time goes": told}} | here,
             "fsdp2": here | {"ended with": "its limit"},
-            "tensor parallel": {"by layer, bfloat16": kind | same, "planned": planned} | here,
+            "tensor parallel": kinds | {"planned": [{"way": "tensor parallel", "total": 4.5}]} | here,
             "large shape": {"by length": length} | here,
         },
     } | more  # fmt: skip
@@ -50,10 +54,16 @@ def test_all_that_was_measured_is_told(tmp_path: Path) -> None:
     assert "| m | 16 | one GPU | 100 |  |  | 3.0 | 70.5 |" in text
     assert "| ddp, m, 16 rows | 4 | 0.0040 |  |  |" in text
     assert "| process 1 | 301.0 | 9.0 |" in text
-    row = "| tensor parallel | by layer, bfloat16 | 2.00 | 0.50 | 4.00 |  | 0.0100 | 99.90% | 16 of 16 |"
+    row = "| tensor parallel | by layer, bfloat16 | 2.00 | 0.50 | 4.00 | 4.5 | 0.01 | 99.90% | 16 of 16 |"
     assert row in text
+    assert "| by layer, float32 | 2.00 | 0.50 | 4.00 |  | 5e-05 | 99.90% | 16 of 16 |" in text
     assert "| 32,768 | dense | 9.50 | 50.0 |" in text
     assert "Ended by a limit: fsdp2 (its limit); not begun: notebook." in text
+
+
+def test_parts_of_several_calls_are_told_with_their_note(tmp_path: Path) -> None:
+    write(tmp_path, "new", run("2026-12-02", command=["a", "b"], note="Two calls."))
+    assert "`a`, then `b` on A GPU, torch 2.11.0, 2026-12-02. Two calls." in many_gpus.block(tmp_path)
 
 
 def test_an_executed_notebook_is_shown_by_its_figures(tmp_path: Path) -> None:
