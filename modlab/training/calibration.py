@@ -20,7 +20,8 @@ from modlab.routing.router import Router, logit_of
 from modlab.routing.state import set_keep_recent, thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
-from modlab.training.sharding import reshard, whole
+from modlab.training.model import routers_are_fresh
+from modlab.training.sharding import reshard
 
 BEGIN = 0.9
 """Keep ratio at which distillation begins at most."""
@@ -102,11 +103,7 @@ def open_gates(
     `target` of its first step if that is less (`ramp=0`). Fresh ones, whose gates are all alike, are open."""
     if model.mod.skip.decides_itself:
         return
-    layers = decoder_layers(model)
-    routers: list[Any] = [layers[i].mod_router for i in model.mod.layers]
-    named = [(name, p) for router in routers for name, p in router.named_parameters()]
-    # whole: with fewer gates than processes some of these hold no part, and would decide otherwise
-    if any(bool(whole(p).any()) for name, p in named if name.endswith("weight")):
+    if not routers_are_fresh(model):
         calibrate_trained(
             model, batches, keep_ratio=min(BEGIN, target), tolerance=0.02, autocast=autocast,
             accelerator=accelerator,

@@ -11,6 +11,8 @@ from modlab.hf.model import context_length, vocabulary_size
 from modlab.routing.state import is_converted
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
+from modlab.training.model import routers_are_fresh
+from modlab.training.schedule import keep_target
 
 OF_GATES = (
     "keep_ratio", "keep_range", "recent_range", "per_layer", "lam", "alpha", "bce", "hold", "ramp", "what_if",
@@ -105,6 +107,24 @@ def check_recent(config: TrainConfig, model: Any) -> None:
         raise ModlabError(
             f"recent_range={config.recent_range}: with skip={model.mod.skip.name!r} no token is seen for "
             "being recent. Leave it out (with a recipe: recent_range=None)."
+        )
+
+
+def check_begin(config: TrainConfig, model: Any) -> None:
+    """A distillation that begins at the keep ratio aimed at has routers that know which tokens matter.
+
+    Raises:
+        ModlabError: they are as conversion made them: their gates would all shut.
+    """
+    if config.objective != "distil" or not is_converted(model) or model.mod.skip.decides_itself:
+        return
+    target = keep_target(config, 0, 0.0)
+    if target < 1 and routers_are_fresh(model):
+        raise ModlabError(
+            f"ramp={config.ramp:g} begins at a keep ratio of {target:g}, but the routers are fresh: their "
+            "gates would be shut before they have learnt which tokens are needed. Give a ramp (0.7 was "
+            "studied), fit the routers first (modlab.fit_routers), or start from trained ones "
+            "(modlab.start_from)."
         )
 
 

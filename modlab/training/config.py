@@ -69,7 +69,8 @@ class TrainConfig:
         bce: weight of the top-k term.
         hold: share of the run before the ramp, in which everything is kept.
         ramp: share of the run over which the target falls from 1 to keep_ratio (with "distil": over which the
-            ratio grows evenly; 0.7 was studied; 0 begins at keep_ratio: for routers that are trained).
+            ratio grows evenly; 0.7 was studied; 0 begins at keep_ratio: of routers that were
+            fitted or trained).
         calibrate: after a whole run with "distil", "target" or "budget", shift the gates (or, where they
             enter the output, the thresholds) so that keep_ratio of the first training batches is kept, within
             0.004 (with per_layer: by each layer, within 0.02). With "distil" it is that of `eval_data`, where

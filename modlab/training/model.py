@@ -17,7 +17,7 @@ from modlab.routing.router import is_router
 from modlab.routing.state import is_converted
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch
-from modlab.training.sharding import is_part
+from modlab.training.sharding import is_part, whole
 
 DISTIL_LR = 0.01
 """Of routers that are distilled: so high a rate was the largest find (docs/log.md)."""
@@ -72,6 +72,15 @@ def real_of(batch: Batch) -> Tensor:
 def routers_learn(model: nn.Module) -> bool:
     """Whether training would change a router, or a weight of a skip's own."""
     return any(p.requires_grad and is_router(name) for name, p in model.named_parameters())
+
+
+def routers_are_fresh(model: Any) -> bool:
+    """Whether the routers of a converted model were neither fitted nor trained: their gates are all alike.
+    Where weights are sharded, every process has to ask."""
+    routers = [decoder_layers(model)[i].mod_router for i in model.mod.layers]
+    named = [(name, p) for router in routers for name, p in router.named_parameters()]
+    # whole: with fewer gates than processes some of these hold no part, and would say otherwise
+    return not any(bool(whole(p).any()) for name, p in named if name.endswith("weight"))
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

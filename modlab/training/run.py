@@ -41,6 +41,7 @@ from modlab.training.checkpoints import (
     write_checkpoint,
 )
 from modlab.training.checks import (
+    check_begin,
     check_fit,
     check_processes,
     check_recent,
@@ -110,7 +111,9 @@ class Run:
         self.steps = _steps(config, self.source, self.processes.world)
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         checkpoint = find_checkpoint(config)
-        if checkpoint is not None and config.recent_range is not None:
+        if checkpoint is None:
+            check_begin(config, model)
+        elif config.recent_range is not None:
             resume_recent(checkpoint, model)
         self.description = self._description()
         if checkpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.training.loop import TrainConfig, train
 from modlab.training.step import BARREN_STEPS
-from tests.helpers.models import alternate_layers
+from tests.helpers.models import alternate_layers, scatter_gates
 from tests.helpers.training import settings
 
 
@@ -100,6 +101,27 @@ def test_refuses_settings_of_gates_where_none_decides(
     config = TrainConfig(**{"steps": 1, "batch_size": 4, **given})
     with pytest.raises(ModlabError, match=f"^{next(iter(given))}=.*'prompt', where no gate decides"):
         train(make(mod=modlab.MoDConfig(skip="prompt")), rows, config)
+
+
+@pytest.mark.parametrize("keep_range", [None, (0.1, 0.8)])
+def test_refuses_to_shut_the_gates_of_fresh_routers_at_once(
+    make: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, keep_range: tuple[float, float] | None
+) -> None:
+    """Nothing is written. A hold, a ramp, a checkpoint or routers that know something make it possible."""
+    mod = modlab.MoDConfig(layers="all", keep_recent=4, router_hidden=2)
+    given = settings(steps=2, objective="distil", keep_ratio=0.3, keep_range=keep_range, ramp=0.0)
+    out = tmp_path / "run"
+    lowest = 0.3 if keep_range is None else 0.1
+    with pytest.raises(
+        ModlabError, match=rf"ramp=0 begins at a keep ratio of {lowest}, .* fresh.*start_from"
+    ):
+        train(make(mod=mod), rows, TrainConfig(out=out, **given))
+    assert not out.exists()
+    train(make(mod=mod), rows, TrainConfig(**given | {"hold": 0.5}))
+    train(scatter_gates(make(mod=mod)), rows, TrainConfig(**given))
+    train(make(mod=mod), rows, TrainConfig(out=out, **given | {"ramp": 0.5, "save_every": 2}))
+    longer = TrainConfig(out=out, resume="auto", **given | {"steps": 3})
+    assert train(make(mod=mod), rows, longer).steps == 3
 
 
 def test_refuses_rows_in_which_every_key_is_recent(make: Callable[..., Any], rows: torch.Tensor) -> None:
