@@ -21,6 +21,7 @@ from modlab.activations import kept_bytes
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.anatomy import attention_windows, decoder_layers
+from modlab.training import divergence, objectives
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 FP32 = 4
 OPTIMIZER = 2 * FP32  # AdamW's two moments, a weight
-LOGITS_AT_ONCE = 2**28  # as training/objectives.py and training/divergence.py cut them
 COPIES_AT_ONCE = 4  # of these logits in distillation: student's, teacher's, their slope, the slope before
 STATES = 3  # of the last layer in distillation: student's, teacher's, their slope
 ROUTER_COPIES = 2  # of the state in fp32, which a router with a hidden layer keeps: as it is, and normalised
@@ -238,14 +238,14 @@ def _kept(sizes: Sizes, activations: float, state: int, checkpointing: bool) -> 
 
 def _distilling(sizes: Sizes, tokens: int) -> float:
     """Bytes behind the layers in distillation, where no logits wait for a backward pass."""
-    logits = min(tokens * sizes.vocabulary, LOGITS_AT_ONCE)
+    logits = min(tokens * sizes.vocabulary, divergence.ON_GPU)
     return (COPIES_AT_ONCE * logits + STATES * tokens * sizes.hidden) * sizes.itemsize
 
 
 def _text_loss(sizes: Sizes, tokens: int) -> float:
     """Bytes of all logits and their gradient, and of the pieces that the loss reads in fp32."""
     logits = tokens * sizes.vocabulary
-    return logits * 2 * sizes.itemsize + 2 * FP32 * min(logits, LOGITS_AT_ONCE)
+    return logits * 2 * sizes.itemsize + 2 * FP32 * min(logits, objectives.CHUNK_ELEMENTS)
 
 
 def _config(model: Any) -> Any:

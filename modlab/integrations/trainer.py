@@ -21,6 +21,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from modlab.data.batches import IGNORE
 from modlab.errors import ModlabError
 from modlab.routing.noise import Noise
 from modlab.routing.record import Recording
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
     from modlab.routing.record import RoutingStep
     from modlab.routing.state import Routing
-
-IGNORE = objectives.IGNORE
 
 
 class MoDCallback(TrainerCallback):

@@ -110,7 +110,7 @@ def write_checkpoint(
             save_file(routing, temporary / ROUTING)
         processes.wait()
         if processes.is_main:
-            files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
             described = {"format": FORMAT, **asdict(state), "unchanged": unchanged, "files": files}
             write_json(temporary / STATE, described)
             if target.exists():
@@ -136,13 +136,13 @@ def read_state(path: Path) -> State:
 
 def load_checkpoint(
     path: Path, weights: Weights, optimizer: torch.optim.Optimizer | Zero, processes: Processes
-) -> dict[str, Tensor] | None:
+) -> tuple[State, dict[str, Tensor] | None]:
     """Puts a checkpoint's weights into the model and its state into optimiser and random number generators.
 
     The optimiser's settings (rates, betas, weight decay) stay those that it has.
 
     Returns:
-        what was given to `write_checkpoint` as `routing`.
+        where the run was, and what was given to `write_checkpoint` as `routing`.
 
     Raises:
         ModlabError: it is damaged, or of another model, or goes with other frozen weights.
@@ -156,7 +156,7 @@ def load_checkpoint(
                 raise ValueError(f"it has no {name}")
         if processes.is_main:
             for name, digest in files.items():
-                if _digest(path / name) != digest:
+                if _sha256(path / name) != digest:
                     raise ValueError(f"{name} is not as it was written")
         _load_optimizer(weights.model, optimizer, load_file(path / OPTIMIZER))
         saved = load_file(path / MODEL)
@@ -169,7 +169,7 @@ def load_checkpoint(
         weights.restore(saved)
         if as_many:
             _set_random_state(read_json(path / random_file))
-        return load_file(path / ROUTING) if ROUTING in files else None
+        return state, load_file(path / ROUTING) if ROUTING in files else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -246,7 +246,7 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

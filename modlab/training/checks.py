@@ -64,7 +64,11 @@ def _check_no_gates(config: TrainConfig, kind: str) -> None:
 
 
 def check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
-    """A weight needs a teacher, a teacher a weight, and both models one vocabulary."""
+    """A weight needs a teacher, a teacher a weight, and both models one vocabulary; "distil" is its own."""
+    if config.objective == "distil" and (teacher is not None or config.kl):
+        raise ModlabError(
+            "objective='distil' learns from the model itself, with routing off: leave out the teacher and kl."
+        )
     if config.kl and teacher is None:
         raise ModlabError(f"kl={config.kl} needs a teacher: train(..., teacher=dense_model), or set kl=0.")
     if teacher is None:

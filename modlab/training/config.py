@@ -29,7 +29,7 @@ class TrainConfig:
         batch_size: rows per process and forward.
         grad_accum: forwards per optimiser step. A step sees batch_size * grad_accum * processes rows, and its
             gradient is that of one forward over all of them. With more than one, objectives of the whole
-            batch ("target", "budget", "load") take a second forward of each part, without gradient.
+            batch ("target", "budget", "load", "distil") take a second forward of each part, without gradient.
         lr: peak learning rate.
         router_lr: peak learning rate of the routers; None means `lr`, with objective="distil" 0.01.
         warmup: linear warm-up, in steps, or as a share of the run if below 1.

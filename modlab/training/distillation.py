@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modlab.errors import ModlabError
+from modlab.data.batches import IGNORE
 from modlab.hf.model import eval_mode
 from modlab.measure.evaluation import targets_of
 from modlab.routing.noise import Noise
@@ -37,7 +37,6 @@ from modlab.training.divergence import divergence
 from modlab.training.head import Head
 from modlab.training.loader import Batch
 from modlab.training.model import forward, real_of
-from modlab.training.objectives import IGNORE
 from modlab.training.processes import Processes
 from modlab.training.schedule import GOLDEN, step_saving
 from modlab.training.threshold_control import ThresholdControl
@@ -240,17 +239,3 @@ def _in_line(real_BT: Tensor | None) -> Callable[[Tensor], Tensor]:
 def _moved(p: float, by: float) -> float:
     """A threshold, with that of `by` counted from it on."""
     return 1 / (1 + math.exp(-logit_of(p) - logit_of(by)))
-
-
-def check_distillation(config: TrainConfig, teacher: Any) -> None:
-    """Refuses what has no dense self to learn from.
-
-    Raises:
-        ModlabError: a teacher, a weight for one, or a base that would be trained.
-    """
-    if config.objective != "distil":
-        return
-    if teacher is not None or config.kl:
-        raise ModlabError(
-            "objective='distil' learns from the model itself, with routing off: leave out the teacher and kl."
-        )

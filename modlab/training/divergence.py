@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modlab.data.batches import IGNORE
 from modlab.training.head import Head
-from modlab.training.objectives import IGNORE
 
 ON_GPU, ON_CPU = 2**28, 2**24
 """Logits that are in memory at once, in each of a few tensors."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from modlab.data.batches import IGNORE
 from modlab.routing.record import by_gate
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from modlab.training.config import Objective, TrainConfig
 
 CHUNK_ELEMENTS = 2**28  # at most this many logits are held in fp32 at once (1 GiB)
-IGNORE = -100
 
 
 @dataclass

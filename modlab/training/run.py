@@ -36,7 +36,6 @@ from modlab.training.checkpoints import (
     State,
     checkpoints,
     load_checkpoint,
-    read_state,
     readable,
     write_checkpoint,
 )
@@ -51,7 +50,6 @@ from modlab.training.checks import (
 )
 from modlab.training.clock import Clock
 from modlab.training.config import TrainConfig
-from modlab.training.distillation import check_distillation
 from modlab.training.folder import RunFolder
 from modlab.training.loader import Batch, Batches, open_batches
 from modlab.training.model import Compilation, lent_to_training, routers_learn
@@ -98,7 +96,6 @@ class Run:
             check_rows_teach(model, self.source, self.objective)
         if self.eval_source is not None:
             check_fit(model, self.eval_source, "eval_data")
-        check_distillation(config, teacher)
         check_recent(config, model)
         check_teacher(config, model, teacher)
         self.processes = Processes()
@@ -405,8 +402,7 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         stepping, processes = self.stepping, self.processes
-        routing = load_checkpoint(checkpoint, self.weights, stepping.optimizer, processes)
-        state = read_state(checkpoint)
+        state, routing = load_checkpoint(checkpoint, self.weights, stepping.optimizer, processes)
         with readable(checkpoint):
             if stepping.control is not None:
                 if routing is None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modlab.data.batches import IGNORE
 from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.measure.evaluation import targets_of
@@ -27,19 +28,15 @@ from modlab.training.config import Objective, TrainConfig
 from modlab.training.distillation import Distillation
 from modlab.training.loader import Batch
 from modlab.training.model import balancing_loss, forward, parameter_groups, real_of
-from modlab.training.objectives import IGNORE, Sums
+from modlab.training.objectives import Sums
 from modlab.training.processes import Processes
 from modlab.training.schedule import is_what_if, keep_target, lr_factor
 from modlab.training.sharding import is_part, shard, whole
 from modlab.training.threshold_control import ThresholdControl
 from modlab.training.zero import Zero
 
-OF_THE_WHOLE = (
-    "target",
-    "budget",
-    "load",
-    "distil",
-)  # objectives in which tokens' gradients depend on all the others
+OF_THE_WHOLE = ("target", "budget", "load", "distil")
+"""Objectives in which tokens' gradients depend on all the others."""
 
 BARREN_STEPS = 8
 """So many first steps without a token to predict end a run."""

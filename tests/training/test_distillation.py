@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import modlab
+from modlab.data.batches import IGNORE
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.anatomy import decoder_layers
@@ -21,7 +22,6 @@ from modlab.training.calibration import keep_for_saving, saving_text
 from modlab.training.config import TrainConfig
 from modlab.training.divergence import divergence
 from modlab.training.head import Head
-from modlab.training.objectives import IGNORE
 from modlab.training.reach import Reach
 from modlab.training.run import Run
 from tests.helpers.models import dense_llama, scatter_gates
