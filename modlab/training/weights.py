@@ -25,7 +25,8 @@ class Weights:
     """The weights of a model in training. All processes have to call its methods together.
 
     A run changes the weights that it trains. Routers, and what else conversion added, count as changed even
-    where they are frozen, for their biases are shifted; buffers count as changed from the moment they are.
+    where they are frozen, for their biases are shifted. Buffers do from the moment when they are changed, and
+    whatever else a module puts into its state (scales of quantized weights) always.
 
     Args:
         model: as this call was given it, nothing of a checkpoint in it yet.
@@ -35,7 +36,8 @@ class Weights:
         self.model = model
         self._frozen: dict[str, str] = {}
         self._changed: set[str] = set()  # buffers
-        self._buffers = {name: digest(t) for name, t in self._state().items() if not _is_parameter(t)}
+        buffers = model.named_buffers(remove_duplicate=False)
+        self._buffers = {name: digest(buffer) for name, buffer in buffers}
 
     def changed(self) -> dict[str, Tensor]:
         """What the run changes, by name; sharded tensors as they are."""

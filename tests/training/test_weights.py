@@ -191,6 +191,23 @@ def test_what_conversion_added_is_saved_though_it_is_frozen() -> None:
     assert set(Weights(model).changed()) == {name for name, _ in model.named_parameters() if is_router(name)}
 
 
+class Scaled(nn.Linear):
+    """Has a tensor in its state that is neither parameter nor buffer, as quantized weights do."""
+
+    scale = torch.full((3,), 2.0)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = self.scale
+
+
+def test_what_is_no_parameter_and_no_buffer_is_saved() -> None:
+    weights = Weights(nn.Sequential(Scaled(2, 3).requires_grad_(False)))
+    assert weights.changed().keys() == {"0.scale"}
+    assert weights.unchanged().keys() == {"0.weight", "0.bias"}
+    assert weights.differences({"0.scale": torch.ones(3)}, weights.unchanged()) == []
+
+
 def test_every_number_of_a_tensor_counts() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.bool, torch.float8_e4m3fn):
         for length in (1, 7, 8 * BLOCK + 3):
