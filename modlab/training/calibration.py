@@ -20,7 +20,7 @@ from modlab.routing.router import Router, logit_of
 from modlab.routing.state import set_keep_recent, thresholds_restored
 from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
-from modlab.training.model import routers_are_fresh
+from modlab.training.model import fresh_routers
 from modlab.training.sharding import reshard
 
 BEGIN = 0.9
@@ -103,7 +103,7 @@ def open_gates(
     `target` of its first step if that is less (`ramp=0`). Fresh ones, whose gates are all alike, are open."""
     if model.mod.skip.decides_itself:
         return
-    if not routers_are_fresh(model):
+    if len(fresh_routers(model)) < len(model.mod.layers):
         calibrate_trained(
             model, batches, keep_ratio=min(BEGIN, target), tolerance=0.02, autocast=autocast,
             accelerator=accelerator,

@@ -11,7 +11,7 @@ from modlab.hf.model import context_length, vocabulary_size
 from modlab.routing.state import is_converted
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
-from modlab.training.model import routers_are_fresh
+from modlab.training.model import fresh_routers
 from modlab.training.schedule import keep_target
 
 OF_GATES = (
@@ -118,16 +118,17 @@ def check_begin(config: TrainConfig, model: Any) -> None:
     """A distillation that begins at the keep ratio aimed at has routers that know which tokens matter.
 
     Raises:
-        ModlabError: they are as conversion made them: their gates would all shut.
+        ModlabError: some are as conversion made them: their gates would all shut at once.
     """
     if config.objective != "distil" or not is_converted(model) or model.mod.skip.decides_itself:
         return
     target = keep_target(config, 0, 0.0)
-    if target < 1 and routers_are_fresh(model):
+    if target < 1 and (fresh := fresh_routers(model)):
+        which = "all layers" if fresh == model.mod.layers else f"layers {fresh}"
         raise ModlabError(
-            f"ramp={config.ramp:g} begins at a keep ratio of {target:g}, but the routers are fresh: their "
-            "gates would be shut before they have learnt which tokens are needed. Give a ramp (0.7 was "
-            "studied), fit the routers first (modlab.fit_routers), or start from trained ones "
+            f"ramp={config.ramp:g} begins at a keep ratio of {target:g}, but the routers of {which} are "
+            "fresh: their gates would be shut before they have learnt which tokens are needed. Give a ramp "
+            "(0.7 was studied), fit the routers first (modlab.fit_routers), or start from trained ones "
             "(modlab.start_from)."
         )
 

@@ -74,13 +74,17 @@ def routers_learn(model: nn.Module) -> bool:
     return any(p.requires_grad and is_router(name) for name, p in model.named_parameters())
 
 
-def routers_are_fresh(model: Any) -> bool:
-    """Whether the routers of a converted model were neither fitted nor trained: their gates are all alike.
+def fresh_routers(model: Any) -> list[int]:
+    """Layers of a converted model whose routers were neither fitted nor trained: their gates are all alike.
     Where weights are sharded, every process has to ask."""
-    routers = [decoder_layers(model)[i].mod_router for i in model.mod.layers]
-    named = [(name, p) for router in routers for name, p in router.named_parameters()]
-    # whole: with fewer gates than processes some of these hold no part, and would say otherwise
-    return not any(bool(whole(p).any()) for name, p in named if name.endswith("weight"))
+    found = []
+    for i in model.mod.layers:
+        router: Any = decoder_layers(model)[i].mod_router
+        weights = [p for name, p in router.named_parameters() if name.endswith("weight")]
+        # whole: with fewer gates than processes some of these hold no part, and would say otherwise
+        if not any(bool(whole(p).any()) for p in weights):
+            found.append(i)
+    return found
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

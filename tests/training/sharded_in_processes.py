@@ -22,6 +22,7 @@ from tests.helpers.runs import began, model_in_bf16, rows
 
 def main(out: Path, objective: str) -> None:
     launched_with_fsdp(reshard_after_forward=objective != "distil")  # both are tried
+    other_base = refusal_of_another_base(out, objective) if objective == "distil" else ""
     model = model_in_bf16()
     result = modlab.train(model, rows(), began(out, 2, objective), eval_data=rows()[:3])
     found = modlab.calibrate(model, rows(), keep_ratio=0.5, accelerator=Accelerator(mixed_precision="no"))
@@ -35,11 +36,24 @@ def main(out: Path, objective: str) -> None:
     report = {
         "history": result.history.to_dict("list"),
         "refused": refused,
+        "other base": other_base,
         "calibrated": list(found.items()),
         "part": sum(p.to_local().numel() for n, p in model.named_parameters() if not is_router(n)),
     }
     rank = torch.distributed.get_rank()
     (out / f"rank_{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def refusal_of_another_base(out: Path, objective: str) -> str:
+    """What is said where one number of the frozen base differs."""
+    model = model_in_bf16()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
+    try:
+        modlab.train(model, rows(), began(out, 2, objective))
+    except ModlabError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

@@ -113,10 +113,16 @@ def test_refuses_to_shut_the_gates_of_fresh_routers_at_once(
     out = tmp_path / "run"
     lowest = 0.3 if keep_range is None else 0.1
     with pytest.raises(
-        ModlabError, match=rf"ramp=0 begins at a keep ratio of {lowest}, .* fresh.*start_from"
+        ModlabError,
+        match=rf"ramp=0 begins at a keep ratio of {lowest}, .*of all layers are fresh.*start_from",
     ):
         train(make(mod=mod), rows, TrainConfig(out=out, **given))
     assert not out.exists()
+    half = scatter_gates(make(mod=mod))
+    with torch.no_grad():
+        half.model.layers[2].mod_router.weight.zero_()
+    with pytest.raises(ModlabError, match=r"the routers of layers \[2\] are fresh"):
+        train(half, rows, TrainConfig(**given))
     train(make(mod=mod), rows, TrainConfig(**given | {"hold": 0.5}))
     train(scatter_gates(make(mod=mod)), rows, TrainConfig(**given))
     train(make(mod=mod), rows, TrainConfig(out=out, **given | {"ramp": 0.5, "save_every": 2}))
