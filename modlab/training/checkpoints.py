@@ -154,10 +154,9 @@ def load_checkpoint(
         for name in (MODEL, OPTIMIZER, *([random_file] if as_many else [])):
             if name not in files:
                 raise ValueError(f"it has no {name}")
-        if processes.is_main:
-            for name, digest in files.items():
-                if _sha256(path / name) != digest:
-                    raise ValueError(f"{name} is not as it was written")
+        bad = [n for n, digest in files.items() if processes.is_main and _sha256(path / n) != digest]
+        if processes.any(bool(bad)):  # the others would wait for the main one
+            raise ValueError(f"{bad[0] if bad else 'a file'} is not as it was written")
         _load_optimizer(weights.model, optimizer, load_file(path / OPTIMIZER))
         saved = load_file(path / MODEL)
         if differ := weights.differences(saved, unchanged):
