@@ -29,6 +29,8 @@ from benchmarks.real_models.texts import Data
 CALIBRATED, SCORED, FITTED = 4, 16, 32
 """Training rows on which a threshold is set or removal is chosen, on which scores are regressed, and to which
 projections are fitted."""
+FACTS = "distilled.json"
+"""Next to the weights that an arm added: what its row tells of how they came about."""
 
 
 class Study:
@@ -94,7 +96,8 @@ class Study:
         (self.out / "rows.part").replace(self.out / "rows.jsonl")
 
     def run(self, name: str, plan: Plan, seconds: float | None = None) -> dict[str, Any]:
-        """One arm, from the dense model to its row.
+        """One arm, from the dense model, or from what an earlier call distilled and did not come to measure,
+        to its row.
 
         Args:
             seconds: of distillation, instead of the plan's tokens.
@@ -103,13 +106,41 @@ class Study:
         model = load(self.folder, self.device)
         self._know(model)
         facts: dict[str, Any] = {"plan": dataclasses.asdict(plan), "arm_fields": dataclasses.asdict(arm)}
+        saved = self.out / f"added_{name.replace('/', '-')}"
+        if (told := self._saved(saved, arm, facts)) is not None:
+            self.say(f"{name} was distilled by an earlier call, and is measured")
+            facts, model = told, modlab.load(saved, base=str(self.folder), dtype=model.dtype)[0]
+            model.to(self.device).eval()
+        else:
+            facts |= self._make(model, arm, plan, seconds)
+            if modlab.is_converted(model) and arm.trains == "added":
+                self._save(model, saved, facts)
+        removed: list[int] = facts.get("removed", [])
+        found = measure(model, arm, self.data, self._known(), removed)
+        row = {
+            "model": self.folder.name, "arm": name, "seed": plan.seed,
+            "tokens": facts.get("distillation", {}).get("tokens", 0),
+            "compute_asked": arm.compute if arm.compute < 1 else None,
+            **found, "tasks": {}, **facts,
+        }  # fmt: skip
+        right: dict[str, np.ndarray] = {}
+        for task, left in zip(asked := self._asked(), range(len(asked), 0, -1), strict=True):
+            self._write({**row, "left": left})  # of the tasks: time may run out in any of them
+            right |= task(model)
+            row["tasks"] = tasks.paired(right, self.dense_right)
+        self._write(row)
+        gap = " ".join(f"{value:+.3f}" for value in found["recall_gap"].values())
+        self.say(f"RESULT {name} compute {found['compute']:.3f} KL {found['kl_far']:.4f} recall {gap}")
+        return row
+
+    def _make(self, model: Any, arm: Arm, plan: Plan, seconds: float | None) -> dict[str, Any]:
+        """Makes the arm of a dense model, in place; what there is to tell of it."""
+        facts: dict[str, Any] = {}
         mixture = Mixture(self.data.stream, self.data.lines, plan.seed)
         plain = Mixture(self.data.stream, self.data.lines, plan.seed + 1, 0.0, 0.0)
         rows = plain.rows(CALIBRATED, plan.length).to(self.device)
-        removed: list[int] = []
         if arm.removes:
-            removed = self._remove(model, arm, rows)
-            facts["removed"] = removed
+            facts["removed"] = self._remove(model, arm, rows)
         else:
             modlab.convert(model, modlab.MoDConfig(**arm.mod))
             model.mod.what_if = True
@@ -135,24 +166,23 @@ class Study:
         if arm.pull in ("target", "topk"):
             keep = plan.keep if arm.pull == "target" else model.mod.config.capacity
             modlab.calibrate(model, [{"input_ids": rows}], keep_ratio=keep)
-        if modlab.is_converted(model) and arm.trains == "added":
-            modlab.save_routers(model, self.out / f"added_{name.replace('/', '-')}", self.folder.name)
-        found = measure(model, arm, self.data, self._known(), removed)
-        row = {
-            "model": self.folder.name, "arm": name, "seed": plan.seed,
-            "tokens": facts.get("distillation", {}).get("tokens", 0),
-            "compute_asked": arm.compute if arm.compute < 1 else None,
-            **found, "tasks": {}, **facts,
-        }  # fmt: skip
-        right: dict[str, np.ndarray] = {}
-        for task, left in zip(asked := self._asked(), range(len(asked), 0, -1), strict=True):
-            self._write({**row, "left": left})  # of the tasks: time may run out in any of them
-            right |= task(model)
-            row["tasks"] = tasks.paired(right, self.dense_right)
-        self._write(row)
-        gap = " ".join(f"{value:+.3f}" for value in found["recall_gap"].values())
-        self.say(f"RESULT {name} compute {found['compute']:.3f} KL {found['kl_far']:.4f} recall {gap}")
-        return row
+        return facts
+
+    def _save(self, model: Any, at: Path, facts: dict[str, Any]) -> None:
+        """What was added, so that a call that ends before it is measured has not distilled for nothing."""
+        (at / FACTS).unlink(missing_ok=True)
+        modlab.save_routers(model, at, self.folder.name)
+        (at / FACTS).write_text(json.dumps(facts, default=float), encoding="utf-8")
+
+    def _saved(self, at: Path, arm: Arm, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """What an earlier call of this folder told of the arm that it left there; None without one of this
+        plan, this arm and this start."""
+        if not (at / FACTS).exists():
+            return None
+        told: dict[str, Any] = json.loads((at / FACTS).read_text(encoding="utf-8"))
+        start = Path(self.start_from).name if arm.started else None
+        same = {name: told[name] for name in asked} == asked and told.get("start", {}).get("from") == start
+        return told if same else None
 
     def _know(self, model: Any) -> None:
         if self.known is None:

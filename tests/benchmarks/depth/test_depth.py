@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 import modlab
 from benchmarks.depth import compute, removal, tasks
+from benchmarks.depth import run as depth_run
 from benchmarks.depth.__main__ import main
 from benchmarks.depth.arms import ARMS, Arm, arm_named
 from benchmarks.depth.distil import Plan
@@ -157,6 +158,31 @@ def test_a_row_is_there_before_its_tasks(
     study.run("leave-2/3-fitted-free", PLAN)
     (row,) = map(json.loads, written_down.read_text().splitlines())
     assert "left" not in row and row["tasks"]["humaneval"]["gap"] == 0 and study.done(row["arm"], 0)
+
+
+@pytest.mark.parametrize("name", ["leave-2/3-fitted", "kv+leave-1/2-4x-started"])
+def test_what_was_distilled_and_not_measured_is_measured_by_the_next_call(
+    name: str, folder: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without training again, to the same row; another plan is trained."""
+    source = str(kv_routers(tmp_path))
+    studies = [Study(folder, "cpu", data, tmp_path / out, measured=2, start=source) for out in ("a", "b")]
+    expected = studies[0].run(name, PLAN)
+    with monkeypatch.context() as patched:
+        patched.setattr(depth_run, "measure", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            studies[1].run(name, PLAN)
+    assert not studies[1].done(name, 0)
+    again = Study(folder, "cpu", data, tmp_path / "b", measured=2, start=source)
+    with monkeypatch.context() as patched:
+        patched.setattr(depth_run, "by_package", lambda *args: 1 / 0)
+        row = again.run(name, PLAN)
+        assert again.done(name, 0) and row["tokens"] == PLAN.tokens
+        assert row["kl_far"] == pytest.approx(expected["kl_far"], rel=1e-5)
+        assert row["recall_gap"] == pytest.approx(expected["recall_gap"], rel=1e-4, abs=1e-6)
+        assert row["ratio"] == pytest.approx(expected["ratio"], rel=1e-6) and set(row) == set(expected)
+        with pytest.raises(ZeroDivisionError):
+            again.run(name, replace(PLAN, rate=1e-3))
 
 
 def test_what_is_below_the_point_of_leaving_stays(folder: Path, data: Data, tmp_path: Path) -> None:
