@@ -8,6 +8,7 @@ are split into train and held-out, shuffled, tokenised, joined with separators a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,7 @@ def packed(
 
     # With a limit, tokenise only a prefix of the shuffled documents and extend it until it is long enough.
     wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
+    identity, in_threads = _identity(tokenizer), (num_proc or 1) == 1
     parts: list[Dataset] = []
     done = total = 0
     budget = None if wanted is None else 6 * wanted + 1000
@@ -87,20 +89,17 @@ def packed(
         stop = len(docs)
         if budget is not None:
             stop = min(len(docs), done + 1 + int(np.searchsorted(np.cumsum(chars[done:]), budget)))
-        part = docs.select(order[done:stop]).map(
+        chosen = docs.select(order[done:stop])
+        part = chosen.map(
             _tokenise,
             batched=True,
             batch_size=200,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "before": before,
-                "after": after,
-                "parallel": (num_proc or 1) == 1,
-            },
+            fn_kwargs={"tokenizer": tokenizer, "before": before, "after": after, "parallel": in_threads},
             remove_columns=docs.column_names,
             features=Features({"input_ids": List(Value("int32"))}),
             num_proc=processes(num_proc, stop - done),
-            desc="Tokenising",
+            new_fingerprint=identity and _digest(chosen._fingerprint, identity, before, after),
+            desc=f"Tokenising{_one_core()}" if in_threads else "Tokenising",
         )
         parts.append(part)
         done, total = stop, total + _token_count(part)
@@ -112,19 +111,43 @@ def packed(
     tokens = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     rows = min(total, wanted or total) // seq_len
     cutter = _Cutter(seq_len, rows)
-    out = tokens.with_format(
-        "arrow"
-    ).map(
+    out = tokens.with_format("arrow").map(
         cutter,
         batched=True,
         batch_size=1000,
         remove_columns=["input_ids"],
         features=Features({"input_ids": List(Value("int32"), length=seq_len)}),
         load_from_cache_file=False,  # the cutter carries tokens from one batch to the next
-        new_fingerprint=hashlib.sha1(f"{tokens._fingerprint}-{seq_len}-{rows}".encode()).hexdigest()[:16],
+        new_fingerprint=_digest(tokens._fingerprint, seq_len, rows),
         desc=f"Packing into rows of {seq_len}",
     )
     return out.with_format("torch")
+
+
+def _digest(*parts: Any) -> str:
+    """A fingerprint as `datasets` takes them."""
+    return hashlib.sha1("-".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _identity(tokenizer: Any) -> str | None:
+    """What makes two tokenizers one for `_tokenise`, so that the copy in another folder finds what was
+    tokenised before. None for those that are not a file alone: `datasets` pickles them, name of their folder
+    included."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    told = json.loads(backend.to_str())
+    del told["truncation"], told["padding"]  # state that calls leave behind
+    told["class"] = type(tokenizer).__qualname__
+    told["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", None)
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _one_core() -> str:
+    """What the progress bar says where the tokenizer may not use its threads: a quarter of the speed."""
+    value = os.environ.get("TOKENIZERS_PARALLELISM")
+    off = value is not None and value.lower() in ("", "off", "false", "f", "no", "n", "0")
+    return f" on one core (TOKENIZERS_PARALLELISM={value})" if off else ""
 
 
 def _tokenise(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modlab import data
-from modlab.data import sources
+from modlab.data import packing, sources
 from modlab.errors import ModlabError
 from tests.helpers.tokenizers import character_tokenizer
 
@@ -90,6 +90,46 @@ def test_order_follows_the_seed_and_not_the_processes(tmp_path: Path, tokenizer:
     assert stream(data.packed(folder, tokenizer, 16, seed=1, num_proc=2)) == first
     other = stream(data.packed(folder, tokenizer, 16, seed=2))
     assert other != first
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_the_same_tokenizer_in_another_folder_finds_what_was_tokenised(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, num_proc: int | None
+) -> None:
+    """Whatever it was called with before; another tokenizer does not."""
+    folder = write_documents(tmp_path / "docs", texts(60))
+    tokenizer.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "b")
+    first, second = (AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    expected = stream(data.packed(folder, first, 16, num_proc=num_proc))
+    second("abc", truncation=True, max_length=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "_tokenise", lambda *args, **given: 1 / 0)
+        assert stream(data.packed(folder, second, 16, num_proc=num_proc)) == expected
+        with pytest.raises(ZeroDivisionError):
+            data.packed(folder, character_tokenizer(bos_token="<s>"), 16)
+    second.add_tokens(["ab"])
+    assert stream(data.packed(folder, second, 16, num_proc=num_proc)) != expected
+
+
+def test_a_tokenizer_of_own_code_is_known_by_its_pickle(tokenizer: Any) -> None:
+    class Own(PreTrainedTokenizerFast):
+        pass
+
+    assert packing._identity(Own(tokenizer_object=tokenizer.backend_tokenizer)) is None
+    assert packing._identity(tokenizer) == packing._identity(
+        character_tokenizer(bos_token="<s>", eos_token="</s>")
+    )
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, False), ("true", False), ("False", True), ("0", True)])
+def test_the_progress_says_when_tokenising_has_one_core(
+    value: str | None, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+    assert ("one core" in packing._one_core()) == said
 
 
 def test_packing_carries_over_batches_of_documents(tmp_path: Path, tokenizer: Any) -> None:
