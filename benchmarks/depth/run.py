@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,8 +109,8 @@ class Study:
         saved = self.out / f"added_{name.replace('/', '-')}"
         if (told := self._saved(saved, arm, facts)) is not None:
             self.say(f"{name} was distilled by an earlier call, and is measured")
-            facts, model = told, modlab.load(saved, base=str(self.folder), dtype=model.dtype)[0]
-            model.to(self.device).eval()
+            facts, distilled = told, modlab.load(saved, base=str(self.folder), dtype=model.dtype)[0]
+            model = cast(Any, distilled).to(self.device).eval()
         else:
             facts |= self._make(model, arm, plan, seconds)
             if modlab.is_converted(model) and arm.trains == "added":
