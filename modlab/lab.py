@@ -314,8 +314,8 @@ def locker_question() -> tuple[str, str]:
     """A text that asks for one of the eight numbers with which it begins, and the number.
 
     SmolLM2-135M, a small model, answers it with all tokens kept, and with its shipped routers with one in
-    four, not with one in eight. A text with one number alone would show little: routers keep what is rare,
-    and such a number was still found with one token in 32.
+    eight, not with one in twelve. A text with one number alone would show little: routers keep what is rare,
+    and earlier ones still kept such a number with one token in 32.
     """
     numbers = [(i * i * 37 + i * 911 + 1234) % 9000 + 1000 for i in range(len(LOCKERS))]
     lines = [f"The locker of {LOCKERS[i]} opens with {number}.\n" for i, number in enumerate(numbers)]

@@ -28,7 +28,7 @@ QUALITY = "quality"
 GATES, REPORT, MEASURED = "real_gates", "report", "real_measured"
 CLASSES = "classes"
 SHIPPED = {"smollm2": "mixed-rate-0.003", "coder-0.5b": "mixed", "coder-1.5b": "mixed"}
-"""The run of the study whose gates are told of, by real model; smollm2's are those that ship."""
+"""The run of the study whose gates are told of, by real model; none of them ships any more."""
 REAL = ("real", GATES, "real_tasks", REPORT, MEASURED, "depth", CLASSES)
 """Kinds of results on what real models lose; docs/quality.md, docs/results.md, docs/log.md."""
 PROVENANCE = ("device_name", "dtype", "date", "command")

@@ -74,15 +74,15 @@ RECIPES = {
     ),
     "distil": Recipe(
         "the same gates, distilled to the dense model, base frozen; one run leaves thresholds for 2x to 16x; "
-        "at 4x a KL of 0.016 and 0.013 to the dense model and recall gaps of at most 0.039 and 0.034 nats on "
-        "coder-0.5b and coder-1.5b",
-        BY_HEAD,  # docs/quality.md: 29 M tokens in 8.7 minutes on one H200; 3.7 M; router_lr 0.004
+        "at 4x a KL of 0.006, 0.016 and 0.011 to the dense model and recall gaps of at most 0.018, 0.039 and "
+        "0.031 nats on smollm2, coder-0.5b and coder-1.5b",
+        BY_HEAD,  # docs/quality.md: 10 M, 29 M, 12 M tokens, minutes on one H200; router_lr 0.004
         DISTILLING,
         kv_saving=4.0,
     ),
     "safe": Recipe(
-        "distil, aimed at 2x: a KL of at most 0.0025 to the dense model and a recall gap of at most 0.009 "
-        "nats on coder-0.5b and coder-1.5b",
+        "distil, aimed at 2x: a KL of at most 0.0022 to the dense model and a recall gap of at most 0.008 "
+        "nats on coder-0.5b and coder-1.5b, 0.018 on smollm2",
         BY_HEAD,  # docs/quality.md
         DISTILLING,
         kv_saving=2.0,

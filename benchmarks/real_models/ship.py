@@ -86,7 +86,13 @@ def ship(gates: Path, base: Path, hub_id: str, out: Path) -> None:
 
 
 def ship_run(
-    run: Path, base: Path, hub_id: str, out: Path, words: Trained, pieces: Path | None = None
+    run: Path,
+    base: Path,
+    hub_id: str,
+    out: Path,
+    words: Trained,
+    pieces: Path | None = None,
+    before: int = 0,
 ) -> None:
     """Packs the routers of a run of `modlab train`.
 
@@ -98,6 +104,7 @@ def ship_run(
         words: weights, data, method and results, for the card; its figures are those of the run.
         pieces: folder of `measure` on these routers: its thresholds, which give each ratio by the product's
             cache, and the recent tokens with them take the place of the run's.
+        before: tokens that the routers had seen where the run started from trained ones.
 
     Raises:
         ModlabError: the folder does not say what its routers were trained for.
@@ -110,7 +117,7 @@ def ship_run(
     if pieces is not None:
         found = with_measured(found, pieces)
     said = {name: getattr(words, name) for name in ("weights", "data", "method", "results")}
-    model.mod.trained = replace(found, **said)
+    model.mod.trained = replace(found, tokens=before + found.tokens, **said)
     set_kv_saving(model, SAFE)
     out.mkdir(parents=True, exist_ok=True)
     save_file(pack_routers(added_in(model.state_dict()), BITS), out / ROUTER_FILE)

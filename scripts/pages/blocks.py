@@ -51,6 +51,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "distilled": real_models.trained,
     "quick": real_models.quick,
     "measured": measured.block,
+    "measured verdicts": measured.verdicts,
     "depth": depth.block,
     "depth goals": depth_goals.block,
     "depth times": depth_times.block,

@@ -17,6 +17,7 @@ PASSED = 0.5
 them is right."""
 VARIES = ", "
 """In an arm's name before what it does otherwise than the routers that ship, which are the arm before it."""
+MET, MISSED, UNKNOWN = "met", "**missed**", "not measured"
 NONE = "No run is committed yet: `python -m benchmarks.real_models measure` fills the table."
 
 
@@ -106,13 +107,16 @@ class Aim:
     compares: bool = False
 
     def cell(self, limit: float | None, found: Found | None) -> str:
-        if found is None:
-            return "not measured" if limit is not None else "-"
         if limit is None:
-            return str(found)
+            return "-" if found is None else str(found)
+        verdict, sign = self.verdict(limit, found), "≥" if self.least else "≤"
+        return verdict if found is None else f"{found}, {sign} {limit:.3g}: {verdict}"
+
+    def verdict(self, limit: float, found: Found | None) -> str:
+        if found is None:
+            return UNKNOWN
         met = found.value >= limit if self.least else found.value <= limit
-        sign = "≥" if self.least else "≤"
-        return f"{found}, {sign} {limit:.3g}: {'met' if met else '**missed**'}"
+        return MET if met else MISSED
 
 
 AIMS = (
@@ -160,13 +164,44 @@ def ships(record: dict[str, Any]) -> bool:
 def block(root: Path) -> str:
     """A table a model: what was asked, what was got, whether that is enough; then its tasks and controls. A
     variation of what ships has a short table."""
-    found = [_model(record) if ships(record) else _variation(record) for record in records(root)]
-    return "\n\n".join(found) if found else NONE
+    found = records(root)
+    parts = [_model(record) if ships(record) else _variation(record) for record in found]
+    return "\n\n".join(parts) if parts else NONE
+
+
+def verdicts(root: Path) -> str:
+    """One table for all models: which of them meet what is asked, which miss it, and of which nothing is
+    known."""
+    found = [record for record in records(root) if ships(record)]
+    lines = [
+        "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
+        "|---" * (len(SAVINGS) + 1) + "|",
+    ]
+    for aim in AIMS:
+        cells = [_verdict(found, aim, *asked) for asked in zip(SAVINGS, aim.limits, strict=True)]
+        lines.append(f"| {aim.what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _verdict(found: list[dict[str, Any]], aim: Aim, saving: float, limit: float | None) -> str:
+    if limit is None:
+        return "-"
+    of: dict[str, list[str]] = {MET: [], MISSED: [], UNKNOWN: []}
+    for record in found:
+        row = _rows(record).get(saving)
+        figure = aim.read(row, _controls_of(record, saving)) if row else None
+        of[aim.verdict(limit, figure)].append(record["model"])
+    told = "; ".join(f"{verdict}: {', '.join(models)}" for verdict, models in of.items() if models)
+    return f"{'≥' if aim.least else '≤'} {limit:.3g}: {told}"
+
+
+def _rows(record: dict[str, Any]) -> dict[float, dict[str, Any]]:
+    """A record's own rows by saving: no controls, no other recent tokens."""
+    return {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == record["arm"]}
 
 
 def _model(record: dict[str, Any]) -> str:
-    arm = record["arm"]
-    rows = {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == arm}
+    rows = _rows(record)
     controls = {s: _controls_of(record, s) for s in SAVINGS}
     floor = rows.get(1.0, {}).get("kl_far")
     lines = [
@@ -208,7 +243,7 @@ def _answers(row: dict[str, Any]) -> str:
 
 
 def _variation(record: dict[str, Any]) -> str:
-    rows = [row for row in record["rows"] if row["arm"] == record["arm"] and row["ratio_asked"] > 1]
+    rows = [row for saving, row in _rows(record).items() if saving > 1]
     return "\n".join([_origin(record), *_short(rows, "not shipped")])
 
 

@@ -161,7 +161,7 @@ def _origin(records: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"{record['device_name']}, {record['dtype']}, {versions}, {record['date'][:10]}; by the study's "
-        "masks, not the product's cache, with gates in 16 bit (smollm2's ship with 5 to 8 bits a weight):",
+        "masks, not the product's cache, with gates in 16 bit, which no longer ship:",
         "",
     ]
     for model in SHIPPED:

@@ -70,6 +70,24 @@ def test_cells_say_what_was_asked_got_and_whether_it_is_enough(tmp_path: Path) -
     assert line(said, "needle 4096")[2:5] == ["-", "0.960 (-0.040 ± 0.010)", "-"]
 
 
+def test_one_table_says_which_models_meet_what(tmp_path: Path) -> None:
+    page(tmp_path, [row(2.0, kl=0.001), row(4.0, kl=0.02), row(4.0, "a: chance", kl=0.04)])
+    folder = tmp_path / "benchmarks" / "results"
+    record = json.loads((folder / "real_m_2026-01-01.json").read_text())
+    other = record | {"model": "n", "rows": [row(4.0, kl=0.001)]}
+    (folder / "real_n_2026-01-01.json").write_text(json.dumps(other))
+    varied = record | {"arm": "a, longer", "rows": [row(4.0, "a, longer", kl=0.001)]}
+    (folder / "real_m_2026-01-02.json").write_text(json.dumps(varied))
+    said = measured.verdicts(tmp_path)
+    assert line(said, "KL to dense")[:3] == [
+        "≤ 0.004: met: m; not measured: n",
+        "≤ 0.015: met: n; **missed**: m",
+        "≤ 0.04: not measured: m, n",
+    ]
+    assert line(said, "retrieval")[1] == "≥ 0.98: met: m, n"
+    assert line(said, "KL over")[:2] == ["-", "≤ 0.333: **missed**: m; not measured: n"]
+
+
 def test_the_best_control_of_each_measure_counts(tmp_path: Path) -> None:
     controls = [row(4.0, "a: chance", kl=0.04, gap=0.5), row(4.0, "a: window alone", kl=0.02, gap=0.9)]
     said = page(tmp_path, [row(4.0), *controls])

@@ -8,34 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import modlab
 from benchmarks.real_models import pack
 from benchmarks.real_models.gates import gate_values
-from benchmarks.real_models.ship import ship_run, trained, with_measured
+from benchmarks.real_models.ship import renamed, ship_run, trained, with_measured
 from modlab.errors import ModlabError
 from modlab.routing.router import HiddenRouter
 from modlab.routing.trained import Trained
-from modlab.saving.demos import ROUTER_FOLDER
-from modlab.saving.description import read_description
-from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
+from modlab.saving.files import ROUTER_FILE
 from modlab.saving.routers import read_routers
 from tests.helpers.models import dense_llama
 
 GATES = Path(pack.__file__).parent / "gates"
 
 
-@pytest.mark.parametrize("name", ["smollm2-kv"])
-def test_gates_are_those_of_the_study(name: str) -> None:
-    """The product's routers and the study's gates say the same of the same states; thresholds are the
-    product's own, as they count other recent tokens than the study's window."""
-    theirs = pack.load(GATES / f"{name.removesuffix('-kv')}.safetensors")
-    said = read_description(ROUTER_FOLDER / name / CONFIG_FILE, name)
-    routers = read_routers(ROUTER_FOLDER / name / ROUTER_FILE, name, said.routers)
-    x = torch.randn(2, 50, theirs.shape.D, generator=torch.Generator().manual_seed(0)) * 3
-    for layer in (0, theirs.shape.L // 2, theirs.shape.L - 1):
-        mine = HiddenRouter(theirs.shape.D, 0.9, said.config.router_hidden, gates=theirs.shape.G)
+@pytest.mark.parametrize("name", ["smollm2", "coder-0.5b"])
+def test_gates_of_the_study_say_the_same_as_routers(name: str, tmp_path: Path) -> None:
+    """Under the product's names, and unpacked by it, they decide alike of the same states."""
+    theirs = pack.load(GATES / f"{name}.safetensors")
+    shape = theirs.shape
+    save_file(renamed(load_file(GATES / f"{name}.safetensors"), shape.D), tmp_path / ROUTER_FILE)
+    routers = read_routers(tmp_path / ROUTER_FILE, name)
+    x = torch.randn(2, 50, shape.D, generator=torch.Generator().manual_seed(0)) * 3
+    for layer in (0, shape.L // 2, shape.L - 1):
+        mine = HiddenRouter(shape.D, 0.9, 16, gates=shape.G)
         prefix = f"model.layers.{layer}.mod_router."
         mine.load_state_dict(
             {key.removeprefix(prefix): value for key, value in routers.items() if key.startswith(prefix)}
@@ -92,6 +90,8 @@ def test_routers_of_a_run_are_packed(tmp_path: Path, word_tokenizer: Any) -> Non
                 again.get_parameter(name), value, rtol=1e-3, atol=value.abs().max().item() / 29
             )
     assert (out / ROUTER_FILE).stat().st_size < (run / ROUTER_FILE).stat().st_size
+    ship_run(run, base, "somebody/model", out, words, before=500)
+    assert "Their data, 1,500 tokens: a text" in (out / "README.md").read_text()
 
 
 def test_measured_thresholds_take_the_place_of_a_runs(tmp_path: Path) -> None:
