@@ -117,7 +117,7 @@ figure
 # ## In a real model
 #
 # The demo is small, and its tokens skip layers. This is a real one, measured elsewhere and committed: of
-# which tokens the routers that ship for SmolLM2 keep keys and values, four times fewer than the dense model
+# which tokens routers that shipped for SmolLM2 kept keys and values, four times fewer than the dense model
 # in long texts, and what each class loses by it. Lines are one standard error over tokens: where one crosses
 # zero, nothing is shown to be lost.
 
