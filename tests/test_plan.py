@@ -120,6 +120,25 @@ def test_distillation_takes_what_was_planned(
     assert 0.95 * allocated < total < 1.01 * allocated
 
 
+def prompted() -> Iterator[tuple[str, str, float]]:
+    """Way, granularity and most bytes allocated on a GPU: coder-1.5b, 32,768 tokens, bf16."""
+    file = RECORDED / "many_gpus" / "nvidia-h200-x2_2026-11-30_scenes.json"
+    parts = json.loads(file.read_text())["parts"]
+    for part, way in (
+        ("alone", "copies"), ("device_map", "layers spread"), ("tensor parallel", "tensor parallel"),
+    ):  # fmt: skip
+        for gates in ("by layer", "by KV head"):
+            yield way, gates, max(parts[part][f"{gates}, bfloat16"]["allocated"].values())
+
+
+@pytest.mark.parametrize(("way", "gates", "allocated"), list(prompted()))
+def test_a_prompt_takes_at_most_what_was_planned(way: str, gates: str, allocated: float) -> None:
+    """An upper bound, and no more than 30 % above."""
+    table = plan(MODELS["coder-1.5b"], gpus=2, context=32768, batch=1, kv_saving=1.0)
+    total = table.set_index(["use", "way"])["total"]["inference", way] * GIB
+    assert allocated < total < 1.3 * allocated
+
+
 def test_there_are_measured_peaks() -> None:
     assert len(list(measured())) == 16
 

@@ -12,7 +12,6 @@ import torch
 import modlab
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.compared import OF_INFERENCE
-from modlab.hf.anatomy import decoder_layers
 
 NEW_TOKENS = 16
 ALONE = "alone"
@@ -63,11 +62,9 @@ def _prompted(model: Any, context: int) -> dict[str, Any]:
     ids = torch.randint(3, 250, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
     with modlab.KVTracker(model) as kv, modlab.record_routing(model) as recording:
         output = model(ids, use_cache=True, logits_to_keep=8)
-    layers = decoder_layers(model)
     of_kv: dict[str, int] = {}
     for row in kv.rows:
-        place = str(next(layers[row["layer"]].parameters()).device)
-        of_kv[place] = of_kv.get(place, 0) + row["kv_bytes"]
+        of_kv[row["device"]] = of_kv.get(row["device"], 0) + row["kv_bytes"]
     of_weights: dict[str, int] = {}
     for weight in model.parameters():
         own = weight.to_local() if hasattr(weight, "to_local") else weight

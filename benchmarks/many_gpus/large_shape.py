@@ -22,7 +22,6 @@ import modlab
 from benchmarks.many_gpus import worker
 from modlab.bench.models import SHAPES, Shape
 from modlab.cache.bytes import snapshot
-from modlab.hf.anatomy import decoder_layers
 
 LENGTHS = (4096, 32768)
 TOY = Shape(hidden=64, intermediate=128, layers=4, heads=4, kv_heads=2, vocab=256)
@@ -132,7 +131,7 @@ def _row(model: Any, ids: Tensor, kind: Kind) -> dict[str, Any]:
                 second, output = _timed(functools.partial(model, token, **more))
                 steps.append(second)
         row = {"prefill, s": seconds, "decode, ms": 1000 * statistics.median(steps[2:])}
-        return row | {"kv_bytes": _kv_bytes(model, output.past_key_values)}
+        return row | {"kv_bytes": _kv_bytes(output.past_key_values)}
     finally:
         if routed:
             modlab.revert(model)
@@ -165,9 +164,8 @@ def _by_place(tensors: Any) -> dict[str, int]:
     return found
 
 
-def _kv_bytes(model: Any, cache: Any) -> dict[str, int]:
-    layers, found = decoder_layers(model), dict[str, int]()
+def _kv_bytes(cache: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
     for row in snapshot(cache):
-        place = str(next(layers[row["layer"]].parameters()).device)
-        found[place] = found.get(place, 0) + row["kv_bytes"]
+        found[row["device"]] = found.get(row["device"], 0) + row["kv_bytes"]
     return found

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-COLUMNS = ("layer", "kind", "seen_tokens", "kept_tokens", "kv_bytes", "dense_kv_bytes")
+COLUMNS = ("layer", "kind", "device", "seen_tokens", "kept_tokens", "kv_bytes", "dense_kv_bytes")
 """Keys of one row of `snapshot`."""
 
 
@@ -115,6 +115,11 @@ def token_nbytes(layer: Any) -> int:
     return apart * sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) + index_bytes
 
 
+def _device(layer: Any) -> str:
+    """Where its keys lie, or what else it holds; "" before the first."""
+    return next((str(tensor.device) for tensor in _buffers([getattr(layer, "keys", None), vars(layer)])), "")
+
+
 def snapshot(cache: Any) -> list[dict[str, Any]]:
     """What a cache holds now: one dict a layer with the keys of `COLUMNS`.
 
@@ -123,9 +128,10 @@ def snapshot(cache: Any) -> list[dict[str, Any]]:
             self-attention part.
 
     Returns:
-        `layer`, `kind` of cache layer, `seen_tokens` (per row, padding included), `kept_tokens` (stored, all
-        rows), `kv_bytes` (allocated), `dense_kv_bytes` (a dense cache of the same dtype for the tokens seen,
-        sliding windows limited to what the next query can see; a linear-attention layer's own state).
+        `layer`, `kind` of cache layer, `device` (where it lies; "" before the first), `seen_tokens`
+        (per row, padding included), `kept_tokens` (stored, all rows), `kv_bytes` (allocated),
+        `dense_kv_bytes` (a dense cache of the same dtype for the tokens seen, sliding windows limited to what
+        the next query can see; a linear-attention layer's own state).
     """
     cache = getattr(cache, "self_attention_cache", cache)
     seen_by_cache = int(cache.get_seq_length())
@@ -147,5 +153,6 @@ def snapshot(cache: Any) -> list[dict[str, Any]]:
                 window = getattr(layer, "max_cache_len", None)
             # a sliding layer needs window - 1 past tokens for the next query (transformers' DynamicCache)
             dense = len(lengths) * (seen if window is None else min(seen, window - 1)) * (size or usual)
-        rows.append(dict(zip(COLUMNS, (index, kind, seen, sum(lengths), kv_bytes, dense), strict=True)))
+        row = (index, kind, _device(layer), seen, sum(lengths), kv_bytes, dense)
+        rows.append(dict(zip(COLUMNS, row, strict=True)))
     return rows

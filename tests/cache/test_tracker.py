@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import modlab
-from modlab.cache.bytes import allocated_bytes
+from modlab.cache.bytes import allocated_bytes, snapshot
 from modlab.errors import ModlabError
 from tests.helpers.models import narrow_config, tiny_config
 
@@ -57,6 +57,21 @@ def test_dense_bytes_are_the_hand_computed_ones(dtype):
     assert (frame.kept_tokens == 3 * 7).all()
     assert (frame.seen_tokens == 7).all()
     assert set(frame.phase) == {"prefill"}
+
+
+def test_each_layer_says_where_it_lies():
+    """As with `device_map`; a layer that has seen nothing lies nowhere yet."""
+    cache, states = DynamicCache(), torch.zeros(1, HEADS_KV, 5, HEAD_DIM)
+    cache.update(states, states.clone(), 0)
+    cache.update(states.to("meta"), states.to("meta"), 1)
+    assert [(row["layer"], row["device"]) for row in snapshot(cache)] == [(0, "cpu"), (1, "meta")]
+    assert snapshot(cache)[0]["kv_bytes"] == 5 * TOKEN_BYTES
+    model = modlab.convert(llama(), modlab.MoDConfig(layers="all"))
+    with modlab.KVTracker(model) as kv, torch.no_grad():
+        cache = model(ids(), use_cache=True).past_key_values
+    frame = kv.frame()
+    assert list(frame.groupby(["step", "device"]).kv_bytes.sum().items()) == [((0, "cpu"), cache.nbytes)]
+    assert {row["device"] for row in snapshot(modlab.RaggedCache(model))} == {""}
 
 
 def test_generate_with_left_padding_gives_a_row_for_every_step_and_layer(model):

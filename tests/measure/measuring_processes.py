@@ -1,5 +1,6 @@
 """What `test_processes` launches: measures over the processes of an accelerator, one report each."""
 
+import io
 import json
 import sys
 import warnings
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 import modlab
 from modlab import measure
@@ -56,6 +58,13 @@ def report() -> dict[str, object]:
             for per_layer in (False, True)
         ],
     }  # fmt: skip
+    bar = tqdm(total=len(batches()), file=io.StringIO())
+    generated = measure.over_ranks(
+        lambda batch: model.generate(batch, max_new_tokens=3, do_sample=False, pad_token_id=0).tolist(),
+        [batch["input_ids"] for batch in batches()],
+        accelerator,
+        bar=bar,
+    )
     timed = table[["prefill_ms", "decode_ms"]]
     assert bool((timed > 0).all().all())
     return {
@@ -63,6 +72,8 @@ def report() -> dict[str, object]:
         "evaluate": vars(found) | {"keep_ratio_by_layer": list(found.keep_ratio_by_layer.values())},
         "rows": [rows.loss, rows.predicted_tokens],
         "sweep": table.drop(columns=timed.columns).to_dict("list"),
+        "generated": generated,
+        "bar": bar.n,
         "probed": json.loads(json.dumps(probed)),
         "times": timed.to_numpy().tolist(),
     }

@@ -16,11 +16,23 @@ def reports(folder: Path, processes: int) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    (alone,), both = reports(tmp_path / "one", 1), reports(tmp_path / "two", 2)
-    assert [one["processes"] for one in both] == [2, 2] and alone["processes"] == 1
-    assert both[0] == both[1]  # merged once: each process has the whole table, times included
-    found = both[0]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What one process finds."""
+    (found,) = reports(tmp_path_factory.mktemp("alone") / "one", 1)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_find_what_one_finds(tmp_path: Path, alone: dict, processes: int) -> None:
+    """With four, some have nothing to do in the last round."""
+    several = reports(tmp_path / "several", processes)
+    assert alone["processes"] == 1 and [one["processes"] for one in several] == [processes] * processes
+    bars = [one.pop("bar") for one in several]
+    assert bars == [alone["bar"], *[0] * (processes - 1)], "one process shows the bar, of all batches"
+    assert all(one == several[0] for one in several)  # merged once: each has the whole table, times included
+    found = several[0]
+    assert found["generated"] == alone["generated"], "in the order of the batches"
     for name in ("predicted_tokens", "kv_bytes", "dense_kv_bytes"):
         assert found["evaluate"][name] == alone["evaluate"][name]
     for name in ("loss", "keep_ratio", "keep_ratio_by_layer"):
