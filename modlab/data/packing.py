@@ -136,7 +136,10 @@ def _identity(tokenizer: Any) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not type(tokenizer).__module__.startswith("transformers."):
         return None
-    told = json.loads(backend.to_str())
+    try:
+        told = json.loads(backend.to_str())
+    except Exception:  # `tokenizers` has no other: a part of it is written in Python
+        return None
     del told["truncation"], told["padding"]  # state that calls leave behind
     told["class"] = type(tokenizer).__qualname__
     told["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", None)

@@ -109,10 +109,11 @@ class Trained:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` reads it back."""
-        return asdict(self) | {
+        named = {
             name: {f"{saving:g}": value for saving, value in sorted(getattr(self, name).items())}
             for name in ("savings", "recent")
         }
+        return asdict(self) | named | {"reached": float(f"{self.reached:g}")}  # as the savings are written
 
     @classmethod
     def from_dict(cls, values: Any) -> Trained:

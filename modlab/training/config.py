@@ -60,9 +60,10 @@ class TrainConfig:
             one of these numbers, and its rows with thresholds of their own are near that saving; rows of the
             target have it too, so their `kl` goes up and down from step to step. `modlab.set_kv_saving`
             sets it with the threshold; a run ends at those of its keep_ratio.
-        row_weight: with "distil" and a keep_range: rows with thresholds of their own count (furthest ratio /
-            theirs) ** row_weight times in the loss. KL grows faster than the ratio, so that with 0 the
-            furthest rows decide what routers learn; 1 lets rows of 2x say as much as rows of 16x.
+        row_weight: with "distil" and a keep_range: rows with thresholds of their own count (the furthest
+            ratio of any row by now / theirs) ** row_weight times in the loss. KL grows faster than the
+            ratio, so that with 0 the furthest rows decide what routers learn; 1 lets rows of 2x say as much
+            as rows of 16x.
         lam: weight of the target, budget or distillation's pull.
         per_layer: every layer has to keep keep_ratio, instead of their mean.
         alpha: weight of the load term.

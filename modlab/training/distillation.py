@@ -95,7 +95,7 @@ class Distillation:
         drawn = first.uniform(DRAW, torch.ones_like(rows_B[:1])[:, None].bool())[0, 0, 0]
         drawn_B = (drawn + rows_B // 2 * GOLDEN) % 1  # a step's rows lie apart, however few they are
         mildest = 1 / self.config.keep_range[1]
-        furthest = max(LEAST_RATIO, 1 / target, mildest)
+        furthest = end = max(LEAST_RATIO, 1 / target, mildest)
         if self.config.recent_range is not None:
             near, length = step_saving(step), part["input_ids"].shape[1]
             most = self.routing.most_recent
@@ -105,7 +105,7 @@ class Distillation:
         shift_B = self.control.expected(1 / ratio_B)
         self.routing.row_shift = torch.where(self._is_free(rows_B), shift_B, 0.0)
         if self.config.row_weight:
-            weight_B = (furthest / ratio_B) ** self.config.row_weight
+            weight_B = (end / ratio_B) ** self.config.row_weight
             self.weight_B = torch.where(self._is_free(rows_B), weight_B, 1.0)
 
     def pulled(self, step: RoutingStep, noise: Noise) -> RoutingStep:

@@ -143,6 +143,17 @@ def test_packing_carries_over_batches_of_documents(tmp_path: Path, tokenizer: An
     assert len(set(numbers)) == len(numbers) == -(-len(rows) * 11 // 6)
 
 
+def test_a_tokenizer_with_a_part_in_python_is_packed_too(tmp_path: Path) -> None:
+    class Split:
+        def pre_tokenize(self, text: Any) -> None:
+            text.split(lambda _, word: [word])
+
+    own = character_tokenizer(bos_token="<s>", eos_token="</s>")
+    own.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Split())
+    rows = data.packed(["hello world " * 50] * 20, own, 32)
+    assert len(rows) >= 1 and rows[0]["input_ids"].shape == (32,)
+
+
 def test_limit_gives_a_prefix_of_whole_rows(tmp_path: Path, tokenizer: Any) -> None:
     folder = write_documents(tmp_path / "docs", texts(60))
     everything = stream(data.packed(folder, tokenizer, 16))

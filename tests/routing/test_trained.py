@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -113,3 +114,10 @@ def test_it_comes_back_from_its_dict(known: Trained) -> None:
 def test_what_cannot_be_is_refused(wrong) -> None:
     with pytest.raises(ModlabError):
         Trained.from_dict(wrong)
+
+
+def test_what_was_reached_is_written_as_the_savings_are() -> None:
+    trained = Trained(savings={2.0: 0.1, 20 / 3: 0.5, 10.0: 0.9}, reached=20 / 3)
+    again = Trained.from_dict(json.loads(json.dumps(trained.to_dict())))
+    assert again.reached in again.savings and again.reached == pytest.approx(20 / 3, rel=1e-5)
+    assert again.warning_for(0.6) and not again.warning_for(0.4)

@@ -217,6 +217,14 @@ def test_rows_of_milder_savings_count_more(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(weight_B[::2], torch.ones(2))
         torch.testing.assert_close(weight_B[1::2], share_B[1::2] / 0.1)
     weights.clear()
+    shares.clear()
+    near = {**settings, "keep_range": (0.05, 0.8), "recent_range": (2, 16), "steps": 8}
+    modlab.train(routed(), texts(), distil(row_weight=1.0, **near))
+    assert len({round(float(1 / share_B[1])) for share_B in shares}) > 2, "steps of several savings"
+    for weight_S, share_B in zip(weights, shares, strict=True):
+        weight_B = weight_S.reshape(4, -1).sum(1) * 4
+        torch.testing.assert_close(weight_B[1::2], share_B[1::2] / 0.05, msg="20x, whatever the step's own")
+    weights.clear()
     modlab.train(routed(), texts(), distil(**settings))
     assert all(torch.equal(weight_S, weight_S[:1].expand_as(weight_S)) for weight_S in weights)
 
