@@ -91,6 +91,11 @@ class LineBlocks:
         first, second, third = numbers.split([len(some), len(whole), len(queries)])
         return first, second, third
 
+    def sent(self, numbers: list[int]) -> Tensor:
+        """These numbers, long, once for all layers that ask for the same: where segments begin is the same in
+        all of them if there is one a layer. Not to be written to."""
+        return self._once(("numbers", *numbers), lambda: torch.tensor(numbers))
+
     def _once(self, key: Any, numbers: Callable[[], Tensor]) -> Tensor:
         if key not in self._known:
             self._known[key] = sent(numbers(), self.device)
@@ -266,7 +271,9 @@ def store_kept_keys(
     that are not recent."""
     assert isinstance(part.buffer, RingBuffer)
     older = kept.older.read()
-    stored = part.buffer.lay_out(part.counts, older, kept.before, kept.recent, key[0], value[0])
+    stored = part.buffer.lay_out(
+        part.counts, older, kept.before, kept.recent, key[0], value[0], kept.blocks.sent
+    )
     if query.is_cuda:
         size = block_size(query, value)
         store_kept(key, value, kept.blocks.of(size), size, stored)

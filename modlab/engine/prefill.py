@@ -178,6 +178,7 @@ def _flat_call(routing: Routing | None, position_1S: Tensor, rows_S: Tensor, col
         masked=False,
         override=override,
         recent=routing.recent,
+        unpadded=True,
     )
     try:
         yield

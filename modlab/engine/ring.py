@@ -7,7 +7,7 @@ Shape letters: B rows, S tokens of all rows in one line, G kv heads, H head dim,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -51,6 +51,7 @@ class RingBuffer(SegmentedBuffer):
         recent: int,
         k_GSH: Tensor,
         v_GSH: Tensor,
+        send: Callable[[list[int]], Tensor],
     ) -> Stored:
         """Makes room for a prefill's tokens and for decoding; what a kernel then fills.
 
@@ -60,6 +61,7 @@ class RingBuffer(SegmentedBuffer):
             before_AS: see `kernels/kept_attention.py`.
             recent: W.
             k_GSH, v_GSH: keys and values of the rows one after another, for their heads and type.
+            send: brings numbers to the device, long; those of layers that are laid out alike go once.
         """
         self.heads = len(before_AS)
         latest = [min(n, recent) for n in counts for _ in range(self.heads)]
@@ -69,8 +71,7 @@ class RingBuffer(SegmentedBuffer):
         assert self.keys is not None and self.values is not None
         self.lengths = lengths
         self.ring_kept = torch.zeros(len(lengths), recent, dtype=torch.bool, device=k_GSH.device)
-        starts_U = sent(torch.tensor(self.starts), k_GSH.device)
-        return Stored(self.keys, self.values, starts_U, self.ring_kept, before_AS)
+        return Stored(self.keys, self.values, send(self.starts), self.ring_kept, before_AS)
 
     @property
     def row_lengths(self) -> list[int]:

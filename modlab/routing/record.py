@@ -82,6 +82,7 @@ class ForwardCall:
 
     Attributes:
         real: bool [B, T], False for padding.
+        unpadded: whether it is known that there is none; False where nobody has looked.
         position_ids: long [B, T], index among the real tokens of the text (-1 for leading padding). A text is
             a row, or one of the documents that restarting positions mark in it.
         columns: long [T], absolute column of each token in the padded batch, cached columns counted.
@@ -115,6 +116,7 @@ class ForwardCall:
     masked: bool
     override: OverrideFn | None
     recent: int | None
+    unpadded: bool = False
     noise: Noise | None = None
     row_shift: Tensor | None = None
     generates: bool = False

@@ -244,7 +244,9 @@ class Routing:
         else:
             p = call.threshold(layer_idx, gate)
             keep = rule.kept(gate.detach(), p, call.position_ids, config.keep_first)
-        decision = Decision(logit, gate, keep & rule.over(call.real, gate))
+        if not call.unpadded:
+            keep = keep & rule.over(call.real, gate)
+        decision = Decision(logit, gate, keep)
         call.decisions[layer_idx] = decision
         for recording, step in call.steps:
             here = step.real.device  # layers may be spread over devices, a recording is in one place

@@ -211,6 +211,25 @@ def test_layers_of_a_line_share_the_numbers_that_it_sends(monkeypatch: pytest.Mo
     assert len(sent) == 4
 
 
+def test_a_prompt_sends_where_its_row_begins_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a gate a layer the only segment begins at 0 in each of them."""
+    model = llama_on_device(skip="kv", gates="layer")
+    modlab.enable_fast_generation(model, compile=False)
+    uploads: list[list[int]] = []
+    real = attention_module.sent
+
+    def noting(numbers: Tensor, device: torch.device) -> Tensor:
+        uploads.append(numbers.tolist())
+        return real(numbers, device)
+
+    monkeypatch.setattr(attention_module, "sent", noting)
+    monkeypatch.setattr("modlab.engine.ring.sent", noting)
+    ids = prompts(20, 20)["input_ids"][:1]
+    buffers = prefill(model.__dict__["mod_engine"], ids, None)[1]
+    assert len(buffers) > 1 and all(buffer.starts == [0] for buffer in buffers)
+    assert uploads.count([0]) == 1
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("open_heads", [(), (1,), (0, 2), (0, 1, 2)], ids=str)
 def test_open_heads_run_dense_and_the_others_on_kept_keys(
@@ -229,7 +248,7 @@ def test_open_heads_run_dense_and_the_others_on_kept_keys(
     kept = KeptKeys(keep, bounds, recent, blocks)
     buffer, older = RingBuffer(), kept.older.read()
     part = LayerPrefill(buffer, counts, torch.arange(S, device=DEVICE), bounds.int(), False, kept)
-    stored = buffer.lay_out(counts, older, kept.before, recent, k[0], v[0])
+    stored = buffer.lay_out(counts, older, kept.before, recent, k[0], v[0], blocks.sent)
     reference_store_kept(k, v, counts, stored)
     dense: list[int] = []
     varlen = attention_module.varlen_attention

@@ -69,7 +69,7 @@ def test_prompts_and_steps_see_what_the_rule_names(
     blocks = LineBlocks(counts, DEVICE)
     kept = KeptKeys(torch.cat([row[:n] for row, n in zip(keep, counts, strict=True)]), bounds, recent, blocks)
     buffer, (q1, k1, v1) = RingBuffer(), (line(rows) for rows in (q, k, v))
-    stored = buffer.lay_out(counts, kept.older.read(), kept.before, recent, k1[0], v1[0])
+    stored = buffer.lay_out(counts, kept.older.read(), kept.before, recent, k1[0], v1[0], blocks.sent)
     size = kept_attention.block_size(q1, v1)
     kept_attention.store_kept(k1, v1, blocks.of(size), size, stored)
     every = torch.arange(G, dtype=torch.int32, device=DEVICE)
