@@ -1,14 +1,20 @@
 """Conversion recipes by name: what is routed, how it is trained, for which KV saving.
 
-    mod_config, train_config = modlab.recipe("default", model, tokens=100_000_000)
-    modlab.train(modlab.convert(model, mod_config), rows, train_config)
+    mod_config, train_config = modlab.recipe("default", model, tokens=30_000_000)
+    modlab.convert(model, mod_config)
+    modlab.fit_routers(model, rows)
+    modlab.train(model, modlab.data.with_repeats(rows, tokenizer), train_config)
+
+`modlab train` does all four by itself. The fit may be left out: routers then begin open; what that costs was
+not measured.
 
 "speed" gains from a start: routers of K/V that are trained (`modlab.start_from`), projections in closed form
 (`modlab.fit_projections`); `modlab train --recipe speed` does the second by itself, `--start` the first.
 
-What each choice rests on is in docs/defaults.md, docs/quality.md and docs/log.md: measured on this project's
-own models, "distil", "safe" and "speed" on real ones, where the default recipe loses recall over a distance
-(docs/results.md).
+What each choice rests on is in docs/defaults.md, docs/quality.md and docs/log.md: "default", "memory",
+"safe", "distil" and "speed" on real models, the others on this project's own. `MoDConfig()` with
+`TrainConfig()` is no recipe but the plain form: a gate a layer in the inner layers, all weights trained on
+the loss of the text. Real models lose recall over a distance by it (docs/results.md).
 """
 
 from __future__ import annotations
@@ -54,6 +60,7 @@ DISTILLING: dict[str, Any] = {
     "objective": "distil",
     "keep_range": (0.04, 0.67),  # 16x to 1.5x less K/V at 8,192 tokens, the latest included
     "recent_range": (128, 1024),  # a quarter of what is stored there are the latest tokens
+    "router_lr": 0.004,  # of all that was measured on real models since recent tokens go with the saving
     "ramp": 0.7,
     "warmup": 0.01,
     # The rate stays up until the target has reached its end, then falls to nothing: at a rate of 0.001 a step
@@ -63,7 +70,8 @@ DISTILLING: dict[str, Any] = {
 }
 """How gates are distilled to the dense model."""
 
-# Figures: docs/quality.md, 55.6 M parameters, 10 M tokens, gap to the dense continuation in nats a token.
+# Figures: docs/quality.md, by the product's cache in rows of 8,192 tokens on an H200; of "layers" on 55.6 M
+# parameters, 10 M tokens, gap to the dense continuation in nats a token. tests/scripts holds savings to them.
 RECIPES = {
     "quick": Recipe(
         "a gate a KV head in all layers, fitted in one forward pass over some text, without training: 2x "
@@ -76,25 +84,28 @@ RECIPES = {
         "the same gates, distilled to the dense model, base frozen; one run leaves thresholds for 2x to 16x; "
         "at 4x a KL of 0.006, 0.016 and 0.011 to the dense model and recall gaps of at most 0.018, 0.039 and "
         "0.031 nats on smollm2, coder-0.5b and coder-1.5b",
-        BY_HEAD,  # docs/quality.md: 10 M, 29 M, 12 M tokens, minutes on one H200; router_lr 0.004
+        BY_HEAD,
         DISTILLING,
         kv_saving=4.0,
     ),
     "safe": Recipe(
-        "distil, aimed at 2x: a KL of at most 0.0022 to the dense model and a recall gap of at most 0.008 "
-        "nats on coder-0.5b and coder-1.5b, 0.018 on smollm2",
-        BY_HEAD,  # docs/quality.md
+        "distil, aimed at 2x, and it stays there whatever default becomes",
+        BY_HEAD,
         DISTILLING,
         kv_saving=2.0,
     ),
     "default": Recipe(
-        "every token passes every layer; in all but the first two and the last, routers decide whose keys "
-        "and values stay in the cache: 1.8x less K/V, no operations saved; real models lose recall",
-        kv_saving=1.8,  # 0.0006, where skipped attention costs 0.16 and skipped layers 0.29 and more
+        "distil, aimed at the highest saving of which a KL and a recall gap of at most 0.02 were measured on "
+        "three real models (0.1 to 1.5 B): 2x, with 0.0021 and 0.018",
+        BY_HEAD,
+        DISTILLING,
+        kv_saving=2.0,  # 3x: 0.0075 and 0.027 (coder-0.5b, by routers that do not ship); coder-1.5b 0.0203
     ),
     "memory": Recipe(
-        "the same, trained for 2.5x less K/V",
-        kv_saving=2.5,  # 0.002, by the thresholds of models that were trained for 1.8x
+        "distil, aimed at the highest saving with a recall gap of at most 0.05: 4x, as distil itself today",
+        BY_HEAD,
+        DISTILLING,
+        kv_saving=4.0,  # 8x: 0.22
     ),
     "speed": Recipe(
         "prompt tokens leave after two thirds of the layers, and a gate a KV head in all layers keeps a "
@@ -102,7 +113,7 @@ RECIPES = {
         "of this form on coder-0.5b, 3 M tokens, 4x, has a KL of 0.15, recall gaps up to 0.11 nats, "
         "retrieval of 0.80 to 0.94 of dense's, four zero-shot tasks +0.001 ± 0.008 (LAMBADA -0.037 ± 0.019)",
         LEAVING,  # docs/quality.md, its section on depth
-        {**DISTILLING, "lr": 2e-4},
+        {**DISTILLING, "lr": 2e-4, "router_lr": 0.01},
         kv_saving=4.0,
     ),
     "layers": Recipe(
@@ -118,6 +129,9 @@ RECIPES = {
     ),
 }
 
+
+DEFAULT = "default"
+"""What `modlab train` converts a dense model by."""
 
 TRAINED = [name for name, chosen in RECIPES.items() if not chosen.fits]
 """Recipes whose settings are of `modlab.train`."""
@@ -143,9 +157,9 @@ def recipe(
     Args:
         name: "quick", "distil", "safe", "default", "memory", "speed", "layers" or "paper".
         model: dense, to be converted; its number of layers sets the keep ratio.
-        kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default. With
-            "default" and "memory" in contexts much longer than `MoDConfig.keep_recent`, whose tokens are in
-            the cache anyway.
+        kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default. Of what is
+            distilled in texts of 8,192 tokens (or the model's context), the latest included; shorter ones
+            save less. With "layers" all along.
         **settings: further fields of `TrainConfig` (of "quick": of `FitConfig`), such as `tokens`; they win
             over the recipe's.
 
@@ -173,6 +187,12 @@ def recipe(
     found = survey(model)
     config = _for(found, chosen.mod)
     fields = {**chosen.train, **settings}
+    if chosen.train.get("objective") == "distil" != fields["objective"]:
+        raise ModlabError(
+            f"the recipe {name!r} distils, and objective={fields['objective']!r} is another way to train: "
+            "leave it out, or train the plain form: modlab.convert(model) (`modlab convert`), then "
+            "modlab.train with settings of yours (`modlab train` of that folder)."
+        )
     saving = chosen.kv_saving if kv_saving is None else kv_saving
     if kv_saving is not None and "keep_ratio" in fields:
         raise ModlabError(

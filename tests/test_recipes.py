@@ -9,7 +9,7 @@ import pytest
 import modlab
 from modlab.cache.stored import keep_ratio_for_saving
 from modlab.errors import ModlabError
-from modlab.recipes import TRAINED
+from modlab.recipes import RECIPES, TRAINED
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -23,7 +23,43 @@ def test_every_recipe_converts_and_trains(make_llama: Any, name: str) -> None:
     assert modlab.train(model, rows, train_config).steps == 2
 
 
-@pytest.mark.parametrize(("name", "saving"), [("memory", 2.5), ("layers", 1.5), ("default", 1.7)])
+@pytest.mark.parametrize("name", ["default", "memory", "safe", "distil"])
+def test_recipes_of_the_cache_are_what_real_models_were_measured_with(make_llama: Any, name: str) -> None:
+    mod_config, config = modlab.recipe(name, make_llama(num_hidden_layers=8), steps=1)
+    assert (mod_config.skip, mod_config.layers, mod_config.gates) == ("kv", "all", "kv_head")
+    assert (config.objective, config.recent_range, config.router_lr) == ("distil", (128, 1024), 0.004)
+    assert 1 / config.keep_ratio == pytest.approx({"default": 2, "safe": 2}.get(name, 4))
+    assert f"{RECIPES[name].kv_saving:g}x" in RECIPES[name].summary
+
+
+def test_the_plain_form_is_no_recipe() -> None:
+    assert modlab.MoDConfig() == modlab.MoDConfig(layers="inner", gates="layer")
+    assert modlab.TrainConfig().objective == "auto"
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_the_default_works_on_a_small_model_in_rows_shorter_than_its_recent_tokens(fitted: bool) -> None:
+    import torch
+
+    model, _ = modlab.load("demo-dense")
+    mod_config, config = modlab.recipe("default", model, steps=2, batch_size=2)
+    modlab.convert(model, mod_config)
+    rows = torch.randint(3, 4000, (8, 96), generator=torch.Generator().manual_seed(0))
+    if fitted:
+        modlab.fit_routers(model, rows, modlab.FitConfig(tokens=768, context=96), progress=False)
+    assert modlab.train(model, rows, config).steps == 2
+    trained = model.mod.trained
+    assert trained is not None and 2.0 in trained.savings and trained.method.startswith("distilled")
+    assert model.mod.config.keep_recent == trained.recent[2.0] <= trained.seq_len // 4
+    text = rows[:1].repeat(1, 12)  # longer than what stays anyway: something is left out
+    with modlab.KVTracker(model) as kv:
+        model.generate(text, max_new_tokens=2, do_sample=False)
+    assert kv.summary()["kv_saving"] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "saving"), [("memory", 2.5), ("layers", 1.5), ("default", 1.7), ("default", 3)]
+)
 def test_the_keep_ratio_gives_the_saving(make_llama: Any, name: str, saving: float) -> None:
     model = make_llama(num_hidden_layers=8)
     mod_config, train_config = modlab.recipe(name, model, kv_saving=saving, steps=1)
@@ -61,7 +97,9 @@ def test_refusals_say_what_to_do(make_llama: Any) -> None:
     with pytest.raises(ModlabError, match="no recipe 'fast': choose one of quick, distil, safe, default"):
         modlab.recipe("fast", model, steps=1)
     with pytest.raises(ModlabError, match="5 of 8 layers are routed, which saves less than 2.67x"):
-        modlab.recipe("default", model, steps=1, kv_saving=2.8)
+        modlab.recipe("layers", model, steps=1, kv_saving=2.8)
+    with pytest.raises(ModlabError, match="'default' distils, and objective='target' is another way"):
+        modlab.recipe("default", model, steps=1, objective="target")
     with pytest.raises(ModlabError, match="alpha decides it"):
         modlab.recipe("paper", model, steps=1, kv_saving=1.5)
     with pytest.raises(ModlabError, match="has to be above 1"):

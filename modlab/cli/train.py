@@ -114,13 +114,14 @@ def run(options: argparse.Namespace) -> int:
 
     import modlab
     from modlab.data import packed
+    from modlab.recipes import DEFAULT
     from modlab.routing.router import is_router
     from modlab.training.checkpoints import checkpoints
 
     model, tokenizer = load_model(options, options.model)
     taken: list[str] = []
     if not modlab.is_converted(model) and not options.dense:
-        name = options.recipe or "default"
+        name = options.recipe or DEFAULT
         mod_config, config = modlab.recipe(name, model, kv_saving=options.kv_saving, **given)
         modlab.convert(model, mod_config)
         print(
@@ -136,6 +137,7 @@ def run(options: argparse.Namespace) -> int:
             "--recipe, --kv-saving and --start are for a dense MODEL that is converted; this one is not: say "
             "--objective, --keep-ratio and so on."
         )
+    config.check()  # a recipe that was not named was only perhaps the one that is trained by
     _check_distils(options, config)
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
 
@@ -144,9 +146,9 @@ def run(options: argparse.Namespace) -> int:
         return packed(options.data, tokenizer, length, split, limit_tokens=limit, seed=config.seed)
 
     data = rows("train", options.limit_tokens)
-    if config.objective == "distil":
-        data = _distilled(options, config, model, tokenizer, data, taken)
     heldout = rows("heldout", options.heldout_tokens) if options.heldout_tokens else None
+    if config.objective == "distil":  # last: nothing is fitted for a run that cannot begin
+        data = _distilled(options, config, model, tokenizer, data, taken)
     result = modlab.train(model, data, config, eval_data=heldout, teacher=teacher, tokenizer=tokenizer)
     last = result.history.iloc[-1].dropna().to_dict() if len(result.history) else {}
     shown = {
@@ -165,22 +167,42 @@ def run(options: argparse.Namespace) -> int:
 def _checked(options: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The settings as far as they are known before the model is: a recipe's, and the flags given with it.
 
+    Where no recipe is named, a dense model is trained by the default one and another without: flags that fit
+    either pass here.
+
     Raises:
         ModlabError: settings that cannot work.
     """
-    from modlab.recipes import RECIPES
+    from modlab.recipes import DEFAULT
     from modlab.training.config import TrainConfig
 
     config = TrainConfig(**given)
-    if options.recipe is None:
-        config.check()
+    if options.recipe is not None:
+        _with_recipe(options.recipe, given).check()
         return config
-    fields = {**RECIPES[options.recipe].train, **given}
-    if "keep_ratio" not in fields and fields.get("keep_range") is not None:
-        # a share within the range stands in for the saving's, which `recipe` checks once it knows the model
-        fields["keep_ratio"] = sum(fields["keep_range"]) / len(fields["keep_range"])
-    TrainConfig(**fields).check()
+    try:
+        config.check()
+    except ModlabError:
+        try:
+            _with_recipe(DEFAULT, given).check()
+        except ModlabError:
+            pass
+        else:
+            return config
+        raise
     return config
+
+
+def _with_recipe(name: str, given: dict[str, Any]) -> Any:
+    """The settings of a recipe with the flags given. A share within its range stands in for the saving's,
+    which `recipe` checks once it knows the model."""
+    from modlab.recipes import RECIPES
+    from modlab.training.config import TrainConfig
+
+    fields = {**RECIPES[name].train, **given}
+    if "keep_ratio" not in fields and fields.get("keep_range") is not None:
+        fields["keep_ratio"] = sum(fields["keep_range"]) / len(fields["keep_range"])
+    return TrainConfig(**fields)
 
 
 def _check_lengths(options: argparse.Namespace) -> None:

@@ -116,10 +116,11 @@ if real:
 # %% [markdown]
 # ## Choose a recipe
 #
-# - `default`: every token passes every layer, routers decide whose keys and values stay in the cache. Of
-#   these the least lossy on the demo (on a real model it costs verbatim recall, see the README); it saves
-#   memory and hardly any time. A two-sided target with a ramp; what is left out tells its router, too, what
-#   it would have been worth.
+# - `plain`: every token passes every layer, routers decide whose keys and values stay in the cache. Of
+#   these the least lossy on the demo; on a real model it costs verbatim recall (see the README), and
+#   `modlab.recipe("default", model)` distils instead, in longer rows than these. It saves memory and hardly
+#   any time. A two-sided target with a ramp; what is left out tells its router, too, what it would have been
+#   worth.
 # - `routers only`: the same, and the other weights stay as they are. For a model that is done learning: a few
 #   rows of another kind of text, as here, would rather harm it.
 # - `layers`: tokens skip whole layers. Saves operations too, and costs far more loss.
@@ -141,10 +142,10 @@ common = modlab.TrainConfig(
     log_every=2,
     seed=0,
 )
-cache = modlab.MoDConfig(keep_recent=SEQ_LEN // 8)  # the default's 128 tokens are all of a row
+cache = modlab.MoDConfig(keep_recent=SEQ_LEN // 8)  # the usual 128 tokens are all of a row
 layers = modlab.MoDConfig(skip="layer", layers="alternate")
 RECIPES = {
-    "default": (cache, common),
+    "plain": (cache, common),
     "routers only": (cache, replace(common, freeze_base=True)),
     "layers": (layers, common),
     "distilled": (layers, replace(common, kl=1.0)),

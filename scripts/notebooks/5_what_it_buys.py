@@ -236,7 +236,8 @@ published.demo().reindex(["dense", "dense_continuation", "mod"])[
 #
 # A model of 56 million parameters, 10 million tokens of conversion, held-out loss above that of the dense
 # model on the same tokens: means over seeds, with their standard deviation. Each line is one kind of model,
-# its thresholds moved after training. The table behind it is [docs/quality.md](../docs/quality.md).
+# its thresholds moved after training; "default" is `MoDConfig()`, not `recipe("default")`. The table behind
+# it is [docs/quality.md](../docs/quality.md).
 
 # %%
 RECIPES = {

@@ -48,6 +48,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "growth": speed.block,
     "quality": quality.block,
     "real gates": real_models.block,
+    "recipes": real_models.recipes,
     "distilled": real_models.trained,
     "quick": real_models.quick,
     "measured": measured.block,

@@ -12,7 +12,7 @@ from scripts.pages.screenshot import save_png
 
 WIDTH, HEIGHT = 1000, 560
 POINTS = ("1.3x", "1.5x", "1.8x", "2.2x", "2.5x")
-DEFAULT = "kv-mid"  # the arm that is the recipe "default"
+PLAIN = "kv-mid"  # the arm that is MoDConfig()
 MOST = 0.5  # nats at the top of the pictures; the tables have what lies beyond
 AXES = {
     "kv_saving": "K/V bytes, dense over routed",
@@ -123,17 +123,17 @@ def moved_table(table: pd.DataFrame, value: str = "gap") -> list[str]:
 
 
 def furthest_off(rows: pd.DataFrame) -> float:
-    """The largest difference of the keep ratio that the default recipe was asked for and the one it got."""
-    runs = rows[rows.arm == DEFAULT]
+    """The largest difference of the keep ratio that the plain form was asked for and the one it got."""
+    runs = rows[rows.arm == PLAIN]
     return float((runs.keep_ratio - runs.asked_keep_ratio).abs().max())
 
 
 def asked_table(rows: pd.DataFrame) -> list[str]:
-    """What the default recipe was asked for, and what came out: means of `rows`, all of one budget."""
+    """What the plain form was asked for, and what came out: means of `rows`, all of one budget."""
     table = summary(rows)
     gap = table.set_index(["arm", "point"]).gap
-    mine = table[table.arm == DEFAULT].set_index("point")
-    other = gap[f"{DEFAULT}-at2.2", "trained"]
+    mine = table[table.arm == PLAIN].set_index("point")
+    other = gap[f"{PLAIN}-at2.2", "trained"]
     lines = [
         ("gap at 1.8x, of top-k's", "≤ 1/3", f"{mine.gap['1.8x'] / gap['topk-alt', '1.8x']:.4f}"),
         ("gap at 1.8x, of the paper's", "≤ 1/2", f"{mine.gap['1.8x'] / gap['paper-0.03', '1.8x']:.4f}"),
@@ -180,8 +180,8 @@ def page(result: dict[str, Any]) -> str:
         "goes). FLOPs is the share of a dense model's operations that is executed. ± is the standard",
         "deviation over runs (seeds and bases).",
     ]
-    if DEFAULT in set(table.arm):
-        lines += ["", f"## What the default recipe (`{DEFAULT}`) had to reach", ""]
+    if PLAIN in set(table.arm):
+        lines += ["", f"## What the plain form (`{PLAIN}`: `MoDConfig()`) had to reach", ""]
         lines += asked_table(rows[rows.tokens == rows.tokens.min()])
     if len(budgets := budget_table(table)) > 2:
         lines += ["", "Gap at 1.8x after more tokens:", "", *budgets]

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from modlab.published import GATES, REPORT, SHIPPED
+from modlab.recipes import RECIPES
+from scripts.pages import measured
 
 CONTROLS = "coder-0.5b"
 LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
@@ -12,7 +14,7 @@ LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
 
 
 def block(root: Path) -> str:
-    """Two tables, and what they say of the recipes."""
+    """Two tables: gates at each saving, and controls."""
     records = {record["model"]: record for record in _records(root)}
     lines = [
         "| model | asked | K/V by text | KL | agreement | recall gap | retrieval, of dense's |",
@@ -46,8 +48,6 @@ def block(root: Path) -> str:
             "The same bytes without looking at tokens:",
             "",
             *controls,
-            "",
-            *(f"- {_verdict(name, records)}" for name in LIMITS),
         ]
     )
 
@@ -97,31 +97,67 @@ def _largest(record: dict[str, Any]) -> str:
     return f"{max(error for row in record['rows'] for error in row['recall_gap_stderr'].values()):.3f}"
 
 
-def highest(records: dict[str, Any], recall: float, kl: float | None) -> float | None:
-    """The largest saving that stays within the limits on every model; None if none does."""
-    ratios = sorted({row["ratio_asked"] for row in _of(records["coder-0.5b"], SHIPPED["coder-0.5b"])})
-    found = None
-    for ratio in ratios:
-        rows = [
-            row
-            for model, run in SHIPPED.items()
-            for row in _of(records[model], run)
-            if row["ratio_asked"] == ratio and ":" not in row["arm"]
-        ]
-        fits = all(
-            max(row["recall_gap"].values()) <= recall and (kl is None or row["kl_far"] <= kl) for row in rows
+def recipes(root: Path) -> str:
+    """What a recipe is to have, and the saving that has it, from the product's own records."""
+    best = best_rows(measured.records(root))
+    lines = [
+        "| asked | " + " | ".join(f"{model}: KL, worst recall gap" for model in SHIPPED) + " |",
+        "|---" * (1 + len(SHIPPED)) + "|",
+    ]
+    for saving in common_savings(best):
+        cells = [_figures(best[model][saving]) for model in SHIPPED]
+        lines.append(f"| {saving:g}x | " + " | ".join(cells) + " |")
+    lines += ["", "\\* by routers that do not ship: those that do were not measured there.", ""]
+    for name, limits in LIMITS.items():
+        recall, kl = limits
+        asked = f"a recall gap of at most {recall:g}" + ("" if kl is None else f" and a KL of at most {kl:g}")
+        found = highest(best, *limits)
+        what = "none has it" if found is None else f"{found:g}x is the highest that has it"
+        lines.append(
+            f"- `{name}` is to have {asked} on all of them: {what}. It aims at {RECIPES[name].kv_saving:g}x."
         )
-        if len(rows) == len(SHIPPED) and fits:
-            found = ratio
+    lines.append(
+        f"- `safe` aims at {RECIPES['safe'].kv_saving:g}x, and stays there whatever `default` becomes."
+    )
+    return "\n".join(lines)
+
+
+Best = dict[str, dict[float, dict[str, Any]]]
+"""By model and saving a row of its measurements, with "ships"."""
+
+
+def best_rows(records: list[dict[str, Any]]) -> Best:
+    """Of each model and saving the newest row of routers that ship; of others where there is none."""
+    best: Best = {}
+    for record in sorted(records, key=lambda one: (measured.ships(one), str(one["date"]))):
+        for row in record["rows"]:
+            if row["arm"] == record["arm"] and row["ratio_asked"] > 1:
+                of_model = best.setdefault(record["model"], {})
+                of_model[row["ratio_asked"]] = {**row, "ships": measured.ships(record)}
+    return best
+
+
+def common_savings(best: Best) -> list[float]:
+    """Savings that were measured on every model."""
+    return sorted(set.intersection(*(set(best.get(model, {})) for model in SHIPPED)))
+
+
+def highest(best: Best, recall: float, kl: float | None) -> float | None:
+    """The largest saving that stays within the limits on every model; None if none does."""
+    found = None
+    for saving in common_savings(best):
+        rows = [best[model][saving] for model in SHIPPED]
+        if all(_worst(row) <= recall and (kl is None or row["kl_far"] <= kl) for row in rows):
+            found = saving
     return found
 
 
-def _verdict(name: str, records: dict[str, Any]) -> str:
-    recall, kl = LIMITS[name]
-    asked = f"a recall gap of at most {recall:g}" + (f" and a KL of at most {kl:g}" if kl is not None else "")
-    found = highest(records, recall, kl)
-    what = f"{found:g}x is the highest that has it" if found else "none has it"
-    return f"Recipe `{name}` is to have {asked} on all three models: of the ratios measured, {what}."
+def _worst(row: dict[str, Any]) -> float:
+    return float(max(row["recall_gap"].values()))
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return f"{row['kl_far']:.4f}, {_worst(row):.4f}{'' if row['ships'] else '*'}"
 
 
 def _records(root: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ def test_two_machines_train_what_one_does(tmp_path: Path, capsys: pytest.Capture
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(900)))
     train = ["train", "demo-dense", "--data", str(text), "--steps", "2", "--seq-len", "192", "--no-calibrate"]
+    train += ["--recipe", "layers"]  # what distils needs two rows a process
     train += ["--heldout-tokens", "0", "--log-every", "1", "--mixed-precision", "no", "--num-workers", "0"]
 
     def command(rank: int) -> list[str]:

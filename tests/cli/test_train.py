@@ -103,8 +103,52 @@ def test_flags_given_with_a_recipe_are_checked_with_what_the_recipe_says() -> No
     ):
         with pytest.raises(ModlabError, match=said):
             _checked(distil, {"tokens": 9, **given})
-    with pytest.raises(ModlabError, match="keep_range needs"):
-        _checked(Namespace(recipe=None), {"tokens": 9, "keep_range": (0.04, 0.67)})
+    nothing = Namespace(recipe=None)  # a dense model takes the default recipe then, another none
+    _checked(nothing, {"tokens": 9, "keep_range": (0.04, 0.67)})
+    _checked(nothing, {"tokens": 9, "objective": "load"})
+    for given, said in (({"keep_range": (0.5, 0.2)}, "keep_range"), ({"keep_ratio": 3.0}, "keep_ratio=3.0")):
+        with pytest.raises(ModlabError, match=said):
+            _checked(nothing, {"tokens": 9, **given})
+
+
+def _tiny(folder: Path, tokens: int) -> list[str]:
+    """A dense model and a text in a folder; the words of a run on them."""
+    dense_llama().save_pretrained(folder / "tiny")
+    make_tokenizer().save_pretrained(folder / "tiny")
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 90}" for i in range(tokens)))
+    words = ["train", str(folder / "tiny"), "--data", str(folder / "text.txt"), "--out", str(folder / "run")]
+    return [*words, "--device", "cpu", "--heldout-tokens", "0", "--seq-len", "128", "--batch-size", "2"]
+
+
+def test_without_a_recipe_a_dense_model_is_fitted_and_distilled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*_tiny(tmp_path, 4000), "--steps", "2"]
+    assert main([*words, "--fit-tokens", "1024"]) == 0
+    said = capsys.readouterr()
+    assert "converted by the recipe default" in said.out and "Fit(tokens=" in said.out
+    assert "Fitting routers" in said.err and "tok/s" in said.err  # bars of the fit and of the run
+    model, _ = modlab.load(tmp_path / "run" / "model")
+    assert model.mod.trained.method.startswith("distilled") and 2.0 in model.mod.trained.savings
+
+
+def test_a_converted_model_has_no_recipe_and_is_told_what_only_one_would_allow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = _tiny(tmp_path, 300)
+    assert main([*words, "--objective", "target", "--steps", "1"]) == 2
+    assert "'default' distils" in capsys.readouterr().err
+    modlab.convert(dense_llama()).save_pretrained(tmp_path / "tiny")
+    assert main([*words, "--keep-range", "0.04,0.67", "--steps", "1"]) == 2
+    assert "keep_range needs objective" in capsys.readouterr().err
+
+
+def test_nothing_is_fitted_for_a_run_without_held_out_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*_tiny(tmp_path, 300), "--heldout-tokens", "256", "--steps", "1"]) == 2
+    said = capsys.readouterr()
+    assert "heldout split" in said.err and "Fit" not in said.out + said.err
 
 
 def test_shares_of_rows_with_repeats_go_to_the_rows_and_to_batches_of_several_lengths() -> None:

@@ -46,7 +46,7 @@ def test_rates_stay_up_until_the_cooldown() -> None:
     assert factors[85] == pytest.approx(0.5) and factors[100] == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["distil", "safe", "speed"])
+@pytest.mark.parametrize("name", ["distil", "safe", "default", "memory", "speed"])
 def test_distilled_recipes_cool_down_once_the_target_is_reached(name: str) -> None:
     config = TrainConfig(steps=100, keep_ratio=0.25, **RECIPES[name].train)
     reached = next(s for s in range(101) if keep_target(config, s, s / 100) <= 0.04)
