@@ -19,6 +19,8 @@ the loss of the text. Real models lose recall over a distance by it (docs/result
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -157,9 +159,10 @@ def recipe(
     Args:
         name: "quick", "distil", "safe", "default", "memory", "speed", "layers" or "paper".
         model: dense, to be converted; its number of layers sets the keep ratio.
-        kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default. Of what is
-            distilled in texts of 8,192 tokens (or the model's context), the latest included; shorter ones
-            save less. With "layers" all along.
+        kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default, or less, with
+            a warning, where windows leave too few layers for it. Of what is distilled in texts of 8,192
+            tokens (or the model's context), the latest included; shorter ones save less. With "layers" all
+            along.
         **settings: further fields of `TrainConfig` (of "quick": of `FitConfig`), such as `tokens`; they win
             over the recipe's.
 
@@ -204,11 +207,27 @@ def recipe(
             "the trained model (modlab.calibrate)."
         )
     if saving is not None and "keep_ratio" not in fields:
-        routed = select(found, config).facts
-        fields["keep_ratio"] = keep_ratio_for_saving(saving, len(routed), found.holding_keys)
+        routed, holding = len(select(found, config).facts), found.holding_keys
+        if kv_saving is None:
+            saving = _reachable(name, saving, routed, holding)
+        fields["keep_ratio"] = keep_ratio_for_saving(saving, routed, holding)
     how = (FitConfig if chosen.fits else TrainConfig)(**fields)
     how.check()
     return config, how
+
+
+def _reachable(name: str, saving: float, routed: int, holding: int) -> float:
+    """The recipe's own aim, or, with a word, three quarters of the way to what so few layers can save."""
+    most = holding / (holding - routed) if routed < holding else math.inf
+    if saving < most:
+        return saving
+    aim = 1 + 0.75 * (most - 1)
+    warnings.warn(
+        f"{routed} of {holding} layers are routed (others hold a window alone), which saves less than "
+        f"{most:.3g}x: the recipe {name!r} aims at {aim:.3g}x here instead of {saving:g}x (kv_saving=...).",
+        stacklevel=3,
+    )
+    return aim
 
 
 def _for(found: Survey, config: MoDConfig) -> MoDConfig:

@@ -9,6 +9,7 @@ import pytest
 import modlab
 from modlab.cache.stored import keep_ratio_for_saving
 from modlab.errors import ModlabError
+from modlab.families.tiny_models import tiny_model
 from modlab.recipes import RECIPES, TRAINED
 
 
@@ -115,3 +116,14 @@ def test_refusals_say_what_to_do(make_llama: Any) -> None:
 def test_a_converted_model_is_told_so(tiny_llama) -> None:
     with pytest.raises(ModlabError, match="is converted already, and a recipe is for a dense model"):
         modlab.recipe("default", tiny_llama)
+
+
+@pytest.mark.parametrize("name", ["default", "memory", "safe"])
+def test_where_windows_leave_few_layers_the_aim_is_what_they_can_save(name: str) -> None:
+    model = tiny_model("gemma2")  # half of its layers hold a window alone
+    with pytest.warns(UserWarning, match=rf"the recipe {name!r} aims at 1.75x here"):
+        mod, train = modlab.recipe(name, model, steps=1)
+    modlab.convert(model, mod)
+    assert 0 < train.keep_ratio < 0.5
+    with pytest.raises(ModlabError, match="saves less than 2.00x"):
+        modlab.recipe(name, tiny_model("gemma2"), kv_saving=4, steps=1)
