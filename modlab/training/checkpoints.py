@@ -145,7 +145,7 @@ def load_checkpoint(
         where the run was, and what was given to `write_checkpoint` as `routing`.
 
     Raises:
-        ModlabError: it is damaged, or of another model, or goes with other frozen weights.
+        ModlabError: it is damaged, or of another model, or goes with another base.
     """
     with readable(path):
         state, unchanged, files = _read(path)
@@ -157,14 +157,14 @@ def load_checkpoint(
         bad = [n for n, digest in files.items() if processes.is_main and _sha256(path / n) != digest]
         if processes.any(bool(bad)):  # the others would wait for the main one
             raise ValueError(f"{bad[0] if bad else 'a file'} is not as it was written")
-        _load_optimizer(weights.model, optimizer, load_file(path / OPTIMIZER))
         saved = load_file(path / MODEL)
         if differ := weights.differences(saved, unchanged):
             raise ModlabError(
-                f"The checkpoint {path} goes with other weights, which its run left as they were: "
+                f"The checkpoint {path} goes with another base, which its run left as it was: "
                 f"{'; '.join(differ[:2])}{'; ...' if len(differ) > 2 else ''}. Load the base that the run "
                 "began with, in the same dtype."
             )
+        _load_optimizer(weights.model, optimizer, load_file(path / OPTIMIZER))
         weights.restore(saved)
         if as_many:
             _set_random_state(read_json(path / random_file))

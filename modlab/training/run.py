@@ -143,7 +143,7 @@ class Run:
             self.window = Window(self.stepping.layers, self.processes.device)
             self.thresholds: dict[float, dict[int, float]] = {}
             self.reach = self._reach()
-            self.weights = Weights(model)
+            self.weights = Weights(model) if config.out is not None else None
             if checkpoint is not None:
                 self._restore(checkpoint)
             elif self.objective == "distil":
@@ -332,7 +332,7 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint, unless this step has one."""
-        if self.config.out is None or self.saved_step == self.step or self.folder.path is None:
+        if self.weights is None or self.saved_step == self.step or self.folder.path is None:
             return
         window = self._read_window()
         with self.clock.not_training():
@@ -402,6 +402,7 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         stepping, processes = self.stepping, self.processes
+        assert self.weights is not None  # a checkpoint is of a run with a folder
         state, routing = load_checkpoint(checkpoint, self.weights, stepping.optimizer, processes)
         with readable(checkpoint):
             if stepping.control is not None:

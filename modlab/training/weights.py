@@ -25,8 +25,8 @@ class Weights:
     """The weights of a model in training. All processes have to call its methods together.
 
     A run changes the weights that it trains. Routers, and what else conversion added, count as changed even
-    where they are frozen, for their biases are shifted. Buffers do from the moment when they are changed, and
-    whatever else a module puts into its state (scales of quantized weights) always.
+    where they are frozen, for their biases are shifted. Buffers, and what else modules put into their state
+    (integers and scales of quantized weights), do from the moment when they are changed.
 
     Args:
         model: as this call was given it, nothing of a checkpoint in it yet.
@@ -35,9 +35,12 @@ class Weights:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._frozen: dict[str, str] = {}
-        self._changed: set[str] = set()  # buffers
-        buffers = model.named_buffers(remove_duplicate=False)
-        self._buffers = {name: digest(buffer) for name, buffer in buffers}
+        self._changed: set[str] = set()  # no parameters
+        self._begun = {
+            name: digest(tensor)
+            for name, tensor in self._state().items()
+            if not _is_parameter(tensor) and not is_router(name)
+        }
 
     def changed(self) -> dict[str, Tensor]:
         """What the run changes, by name; sharded tensors as they are."""
@@ -52,7 +55,7 @@ class Weights:
                 found[name] = self._digest(name, tensor)
             elif not _is_parameter(tensor) and name not in self._changed:
                 now = digest(tensor)
-                if now == self._buffers.get(name):
+                if now == self._begun.get(name):
                     found[name] = now
                 else:
                     self._changed.add(name)
@@ -66,21 +69,29 @@ class Weights:
             unchanged: digests of the others.
 
         Raises:
-            ValueError: the names are others, or a tensor's shape or dtype.
+            ValueError: those are as they were, but of the weights that it changes the names are others, or a
+                shape or dtype.
         """
         own = self._state()
-        if other := sorted(own.keys() ^ (saved.keys() | unchanged.keys())):
-            raise ValueError(f"its weights are others: {other[:3]}")
-        for name, value in saved.items():
-            if (own[name].shape, own[name].dtype) != (value.shape, value.dtype):
-                raise ValueError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, in the model "
-                    f"{own[name].dtype} {tuple(own[name].shape)}"
-                )
-        wanted = {name: digest(value) for name, value in saved.items() if _is_frozen(name, own[name])}
-        wanted |= unchanged
+        base = {name for name, tensor in own.items() if not _is_trained(name, tensor)}
+        found = [f"{name} is missing" for name in unchanged if name not in own]
+        found += [f"{name} is new" for name in own if name in base - saved.keys() - unchanged.keys()]
+        wanted = {name: was for name, was in unchanged.items() if name in own}
+        wanted |= {n: digest(value) for n, value in saved.items() if n in own and _is_frozen(n, own[n])}
         now = {name: self._digest(name, own[name]) for name in wanted}
-        return [f"{name} is {now[name]} (was {was})" for name, was in wanted.items() if now[name] != was]
+        found += [f"{name} is {now[name]} (was {was})" for name, was in wanted.items() if now[name] != was]
+        others = [
+            (name, f"{name} is {_form(own[name])} (was {_form(value)})")
+            for name, value in saved.items()
+            if name in own and name not in wanted and _form(own[name]) != _form(value)
+        ]
+        if found := found + [words for name, words in others if name in base]:
+            return found
+        if names := sorted(own.keys() ^ (saved.keys() | unchanged.keys())):
+            raise ValueError(f"its weights are others: {names[:3]}")
+        if others:
+            raise ValueError(others[0][1])
+        return []
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor]) -> None:
@@ -123,7 +134,7 @@ def digest(tensor: Tensor) -> str:
     found = hashlib.sha256()
     for part in (sums, integers[even:], data[len(integers) * INTEGER :]):
         found.update(part.cpu().numpy().tobytes())
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {found.hexdigest()[:32]}"
+    return f"{_form(tensor)} {found.hexdigest()[:32]}"
 
 
 def _is_parameter(tensor: Tensor) -> bool:
@@ -131,4 +142,12 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 def _is_frozen(name: str, tensor: Tensor) -> bool:
-    return _is_parameter(tensor) and not tensor.requires_grad and not is_router(name)
+    return _is_parameter(tensor) and not _is_trained(name, tensor)
+
+
+def _is_trained(name: str, tensor: Tensor) -> bool:
+    return is_router(name) or (_is_parameter(tensor) and tensor.requires_grad)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

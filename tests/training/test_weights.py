@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
+import modlab
+from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
 from modlab.training.loop import TrainConfig, train
 from modlab.training.weights import BLOCK, Weights, digest
-from tests.helpers.models import alternate_layers, routed_llama
+from tests.helpers.models import alternate_layers, routed_llama, tiny_config
 from tests.helpers.steps import adapted
 from tests.helpers.training import same_weights, settings
 
@@ -117,7 +120,7 @@ def test_another_base_is_refused(
     before = {n: value.clone() for n, value in model.state_dict().items()}
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(
-        ModlabError, match=rf"step_3 goes with other weights.*{name} is .*\(was .*Load the base"
+        ModlabError, match=rf"step_3 goes with another base.*{name} is .*\(was .*Load the base"
     ):
         run(model, rows, tmp_path / "run", kind, resume="auto")
     assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
@@ -194,18 +197,127 @@ def test_what_conversion_added_is_saved_though_it_is_frozen() -> None:
 class Scaled(nn.Linear):
     """Has a tensor in its state that is neither parameter nor buffer, as quantized weights do."""
 
-    scale = torch.full((3,), 2.0)
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__(2, 3)
+        self.requires_grad_(False)
+        self.scale = scale
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale"] = self.scale
 
 
-def test_what_is_no_parameter_and_no_buffer_is_saved() -> None:
-    weights = Weights(nn.Sequential(Scaled(2, 3).requires_grad_(False)))
+def test_what_is_no_parameter_and_no_buffer_is_saved_from_when_it_is_changed() -> None:
+    layer = Scaled(torch.full((3,), 2.0))
+    weights = Weights(nn.Sequential(layer))
+    assert weights.changed() == {}
+    before = weights.unchanged()
+    assert before.keys() == {"0.weight", "0.bias", "0.scale"}
+    assert weights.differences({}, before) == []
+    layer.scale[1] = 4
+    (difference,) = weights.differences({}, before)
+    assert difference == f"0.scale is {digest(layer.scale)} (was {before['0.scale']})"
     assert weights.changed().keys() == {"0.scale"}
     assert weights.unchanged().keys() == {"0.weight", "0.bias"}
     assert weights.differences({"0.scale": torch.ones(3)}, weights.unchanged()) == []
+    weights.restore({"0.scale": torch.full((3,), 2.0)})
+    assert weights.changed()["0.scale"].tolist() == [2, 2, 2]
+
+
+def test_names_and_shapes_of_a_base_are_told_from_those_of_what_a_run_trains() -> None:
+    """One says that the base is another, as it does of its numbers; the other is a ValueError."""
+    base = Scaled(torch.ones(3))
+    unchanged = Weights(nn.Sequential(base)).unchanged()
+    longer = Weights(nn.Sequential(Scaled(torch.ones(4))))
+    assert any("0.scale is float32 [4] " in words for words in longer.differences({}, unchanged))
+    others = {name: was for name, was in longer.unchanged().items() if name != "0.scale"}
+    assert longer.differences({"0.scale": torch.ones(3)}, others) == [
+        "0.scale is float32 [4] (was float32 [3])"
+    ]
+    plain = nn.Sequential(nn.Linear(2, 3)).requires_grad_(False)
+    plain.load_state_dict({"0.weight": base.weight, "0.bias": base.bias})
+    assert Weights(plain).differences({}, unchanged) == ["0.scale is missing"]
+    assert Weights(nn.Sequential(base)).differences({}, Weights(plain).unchanged()) == ["0.scale is new"]
+
+    plain[0].bias.requires_grad_()
+    trained, rest = Weights(plain), Weights(plain).unchanged()
+    assert trained.differences({"0.bias": torch.ones(3)}, rest) == []
+    with pytest.raises(ValueError, match=r"0.bias is float32 \[3\] \(was float32 \[4\]\)"):
+        trained.differences({"0.bias": torch.ones(4)}, rest)
+    for names in ([], ["0.bias", "0.more"]):
+        with pytest.raises(ValueError, match=r"its weights are others: \['0\.(bias|more)'\]"):
+            trained.differences({name: torch.ones(3) for name in names}, rest)
+    assert trained.differences({}, {"0.gone": ""}) == ["0.gone is missing", "0.weight is new"]
+
+
+def int8(model: Any) -> Any:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8, exclude="lm_head")
+    quanto.freeze(model)
+    return model
+
+
+def nf4(model: Any) -> Any:
+    bnb = pytest.importorskip("bitsandbytes")
+    for module in list(model.model.layers.modules()):
+        for name, linear in module.named_children():
+            if type(linear) is nn.Linear:
+                packed = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32
+                )
+                packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(module, name, packed)
+    return model.to("cpu")  # packs them
+
+
+def as_it_is(model: Any) -> Any:
+    return model
+
+
+def on_a_quantized_base(quantized: Callable[[Any], Any], seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = quantized(LlamaForCausalLM(tiny_config()))
+    return modlab.convert(model.requires_grad_(False), MoDConfig(keep_recent=4))
+
+
+def test_a_quantized_base_is_left_out(rows: torch.Tensor, tmp_path: Path) -> None:
+    run(on_a_quantized_base(int8), rows, tmp_path, "distil")
+    for step in (3, 6):
+        saved = load_file(weights_in(tmp_path, step))
+        assert saved and all(is_router(name) for name in saved)
+    shutil.rmtree(weights_in(tmp_path, 6).parent)
+    resumed = run(on_a_quantized_base(int8), rows, tmp_path, "distil", resume="auto")
+    assert resumed.steps == 6
+
+
+@pytest.mark.parametrize("quantized", [int8, nf4])
+def test_another_quantized_base_is_refused(
+    rows: torch.Tensor, tmp_path: Path, quantized: Callable[[Any], Any]
+) -> None:
+    """By other numbers, or as it is not quantized; the checkpoint is not said to be damaged."""
+    run(on_a_quantized_base(quantized), rows, tmp_path, "distil")
+    for other in (on_a_quantized_base(quantized, seed=1), on_a_quantized_base(as_it_is)):
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(ModlabError, match="another (base|model)") as refused:
+            run(other, rows, tmp_path, "distil", resume="auto")
+        assert "delete it" not in str(refused.value)
+        assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+
+
+class Stateless(nn.Linear):
+    """A layer of which no state can be taken."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise NotImplementedError
+
+
+def test_a_model_whose_state_cannot_be_taken_trains_without_a_folder(
+    model_for: Callable[..., Any], rows: torch.Tensor
+) -> None:
+    model = model_for("distil")
+    model.model.layers[0].mlp.up_proj.__class__ = Stateless
+    config = settings(steps=2, **KINDS["distil"])
+    assert train(model, rows, TrainConfig(**config)).steps == 2
 
 
 def test_every_number_of_a_tensor_counts() -> None:
