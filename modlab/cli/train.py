@@ -224,11 +224,17 @@ def _check_lengths(options: argparse.Namespace) -> None:
 
 
 def _check_distils(options: argparse.Namespace, config: Any) -> None:
-    """Flags that change a distillation are for one.
+    """Flags that change a distillation are for one; a teacher is for something else.
 
     Raises:
-        ModlabError: a flag that nothing would use.
+        ModlabError: a flag that nothing would use, or that this run cannot.
     """
+    if config.objective == "distil" and (options.teacher or config.kl):
+        raise ModlabError(
+            "--teacher and --kl: this run distils the model to its own dense self and has no other teacher. "
+            "Leave them out; to learn from a model of your choice train the plain form: `modlab convert "
+            "MODEL FOLDER`, then `modlab train FOLDER --kl 1 --teacher TEACHER`."
+        )
     names = ("fit_tokens", "passages", "lines", "lengths")
     unused = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     if unused and config.objective != "distil":

@@ -151,6 +151,20 @@ def test_nothing_is_fitted_for_a_run_without_held_out_text(
     assert "heldout split" in said.err and "Fit" not in said.out + said.err
 
 
+def test_nothing_is_fitted_for_a_distillation_that_was_given_a_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = _tiny(tmp_path, 300)
+    assert main([*words, "--steps", "1", "--kl", "1", "--teacher", str(tmp_path / "tiny")]) == 2
+    said = capsys.readouterr()
+    assert "train the plain form: `modlab convert" in said.err and "Fit" not in said.out + said.err
+    plain = modlab.convert(dense_llama(), modlab.MoDConfig(keep_recent=16))
+    plain.save_pretrained(tmp_path / "plain")
+    make_tokenizer().save_pretrained(tmp_path / "plain")
+    words[1] = str(tmp_path / "plain")
+    assert main([*words, "--steps", "1", "--kl", "1", "--teacher", str(tmp_path / "tiny")]) == 0
+
+
 def test_shares_of_rows_with_repeats_go_to_the_rows_and_to_batches_of_several_lengths() -> None:
     rows = torch.arange(1024).repeat(200, 1)
     config = TrainConfig(steps=1, batch_size=1, objective="distil")
