@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import shlex
 from typing import Any
@@ -117,6 +118,7 @@ def run(options: argparse.Namespace) -> int:
     from modlab.recipes import DEFAULT
     from modlab.routing.router import is_router
     from modlab.training.checkpoints import checkpoints
+    from modlab.training.checks import check_teacher
 
     model, tokenizer = load_model(options, options.model)
     taken: list[str] = []
@@ -140,6 +142,7 @@ def run(options: argparse.Namespace) -> int:
     config.check()  # a recipe that was not named was only perhaps the one that is trained by
     _check_distils(options, config)
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
+    check_teacher(config, model, teacher)
 
     def rows(split: str, limit: int | None) -> Any:
         length = row_length(options, model)
@@ -183,11 +186,8 @@ def _checked(options: argparse.Namespace, given: dict[str, Any]) -> Any:
     try:
         config.check()
     except ModlabError:
-        try:
+        with contextlib.suppress(ModlabError):
             _with_recipe(DEFAULT, given).check()
-        except ModlabError:
-            pass
-        else:
             return config
         raise
     return config
@@ -224,17 +224,11 @@ def _check_lengths(options: argparse.Namespace) -> None:
 
 
 def _check_distils(options: argparse.Namespace, config: Any) -> None:
-    """Flags that change a distillation are for one; a teacher is for something else.
+    """Flags that change a distillation are for one.
 
     Raises:
-        ModlabError: a flag that nothing would use, or that this run cannot.
+        ModlabError: a flag that nothing would use.
     """
-    if config.objective == "distil" and (options.teacher or config.kl):
-        raise ModlabError(
-            "--teacher and --kl: this run distils the model to its own dense self and has no other teacher. "
-            "Leave them out; to learn from a model of your choice train the plain form: `modlab convert "
-            "MODEL FOLDER`, then `modlab train FOLDER --kl 1 --teacher TEACHER`."
-        )
     names = ("fit_tokens", "passages", "lines", "lengths")
     unused = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     if unused and config.objective != "distil":

@@ -99,9 +99,9 @@ def write_checkpoint(
             temporary.mkdir(parents=True)
         processes.wait()
         write_json(temporary / f"random_{processes.rank}.json", _random_state())
-        unchanged = weights.unchanged()
+        changed, unchanged = weights.parted()
         of_optimizer = _optimizer_state(weights.model, optimizer)
-        for name, tensors in ((MODEL, weights.changed()), (OPTIMIZER, of_optimizer)):
+        for name, tensors in ((MODEL, changed), (OPTIMIZER, of_optimizer)):
             full = gathered(tensors, keep=processes.is_main)
             if processes.is_main:
                 save_file(full, temporary / name)

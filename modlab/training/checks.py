@@ -68,6 +68,8 @@ def check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
     if config.objective == "distil" and (teacher is not None or config.kl):
         raise ModlabError(
             "objective='distil' learns from the model itself, with routing off: leave out the teacher and kl."
+            " To learn from another model train the plain form: `modlab convert MODEL FOLDER`, then `modlab "
+            "train FOLDER --kl 1 --teacher TEACHER`."
         )
     if config.kl and teacher is None:
         raise ModlabError(f"kl={config.kl} needs a teacher: train(..., teacher=dense_model), or set kl=0.")

@@ -42,24 +42,21 @@ class Weights:
             if not _is_parameter(tensor) and not is_router(name)
         }
 
-    def changed(self) -> dict[str, Tensor]:
-        """What the run changes, by name; sharded tensors as they are."""
-        unchanged = self.unchanged()
-        return {name: tensor.detach() for name, tensor in self._state().items() if name not in unchanged}
-
-    def unchanged(self) -> dict[str, str]:
-        """Digests of all other weights, by name."""
-        found = {}
+    def parted(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What the run changes, by name, sharded tensors as they are; digests of all others, by name."""
+        changed, unchanged = {}, {}
         for name, tensor in self._state().items():
             if _is_frozen(name, tensor):
-                found[name] = self._digest(name, tensor)
-            elif not _is_parameter(tensor) and name not in self._changed:
+                unchanged[name] = self._digest(name, tensor)
+                continue
+            if not _is_parameter(tensor) and name not in self._changed:
                 now = digest(tensor)
                 if now == self._begun.get(name):
-                    found[name] = now
-                else:
-                    self._changed.add(name)
-        return found
+                    unchanged[name] = now
+                    continue
+                self._changed.add(name)
+            changed[name] = tensor.detach()
+        return changed, unchanged
 
     def differences(self, saved: Mapping[str, Tensor], unchanged: Mapping[str, str]) -> list[str]:
         """What of the weights that a run leaves alone is not as in a checkpoint, in words.

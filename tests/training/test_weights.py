@@ -191,7 +191,9 @@ def test_buffers_that_change_are_saved_and_others_are_not(
 
 def test_what_conversion_added_is_saved_though_it_is_frozen() -> None:
     model = routed_llama().requires_grad_(False)
-    assert set(Weights(model).changed()) == {name for name, _ in model.named_parameters() if is_router(name)}
+    assert set(Weights(model).parted()[0]) == {
+        name for name, _ in model.named_parameters() if is_router(name)
+    }
 
 
 class Scaled(nn.Linear):
@@ -210,37 +212,37 @@ class Scaled(nn.Linear):
 def test_what_is_no_parameter_and_no_buffer_is_saved_from_when_it_is_changed() -> None:
     layer = Scaled(torch.full((3,), 2.0))
     weights = Weights(nn.Sequential(layer))
-    assert weights.changed() == {}
-    before = weights.unchanged()
+    assert weights.parted()[0] == {}
+    before = weights.parted()[1]
     assert before.keys() == {"0.weight", "0.bias", "0.scale"}
     assert weights.differences({}, before) == []
     layer.scale[1] = 4
     (difference,) = weights.differences({}, before)
     assert difference == f"0.scale is {digest(layer.scale)} (was {before['0.scale']})"
-    assert weights.changed().keys() == {"0.scale"}
-    assert weights.unchanged().keys() == {"0.weight", "0.bias"}
-    assert weights.differences({"0.scale": torch.ones(3)}, weights.unchanged()) == []
+    assert weights.parted()[0].keys() == {"0.scale"}
+    assert weights.parted()[1].keys() == {"0.weight", "0.bias"}
+    assert weights.differences({"0.scale": torch.ones(3)}, weights.parted()[1]) == []
     weights.restore({"0.scale": torch.full((3,), 2.0)})
-    assert weights.changed()["0.scale"].tolist() == [2, 2, 2]
+    assert weights.parted()[0]["0.scale"].tolist() == [2, 2, 2]
 
 
 def test_names_and_shapes_of_a_base_are_told_from_those_of_what_a_run_trains() -> None:
     """One says that the base is another, as it does of its numbers; the other is a ValueError."""
     base = Scaled(torch.ones(3))
-    unchanged = Weights(nn.Sequential(base)).unchanged()
+    unchanged = Weights(nn.Sequential(base)).parted()[1]
     longer = Weights(nn.Sequential(Scaled(torch.ones(4))))
     assert any("0.scale is float32 [4] " in words for words in longer.differences({}, unchanged))
-    others = {name: was for name, was in longer.unchanged().items() if name != "0.scale"}
+    others = {name: was for name, was in longer.parted()[1].items() if name != "0.scale"}
     assert longer.differences({"0.scale": torch.ones(3)}, others) == [
         "0.scale is float32 [4] (was float32 [3])"
     ]
     plain = nn.Sequential(nn.Linear(2, 3)).requires_grad_(False)
     plain.load_state_dict({"0.weight": base.weight, "0.bias": base.bias})
     assert Weights(plain).differences({}, unchanged) == ["0.scale is missing"]
-    assert Weights(nn.Sequential(base)).differences({}, Weights(plain).unchanged()) == ["0.scale is new"]
+    assert Weights(nn.Sequential(base)).differences({}, Weights(plain).parted()[1]) == ["0.scale is new"]
 
     plain[0].bias.requires_grad_()
-    trained, rest = Weights(plain), Weights(plain).unchanged()
+    trained, rest = Weights(plain), Weights(plain).parted()[1]
     assert trained.differences({"0.bias": torch.ones(3)}, rest) == []
     with pytest.raises(ValueError, match=r"0.bias is float32 \[3\] \(was float32 \[4\]\)"):
         trained.differences({"0.bias": torch.ones(4)}, rest)
