@@ -87,6 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--seed", type=int, default=0, help="of their training")
     measure.add_argument("--commit", help="of the source tree, where git cannot be asked")
     measure.add_argument("--device", default="cuda")
+    measure.add_argument(
+        "--dense", type=Path, help="file of the dense side, which processes and arms of a model share"
+    )
     measure.add_argument("--slow", action="store_true", help="generate without fast generation")
     measure.add_argument("--sizes", type=json.loads, default={}, help="JSON: fields of work.Sizes")
     recent = stages.add_parser("recent", help="recent tokens against gated ones at equal bytes, on one text")
@@ -222,7 +225,7 @@ def _measure(options: argparse.Namespace) -> None:
         recent=[int(tokens) for tokens in options.recent.split(",") if tokens] or None,
         about={"arm": options.arm, "tokens": round(options.tokens * 1e6), "seed": options.seed},
         commit=options.commit, device=options.device, fast=not options.slow,
-        minutes=options.minutes, sizes=options.sizes,
+        minutes=options.minutes, sizes=options.sizes, dense=options.dense,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from modlab.cli.flags import (
@@ -61,6 +62,10 @@ def add(command: Command) -> None:
         help="with a dense MODEL: routers that its conversion starts from (a folder, a hub id, or some that "
         "ship), wherever both have them; routers are not fitted then, and --ramp is 0 by default",
     )  # fmt: skip
+    sub.add_argument(
+        "--router-hidden", metavar="UNITS", type=int,
+        help="with a dense MODEL: units of the hidden layer in each router, 0: none (the recipe's)",
+    )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     distil = sub.add_argument_group("with --objective distil")
@@ -80,6 +85,10 @@ def add(command: Command) -> None:
     distil.add_argument(
         "--lines", metavar="SHARE", type=float,
         help="of the rows, in which key-value lines come again (default: 0.2)",
+    )  # fmt: skip
+    distil.add_argument(
+        "--near", metavar="SHARE", type=float,
+        help="of the repetitions, at most a quarter of a row on (default: 0, all distances equally often)",
     )  # fmt: skip
     distil.add_argument(
         "--lengths", metavar="T,T", type=read_integers,
@@ -125,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
     if not modlab.is_converted(model) and not options.dense:
         name = options.recipe or DEFAULT
         mod_config, config = modlab.recipe(name, model, kv_saving=options.kv_saving, **given)
+        if options.router_hidden is not None:
+            mod_config = replace(mod_config, router_hidden=options.router_hidden)
         modlab.convert(model, mod_config)
         print(
             f"{options.model} is dense: converted by the recipe {name}, routed layers "
@@ -134,10 +145,10 @@ def run(options: argparse.Namespace) -> int:
             taken = modlab.start_from(model, options.start)
             new = sum(map(is_router, dict(model.named_parameters()))) - len(taken)
             print(f"{len(taken)} tensors of {options.start} are the start, {new} are new")
-    elif options.recipe or options.kv_saving is not None or options.start:
+    elif options.recipe or options.start or (options.kv_saving, options.router_hidden) != (None, None):
         raise ModlabError(
-            "--recipe, --kv-saving and --start are for a dense MODEL that is converted; this one is not: say "
-            "--objective, --keep-ratio and so on."
+            "--recipe, --kv-saving, --start and --router-hidden are for a dense MODEL that is converted; "
+            "this one is not: say --objective, --keep-ratio and so on."
         )
     config.check()  # a recipe that was not named was only perhaps the one that is trained by
     _check_distils(options, config)
@@ -229,7 +240,7 @@ def _check_distils(options: argparse.Namespace, config: Any) -> None:
     Raises:
         ModlabError: a flag that nothing would use.
     """
-    names = ("fit_tokens", "passages", "lines", "lengths")
+    names = ("fit_tokens", "passages", "lines", "near", "lengths")
     unused = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     if unused and config.objective != "distil":
         raise ModlabError(
@@ -238,21 +249,22 @@ def _check_distils(options: argparse.Namespace, config: Any) -> None:
 
 
 def _shares(options: argparse.Namespace) -> dict[str, float]:
-    """Of rows with repeated passages and with repeated lines, as `data.with_repeats` takes them.
+    """Of rows with repeated passages and with repeated lines, and of repetitions that are near, as
+    `data.with_repeats` takes them.
 
     Raises:
         ModlabError: shares that are none, or are asked for together with --no-repeats.
     """
     from modlab.data.far import LINES_SHARE, PASSAGES_SHARE, check_shares
 
-    asked = {"passages": options.passages, "lines": options.lines}
+    asked = {"passages": options.passages, "lines": options.lines, "near": options.near}
     given = {name: share for name, share in asked.items() if share is not None}
     if not options.repeats:
         if given:
             flags = " ".join(f"--{name} {share:g}" for name, share in given.items())
             raise ModlabError(f"--no-repeats leaves no rows for {flags}: give one or the other.")
-        return {"passages": 0.0, "lines": 0.0}
-    shares = {"passages": PASSAGES_SHARE, "lines": LINES_SHARE, **given}
+        return {"passages": 0.0, "lines": 0.0, "near": 0.0}
+    shares = {"passages": PASSAGES_SHARE, "lines": LINES_SHARE, "near": 0.0, **given}
     check_shares(**shares)
     return shares
 
@@ -296,4 +308,5 @@ def _distilled(
         return mixed_lengths(
             data, tokenizer, lengths=options.lengths, tokens=tokens, seed=config.seed, **shares
         )
-    return with_repeats(data, tokenizer, seed=config.seed, **shares) if any(shares.values()) else data
+    some = shares["passages"] + shares["lines"] > 0
+    return with_repeats(data, tokenizer, seed=config.seed, **shares) if some else data

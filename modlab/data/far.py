@@ -24,6 +24,9 @@ PASSAGES_SHARE, LINES_SHARE = 0.25, 0.2
 PASSAGES = (16, 32, 64, 128, 256)
 """Lengths of repeated passages, in tokens."""
 
+NEAR = 4
+"""Near pairs are at most a quarter of a row apart."""
+
 EACH_PASSAGE = 340  # tokens of a row for one repeated passage
 EACH_LINE = 100  # the same for one line of a pair
 LINES, LINE = 4000, 32  # made-up lines, and the most tokens of one
@@ -35,18 +38,21 @@ def with_repeats(
     *,
     passages: float = PASSAGES_SHARE,
     lines: float = LINES_SHARE,
+    near: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
     """Rows, in some of which passages come again, in others lines of made-up keys and values.
 
     Each row is changed by itself and keeps its length: a copy takes the place of what stood there. All
-    distances that fit come equally often.
+    distances that fit come equally often, but for the share `near`.
 
     Args:
         rows: token rows of one length: `data.packed(...)`, a tensor [rows, T], or any data set of rows.
         tokenizer: writes the lines; may be left out with lines=0.
         passages: share of the rows with repeated passages, of 16 to 256 tokens.
         lines: share of the rows with repeated lines.
+        near: share of the repetitions at most a quarter of a row on, where all distances come equally often,
+            too.
         seed: of all that is drawn.
 
     Returns:
@@ -57,7 +63,7 @@ def with_repeats(
     """
     import torch
 
-    check_shares(passages, lines)
+    check_shares(passages, lines, near)
     check_count("seed", seed, 0)
     table = _as_table(rows).copy()
     drawn = np.random.default_rng(seed)
@@ -65,21 +71,23 @@ def with_repeats(
     for row in table:
         kind = drawn.random()
         if kind < passages:
-            _repeat_passages(row, drawn)
+            _repeat_passages(row, drawn, near)
         elif kind < passages + lines:
-            _repeat_lines(row, known, drawn)
+            _repeat_lines(row, known, drawn, near)
     return torch.from_numpy(table)
 
 
-def check_shares(passages: float, lines: float) -> None:
-    """They are shares of the same rows.
+def check_shares(passages: float, lines: float, near: float = 0.0) -> None:
+    """The first two are shares of the same rows, the third one is of the repetitions.
 
     Raises:
-        ModlabError: one outside [0, 1], or both together more than all rows.
+        ModlabError: one outside [0, 1], or the first two together more than all rows.
     """
-    for name, share in (("passages", passages), ("lines", lines)):
+    for name, share, of in (
+        ("passages", passages, "rows"), ("lines", lines, "rows"), ("near", near, "repetitions"),
+    ):  # fmt: skip
         if not 0 <= check_number(name, share) <= 1:
-            raise ModlabError(f"{name}={share}: a share of the rows, in [0, 1].")
+            raise ModlabError(f"{name}={share}: a share of the {of}, in [0, 1].")
     if passages + lines > 1:
         raise ModlabError(f"passages={passages} and lines={lines} together are more than all rows.")
 
@@ -92,6 +100,7 @@ def mixed_lengths(
     tokens: int,
     passages: float = PASSAGES_SHARE,
     lines: float = LINES_SHARE,
+    near: float = 0.0,
     seed: int = 0,
 ) -> list[Tensor]:
     """Batches for `modlab.train`, each of rows of one length, the lengths in turn: routers that are to work
@@ -99,7 +108,8 @@ def mixed_lengths(
 
     Args:
         rows: token rows as `with_repeats` takes them, at least as long as the longest of `lengths`.
-        tokenizer, passages, lines, seed: as of `with_repeats`, which each batch goes through once it is cut.
+        tokenizer, passages, lines, near, seed: as of `with_repeats`, which each batch goes through once it is
+            cut.
         lengths: tokens a row; each gets an equal share of the tokens.
         tokens: of a batch, about: each has as many rows as fit, at least one.
 
@@ -133,7 +143,7 @@ def mixed_lengths(
                 f"each of {len(lengths)} length(s): give more text, or fewer tokens a batch."
             )
         changed = with_repeats(
-            torch.from_numpy(pieces), tokenizer, passages=passages, lines=lines, seed=seed + turn
+            torch.from_numpy(pieces), tokenizer, passages=passages, lines=lines, near=near, seed=seed + turn
         )
         batches += list(changed[: len(pieces) // size * size].split(size))
     order = np.random.default_rng(seed).permutation(len(batches))
@@ -171,33 +181,36 @@ def _as_table(rows: Any) -> np.ndarray:
     return np.stack(parts).astype(np.int32)
 
 
-def _repeat_passages(row: np.ndarray, drawn: np.random.Generator) -> None:
+def _repeat_passages(row: np.ndarray, drawn: np.random.Generator, near: float) -> None:
     T = len(row)
     for _ in range(max(1, T // EACH_PASSAGE)):
         length = int(drawn.choice(PASSAGES))
         if 4 * length > T:
             continue
-        source, copy = _far_pair(T - length + 1, length, drawn)
+        source, copy = _far_pair(T - length + 1, length, drawn, near)
         row[copy : copy + length] = row[source : source + length]
 
 
-def _repeat_lines(row: np.ndarray, lines: np.ndarray, drawn: np.random.Generator) -> None:
+def _repeat_lines(row: np.ndarray, lines: np.ndarray, drawn: np.random.Generator, near: float) -> None:
     places = max(0, len(row) // LINE - 1)
     free = np.ones(places, bool)
     for _ in range(min(max(2, len(row) // EACH_LINE), places) // 2):
         line = lines[drawn.integers(len(lines))]
         line = line[line >= 0]
-        one, other = _far_pair(places, 1, drawn)
+        one, other = _far_pair(places, 1, drawn, near)
         if free[one] and free[other]:  # a line that would be overwritten asks for nothing
             free[[one, other]] = False
             row[one * LINE : one * LINE + len(line)] = line
             row[other * LINE : other * LINE + len(line)] = line
 
 
-def _far_pair(places: int, least: int, drawn: np.random.Generator) -> tuple[int, int]:
-    """Two of `places` starts, the later at least `least` on. All distances come equally often: of two places
-    drawn at random one in fifty lies as far apart as 85 % of a row."""
-    distance = int(drawn.integers(least, places))
+def _far_pair(places: int, least: int, drawn: np.random.Generator, near: float = 0.0) -> tuple[int, int]:
+    """Two of `places` starts, the later at least `least` on. All distances come equally often (of two places
+    drawn at random one in fifty lies as far apart as 85 % of a row), or, of a share of the pairs, those of at
+    most a quarter of the places."""
+    is_near = near > 0 and drawn.random() < near
+    furthest = max(least, places // NEAR) if is_near else places - 1
+    distance = int(drawn.integers(least, furthest + 1))
     first = int(drawn.integers(places - distance))
     return first, first + distance
 

@@ -189,17 +189,19 @@ def test_shares_of_rows_with_repeats_go_to_the_rows_and_to_batches_of_several_le
 
 
 def test_shares_that_are_not_given_are_those_of_with_repeats(capsys: pytest.CaptureFixture[str]) -> None:
-    defaults = {
-        name: inspect.signature(with_repeats).parameters[name].default for name in ("passages", "lines")
-    }
+    known = inspect.signature(with_repeats).parameters
+    defaults = {name: known[name].default for name in ("passages", "lines", "near")}
     assert _shares(_options()) == defaults
     assert _shares(_options("--passages", "0.5")) == {**defaults, "passages": 0.5}
-    assert _shares(_options("--no-repeats")) == {"passages": 0.0, "lines": 0.0}
+    assert _shares(_options("--no-repeats")) == {"passages": 0.0, "lines": 0.0, "near": 0.0}
     with pytest.raises(SystemExit):
         build_parser().parse_args(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for name, share in defaults.items():
-        assert re.search(rf"--{name} SHARE of the rows, in which [\w -]+ \(default: {share}\)", said)
+    for name in ("passages", "lines"):
+        wanted = rf"--{name} SHARE of the rows, in which [\w -]+ \(default: {defaults[name]}\)"
+        assert re.search(wanted, said)
+    assert defaults["near"] == 0
+    assert re.search(r"--near SHARE of the repetitions, [\w -]+ \(default: 0,", said)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +209,8 @@ def test_shares_that_are_not_given_are_those_of_with_repeats(capsys: pytest.Capt
     [
         (("--no-repeats", "--passages", "0.5"), "--no-repeats leaves no rows for --passages 0.5: give one"),
         (("--no-repeats", "--lines", "0"), "--no-repeats leaves no rows for --lines 0: give one"),
+        (("--near", "1.5"), r"near=1.5: a share of the repetitions"),
+        (("--no-repeats", "--near", "0.5"), "--no-repeats leaves no rows for --near 0.5: give one"),
         (("--passages", "1.5"), r"passages=1.5: a share of the rows"),
         (("--lines", "-1"), r"lines=-1.0: a share of the rows"),
         (("--passages", "0.9"), "passages=0.9 and lines=0.2 together are more than all rows"),
@@ -220,7 +224,8 @@ def test_shares_that_cannot_be_are_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
-    "words", [("--passages", "0.3"), ("--lines", "0"), ("--lengths", "32"), ("--fit-tokens", "0")]
+    "words",
+    [("--passages", "0.3"), ("--lines", "0"), ("--near", "0.5"), ("--lengths", "32"), ("--fit-tokens", "0")],
 )
 def test_flags_of_a_distillation_are_refused_for_another_objective(words: tuple[str, ...]) -> None:
     options = _options(*words)
@@ -244,7 +249,28 @@ def test_a_resumed_run_notices_other_shares_as_other_lengths(
     again = [*words, "--steps", "2", "--resume", "auto"]
     capsys.readouterr()
     for other in (("--passages", "0.6"), (), ("--passages", "0.5", "--lines", "0.4"), ("--no-repeats",),
+                  ("--passages", "0.5", "--near", "0.5"),
                   ("--passages", "0.5", "--lengths", "150,300")):  # fmt: skip
         assert main([*again, *other]) == 2, other
         assert re.search(r"needs the data and the settings.*data\.", capsys.readouterr().err), other
     assert main([*again, "--passages", "0.5"]) == 0
+
+
+def test_routers_of_another_width_are_fitted_trained_and_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense_llama().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 90}" for i in range(9000)))
+    words = ["train", str(tmp_path / "tiny"), "--data", str(tmp_path / "text.txt"), "--device", "cpu"]
+    words += ["--router-hidden", "64", "--fit-tokens", "600", "--heldout-tokens", "0", "--no-calibrate"]
+    words += ["--seq-len", "300", "--batch-size", "2", "--steps", "1", "--out", str(tmp_path / "run")]
+    words += ["--kv-saving", "1.5", "--keep-range", "0.1,0.9", "--recent-range", "8,32", "--near", "0.5"]
+    assert main(words) == 0, capsys.readouterr().err
+    model = modlab.load(tmp_path / "run" / "model")[0]
+    assert model.mod.config.router_hidden == 64
+    into = [tensor for name, tensor in model.named_parameters() if name.endswith("mod_router.into")]
+    assert into and all(tensor.shape == (64, model.config.hidden_size) for tensor in into)
+    words[1], words[-2:] = str(tmp_path / "run" / "model"), []
+    assert main([*words[:-6], "--out", str(tmp_path / "again")]) == 2
+    assert "--router-hidden are for a dense MODEL" in capsys.readouterr().err

@@ -62,6 +62,35 @@ def test_far_distances_come_as_often_as_near_ones(rows: torch.Tensor) -> None:
     assert counts[3] > counts.sum() / 16, counts
 
 
+def test_a_share_of_the_repetitions_is_near_at_equally_many_distances() -> None:
+    drawn = np.random.default_rng(0)
+    pairs = np.array([far._far_pair(400, 5, drawn, near=0.5) for _ in range(8000)])
+    apart = pairs[:, 1] - pairs[:, 0]
+    assert pairs.min() >= 0 and pairs.max() <= 399 and apart.min() == 5
+    counts, _ = np.histogram(apart, bins=[5, 53, 101, 201, 301, 401])
+    wanted = np.array([2000 + 4000 * 48 / 395] * 2 + [4000 * 100 / 395] * 2 + [4000 * 99 / 395])
+    assert all(abs(counts / wanted - 1) < 0.15), (counts, wanted)
+    only = [far._far_pair(400, 5, drawn, near=1.0) for _ in range(500)]
+    assert max(other - one for one, other in only) <= 100
+    assert far._far_pair(30, 20, drawn, near=1.0)[1] <= 29, "where a quarter is too near for the passage"
+
+
+@pytest.mark.parametrize("shares", [{"passages": 1.0, "lines": 0.0}, {"passages": 0.0, "lines": 1.0}])
+def test_near_repetitions_are_put_into_rows_and_none_changes_nothing(
+    rows: torch.Tensor, shares: dict[str, float]
+) -> None:
+    tokenizer = character_tokenizer()
+    rows = rows[:40]
+    far_rows, near_rows = (data.with_repeats(rows, tokenizer, near=near, **shares) for near in (0.0, 1.0))
+    assert torch.equal(far_rows, data.with_repeats(rows, tokenizer, **shares))
+    if shares["passages"]:
+        apart = [d for row in near_rows for d in repetitions(row)]
+        assert np.mean([d > 2 * T // far.NEAR for d in apart]) < 0.02 and min(apart) <= 64
+    assert not torch.equal(far_rows, near_rows)
+    (batch, *_) = data.mixed_lengths(rows, tokenizer, lengths=(T,), tokens=T * 40, near=1.0, **shares)
+    assert torch.equal(batch, near_rows)
+
+
 def test_lines_come_in_pairs_and_in_no_form_of_the_probe(rows: torch.Tensor) -> None:
     tokenizer = character_tokenizer(bos_token="<s>", eos_token="</s>")
     changed = data.with_repeats(rows, tokenizer, passages=0.0, lines=1.0)

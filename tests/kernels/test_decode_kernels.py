@@ -412,7 +412,7 @@ def router_call(
     )
 
 
-WIDE = [(1, 0), (1, 16), (3, 0), (8, 16), (5, 7)]
+WIDE = [(1, 0), (1, 16), (3, 0), (8, 16), (5, 7), (2, 64)]
 """Gates and hidden units."""
 
 
@@ -445,7 +445,7 @@ def test_a_step_decides_as_the_router_of_the_model_does(gates: int, hidden: int)
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("B", [1, 2, 3, 17, 32, 40])
 @pytest.mark.parametrize("forced", ["gate", "all"])
-@pytest.mark.parametrize("hidden", [0, 16])
+@pytest.mark.parametrize("hidden", [0, 16, 64])
 def test_router_inside_a_graph_equals_its_reference(B: int, forced: str, hidden: int) -> None:
     """The kernel that also sets the IF node's condition: whether the body ran is what it decided."""
     from modlab.engine.branch import HostBranch, choose_branch

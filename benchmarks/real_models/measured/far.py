@@ -9,6 +9,7 @@ Shape letters: B rows, T tokens of a row, P tokens of a piece, G gates of a laye
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from benchmarks.real_models import evaluate
 from benchmarks.real_models.divergence import kl_and_agreement
 from benchmarks.real_models.evaluate import MEASURED, asked, batches, gaps, shares
+from benchmarks.real_models.measured import dense_side
 from benchmarks.real_models.measured.product import Product, stored
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import COUNTED, Data
@@ -41,16 +43,23 @@ class Far:
 
     Args:
         rows: of each text, at most `MEASURED`.
+        dense: file of the dense side, which all routers of a model share (`dense_side.py`); without one it
+            is run here.
     """
 
-    def __init__(self, product: Product, data: Data, rows: int = MEASURED) -> None:
+    def __init__(self, product: Product, data: Data, rows: int = MEASURED, dense: Path | None = None) -> None:
         self.product, self.data, self.rows = product, data, min(rows, MEASURED)
-        self.dense = evaluate.Dense()
-        with product.at(None):
+        run = self._dense
+        self.dense = run() if dense is None else dense_side.shared(dense, product, data, self.rows, run)
+
+    def _dense(self) -> evaluate.Dense:
+        found = evaluate.Dense()
+        with self.product.at(None):
             for name in COUNTED:
-                self.dense.states[name] = self._states(data.texts[name][: self.rows])
-            self.dense.copies = self._asked(data.recall)[0]
-            self.dense.right = self._asked(data.retrieval)[1]
+                found.states[name] = self._states(self.data.texts[name][: self.rows])
+            found.copies = self._asked(self.data.recall)[0]
+            found.right = self._asked(self.data.retrieval)[1]
+        return found
 
     def by_cache(self) -> dict[str, Any]:
         """The record of the present thresholds, rows in pieces with the product's cache."""

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.real_models.measured.pieces import Folder, run_all
 from benchmarks.real_models.measured.product import Product
 from benchmarks.real_models.measured.settings import Setting, settings
-from benchmarks.real_models.measured.work import KINDS, Sizes, Work
+from benchmarks.real_models.measured.work import CONTROLLED, KINDS, Sizes, Work
 from benchmarks.real_models.texts import Data
 from modlab.bench.results import circumstances, source_commit
 from modlab.errors import ModlabError
@@ -36,12 +36,15 @@ def run(
     fast: bool = True,
     minutes: float | None = None,
     sizes: dict[str, Any] | None = None,
+    dense: Path | None = None,
 ) -> list[str]:
     """Measures what nobody has measured in `out`; see `work.py`.
 
     Args:
         recent: for each of `savings`, how many of the latest tokens stay anyway (default: what the routers
-            know). Where that is not what they know, the setting's pieces have names of their own.
+            know). Where that is not what they know, the setting's pieces have names of their own. With it
+            settings are measured in the order given; without, those with controls first.
+        dense: file of the dense side, which processes and runs of one model share.
 
     Returns:
         names of the pieces that failed.
@@ -66,9 +69,12 @@ def run(
     folder = Folder(out)
     if not folder.done(ORIGIN):
         folder.write(ORIGIN, {"model": model.name, **about, **_origin(product, commit)})
-    work = Work(product, Data.load(data), questions or data, folder, Sizes(**_sizes(sizes or {})))
+    shapes = Sizes(**_sizes(sizes or {}))
+    work = Work(product, Data.load(data), questions or data, folder, shapes, dense)
     deadline = None if minutes is None else begun + 60 * minutes
     own = [s if s.recent != product.recent_for(s.saving) else Setting(s.saving) for s in asked]
+    if recent is None:
+        own.sort(key=lambda one: (one.saving not in CONTROLLED, one.saving))
     failed = run_all(work.pieces(own, chosen), folder, say, deadline)
     say(f"nothing left to do; failed: {', '.join(failed) or 'none'}")
     return failed

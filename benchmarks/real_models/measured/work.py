@@ -39,6 +39,7 @@ class Sizes:
         behind, new, problems: of HumanEval: tokens in front, tokens written, problems (None: all).
         items: questions of each many-shot task.
         batch: rows that are written at once.
+        controls: which of `fixed.NAMES`.
     """
 
     rows: int = 8
@@ -50,6 +51,7 @@ class Sizes:
     problems: int | None = None
     items: int = 300
     batch: int = 41
+    controls: tuple[str, ...] = fixed.NAMES
 
 
 class Work:
@@ -58,27 +60,38 @@ class Work:
     Args:
         questions: folder of the evaluation sets.
         folder: where pieces are left.
+        dense: file of the dense side, where other processes or runs share it.
     """
 
-    def __init__(self, product: Product, data: Data, questions: Path, folder: Folder, sizes: Sizes) -> None:
+    def __init__(
+        self, product: Product, data: Data, questions: Path, folder: Folder, sizes: Sizes,
+        dense: Path | None = None,
+    ) -> None:  # fmt: skip
         self.product, self.data, self.questions = product, data, questions
-        self.folder, self.sizes = folder, sizes
+        self.folder, self.sizes, self.dense = folder, sizes, dense
 
     @cached_property
     def far(self) -> Far:
-        """The dense side, once a process."""
-        return Far(self.product, self.data, self.sizes.rows)
+        """With the dense side, once a process."""
+        return Far(self.product, self.data, self.sizes.rows, self.dense)
 
     def pieces(self, settings: list[Setting], kinds: tuple[str, ...] = KINDS) -> list[Piece]:
-        """All of them."""
-        order = sorted(settings, key=lambda one: (one.saving not in CONTROLLED, one.saving))
-        made = [
-            Piece(
-                at("threshold", s),
-                partial(thresholds.find, self.product, self.data, self.sizes.held, s.saving, s.recent),
-            )
-            for s in order
-        ]
+        """All of them, by kind and in each in the order of the settings; a setting's threshold before the
+        first that needs it, so that a run that is cut off has whole settings."""
+        thresholds_left = {piece.name: piece for piece in map(self._threshold, settings)}
+        made: list[Piece] = []
+        for piece in self._measured(settings, kinds):
+            made += [thresholds_left.pop(name) for name in piece.needs if name in thresholds_left]
+            made.append(piece)
+        return made
+
+    def _threshold(self, setting: Setting) -> Piece:
+        saving, recent = setting.saving, setting.recent
+        run = partial(thresholds.find, self.product, self.data, self.sizes.held, saving, recent)
+        return Piece(at("threshold", setting), run)
+
+    def _measured(self, order: list[Setting], kinds: tuple[str, ...]) -> list[Piece]:
+        made: list[Piece] = []
         given: dict[str, Callable[[list[Setting]], list[Piece]]] = {
             "far": self._far, "controls": self._controls, "ruler": self._ruler,
             "humaneval": self._humaneval, "shots": self._shots,
@@ -119,7 +132,7 @@ class Work:
             return {"control": name, **found, "ratio": gates["ratio"] * gates["keys"] / found["keys"]}
 
         several = max(self.product.routing.gates.values()) > 1
-        names = [n for n in fixed.NAMES if several or n not in ("chance per head", "whole heads")]
+        names = [n for n in self.sizes.controls if several or n not in ("chance per head", "whole heads")]
         return [
             Piece(at(f"control {name}", s), partial(run, name, s), (at("far", s),))
             for s in first_of_each(settings)
