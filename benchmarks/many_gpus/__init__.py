@@ -3,11 +3,11 @@
     python -m benchmarks.many_gpus --gpus 2 --model SMALL LARGE --out DIR [--seconds 470]
 
 Training with copies (DDP) and sharded (FSDP2): routers with a gate a KV head distilled to the dense self, and
-all weights on the loss and a teacher; tokens a second, loss and keep ratio of every step against one GPU. A
-sharded run of which a process is killed, taken up by one GPU. A process whose tokens all skip. Inference of a
-long prompt spread by `device_map` and by the tensor-parallel plan, by layer and by KV head: logits, decisions
-and tokens against one GPU, bytes of weights and K/V on each. Notebook 6. What was allocated stands next to
-what `modlab plan` said. NVLink multicast is left off.
+all weights; tokens a second, loss and keep ratio against one GPU. A sharded run of which a process is killed,
+taken up by one GPU, step by step against the run that it would have been. A process whose tokens all skip.
+Inference of a long prompt spread by `device_map` and by the tensor-parallel plan, by layer and by KV head:
+logits, decisions and tokens against one GPU, bytes of weights and K/V on each. Notebook 6. What was allocated
+stands next to what `modlab plan` said. NVLink multicast is left off.
 
 Every part is a command of its own with a limit and a log; they run in order of value, those of one GPU side
 by side, and one that fails is left behind. DIR/many_gpus_DATE.json is written again after each, the logs are

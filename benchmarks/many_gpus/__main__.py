@@ -18,10 +18,19 @@ import torch
 
 from benchmarks.many_gpus import rows as text
 from benchmarks.many_gpus import worker
-from benchmarks.many_gpus.compared import compared
+from benchmarks.many_gpus.compared import UNINTERRUPTED, compared
 from benchmarks.many_gpus.inference import against_one
-from benchmarks.many_gpus.parts import INFERENCE, LARGE_SHAPE, SHARDED, Part, command, environment, parts
-from benchmarks.many_gpus.training import KILLED
+from benchmarks.many_gpus.parts import (
+    INFERENCE,
+    KILLED,
+    LARGE_SHAPE,
+    RESUMED,
+    Part,
+    command,
+    environment,
+    parts,
+)
+from benchmarks.many_gpus.training import stepwise
 from benchmarks.many_gpus.turns import Ended, Turns
 
 TAIL = 1500
@@ -83,9 +92,9 @@ def forget(part: Part, work: Path) -> None:
     """Removes what a part of an earlier call with the same folder has left, which would pass for its own."""
     for file in (work / f"{part.file}.json", *work.glob(f"{part.what} by *.pt")):
         file.unlink(missing_ok=True)
-    if part.what == SHARDED:
-        (work / "killed.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(work / "killed", ignore_errors=True)
+    if part.what in (KILLED, RESUMED):
+        (work / f"{part.what}.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(work / part.what, ignore_errors=True)
 
 
 class Results:
@@ -116,15 +125,10 @@ class Results:
         figures: dict[str, Any] = {"ended with": "its limit" if ended.code is None else ended.code}
         figures |= {"seconds": round(ended.seconds, 1), "together with": ended.together}
         figures["processes left over"] = ended.left_over
-        file, lines = self.work / f"{part.file}.json", self.work / "killed.jsonl"
+        file = self.work / f"{part.file}.json"
         if file.exists():
             figures |= json.loads(file.read_text())
-        if part.what == SHARDED and lines.exists():
-            figures["scenes"][KILLED] = {
-                "lines": [json.loads(line) for line in lines.read_text().splitlines()],
-                "rows": self.rows,
-                "checkpoints": sorted(p.name for p in self.work.glob("killed/checkpoints/step_*")),
-            }
+        self._add_cut_off(part, figures)
         if ended.code != 0:
             said = self.log(part).read_text(errors="replace")
             figures["end of its log"] = said.split(OF_THE_LAUNCHER)[0][-TAIL:]
@@ -138,6 +142,20 @@ class Results:
         }
         ended_with = f"{part.name} ended with {figures['ended with']} after {figures['seconds']} s"
         print(f"{time.monotonic() - BEGAN:.0f} s: {ended_with}, tokens a second: {speeds}", flush=True)
+
+    def _add_cut_off(self, part: Part, figures: dict[str, Any]) -> None:
+        """What a run had said before a process of it was killed, as is meant, or its time was over."""
+        lines = self.work / f"{part.file}.jsonl"
+        scenes = figures.setdefault("scenes", {}) if lines.exists() else {}
+        if not lines.exists() or KILLED in scenes:
+            return
+        saved = self.work.glob(f"{KILLED}/checkpoints/step_*")
+        scenes[KILLED] = {
+            "lines": [json.loads(line) for line in lines.read_text().splitlines()],
+            "rows": self.rows,
+            "checkpoints": sorted(path.name for path in saved),
+            UNINTERRUPTED: stepwise(part.models[0], self.rows),
+        }
 
     def end(self, not_begun: list[str]) -> None:
         """No more parts."""
@@ -183,6 +201,9 @@ def _options() -> argparse.Namespace:
     for name in ("--part", "--file"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    known = [LARGE_SHAPE, *(part.what for part in parts(["small", "large"], options.gpus))]
+    if unknown := sorted(set(options.only) - set(known)):
+        parser.error(f"--only knows no {', '.join(unknown)}, but {', '.join(known)}")
     if options.toy:
         options.rows, options.length, options.context, options.steps = 4, 192, 300, 8
     elif not options.model and LARGE_SHAPE not in options.only:
@@ -230,6 +251,7 @@ def _toy(work: Path, name: str, layers: int) -> str:
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
     )  # fmt: skip
+    torch.manual_seed(0)  # the base of a run that a later call takes up
     LlamaForCausalLM(config).save_pretrained(work / name)
     return str(work / name)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.many_gpus.parts import INFERENCE, ONE, ONE_LARGE
+from benchmarks.many_gpus.parts import INFERENCE, KILLED, ONE, ONE_LARGE
 
 TIMES = "tokens a second, times one GPU"
 OF_LOGITS = "largest difference of logits"
 OF_INFERENCE = (OF_LOGITS, "largest logit", "decided alike", "same tokens", "of tokens")
 """What `inference.against_one` says, once a part and one GPU have both found something."""
+
+UNINTERRUPTED = "uninterrupted"
+"""Names the scene, of one GPU and of several, that a run which is killed or taken up would have been."""
 
 
 def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -25,10 +28,13 @@ def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, scene in figures.get("scenes", {}).items():
             if "lines" not in scene:
                 continue
-            same = one.get(name) or _same_rows(of_small, scene)
-            of_scene = _against(scene, same) | _times(scene, figures, one, name)
+            meant = scene.get(UNINTERRUPTED)
+            of_scene = _against(scene, one.get(meant or name, {})) | _times(scene, figures, one, name)
             if of_scene:
                 said[f"{part}, {name}"] = of_scene
+            sharded = found.get(KILLED, {}).get("scenes", {}).get(meant, {})
+            if meant is not None and (of_scene := _against(scene, sharded)):
+                said[f"{part}, {name}, against several GPUs {UNINTERRUPTED}"] = of_scene
     return said
 
 
@@ -39,14 +45,6 @@ def _of_inference(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for kind, figures in found.get(part, {}).items()
         if isinstance(figures, dict) and OF_LOGITS in figures
     }
-
-
-def _same_rows(one: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:
-    """What one GPU did with the small model and as many rows: a run that was killed, or taken up."""
-    if "tokens_per_s" in scene:
-        return {}
-    of_rows = [other for other in one.values() if other.get("rows") == scene.get("rows")]
-    return of_rows[0] if of_rows else {}
 
 
 def _times(

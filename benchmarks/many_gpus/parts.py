@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-STARTED_BY_LAUNCHER = ("ddp", "fsdp2", "tensor parallel")
-SHARDED = "fsdp2"
+SHARDED, KILLED, RESUMED = "fsdp2", "killed", "resumed"
+STARTED_BY_LAUNCHER = ("ddp", SHARDED, KILLED, "tensor parallel")
 ONE, ONE_LARGE = "one", "one large"
 INFERENCE = ("alone", "tensor parallel", "device_map")
 
@@ -19,10 +19,10 @@ class Part:
     """One command.
 
     Attributes:
-        what: "one" and "one large" (models of one GPU), "ddp", "fsdp2": training, in scenes (`training.py`),
-            the last of which a process of "fsdp2" does not survive; "resumed": that one taken up by one GPU;
-            "alone", "tensor parallel", "device_map": inference; "notebook"; "large shape": inference of a
-            model of random weights.
+        what: "one" and "one large" (models of one GPU), "ddp", "fsdp2": training, in scenes (`training.py`);
+            "killed": a sharded run to its end, then the same one, which a process does not survive;
+            "resumed": that one taken up by one GPU; "alone", "tensor parallel", "device_map": inference;
+            "notebook"; "large shape": inference of a model of random weights.
         models: folders, from small to large; or the name of a shape.
         gpus: that it needs.
         limit: seconds that it may take.
@@ -51,17 +51,19 @@ LARGE_SHAPE = "llama-3-70b"
 
 def parts(models: list[str], gpus: int) -> list[Part]:
     """All parts but the large shape, the most valuable first; `models` from small to large. A limit is about
-    one and a half times what a part was thought to take: one that hangs does not cost all the others."""
+    one and a half times what a part was thought to take: one that hangs does not cost all the others. What is
+    taken up comes after what is killed, which needs all GPUs: it is not begun before that one has ended."""
     sizes = tuple(dict.fromkeys((models[0], models[-1])))
     small, large = sizes[:1], sizes[-1:]
     return [
-        Part("ddp", sizes, gpus, 150),
-        Part(ONE, small, 1, 90),
+        Part("ddp", sizes, gpus, 170),
+        Part(KILLED, small, gpus, 75),
+        Part(ONE, small, 1, 100),
         *([Part(ONE_LARGE, large, 1, 90)] if large != small else []),
+        Part(RESUMED, small, 1, 75, timed=False),
         *(Part(what, large, 1 if what == "alone" else gpus, 100, timed=False) for what in INFERENCE),
         Part("notebook", small, gpus, 80, timed=False),
-        Part(SHARDED, sizes, gpus, 110),
-        Part("resumed", small, 1, 60, timed=False),
+        Part(SHARDED, sizes, gpus, 120),
     ]
 
 
@@ -72,7 +74,7 @@ def command(part: Part, options: argparse.Namespace, work: Path) -> list[str]:
         launch += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
         launch += ["--dynamo_backend", "no", "--num_processes", str(options.gpus)]
         launch += ["--main_process_port", "0"]  # a free one
-        if part.what == SHARDED and not options.toy:  # on a CPU accelerate does not know FSDP
+        if part.what in (SHARDED, KILLED) and not options.toy:  # on a CPU accelerate looks at no such flag
             launch += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false"]
         else:
             launch += ["--multi_gpu"]

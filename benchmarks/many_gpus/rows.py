@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import torch
 
 LEAST_ID, MOST_ID = 3, 250
 """Random ids where there is no tokenizer."""
+
+OTHERS = "site-packages"
+"""Folder of what is not this Python's own."""
+
+AT_ONCE = 32
+"""Files that a tokenizer is given at once: it takes as many as there are cores in parallel."""
 
 
 def write_rows(model: str, count: int, length: int, file: Path) -> None:
@@ -21,10 +28,10 @@ def write_rows(model: str, count: int, length: int, file: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids: list[int] = []
-    for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
-        if "site-packages" in path.parts:
-            continue
-        ids += tokenizer(path.read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
+    paths = [path for path in sorted(Path(os.__file__).parent.glob("**/*.py")) if OTHERS not in path.parts]
+    for first in range(0, len(paths), AT_ONCE):
+        texts = [p.read_text(encoding="utf-8", errors="replace") for p in paths[first : first + AT_ONCE]]
+        ids += itertools.chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"])
         if len(ids) >= count * length:
             break
     ids = (ids * (count * length // len(ids) + 1))[: count * length]

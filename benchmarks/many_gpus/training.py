@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +21,18 @@ import torch
 import modlab
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.breakdown import Breakdown
-from benchmarks.many_gpus.parts import ONE, ONE_LARGE, SHARDED
+from benchmarks.many_gpus.compared import UNINTERRUPTED
+from benchmarks.many_gpus.parts import KILLED, ONE, ONE_LARGE, RESUMED, SHARDED
 from modlab.errors import ModlabError
 from modlab.training.checkpoints import checkpoints
 
 KEYS = ("step", "loss", "kl", "keep_ratio", "grad_norm", "tokens_per_s", "seconds")
 SKIPPED_STEPS = 4
 LOG_EVERY = 4
-"""Steps between two log lines: each waits for the GPU, which the steps between do not."""
+"""Steps between two log lines where it is timed: each waits for the GPU, which the steps between do not."""
 
-KILLED = "killed"
-"""The scene of which a process is killed, and in "resumed" what is taken up."""
+DIES_AT, SAVED_AT = 6, 4
+"""Steps after which a process of "killed" is killed, and after which all have written a checkpoint."""
 
 Scene = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -70,7 +72,7 @@ class Told:
 
 def trained(options: argparse.Namespace) -> dict[str, Any]:
     """All scenes of a part, by name."""
-    if options.toy and options.part == SHARDED:  # on a CPU accelerate never looks at its flags
+    if options.toy and options.part in (SHARDED, KILLED):  # on a CPU accelerate never looks at its flags
         from tests.helpers.fsdp_on_cpu import launched_with_fsdp
 
         launched_with_fsdp()
@@ -88,21 +90,26 @@ def scenes(options: argparse.Namespace) -> dict[str, Scene]:
 
     DDP runs two global batches of each model: `rows` a GPU, and `rows` in all. One GPU runs what they are
     held against: as many rows a GPU as in either of them. The larger of these is also the smaller global
-    batch, so that losses can be compared.
+    batch, so that losses can be compared. Those of every step are compared where it is not timed.
     """
     small, large = options.model[0], options.model[-1]
     rows, several, few = options.rows, options.rows * options.gpus, options.rows // options.gpus
-    skipping: dict[str, Scene] = {f"{Path(small).name}, one part skips": skipped}
-    if options.part == "resumed":
+    others: dict[str, Scene] = {f"{Path(small).name}, one part skips": skipped}
+    others[title(f"{small}, all weights", rows)] = functools.partial(all_weights, model=small, rows=rows)
+    each: dict[str, Scene] = {stepwise(small, rows): functools.partial(each_step, model=small, rows=rows)}
+    if options.part == RESUMED:
         return {KILLED: taken_up}
+    if options.part == KILLED:
+        return each | {KILLED: killed}
     if options.part == ONE:
-        return _distilling((small, rows), (small, few)) | skipping
+        return each | _distilling((small, rows), (small, few)) | others
     if options.part == ONE_LARGE:
         return _distilling((large, rows), (large, few))
     if options.part == SHARDED:
-        return _distilling((small, rows)) | skipping | _distilling((large, rows)) | {KILLED: killed}
+        batches = _distilling((small, rows), (small, several))
+        return batches | others | _distilling((large, rows), (large, several))
     batches = _distilling((small, several), (small, rows), (large, several), (large, rows))
-    return batches | skipping | {"where the time goes": broken_down}
+    return batches | each | others | {"where the time goes": broken_down}
 
 
 def _distilling(*batches: tuple[str, int]) -> dict[str, Scene]:
@@ -117,15 +124,17 @@ def title(model: str, rows: int) -> str:
     return f"{Path(model).name}, {rows} rows"
 
 
+def stepwise(model: str, rows: int) -> str:
+    """The same, told step by step."""
+    return f"{title(model, rows)}, step by step"
+
+
 def distilled(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
     """Routers by KV head on their own dense self."""
     history = _run(options, model, rows, Told())
     lines = history["tokens_per_s"].iloc[1:]  # the first line has compiled
-    return {
+    return _told(options, history, rows) | {
         "tokens_per_s": float(lines.median()),
-        "lines": history[_known(history)].to_dict("records"),
-        "rows": rows,
-        "length": options.length,
         "allocated": worker.allocated(),
         "planned": worker.planned(options, model, "routers", options.length, rows // worker.world()),
     }
@@ -138,35 +147,49 @@ def broken_down(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": options.rows, **watch.of_all()}
 
 
+def each_step(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
+    """Routers distilled as in `distilled`, a line a step."""
+    return _told(options, _run(options, model, rows, Told(), log_every=1), rows)
+
+
 def killed(options: argparse.Namespace) -> dict[str, Any]:
-    """A run with checkpoints; the process that this kills is the last that the part does."""
-    told = Told(options.work / "killed.jsonl", dies_at=LOG_EVERY + 2)
-    _run(options, options.model[0], options.rows, told, **_kept(options))
+    """`each_step` with a checkpoint; the process that this kills is the last that the part does."""
+    told = Told(options.work / f"{KILLED}.jsonl", dies_at=DIES_AT)
+    _run(
+        options, options.model[0], options.rows, told, log_every=1, out=_folder(options), save_every=SAVED_AT
+    )
     return {"failed": "no process was killed"}
 
 
 def taken_up(options: argparse.Namespace) -> dict[str, Any]:
-    """The same run from its checkpoint on, by as many processes as there are now; its lines from there on.
+    """The same run from its checkpoint to its end, by as many processes as there are now; a line a step. The
+    checkpoint stays as it is: it can be taken up again.
 
     Raises:
         ModlabError: there is no checkpoint. The run would begin at its first step, and agree all the better.
     """
-    saved = checkpoints(options.work / "killed")
+    saved = checkpoints(_folder(options))
     if not saved:
         raise ModlabError(
-            f"{options.work / 'killed'} holds no checkpoint to take up: run the part {SHARDED!r} first, with "
-            "the same --work."
+            f"{_folder(options)} holds no checkpoint to take up: run the part {KILLED!r} first, with the "
+            "same --work."
         )
-    taken = int(saved[-1].name.removeprefix("step_"))
-    told = Told(options.work / "resumed.jsonl", stops_at=2 * LOG_EVERY)
-    history = _run(options, options.model[0], options.rows, told, **_kept(options))
+    taken, out = int(saved[-1].name.removeprefix("step_")), options.work / RESUMED
+    shutil.rmtree(out, ignore_errors=True)
+    told = Told(options.work / f"{RESUMED}.jsonl", stops_at=options.steps)  # or it would save the model
+    history = _run(options, options.model[0], options.rows, told, log_every=1, out=out, resume=saved[-1])
+    found = _told(options, history, options.rows)
+    return {"taken up at step": taken, UNINTERRUPTED: stepwise(options.model[0], options.rows)} | found
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    folder: Path = options.work / KILLED
+    return folder
+
+
+def _told(options: argparse.Namespace, history: Any, rows: int) -> dict[str, Any]:
     lines = history[_known(history)].to_dict("records")
-    own = [line for line in lines if line["step"] > taken]
-    return {"taken up at step": taken, "lines": own, "rows": options.rows}
-
-
-def _kept(options: argparse.Namespace) -> dict[str, Any]:
-    return {"out": options.work / "killed", "save_every": LOG_EVERY, "resume": "auto"}
+    return {"lines": lines, "rows": rows, "length": options.length}
 
 
 def _run(
@@ -182,6 +205,24 @@ def _run(
     )  # fmt: skip
     ids = worker.rows_of(options, folder)[: options.steps * rows]
     return modlab.train(model, ids, config, monitor=told).history
+
+
+def all_weights(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
+    """All weights of a routed model, a line a step, with AdamW's state and weights in fp32."""
+    trained = worker.loaded(model, worker.dtype(options))
+    modlab.convert(trained, modlab.MoDConfig(layers="all", **worker.HEADS))
+    worker.scatter(trained)
+    config = modlab.TrainConfig(
+        steps=options.steps, batch_size=rows // worker.world(), lr=1e-5, log_every=1, calibrate=False,
+        num_workers=0, objective="target", keep_ratio=0.5,
+    )  # fmt: skip
+    ids = worker.rows_of(options, model)[: options.steps * rows]
+    history = modlab.train(trained, ids, config, monitor=Told()).history
+    return _told(options, history, rows) | {
+        "tokens_per_s": float(history["tokens_per_s"].iloc[LOG_EVERY:].median()),
+        "allocated": worker.allocated(),
+        "planned": worker.planned(options, model, "weights", options.length, rows // worker.world()),
+    }
 
 
 def skipped(options: argparse.Namespace) -> dict[str, Any]:

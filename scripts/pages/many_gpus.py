@@ -92,8 +92,8 @@ def _texts(run: dict[str, Any]) -> Iterable[str]:
 
 def _speed(run: dict[str, Any]) -> str:
     heads = (
-        "routers distilled", "rows of a global batch", "way", "tokens/s", "times one GPU, same batch",
-        "times one GPU, as many rows a GPU", "allocated a GPU, GiB", "planned",
+        "trained: routers distilled, or as said", "rows of a global batch", "way", "tokens/s",
+        "times one GPU, same batch", "times one GPU, as many rows a GPU", "allocated a GPU, GiB", "planned",
     )  # fmt: skip
     rows = []
     for way, name in WAYS.items():
@@ -122,7 +122,10 @@ def _planned(figures: dict[str, Any], way: str) -> str:
 
 
 def _equal(run: dict[str, Any]) -> str:
-    heads = ("against one GPU", "log lines", "largest difference of loss", "of KL", "of the keep ratio")
+    heads = (
+        "against one GPU, or as said", "log lines", "largest difference of loss", "of KL",
+        "of the keep ratio",
+    )  # fmt: skip
     rows = [
         (name, said["log lines compared"], *(
             f"{said[f'largest difference of {what}']:.4f}" if f"largest difference of {what}" in said else ""

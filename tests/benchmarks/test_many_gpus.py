@@ -15,13 +15,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.many_gpus import large_shape, training, worker
-from benchmarks.many_gpus.__main__ import forget
+from benchmarks.many_gpus.__main__ import Results, forget, main
 from benchmarks.many_gpus.breakdown import Breakdown, summed
-from benchmarks.many_gpus.compared import OF_INFERENCE, TIMES, compared
+from benchmarks.many_gpus.compared import OF_INFERENCE, TIMES, UNINTERRUPTED, compared
 from benchmarks.many_gpus.inference import ALONE, NEW_TOKENS, against_one
 from benchmarks.many_gpus.joined import joined
-from benchmarks.many_gpus.parts import ONE, ONE_LARGE, Part, parts
-from benchmarks.many_gpus.training import KILLED, LOG_EVERY, scenes
+from benchmarks.many_gpus.parts import KILLED, ONE, ONE_LARGE, RESUMED, SHARDED, Part, parts
+from benchmarks.many_gpus.training import DIES_AT, SAVED_AT, scenes, stepwise
 from benchmarks.many_gpus.turns import LEAST, Ended, Turns
 from modlab.errors import ModlabError
 
@@ -164,7 +164,8 @@ def test_all_parts_have_names_of_their_own() -> None:
     found = parts(["models/small", "models/large"], 2)
     assert len({one.file for one in found}) == len(found)
     names = [one.name for one in found]
-    assert names.index("fsdp2") < names.index("resumed"), "nothing to take up yet"
+    assert names.index(KILLED) < names.index(RESUMED), "nothing to take up yet"
+    assert found[names.index(KILLED)].gpus == 2, "what takes it up would begin next to it"
     assert {one.name: one.models for one in found if one.name in (ONE, ONE_LARGE)} == {
         ONE: ("models/small",), ONE_LARGE: ("models/large",),
     }  # fmt: skip
@@ -178,13 +179,13 @@ def names_of(part_of: str, models: list[str], gpus: int = 2) -> list[str]:
 
 
 @pytest.mark.parametrize("gpus", [2, 4])
-@pytest.mark.parametrize("part_of", ["ddp", "fsdp2", "resumed"])
+@pytest.mark.parametrize("part_of", ["ddp", SHARDED, KILLED, RESUMED])
 def test_one_gpu_does_what_several_are_compared_with(part_of: str, gpus: int) -> None:
-    """Every scene of several GPUs has one with as many rows a GPU, of `rows` one with the same rows as well;
-    the one that kills comes last."""
+    """Every scene in which routers are distilled has one with as many rows a GPU, of `rows` one with the same
+    rows as well, and every other scene itself; the one that kills comes last."""
     several = names_of(part_of, ["m/small", "m/large"], gpus)
     one = {*names_of(ONE, ["m/small"], gpus), *names_of(ONE_LARGE, ["m/large"], gpus)}
-    trained = [name for name in several if name.endswith(" rows")]
+    trained = [name for name in several if name.endswith(" rows") and "all weights" not in name]
     for name in trained:
         model, _, rows = name.removesuffix(" rows").rpartition(", ")
         assert f"{model}, {int(rows) // gpus} rows" in one
@@ -196,7 +197,14 @@ def test_one_gpu_does_what_several_are_compared_with(part_of: str, gpus: int) ->
 def test_both_models_are_trained_with_both_batches() -> None:
     rows = ["small, 16 rows", "small, 8 rows", "large, 16 rows", "large, 8 rows"]
     assert names_of("ddp", ["m/small", "m/large"])[:4] == rows
-    assert names_of("ddp", ["m/small"])[:3] == ["small, 16 rows", "small, 8 rows", "small, one part skips"]
+    assert set(rows) <= set(names_of(SHARDED, ["m/small", "m/large"]))
+    assert names_of("ddp", ["m/small"])[:3] == rows[:2] + ["small, 8 rows, step by step"]
+
+
+def test_what_is_killed_is_held_against_every_step_of_one_gpu_and_of_several() -> None:
+    meant = stepwise("m/small", 8)
+    assert names_of(KILLED, ["m/small"]) == [meant, KILLED] and meant in names_of(ONE, ["m/small"])
+    assert DIES_AT > SAVED_AT, "no checkpoint yet"
 
 
 def test_several_gpus_are_compared_with_one() -> None:
@@ -205,6 +213,8 @@ def test_several_gpus_are_compared_with_one() -> None:
         return {"lines": lines, "rows": rows} | ({} if speed is None else {"tokens_per_s": speed})
 
     one = {"m, 8 rows": run([3.0, 2.0, 1.0], 8, 100.0), "m, 4 rows": run([3.5, 2.5], 4, 95.0)}
+    one[stepwise("m", 8)] = run([2.5, 2.0, 1.5], 8)
+    meant = {UNINTERRUPTED: stepwise("m", 8)}
     ddp = {
         "m, 16 rows": run([3.0], 16, 180.0), "m, 8 rows": run([3.0, 2.1, 1.0], 8, 190.0),
         "big, 8 rows": run([4.25, 3.0], 8, 60.0), "where the time goes": {"rows": 8},
@@ -213,7 +223,8 @@ def test_several_gpus_are_compared_with_one() -> None:
         "one large": {"processes": 1, "scenes": {"big, 8 rows": run([4.0, 3.0], 8, 40.0)}},
         "one": {"processes": 1, "scenes": one},
         "ddp": {"processes": 2, "scenes": ddp},
-        "resumed": {"processes": 1, "scenes": {KILLED: run([2.25], 8, first=2)}},
+        KILLED: {"processes": 2, "scenes": {stepwise("m", 8): run([3.0, 2.125, 1.0], 8)}},
+        RESUMED: {"processes": 1, "scenes": {KILLED: run([2.25], 8, first=2) | meant}},
         "fsdp2": {"processes": 2, "scenes": {"other, 8 rows": run([3.0], 8, 1.0)}},
         "alone": {"processes": 1},
     }
@@ -224,12 +235,14 @@ def test_several_gpus_are_compared_with_one() -> None:
     assert abs(said["ddp, m, 8 rows"]["largest difference of loss"] - 0.1) < 1e-9
     assert said["ddp, big, 8 rows"][f"{TIMES}, the same global batch"] == 1.5
     assert said["ddp, big, 8 rows"]["largest difference of loss"] == 0.25
-    assert said[f"resumed, {KILLED}"] == {
-        "log lines compared": 1, "largest difference of loss": 0.25, "largest difference of keep_ratio": 0.0,
-    }  # fmt: skip
+    alike = {"log lines compared": 1, "largest difference of keep_ratio": 0.0}
+    assert said[f"{RESUMED}, {KILLED}"] == alike | {"largest difference of loss": 0.25}
+    against = f"{RESUMED}, {KILLED}, against several GPUs {UNINTERRUPTED}"
+    assert said[against] == alike | {"largest difference of loss": 0.125}
     assert not any(name.startswith(("fsdp2", "one")) for name in said)  # that model of one GPU has not run
     del found["one"]
-    assert f"resumed, {KILLED}" not in compared(found), "the large model is another"
+    assert f"{RESUMED}, {KILLED}" not in compared(found), "the large model is another"
+    assert against in compared(found)
 
 
 def test_inference_is_compared_once_both_have_found_it(tmp_path: Path) -> None:
@@ -251,7 +264,7 @@ def test_what_inference_said_stands_with_what_else_is_compared() -> None:
     """Though no training of one GPU is there; what one GPU found itself is held against nothing."""
     off = dict.fromkeys(OF_INFERENCE, 0.5)
     own: dict[str, Any] = {"kv_bytes": {"cuda:0": 9}}
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "ddp": {"processes": 2, "scenes": {"m, 8 rows": {"lines": [], "rows": 8, "tokens_per_s": 1.0}}},
         "tensor parallel": {"context": 9, "by layer, float32": own | off, "by layer, bfloat16": own},
         ALONE: {"by layer, float32": own},
@@ -285,7 +298,14 @@ def toy(folder: Path, part_of: str) -> argparse.Namespace:
     LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     torch.save(torch.randint(3, 250, (24, 192)), folder / "rows_tiny.pt")
     return argparse.Namespace(
-        part=part_of, toy=True, model=[str(folder / "tiny")], work=folder, rows=2, gpus=2, steps=12
+        part=part_of,
+        toy=True,
+        model=[str(folder / "tiny")],
+        work=folder,
+        rows=2,
+        gpus=2,
+        steps=12,
+        length=192,
     )
 
 
@@ -293,8 +313,8 @@ def test_a_run_is_taken_up_at_its_checkpoint_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begun at its first step it would agree with one GPU to the last bit, and show nothing."""
-    options = toy(tmp_path, "resumed")
-    with pytest.raises(ModlabError, match="no checkpoint to take up: run the part 'fsdp2' first"):
+    options = toy(tmp_path, RESUMED)
+    with pytest.raises(ModlabError, match="no checkpoint to take up: run the part 'killed' first"):
         training.taken_up(options)
 
     def kill(*_: int) -> None:
@@ -303,23 +323,61 @@ def test_a_run_is_taken_up_at_its_checkpoint_or_not_at_all(
     monkeypatch.setattr(training.os, "kill", kill)
     with pytest.raises(SystemExit, match="killed"):
         training.killed(options)
-    found = training.taken_up(options)
-    assert found["taken up at step"] == LOG_EVERY
-    assert [line["step"] for line in found["lines"]] == [2 * LOG_EVERY]
+    meant = training.each_step(options, options.model[0], options.rows)
+    for _ in range(2):  # it stays there for a second call
+        found = training.taken_up(options)
+        assert found["taken up at step"] == SAVED_AT
+        assert [line["step"] for line in found["lines"]] == list(range(SAVED_AT + 1, options.steps + 1))
+        for line, expected in zip(found["lines"], meant["lines"][SAVED_AT:], strict=True):
+            assert {**line, **TIMES_OF} == {**expected, **TIMES_OF}
+    assert [path.name for path in (tmp_path / KILLED / "checkpoints").iterdir()] == [f"step_{SAVED_AT}"]
+
+
+TIMES_OF = {"seconds": 0.0, "tokens_per_s": 0.0}
+"""What of a line another run has otherwise."""
+
+
+def test_what_a_killed_run_had_said_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of one that its limit has ended; of one that came to its end it is told already."""
+    options = argparse.Namespace(out=tmp_path, rows=8, toy=True)
+    monkeypatch.setattr(sys, "argv", ["many_gpus"])
+    results = Results(options, tmp_path)
+    (tmp_path / KILLED / "checkpoints" / "step_4").mkdir(parents=True)
+    (tmp_path / "killed.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "killed.log").write_text("a process is gone")
+    results.add(Part(KILLED, ("m/small",), 2), Ended(1, 9.0, [], 0))
+    told = results.found[KILLED]["scenes"][KILLED]
+    assert told["checkpoints"] == ["step_4"] and told["lines"] == [{"step": 1}, {"step": 2}]
+    assert told[UNINTERRUPTED] == stepwise("m/small", 8)
+    (tmp_path / "resumed.jsonl").write_text('{"step": 5}\n')
+    (tmp_path / "resumed.json").write_text('{"scenes": {"killed": {"lines": [{"step": 5}, {"step": 6}]}}}')
+    results.add(Part(RESUMED, ("m/small",), 1), Ended(0, 9.0, [], 0))
+    assert len(results.found[RESUMED]["scenes"][KILLED]["lines"]) == 2
+
+
+def test_parts_that_are_not_known_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing would run, and nothing would say so."""
+    monkeypatch.setattr(sys, "argv", ["many_gpus", "--toy", "--out", "o", "--only", "one", "resume"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--only knows no resume" in capsys.readouterr().err
 
 
 def test_what_an_earlier_call_left_does_not_pass_for_a_parts_own(tmp_path: Path) -> None:
     """Except the checkpoint that is to be taken up."""
-    checkpoint = tmp_path / "killed" / "checkpoints" / "step_4"
+    checkpoint, own = tmp_path / KILLED / "checkpoints" / "step_4", tmp_path / RESUMED
     checkpoint.mkdir(parents=True)
-    for name in ("fsdp2.json", "killed.jsonl", "resumed.json", "tensor_parallel.json"):
+    own.mkdir()
+    for name in ("killed.json", "killed.jsonl", "resumed.json", "resumed.jsonl", "tensor_parallel.json"):
         (tmp_path / name).touch()
     for name in ("tensor parallel by layer.pt", "alone by layer.pt", "rows_m.pt"):
         (tmp_path / name).touch()
-    forget(part("resumed", 1), tmp_path)
-    assert checkpoint.exists() and not (tmp_path / "resumed.json").exists()
+    forget(part(RESUMED, 1), tmp_path)
+    assert checkpoint.exists() and not own.exists() and not (tmp_path / "resumed.json").exists()
     forget(part("tensor parallel", 2), tmp_path)
-    forget(part("fsdp2", 2), tmp_path)
+    forget(part(KILLED, 2), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone by layer.pt", "rows_m.pt"]
 
 
