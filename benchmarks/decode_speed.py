@@ -4,8 +4,8 @@
     python -m benchmarks.decode_speed --out build/toy.json --toy attention linear step prefill
 
 Parts: `attention` and `linear`, those kernels alone, in GB/s; `step`, whole decoding steps of a few layers of
-the 8B shape, with the time of each kernel; `prefill`, 4,096 tokens, likewise. Each row is written when it is
-there; nothing begins after the limit.
+the 8B shape, with the time of each kernel; `prefill`, 4,096 tokens, likewise, dense and in several ways of
+routing, in turn. Each row is written when it is there; nothing begins after the limit.
 
 Shape letters: L layers, B rows, U rows of a layer's cache, G kv heads, H head dim, D features in, E out.
 """
@@ -20,7 +20,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from modlab.bench import limits, speed_kv
 from modlab.bench.fast import fast_twins
 from modlab.bench.models import converted_twin, dense_model, random_routing, routed_layers
 from modlab.bench.registry import Settings
+from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.guesses import Guesses
 from modlab.kernels import decode_attention, decode_linear
 from modlab.measure import synchronize, time_generate
@@ -321,44 +322,93 @@ def _step_row(
     return {"ms": round(ms, 4), "prepared_s": round(prepared, 1)} | found
 
 
-def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str, Any], toy: bool) -> None:
-    """4,096 tokens to the first token, and the kernels of it; whole layers also on guessed numbers of kept
-    tokens."""
-    tokens, repeats = (40, 1) if toy else (4096, 9)
-    ids = torch.randint(1, dense.config.vocab_size, (1, tokens), device=settings.device)
-    layers = dense.config.num_hidden_layers
-    quarter = torch.full((layers, 1), 0.25)
-    by_head = speed_kv.head_shares(layers, dense.config.num_key_value_heads, 0.25, 0)
-    cases: list[tuple[str, Tensor | None, Guesses | None]] = [
-        ("", None, None),
-        ("layer", quarter, None),
-        ("kv_head", by_head, None),
-        (speed_kv.SKIP_LAYERS, None, None),
-        (speed_kv.SKIP_LAYERS, None, Guesses(least=8, multiple=4) if toy else Guesses()),
+@dataclass
+class Way:
+    """How a prompt runs, and what that took.
+
+    Attributes:
+        gates: "" for the dense model.
+        kept: share of the tokens that are kept; 1 where all gates are open.
+        defer_tokens: see `Engine`; None as it is.
+        guesses: numbers of kept tokens are guessed from the prompt before.
+        times: ms.
+    """
+
+    gates: str = ""
+    kept: float = 1.0
+    defer_tokens: int | None = None
+    guesses: Guesses | None = None
+    times: list[float] = field(default_factory=list)
+
+
+def prompt_ways(toy: bool) -> list[Way]:
+    """Dense; the cache routed, layers given their room at once and one layer later; whole layers."""
+    guesses = Guesses(least=8, multiple=4) if toy else Guesses()
+    by_kept = [
+        Way(gates, kept, defer_tokens)
+        for gates in ("layer", "kv_head")
+        for kept in (0.25, 1.0)
+        for defer_tokens in (0, MOST_TOKENS)
     ]
-    for name, shares, guesses in cases:
-        if report.is_over:
-            return
-        model = twins[name] if name else dense
-        override: Any = contextlib.nullcontext()
-        if shares is not None:
-            override = routing_override(model, speed_kv.table_of(range(layers), shares, tokens + 8, settings))
-        elif name:
-            table = random_routing(model.mod.layers, 1, [tokens, 8], 0.10, 0, settings.device)
-            override = routing_override(model, table)
+    skipping = [Way(speed_kv.SKIP_LAYERS, 0.10), Way(speed_kv.SKIP_LAYERS, 0.10, guesses=guesses)]
+    return [Way(), *by_kept, *skipping]
+
+
+def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str, Any], toy: bool) -> None:
+    """4,096 tokens to the first token, all ways in turn in each round; then the kernels of each."""
+    tokens, rounds = (150, 1) if toy else (4096, 15)
+    ids = torch.randint(1, dense.config.vocab_size, (1, tokens), device=settings.device)
+    ways = prompt_ways(toy)
+    for model in (dense, *twins.values()):
         engine = model.__dict__["mod_engine"]
         compiled, engine.compile = engine.compile, False
         engine.step(1)  # not what is measured here
-        engine.compile, engine.guesses = compiled, guesses
-        with override:
-            times = [time_generate(model, ids, 0)[0] for _ in range(repeats + 1)][1:]
-            found = kernels_of(lambda: time_generate(model, ids, 0), 1, settings.device)  # noqa: B023
+        engine.compile = compiled
+    for number in range(rounds + 2):  # the first two warm up and learn
+        for way in ways:
+            if report.is_over:
+                return
+            model = twins[way.gates] if way.gates else dense
+            with _on_its_way(way, model, tokens, settings):
+                ms = time_generate(model, ids, 0)[0]
+            way.times += [ms] * (number > 1 or toy)
+    fastest = statistics.median(ways[0].times)
+    for way in ways:
+        model = twins[way.gates] if way.gates else dense
+        found: dict[str, Any] = {}
+        if not report.is_over:
+            with _on_its_way(way, model, tokens, settings):
+                found = kernels_of(lambda: time_generate(model, ids, 0), 1, settings.device)  # noqa: B023
+        median = statistics.median(way.times)
         report.add(
-            "prefill", gates=name or "dense", guessed=guesses and guesses.right,
-            ms=round(statistics.median(times), 3), ms_min=round(min(times), 3), ms_max=round(max(times), 3),
-            **found,
+            "prefill", gates=way.gates or "dense", kept=way.kept, defer_tokens=way.defer_tokens,
+            guessed=way.guesses and way.guesses.right, ms=round(median, 3), ms_min=round(min(way.times), 3),
+            ms_max=round(max(way.times), 3), speedup=round(fastest / median, 3), **found,
         )  # fmt: skip
-        engine.guesses = None
+
+
+@contextlib.contextmanager
+def _on_its_way(way: Way, model: Any, tokens: int, settings: Settings) -> Iterator[None]:
+    """Inside this block the model's prompts run in this way, random tokens kept."""
+    engine, layers = model.__dict__["mod_engine"], model.config.num_hidden_layers
+    override: Any = contextlib.nullcontext()
+    if way.gates == speed_kv.SKIP_LAYERS:
+        table = random_routing(model.mod.layers, 1, [tokens, 8], way.kept, 0, settings.device)
+        override = routing_override(model, table)
+    elif way.gates:
+        shares = torch.full((layers, 1), way.kept)
+        if way.gates == "kv_head":
+            shares = speed_kv.head_shares(layers, model.config.num_key_value_heads, way.kept, 0)
+        override = routing_override(model, speed_kv.table_of(range(layers), shares, tokens + 8, settings))
+    before = engine.defer_tokens, engine.guesses
+    engine.guesses = way.guesses
+    if way.defer_tokens is not None:
+        engine.defer_tokens = way.defer_tokens
+    try:
+        with override:
+            yield
+    finally:
+        engine.defer_tokens, engine.guesses = before
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.budget import cut_down, score_prompt
+from modlab.engine.deferred import DeferredLayouts
 from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import LayerStep
 from modlab.engine.transfer import Fetched, sent
@@ -116,7 +117,8 @@ class KeptKeys:
     Attributes:
         before: kept tokens before each place, int32 [A, S + 1].
         older: how many each unit keeps that are not recent. The host has to know, to allocate: it asks when
-            the layer begins, and reads when its attention does and the GPU has the projections to run.
+            the layer begins, and reads when its attention does and the GPU has the projections to run, or a
+            layer later (`deferred.py`).
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class LayerPrefill:
         varying: True if the layer runs other numbers of tokens than its neighbours.
         kept: where routing decides about the cache alone, whose keys and values stay; then the layer runs all
             tokens.
+        deferred: where the layer is given exact room later; None: at once.
         attend: what attends instead, where tokens leave (`leaving`): given query, key, value and scaling.
     """
 
@@ -155,6 +158,7 @@ class LayerPrefill:
     bounds: Tensor
     varying: bool
     kept: KeptKeys | None = None
+    deferred: DeferredLayouts | None = None
     attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
 
 
@@ -252,8 +256,12 @@ def _keep_keys(
     part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
-    stored, older = store_kept_keys(part, kept, query, key, value)
-    whole_A = keep_everything(part.counts, older, kept.recent)
+    if part.deferred is not None and kept.most_older is None:
+        stored, whole_A = _store_deferred(part, part.deferred, kept, query, key, value)
+    else:
+        older = kept.older.read()
+        stored = store_kept_keys(part, kept, older, query, key, value)
+        whole_A = keep_everything(part.counts, older, kept.recent)
     if query.is_cuda:
         out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
     elif all(whole_A):
@@ -264,13 +272,29 @@ def _keep_keys(
     return out
 
 
-def store_kept_keys(
-    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Stored, list[int]]:
-    """Lays out the layer's buffer and fills it with what is kept or recent; also how many each unit keeps
-    that are not recent."""
+def _store_deferred(
+    part: LayerPrefill, deferred: DeferredLayouts, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Stored, list[bool]]:
+    """Fills a buffer in which all tokens have room until the next layer asks how many are kept; also which
+    gates keep everything, which is known where all tokens are recent."""
+    deferred.settle()
+    gates = len(kept.before)
+    most = [max(n - kept.recent, 0) for n in part.counts for _ in range(gates)]
+    stored = store_kept_keys(part, kept, most, query, key, value)
     assert isinstance(part.buffer, RingBuffer)
-    older = kept.older.read()
+    deferred.add(part.buffer, kept.older)
+    return stored, [not any(most)] * gates
+
+
+def store_kept_keys(
+    part: LayerPrefill, kept: KeptKeys, older: list[int], query: Tensor, key: Tensor, value: Tensor
+) -> Stored:
+    """Lays out the layer's buffer and fills it with what is kept or recent.
+
+    Args:
+        older: kept tokens of each unit that are not recent, or more: so many have room.
+    """
+    assert isinstance(part.buffer, RingBuffer)
     stored = part.buffer.lay_out(
         part.counts, older, kept.before, kept.recent, key[0], value[0], kept.blocks.sent
     )
@@ -279,7 +303,7 @@ def store_kept_keys(
         store_kept(key, value, kept.blocks.of(size), size, stored)
     else:
         reference_store_kept(key, value, part.counts, stored)
-    return stored, older
+    return stored
 
 
 def hold_to_bound(part: LayerPrefill, kept: KeptKeys, stored: Stored) -> None:

@@ -17,6 +17,7 @@ from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
 from modlab.engine.budget import Budget, layer_bytes
 from modlab.engine.compiled import Compiler
+from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.forms import form_of
 from modlab.engine.guesses import Guesses
 from modlab.engine.lending import attention_modules
@@ -62,6 +63,9 @@ class Engine:
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
         uncompiled: what runs as it is although it was to be compiled, by name, with the reason.
         guesses: how many tokens layers of a prompt keep, guessed; None, where each layer asks the GPU.
+        defer_tokens: tokens of a prefill's line up to which layers that keep some keys are given exact room
+            only when the next layer has come to its attention (`deferred.py`); 0 where there is no GPU to
+            wait for.
         last: facts of the latest generation.
     """
 
@@ -100,6 +104,7 @@ class Engine:
         self.turns = Turns()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
         self.guesses: Guesses | None = None  # whether it pays has not been measured
+        self.defer_tokens = MOST_TOKENS if self.device.type == "cuda" else 0
         self.last: dict[str, Any] = {}
         self.bound: Budget | None = None
         if kv_tokens is not None or kv_mib is not None:

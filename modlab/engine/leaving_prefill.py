@@ -120,7 +120,8 @@ class LeavingPrefill(RoutedPrefill):
             if part.kept is None:
                 store(part, key[0], value[0])
             else:
-                self.stored, _ = store_kept_keys(part, part.kept, query, key, value)
+                older = part.kept.older.read()
+                self.stored = store_kept_keys(part, part.kept, older, query, key, value)
             raise Written
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out_BNH = attend_step(self._last_step(), (query[:, :, 0], *self.new), scale)

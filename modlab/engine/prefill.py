@@ -16,6 +16,7 @@ from torch import Tensor
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill, LineBlocks
 from modlab.engine.compiled import norm_forwards
+from modlab.engine.deferred import DeferredLayouts
 from modlab.engine.forms import prefill_forwards
 from modlab.engine.lending import lent, lent_values, unrouted
 from modlab.engine.prefill_layers import PrefillLine
@@ -125,7 +126,8 @@ def _run_line(
     ringed = engine.routed if engine.keep_recent else []
     buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
     places = bounds.int()
-    layers = [LayerPrefill(buffer, counts, columns_S, places, varying=False) for buffer in buffers]
+    deferred = DeferredLayouts() if sum(counts) <= engine.defer_tokens else None
+    layers = [LayerPrefill(b, counts, columns_S, places, varying=False, deferred=deferred) for b in buffers]
     assert engine.form is not None, "calls are refused before"
     blocks = LineBlocks(counts, engine.device)
     line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, most_older, guesses)
@@ -145,6 +147,8 @@ def _run_line(
         logits = engine.run_model(ids_1S, position_1S, **asked)
     if logits.shape[0] * logits.shape[1] != B:
         raise CannotCapture("its forward does not take logits_to_keep")
+    if deferred is not None:
+        deferred.settle()
     _fill_empty(layers)
     kept = {layer: count for layer, count in line.kept.items() if isinstance(count, int)}
     if guesses:  # the host waits here, once

@@ -73,6 +73,25 @@ class RingBuffer(SegmentedBuffer):
         self.ring_kept = torch.zeros(len(lengths), recent, dtype=torch.bool, device=k_GSH.device)
         return Stored(self.keys, self.values, send(self.starts), self.ring_kept, before_AS)
 
+    def shrink(self, older: list[int]) -> None:
+        """The layout that `lay_out` would have made of so many older tokens, of one that it made for more.
+
+        Args:
+            older: kept tokens of each unit that are not among the latest of its row.
+        """
+        recent = self.ring_kept.shape[1]
+        lengths = [min(n, recent) + old for n, old in zip(self.lengths, older, strict=True)]
+        capacities = self._capacities(lengths)
+        if capacities != self.capacities:
+            spans = list(zip(self.starts, capacities, strict=True))
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = (
+                torch.cat([tensor.narrow(1, start, room) for start, room in spans], dim=1)
+                for tensor in (self.keys, self.values)
+            )
+            *self.starts, _ = itertools.accumulate(capacities, initial=0)
+        self.lengths, self.capacities = lengths, capacities
+
     @property
     def row_lengths(self) -> list[int]:
         """Tokens of each row; of its heads on the mean, rounded up."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import torch
 
 from benchmarks import decode_speed
+
+KEYS = ("layer", "kv_head")
+"""Gates that route the cache."""
 
 
 def test_it_writes_what_steps_and_prompts_take(tmp_path: Path) -> None:
@@ -19,7 +23,13 @@ def test_it_writes_what_steps_and_prompts_take(tmp_path: Path) -> None:
         (b, g or "dense") for b, g in decode_speed.STEPS
     ]
     assert all(row["ms"] > 0 for row in steps)
-    assert {row["gates"] for row in rows if row["part"] == "prefill"} > {"dense", "layer", "kv_head"}
+    prompts = [row for row in rows if row["part"] == "prefill"]
+    assert [row["gates"] for row in prompts] == [
+        way.gates or "dense" for way in decode_speed.prompt_ways(True)
+    ]
+    routed = {(row["gates"], row["kept"], row["defer_tokens"] > 0) for row in prompts if row["gates"] in KEYS}
+    assert routed == set(itertools.product(KEYS, (0.25, 1.0), (False, True)))
+    assert any(row["guessed"] for row in prompts)
 
 
 def test_nothing_begins_after_the_limit(tmp_path: Path) -> None:

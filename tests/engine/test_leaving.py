@@ -200,6 +200,7 @@ def test_layers_above_ask_the_host_together(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(attention_module, "Fetched", Noting)
     engine = use_engine(model)
+    engine.defer_tokens = 0  # layers below read theirs at once
     with torch.no_grad():
         prefill(engine, inputs["input_ids"], inputs["attention_mask"])
     assert events == ["asked", "read"] * FIRST + ["asked"] * 2 + ["read"] * 2
