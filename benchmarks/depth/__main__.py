@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--rate", type=float, default=PROJECTION_RATE, help="of projections, at its peak")
     run.add_argument("--minutes", type=float, help="cut each distillation to this")
     run.add_argument("--start", help="K/V routers that arms named started begin with (default: shipped ones)")
+    run.add_argument("--timed", type=int, default=0, metavar="N", help="time a prompt and N tokens more")
     run.add_argument("--seed", type=int, default=0)
     prefill = stages.add_parser("prefill", help="time prompts through generate")
     prefill.add_argument("--repeats", type=int, default=5)
@@ -99,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     study = Study(
         options.model, options.device, Data.load(options.data), options.out,
         options.questions, options.items, options.measured, options.start,
-        options.humaneval,
+        options.humaneval, options.timed,
     )  # fmt: skip
     _write_origin(options)
     plan = Plan(

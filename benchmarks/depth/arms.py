@@ -20,7 +20,9 @@ class Arm:
         mod: fields of `MoDConfig`; none for static removal.
         trains: nothing, what conversion added alone (by `modlab.train`), LoRA on the base too, or all
             weights.
-        pull: the term next to the KL: none where the position decides, a two-sided pull to `compute`, the
+        published: whether it learns as its paper says, from the text (the loss of the next token) by
+            `modlab.train`, instead of from the dense self.
+        pull: the term next to the loss: none where the position decides, a two-sided pull to `compute`, the
             paper's load, top-k's.
         compute: share of the layers' operations that is aimed at, where something pulls.
         ratio: how many times smaller the K/V cache is to be, with "kv+prompt".
@@ -36,6 +38,7 @@ class Arm:
 
     mod: dict[str, Any] = field(default_factory=dict)
     trains: Trains = "added"
+    published: bool = False
     pull: Pull = "none"
     compute: float = 1.0
     ratio: float = 1.0
@@ -56,7 +59,7 @@ def _leave(after: float, rank: int = 0, **fields: Any) -> Arm:
 
 def _routed(skip: str, compute: float, scored: bool, trains: Trains) -> Arm:
     mod = {"skip": skip, "layers": "inner", "router_hidden": 16}
-    return Arm(mod, trains, "target", compute, scored=scored, rate=2e-3)
+    return Arm(mod, trains, pull="target", compute=compute, scored=scored, rate=2e-3)
 
 
 def _both(after: float, ratio: float, **fields: Any) -> Arm:
@@ -120,13 +123,13 @@ ARMS: dict[str, Arm] = {
     **{
         f"paper-alpha-{alpha:g}": Arm(
             {"skip": "layer", "layers": "alternate", "gate": "paper", "init_gate": 0.5, "keep_first": 1},
-            trains="all", pull="load", alpha=alpha, rate=3e-4,
+            trains="all", published=True, pull="load", alpha=alpha, rate=3e-4, base_rate=3e-4,
         )
-        for alpha in (0.003, 0.01, 0.03)
+        for alpha in (0.003, 0.01, 0.03, 0.1)
     },
     "topk": Arm(
         {"skip": "layer", "layers": "alternate", "operator": "topk", "gate": "fused"},
-        trains="all", pull="topk", rate=3e-4,
+        trains="all", published=True, pull="topk", rate=3e-4, base_rate=3e-4,
     ),
     **{
         f"static-{what}-{compute:g}{name}": Arm(removes=what, compute=compute, trains=trains)

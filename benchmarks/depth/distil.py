@@ -2,16 +2,18 @@
 
 Where the base is frozen that is `modlab.train` with objective="distil", whose teacher is the same model with
 routing off (`by_package`). Where weights of the base train too, which it has no objective for, the teacher is
-a copy of the dense model (`distil`).
+a copy of the dense model (`distil`). What was published without a teacher learns from the text, by
+`modlab.train` again (`as_published`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +29,16 @@ from modlab.execution.projections import PROJECTIONS
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.record import RoutingStep
 from modlab.routing.router import is_router
-from modlab.training.objectives import kl_to_teacher, load_objective, target_objective, topk_bce
+from modlab.training.objectives import kl_to_teacher, target_objective
 
 PULL = 4.0  # weight of the two-sided pull
 RAMP = 0.3  # share of the run in which the target falls from 1
 WARMUP = 0.05
+EVERY = 60.0
+"""Seconds between two times that a run hands out what it has come to."""
+
+Kept = Callable[[dict[str, Any]], None]
+"""Is called during a run with its facts so far: it may save the model as it is then."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +68,119 @@ class Plan:
         return max(1, round(self.tokens / self.batch))
 
     @property
+    def rows_of_step(self) -> int:
+        """Where a step is one forward."""
+        return max(1, self.batch // self.length)
+
+    @property
     def forwards(self) -> int:
         """Of a step."""
         return max(1, self.batch // (self.rows * self.length))
 
 
+class _Handing:
+    """A monitor of `modlab.train` that says each log line, and calls `kept` every `EVERY` seconds.
+
+    Args:
+        tokens: of a step.
+        loss: what the curve is of, a name of log lines.
+    """
+
+    def __init__(self, kept: Kept, tokens: int, loss: str, say: Callable[[str], None]) -> None:
+        self.kept, self.tokens, self.loss, self.say = kept, tokens, loss, say
+        self.curve: list[tuple[int, float, float]] = []
+        self.begun = self.last = time.monotonic()
+
+    def step(self, step: int, share: float) -> bool:
+        now = time.monotonic()
+        if now - self.last >= EVERY:
+            self.last = now
+            self.kept(self.told(step * self.tokens, now - self.begun) | {"cut": True})
+        return True
+
+    def log(self, row: dict[str, Any]) -> None:
+        kept = row.get("keep_ratio", 1.0)
+        self.curve.append((row["tokens"], round(row[self.loss], 5), round(kept, 4)))
+        speed = f"{row['tokens_per_s']:,.0f} a second"
+        self.say(f"{row['tokens']:,} tokens {self.loss} {row[self.loss]:.4f} kept {kept:.3f} {speed}")
+
+    def told(self, tokens: int, seconds: float) -> dict[str, Any]:
+        """What a row tells of the run, with its curve of (tokens, loss, keep ratio)."""
+        return {"tokens": tokens, "seconds": round(seconds, 1), "curve": list(self.curve)}
+
+
 def by_package(
-    model: Any, arm: Arm, mixture: Mixture, plan: Plan, say: Callable[[str], None], seconds: float | None
+    model: Any,
+    arm: Arm,
+    mixture: Mixture,
+    plan: Plan,
+    say: Callable[[str], None],
+    seconds: float | None,
+    kept: Kept = lambda told: None,
 ) -> dict[str, Any]:
     """As `distil`, by the product itself: whole batches in one forward, logits in pieces.
 
     Args:
         seconds: the run is that long, and its schedules follow the clock; `plan.tokens` are drawn all the
             same, and come again where they do not do.
+        kept: called every `EVERY` seconds.
     """
-    rows = max(1, plan.batch // plan.length)
     if arm.above:
         _freeze_below(model)
     gates: dict[str, Any] = {}
     if arm.pull == "target":
         gates = {"keep_ratio": plan.keep, "ramp": 0.0 if arm.started else RAMP, "router_lr": arm.rate}
+    settings = {"objective": "distil", "lr": plan.rate, **gates}
+    drawn = list(itertools.islice(_drawn(mixture, plan), plan.steps))
+    return _trained(model, drawn, plan, say, seconds, kept, "kl", settings)
+
+
+def as_published(
+    model: Any,
+    arm: Arm,
+    mixture: Mixture,
+    plan: Plan,
+    say: Callable[[str], None],
+    seconds: float | None,
+    kept: Kept = lambda told: None,
+) -> dict[str, Any]:
+    """MoDification's and top-k's own training: all weights, the loss of the next token and the arm's term,
+    skipped tokens not computed. Arguments as of `by_package`, but that rows are drawn as they are needed; the
+    curve is of that loss."""
+    settings = {
+        "objective": {"load": "load", "topk": "bce"}[arm.pull], "alpha": arm.alpha, "what_if": 0.0,
+        "lr": arm.base_rate, "router_lr": arm.rate,
+    }  # fmt: skip
+    told = _trained(model, _drawn(mixture, plan), plan, say, seconds, kept, "loss", settings)
+    return told | {"epochs": round(told["tokens"] / len(mixture.stream), 3)}
+
+
+def _trained(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    plan: Plan,
+    say: Callable[[str], None],
+    seconds: float | None,
+    kept: Kept,
+    loss: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
     config = modlab.TrainConfig(
-        objective="distil", lr=plan.rate, warmup=WARMUP, calibrate=False,
-        batch_size=rows, seed=plan.seed, log_every=max(1, plan.steps // 50),
-        **({"max_minutes": seconds / 60} if seconds else {"steps": plan.steps}), **gates,
+        warmup=WARMUP, calibrate=False, batch_size=plan.rows_of_step, seed=plan.seed,
+        log_every=max(1, plan.steps // 50),
+        **({"max_minutes": seconds / 60} if seconds else {"steps": plan.steps}), **settings,
     )  # fmt: skip
-    batches = [{"input_ids": mixture.rows(rows, plan.length)} for _ in range(plan.steps)]
-    result = modlab.train(model, batches, config)
-    lines = result.history.fillna(1.0)[["tokens", "kl", "keep_ratio"]].values.tolist()
-    curve = [(int(tokens), round(kl, 5), round(kept, 4)) for tokens, kl, kept in lines]
-    say(f"{result.tokens:,} tokens, {result.tokens / result.seconds:,.0f} a second, KL {curve[-1][1]:.4f}")
-    return {"tokens": result.tokens, "seconds": round(result.seconds, 1), "curve": curve}
+    watching = _Handing(kept, plan.rows_of_step * plan.length, loss, say)
+    result = modlab.train(model, batches, config, monitor=watching)
+    told = watching.told(result.tokens, result.seconds)
+    speed = result.tokens / result.seconds
+    say(f"{result.tokens:,} tokens, {speed:,.0f} a second, {loss} {told['curve'][-1][1]:.4f}")
+    return told
+
+
+def _drawn(mixture: Mixture, plan: Plan) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield {"input_ids": mixture.rows(plan.rows_of_step, plan.length)}
 
 
 def _freeze_below(model: Any) -> None:
@@ -211,6 +300,4 @@ def _said(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
 def _pull(arm: Arm, step: RoutingStep, target: float) -> Tensor | float:
     if arm.pull == "target":
         return target_objective(step, target, PULL)
-    if arm.pull == "load":
-        return load_objective(step, arm.alpha)
-    return 0.01 * topk_bce(step) if arm.pull == "topk" else 0.0
+    return 0.0

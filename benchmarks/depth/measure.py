@@ -14,7 +14,7 @@ from benchmarks.depth import compute
 from benchmarks.depth.arms import Arm
 from benchmarks.depth.distil import recorded
 from benchmarks.depth.model import head, states
-from benchmarks.real_models.divergence import kl_and_agreement, logits
+from benchmarks.real_models.divergence import CHUNK, kl_and_agreement, logits
 from benchmarks.real_models.evaluate import FAR, MEASURED, Dense, gaps, shares
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import COUNTED, Data
@@ -58,9 +58,9 @@ def measure(model: Any, arm: Arm, data: Data, known: Dense, removed: list[int]) 
     """The record of one arm, with the names of the result files."""
     T = data.recall.rows.shape[1]
     far_from = FAR if T >= 2 * FAR else T // 2  # the second half of short rows
-    far, near, same, work, kept = {}, {}, {}, {}, {}
+    far, near, same, work, kept, loss, dense_loss = {}, {}, {}, {}, {}, {}, {}
     for name, rows in data.texts.items():
-        kl, agree, shares_by_row = [], [], []
+        kl, agree, shares_by_row, losses = [], [], [], []
         for row, teacher in zip(rows, known.states[name], strict=False):
             with recorded(model) as steps:
                 state = states(model, _on(model, row[None]))[0]
@@ -68,9 +68,11 @@ def measure(model: Any, arm: Arm, data: Data, known: Dense, removed: list[int]) 
             kl.append(k)
             agree.append(a)
             shares_by_row.append(_kept(steps))
+            losses.append([_loss(one, _on(model, row), head(model)) for one in (state, teacher)])
         kl_RT, same_RT = torch.stack(kl), torch.stack(agree).float()
         far[name], near[name] = kl_RT[:, far_from:].mean().item(), kl_RT[:, :far_from].mean().item()
         same[name] = same_RT[:, far_from:].mean().item()
+        loss[name], dense_loss[name] = np.mean(losses, 0).tolist()
         by_layer = {
             index: np.mean([row[index] for row in shares_by_row], axis=0).tolist()
             for index in shares_by_row[0]
@@ -80,12 +82,23 @@ def measure(model: Any, arm: Arm, data: Data, known: Dense, removed: list[int]) 
     record: dict[str, Any] = {
         "kl_far": sum(far[name] for name in COUNTED) / len(COUNTED), "far_from": far_from, "length": T,
         "kl_far_by_text": far, "kl_near_by_text": near, "top1_far_by_text": same,
+        "loss_by_text": loss, "dense_loss_by_text": dense_loss,
         "compute": sum(work[name] for name in COUNTED) / len(COUNTED), "compute_by_text": work,
         "keep_by_layer": kept, "ratio": len(COUNTED) / sum(_stored(model, kept[name], T) for name in COUNTED),
     }  # fmt: skip
     record |= gaps(asked(model, data.recall)[0], known.copies, data.recall.spans[:, 3])
     record |= shares(asked(model, data.retrieval)[1], known.right, data.retrieval.spans[:, 3])
     return record
+
+
+def _loss(state_TD: Tensor, ids_T: Tensor, head_VD: Tensor) -> float:
+    """Mean loss of a row's next tokens, in nats."""
+    states, told = state_TD[:-1].split(CHUNK), ids_T[1:].split(CHUNK)
+    parts = [
+        F.cross_entropy(logits(some, head_VD), ids, reduction="sum")
+        for some, ids in zip(states, told, strict=True)
+    ]
+    return torch.stack(parts).sum().item() / (len(ids_T) - 1)
 
 
 def _kept(steps: list[Any]) -> dict[int, list[float]]:

@@ -88,6 +88,34 @@ def time_prompts(
     return found
 
 
+def time_pair(dense: Any, model: Any, rows: np.ndarray, decode: int, repeats: int = 3) -> dict[str, Any]:
+    """Milliseconds to the first token, and of each later one, of the dense model and of another, both in fast
+    generation where that takes them, in turns; medians, after a turn that warms up.
+
+    Args:
+        rows: ids [B, T], of which the first is the prompt.
+        decode: tokens after the first.
+    """
+    ids = torch.from_numpy(rows[:1].astype(np.int64)).to(next(model.parameters()).device)
+    for one in (dense, model):
+        modlab.enable_fast_generation(one, check=False)
+    try:
+        turns = [(_times(dense, ids, decode), _times(model, ids, decode)) for _ in range(repeats + 1)][1:]
+        fast = [modlab.fast_generation_report(one)["last"]["fast"] for one in (dense, model)]
+    finally:
+        for one in (dense, model):
+            modlab.disable_fast_generation(one)
+    median = np.median(np.array(turns), 0)  # [which model, which time]
+    return {
+        "context": ids.shape[1], "batch": 1, "new_tokens": decode + 1, "rounds": repeats,
+        "dense_fast": fast[0], "fast": fast[1],
+        "dense_ms": float(median[0, 0]), "mod_ms": float(median[1, 0]),
+        "dense_token_ms": float(median[0, 1]), "mod_token_ms": float(median[1, 1]),
+        "speedup": float(median[0, 0] / median[1, 0]),
+        "token_speedup": float(median[0, 1] / median[1, 1]),
+    }  # fmt: skip
+
+
 SKIPS = ("kv", "prompt", "kv+prompt")
 """Of the twins that are timed."""
 

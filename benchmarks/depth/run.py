@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ import torch
 import modlab
 from benchmarks.depth import compute, removal, tasks
 from benchmarks.depth.arms import Arm, arm_named
-from benchmarks.depth.distil import Plan, by_package, distil
+from benchmarks.depth.distil import Plan, as_published, by_package, distil
 from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import load
+from benchmarks.depth.prefill import time_pair
+from benchmarks.depth.saved import Saved
 from benchmarks.depth.scores import start_from_scores
 from benchmarks.depth.start import start
 from benchmarks.real_models.evaluate import MEASURED, Dense
@@ -29,8 +31,11 @@ from benchmarks.real_models.texts import Data
 CALIBRATED, SCORED, FITTED = 4, 16, 32
 """Training rows on which a threshold is set or removal is chosen, on which scores are regressed, and to which
 projections are fitted."""
-FACTS = "distilled.json"
-"""Next to the weights that an arm added: what its row tells of how they came about."""
+SAVED = ("added", "all")
+"""What trains of the arms whose weights are kept: a call that ends early has not trained for nothing."""
+
+Task = Callable[[Any], dict[str, np.ndarray]]
+"""Says which items a model gets right, by task."""
 
 
 class Study:
@@ -43,6 +48,7 @@ class Study:
         items: of each task.
         measured: rows of each text.
         problems: of HumanEval.
+        timed: tokens after a prompt that are timed with it; 0 times nothing.
         start: K/V routers that arms start from which say so; by default those that ship for the model.
     """
 
@@ -57,15 +63,15 @@ class Study:
         measured: int = MEASURED,
         start: str | None = None,
         problems: int = 0,
+        timed: int = 0,
     ) -> None:
         self.folder, self.device, self.data, self.out = folder, device, data, out
         self.questions, self.items, self.measured = questions, items, measured
-        self.problems = problems
+        self.problems, self.timed = problems, timed
         self.start_from = start or f"{folder.name}-kv"
         self.begun = time.monotonic()
         self.known: Dense | None = None
         self.order: dict[str, list[int]] = {}  # of removal, which arms share
-        self.dense_right: dict[str, np.ndarray] = {}
         out.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str) -> None:
@@ -96,8 +102,8 @@ class Study:
         (self.out / "rows.part").replace(self.out / "rows.jsonl")
 
     def run(self, name: str, plan: Plan, seconds: float | None = None) -> dict[str, Any]:
-        """One arm, from the dense model, or from what an earlier call distilled and did not come to measure,
-        to its row.
+        """One arm, from the dense model, or from what an earlier call trained and did not come to measure, to
+        its row. What says most is measured first, and the row is written each time that it says more.
 
         Args:
             seconds: of distillation, instead of the plan's tokens.
@@ -106,38 +112,56 @@ class Study:
         model = load(self.folder, self.device)
         self._know(model)
         facts: dict[str, Any] = {"plan": dataclasses.asdict(plan), "arm_fields": dataclasses.asdict(arm)}
-        saved = self.out / f"added_{name.replace('/', '-')}"
-        if (told := self._saved(saved, arm, facts)) is not None:
-            self.say(f"{name} was distilled by an earlier call, and is measured")
-            facts, distilled = told, modlab.load(saved, base=str(self.folder), dtype=model.dtype)[0]
-            model = cast(Any, distilled).to(self.device).eval()
+        saved = Saved(self.out / f"added_{name.replace('/', '-')}", self.folder, whole=arm.trains == "all")
+        if (told := self._told(saved, arm, facts)) is not None:
+            self.say(f"{name} was trained by an earlier call, and is measured")
+            facts, model = told, saved.load(self.device, model.dtype)
+            if facts.get("distillation", {}).get("cut"):
+                self._calibrate(model, arm, plan, facts)
         else:
-            facts |= self._make(model, arm, plan, seconds)
-            if modlab.is_converted(model) and arm.trains == "added":
-                self._save(model, saved, facts)
-        removed: list[int] = facts.get("removed", [])
-        found = measure(model, arm, self.data, self._known(), removed)
+            facts |= self._make(model, arm, plan, seconds, facts, saved)
+            if modlab.is_converted(model) and arm.trains in SAVED:
+                saved.save(model, facts)
+        self.say(f"{name} is there")
+        found = measure(model, arm, self.data, self._known(), facts.get("removed", []))
         row = {
             "model": self.folder.name, "arm": name, "seed": plan.seed,
             "tokens": facts.get("distillation", {}).get("tokens", 0),
             "compute_asked": arm.compute if arm.compute < 1 else None,
             **found, "tasks": {}, **facts,
         }  # fmt: skip
-        right: dict[str, np.ndarray] = {}
-        for task, left in zip(asked := self._asked(), range(len(asked), 0, -1), strict=True):
-            self._write({**row, "left": left})  # of the tasks: time may run out in any of them
-            right |= task(model)
-            row["tasks"] = tasks.paired(right, self.dense_right)
-        self._write(row)
         gap = " ".join(f"{value:+.3f}" for value in found["recall_gap"].values())
         self.say(f"RESULT {name} compute {found['compute']:.3f} KL {found['kl_far']:.4f} recall {gap}")
+        asked = self._asked()
+        self._write(row | ({"left": len(asked) + bool(self.timed)} if asked or self.timed else {}))
+        if self.timed and modlab.is_converted(model):
+            row["latency"] = self._timed(model)
+            self.say(f"{name} timed")
+        right: dict[str, np.ndarray] = {}
+        known: dict[str, np.ndarray] = {}
+        for at, (label, task) in enumerate(asked.items()):
+            self._write(row | {"left": len(asked) - at})  # of the tasks: time may run out in any of them
+            known |= self._right_of_dense(label, task)
+            right |= task(model)
+            row["tasks"] = tasks.paired(right, known)
+            self.say(f"{name} asked {label}")
+        self._write(row)
         return row
 
-    def _make(self, model: Any, arm: Arm, plan: Plan, seconds: float | None) -> dict[str, Any]:
-        """Makes the arm of a dense model, in place; what there is to tell of it."""
+    def _make(
+        self,
+        model: Any,
+        arm: Arm,
+        plan: Plan,
+        seconds: float | None,
+        known: dict[str, Any],
+        saved: Saved,
+    ) -> dict[str, Any]:
+        """Makes the arm of a dense model, in place; what there is to tell of it. During training what there
+        is by then is saved, with what is `known` of it."""
         facts: dict[str, Any] = {}
         mixture = Mixture(self.data.stream, self.data.lines, plan.seed)
-        plain = Mixture(self.data.stream, self.data.lines, plan.seed + 1, 0.0, 0.0)
+        plain = self._plain(plan)
         rows = plain.rows(CALIBRATED, plan.length).to(self.device)
         if arm.removes:
             facts["removed"] = self._remove(model, arm, rows)
@@ -156,58 +180,82 @@ class Study:
         if arm.fitted:
             shares = modlab.fit_projections(model, plain.rows(FITTED, plan.length))
             facts["fitted"] = {str(index): share for index, share in shares.items()}
+            self.say("projections fitted")
         if arm.trains == "lora":
             _add_lora(model)
-        if plan.tokens and arm.trains == "added":
-            facts["distillation"] = by_package(model, arm, mixture, plan, self.say, seconds)
+
+        def kept(told: dict[str, Any]) -> None:
+            saved.save(model, known | facts | {"distillation": told})
+
+        if plan.tokens and arm.published:
+            text = self._plain(plan)
+            facts["distillation"] = as_published(model, arm, text, plan, self.say, seconds, kept)
+        elif plan.tokens and arm.trains == "added":
+            facts["distillation"] = by_package(model, arm, mixture, plan, self.say, seconds, kept)
         elif plan.tokens and arm.trains != "none":
             minutes = seconds and seconds / 60
             facts["distillation"] = distil(model, arm, mixture, plan, self.say, minutes)
-        if arm.pull in ("target", "topk"):
-            keep = plan.keep if arm.pull == "target" else model.mod.config.capacity
-            modlab.calibrate(model, [{"input_ids": rows}], keep_ratio=keep)
+        self._calibrate(model, arm, plan, facts)
         return facts
 
-    def _save(self, model: Any, at: Path, facts: dict[str, Any]) -> None:
-        """What was added, so that a call that ends before it is measured has not distilled for nothing."""
-        (at / FACTS).unlink(missing_ok=True)
-        modlab.save_routers(model, at, self.folder.name)
-        (at / FACTS).write_text(json.dumps(facts, default=float), encoding="utf-8")
+    def _plain(self, plan: Plan) -> Mixture:
+        """Rows of text alone, the same for the same plan."""
+        return Mixture(self.data.stream, self.data.lines, plan.seed + 1, 0.0, 0.0)
 
-    def _saved(self, at: Path, arm: Arm, asked: dict[str, Any]) -> dict[str, Any] | None:
+    def _calibrate(self, model: Any, arm: Arm, plan: Plan, facts: dict[str, Any]) -> None:
+        """Sets the threshold, where one is aimed at."""
+        if arm.pull not in ("target", "topk"):
+            return
+        keep = facts["keep_asked"] if arm.pull == "target" else model.mod.config.capacity
+        rows = self._plain(plan).rows(CALIBRATED, plan.length).to(self.device)
+        modlab.calibrate(model, [{"input_ids": rows}], keep_ratio=keep)
+
+    def _told(self, saved: Saved, arm: Arm, asked: dict[str, Any]) -> dict[str, Any] | None:
         """What an earlier call of this folder told of the arm that it left there; None without one of this
         plan, this arm and this start."""
-        if not (at / FACTS).exists():
-            return None
-        told: dict[str, Any] = json.loads((at / FACTS).read_text(encoding="utf-8"))
+        told = saved.told()
         start = Path(self.start_from).name if arm.started else None
-        same = {name: told[name] for name in asked} == asked and told.get("start", {}).get("from") == start
-        return told if same else None
+        if told is None or told.get("start", {}).get("from") != start:
+            return None
+        return told if {name: told[name] for name in asked} == asked else None
 
     def _know(self, model: Any) -> None:
         if self.known is None:
             self.known = dense(model, self.data, self.measured)
-            for task in self._asked():
-                self.dense_right |= task(model)
             self.say("dense measured")
+
+    def _right_of_dense(self, label: str, task: Task) -> dict[str, np.ndarray]:
+        """What the dense model gets right; each folder of results asks it once."""
+        path = self.out / f"dense_{self.folder.name}_{label}.npz"
+        if not path.exists():
+            right = task(load(self.folder, self.device))
+            part = path.with_suffix(".part.npz")
+            np.savez(part, **right)  # type: ignore[arg-type]
+            part.replace(path)
+            self.say(f"dense asked {label}")
+        with np.load(path) as right:
+            return dict(right)
+
+    def _timed(self, model: Any) -> dict[str, Any]:
+        """Of a prompt of the measured length, and of tokens after it."""
+        return time_pair(load(self.folder, self.device), model, self.data.texts["wikitext"], self.timed)
 
     def _known(self) -> Dense:
         assert self.known is not None
         return self.known
 
-    def _asked(self) -> list[Callable[[Any], dict[str, np.ndarray]]]:
-        """What says of a model which items of some tasks it gets right."""
+    def _asked(self) -> dict[str, Task]:
+        """By label, what says of a model which items of some tasks it gets right."""
         if self.questions is None:
-            return []
+            return {}
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        asked: list[Callable[[Any], dict[str, np.ndarray]]]
-        asked = [partial(tasks.right, tokenizer=tokenizer, folder=self.questions, items=self.items)]
+        fields: dict[str, Any] = {"tokenizer": tokenizer, "folder": self.questions}
+        asked: dict[str, Task] = {f"tasks_{self.items}": partial(tasks.right, items=self.items, **fields)}
         if self.problems:
-            asked.append(
-                partial(tasks.written, tokenizer=tokenizer, folder=self.questions, problems=self.problems)
-            )
+            humaneval = partial(tasks.written, problems=self.problems, **fields)
+            asked[f"humaneval_{self.problems}"] = humaneval
         return asked
 
     def _remove(self, model: Any, arm: Arm, rows: torch.Tensor) -> list[int]:

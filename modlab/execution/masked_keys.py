@@ -65,7 +65,7 @@ def run_masked_keys(
     else:
         mask, attention = hiding_mask(arguments, site, given, may_flex=module.training)
     changes = {mask_name: mask}
-    if weighs and torch.is_grad_enabled():
+    if weighs and torch.is_grad_enabled() and site.decision.logit.requires_grad:  # else nothing asks for it
         changes[arguments.hidden_name] = with_gradient(arguments.hidden)
     with attention:
         y, rest = arguments.run(dense, changes)

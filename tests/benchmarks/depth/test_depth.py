@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import modlab
-from benchmarks.depth import compute, removal, tasks
+from benchmarks.depth import compute, distil, removal, tasks
 from benchmarks.depth import run as depth_run
 from benchmarks.depth.__main__ import main
 from benchmarks.depth.arms import ARMS, Arm, arm_named
@@ -23,12 +24,14 @@ from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import states
 from benchmarks.depth.profile import _covered
 from benchmarks.depth.report import result
-from benchmarks.depth.run import Study
+from benchmarks.depth.run import Study, _keep
+from benchmarks.depth.saved import FACTS, Saved
 from benchmarks.depth.scores import start_from_scores
 from benchmarks.depth.start import start
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import Data
 from modlab.hf.anatomy import decoder_layers
+from modlab.routing.noise import Noise
 from modlab.routing.trained import Trained
 from tests.helpers.models import dense_llama, scatter_gates, tiny_config
 from tests.helpers.tokenizers import make_tokenizer
@@ -141,21 +144,20 @@ def test_a_row_is_there_before_its_tasks(
     item = {"query": "w1", "choices": [" w3", " w4"], "gold": 0}
     (tmp_path / "piqa.jsonl").write_text(f"{json.dumps(item)}\n{json.dumps(item)}\n")
     study = Study(folder, "cpu", data, tmp_path / "out", questions=tmp_path, items=2, measured=1, problems=2)
-    answered = iter([1, 0])
+    answered = iter([1])  # of the dense model, which is not asked again
 
     def written(*args: Any, **given: Any) -> dict[str, Any]:
         return {"humaneval": np.array([next(answered), 1])}
 
     monkeypatch.setattr(tasks, "written", written)
     written_down = tmp_path / "out" / "rows.jsonl"
-    study._know(dense_llama())
-    next(answered)
     with pytest.raises(StopIteration):
         study.run("leave-2/3-fitted-free", PLAN)
     (row,) = map(json.loads, written_down.read_text().splitlines())
     assert row["left"] == 1 and "piqa" in row["tasks"] and not study.done(row["arm"], 0)
     answered = iter([1])
-    study.run("leave-2/3-fitted-free", PLAN)
+    again = Study(folder, "cpu", data, tmp_path / "out", questions=tmp_path, items=2, measured=1, problems=2)
+    again.run("leave-2/3-fitted-free", PLAN)
     (row,) = map(json.loads, written_down.read_text().splitlines())
     assert "left" not in row and row["tasks"]["humaneval"]["gap"] == 0 and study.done(row["arm"], 0)
 
@@ -183,6 +185,112 @@ def test_what_was_distilled_and_not_measured_is_measured_by_the_next_call(
         assert row["ratio"] == pytest.approx(expected["ratio"], rel=1e-6) and set(row) == set(expected)
         with pytest.raises(ZeroDivisionError):
             again.run(name, replace(PLAN, rate=1e-3))
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+@pytest.mark.parametrize("name", ["kv+leave-2/3-4x-started-above", "leave-2/3-fitted", "paper-alpha-0.01"])
+def test_what_is_there_of_a_run_that_is_ended_is_measured(
+    name: str, folder: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the last time it was saved, even if it ended while it was saving again."""
+    monkeypatch.setattr(distil, "EVERY", 0.0)
+    save, times = Saved.save, iter(range(9))
+
+    def saved(self: Saved, model: Any, facts: dict[str, Any]) -> None:
+        if next(times) == 2:
+            self.new.mkdir()
+            (self.new / FACTS).write_text('{"plan"')
+            raise Killed
+        save(self, model, facts)
+
+    monkeypatch.setattr(Saved, "save", saved)
+    source = str(kv_routers(tmp_path))
+    plan = replace(PLAN, tokens=6 * 4 * T)
+    studies = [Study(folder, "cpu", data, tmp_path / "out", measured=1, start=source) for _ in range(2)]
+    with pytest.raises(Killed):
+        studies[0].run(name, plan)
+    monkeypatch.undo()
+    row = studies[1].run(name, plan)
+    assert row["distillation"]["cut"] and row["tokens"] == 2 * 4 * T and 0 < row["kl_far"] < 20
+    assert studies[1].done(name, 0)
+    if "keep_asked" in row:
+        assert row["keep_asked"] == pytest.approx(_keep(loaded(tmp_path / "out", folder), ARMS[name], T))
+
+
+def loaded(out: Path, folder: Path) -> Any:
+    (at,) = (at for at in out.glob("added_*") if at.suffix != ".new")
+    return Saved(at, folder).load("cpu", torch.float32)
+
+
+def test_a_folder_that_is_complete_counts_wherever_it_is(folder: Path, tmp_path: Path) -> None:
+    """A move may be cut short after the old folder has gone; what is not complete is as if not there."""
+    model = modlab.convert(dense_llama(), modlab.MoDConfig(skip="prompt"))
+    saved = Saved(tmp_path / "arm", folder)
+    assert saved.told() is None
+    saved.save(model, {"turn": 1})
+    saved.at.rename(saved.new)
+    assert saved.told() == {"turn": 1} and modlab.is_converted(saved.load("cpu", torch.float32))
+    saved.save(model, {"turn": 2})
+    assert saved.told() == {"turn": 2} and not saved.new.exists()
+    (saved.at / FACTS).write_text("{")
+    assert saved.told() is None
+
+
+def test_what_trains_above_has_the_same_gradients_and_no_backward_pass_below() -> None:
+    """Frozen routers below cut the backward pass at the point of leaving, and change nothing above it."""
+    config = modlab.MoDConfig(
+        skip="kv+prompt", layers="all", gates="kv_head", router_hidden=16, keep_recent=8, leave_after=2 / 3
+    )
+    ids = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    found, went = [], []
+
+    def note(index: int, module: Any, args: Any, output: Any) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda slope: went[-1].add(index))
+
+    for above in (False, True):
+        model = scatter_gates(modlab.convert(dense_llama(), config)).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mod_" in name)
+        if above:
+            distil._freeze_below(model)
+        model.mod.what_if = True
+        model.mod.noise = Noise(0, 0, torch.arange(2))
+        layers = decoder_layers(model)
+        for index in range(6):
+            layers[index].mlp.register_forward_hook(partial(note, index))
+        went.append(set())
+        states(model, ids).square().sum().backward()
+        found.append({
+            name: p.grad for name, p in model.named_parameters()
+            if p.requires_grad and int(name.split(".")[2]) >= model.mod.first_left
+        })  # fmt: skip
+    assert went == [{0, 1, 2, 3, 4, 5}, {4, 5}]
+    whole, above = found
+    assert set(whole) == set(above) and any("mod_projections" in name for name in whole)
+    for name, slope in whole.items():
+        assert slope is not None and slope.abs().max() > 0, name
+        largest = float(slope.abs().max())  # the forward without a graph takes another kernel of sdpa
+        torch.testing.assert_close(above[name], slope, rtol=0, atol=1e-3 * largest, msg=name)
+
+
+def test_what_was_published_without_a_teacher_learns_the_text(
+    folder: Path, data: Data, tmp_path: Path
+) -> None:
+    """All weights, by the next token's loss: the model says the text better than before, and rows say so."""
+    data.stream[:] = np.tile(np.arange(3, 11), len(data.stream) // 8)
+    data.texts["novels"][:] = np.resize(np.arange(3, 11), data.texts["novels"].shape)
+    study = Study(folder, "cpu", data, tmp_path / "out", measured=1, timed=2)
+    row = study.run("paper-alpha-0.003", replace(PLAN, tokens=40 * 4 * T))
+    assert row["loss_by_text"]["novels"] < row["dense_loss_by_text"]["novels"] - 0.5
+    curve = [loss for _, loss, _ in row["distillation"]["curve"]]
+    assert curve[-1] < curve[0] - 0.5
+    assert row["distillation"]["epochs"] == pytest.approx(40 * 4 * T / len(data.stream), abs=1e-3)
+    assert set(row["compute_by_text"]) == set(data.texts) and row["compute_asked"] is None
+    assert row["latency"]["fast"] and row["latency"]["mod_ms"] > 0 and row["latency"]["token_speedup"] > 0
 
 
 def test_what_is_below_the_point_of_leaving_stays(folder: Path, data: Data, tmp_path: Path) -> None:
