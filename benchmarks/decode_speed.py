@@ -1,11 +1,11 @@
 """Where the time of a decoding step and of a short prompt goes.
 
     python -m benchmarks.decode_speed --out build/decode_speed.json --seconds 60
-    python -m benchmarks.decode_speed --out build/toy.json --toy attention linear step prefill
+    python -m benchmarks.decode_speed --out build/toy.json --toy attention linear router step prefill
 
-Parts: `attention` and `linear`, those kernels alone, in GB/s; `step`, whole decoding steps of a few layers of
-the 8B shape, with the time of each kernel; `prefill`, 4,096 tokens, likewise, dense and in several ways of
-routing, in turn. Each row is written when it is there; nothing begins after the limit.
+Parts: `attention`, `linear` and `router` (of prompts), those kernels alone, in GB/s; `step`, whole decoding
+steps of a few layers of the 8B shape, with the time of each kernel; `prefill`, 4,096 tokens, likewise, dense
+and in several ways of routing, in turn. Each row is written when it is there; nothing begins after the limit.
 
 Shape letters: L layers, B rows, U rows of a layer's cache, G kv heads, H head dim, D features in, E out.
 """
@@ -32,14 +32,17 @@ from modlab.bench import limits, speed_kv
 from modlab.bench.fast import fast_twins
 from modlab.bench.models import converted_twin, dense_model, random_routing, routed_layers
 from modlab.bench.registry import Settings
+from modlab.config import MoDConfig
 from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.guesses import Guesses
-from modlab.kernels import decode_attention, decode_linear
+from modlab.kernels import decode_attention, decode_linear, router_logits
+from modlab.kernels.router_logits import Tile
 from modlab.measure import synchronize, time_generate
+from modlab.routing.router import make_router
 from modlab.routing.state import routing_override
 
 MATRICES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
-PARTS = ["attention", "linear", "step", "prefill"]
+PARTS = ["attention", "linear", "router", "step", "prefill"]
 
 
 class Report:
@@ -252,6 +255,39 @@ def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.devic
     return {"us": round(ms * 1e3, 2), "gb_s": gb_s, "error": float(f"{error:.1e}")}
 
 
+# Routers of a prompt alone
+
+TILES = [
+    router_logits.SHORT, router_logits.LONG, Tile(16, 128), Tile(32, 128), Tile(16, 256),
+    Tile(16, 128, bf16=True), Tile(32, 128, bf16=True), Tile(32, 128, stages=4, bf16=True),
+    Tile(16, 256, bf16=True), Tile(64, 128, bf16=True), Tile(32, 128, warps=8, bf16=True),
+]  # fmt: skip
+
+
+def router_part(report: Report, target: torch.device, toy: bool) -> None:
+    """Gates a KV head with a hidden layer, of prompts of 4,096 and 32,768 tokens, in several tiles."""
+    D, config = 256 if toy else 4096, MoDConfig(router_hidden=speed_kv.HIDDEN)
+    own = make_router(config, D, G, target)
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    dtype = torch.bfloat16 if target.type == "cuda" else torch.float16
+    for tokens, tile in itertools.product((40,) if toy else (4096, 32768), TILES):
+        if report.is_over:
+            return
+        x = torch.randn(1, tokens, D, dtype=dtype, device=target)
+        got, want = router_logits.kernel_router_logits(own, x, tile), own(x)
+
+        def run(x: Tensor = x, tile: Tile = tile) -> None:
+            router_logits.kernel_router_logits(own, x, tile)
+
+        us = milliseconds(run, 12, target) * 1e3
+        error = float((got - want).norm() / want.norm())
+        report.add(
+            "router", line=tokens, **vars(tile), us=round(us, 1), gb_s=round(x.nbytes / us / 1e3),
+            error=float(f"{error:.1e}"),
+        )  # fmt: skip
+
+
 # Whole steps and prompts
 
 STEPS = [(8, ""), (8, "kv_head"), (8, "layer"), (1, ""), (1, "kv_head"), (1, "layer")]
@@ -428,6 +464,7 @@ def main(argv: list[str] | None = None) -> None:
         run: dict[str, Callable[[], None]] = {
             "attention": lambda: attention_part(report, target, options.toy),
             "linear": lambda: linear_part(report, target, options.toy),
+            "router": lambda: router_part(report, target, options.toy),
             "step": lambda: step_part(report, *of_a_model, options.toy),
             "prefill": lambda: prefill_part(report, *of_a_model, options.toy),
         }

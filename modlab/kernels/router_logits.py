@@ -8,6 +8,8 @@ hidden layer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,31 @@ except ImportError:  # see decode_attention
 BLOCK_S = 16
 """Tokens of one program; each is read once, so this only has to keep the memory busy."""
 
-WIDE_BLOCK_S = 64
-"""The same where a router has several gates or a hidden layer, whose weights every program reads: in lines
-long enough for every multiprocessor to have a program. In shorter ones `BLOCK_S`: 4,096 tokens are 64 blocks
-of this size, which an H200 takes 125 us to read (docs/log.md)."""
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a router with several gates or a hidden layer, whose weights every program reads,
+    takes at once.
+
+    Attributes:
+        tokens, inputs: of S and D.
+        warps, stages: of a program.
+        bf16: multiply with three bf16 parts of a weight, where states are bf16, instead of two in tf32.
+    """
+
+    tokens: int
+    inputs: int = 64
+    warps: int = 4
+    stages: int = 3
+    bf16: bool = False
+
+
+LONG = Tile(64)
+"""In lines long enough for every multiprocessor to have a program: 4,096 tokens are 64 blocks of this size,
+which an H200 takes 125 us to read (docs/log.md)."""
+
+SHORT = Tile(16)
+"""In others."""
 
 
 def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
@@ -38,8 +61,12 @@ def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
     return kernel_router_logits(router, x_BTD)
 
 
-def kernel_router_logits(router: Router, x_BTD: Tensor) -> Tensor:
-    """`router.forward` by one Triton kernel; the innermost dimension of x must be contiguous."""
+def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None) -> Tensor:
+    """`router.forward` by one Triton kernel; the innermost dimension of x must be contiguous.
+
+    Args:
+        tile: of a router with several gates or a hidden layer, if not the usual one.
+    """
     x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
     S, D = x_SD.shape
     A, hidden = len(router.bias), isinstance(router, HiddenRouter)
@@ -53,11 +80,12 @@ def kernel_router_logits(router: Router, x_BTD: Tensor) -> Tensor:
         return out
     into, back = (router.into, router.out) if isinstance(router, HiddenRouter) else (router.weight,) * 2
     K = len(into) if hidden else 0
-    size = WIDE_BLOCK_S if WIDE_BLOCK_S * multiprocessors_of(x_SD.device) <= S else BLOCK_S
-    _wide_logits[(triton.cdiv(S, size),)](
+    tile = tile or (LONG if LONG.tokens * multiprocessors_of(x_SD.device) <= S else SHORT)
+    _wide_logits[(triton.cdiv(S, tile.tokens),)](
         x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
         A=A, K=K, D=D, BLOCK_A=max(16, triton.next_power_of_2(A)),
-        BLOCK_K=max(16, triton.next_power_of_2(K or 1)), BLOCK_S=size, BLOCK_D=64, num_warps=4,
+        BLOCK_K=max(16, triton.next_power_of_2(K or 1)), BLOCK_S=tile.tokens, BLOCK_D=tile.inputs,
+        BF16=tile.bf16 and x_SD.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -82,12 +110,33 @@ if triton is not None:
         tl.store(out_ptr + row, logit + tl.load(bias_ptr), mask=inside)
 
     @triton.jit
+    def _plus_product(total, x, weight, BF16: tl.constexpr):
+        """total + x·weight, as exact as with both in fp32: a state of half precision is exact in tf32, so two
+        parts of a weight are enough, the first with the bits that tf32 has; three, if they are bf16."""
+        if BF16:
+            high = weight.to(tl.bfloat16)
+            rest = weight - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(x, low, total)
+            total = tl.dot(x, middle, total)
+            total = tl.dot(x, high, total)
+        elif x.dtype == tl.float32:
+            total = tl.dot(x, weight, total, input_precision="tf32x3")
+        else:
+            wide = x.to(tl.float32)
+            high = (weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            total = tl.dot(wide, weight - high, total, input_precision="tf32")
+            total = tl.dot(wide, high, total, input_precision="tf32")
+        return total
+
+    @triton.jit
     def _wide_logits(
         x_ptr, weight_ptr, bias_ptr, into_ptr, back_ptr, out_ptr, stride_x, rows,
         A: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BF16: tl.constexpr,
     ):  # fmt: skip
-        """The gates of some tokens; x has half precision, so three passes of tf32 are as exact as fp32."""
+        """The gates of some tokens."""
         row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
         inside = row < rows
         a, k = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
@@ -98,18 +147,17 @@ if triton is not None:
         for at in range(0, D, BLOCK_D):
             d = at + tl.arange(0, BLOCK_D)
             x = tl.load(x_rows + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            x = x.to(tl.float32)
             weight = tl.load(
                 weight_ptr + a[None, :] * D + d[:, None], mask=(a < A)[None, :] & (d < D)[:, None], other=0.0
             )
-            logit += tl.dot(x, weight, input_precision="tf32x3")
+            logit = _plus_product(logit, x, weight, BF16)
             if K:
                 into = tl.load(
                     into_ptr + k[None, :] * D + d[:, None],
                     mask=(k < K)[None, :] & (d < D)[:, None], other=0.0,
                 )  # fmt: skip
-                hidden += tl.dot(x, into, input_precision="tf32x3")
-                squares += tl.sum(x * x, 1)
+                hidden = _plus_product(hidden, x, into, BF16)
+                squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         if K:
             norm = tl.rsqrt(squares / D + 1e-6)[:, None]
             hidden = hidden * norm

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import decode_speed
@@ -30,6 +31,14 @@ def test_it_writes_what_steps_and_prompts_take(tmp_path: Path) -> None:
     routed = {(row["gates"], row["kept"], row["defer_tokens"] > 0) for row in prompts if row["gates"] in KEYS}
     assert routed == set(itertools.product(KEYS, (0.25, 1.0), (False, True)))
     assert any(row["guessed"] for row in prompts)
+
+
+def test_routers_of_a_prompt_alone_are_held_to_their_own_forward(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    out = tmp_path / "rows.json"
+    decode_speed.main(["router", "--toy", "--out", str(out)])
+    rows = [row for row in json.loads(out.read_text()) if row["part"] == "router"]
+    assert len(rows) >= len(decode_speed.TILES) and all(row["error"] < 1e-5 for row in rows)
 
 
 def test_nothing_begins_after_the_limit(tmp_path: Path) -> None:
