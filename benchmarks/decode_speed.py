@@ -258,9 +258,8 @@ def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.devic
 # Routers of a prompt alone
 
 TILES = [
-    router_logits.SHORT, router_logits.LONG, Tile(16, 128), Tile(32, 128), Tile(16, 256),
-    Tile(16, 128, bf16=True), Tile(32, 128, bf16=True), Tile(32, 128, stages=4, bf16=True),
-    Tile(16, 256, bf16=True), Tile(64, 128, bf16=True), Tile(32, 128, warps=8, bf16=True),
+    router_logits.SHORT, router_logits.LONG, Tile(32, 128), Tile(16, 256), Tile(16, 128, bf16=True),
+    Tile(32, 128, bf16=True), Tile(16, 256, bf16=True), Tile(64, 128, bf16=True),
 ]  # fmt: skip
 
 
@@ -367,6 +366,7 @@ class Way:
         kept: share of the tokens that are kept; 1 where all gates are open.
         defer_tokens: see `Engine`; None as it is.
         guesses: numbers of kept tokens are guessed from the prompt before.
+        tile: of routers; None for the usual one.
         times: ms.
     """
 
@@ -374,11 +374,22 @@ class Way:
     kept: float = 1.0
     defer_tokens: int | None = None
     guesses: Guesses | None = None
+    tile: Tile | None = None
     times: list[float] = field(default_factory=list)
 
 
-def prompt_ways(toy: bool) -> list[Way]:
-    """Dense; the cache routed, layers given their room at once and one layer later; whole layers."""
+def fastest_tile(report: Report) -> Tile | None:
+    """Of the shortest prompts for which routers alone have been timed; None if they have not been."""
+    rows = [row for row in report.rows if row["part"] == "router"]
+    if not rows:
+        return None
+    best = min(rows, key=lambda row: (row["line"], row["us"]))
+    return Tile(**{name: best[name] for name in vars(router_logits.SHORT)})
+
+
+def prompt_ways(toy: bool, tile: Tile | None) -> list[Way]:
+    """Dense; the cache routed, layers given their room at once and one layer later, and that with routers in
+    this tile; whole layers."""
     guesses = Guesses(least=8, multiple=4) if toy else Guesses()
     by_kept = [
         Way(gates, kept, defer_tokens)
@@ -387,14 +398,15 @@ def prompt_ways(toy: bool) -> list[Way]:
         for defer_tokens in (0, MOST_TOKENS)
     ]
     skipping = [Way(speed_kv.SKIP_LAYERS, 0.10), Way(speed_kv.SKIP_LAYERS, 0.10, guesses=guesses)]
-    return [Way(), *by_kept, *skipping]
+    tiled = [Way(gates, 0.25, MOST_TOKENS, tile=tile) for gates in ("layer", "kv_head") if tile is not None]
+    return [Way(), *by_kept, *tiled, *skipping]
 
 
 def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str, Any], toy: bool) -> None:
     """4,096 tokens to the first token, all ways in turn in each round; then the kernels of each."""
     tokens, rounds = (150, 1) if toy else (4096, 15)
     ids = torch.randint(1, dense.config.vocab_size, (1, tokens), device=settings.device)
-    ways = prompt_ways(toy)
+    ways = prompt_ways(toy, fastest_tile(report))
     for model in (dense, *twins.values()):
         engine = model.__dict__["mod_engine"]
         compiled, engine.compile = engine.compile, False
@@ -418,7 +430,8 @@ def prefill_part(report: Report, settings: Settings, dense: Any, twins: dict[str
         median = statistics.median(way.times)
         report.add(
             "prefill", gates=way.gates or "dense", kept=way.kept, defer_tokens=way.defer_tokens,
-            guessed=way.guesses and way.guesses.right, ms=round(median, 3), ms_min=round(min(way.times), 3),
+            guessed=way.guesses and way.guesses.right, tile=way.tile and vars(way.tile), ms=round(median, 3),
+            ms_min=round(min(way.times), 3),
             ms_max=round(max(way.times), 3), speedup=round(fastest / median, 3), **found,
         )  # fmt: skip
 
@@ -436,15 +449,17 @@ def _on_its_way(way: Way, model: Any, tokens: int, settings: Settings) -> Iterat
         if way.gates == "kv_head":
             shares = speed_kv.head_shares(layers, model.config.num_key_value_heads, way.kept, 0)
         override = routing_override(model, speed_kv.table_of(range(layers), shares, tokens + 8, settings))
-    before = engine.defer_tokens, engine.guesses
+    before = engine.defer_tokens, engine.guesses, router_logits.SHORT, router_logits.LONG
     engine.guesses = way.guesses
+    if way.tile is not None:
+        router_logits.SHORT = router_logits.LONG = way.tile
     if way.defer_tokens is not None:
         engine.defer_tokens = way.defer_tokens
     try:
         with override:
             yield
     finally:
-        engine.defer_tokens, engine.guesses = before
+        engine.defer_tokens, engine.guesses, router_logits.SHORT, router_logits.LONG = before
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,7 +26,7 @@ def test_it_writes_what_steps_and_prompts_take(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 for row in steps)
     prompts = [row for row in rows if row["part"] == "prefill"]
     assert [row["gates"] for row in prompts] == [
-        way.gates or "dense" for way in decode_speed.prompt_ways(True)
+        way.gates or "dense" for way in decode_speed.prompt_ways(True, None)
     ]
     routed = {(row["gates"], row["kept"], row["defer_tokens"] > 0) for row in prompts if row["gates"] in KEYS}
     assert routed == set(itertools.product(KEYS, (0.25, 1.0), (False, True)))
@@ -36,9 +36,13 @@ def test_it_writes_what_steps_and_prompts_take(tmp_path: Path) -> None:
 def test_routers_of_a_prompt_alone_are_held_to_their_own_forward(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     out = tmp_path / "rows.json"
-    decode_speed.main(["router", "--toy", "--out", str(out)])
-    rows = [row for row in json.loads(out.read_text()) if row["part"] == "router"]
+    decode_speed.main(["router", "prefill", "--toy", "--out", str(out)])
+    written = json.loads(out.read_text())
+    rows = [row for row in written if row["part"] == "router"]
     assert len(rows) >= len(decode_speed.TILES) and all(row["error"] < 1e-5 for row in rows)
+    fastest = min(rows, key=lambda row: row["us"])
+    tiles = [row["tile"] for row in written if row["part"] == "prefill" and row["tile"]]
+    assert len(tiles) == len(KEYS) and all(tile.items() <= fastest.items() for tile in tiles)
 
 
 def test_nothing_begins_after_the_limit(tmp_path: Path) -> None:
