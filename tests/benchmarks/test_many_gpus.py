@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.many_gpus.parts import KILLED, ONE, ONE_LARGE, RESUMED, SHARDED,
 from benchmarks.many_gpus.training import DIES_AT, SAVED_AT, scenes, stepwise
 from benchmarks.many_gpus.turns import LEAST, Ended, Turns
 from modlab.errors import ModlabError
+from tests.helpers.launch import finished
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -379,6 +381,26 @@ def test_what_an_earlier_call_left_does_not_pass_for_a_parts_own(tmp_path: Path)
     forget(part("tensor parallel", 2), tmp_path)
     forget(part(KILLED, 2), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone by layer.pt", "rows_m.pt"]
+
+
+@pytest.mark.long
+def test_a_sharded_run_whose_process_is_killed_is_taken_up_by_one(tmp_path: Path) -> None:
+    """The scene as it runs on GPUs, with two gloo processes that FSDP2 shards: at every step the loss, KL and
+    keep ratio of the run that nothing has ended, in both and in one."""
+    command = [sys.executable, "-m", "benchmarks.many_gpus", "--toy", "--seconds", "240"]
+    command += ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--only", KILLED, RESUMED, ONE]
+    finished(command)
+    (file,) = tmp_path.glob("*.json")
+    record = json.loads(file.read_text())
+    told = {name: record["parts"][name]["scenes"][KILLED] for name in (KILLED, RESUMED)}
+    assert told[KILLED]["checkpoints"] == [f"step_{SAVED_AT}"]
+    assert told[RESUMED]["taken up at step"] == SAVED_AT
+    lines = {f"{KILLED}, {KILLED}": DIES_AT, f"{RESUMED}, {KILLED}": 8 - SAVED_AT}
+    for name, count in lines.items():
+        for against in (name, f"{name}, against several GPUs {UNINTERRUPTED}"):
+            said = record["compared"][against]
+            assert said.pop("log lines compared") == count
+            assert len(said) == 3 and max(said.values()) < 1e-5
 
 
 def test_calls_are_joined_by_their_parts() -> None:

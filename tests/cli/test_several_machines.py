@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from modlab.cli.program import main
 from tests.helpers.launch import together
@@ -44,4 +45,7 @@ def test_two_machines_train_what_one_does(tmp_path: Path, capsys: pytest.Capture
     for alone, both in zip(*logs, strict=True):
         for figure in ("loss", "keep_ratio", "grad_norm", "tokens"):
             assert both[figure] == pytest.approx(alone[figure], rel=1e-3), figure
-    assert (tmp_path / "two" / "model" / "config.json").exists()
+    weights, found = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert found.keys() == weights.keys() and (tmp_path / "two" / "model" / "config.json").exists()
+    for name, weight in weights.items():
+        assert (found[name] - weight).norm() <= 1e-3 * weight.norm(), name

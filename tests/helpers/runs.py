@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def model_for(objective: str) -> Any:
 
 def rows() -> torch.Tensor:
     return torch.randint(0, 61, (10, 16), generator=torch.Generator().manual_seed(1))
+
+
+GLOBAL_BATCH = 4
+
+
+def streamed(batch_size: int, steps: int = 3) -> Iterator[torch.Tensor]:
+    """Rows that come once, as ready-made batches: enough for `steps` steps, and one batch more."""
+    ids = torch.randint(0, 61, (steps * GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(2))
+    yield from (*ids.split(batch_size), ids[:batch_size])
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

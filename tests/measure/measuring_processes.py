@@ -12,7 +12,11 @@ from tqdm.auto import tqdm
 
 import modlab
 from modlab import measure
+from tests.helpers.handmade import make_tokenizers
 from tests.helpers.models import routed_llama
+
+WORDS = "the router decides which token runs and which token skips a layer of depth\n" * 40
+BYTES = make_tokenizers()["a token a byte"]
 
 ROWS = torch.randint(3, 500, (7, 48), generator=torch.Generator().manual_seed(4))
 
@@ -46,6 +50,10 @@ def report() -> dict[str, object]:
         "recall": modlab.recall(
             model, ROWS, distances=[12, 20], passage=6, prefix=2, rows=3, batch_size=2, progress=False,
             accelerator=accelerator,
+        ).to_dict("list"),
+        "retrieval": modlab.retrieval(
+            model, torch.tensor([BYTES(WORDS)["input_ids"]]), BYTES, distances=[150], rows=5, pairs=4,
+            lead=10, batch_size=2, by_row=True, progress=False, accelerator=accelerator,
         ).to_dict("list"),
         "health": modlab.generation_health(
             model, ROWS, prompts=3, prompt_tokens=8, new_tokens=6, batch_size=2, progress=False,

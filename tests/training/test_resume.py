@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -19,8 +21,13 @@ from modlab.errors import ModlabError
 from modlab.training.checkpoints import checkpoints
 from modlab.training.folder import RunFolder
 from modlab.training.loop import TrainConfig, train
+from tests.helpers.launch import launch
 from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.runs import GLOBAL_BATCH, began, from_step, model_in_bf16, streamed
+from tests.helpers.runs import rows as rows_of_runs
 from tests.helpers.training import same_weights, settings
+
+WORKER = Path(__file__).with_name("resumed_in_processes.py")
 
 
 @pytest.mark.parametrize("kind", ["dense", "mod", "accumulated"])
@@ -50,6 +57,37 @@ def test_resume_is_exact(make: Callable[..., Any], rows: torch.Tensor, tmp_path:
     keys = [c for c in whole.history if c not in ("tokens_per_s", "seconds")]
     assert last.history[keys].equals(whole.history[keys])
     assert resumed.history[keys].equals(whole.history[keys].iloc[2:].reset_index(drop=True))
+
+
+def test_several_processes_take_a_run_up_as_one_does(tmp_path: Path) -> None:
+    """By as many as before, dropout included: two bit for bit, four but for rounding, for DDP sums gradients
+    in another order after the first step of a call. That of two by four, that of four by one. Rows that come
+    once are seen once, by all together as by one."""
+    wanted = train(model_in_bf16(), rows_of_runs(), began(tmp_path / "one", GLOBAL_BATCH)).history
+    settings = dataclasses.replace(began(tmp_path / "stream", 1), grad_accum=GLOBAL_BATCH)
+    of_stream = train(model_in_bf16(), streamed(1), settings)
+    assert (of_stream.stopped, of_stream.steps) == ("data", 3)
+    for processes, first in ((2, 1), (4, 3)):
+        out = tmp_path / str(processes)
+        if processes == 4:
+            from_step(2, tmp_path / "2" / "run", out / "run")
+        out.mkdir(exist_ok=True)
+        launch(WORKER, processes, out)
+        for rank in range(processes):
+            found = json.loads((out / f"rank_{rank}.json").read_text())
+            assert found["off by"] <= (0.0 if processes == 2 else 1e-6)  # a step is 3e-3
+            assert_same_lines(found["run"], wanted[wanted["step"] >= first])
+            assert_same_lines(found["stream"], of_stream.history)
+    settings = began(from_step(3, tmp_path / "4" / "run", tmp_path / "again"), GLOBAL_BATCH)
+    last = train(model_in_bf16(), rows_of_runs(), settings).history
+    assert_same_lines(last.to_dict("list"), wanted[wanted["step"] > 3])
+
+
+def assert_same_lines(found: dict[str, list[Any]], expected: pd.DataFrame) -> None:
+    """But for rounding and times."""
+    assert found["step"] == expected["step"].tolist()
+    for name in ("loss", "keep_ratio", "objective", "grad_norm", "tokens", "lr"):
+        assert found[name] == pytest.approx(expected[name].tolist(), rel=2e-3, abs=1e-5), name
 
 
 def test_finished_run_resumes_to_itself_and_can_be_extended(
