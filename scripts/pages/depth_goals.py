@@ -178,16 +178,32 @@ def _against(token: Row, static: Row) -> tuple[str, str]:
 
 
 def _paper(rows: list[Row]) -> Iterator[Cells]:
-    found = [row for row in rows if family(row["arm"]) == "paper" and row["model"] in DECIDING]
+    found = [row for row in rows if family(row["arm"]) == "paper" and row["tokens"]]
     asked = "tokens, KV ratio, loss and time stated"
     if not found:
         yield "the paper's recipe on a real model", asked, NOT_RUN, ""
     for row in found:
         got = (
             f"`{row['arm']}`: {row['tokens'] / 1e6:.3g}M tokens, {row['compute']:.2f} of the operations, K/V "
-            f"{row['ratio']:.2f}x, KL {row['kl_far']:.3f}; time {NOT_RUN}"
+            f"{row['ratio']:.2f}x, KL {row['kl_far']:.3f}; loss {_losses(row)}; time {_latency(row)}"
         )
         yield f"{row['model']}: the paper's recipe", asked, got, ""
+
+
+def _losses(row: Row) -> str:
+    """Of the counted texts, and the dense model's."""
+    if "loss_by_text" not in row:
+        return NOT_RUN
+    both = ((row["loss_by_text"][name], row["dense_loss_by_text"][name], name) for name in TEXTS)
+    return ", ".join(f"{name} {own:.2f} (dense {dense:.2f})" for own, dense, name in both)
+
+
+def _latency(row: Row) -> str:
+    took = row.get("latency")
+    if took is None:
+        return NOT_RUN
+    said = f"{took['speedup']:.2f}x of dense for a prompt of {took['context']:,} tokens"
+    return f"{said}, {took['token_speedup']:.2f}x for a token after it"
 
 
 def _met(met: bool) -> str:

@@ -118,3 +118,16 @@ def test_own_weights_count_more_than_a_shape(tmp_path: Path, drawn: float) -> No
         "`coder-1.5b-kv` on wikitext | 4.40x | 330.0 to 150.0 (1.85x) | 2.40x | 2.20 to 2.00 (1.10x)" in times
     )
     assert depth.block(tmp_path) == depth.NONE, "times alone are no arm"
+
+
+def test_the_papers_recipe_is_said_with_losses_and_time(tmp_path: Path) -> None:
+    losses = {"novels": 3.5, "wikitext": 2.75, "headers": 2.0}
+    took = {"context": 8192, "speedup": 1.3, "token_speedup": 1.1}
+    full = arm("paper-alpha-0.01", model="smollm2", ratio=1.9, tokens=40_000_000, latency=took)
+    full |= {"loss_by_text": losses, "dense_loss_by_text": losses | {"novels": 3.25}}
+    old = arm("paper-alpha-0.1", ratio=1.9)
+    found = [row for row in table(tmp_path, depth_a=study(full, old)) if "paper's recipe" in row[0]]
+    assert [row[0] for row in found] == ["smollm2: the paper's recipe", "coder-0.5b: the paper's recipe"]
+    assert "40M tokens" in found[0][2] and "novels 3.50 (dense 3.25)" in found[0][2]
+    assert "1.30x of dense for a prompt of 8,192 tokens, 1.10x for a token" in found[0][2]
+    assert "loss not run; time not run" in found[1][2]
