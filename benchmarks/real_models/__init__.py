@@ -8,6 +8,7 @@ distances, at equal bytes against the controls of `controls`.
 
     python -m benchmarks.real_models texts    tokenise, on a machine that has the texts
     python -m benchmarks.real_models run      fit, distil, evaluate, on a machine with a GPU
+    python -m benchmarks.real_models quick    fit routers by the package, timed; `measure` says what they lose
 
 Shape letters: B rows, T tokens, N query heads, G KV heads, H head dim, D model dim, L layers,
 V vocabulary, K hidden units of a gate, A gates of a layer (G, or 1).

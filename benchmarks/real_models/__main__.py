@@ -51,6 +51,16 @@ def main(arguments: list[str] | None = None) -> None:
     trains.add_argument("--checkpointing", action="store_true", help="of gradients")
     trains.add_argument("--compile", action="store_true", help="layers, by torch.compile")
     trains.add_argument("--anneal", action="store_true", help="no rows with thresholds of their own")
+    quick = stages.add_parser("quick", help="fit routers by the recipe of that name; how long it takes")
+    quick.add_argument(
+        "--model", type=Path, help="the dense model's folder; random weights of an 8B shape without"
+    )
+    quick.add_argument("--texts", help="what routers are fitted to, as for modlab fit --data")
+    quick.add_argument("--repeats", type=int, default=2, help="fits that are timed; the first compiles")
+    quick.add_argument("--fit-tokens", type=int, help="of text (default: as modlab fit)")
+    quick.add_argument("--context", type=int, help="tokens of a text (default: as modlab fit)")
+    quick.add_argument("--commit", help="of the source tree, where git cannot be asked")
+    quick.add_argument("--device", default="cuda")
     report = stages.add_parser("report", help="what runs have left, as one result file")
     report.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
     report.add_argument(
@@ -109,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     budget.add_argument("--log", type=Path, required=True, help="log.jsonl of a run with --eval-every")
     budget.add_argument("--keep-ratio", type=float, default=0.25, help="that the run was asked for")
     budget.add_argument("--tokens", default="60,120,240", help="millions, with commas between them")
-    for stage in (texts, run, report, ship, tasks, measure, recent, join):
+    for stage in (texts, run, report, ship, tasks, measure, recent, join, quick):
         stage.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     verbs = {
@@ -117,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         "run": _run,
         "speed": _speed,
         "train-speed": _train_speed,
+        "quick": _quick,
         "report": _report,
         "ship": _ship,
         "tasks": _tasks,
@@ -188,6 +199,16 @@ def _train_speed(options: argparse.Namespace) -> None:
         mixed=not options.anneal, compiled=options.compile,
     )  # fmt: skip
     print(json.dumps(found), flush=True)
+
+
+def _quick(options: argparse.Namespace) -> None:
+    from benchmarks.real_models import quick
+
+    found = quick.run(
+        options.model, options.texts, options.out, options.device, repeats=options.repeats,
+        tokens=options.fit_tokens, context=options.context, commit=options.commit,
+    )  # fmt: skip
+    print(json.dumps(found["rows"][0]), flush=True)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -23,8 +23,9 @@ class FitConfig:
             of the model's context where that is less.
         batch_size: rows a forward; None: 1 on a CPU, 4 on a GPU.
         ridge: how far the linear part is held back, in tokens.
-        hidden_steps: steps that the routers' hidden layer is fitted for on what the linear part leaves; 0
-            leaves it out, None: 400 on a GPU, none on a CPU.
+        hidden_steps: steps that the routers' hidden layer is fitted for on what the linear part leaves, one
+            sampled token in eight set aside to see which were best; 0 leaves it out, None: 400 on a GPU, none
+            on a CPU.
         sample_mib: MiB of states that the hidden layer is fitted to, all layers together.
         held_out: share of the rows that are not fitted to: R² and thresholds are of these.
         seed: of the rows and of what is drawn.

@@ -72,6 +72,7 @@ class FitPass:
 
     def fit(self, text_BC: Tensor) -> None:
         """One forward of rows to fit to; R² `ahead` is measured on them first."""
+        self.picked: Tensor | None = None  # the same tokens of all layers
         self._run(text_BC, self._add)
 
     def hold(self, text_BC: Tensor) -> None:
@@ -87,12 +88,14 @@ class FitPass:
     def finish(self) -> None:
         """Linear parts and hidden layers, of all rows; what was summed up is let go."""
         self.solve()
+        self.ridges.clear()
+        samples = []
         for i, router in self.routers.items():
             if self.hidden_steps and isinstance(router, HiddenRouter):
                 x, y = (torch.cat(parts) for parts in zip(*self.samples[i], strict=True))
-                fit_hidden(router, x, y, self.hidden_steps, self.seed)
+                samples.append((router, x, y))
             self.samples[i] = []
-        self.ridges.clear()
+        fit_hidden(samples, self.hidden_steps, self.seed)
 
     @torch.no_grad()
     def open(self, keep_ratio: float) -> float:
@@ -135,8 +138,9 @@ class FitPass:
         x, y = x_BCD.flatten(0, 1), y_BCA.flatten(0, 1)
         self.ridges[i].add(x, y)
         if self.sampled:
-            picked = torch.rand(len(x), generator=self.generator) < self.sampled
-            self.samples[i].append((x[picked.to(x.device)], y[picked.to(y.device)]))
+            if self.picked is None:
+                self.picked = (torch.rand(len(x), generator=self.generator) < self.sampled).nonzero()[:, 0]
+            self.samples[i].append((x[self.picked.to(x.device)], y[self.picked.to(y.device)]))
 
     def _measure(self, i: int, x_BCD: Tensor, y_BCA: Tensor) -> None:
         z_BCA = logits(self.routers[i], x_BCD)

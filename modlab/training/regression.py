@@ -1,9 +1,11 @@
 """Routers fitted to log scores: linear gates in closed form, their hidden layer on what these leave.
 
-Shape letters: S tokens, D model dim, A gates.
+Shape letters: L layers, S tokens, D model dim, A gates, U units of a hidden layer.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from modlab.routing.router import HiddenRouter, Router, normalised
 
-BATCH = 4096  # tokens of a step of the hidden layer's fit
+BATCH = 4096  # tokens of a step of the hidden layers' fit
+TOGETHER = 2**27  # numbers in the states of such a step: so many layers at once
+ASIDE, LOOK = 8, 25  # one sampled token in so many is set aside, and looked at after so many steps
 WARM = 20  # steps until its full learning rate
 RATES = {"linear": 1e-4, "hidden": 2e-3}
 
@@ -85,27 +89,90 @@ class Explained:
         return 1 - self.missed / self.spread if self.spread else float("nan")
 
 
+Sample = tuple[HiddenRouter, Tensor, Tensor]
+"""A router with hidden states [S, D] and their log scores [S, A]."""
+
+
+def fit_hidden(samples: list[Sample], steps: int, seed: int) -> None:
+    """Adam on all of the routers' weights, from the solutions of `Ridge`, to the least square error.
+
+    Layers of one shape are fitted at once: one alone is so little to do for a GPU that it would wait for
+    launches. Each layer keeps the weights that did best on tokens that are set aside; where
+    tokens are few for so many weights, those are early ones, or the linear solution that they began with.
+    """
+    alike: dict[tuple[Any, ...], list[Sample]] = {}
+    for router, x_SD, y_SA in samples:
+        shape = (x_SD.device, x_SD.shape, y_SA.shape, router.into.shape)
+        alike.setdefault(shape, []).append((router, x_SD, y_SA))
+    for group in alike.values():
+        size = max(1, TOGETHER // (BATCH * group[0][1].shape[1]))
+        for first in range(0, len(group), size):
+            _fit_layers(group[first : first + size], steps, seed)
+
+
 @torch.enable_grad()
-def fit_hidden(router: HiddenRouter, x_SD: Tensor, y_SA: Tensor, steps: int, seed: int) -> None:
-    """Adam on all of a router's weights, from the solution of `Ridge`, to the least square error."""
-    generator = torch.Generator(x_SD.device).manual_seed(seed)
-    parts = {"linear": [router.weight, router.bias], "hidden": [router.into, router.out]}
-    trained = {
-        name: [p.detach().clone().requires_grad_() for p in parameters] for name, parameters in parts.items()
-    }
-    optimizer = torch.optim.Adam([{"params": trained[name], "lr": rate} for name, rate in RATES.items()])
-    (weight, bias), (into, out) = trained["linear"], trained["hidden"]
+def _fit_layers(samples: list[Sample], steps: int, seed: int) -> None:
+    routers, xs, ys = zip(*samples, strict=True)
+    S, D = xs[0].shape
+    aside = min(S // ASIDE, BATCH)
+    if not aside:
+        return
+    x_LSD, y_LSA = torch.stack(xs), torch.stack(ys)
+    layers = _Layers(routers, D)
+    optimizer = torch.optim.Adam(layers.groups())
+    generator = torch.Generator(x_LSD.device).manual_seed(seed)
+    best, least_L = layers.copy(), layers.errors(x_LSD[:, -aside:], y_LSA[:, -aside:]).detach()
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, RATES.values(), strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / WARM) * (1 - step / steps)
-        picked = torch.randint(len(x_SD), (BATCH,), device=x_SD.device, generator=generator)
-        n = features(router, x_SD[picked])
-        z = F.linear(n, weight.view(-1, n.shape[-1]), bias) + F.linear(F.gelu(F.linear(n, into)), out)
-        loss = (z - y_SA[picked]).square().mean()
+        picked = torch.randint(S - aside, (BATCH,), device=x_LSD.device, generator=generator)
         optimizer.zero_grad()
-        loss.backward()
+        layers.errors(x_LSD[:, picked], y_LSA[:, picked]).sum().backward()
         optimizer.step()
-    with torch.no_grad():
-        for name, parameters in parts.items():
-            for parameter, found in zip(parameters, trained[name], strict=True):
-                parameter.copy_(found)
+        if (step + 1) % LOOK == 0 or step == steps - 1:
+            with torch.no_grad():
+                error_L = layers.errors(x_LSD[:, -aside:], y_LSA[:, -aside:])
+                layers.keep_better(best, error_L < least_L)
+                least_L = torch.minimum(error_L, least_L)
+    layers.give(best)
+
+
+class _Layers:
+    """The weights of several routers of one shape, first dimension L, to be trained."""
+
+    def __init__(self, routers: tuple[HiddenRouter, ...], D: int) -> None:
+        self.routers = routers
+        parts = [[r.weight.view(-1, D), r.bias, r.into, r.out] for r in routers]
+        self.weights = [
+            torch.stack([p.detach() for p in part]).requires_grad_() for part in zip(*parts, strict=True)
+        ]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """For the optimizer: linear parts, hidden layers."""
+        rates = RATES.values()
+        return [
+            {"params": w, "lr": r} for w, r in zip((self.weights[:2], self.weights[2:]), rates, strict=True)
+        ]
+
+    def errors(self, x_LSD: Tensor, y_LSA: Tensor) -> Tensor:
+        """Mean square error of each layer, [L]."""
+        weight_LAD, bias_LA, into_LUD, out_LAU = self.weights
+        n_LSD = normalised(x_LSD)
+        hidden_LSU = F.gelu(n_LSD @ into_LUD.mT)
+        z_LSA = n_LSD @ weight_LAD.mT + bias_LA[:, None] + hidden_LSU @ out_LAU.mT
+        return (z_LSA - y_LSA).square().mean((1, 2))
+
+    def copy(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self.weights]
+
+    def keep_better(self, best: list[Tensor], better_L: Tensor) -> None:
+        """Writes the present weights of these layers into `best`."""
+        for kept, weight in zip(best, self.weights, strict=True):
+            kept.copy_(torch.where(better_L.view(-1, *[1] * (weight.dim() - 1)), weight, kept))
+
+    @torch.no_grad()
+    def give(self, best: list[Tensor]) -> None:
+        """Gives them to the routers."""
+        for router, *found in zip(self.routers, *best, strict=True):
+            for own, weight in zip((router.weight, router.bias, router.into, router.out), found, strict=True):
+                own.copy_(weight.view(own.shape))

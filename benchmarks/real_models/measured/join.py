@@ -23,7 +23,7 @@ def joined(path: Path) -> dict[str, Any]:
     """The file's content: where it comes from, a row a setting, and one a control; what was not measured is
     missing from a row, and a setting of which nothing is known but its threshold has none. A saving's first
     setting, that with its own recent tokens if it is there, has the name of the arm; those after it say how
-    many tokens are recent, too."""
+    many tokens are recent, too. Next to routers that `quick` has fitted stands how long that took."""
     folder = Folder(path)
     origin = folder.read(ORIGIN)
     about = {name: origin[name] for name in ("model", "arm", "granularity", "tokens", "seed")}
@@ -37,10 +37,11 @@ def joined(path: Path) -> dict[str, Any]:
             {**own, "arm": f"{arm}: {found['control']}"} | _measures(found)
             for found in _controls(folder, setting)
         ]
+    fit = {"fit": folder.read("fit")["rows"][0]} if folder.done("fit") else {}
     seconds = {file.stem: folder.read(file.stem).get("seconds") for file in sorted(path.glob("*@*.json"))}
     failed = sorted(file.name.split(".failed")[0] for file in path.glob("*.failed.json"))
     return rounded(
-        {"what": MEASURED, **origin, "note": NOTE, "rows": rows, "failed": failed,
+        {"what": MEASURED, **origin, "note": NOTE, "rows": rows, **fit, "failed": failed,
          "seconds": {name: value for name, value in seconds.items() if value is not None}}
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def run(
     say(f"{product.name}: loaded, {product.routing!r}")
     folder = Folder(out)
     if not folder.done(ORIGIN):
-        folder.write(ORIGIN, {"model": model.name, **about, **_origin(product, commit)})
+        folder.write(ORIGIN, {"model": model.name, **about, **origin(product, commit)})
     shapes = Sizes(**_sizes(sizes or {}))
     work = Work(product, Data.load(data), questions or data, folder, shapes, dense)
     deadline = None if minutes is None else begun + 60 * minutes
@@ -84,7 +84,8 @@ def _sizes(given: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def _origin(product: Product, commit: str | None) -> dict[str, Any]:
+def origin(product: Product, commit: str | None) -> dict[str, Any]:
+    """What a record says of itself: command, commit, date, device, versions, and how the model is routed."""
     paths = {word: Path(word).name for word in sys.argv[1:] if "/" in word}
     return {
         "command": shlex.join(
