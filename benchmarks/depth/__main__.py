@@ -207,7 +207,9 @@ def _write_origin(options: argparse.Namespace) -> None:
 
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    hidden = {str(value): value.name for value in vars(options).values() if isinstance(value, Path)}
+    paths = [value for value in vars(options).values() if isinstance(value, Path)]
+    routers = (vars(options).get("start"), vars(options).get("routers"))  # a folder, or a name
+    hidden = {str(value): Path(value).name for value in (*paths, *routers) if value is not None}
     said = [hidden.get(word, word) for word in options.argv]
     origin: dict[str, Any] = {
         **circumstances(device, dtype),

@@ -135,6 +135,8 @@ def test_a_failed_arm_takes_no_other_with_it(
     assert "leave-2/3-fitted-free is there already" in capsys.readouterr().out
     rows = [json.loads(line)["arm"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert rows == list(reversed(arms.split(",")))
+    origin = json.loads((tmp_path / "out" / "origin.json").read_text())
+    assert "--start kv" in origin["command"] and str(tmp_path) not in origin["command"]
 
 
 def test_a_row_is_there_before_its_tasks(
