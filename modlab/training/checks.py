@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from modlab.data.batches import IGNORE, check_vocabulary
@@ -133,6 +134,25 @@ def check_begin(config: TrainConfig, model: Any) -> None:
             "(0.7 was studied), fit the routers first (modlab.fit_routers), or start from trained ones "
             "(modlab.start_from)."
         )
+
+
+def check_saved(config: TrainConfig, model: Any) -> None:
+    """The run can end as it is to end, with the model in its folder; of adapters only those are saved.
+
+    Raises:
+        ModlabError: transformers cannot write this quantized model.
+    """
+    from modlab.saving.gguf import check_saving
+
+    if config.out is None or hasattr(model, "get_base_model"):
+        return
+    try:
+        check_saving(model)
+    except ModlabError as error:
+        raise ModlabError(
+            f"out={str(config.out)!r}: the run would end with {Path(config.out) / 'model'}, but {error} "
+            "Train without out, then."
+        ) from error
 
 
 def nothing_to_learn(model: Any, length: int) -> str:

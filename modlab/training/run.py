@@ -45,6 +45,7 @@ from modlab.training.checks import (
     check_processes,
     check_recent,
     check_rows_teach,
+    check_saved,
     check_teacher,
     choose_objective,
 )
@@ -98,6 +99,7 @@ class Run:
             check_fit(model, self.eval_source, "eval_data")
         check_recent(config, model)
         check_teacher(config, model, teacher)
+        check_saved(config, model)
         self.processes = Processes()
         check_processes(config, self.source, self.processes.world)
         if not self.processes.agree((self.source.outline, config.to_dict())):

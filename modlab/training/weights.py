@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from modlab.routing.router import is_router
-from modlab.training.sharding import is_part, put, reshard, whole
+from modlab.training.sharding import put, reshard, whole
 
 INTEGER = 8  # bytes
 BLOCK = 1024
+BY_NAME = "by its name alone"
+"""In the place of a digest."""
 
 
 class Weights:
@@ -26,7 +28,9 @@ class Weights:
 
     A run changes the weights that it trains. Routers, and what else conversion added, count as changed even
     where they are frozen, for their biases are shifted. Buffers, and what else modules put into their state
-    (integers and scales of quantized weights), do from the moment when they are changed.
+    (integers and scales of quantized weights), do from the moment when they are changed. But for what goes
+    with a frozen weight under its name: of bitsandbytes' 4-bit weights these are scales, which it rounds each
+    time that it lays a weight out for a CPU and back. They count by name alone, the weight's integers tell.
 
     Args:
         model: as this call was given it, nothing of a checkpoint in it yet.
@@ -36,17 +40,20 @@ class Weights:
         self.model = model
         self._frozen: dict[str, str] = {}
         self._changed: set[str] = set()  # no parameters
+        state = self._state()
+        frozen = {name for name, tensor in state.items() if _is_frozen(name, tensor)}
+        self._of_frozen = {name for name in state if not frozen.isdisjoint(_prefixes(name))}
         self._begun = {
             name: digest(tensor)
-            for name, tensor in self._state().items()
-            if not _is_parameter(tensor) and not is_router(name)
+            for name, tensor in state.items()
+            if not _is_parameter(tensor) and not is_router(name) and name not in self._of_frozen
         }
 
     def parted(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What the run changes, by name, sharded tensors as they are; digests of all others, by name."""
         changed, unchanged = {}, {}
         for name, tensor in self._state().items():
-            if _is_frozen(name, tensor):
+            if _is_frozen(name, tensor) or name in self._of_frozen:
                 unchanged[name] = self._digest(name, tensor)
                 continue
             if not _is_parameter(tensor) and name not in self._changed:
@@ -70,6 +77,7 @@ class Weights:
                 shape or dtype.
         """
         own = self._state()
+        saved = {name: value for name, value in saved.items() if name not in self._of_frozen}
         base = {name for name, tensor in own.items() if not _is_trained(name, tensor)}
         found = [f"{name} is missing" for name in unchanged if name not in own]
         found += [f"{name} is new" for name in own if name in base - saved.keys() - unchanged.keys()]
@@ -94,7 +102,7 @@ class Weights:
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over the tensors of a checkpoint from which nothing differs."""
         for name, tensor in self._state().items():
-            if name in saved and not _is_frozen(name, tensor):
+            if name in saved and not _is_frozen(name, tensor) and name not in self._of_frozen:
                 put(tensor, saved[name])
                 if not _is_parameter(tensor):
                     self._changed.add(name)
@@ -105,13 +113,16 @@ class Weights:
         first: dict[Any, str] = {}
         state = self.model.state_dict(keep_vars=True)
         for name, tensor in state.items():
-            place: Any = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-            if is_part(tensor):  # parts may be empty, and those have no place
-                place = id(tensor)
+            # parts may be empty, wrappers of quantized numbers hold none themselves: those have no place
+            place: Any = id(tensor)
+            if not _is_wrapper(tensor):
+                place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
             first.setdefault(place if tensor.numel() else name, name)
         return {name: state[name] for name in first.values()}
 
     def _digest(self, name: str, tensor: Tensor) -> str:
+        if name in self._of_frozen:
+            return BY_NAME
         if not _is_frozen(name, tensor):
             return digest(tensor)
         if name not in self._frozen:  # it stays so
@@ -122,16 +133,35 @@ class Weights:
 @torch.no_grad()
 def digest(tensor: Tensor) -> str:
     """dtype, shape and a hash of the numbers; of a sharded tensor, every process has to ask for it."""
-    data = whole(tensor.detach()).contiguous().flatten().view(torch.uint8)
-    if data.storage_offset() % INTEGER:
-        data = data.clone()
-    integers = data[: len(data) // INTEGER * INTEGER].view(torch.int64)
-    even = len(integers) // BLOCK * BLOCK
-    sums = integers[:even].view(-1, BLOCK).sum(1)
     found = hashlib.sha256()
-    for part in (sums, integers[even:], data[len(integers) * INTEGER :]):
-        found.update(part.cpu().numpy().tobytes())
+    for held in _held(whole(tensor.detach())):
+        data = held.contiguous().flatten().view(torch.uint8)
+        if data.storage_offset() % INTEGER:
+            data = data.clone()
+        integers = data[: len(data) // INTEGER * INTEGER].view(torch.int64)
+        even = len(integers) // BLOCK * BLOCK
+        sums = integers[:even].view(-1, BLOCK).sum(1)
+        for part in (sums, integers[even:], data[len(integers) * INTEGER :]):
+            found.update(part.cpu().numpy().tobytes())
     return f"{_form(tensor)} {found.hexdigest()[:32]}"
+
+
+def _held(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's numbers: itself, or what it wraps (integers and scales)."""
+    if not _is_wrapper(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [held for name in names for held in _held(getattr(tensor, name))]
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """A sharded tensor, or torchao's quantized one."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def _prefixes(name: str) -> list[str]:
+    """What a dotted name begins with: of a.b.c it is a and a.b."""
+    return [name[:end] for end, letter in enumerate(name) if letter == "."]
 
 
 def _is_parameter(tensor: Tensor) -> bool:

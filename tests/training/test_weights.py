@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TorchAoConfig
 
 import modlab
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.routing.router import is_router
+from modlab.training.checks import check_saved
 from modlab.training.loop import TrainConfig, train
 from modlab.training.weights import BLOCK, Weights, digest
 from tests.helpers.models import alternate_layers, routed_llama, tiny_config
@@ -272,6 +276,14 @@ def nf4(model: Any) -> Any:
     return model.to("cpu")  # packs them
 
 
+def torchao_int8(model: Any) -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    with tempfile.TemporaryDirectory() as folder:  # transformers knows what it has loaded so, and writes it
+        model.save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
 def as_it_is(model: Any) -> Any:
     return model
 
@@ -282,28 +294,105 @@ def on_a_quantized_base(quantized: Callable[[Any], Any], seed: int = 0) -> Any:
     return modlab.convert(model.requires_grad_(False), MoDConfig(keep_recent=4))
 
 
-def test_a_quantized_base_is_left_out(rows: torch.Tensor, tmp_path: Path) -> None:
-    run(on_a_quantized_base(int8), rows, tmp_path, "distil")
+@pytest.mark.parametrize("quantized", [int8, torchao_int8, nf4])
+def test_a_quantized_base_is_left_out_and_gone_on_with(
+    rows: torch.Tensor, tmp_path: Path, quantized: Callable[[Any], Any]
+) -> None:
+    """Also one that has been used before, and the run's own. bitsandbytes rounds the scales of 4-bit weights
+    each time that it lays them out for a CPU and back, to which a state is taken."""
+    model = on_a_quantized_base(quantized)
+    whole = run(model, rows, tmp_path, "distil")
     for step in (3, 6):
         saved = load_file(weights_in(tmp_path, step))
         assert saved and all(is_router(name) for name in saved)
     shutil.rmtree(weights_in(tmp_path, 6).parent)
-    resumed = run(on_a_quantized_base(int8), rows, tmp_path, "distil", resume="auto")
-    assert resumed.steps == 6
+    others = [on_a_quantized_base(quantized) for _ in range(2)]
+    for _ in range(3):
+        others[1](rows[:1])
+        others[1].state_dict()
+    for number, other in enumerate((*others, model)):
+        again = tmp_path / str(number)
+        shutil.copytree(weights_in(tmp_path).parent, again / "checkpoints" / "step_3")
+        losses = run(other, rows, again, "distil", resume="auto").history["loss"].tolist()
+        off = 1e-3 if quantized is nf4 else 0.0
+        assert losses == pytest.approx(whole.history["loss"].tolist()[3:], rel=off, abs=0.0)
 
 
-@pytest.mark.parametrize("quantized", [int8, nf4])
+@pytest.mark.parametrize("quantized", [int8, torchao_int8, nf4])
 def test_another_quantized_base_is_refused(
     rows: torch.Tensor, tmp_path: Path, quantized: Callable[[Any], Any]
 ) -> None:
     """By other numbers, or as it is not quantized; the checkpoint is not said to be damaged."""
     run(on_a_quantized_base(quantized), rows, tmp_path, "distil")
     for other in (on_a_quantized_base(quantized, seed=1), on_a_quantized_base(as_it_is)):
-        before = {name: value.clone() for name, value in other.state_dict().items()}
+        before = {name: digest(value) for name, value in other.state_dict().items()}
         with pytest.raises(ModlabError, match="another (base|model)") as refused:
             run(other, rows, tmp_path, "distil", resume="auto")
         assert "delete it" not in str(refused.value)
-        assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+        assert before == {name: digest(value) for name, value in other.state_dict().items()}
+
+
+def test_what_goes_with_a_frozen_weight_counts_by_name() -> None:
+    """Whatever was saved of it before; one more or less is another base."""
+
+    class Packed(nn.Linear):
+        scales = {"weight.scale": torch.ones(3), "weight.state.text": torch.ones(4)}
+
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination.update({prefix + name: value for name, value in self.scales.items()})
+
+    model = nn.Sequential(Packed(4, 4, bias=False)).requires_grad_(False)
+    weights = Weights(model)
+    model[0].scales = {"weight.scale": torch.zeros(3), "weight.state.text": torch.ones(7)}
+    changed, rest = weights.parted()
+    assert not changed and list(rest) == ["0.weight", "0.weight.scale", "0.weight.state.text"]
+    saved = {"0.weight.scale": torch.ones(3), "0.weight.state.text": torch.ones(4)}
+    assert weights.differences(saved, rest) == [] == Weights(model).differences({}, rest)
+    weights.restore(saved)
+    assert model[0].scales["weight.scale"].sum() == 0
+    model[0].scales = {"weight.scale": torch.zeros(3), "weight.more": torch.ones(4)}
+    found = Weights(model).differences({}, rest)
+    assert found == ["0.weight.state.text is missing", "0.weight.more is new"]
+
+
+def test_each_weight_that_torchao_has_packed_counts() -> None:
+    """They lie at no place of their own; tied ones are one object."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def of(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(3)))
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        model[2].weight = model[0].weight
+        return model.requires_grad_(False)
+
+    changed, rest = Weights(of(0)).parted()
+    assert not changed and list(rest) == ["0.weight", "1.weight"]
+    other = of(0)
+    other[1] = of(1)[1]
+    assert Weights(of(0)).differences({}, rest) == []
+    (found,) = Weights(other).differences({}, rest)
+    assert found.startswith("1.weight is float32 [32, 32] ")
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_model_that_cannot_be_written_is_refused_before_it_is_trained(
+    model_for: Callable[..., Any], rows: torch.Tensor, tmp_path: Path, adapters: bool
+) -> None:
+    """Not if only adapters are written, nor if nothing is."""
+    model = model_for("adapters" if adapters else "distil")
+    base = model.get_base_model() if adapters else model
+    method = SimpleNamespace(quant_method="quanto")
+    base.hf_quantizer = SimpleNamespace(is_serializable=lambda: False, quantization_config=method)
+    config = TrainConfig(out=tmp_path / "run", **settings(steps=1))
+    check_saved(dataclasses.replace(config, out=None), model)
+    if adapters:
+        check_saved(config, model)
+        return
+    with pytest.raises(ModlabError, match="quantised by quanto.*modlab.save_routers.*Train without out"):
+        train(model, rows, config)
+    assert not (tmp_path / "run").exists()
 
 
 class Stateless(nn.Linear):
