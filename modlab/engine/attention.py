@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.budget import cut_down, score_prompt
-from modlab.engine.deferred import DeferredLayouts
+from modlab.engine.deferred import DeferredLayouts, keep_everything
 from modlab.engine.ring import RingBuffer
 from modlab.engine.tables import LayerStep
 from modlab.engine.transfer import Fetched, sent
@@ -256,12 +256,9 @@ def _keep_keys(
     part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
-    if part.deferred is not None and kept.most_older is None:
-        stored, whole_A = _store_deferred(part, part.deferred, kept, query, key, value)
-    else:
-        older = kept.older.read()
-        stored = store_kept_keys(part, kept, older, query, key, value)
-        whole_A = keep_everything(part.counts, older, kept.recent)
+    stored, whole_A = _store_deferred(part, kept, query, key, value) or _store_at_once(
+        part, kept, query, key, value
+    )
     if query.is_cuda:
         out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
     elif all(whole_A):
@@ -273,17 +270,36 @@ def _keep_keys(
 
 
 def _store_deferred(
-    part: LayerPrefill, deferred: DeferredLayouts, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Stored, list[bool]]:
-    """Fills a buffer in which all tokens have room until the next layer asks how many are kept; also which
-    gates keep everything, which is known where all tokens are recent."""
+    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Stored, list[bool]] | None:
+    """Fills a buffer in which all tokens have room until the next layer asks how many are kept.
+
+    Returns:
+        that, and which gates keep everything, as far as is known: where all tokens are recent. None for a
+        layer that is given exact room at once.
+    """
+    deferred, gates = part.deferred, len(kept.before)
+    if deferred is None or kept.most_older is not None:
+        return None
     deferred.settle()
-    gates = len(kept.before)
     most = [max(n - kept.recent, 0) for n in part.counts for _ in range(gates)]
+    if any(most) and deferred.next_one_waits:
+        return None
     stored = store_kept_keys(part, kept, most, query, key, value)
     assert isinstance(part.buffer, RingBuffer)
     deferred.add(part.buffer, kept.older)
     return stored, [not any(most)] * gates
+
+
+def _store_at_once(
+    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Stored, list[bool]]:
+    """The same with exact room; the host waits for how much."""
+    older = kept.older.read()
+    whole_A = keep_everything(part.counts, older, kept.recent)
+    if part.deferred is not None:
+        part.deferred.learn(whole_A)
+    return store_kept_keys(part, kept, older, query, key, value), whole_A
 
 
 def store_kept_keys(
@@ -312,18 +328,6 @@ def hold_to_bound(part: LayerPrefill, kept: KeptKeys, stored: Stored) -> None:
         assert isinstance(part.buffer, RingBuffer)
         score_prompt(part.buffer, stored, kept.score, kept.bounds)
         cut_down(part.buffer, kept.most_older, part.counts)
-
-
-def keep_everything(counts: list[int], older: list[int], recent: int) -> list[bool]:
-    """Of each gate, whether it keeps every token that later ones could miss.
-
-    Args:
-        counts: tokens of each row.
-        older: kept tokens of each unit that are not among its row's latest `recent`.
-    """
-    gates = len(older) // len(counts)
-    most = [max(n - recent, 0) for n in counts]
-    return [older[gate::gates] == most for gate in range(gates)]
 
 
 def attend_by_head(

@@ -9,7 +9,9 @@ before it began the layer's attention, and moves what is kept into a buffer of i
 dense at a time, and next to it, while it is copied, what it keeps.
 
 Which heads keep everything is not known in time either: all of them go by the kernel that passes over what is
-not kept, where the dense one would be faster for a head that keeps everything.
+not kept, where the dense one would be faster for a head that keeps everything. So a layer waits for its own
+number if the layer before it had many such heads and the rows are long (`next_one_waits`). That depends on
+nothing but the prompts of the line: the same ones always run in the same way.
 """
 
 from __future__ import annotations
@@ -23,12 +25,23 @@ an H200 .35 ms, and it then stands still for .3 ms: with twice the tokens it has
 host takes. Beyond, nothing is gained, while what dense kernels save for heads that keep everything grows with
 the square."""
 
+LOST_PAIRS = 4096**2 // 2
+"""Pairs of query and key in all rows, times the share of heads that keep everything, above which the dense
+kernel saves more for these heads than waiting costs. A layer of 4,096 tokens of the 8B shape with gates a KV
+head on an H200: waiting costs .18 ms, the dense kernel saves .32 ms on all heads (docs/log.md)."""
+
 
 class DeferredLayouts:
-    """The layer of one prefill whose buffer still has room for everything."""
+    """The layer of one prefill whose buffer still has room for everything, and what the one before kept.
 
-    def __init__(self) -> None:
+    Args:
+        counts: tokens of each row of the line.
+    """
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
         self._waiting: tuple[RingBuffer, Fetched] | None = None
+        self._whole_A = [False]
 
     def add(self, buffer: RingBuffer, older: Fetched) -> None:
         """Notes a layer that has been laid out in this way, after the one before it has been settled.
@@ -42,6 +55,31 @@ class DeferredLayouts:
     def settle(self) -> None:
         """Gives the layer that waits exact room; the host waits until the GPU has begun that layer."""
         if self._waiting is not None:
-            buffer, older = self._waiting
+            buffer, fetched = self._waiting
             self._waiting = None
-            buffer.shrink(older.read())
+            older = fetched.read()
+            self.learn(keep_everything(self.counts, older, buffer.ring_kept.shape[1]))
+            buffer.shrink(older)
+
+    def learn(self, whole_A: list[bool]) -> None:
+        """Which gates of the latest layer keep everything."""
+        self._whole_A = whole_A
+
+    @property
+    def next_one_waits(self) -> bool:
+        """Whether the next layer is to ask for its own number and be laid out at once: heads of the latest
+        one that keep everything had more than `LOST_PAIRS`. The first layer is not."""
+        pairs = sum(n * n for n in self.counts)
+        return pairs * sum(self._whole_A) > LOST_PAIRS * len(self._whole_A)
+
+
+def keep_everything(counts: list[int], older: list[int], recent: int) -> list[bool]:
+    """Of each gate, whether it keeps every token that later ones could miss.
+
+    Args:
+        counts: tokens of each row.
+        older: kept tokens of each unit that are not among its row's latest `recent`.
+    """
+    gates = len(older) // len(counts)
+    most = [max(n - recent, 0) for n in counts]
+    return [older[gate::gates] == most for gate in range(gates)]

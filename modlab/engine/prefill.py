@@ -126,7 +126,7 @@ def _run_line(
     ringed = engine.routed if engine.keep_recent else []
     buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
     places = bounds.int()
-    deferred = DeferredLayouts() if sum(counts) <= engine.defer_tokens else None
+    deferred = DeferredLayouts(counts) if sum(counts) <= engine.defer_tokens else None
     layers = [LayerPrefill(b, counts, columns_S, places, varying=False, deferred=deferred) for b in buffers]
     assert engine.form is not None, "calls are refused before"
     blocks = LineBlocks(counts, engine.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -68,19 +69,22 @@ def same(got: Any, want: Any) -> None:
     shares=st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0]), min_size=G, max_size=G),
     by_head=st.booleans(),
     line_tokens=st.sampled_from([20, 1000]),
+    lost_pairs=st.sampled_from([0, 1000, deferred_module.LOST_PAIRS]),
     seed=st.integers(0, 9),
 )
 def test_prompts_are_stored_as_if_room_had_been_made_at_once(
-    lengths: list[int], shares: list[float], by_head: bool, line_tokens: int, seed: int
+    lengths: list[int], shares: list[float], by_head: bool, line_tokens: int, lost_pairs: int, seed: int
 ) -> None:
-    """Rows of any lengths, also shorter than what is recent; heads that keep nothing, some or everything."""
+    """Rows of any lengths, also shorter than what is recent; heads that keep nothing, some or everything;
+    layers that wait for their own number after such heads."""
     model, inputs = model_of("kv_head" if by_head else "layer"), prompts(*lengths, seed=seed)
     generator, chance = torch.Generator().manual_seed(seed), torch.tensor(shares[: G if by_head else 1])
     shape = (len(lengths), max(lengths), len(chance))
     masks = {layer: torch.rand(shape, generator=generator) < chance for layer in model.mod.layers}
     if not by_head:
         masks = {layer: mask[..., 0] for layer, mask in masks.items()}
-    with modlab.routing_override(model, modlab.RoutingTable(masks)):
+    which_wait = mock.patch.object(deferred_module, "LOST_PAIRS", lost_pairs)
+    with modlab.routing_override(model, modlab.RoutingTable(masks)), which_wait:
         want, got = (prefilled(model, inputs, most, line_tokens=line_tokens) for most in (0, EVERY_LINE))
     same(got, want)
 
@@ -181,6 +185,55 @@ def test_no_more_than_one_layer_is_held_dense(gates: str, monkeypatch: pytest.Mo
     assert len(deferred) == len(model.mod.layers) > 1 and set(dense) == {0}
     assert all(max(buffer.lengths) == RECENT for buffer in deferred)
     assert all(buffer.keys is not None and buffer.keys.shape[1] == buffer.capacity for buffer in deferred)
+
+
+def by_layer(shares: list[float]) -> Any:
+    """In each routed layer that share of the heads keeps everything, the others nothing; with a gate a layer
+    it is 0 or 1."""
+
+    def keep(layer: int, gate: Tensor, positions: Tensor) -> Tensor:
+        heads = torch.arange(gate.shape[-1] if gate.dim() == 3 else 1, device=gate.device)
+        open_heads = heads < shares[(layer - 1) // 2] * len(heads)
+        return (open_heads if gate.dim() == 3 else open_heads[0]).expand(gate.shape)
+
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("gates", "shares", "deferred_layers"),
+    [
+        ("layer", [1.0, 1.0, 1.0], 1),
+        ("layer", [1.0, 0.0, 1.0], 2),  # the second asks, as the first kept all; the third does not
+        ("layer", [0.0, 0.0, 1.0], 3),
+        ("kv_head", [1.0, 1.0, 1.0], 1),
+        ("kv_head", [0.5, 0.5, 0.5], 3),  # half of the heads are not enough
+        ("kv_head", [0.5, 1.0, 0.5], 2),
+    ],
+)
+def test_after_a_layer_whose_heads_keep_everything_the_next_one_asks_at_once(
+    gates: str, shares: list[float], deferred_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, deferred = model_of(gates), prompts(60), noted(monkeypatch)
+    assert len(model.mod.layers) == len(shares)
+    monkeypatch.setattr(deferred_module, "LOST_PAIRS", 60**2 // 2)
+    with modlab.routing_override(model, by_layer(shares)):
+        want = prefilled(model, inputs, 0)
+        first, second = (prefilled(model, inputs, EVERY_LINE) for _ in range(2))
+    assert len(deferred) == 2 * deferred_layers, "whatever ran before"
+    same(first, want)
+    assert torch.equal(first[0], second[0])
+
+
+def test_rows_that_lose_little_are_deferred_with_all_heads_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones, and those that have nothing but recent tokens, of which it is known in time."""
+    model, deferred, layers = model_of("kv_head"), noted(monkeypatch), len(model_of("kv_head").mod.layers)
+    monkeypatch.setattr(deferred_module, "LOST_PAIRS", 60**2 // 2)
+    with modlab.routing_override(model, by_layer([1.0] * layers)):
+        prefilled(model, prompts(30, 30), EVERY_LINE)
+        assert len(deferred) == layers
+        monkeypatch.setattr(deferred_module, "LOST_PAIRS", 0)
+        prefilled(model, prompts(RECENT, RECENT), EVERY_LINE)
+    assert len(deferred) == 2 * layers
 
 
 def test_a_layer_that_keeps_everything_is_not_copied() -> None:

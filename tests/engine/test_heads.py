@@ -14,7 +14,8 @@ from torch import Tensor
 
 import modlab
 from modlab.engine import attention as attention_module
-from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks, attend_by_head, keep_everything
+from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks, attend_by_head
+from modlab.engine.deferred import keep_everything
 from modlab.engine.prefill import prefill
 from modlab.engine.ring import RingBuffer
 from modlab.errors import ModlabError
