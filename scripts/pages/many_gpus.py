@@ -1,6 +1,7 @@
 """Several GPUs against one, from what `python -m benchmarks.many_gpus` wrote."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ TRAINED = {"one": "DDP", "one large": "DDP", "ddp": "DDP", "fsdp2": "FSDP2"}
 PLANNED = {"alone": "copies", "tensor parallel": "tensor parallel", "device_map": "layers spread"}
 IN_TYPE = "bfloat16"
 """That the planner plans in, as the models' configs say; the same model in fp32 has no plan."""
+
+OWN_SCENE = re.compile("^(killed|resumed), killed")
+"""Parts whose scene has a name that says no more."""
 
 NOTHING = "No run with these tables yet."
 
@@ -127,7 +131,7 @@ def _equal(run: dict[str, Any]) -> str:
         "of the keep ratio",
     )  # fmt: skip
     rows = [
-        (name, said["log lines compared"], *(
+        (OWN_SCENE.sub(r"\1", name), said["log lines compared"], *(
             f"{said[f'largest difference of {what}']:.4f}" if f"largest difference of {what}" in said else ""
             for what in ("loss", "kl", "keep_ratio")
         ))

@@ -30,7 +30,10 @@ def run(date: str, **more: Any) -> dict[str, Any]:
     times = {"tokens a second, times one GPU, the same global batch": 1.9, "log lines compared": 4}
     return {
         "toy": False, "command": "python -m benchmarks.many_gpus", "not begun": ["notebook"],
-        "compared": {"ddp, m, 16 rows": times | {"largest difference of loss": 0.004}},
+        "compared": {
+            "ddp, m, 16 rows": times | {"largest difference of loss": 0.004},
+            "resumed, killed, against several": {"log lines compared": 8},
+        },
         "parts": {
             "one": {"scenes": {"m, 16 rows": scene(100.0)}} | here,
             "ddp": {"scenes": {"m, 16 rows": scene(190.0), "where the time goes": told}} | here,
@@ -53,6 +56,7 @@ def test_all_that_was_measured_is_told(tmp_path: Path) -> None:
     assert "| m | 16 | DDP | 190 | 1.90x |  | 3.0 | 70.5 |" in text
     assert "| m | 16 | one GPU | 100 |  |  | 3.0 | 70.5 |" in text
     assert "| ddp, m, 16 rows | 4 | 0.0040 |  |  |" in text
+    assert "| resumed, against several | 8 |  |  |  |" in text
     assert "| process 1 | 301.0 | 9.0 |" in text
     row = "| tensor parallel | by layer, bfloat16 | 2.00 | 0.50 | 4.00 | 4.5 | 0.01 | 99.90% | 16 of 16 |"
     assert row in text
