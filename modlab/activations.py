@@ -1,7 +1,8 @@
 """Bytes that autograd keeps of a forward, found out on the meta device: nothing is computed.
 
 Attention counts as its kernels keep it (queries, keys, values, result, log-sum-exps); the meta device has
-none, and torch would keep products in fp32 there. Of frozen weights the inputs are not kept.
+none, and torch would keep products in fp32 there. Of frozen weights the inputs are not kept. The meta device
+has no autocast either: what it does to weights in fp32 is done here.
 
 Shape letters: B rows, T tokens, N query heads, G kv heads, H head dim.
 """
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from modlab.hf.attention_names import attention_named
@@ -24,17 +27,22 @@ NAME = "modlab_planned"
 SHORT = 32  # tokens of the forwards from which bytes a token are extrapolated
 
 
-def kept_bytes(model: Any, frozen: bool) -> float:
+MAPS = frozenset({F.linear, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.bmm})
+"""What `torch.autocast` has read in 16 bit, of that which models do with wide tensors."""
+
+
+def kept_bytes(model: Any, frozen: bool, autocast: torch.dtype | None = None) -> float:
     """Bytes a token that the layers' forward keeps for the backward pass, all layers together, but for what
     grows with the square of the length.
 
     Args:
         model: a causal LM on the meta device.
         frozen: whether its weights get no gradient; the states that they read do all the same.
+        autocast: the dtype of `torch.autocast`, inside which it runs; its weights are in fp32 then.
     """
     model.train().requires_grad_(not frozen)
     with attention_named([model.get_decoder().config], NAME), _states_learn(model):
-        short, long = (_saved_bytes(model, length) for length in (SHORT, 2 * SHORT))
+        short, long = (_saved_bytes(model, length, autocast) for length in (SHORT, 2 * SHORT))
     return (4 * short - long) / (2 * SHORT)
 
 
@@ -42,8 +50,9 @@ def planned_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Keeps what an attention kernel does and computes nothing. Arguments and result as of transformers'
-    attention functions; queries [B, N, T, H], keys and values [B, G, T, H]."""
-    out: Tensor = _Planned.apply(query, key, value)
+    attention functions; queries [B, N, T, H], keys and values [B, G, T, H]. Under autocast the first two come
+    in fp32, for they were turned by sines in fp32, and are cast."""
+    out: Tensor = _Planned.apply(query.to(value.dtype), key.to(value.dtype), value)
     return out, None
 
 
@@ -80,8 +89,34 @@ def _states_learn(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _saved_bytes(model: Any, length: int) -> int:
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+class _Autocast(TorchFunctionMode):
+    """Maps read copies in 16 bit, as under `torch.autocast`: one of each weight, others of states each time.
+
+    Args:
+        copies: of the weights.
+    """
+
+    def __init__(self, copies: dict[Tensor, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.copies, self.dtype = copies, dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in MAPS:
+            return func(*args, **(kwargs or {}))
+        cast = {name: self._cast(value) for name, value in (kwargs or {}).items()}
+        return func(*map(self._cast, args), **cast)
+
+    def _cast(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        return self.copies[value] if value in self.copies else value.to(self.dtype)
+
+
+def _saved_bytes(model: Any, length: int, autocast: torch.dtype | None) -> int:
+    weights = list(model.parameters())
+    copies = {p: p.to(autocast) for p in weights} if autocast is not None else {}
+    own = {tensor.untyped_storage()._cdata for tensor in (*weights, *copies.values())}
+    inside = contextlib.nullcontext() if autocast is None else _Autocast(copies, autocast)
     seen: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -90,7 +125,7 @@ def _saved_bytes(model: Any, length: int) -> int:
             seen[storage._cdata] = (storage, storage.nbytes())  # held, so that its address stays its own
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), inside:
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device="meta")  # given: none is looked at
         model.get_decoder()(ids, attention_mask=mask, use_cache=False)

@@ -49,7 +49,8 @@ class Sizes:
         token_bytes: of keys and values of a token in one layer.
         windows: of each layer, None for full attention.
         activations: bytes that autograd keeps of a token in a layer, on average, where weights are trained.
-        frozen: the same where routers alone are.
+        autocast: the same of weights in fp32 under autocast, as one GPU and DDP train them.
+        frozen: the same where routers alone are trained.
         hidden, vocabulary: D, V.
         itemsize: bytes of a weight.
     """
@@ -64,6 +65,7 @@ class Sizes:
     token_bytes: int
     windows: list[int | None]
     activations: float
+    autocast: float
     frozen: float
     hidden: int
     vocabulary: int
@@ -161,6 +163,7 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
         windows=[windows[i] for i in range(len(layers))],  # type: ignore[misc]  # the texts were refused
         activations=kept_bytes(model, frozen=False) / len(layers),
         frozen=kept_bytes(model, frozen=True) / len(layers),
+        autocast=kept_bytes(model.float(), frozen=False, autocast=torch.bfloat16) / len(layers),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         itemsize=dtype.itemsize,
@@ -210,8 +213,11 @@ def _training(sizes: Sizes, gpus: int, context: int, batch: int, checkpointing: 
     distilled = tokens * _kept(sizes, sizes.frozen, sizes.itemsize, checkpointing)
     distilled += _distilling(sizes, tokens)
     held = {("routers", "DDP"): distilled, ("routers", "FSDP2"): distilled + gathered}
-    for way, state, more in (("DDP", FP32, copies), ("FSDP2", sizes.itemsize, gathered + whole_gradients)):
-        kept = tokens * _kept(sizes, sizes.activations, state, checkpointing)
+    for way, activations, state, more in (
+        ("DDP", sizes.autocast, FP32, copies),
+        ("FSDP2", sizes.activations, sizes.itemsize, gathered + whole_gradients),
+    ):
+        kept = tokens * _kept(sizes, activations, state, checkpointing)
         held["weights", way] = kept + _text_loss(sizes, tokens) + more
     of_weight = {"routers": (sizes.itemsize, 0), "weights": (FP32, FP32 + OPTIMIZER)}
     count = {"DDP": sizes.parameters, "FSDP2": sizes.by_rows}

@@ -120,6 +120,15 @@ def test_distillation_takes_what_was_planned(
     assert 0.95 * allocated < total < 1.01 * allocated
 
 
+def test_all_weights_take_what_was_planned() -> None:
+    """coder-0.5b, one GPU, eight rows; two such runs are not on record yet."""
+    file = RECORDED / "many_gpus" / "nvidia-h200-x2_2026-11-30_kill_and_resume.json"
+    scene = json.loads(file.read_text())["parts"]["one"]["scenes"]["coder-0.5b, all weights, 8 rows"]
+    table = plan(MODELS["coder-0.5b"], gpus=2, context=4096, batch=8, kv_saving=1.0, checkpointing=False)
+    total = table.set_index(["use", "way"])["total"]["weights", "DDP"] * GIB
+    assert 0.95 * scene["allocated"]["cuda:0"] < total < 1.01 * scene["allocated"]["cuda:0"]
+
+
 def prompted() -> Iterator[tuple[str, str, float]]:
     """Way, granularity and most bytes allocated on a GPU: coder-1.5b, 32,768 tokens, bf16."""
     file = RECORDED / "many_gpus" / "nvidia-h200-x2_2026-11-30_scenes.json"
