@@ -94,8 +94,10 @@ def scenes(options: argparse.Namespace) -> dict[str, Scene]:
     """
     small, large = options.model[0], options.model[-1]
     rows, several, few = options.rows, options.rows * options.gpus, options.rows // options.gpus
-    others: dict[str, Scene] = {f"{Path(small).name}, one part skips": skipped}
-    others[title(f"{small}, all weights", rows)] = functools.partial(all_weights, model=small, rows=rows)
+    others: dict[str, Scene] = {
+        title(f"{small}, all weights", rows): functools.partial(all_weights, model=small, rows=rows),
+        f"{Path(small).name}, one part skips": skipped,
+    }
     each: dict[str, Scene] = {stepwise(small, rows): functools.partial(each_step, model=small, rows=rows)}
     if options.part == RESUMED:
         return {KILLED: taken_up}
