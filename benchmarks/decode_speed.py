@@ -257,10 +257,7 @@ def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.devic
 
 # Routers of a prompt alone
 
-TILES = [
-    router_logits.SHORT, router_logits.LONG, Tile(32, 128), Tile(16, 256), Tile(16, 128, bf16=True),
-    Tile(32, 128, bf16=True), Tile(16, 256, bf16=True), Tile(64, 128, bf16=True),
-]  # fmt: skip
+TILES = [router_logits.SHORT, router_logits.LONG, Tile(16), Tile(64, 128)]
 
 
 def router_part(report: Report, target: torch.device, toy: bool) -> None:
@@ -365,7 +362,7 @@ class Way:
         gates: "" for the dense model.
         kept: share of the tokens that are kept; 1 where all gates are open.
         defer_tokens: see `Engine`; None as it is.
-        guesses: numbers of kept tokens are guessed from the prompt before.
+        guesses: numbers of kept tokens are guessed from the prompts before.
         tile: of routers; None for the usual one.
         times: ms.
     """
@@ -390,7 +387,7 @@ def fastest_tile(report: Report) -> Tile | None:
 def prompt_ways(toy: bool, tile: Tile | None) -> list[Way]:
     """Dense; the cache routed, layers given their room at once and one layer later, and that with routers in
     this tile; whole layers."""
-    guesses = Guesses(least=8, multiple=4) if toy else Guesses()
+    guesses = Guesses(least=8, multiple=4, steady=0) if toy else Guesses(steady=0)
     by_kept = [
         Way(gates, kept, defer_tokens)
         for gates in ("layer", "kv_head")

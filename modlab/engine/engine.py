@@ -57,12 +57,13 @@ class Engine:
         max_steps: batch sizes whose steps are kept.
         line_tokens: tokens of a prefill that run at once.
         kv_tokens, kv_mib: what a generation may store, see `Budget`.
+        guess: whether prompts run on guessed numbers of kept tokens, see `guesses.py`.
 
     Attributes:
         form: how routed layers run; None where the engine has no form for what they skip.
         branch: how routed layers are skipped, and `branch_note` why not in a better way.
         uncompiled: what runs as it is although it was to be compiled, by name, with the reason.
-        guesses: how many tokens layers of a prompt keep, guessed; None, where each layer asks the GPU.
+        guesses: how many tokens layers of a prompt keep, guessed; None where each layer asks the GPU.
         defer_tokens: tokens of a prefill's line up to which layers that keep some keys are given exact room
             only when the next layer has come to its attention (`deferred.py`); 0 where there is no GPU to
             wait for.
@@ -79,6 +80,7 @@ class Engine:
         line_tokens: int = LINE_TOKENS,
         kv_tokens: int | None = None,
         kv_mib: float | None = None,
+        guess: bool = False,
     ) -> None:
         register()
         self.model: Any = model
@@ -103,7 +105,12 @@ class Engine:
         self.steps: dict[int, Step] = {}
         self.turns = Turns()  # one generation at a time: it lends functions to the model
         self.caller = threading.local()  # `own_cache`: whether the call of this thread brought a cache
-        self.guesses: Guesses | None = None  # whether it pays has not been measured
+        if guess and (self.form is None or not self.form.packs):
+            raise ModlabError(
+                "guess=True guesses how many tokens of a prompt routed layers run (skip='layer', 'attention' "
+                "or 'mlp' in the engine): this model has none that leave tokens out. Leave guess away."
+            )
+        self.guesses = Guesses() if guess else None
         self.defer_tokens = MOST_TOKENS if self.device.type == "cuda" else 0
         self.last: dict[str, Any] = {}
         self.bound: Budget | None = None

@@ -39,11 +39,13 @@ class Form:
 
     Attributes:
         above: how layers run that prompt tokens leave out; None where they leave out none.
+        packs: whether something runs on the kept tokens of a prompt alone.
     """
 
     prefill: type[DensePrefill] = DensePrefill
     step: type[DenseStep] = DenseStep
     above: Form | None = None
+    packs: bool = False
 
     def of(self, layer: nn.Module, index: int, routing: Routing | None) -> Form:
         """The form of one layer of the model."""
@@ -53,9 +55,9 @@ class Form:
 
 
 FORMS: dict[tuple[Part, ...], Form] = {
-    ("layer",): Form(WholeLayerPrefill, WholeLayerStep),
-    ("attention",): Form(AttentionPrefill, AttentionStep),
-    ("mlp",): Form(MLPPrefill, MLPStep),
+    ("layer",): Form(WholeLayerPrefill, WholeLayerStep, packs=True),
+    ("attention",): Form(AttentionPrefill, AttentionStep, packs=True),
+    ("mlp",): Form(MLPPrefill, MLPStep, packs=True),
 }
 """By the parts of a layer that a skipped token leaves out."""
 

@@ -90,6 +90,7 @@ def _prefill_line(
     guesses.right += bool(sizes) and right
     guesses.wrong += not right
     if not right:
+        del logits, buffers  # not to be held next to the new ones
         logits, buffers, kept = _run_line(engine, ids_BT, real_BT, counts, first_row, most_older, {})
     else:
         _forget_copies(buffers, sizes, kept)

@@ -8,7 +8,7 @@ hidden layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,22 +34,24 @@ class Tile:
     Attributes:
         tokens, inputs: of S and D.
         warps, stages: of a program.
-        bf16: multiply with three bf16 parts of a weight, where states are bf16, instead of two in tf32.
     """
 
     tokens: int
     inputs: int = 64
     warps: int = 4
     stages: int = 3
-    bf16: bool = False
 
 
 LONG = Tile(64)
-"""In lines long enough for every multiprocessor to have a program: 4,096 tokens are 64 blocks of this size,
-which an H200 takes 125 us to read (docs/log.md)."""
+"""In lines long enough for every multiprocessor to have a program: of 32,768 tokens of width 4,096 an H200
+takes 276 us, and 386 in the tiles below."""
 
-SHORT = Tile(16)
-"""In others."""
+SHORT = Tile(32, 128)
+"""In others: of 4,096 tokens 70 us, and 105 in the tiles above (docs/log.md)."""
+
+MOST_COLUMNS = 64
+"""Gates and hidden units, padded to blocks, up to which a tile takes more than 64 inputs: their weights lie
+in shared memory, of which some GPUs have 64 KB a program."""
 
 
 def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
@@ -80,14 +82,24 @@ def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None
         return out
     into, back = (router.into, router.out) if isinstance(router, HiddenRouter) else (router.weight,) * 2
     K = len(into) if hidden else 0
-    tile = tile or (LONG if LONG.tokens * multiprocessors_of(x_SD.device) <= S else SHORT)
+    BLOCK_A, BLOCK_K = (max(16, triton.next_power_of_2(columns or 1)) for columns in (A, K))
+    tile = tile or usual_tile(S, BLOCK_A + BLOCK_K, multiprocessors_of(x_SD.device))
     _wide_logits[(triton.cdiv(S, tile.tokens),)](
         x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
-        A=A, K=K, D=D, BLOCK_A=max(16, triton.next_power_of_2(A)),
-        BLOCK_K=max(16, triton.next_power_of_2(K or 1)), BLOCK_S=tile.tokens, BLOCK_D=tile.inputs,
-        BF16=tile.bf16 and x_SD.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
+        A=A, K=K, D=D, BLOCK_A=BLOCK_A, BLOCK_K=BLOCK_K, BLOCK_S=tile.tokens, BLOCK_D=tile.inputs,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def usual_tile(tokens: int, columns: int, multiprocessors: int) -> Tile:
+    """What is fastest of the tiles that were timed, and fits.
+
+    Args:
+        columns: gates and hidden units, padded to blocks.
+    """
+    tile = LONG if LONG.tokens * multiprocessors <= tokens else SHORT
+    return tile if columns <= MOST_COLUMNS else replace(tile, inputs=min(tile.inputs, 64))
 
 
 if triton is not None:
@@ -110,18 +122,10 @@ if triton is not None:
         tl.store(out_ptr + row, logit + tl.load(bias_ptr), mask=inside)
 
     @triton.jit
-    def _plus_product(total, x, weight, BF16: tl.constexpr):
+    def _plus_product(total, x, weight):
         """total + x·weight, as exact as with both in fp32: a state of half precision is exact in tf32, so two
-        parts of a weight are enough, the first with the bits that tf32 has; three, if they are bf16."""
-        if BF16:
-            high = weight.to(tl.bfloat16)
-            rest = weight - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(x, low, total)
-            total = tl.dot(x, middle, total)
-            total = tl.dot(x, high, total)
-        elif x.dtype == tl.float32:
+        parts of a weight are enough, the first with the bits that tf32 has."""
+        if x.dtype == tl.float32:
             total = tl.dot(x, weight, total, input_precision="tf32x3")
         else:
             wide = x.to(tl.float32)
@@ -134,7 +138,7 @@ if triton is not None:
     def _wide_logits(
         x_ptr, weight_ptr, bias_ptr, into_ptr, back_ptr, out_ptr, stride_x, rows,
         A: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BF16: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         """The gates of some tokens."""
         row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -150,13 +154,13 @@ if triton is not None:
             weight = tl.load(
                 weight_ptr + a[None, :] * D + d[:, None], mask=(a < A)[None, :] & (d < D)[:, None], other=0.0
             )
-            logit = _plus_product(logit, x, weight, BF16)
+            logit = _plus_product(logit, x, weight)
             if K:
                 into = tl.load(
                     into_ptr + k[None, :] * D + d[:, None],
                     mask=(k < K)[None, :] & (d < D)[:, None], other=0.0,
                 )  # fmt: skip
-                hidden = _plus_product(hidden, x, into, BF16)
+                hidden = _plus_product(hidden, x, into)
                 squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         if K:
             norm = tl.rsqrt(squares / D + 1e-6)[:, None]

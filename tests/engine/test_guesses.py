@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 import modlab
 from modlab.engine.guesses import Guesses, guessed_places
 from modlab.engine.prefill import prefill
+from modlab.errors import ModlabError
 from tests.helpers.fast_generation import DEVICE, generated, llama_on_device, prompts
+from tests.helpers.models import dense_llama, leaving_llama
 from tests.helpers.waits import Waits
 
 FORMS = [
@@ -24,7 +27,7 @@ def guessing(model: Any, **settings: Any) -> Any:
     """The model's engine, which guesses from its second prompt on."""
     modlab.enable_fast_generation(model, compile=False)
     engine = model.__dict__["mod_engine"]
-    engine.guesses = Guesses(**{"least": 8, "multiple": 4, **settings})
+    engine.guesses = Guesses(**{"least": 8, "multiple": 4, "steady": 0, **settings})
     return engine
 
 
@@ -64,7 +67,7 @@ def test_more_kept_tokens_than_guessed_run_again(gate: str, skip: str) -> None:
     model, inputs = llama_on_device(gate=gate, skip=skip), prompts(60, seed=5)
     engine = guessing(model)
     want, stored, _ = prefill(engine, inputs["input_ids"], None)
-    engine.guesses.shares = dict.fromkeys(engine.guesses.shares, 0.01)
+    engine.guesses.latest[-1] = dict.fromkeys(engine.guesses.latest[-1], 0.01)
     got, buffers, _ = prefill(engine, inputs["input_ids"], None)
     assert (engine.guesses.right, engine.guesses.wrong) == (0, 1)
     assert torch.equal(got, want)
@@ -114,10 +117,32 @@ def test_by_default_nothing_is_guessed() -> None:
         with Waits() as waits:
             prefill(engine, inputs["input_ids"], None)
         assert engine.guesses is None and waits.calls == {"tolist": len(model.mod.layers)}
+    assert modlab.fast_generation_report(model)["guessed"] is None
 
 
-def test_guesses_are_multiples_above_the_share_before() -> None:
-    guesses = Guesses(multiple=64, least=100, most=2000)
+def test_prompts_of_a_call_run_on_guesses_where_that_is_asked_for() -> None:
+    model = llama_on_device()
+    modlab.enable_fast_generation(model, compile=False, guess=True)
+    inputs = prompts(512)
+    want = generated(model, inputs)
+    steady = model.__dict__["mod_engine"].guesses.steady
+    for runs in range(steady + 2):
+        assert modlab.fast_generation_report(model)["guessed"] == {"right": max(runs - steady, 0), "wrong": 0}
+        assert generated(model, inputs) == want
+
+
+@pytest.mark.parametrize(
+    "make",
+    [dense_llama, lambda: leaving_llama("prompt"), lambda: llama_on_device(skip="kv")],
+    ids=["dense", "prompt", "kv"],
+)
+def test_models_whose_prompts_run_all_tokens_have_nothing_to_guess(make: Callable[[], Any]) -> None:
+    with pytest.raises(ModlabError, match="Leave guess away"):
+        modlab.enable_fast_generation(make(), compile=False, guess=True)
+
+
+def test_guesses_are_multiples_above_the_largest_share_before() -> None:
+    guesses = Guesses(multiple=64, least=100, most=2000, steady=0)
     assert guesses.of(1000) == {}
     guesses.learn({1: 100, 3: 0, 5: 990}, 1000)
     assert guesses.of(1000) == {1: 128, 3: 64}  # of layer 5 everything may be kept
@@ -125,6 +150,26 @@ def test_guesses_are_multiples_above_the_share_before() -> None:
     assert guesses.of(99) == {} == guesses.of(2001)
     guesses.learn({1: 9000}, 9000)
     assert guesses.of(1000) == {1: 128, 3: 64}, "a prompt of another kind"
+    guesses = Guesses(multiple=1, least=1, room=1.0, steady=2)
+    for kept in (30, 10, 10, 20):
+        guesses.learn({1: kept}, 100)
+    assert list(guesses.latest) == [{1: 0.1}, {1: 0.2}]
+    guesses.learn({1: 15}, 100)
+    guesses.learn({1: 15}, 100)
+    assert guesses.of(200) == {1: 30}
+
+
+def test_a_prompt_runs_on_guesses_after_so_many_that_they_would_have_been_right_for() -> None:
+    guesses, kept = Guesses(multiple=1, least=1, steady=3), {1: 40}
+    for _ in range(1 + guesses.steady):  # the first one teaches, three are foreseen
+        assert guesses.of(100) == {}
+        guesses.learn(kept, 100)
+    assert guesses.of(100) == {1: 50}
+    guesses.learn({1: 51}, 100)
+    for _ in range(guesses.steady):
+        assert guesses.of(100) == {}, "one that was not foreseen, and all begins again"
+        guesses.learn(kept, 100)
+    assert guesses.of(100)
 
 
 def test_places_are_kept_tokens_then_one_that_is_skipped() -> None:

@@ -525,3 +525,13 @@ def test_logits_of_a_prefill_equal_the_routers_own(
         got, want = router_logits.kernel_router_logits(own, x), own(x)
     assert got.dtype == torch.float32 and got.shape == want.shape
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_of_a_prefills_router_fit_shared_memory() -> None:
+    short, long = router_logits.SHORT, router_logits.LONG
+    assert (
+        router_logits.usual_tile(4096, 32, 132) == short and router_logits.usual_tile(8448, 32, 132) == long
+    )
+    assert router_logits.usual_tile(8447, router_logits.MOST_COLUMNS, 132) == short
+    for tokens in (4096, 8448):
+        assert router_logits.usual_tile(tokens, 96, 132).inputs == 64, "weights of wide routers fill it"

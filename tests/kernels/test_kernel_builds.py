@@ -116,13 +116,14 @@ for t in ("*bf16", "*fp32"):
         {"A": 8, "K": 16, "BLOCK_A": 8, "BLOCK_K": 16, "BLOCK_B": 4}, num_warps=8,
     )
     if half:
-        for tile in (router_logits.LONG, router_logits.SHORT, router_logits.Tile(32, 128, bf16=True)):
+        for A, K, tokens in ((8, 16, 4096), (8, 16, 32768), (32, 64, 4096)):
+            tile = router_logits.usual_tile(tokens, max(A, 16) + K, 132)
             build(
                 router_logits._wide_logits,
                 {"x_ptr": t, **weights,
                  **dict.fromkeys(("bias_ptr", "into_ptr", "back_ptr", "out_ptr"), "*fp32")},
-                {"A": 8, "K": 16, "D": 4096, "BLOCK_A": 16, "BLOCK_K": 16, "BLOCK_S": tile.tokens,
-                 "BLOCK_D": tile.inputs, "BF16": tile.bf16},
+                {"A": A, "K": K, "D": 4096, "BLOCK_A": max(A, 16), "BLOCK_K": K, "BLOCK_S": tile.tokens,
+                 "BLOCK_D": tile.inputs},
                 num_warps=tile.warps, num_stages=tile.stages,
             )
     build(
