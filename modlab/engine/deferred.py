@@ -27,8 +27,9 @@ the square."""
 
 LOST_PAIRS = 4096**2 // 2
 """Pairs of query and key in all rows, times the share of heads that keep everything, above which the dense
-kernel saves more for these heads than waiting costs. A layer of 4,096 tokens of the 8B shape with gates a KV
-head on an H200: waiting costs .18 ms, the dense kernel saves .32 ms on all heads (docs/log.md)."""
+kernel saves more for these heads than waiting costs. With 4,096 tokens of the 8B shape and gates a KV head an
+H200 gains .15 ms a layer by waiting with all heads open, and loses .18 with an eighth of them (docs/log.md).
+Other lengths follow from the squares."""
 
 
 class DeferredLayouts:
