@@ -161,8 +161,11 @@ def reference_kept_attention(
 
 
 if triton is not None:
+    # These differ from layer to layer and from prompt to prompt. Triton compiles a kernel once more for
+    # numbers that 16 divides; nothing here is faster by it, and a long prompt would stop in its middle.
+    varying = ["places", "capacity"]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=varying)
     def _store(
         k_ptr, v_ptr, before_ptr, blocks_ptr, starts_ptr, keys_ptr, values_ptr, ring_ptr,
         stride_kg, stride_ks, stride_vg, stride_vs, places, capacity,
@@ -220,7 +223,7 @@ if triton is not None:
         acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
         return new_top, total, acc
 
-    @triton.jit
+    @triton.jit(do_not_specialize=varying)
     def _attend_kept(
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, before_ptr, starts_ptr, blocks_ptr, heads_ptr, out_ptr,
         stride_qn, stride_qs, stride_kg, stride_ks, stride_vg, stride_vs, scale, places, capacity,

@@ -32,6 +32,8 @@ def build(kernel, signature, constants, **options):
     print(kernel.__name__, "cubin" in built.asm)
 
 
+for kernel in (kept_attention._store, kept_attention._attend_kept):  # one build, however long the line
+    assert [p.name for p in kernel.params if p.do_not_specialize] == ["places", "capacity"], kernel
 STRIDES = {f"stride_{name}": "i32" for name in ("qb", "qn", "kb", "kg", "vb", "vg")}
 LINE_STRIDES = {f"stride_{name}": "i32" for name in ("qn", "qs", "kg", "ks", "vg", "vs")}
 for t in ("*bf16", "*fp32"):
