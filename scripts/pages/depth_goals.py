@@ -24,6 +24,7 @@ BY_TOKEN = ("written", "sublayers", "mlp")
 
 Row = dict[str, Any]
 NOT_RUN = "not run"
+DRAWN = "random weights, drawn decisions"
 
 
 def block(root: Path) -> str:
@@ -96,10 +97,11 @@ def _prompts(results: list[dict[str, Any]]) -> Iterator[Cells]:
             continue
         row, met = own[-1], _met(own[-1]["speedup"] >= asked)
         trained = row["routing"] == "trained"
-        by = "its own weights and trained routers" if trained else "random weights, drawn decisions"
+        by = f"{row['ratio']:.1f}x by trained routers, its own weights" if trained else DRAWN
+        rounds = ", one round" if row.get("rounds") == 1 else ""
         if model in DECIDING and not trained:
             met = f"{met}; {NOT_RUN} with its own weights"
-        got = f"{row['speedup']:.2f}x ({by}; by operations {row['ideal']:.2f}x)"
+        got = f"{row['speedup']:.2f}x ({by}{rounds}; by operations {row['ideal']:.2f}x)"
         yield what, f"{asked:g}x of dense", got, met
 
 
@@ -184,10 +186,16 @@ def _paper(rows: list[Row]) -> Iterator[Cells]:
         yield "the paper's recipe on a real model", asked, NOT_RUN, ""
     for row in found:
         got = (
-            f"`{row['arm']}`: {row['tokens'] / 1e6:.3g}M tokens, {row['compute']:.2f} of the operations, K/V "
-            f"{row['ratio']:.2f}x, KL {row['kl_far']:.3f}; loss {_losses(row)}; time {_latency(row)}"
+            f"`{row['arm']}`: {row['tokens'] / 1e6:.3g}M tokens, {row['compute']:.2f} of the operations "
+            f"({_operations(row)}), K/V {row['ratio']:.2f}x, KL {row['kl_far']:.3f}; loss "
+            f"{_losses(row)}; time {_latency(row)}"
         )
         yield f"{row['model']}: the paper's recipe", asked, got, ""
+
+
+def _operations(row: Row) -> str:
+    """Of each text that has them: alpha asks for no share, and each text gets its own."""
+    return ", ".join(f"{name} {share:.2f}" for name, share in row["compute_by_text"].items())
 
 
 def _losses(row: Row) -> str:

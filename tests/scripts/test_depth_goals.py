@@ -19,6 +19,7 @@ def arm(name: str, **fields: Any) -> dict[str, Any]:
         "model": "coder-0.5b", "arm": name, "tokens": 8_000_000, "compute": 0.67, "ratio": 4.05,
         "length": 8192, "kl_far": 0.05, "kl_far_by_text": {"novels": 0.05, "wikitext": 0.06, "headers": 0.04},
         "recall_gap": {"256": 0.0, "7000": 0.015}, "tasks": {}, "compute_asked": None,
+        "compute_by_text": {"novels": 0.65, "wikitext": 0.69},
     }  # fmt: skip
     return row | fields
 
@@ -98,8 +99,11 @@ def test_own_weights_count_more_than_a_shape(tmp_path: Path, drawn: float) -> No
     )
     eighth = shape | {"keep_ratio": 0.125, "speedup": 3.0}
     layer = shape | {"granularity": "layer", "speedup": 3.0}
-    speed = {"what": "speed_leave", **ORIGIN, "rows": [shape, eighth, layer]}
+    long = shape | {"shape": "llama-3-8b", "context": 131_072, "rounds": 1}
+    speed = {"what": "speed_leave", **ORIGIN, "rows": [shape, eighth, layer, long]}
     found = table(tmp_path, speed_leave_x=speed)
+    (line,) = (row for row in found if row[0].startswith("llama-3-8b: a prompt of 131,072"))
+    assert "drawn decisions, one round; by" in line[2] and line[3] == "missed"
     (line,) = (row for row in found if row[0].startswith("coder-1.5b: a prompt"))
     assert line[2].startswith(f"{drawn:.2f}x (random weights") and "not run with its own weights" in line[3]
     fields = {
@@ -112,7 +116,7 @@ def test_own_weights_count_more_than_a_shape(tmp_path: Path, drawn: float) -> No
     real = prompt("coder-1.5b", ratio=4.4, dense_token_ms=2.2, mod_token_ms=2.0, token_speedup=1.1, **fields)
     found = table(tmp_path, depth_b=study(prefill=(real,)))
     (line,) = (row for row in found if row[0].startswith("coder-1.5b: a prompt"))
-    assert line[2].startswith("1.85x (its own weights") and line[3] == "met"
+    assert line[2].startswith("1.85x (4.4x by trained routers, its own weights; by") and line[3] == "met"
     times = depth_times.block(tmp_path)
     assert (
         "`coder-1.5b-kv` on wikitext | 4.40x | 330.0 to 150.0 (1.85x) | 2.40x | 2.20 to 2.00 (1.10x)" in times
@@ -128,6 +132,7 @@ def test_the_papers_recipe_is_said_with_losses_and_time(tmp_path: Path) -> None:
     old = arm("paper-alpha-0.1", ratio=1.9)
     found = [row for row in table(tmp_path, depth_a=study(full, old)) if "paper's recipe" in row[0]]
     assert [row[0] for row in found] == ["smollm2: the paper's recipe", "coder-0.5b: the paper's recipe"]
+    assert "0.67 of the operations (novels 0.65, wikitext 0.69), K/V" in found[0][2]
     assert "40M tokens" in found[0][2] and "novels 3.50 (dense 3.25)" in found[0][2]
     assert "1.30x of dense for a prompt of 8,192 tokens, 1.10x for a token" in found[0][2]
     assert "loss not run; time not run" in found[1][2]
