@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from modlab.recipes import RECIPES
 from scripts.pages.measured import records, ships
 from scripts.pages.quality import PLAIN, summary
+from scripts.pages.real_models import Settings, of_recipe, settings
 from scripts.pages.results import newest, results, skipped
 
 REAL = "Qwen2.5-Coder-0.5B-Instruct"
@@ -45,16 +45,22 @@ def real_sentence(root: Path) -> str:
 
 
 def distilled_sentence(root: Path) -> str:
-    """What the package's own distillation reaches on real models, at 2x and 4x."""
+    """What the package's own distillation reaches on real models, by recipe."""
     small, large, least = (_measured(root, name) for name in ("coder-0.5b", "coder-1.5b", "smollm2"))
-    made, (two, four) = small["training"], _at(small, 2.0, 4.0)
-    more, most = (" and ".join(_lost(row) for row in _at(one, 2.0, 4.0)) for one in (large, least))
+    found = settings(records(root))
+    made = small["training"]
+    three, four, two = _by_recipe(found, "coder-0.5b", "default", "memory", "safe")
+    more, most = (
+        " and ".join(_lost(row) for row in _by_recipe(found, name, "default", "memory"))
+        for name in ("coder-1.5b", "smollm2")
+    )
     return _wrapped(
-        '**`recipe("default")` distils routers to the dense model itself**, for 2x less K/V: after '
+        '**`recipe("default")` distils routers to the dense model itself**, for 3x less K/V: after '
         f"{made['seconds'] / 60:.1f} minutes of training on one {small['device_name']} "
-        f"({made['tokens'] / 1e6:.0f} M tokens) Qwen2.5-Coder-0.5B stores {two['ratio']:.1f}x less at a KL "
-        f"of {two['kl_far']:.4f} to its dense self, and at most {_gap(two)} nats of recall are lost up to "
-        f"{max(map(int, two['recall_gap'])):,} tokens. `recipe(\"memory\")` aims at 4x: {_lost(four)}. Its "
+        f"({made['tokens'] / 1e6:.0f} M tokens) Qwen2.5-Coder-0.5B stores {three['ratio']:.1f}x less at a KL "
+        f"of {three['kl_far']:.4f} to its dense self, and at most {_gap(three)} nats of recall are lost up "
+        f'to {max(map(int, three["recall_gap"])):,} tokens. `recipe("memory")` aims at 4x: {_lost(four)}; '
+        f'`recipe("safe")` at 2x: {_lost(two)}. Its '
         f"sibling of 1.5 B, after {large['tokens'] / 1e6:.1f} M tokens: {more}. SmolLM2-135M, after "
         f"{least['tokens'] / 1e6:.1f} M: {most}. Beyond 4x recall falls."
     )
@@ -65,10 +71,9 @@ def _measured(root: Path, model: str) -> dict[str, Any]:
     return next(one for one in records(root) if one["model"] == model and ships(one))
 
 
-def _at(record: dict[str, Any], *savings: float) -> list[dict[str, Any]]:
-    """Its routers' rows at these savings."""
-    rows = {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == record["arm"]}
-    return [rows[saving] for saving in savings]
+def _by_recipe(found: Settings, model: str, *names: str) -> list[dict[str, Any]]:
+    """A model's rows at these recipes' savings."""
+    return [of_recipe(found, name, model) for name in names]
 
 
 def _lost(row: dict[str, Any]) -> str:
@@ -111,9 +116,11 @@ def real_table(root: Path) -> str:
 def _real_rows(root: Path) -> list[Row]:
     at = _settings(_real(root, REAL))
     dense = at["dense"]
-    rows = []
+    rows, found = [], settings(records(root))
     for name, model in (("coder-0.5b", "0.5B"), ("coder-1.5b", "1.5B")):
-        rows += [_distilled_row(row, model) for row in _at(_measured(root, name), 2.0, 4.0)]
+        rows += [
+            _distilled_row(of_recipe(found, recipe, name), recipe, model) for recipe in ("default", "memory")
+        ]
     for name, title in (
         ("routers", "cache, plain form (`MoDConfig()`, loss of the text)"),
         ("routers, moved", "the same routers, thresholds moved"),
@@ -133,9 +140,8 @@ def _real_rows(root: Path) -> list[Row]:
     return rows
 
 
-def _distilled_row(row: dict[str, Any], size: str) -> Row:
+def _distilled_row(row: dict[str, Any], name: str, size: str) -> Row:
     gap = row["recall_gap"]["1024"]
-    name = next(name for name in ("default", "memory") if RECIPES[name].kv_saving == row["ratio_asked"])
     return (
         f"cache, recipe `{name}`",
         f"Qwen2.5-Coder-{size}",

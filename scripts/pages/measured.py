@@ -252,14 +252,19 @@ def _controls_of(record: dict[str, Any], saving: float) -> list[dict[str, Any]]:
     return [row for row in record["rows"] if row["arm"].startswith(begins) and row["ratio_asked"] == saving]
 
 
+def of_gates(row: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a row is of the record's own gates, with whatever recent tokens; no control."""
+    rest = row["arm"].removeprefix(record["arm"])
+    return row["arm"].startswith(record["arm"]) and (not rest or rest.startswith(VARIES)) and ": " not in rest
+
+
 def _others(record: dict[str, Any]) -> list[str]:
     """Settings that no column of the table is for: other savings, and a saving with other recent tokens."""
-    arm, rows = record["arm"], []
-    for row in record["rows"]:
-        further = row["arm"].startswith(f"{arm}, ") and ": " not in row["arm"].removeprefix(arm)
-        if further or (row["arm"] == arm and row["ratio_asked"] not in (1.0, *SAVINGS)):
-            rows.append(row)
-    return _short(rows, "also")
+    rows = [row for row in record["rows"] if of_gates(row, record)]
+    own = (1.0, *SAVINGS)
+    return _short(
+        [row for row in rows if row["arm"] != record["arm"] or row["ratio_asked"] not in own], "also"
+    )
 
 
 def _short(rows: list[dict[str, Any]], title: str) -> list[str]:

@@ -56,16 +56,11 @@ def trained(root: Path) -> str:
     """A table of routers that `modlab train` made, measured by `modlab report`."""
     files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return _reports([record for record in read if record["what"] == REPORT])
+    return reports([record for record in read if record["what"] == REPORT])
 
 
-def quick(root: Path) -> str:
-    """A table of routers that were only fitted, measured by `modlab report`."""
-    files = sorted((root / "benchmarks" / "results").glob("quick_*.json"))
-    return _reports([json.loads(file.read_text(encoding="utf-8")) for file in files])
-
-
-def _reports(records: list[dict[str, Any]]) -> str:
+def reports(records: list[dict[str, Any]]) -> str:
+    """A table a record of `modlab report`."""
     lines: list[str] = []
     for record in records:
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -99,22 +94,29 @@ def _largest(record: dict[str, Any]) -> str:
 
 def recipes(root: Path) -> str:
     """What a recipe is to have, and the saving that has it, from the product's own records."""
-    best = best_rows(measured.records(root))
+    rows = settings(measured.records(root))
     lines = [
-        "| asked | " + " | ".join(f"{model}: KL, worst recall gap" for model in SHIPPED) + " |",
+        "| asked | "
+        + " | ".join(f"{model}: recent tokens: KL, worst recall gap" for model in SHIPPED)
+        + " |",
         "|---" * (1 + len(SHIPPED)) + "|",
     ]
-    for saving in common_savings(best):
-        cells = [_figures(best[model][saving]) for model in SHIPPED]
+    for saving in common_savings(rows):
+        cells = [
+            "; ".join(map(_figures, sorted(rows[model][saving], key=lambda row: -int(row["recent"]))))
+            for model in SHIPPED
+        ]
         lines.append(f"| {saving:g}x | " + " | ".join(cells) + " |")
     lines += ["", "\\* by routers that do not ship: those that do were not measured there.", ""]
     for name, limits in LIMITS.items():
         recall, kl = limits
         asked = f"a recall gap of at most {recall:g}" + ("" if kl is None else f" and a KL of at most {kl:g}")
-        found = highest(best, *limits)
+        found = highest(rows, *limits)
         what = "none has it" if found is None else f"{found:g}x is the highest that has it"
+        with_recent = "" if found is None else f", with {_recents(rows, found, *limits)} recent tokens"
         lines.append(
-            f"- `{name}` is to have {asked} on all of them: {what}. It aims at {RECIPES[name].kv_saving:g}x."
+            f"- `{name}` is to have {asked} on all of them: {what}{with_recent}. "
+            f"It aims at {RECIPES[name].kv_saving:g}x."
         )
     lines.append(
         f"- `safe` aims at {RECIPES['safe'].kv_saving:g}x, and stays there whatever `default` becomes."
@@ -122,34 +124,57 @@ def recipes(root: Path) -> str:
     return "\n".join(lines)
 
 
-Best = dict[str, dict[float, dict[str, Any]]]
-"""By model and saving a row of its measurements, with "ships"."""
+Settings = dict[str, dict[float, list[dict[str, Any]]]]
+"""By model and saving a row a number of recent tokens, the saving's own first, each with "ships"."""
 
 
-def best_rows(records: list[dict[str, Any]]) -> Best:
-    """Of each model and saving the newest row of routers that ship; of others where there is none."""
-    best: Best = {}
+def settings(records: list[dict[str, Any]]) -> Settings:
+    """Of each model and saving the rows of the newest record of routers that ship; of others where there is
+    none."""
+    found: Settings = {}
     for record in sorted(records, key=lambda one: (measured.ships(one), str(one["date"]))):
+        of_record: dict[float, list[dict[str, Any]]] = {}
         for row in record["rows"]:
-            if row["arm"] == record["arm"] and row["ratio_asked"] > 1:
-                of_model = best.setdefault(record["model"], {})
-                of_model[row["ratio_asked"]] = {**row, "ships": measured.ships(record)}
-    return best
-
-
-def common_savings(best: Best) -> list[float]:
-    """Savings that were measured on every model."""
-    return sorted(set.intersection(*(set(best.get(model, {})) for model in SHIPPED)))
-
-
-def highest(best: Best, recall: float, kl: float | None) -> float | None:
-    """The largest saving that stays within the limits on every model; None if none does."""
-    found = None
-    for saving in common_savings(best):
-        rows = [best[model][saving] for model in SHIPPED]
-        if all(_worst(row) <= recall and (kl is None or row["kl_far"] <= kl) for row in rows):
-            found = saving
+            if row["ratio_asked"] > 1 and "kl_far" in row and measured.of_gates(row, record):
+                one = {**row, "ships": measured.ships(record)}
+                of_record.setdefault(row["ratio_asked"], []).append(one)
+        found.setdefault(record["model"], {}).update(of_record)
     return found
+
+
+def common_savings(found: Settings) -> list[float]:
+    """Savings that were measured on every model."""
+    return sorted(set.intersection(*(set(found.get(model, {})) for model in SHIPPED)))
+
+
+def chosen(rows: list[dict[str, Any]], recall: float, kl: float | None) -> dict[str, Any] | None:
+    """Of one model and saving the number of recent tokens with the lowest KL among those within the limits;
+    None if none is."""
+    within = [row for row in rows if _worst(row) <= recall and (kl is None or row["kl_far"] <= kl)]
+    return min(within, key=lambda row: float(row["kl_far"]), default=None)
+
+
+def of_recipe(found: Settings, name: str, model: str) -> dict[str, Any]:
+    """A model's row at the saving of a recipe, with the recent tokens that the recipe's limits choose."""
+    rows = found[model][RECIPES[name].kv_saving or 1.0]
+    best = chosen(rows, *LIMITS[name]) if name in LIMITS else None
+    return rows[0] if best is None else best
+
+
+def highest(found: Settings, recall: float, kl: float | None) -> float | None:
+    """The largest saving at which every model has a number of recent tokens within the limits; None if there
+    is none."""
+    held = [
+        saving
+        for saving in common_savings(found)
+        if all(chosen(found[model][saving], recall, kl) is not None for model in SHIPPED)
+    ]
+    return max(held, default=None)
+
+
+def _recents(found: Settings, saving: float, recall: float, kl: float | None) -> str:
+    rows = [chosen(found[model][saving], recall, kl) for model in SHIPPED]
+    return ", ".join(f"{row['recent']:,}" for row in rows if row is not None)
 
 
 def _worst(row: dict[str, Any]) -> float:
@@ -157,7 +182,7 @@ def _worst(row: dict[str, Any]) -> float:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    return f"{row['kl_far']:.4f}, {_worst(row):.4f}{'' if row['ships'] else '*'}"
+    return f"{row['recent']:,}: {row['kl_far']:.4f}, {_worst(row):.4f}{'' if row['ships'] else '*'}"
 
 
 def _records(root: Path) -> list[dict[str, Any]]:
