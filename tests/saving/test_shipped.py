@@ -15,6 +15,9 @@ from modlab.saving.description import read_description
 from modlab.saving.files import CONFIG_FILE
 from tests.helpers.models import dense_llama, scatter_gates
 
+MEASURED_BEST = {"coder-1.5b-kv": {3.0: 512}}
+"""Recent tokens that do better than those that go with the saving; tests/scripts holds them to records."""
+
 
 def description(name: str):
     return read_description(ROUTER_FOLDER / name / CONFIG_FILE, name)
@@ -39,7 +42,8 @@ def test_they_keep_more_recent_tokens_at_a_smaller_saving(name) -> None:
     said = description(name)
     assert said.trained is not None
     assert {2.0, 4.0, 8.0, 16.0} <= said.trained.recent.keys()
-    assert said.trained.recent == {saving: round(2048 / saving) for saving in said.trained.savings}
+    by_rule = {saving: round(2048 / saving) for saving in said.trained.savings}
+    assert said.trained.recent == by_rule | MEASURED_BEST.get(name, {})
     card = (folder_named(name) / "README.md").read_text()
     assert f"2x at p = {said.trained.savings[2.0]:.4g} with the latest 1,024, " in card
 

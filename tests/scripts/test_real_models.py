@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from modlab.recipes import RECIPES
+from modlab.routing.trained import Trained
 from scripts.pages import measured, real_models
 from scripts.pages.blocks import ROOT
 
@@ -88,6 +91,24 @@ def test_what_summaries_say_is_in_the_records() -> None:
         assert worst == pytest.approx(gap, abs=0.0005) and f"{gap}" in RECIPES[name].summary
         digits = len(str(kl)) - 2
         assert round(max(row["kl_far"] for row in of), digits) == kl and f"{kl}" in RECIPES[name].summary
+
+
+@pytest.mark.parametrize("model", real_models.SHIPPED)
+def test_routers_ship_with_the_thresholds_and_recent_tokens_of_the_records(model: str) -> None:
+    """At each recipe's saving those that its rule chose; in between thresholds rise, recent tokens do not."""
+    file = ROOT / "modlab" / "routers" / f"{model}-kv" / "modlab_config.json"
+    trained = Trained.from_dict(json.loads(file.read_text(encoding="utf-8"))["trained"])
+    rows = real_models.settings(measured.records(ROOT))
+    for name in ("safe", "default", "memory"):
+        row = real_models.of_recipe(rows, name, model)
+        assert trained.threshold_for(row["ratio_asked"]) == pytest.approx(row["threshold"], rel=1e-4)
+        assert trained.recent_for(row["ratio_asked"]) == row["recent"]
+    savings = [2 + step / 8 for step in range(17)]
+    thresholds, recent = zip(
+        *((trained.threshold_for(s), trained.recent_for(s)) for s in savings), strict=True
+    )
+    assert sorted(thresholds) == list(thresholds) and len(set(thresholds)) == len(savings)
+    assert sorted(recent, reverse=True) == list(recent)
 
 
 def test_the_page_shows_every_model_and_control() -> None:
