@@ -170,8 +170,8 @@ def block(root: Path) -> str:
 
 
 def verdicts(root: Path) -> str:
-    """One table for all models: which of them meet what is asked, which miss it, and of which nothing is
-    known."""
+    """One table for all models: which of them meet what is asked, which miss it, with what they have, and of
+    which nothing is known."""
     found = [record for record in records(root) if ships(record)]
     lines = [
         "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
@@ -190,7 +190,8 @@ def _verdict(found: list[dict[str, Any]], aim: Aim, saving: float, limit: float 
     for record in found:
         row = _rows(record).get(saving)
         figure = aim.read(row, _controls_of(record, saving)) if row else None
-        of[aim.verdict(limit, figure)].append(record["model"])
+        got = "" if figure is None else f" ({figure})"
+        of[aim.verdict(limit, figure)].append(f"{record['model']}{got}")
     told = "; ".join(f"{verdict}: {', '.join(models)}" for verdict, models in of.items() if models)
     return f"{'≥' if aim.least else '≤'} {limit:.3g}: {told}"
 

@@ -80,12 +80,12 @@ def test_one_table_says_which_models_meet_what(tmp_path: Path) -> None:
     (folder / "real_m_2026-01-02.json").write_text(json.dumps(varied))
     said = measured.verdicts(tmp_path)
     assert line(said, "KL to dense")[:3] == [
-        "≤ 0.004: met: m; not measured: n",
-        "≤ 0.015: met: n; **missed**: m",
+        "≤ 0.004: met: m (0.0010); not measured: n",
+        "≤ 0.015: met: n (0.0010); **missed**: m (0.0200)",
         "≤ 0.04: not measured: m, n",
     ]
-    assert line(said, "retrieval")[1] == "≥ 0.98: met: m, n"
-    assert line(said, "KL over")[:2] == ["-", "≤ 0.333: **missed**: m; not measured: n"]
+    assert line(said, "retrieval")[1] == "≥ 0.98: met: m (0.985), n (0.985)"
+    assert line(said, "KL over")[:2] == ["-", "≤ 0.333: **missed**: m (0.50); not measured: n"]
 
 
 def test_the_best_control_of_each_measure_counts(tmp_path: Path) -> None:
