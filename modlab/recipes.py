@@ -8,8 +8,16 @@
 `modlab train` does all four by itself. The fit may be left out: routers then begin open; what that costs was
 not measured.
 
-"speed" gains from a start: routers of K/V that are trained (`modlab.start_from`), projections in closed form
-(`modlab.fit_projections`); `modlab train --recipe speed` does the second by itself, `--start` the first.
+"speed" has been measured from a start: routers of K/V that are trained, then projections in closed form,
+then what lies above the point of leaving alone is distilled. `modlab train --recipe speed --start ROUTERS`
+does all of it; in Python:
+
+    mod_config, train_config = modlab.recipe("speed", model, started=True, tokens=14_000_000)
+    modlab.convert(model, mod_config)
+    modlab.start_from(model, "coder-0.5b-kv")
+    modlab.set_keep_recent(model, mod_config.keep_recent)  # for 4x
+    modlab.fit_projections(model, rows)
+    modlab.train(model, modlab.data.with_repeats(rows, tokenizer), train_config)
 
 What each choice rests on is in docs/defaults.md, docs/quality.md and docs/log.md: "default", "memory",
 "safe", "distil" and "speed" on real models, the others on this project's own. `MoDConfig()` with
@@ -41,6 +49,7 @@ class Recipe:
         summary: what it is for, in a line.
         mod: the conversion.
         train: fields of `TrainConfig` that differ from the default.
+        started: fields that differ further where trained routers are the start (`modlab.start_from`).
         kv_saving: aimed at by default; None leaves `keep_ratio` as it is.
         fits: routers are not trained but fitted (`modlab.fit_routers`).
     """
@@ -48,6 +57,7 @@ class Recipe:
     summary: str
     mod: MoDConfig = field(default_factory=MoDConfig)
     train: dict[str, Any] = field(default_factory=dict)
+    started: dict[str, Any] = field(default_factory=lambda: {"ramp": 0.0})
     kv_saving: float | None = None
     fits: bool = False
 
@@ -71,6 +81,20 @@ DISTILLING: dict[str, Any] = {
     "min_lr_ratio": 0.0,
 }
 """How gates are distilled to the dense model."""
+
+LEAVING_STARTED: dict[str, Any] = {
+    "freeze_below": True,  # K/V routers there were trained on the states that they still read
+    "keep_range": None,
+    "recent_range": None,  # those of the one saving, which `recipe` puts into the conversion
+    "batch_size": 4,  # 16,384 tokens a step, in rows of 4,096
+    "lr": 5e-4,
+    "router_lr": 2e-3,
+    "ramp": 0.0,
+    "warmup": 0.05,
+    "cooldown": 1.0,
+    "min_lr_ratio": 0.1,
+}
+"""How leaving is distilled above K/V routers that are trained: as measured, coder-0.5b and coder-1.5b."""
 
 # Figures: docs/quality.md, by the product's cache in rows of 8,192 tokens on an H200; of "layers" on 55.6 M
 # parameters, 10 M tokens, gap to the dense continuation in nats a token. tests/scripts holds savings to them.
@@ -115,11 +139,15 @@ RECIPES = {
     ),
     "speed": Recipe(
         "prompt tokens leave after two thirds of the layers, and a gate a KV head in all layers keeps a "
-        "quarter of the cache; distilled to the dense model, base frozen; not measured itself: a study's arm "
-        "of this form on coder-0.5b, 3 M tokens, 4x, has a KL of 0.15, recall gaps up to 0.11 nats, "
-        "retrieval of 0.80 to 0.94 of dense's, four zero-shot tasks +0.001 ± 0.008 (LAMBADA -0.037 ± 0.019)",
+        "quarter of the cache; distilled to the dense model, base frozen. With --start (routers of K/V; what "
+        "is above the point of leaving learns alone) a study's arm with these settings has on coder-0.5b "
+        "after 13.6 M tokens, at 4.2x, a KL of 0.056, recall gaps up to 0.019 nats and 0.989 ± 0.015 of "
+        "dense's mean of five tasks (HumanEval -0.043 ± 0.025), on coder-1.5b after 1.4 M, at 4.4x, 0.065, "
+        "0.039 and 0.952 ± 0.011 of four (LAMBADA -0.070 ± 0.018); without a start, coder-0.5b, 3 M tokens, "
+        "a KL of 0.15 and recall gaps up to 0.11",
         LEAVING,  # docs/quality.md, its section on depth
         {**DISTILLING, "lr": 2e-4, "router_lr": 0.01},
+        LEAVING_STARTED,
         kv_saving=4.0,
     ),
     "layers": Recipe(
@@ -145,18 +173,23 @@ TRAINED = [name for name, chosen in RECIPES.items() if not chosen.fits]
 
 @overload
 def recipe(  # type: ignore[overload-overlap]
-    name: Literal["quick"], model: Any, *, kv_saving: float | None = None, **settings: Any
+    name: Literal["quick"],
+    model: Any,
+    *,
+    kv_saving: float | None = None,
+    started: bool = False,
+    **settings: Any,
 ) -> tuple[MoDConfig, FitConfig]: ...
 
 
 @overload
 def recipe(
-    name: str, model: Any, *, kv_saving: float | None = None, **settings: Any
+    name: str, model: Any, *, kv_saving: float | None = None, started: bool = False, **settings: Any
 ) -> tuple[MoDConfig, TrainConfig]: ...
 
 
 def recipe(
-    name: str, model: Any, *, kv_saving: float | None = None, **settings: Any
+    name: str, model: Any, *, kv_saving: float | None = None, started: bool = False, **settings: Any
 ) -> tuple[MoDConfig, TrainConfig | FitConfig]:
     """The settings of a recipe for this model.
 
@@ -167,6 +200,8 @@ def recipe(
             a warning, where windows leave too few layers for it. Of what is distilled in texts of 8,192
             tokens (or the model's context), the latest included; shorter ones save less. With "layers" all
             along.
+        started: routers that are trained already will be the start (`modlab.start_from`): the run begins at
+            the ratio aimed at; what else differs is the recipe's ("speed").
         **settings: further fields of `TrainConfig` (of "quick": of `FitConfig`), such as `tokens`; they win
             over the recipe's.
 
@@ -193,7 +228,9 @@ def recipe(
     chosen = RECIPES[name]
     found = survey(model)
     config = _for(found, chosen.mod)
-    fields = {**chosen.train, **settings}
+    if started and chosen.fits:
+        raise ModlabError(f"the recipe {name!r} fits routers itself: leave started=True out.")
+    fields = {**chosen.train, **(chosen.started if started else {}), **settings}
     if chosen.train.get("objective") == "distil" != fields["objective"]:
         raise ModlabError(
             f"the recipe {name!r} distils, and objective={fields['objective']!r} is another way to train: "
@@ -215,6 +252,8 @@ def recipe(
         if kv_saving is None:
             saving = _reachable(name, saving, routed, holding)
         fields["keep_ratio"] = keep_ratio_for_saving(saving, routed, holding)
+        if "recent_range" in chosen.started and started and fields["recent_range"] is None:
+            config, fields["keep_ratio"] = _at_one_saving(model, config, saving, routed, holding)
     how = (FitConfig if chosen.fits else TrainConfig)(**fields)
     how.check()
     return config, how
@@ -232,6 +271,19 @@ def _reachable(name: str, saving: float, routed: int, holding: int) -> float:
         stacklevel=3,
     )
     return aim
+
+
+def _at_one_saving(
+    model: Any, config: MoDConfig, saving: float, routed: int, holding: int
+) -> tuple[MoDConfig, float]:
+    """The conversion with the recent tokens that go with a saving, and the keep ratio that they leave."""
+    from modlab.cache.stored import recent_share, unbounded_keep_ratio
+    from modlab.hf.model import context_length
+    from modlab.routing.recent_tokens import SAVING_TEXT, recent_at
+
+    length = min(context_length(model) or SAVING_TEXT, SAVING_TEXT)
+    config = replace(config, keep_recent=recent_at(DISTILLING["recent_range"], saving, length))
+    return config, unbounded_keep_ratio(saving, routed, holding, recent_share(config, length))
 
 
 def _for(found: Survey, config: MoDConfig) -> MoDConfig:

@@ -33,6 +33,25 @@ def test_recipes_of_the_cache_are_what_real_models_were_measured_with(make_llama
     assert f"{RECIPES[name].kv_saving:g}x" in RECIPES[name].summary
 
 
+@pytest.mark.parametrize(("saving", "recent", "keep"), [(None, 512, 0.2), (2.0, 1024, 3 / 7)])
+def test_speed_from_a_start_is_what_was_measured(
+    make_llama: Any, saving: float | None, recent: int, keep: float
+) -> None:
+    """The arm's settings; 4x counts the recent tokens, as nothing else in the run knows of them."""
+    model = make_llama(num_hidden_layers=8, max_position_embeddings=32_768)
+    mod_config, config = modlab.recipe("speed", model, kv_saving=saving, started=True, tokens=10**7)
+    assert (mod_config.skip, mod_config.keep_recent) == ("kv+prompt", recent)
+    assert config.keep_ratio == pytest.approx(keep, abs=1e-3)
+    assert (config.lr, config.router_lr, config.ramp, config.freeze_below) == (5e-4, 2e-3, 0.0, True)
+    assert config.batch_size * 4096 == 16_384 and config.keep_range is config.recent_range is None
+    mod_config, config = modlab.recipe("speed", model, tokens=10**7)
+    assert (config.router_lr, config.ramp, config.freeze_below) == (0.01, 0.7, False)
+    assert mod_config.keep_recent == modlab.MoDConfig().keep_recent
+    assert modlab.recipe("distil", model, started=True, steps=1)[1].ramp == 0
+    with pytest.raises(ModlabError, match="fits routers itself: leave started=True out"):
+        modlab.recipe("quick", model, started=True)
+
+
 def test_the_plain_form_is_no_recipe() -> None:
     assert modlab.MoDConfig() == modlab.MoDConfig(layers="inner", gates="layer")
     assert modlab.TrainConfig().objective == "auto"

@@ -26,7 +26,6 @@ from benchmarks.depth.arms import PROJECTION_RATE, Arm
 from benchmarks.depth.model import head, states
 from benchmarks.real_models.mixture import Mixture
 from modlab.execution.projections import PROJECTIONS
-from modlab.hf.anatomy import decoder_layers
 from modlab.routing.record import RoutingStep
 from modlab.routing.router import is_router
 from modlab.training.objectives import kl_to_teacher, target_objective
@@ -125,12 +124,10 @@ def by_package(
             same, and come again where they do not do.
         kept: called every `EVERY` seconds.
     """
-    if arm.above:
-        _freeze_below(model)
     gates: dict[str, Any] = {}
     if arm.pull == "target":
         gates = {"keep_ratio": plan.keep, "ramp": 0.0 if arm.started else RAMP, "router_lr": arm.rate}
-    settings = {"objective": "distil", "lr": plan.rate, **gates}
+    settings = {"objective": "distil", "lr": plan.rate, "freeze_below": arm.above, **gates}
     drawn = list(itertools.islice(_drawn(mixture, plan), plan.steps))
     return _trained(model, drawn, plan, say, seconds, kept, "kl", settings)
 
@@ -181,13 +178,6 @@ def _trained(
 def _drawn(mixture: Mixture, plan: Plan) -> Iterator[dict[str, Tensor]]:
     while True:
         yield {"input_ids": mixture.rows(plan.rows_of_step, plan.length)}
-
-
-def _freeze_below(model: Any) -> None:
-    """Routers below the point of leaving stay as they are: nothing is computed backwards there."""
-    for layer in decoder_layers(model)[: model.mod.first_left]:
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not is_router(f".{name}"))
 
 
 def trainable(model: Any, arm: Arm, rate: float = PROJECTION_RATE) -> list[dict[str, Any]]:

@@ -117,6 +117,20 @@ def check_recent(config: TrainConfig, model: Any) -> None:
         )
 
 
+def check_below(config: TrainConfig, model: Any) -> None:
+    """There is something above what is to stay as it is.
+
+    Raises:
+        ModlabError: prompt tokens do not leave this model.
+    """
+    if config.freeze_below and (not is_converted(model) or model.mod.first_left >= model.mod.num_layers):
+        kind = f"skip={model.mod.skip.name!r}" if is_converted(model) else "a dense model"
+        raise ModlabError(
+            f"freeze_below=True: with {kind} no prompt token leaves, and nothing would be trained. Leave it "
+            "out, or convert with skip='kv+prompt'."
+        )
+
+
 def check_begin(config: TrainConfig, model: Any) -> None:
     """A distillation that begins at the keep ratio aimed at has routers that know which tokens matter.
 
@@ -125,6 +139,12 @@ def check_begin(config: TrainConfig, model: Any) -> None:
     """
     if config.objective != "distil" or not is_converted(model) or model.mod.skip.decides_itself:
         return
+    if config.freeze_below and (shut := [i for i in fresh_routers(model) if i < model.mod.first_left]):
+        raise ModlabError(
+            f"freeze_below=True leaves routers below the point of leaving as they are, and those of layers "
+            f"{shut} are fresh: they would keep everything. Start from trained ones (modlab.start_from), or "
+            "leave it out (--no-freeze-below)."
+        )
     target = keep_target(config, 0, 0.0)
     if target < 1 and (fresh := fresh_routers(model)):
         which = "all layers" if fresh == model.mod.layers else f"layers {fresh}"

@@ -83,6 +83,9 @@ class TrainConfig:
         freeze_base: train routers only; with "distil" the base is frozen anyway, and adapters are too.
             The other weights keep their type, so that a bf16 model takes no more memory than its size and its
             activations.
+        freeze_below: with a skip whose prompt tokens leave and objective="distil": routers below the point of
+            leaving stay as they are, but for the shift of all gates at the begin and the end of a run, which
+            takes ones that are trained (`modlab.start_from`). Nothing is computed backwards there.
         seed: of the data order and all random number generators.
         log_every: steps between two log lines (the only place where the device is waited for).
         eval_every: steps between two evaluations on `eval_data`; 0 evaluates at the end only.
@@ -127,6 +130,7 @@ class TrainConfig:
     what_if: float = 1.0
     kl: float = 0.0
     freeze_base: bool = False
+    freeze_below: bool = False
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -176,6 +180,11 @@ class TrainConfig:
                     f"recent_range={self.recent_range} needs objective='distil' and a keep_range: the tokens "
                     "go with savings."
                 )
+        if self.freeze_below and self.objective != "distil":
+            raise ModlabError(
+                f"freeze_below=True needs objective='distil', not {self.objective!r}: others train the base "
+                "too, or know of no point of leaving."
+            )
         if self.row_weight and (self.objective != "distil" or self.keep_range is None):
             raise ModlabError(
                 f"row_weight={self.row_weight} needs objective='distil' and a keep_range: it weighs rows by "

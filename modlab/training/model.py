@@ -131,6 +131,8 @@ def lent_to_training(model: Any, config: TrainConfig) -> Iterator[None]:
             stack.enter_context(_base_frozen(model))
         elif is_converted(model):
             model.mod.base_trained = True
+        if config.freeze_below:
+            stack.enter_context(_frozen(model, _routers_below(model)))
         stack.enter_context(_trained_in_fp32(model, config.freeze_base or distils))
         model.train()
         yield
@@ -148,9 +150,20 @@ def _routing_lent(routing: Any) -> Iterator[None]:
         routing.thresholds.update({layer: float(p) for layer, p in routing.thresholds.items()})
 
 
+def _base_frozen(model: Any) -> contextlib.AbstractContextManager[None]:
+    return _frozen(model, {n for n, p in model.named_parameters() if p.requires_grad and not is_router(n)})
+
+
+def _routers_below(model: Any) -> set[str]:
+    """Names of what conversion added below the point where prompt tokens leave, as far as it would learn."""
+    below = {id(p) for layer in decoder_layers(model)[: model.mod.first_left] for p in layer.parameters()}
+    parameters = model.named_parameters()
+    return {name for name, p in parameters if p.requires_grad and id(p) in below and is_router(name)}
+
+
 @contextlib.contextmanager
-def _base_frozen(model: Any) -> Iterator[None]:
-    frozen = {name for name, p in model.named_parameters() if p.requires_grad and not is_router(name)}
+def _frozen(model: Any, frozen: set[str]) -> Iterator[None]:
+    """Inside, parameters of these names, all of which would learn, do not."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     try:

@@ -14,7 +14,7 @@ from modlab.training.folder import LOG, same
 
 # What a resumed run must share with the one that it continues: the rows of each step, the weights, what is
 # routed and what is trained. Other settings may change from here on.
-KEPT = ("global_batch", "seed", "objective", "freeze_base", "data", "mod")
+KEPT = ("global_batch", "seed", "objective", "freeze_base", "freeze_below", "data", "mod")
 OF_THE_MODEL = ("model", "parameters")
 FREE = ("mod.init_gate",)  # of what is kept: it is for a fresh conversion
 

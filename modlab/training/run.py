@@ -41,6 +41,7 @@ from modlab.training.checkpoints import (
 )
 from modlab.training.checks import (
     check_begin,
+    check_below,
     check_fit,
     check_processes,
     check_recent,
@@ -98,6 +99,7 @@ class Run:
         if self.eval_source is not None:
             check_fit(model, self.eval_source, "eval_data")
         check_recent(config, model)
+        check_below(config, model)
         check_teacher(config, model, teacher)
         check_saved(config, model)
         self.processes = Processes()

@@ -130,6 +130,18 @@ def test_refuses_to_shut_the_gates_of_fresh_routers_at_once(
     assert train(make(mod=mod), rows, longer).steps == 3
 
 
+def test_refuses_to_freeze_routers_that_know_nothing_or_have_nothing_above(
+    make: Callable[..., Any], rows: torch.Tensor
+) -> None:
+    config = TrainConfig(**settings(steps=1, objective="distil", keep_ratio=0.5, freeze_below=True))
+    mod = modlab.MoDConfig(skip="kv+prompt", layers="all", keep_recent=4, leave_after=0.5)
+    with pytest.raises(ModlabError, match=r"freeze_below=True leaves .* those of layers \[0, 1.*start_from"):
+        train(make(mod=mod), rows, config)
+    train(scatter_gates(make(mod=mod)), rows, config)
+    with pytest.raises(ModlabError, match="with skip='kv' no prompt token leaves"):
+        train(scatter_gates(make(mod=modlab.MoDConfig(keep_recent=4))), rows, config)
+
+
 def test_refuses_rows_in_which_every_key_is_recent(make: Callable[..., Any], rows: torch.Tensor) -> None:
     model = make(mod=modlab.MoDConfig(keep_recent=rows.shape[1]))
     with pytest.raises(ModlabError, match=f"rows of at most {rows.shape[1]} tokens.*keep_recent"):

@@ -43,6 +43,7 @@ from tests.helpers.training import settings
         ({"objective": "budget", "keep_range": (0.3, 0.5), "keep_ratio": 0.6}, "keep_ratio=0.6"),
         ({"keep_range": (0.3, 0.5), "keep_ratio": 0.4}, "needs objective='budget'"),
         ({"recent_range": (128, 1024)}, "needs objective='distil' and a keep_range"),
+        ({"freeze_below": True}, "freeze_below=True needs objective='distil', not 'auto'"),
         ({"recent_range": (8, 4)}, "the first has to be the smaller"),
         ({"objective": "distil", "keep_range": (0.3, 0.5), "keep_ratio": 0.4, "batch_size": 1}, "two rows"),
         ({"objective": "magic"}, "objective='magic'"),

@@ -33,6 +33,7 @@ from benchmarks.real_models.texts import Data
 from modlab.hf.anatomy import decoder_layers
 from modlab.routing.noise import Noise
 from modlab.routing.trained import Trained
+from modlab.training.model import _frozen, _routers_below
 from tests.helpers.models import dense_llama, scatter_gates, tiny_config
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -257,15 +258,14 @@ def test_what_trains_above_has_the_same_gradients_and_no_backward_pass_below() -
         model = scatter_gates(modlab.convert(dense_llama(), config)).train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".mod_" in name)
-        if above:
-            distil._freeze_below(model)
         model.mod.what_if = True
         model.mod.noise = Noise(0, 0, torch.arange(2))
         layers = decoder_layers(model)
         for index in range(6):
             layers[index].mlp.register_forward_hook(partial(note, index))
         went.append(set())
-        states(model, ids).square().sum().backward()
+        with _frozen(model, _routers_below(model) if above else set()):
+            states(model, ids).square().sum().backward()
         found.append({
             name: p.grad for name, p in model.named_parameters()
             if p.requires_grad and int(name.split(".")[2]) >= model.mod.first_left
