@@ -28,7 +28,7 @@ def test_freeze_below_trains_what_is_above_the_point_of_leaving(rows: torch.Tens
     before = {n: p.clone() for n, p in model.named_parameters()}
     config = settings(steps=2, objective="distil", keep_ratio=0.5, ramp=0.0, router_lr=1e-2)
     train(model, rows, TrainConfig(**config, freeze_below=True))
-    after = {n: p for n, p in model.named_parameters() if not n.endswith("mod_router.bias")}  # all are shifted
+    after = {n: p for n, p in model.named_parameters() if not n.endswith("mod_router.bias")}  # all shift
     changed = {n for n, p in after.items() if not torch.equal(p, before[n])}
     assert {n.split(".")[3] for n in changed} == {"mod_router", "mod_projections"}
     assert {int(n.split(".")[2]) for n in changed} == {4, 5}, "four of six layers lie below"
