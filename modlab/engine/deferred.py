@@ -20,16 +20,17 @@ from modlab.engine.ring import RingBuffer
 from modlab.engine.transfer import Fetched
 
 MOST_TOKENS = 8192
-"""Tokens of a line up to which this is done, by default. The projections of 4,096 tokens of the 8B shape take
-an H200 .35 ms, and it then stands still for .3 ms: with twice the tokens it has work for about as long as the
-host takes. Beyond, nothing is gained, while what dense kernels save for heads that keep everything grows with
-the square."""
+"""Tokens of a line, all rows of a batch together, up to which this is done, by default. The projections of
+4,096 tokens of the 8B shape take an H200 .35 ms, and it then stands still for .3 ms: with twice the tokens it
+has work for about as long as the host takes. Beyond, nothing is gained, while what dense kernels save for
+heads that keep everything grows with the square."""
 
 LOST_PAIRS = 4096**2 // 2
 """Pairs of query and key in all rows, times the share of heads that keep everything, above which the dense
 kernel saves more for these heads than waiting costs. With 4,096 tokens of the 8B shape and gates a KV head an
 H200 gains .15 ms a layer by waiting with all heads open, and loses .18 with an eighth of them (docs/log.md).
-Other lengths follow from the squares."""
+Other lengths follow from the squares: one row of 4,096 tokens waits with more than half the heads open, one
+of 8,192 with more than an eighth, one of less than 2,897 never."""
 
 
 class DeferredLayouts:

@@ -108,7 +108,7 @@ class Engine:
         if guess and (self.form is None or not self.form.packs):
             raise ModlabError(
                 "guess=True guesses how many tokens of a prompt routed layers run (skip='layer', 'attention' "
-                "or 'mlp' in the engine): this model has none that leave tokens out. Leave guess away."
+                f"or 'mlp' in the engine): {self._why_no_guess}. Leave guess away."
             )
         self.guesses = Guesses() if guess else None
         self.defer_tokens = MOST_TOKENS if self.device.type == "cuda" else 0
@@ -116,6 +116,11 @@ class Engine:
         self.bound: Budget | None = None
         if kv_tokens is not None or kv_mib is not None:
             self.bound = self._budget(kv_tokens, kv_mib)
+
+    @property
+    def _why_no_guess(self) -> str:
+        without = self.routing.skip.why_no_engine(self.routing.config) if self.routing else ""
+        return without or "this model has none that leave tokens out"
 
     def _budget(self, kv_tokens: int | None, kv_mib: float | None) -> Budget:
         if self.keep_recent is None or self.form is None:

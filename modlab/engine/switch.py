@@ -129,9 +129,9 @@ def enable_fast_generation(
         kv_mib: the same for all rows and layers of a call together, in MiB.
         guess: with ``skip="layer"``, ``"attention"`` and ``"mlp"``: run prompts of one row and 512 to 8,192
             tokens on as many tokens of each layer as the prompts before have kept and a quarter more, so that
-            the host does not wait for each layer; a prompt that keeps more runs twice. Only after nine that
-            would have been right. Results are equal up to rounding, which then depends on the prompts
-            before.
+            the host does not wait for each layer; a prompt that keeps more runs twice. Only after eight
+            prompts in a row that they would have been right for. Results are equal up to rounding, which
+            then depends on the prompts before.
 
     Returns:
         the same model.

@@ -299,3 +299,20 @@ def test_the_host_waits_for_a_layer_when_the_next_one_has_come_to_its_attention(
     # Every other layer is routed: its router, q, k, v, a wait for the one before it, output projection, MLP.
     dense, first, later = "xxx" + "xxxx", "xxxx" + "xxxx", "xxxx" + "w" + "xxxx"
     assert order.seen == dense + first + (dense + later) * (len(model.mod.layers) - 1) + "x" + "w"
+
+
+@pytest.mark.parametrize(
+    ("counts", "open_heads", "waits"),
+    [
+        ([4096], 4, False), ([4096], 5, True), ([8192], 1, False), ([8192], 2, True), ([2896], 8, False),
+        ([2897], 8, True), ([2048] * 4, 4, False), ([4096] * 2, 3, True),
+    ],
+)  # fmt: skip
+def test_how_many_open_heads_make_a_layer_wait_depends_on_the_rows(
+    counts: list[int], open_heads: int, waits: bool
+) -> None:
+    """Of eight heads, as CHANGELOG.md says: more than half in one row of 4,096 tokens, an eighth in one of
+    8,192, never below 2,897. Rows count by their squares."""
+    deferred = DeferredLayouts(counts)
+    deferred.learn([True] * open_heads + [False] * (8 - open_heads))
+    assert deferred.next_one_waits == waits

@@ -141,6 +141,21 @@ def test_models_whose_prompts_run_all_tokens_have_nothing_to_guess(make: Callabl
         modlab.enable_fast_generation(make(), compile=False, guess=True)
 
 
+@pytest.mark.parametrize("skip", ["written", "sublayers"])
+def test_guesses_are_refused_for_what_the_engine_has_no_form_of(skip: str) -> None:
+    with pytest.raises(ModlabError, match=f"skip='{skip}' has no form in the engine yet.*Leave guess away"):
+        modlab.enable_fast_generation(llama_on_device(skip=skip), compile=False, guess=True)
+
+
+def test_a_prompt_runs_on_guesses_after_eight_that_would_have_been_right() -> None:
+    """As docs/fast_generation.md says; the first prompt of all had no guess."""
+    guesses, ran = Guesses(), []
+    for kept in [400] * 10 + [4000] + [400] * 9:
+        ran.append(bool(guesses.of(4096)))
+        guesses.learn({1: kept}, 4096)
+    assert ran == [False] * 9 + [True] * 2 + [False] * 8 + [True]
+
+
 def test_guesses_are_multiples_above_the_largest_share_before() -> None:
     guesses = Guesses(multiple=64, least=100, most=2000, steady=0)
     assert guesses.of(1000) == {}
