@@ -77,7 +77,11 @@ class KVTracker:
             )
         return decoder
 
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], *told: Any) -> None:
+        """What is told: the keyword arguments and the output. The output alone in another thread's forward
+        that is under way while the block begins or ends: torch notes that a hook takes keyword arguments
+        after it has the hook, and forgets it in two steps as well."""
+        kwargs, output = told if len(told) == 2 else ({}, *told)
         self._forwards += 1
         cache = _find_cache(output, kwargs)
         if cache is None:

@@ -338,3 +338,13 @@ def test_a_layer_that_keeps_nothing_still_saves_what_a_dense_one_would_store():
     assert (frame.kept_tokens[1], frame.kv_bytes[1]) == (0, 0)
     assert frame.dense_kv_bytes[1] == 10 * TOKEN_BYTES
     assert kv.summary()["kv_saving"] == pytest.approx(LAYERS / (LAYERS - 1))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_forward_of_another_thread_may_tell_no_keyword_arguments(model, told):
+    """torch has the hook a moment before it knows that the hook takes them, and a moment after."""
+    with modlab.KVTracker(model) as kv:
+        if not told:
+            model.get_decoder()._forward_hooks_with_kwargs.clear()
+        model(torch.zeros(1, 5, dtype=torch.long), use_cache=True)
+    assert kv.frame().seen_tokens.tolist() == [5] * LAYERS
