@@ -24,16 +24,20 @@ from modlab.hf.attention_names import attention_named
 NAME = "modlab_planned"
 """Under which transformers knows `planned_attention`."""
 
-SHORT = 32  # tokens of the forwards from which bytes a token are extrapolated
+SHORT = 32  # tokens of the shortest of the three forwards from which bytes a token are extrapolated
 
 
 MAPS = frozenset({F.linear, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.bmm})
 """What `torch.autocast` has read in 16 bit, of that which models do with wide tensors."""
 
+NAMES = ("grouped_mm", "_grouped_mm")
+GROUPED = frozenset({getattr(place, name) for place in (F, torch) for name in NAMES if hasattr(place, name)})
+"""Fused experts, by the names that torch has for them: `torch.autocast` leaves them as they are."""
+
 
 def kept_bytes(model: Any, frozen: bool, autocast: torch.dtype | None = None) -> float:
     """Bytes a token that the layers' forward keeps for the backward pass, all layers together, but for what
-    grows with the square of the length.
+    grows with the square of the length and for what does not grow (copies of weights that were transposed).
 
     Args:
         model: a causal LM on the meta device.
@@ -42,8 +46,8 @@ def kept_bytes(model: Any, frozen: bool, autocast: torch.dtype | None = None) ->
     """
     model.train().requires_grad_(not frozen)
     with attention_named([model.get_decoder().config], NAME), _states_learn(model):
-        short, long = (_saved_bytes(model, length, autocast) for length in (SHORT, 2 * SHORT))
-    return (4 * short - long) / (2 * SHORT)
+        one, two, three = (_saved_bytes(model, times * SHORT, autocast) for times in (1, 2, 3))
+    return (8 * two - 5 * one - 3 * three) / (2 * SHORT)  # of a + b n + c n² through all three, b
 
 
 def planned_attention(
@@ -64,6 +68,20 @@ class _Planned(torch.autograd.Function):
         sums_BNT = query.new_empty(B, N, T, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out_BTNH, sums_BNT)
         return out_BTNH
+
+    @staticmethod
+    def backward(ctx: Any, *by_out: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError("a forward is planned, nothing is computed")
+
+
+class _Grouped(torch.autograd.Function):
+    """Keeps what `grouped_mm` does of states [rows, in] and weights [experts, in, out], of any dtype: torch
+    has it on the meta device in 16 bit alone."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(states, weight)
+        return states.new_empty(len(states), weight.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *by_out: Tensor) -> Any:  # type: ignore[override]
@@ -101,6 +119,8 @@ class _Autocast(TorchFunctionMode):
         self.copies, self.dtype = copies, dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in GROUPED:
+            return _Grouped.apply(*args[:2])
         if func not in MAPS:
             return func(*args, **(kwargs or {}))
         cast = {name: self._cast(value) for name, value in (kwargs or {}).items()}

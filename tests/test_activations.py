@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
 )
@@ -24,6 +26,10 @@ D, F, N, G, H, L = 64, 160, 4, 2, 16, 3
 SHAPE = {
     "vocab_size": 50, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L,
     "num_attention_heads": N, "num_key_value_heads": G, "head_dim": H,
+}  # fmt: skip
+OF_FALCON = {
+    "vocab_size": 50, "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": N,
+    "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 OF_GPT2 = {"n_embd": D, "n_layer": L, "n_head": N, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -67,9 +73,20 @@ def kept_on_a_cpu(model: Any) -> float:
     return float(np.linalg.solve(powers, np.array(found))[1])
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(**SHAPE), Qwen2Config(**SHAPE), GPT2Config(**OF_GPT2)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPE),
+        Qwen2Config(**SHAPE),
+        GPT2Config(**OF_GPT2),
+        FalconConfig(**OF_FALCON),
+        MixtralConfig(**SHAPE, num_local_experts=4),
+    ],
+    ids=lambda config: config.model_type,
+)
 def test_autocast_keeps_what_it_keeps_on_a_cpu(config: PreTrainedConfig) -> None:
-    """States in fp32, and for each map that reads one a copy of its own."""
+    """States in fp32, and for each map that reads one a copy of its own: of Falcon's weights, which it
+    transposes, too, but these do not grow with the text. Mixtral's experts are read as they are."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config, T5Config
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen2Config, T5Config
 
 import modlab
 from modlab.bench.models import SHAPES
+from modlab.cli.program import main
 from modlab.errors import ModlabError
 from modlab.hf.names import cache_argument
 from modlab.plan import FP32, GIB, ROUTER_COPIES, kv_bytes, plan, sizes_of
@@ -175,6 +176,16 @@ def test_a_window_bounds_what_a_layer_holds() -> None:
     sizes = sizes_of(config, 1)
     assert sizes.windows == [None, None, 16, 16]
     assert kv_bytes(sizes, 100, 1) == (2 * 100 + 2 * 16) * sizes.token_bytes
+
+
+def test_experts_are_planned_by_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fused ones, which the meta device has in 16 bit alone."""
+    MixtralConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, architectures=["MixtralForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "2"]) == 0
+    assert "weights             DDP" in capsys.readouterr().out
 
 
 def test_the_lines_say_which_way_fits() -> None:
