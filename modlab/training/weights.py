@@ -77,10 +77,11 @@ class Weights:
                 shape or dtype.
         """
         own = self._state()
+        known = saved.keys() | unchanged.keys()
         saved = {name: value for name, value in saved.items() if name not in self._of_frozen}
         base = {name for name, tensor in own.items() if not _is_trained(name, tensor)}
         found = [f"{name} is missing" for name in unchanged if name not in own]
-        found += [f"{name} is new" for name in own if name in base - saved.keys() - unchanged.keys()]
+        found += [f"{name} is new" for name in own if name in base - known]
         wanted = {name: was for name, was in unchanged.items() if name in own}
         wanted |= {n: digest(value) for n, value in saved.items() if n in own and _is_frozen(n, own[n])}
         now = {name: self._digest(name, own[name]) for name in wanted}
@@ -92,7 +93,7 @@ class Weights:
         ]
         if found := found + [words for name, words in others if name in base]:
             return found
-        if names := sorted(own.keys() ^ (saved.keys() | unchanged.keys())):
+        if names := sorted(own.keys() ^ known):
             raise ValueError(f"its weights are others: {names[:3]}")
         if others:
             raise ValueError(others[0][1])

@@ -349,6 +349,12 @@ def test_what_goes_with_a_frozen_weight_counts_by_name() -> None:
     assert not changed and list(rest) == ["0.weight", "0.weight.scale", "0.weight.state.text"]
     saved = {"0.weight.scale": torch.ones(3), "0.weight.state.text": torch.ones(4)}
     assert weights.differences(saved, rest) == [] == Weights(model).differences({}, rest)
+    everything = {"0.weight": model[0].weight.detach(), **saved}
+    assert weights.differences(everything, {}) == []  # of a run that wrote them all
+    del everything["0.weight.scale"]
+    assert weights.differences(everything, {}) == ["0.weight.scale is new"]
+    with pytest.raises(ValueError, match=r"its weights are others: \['0\.weight\.more'\]"):
+        weights.differences({"0.weight.more": torch.ones(3)}, rest)
     weights.restore(saved)
     assert model[0].scales["weight.scale"].sum() == 0
     model[0].scales = {"weight.scale": torch.zeros(3), "weight.more": torch.ones(4)}
