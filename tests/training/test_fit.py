@@ -125,6 +125,19 @@ def test_the_hidden_layer_is_fitted_on_what_is_left() -> None:
     assert found.r2 > found.r2_linear + 0.05
 
 
+@pytest.mark.parametrize("first", [5, 7])
+def test_tokens_are_drawn_afresh_from_each_batch(first: int) -> None:
+    """Of which the last has another size: where all tokens are sampled, none of them is missing."""
+    model = modlab.convert(lively(), modlab.MoDConfig(**HEADS))
+    steps = FitPass(model, torch.arange(3, 3 + P), ridge=10.0, hidden_steps=1, sample=9, tokens=9, seed=0)
+    text = texts(12)
+    for part in (text[:first], text[first:]):
+        steps.fit(part)
+    for samples in steps.samples.values():
+        assert [len(x) for x, _ in samples] == [len(y) for _, y in samples]
+        assert [len(x) for x, _ in samples] == [n * (L - steps.first) for n in (first, 12 - first)]
+
+
 def test_texts_and_a_tokenizer() -> None:
     model = modlab.convert(lively(vocab_size=600), modlab.MoDConfig(**HEADS))
     words = [f"the router decides which token {n} runs and which skips. " * 8 for n in range(20)]
