@@ -171,7 +171,8 @@ def check_saved(config: TrainConfig, model: Any) -> None:
     except ModlabError as error:
         raise ModlabError(
             f"out={str(config.out)!r}: the run would end with {Path(config.out) / 'model'}, but {error} "
-            "Train without out, then."
+            "Train it as it was before it was quantised, or quantised by bitsandbytes, or in Python with "
+            "out=None, and save the routers after that."
         ) from error
 
 
