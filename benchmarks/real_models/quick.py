@@ -20,15 +20,11 @@ import modlab
 from benchmarks.real_models import training_speed
 from benchmarks.real_models.measured.pieces import Folder
 from benchmarks.real_models.measured.product import Product
-from benchmarks.real_models.measured.run import origin
+from benchmarks.real_models.measured.run import FIT, origin
 from benchmarks.real_models.run import rounded
-from modlab.hf.model import context_length
-from modlab.training.contexts import contexts
-from modlab.training.fit import ON_CPU, ON_GPU
+from modlab.training.contexts import contexts, prompt_ids
+from modlab.training.fit import ON_CPU, ON_GPU, copy_length
 
-FIT = "fit"
-"""The record's file; `join` puts its row next to what the routers lose."""
-WHAT = "fit"
 SHAPE = "llama-3-8b"
 """What is fitted where no model is given, with random weights."""
 
@@ -71,7 +67,7 @@ def run(
     row |= _fits(model, tokenizer, rows, config, repeats)
     if folder is not None:
         modlab.save_routers(model, out / "routers", base_model=str(folder))
-    record = {"what": WHAT, **origin(Product(name, model, tokenizer), commit), "rows": [row]}
+    record = {"what": FIT, **origin(Product(name, model, tokenizer), commit), "rows": [row]}
     left.write(FIT, rounded(record))
     return left.read(FIT)
 
@@ -88,8 +84,7 @@ def _dense(folder: Path | None, device: str) -> tuple[Any, Any]:
 def _rows(model: Any, tokenizer: Any, texts: str | None, config: modlab.FitConfig) -> Tensor:
     """What a fit by these settings draws, long [rows, tokens of a copy], before the clock starts."""
     usual = ON_GPU if model.device.type == "cuda" else ON_CPU
-    most = context_length(model) or 2**30
-    length = config.context or min(usual["context"], most // 4)
+    length = copy_length(model, config.context, usual["context"], len(prompt_ids(model, tokenizer)))
     tokens = config.tokens or usual["tokens"]
     if texts is not None:
         return contexts(model, texts, tokenizer, length, tokens, config.seed)

@@ -98,7 +98,7 @@ def fit_routers(
     on_gpu = device.type == "cuda"
     chosen = (ON_GPU if on_gpu else ON_CPU) | _given(config)
     prompt = prompt_ids(model, tokenizer).to(device)
-    length = _length(model, config.context, chosen["context"], len(prompt))
+    length = copy_length(model, config.context, chosen["context"], len(prompt))
     rows = contexts(model, data, tokenizer, length, chosen["tokens"], config.seed)
     fitted = len(rows) - max(1, round(config.held_out * len(rows)))
     steps = FitPass(
@@ -166,8 +166,17 @@ def _given(config: FitConfig) -> dict[str, int]:
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
-def _length(model: Any, asked: int | None, usual: int, prompt: int) -> int:
-    """Tokens of one copy, two of which fit into the model's context with the prompt between them."""
+def copy_length(model: Any, asked: int | None, usual: int, prompt: int) -> int:
+    """Tokens of one copy, two of which fit into the model's context with the prompt between them.
+
+    Args:
+        asked: as of `FitConfig.context`.
+        usual: of a model whose context has room for them, where none are asked for.
+        prompt: tokens of the prompt.
+
+    Raises:
+        ModlabError: more are asked for than fit.
+    """
     context = context_length(model)
     most = None if context is None else (context - prompt) // 2
     if asked is None:

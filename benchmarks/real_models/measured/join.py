@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.real_models.measured.pieces import Folder
-from benchmarks.real_models.measured.run import ORIGIN
+from benchmarks.real_models.measured.run import FIT, ORIGIN
 from benchmarks.real_models.measured.settings import DENSE, Setting, at, named
 from benchmarks.real_models.run import rounded
 from modlab.published import MEASURED
@@ -37,7 +37,7 @@ def joined(path: Path) -> dict[str, Any]:
             {**own, "arm": f"{arm}: {found['control']}"} | _measures(found)
             for found in _controls(folder, setting)
         ]
-    fit = {"fit": folder.read("fit")["rows"][0]} if folder.done("fit") else {}
+    fit = {FIT: folder.read(FIT)["rows"][0]} if folder.done(FIT) else {}
     seconds = {file.stem: folder.read(file.stem).get("seconds") for file in sorted(path.glob("*@*.json"))}
     failed = sorted(file.name.split(".failed")[0] for file in path.glob("*.failed.json"))
     return rounded(

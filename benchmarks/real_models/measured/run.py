@@ -18,6 +18,8 @@ from modlab.bench.results import circumstances, source_commit
 from modlab.errors import ModlabError
 
 ORIGIN = "origin"
+FIT = "fit"
+"""Of routers that were only fitted: how long that took."""
 
 
 def run(

@@ -13,6 +13,7 @@ from benchmarks.real_models import evaluate, quick
 from benchmarks.real_models.__main__ import main
 from benchmarks.real_models.texts import Data
 from modlab.errors import ModlabError
+from modlab.training.contexts import prompt_ids
 from tests.helpers.models import dense_llama
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -64,6 +65,16 @@ def test_random_weights_are_timed_alone(tmp_path: Path, monkeypatch: pytest.Monk
     (row,) = record["rows"]
     assert row["model"] == "llama-3-8b" and len(row["seconds"]) == 1 and record["granularity"] == "head"
     assert not (tmp_path / "routers").exists()
+
+
+def test_rows_are_as_long_as_those_of_the_fit() -> None:
+    """Two copies and what stands between them fill a context that is short."""
+    model: Any = dense_llama(vocab_size=320, max_position_embeddings=512)
+    tokenizer = make_tokenizer(320)
+    prompt = len(prompt_ids(model, tokenizer))
+    config = modlab.FitConfig(tokens=2048)
+    assert prompt and quick._rows(model, tokenizer, None, config).shape[1] == (512 - prompt) // 2
+    assert quick._rows(model, None, None, config).shape[1] == 256
 
 
 def test_a_model_without_texts_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
