@@ -66,7 +66,8 @@ def add(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--router-hidden", metavar="UNITS", type=int,
-        help="with a dense MODEL: units of the hidden layer in each router, 0: none (the recipe's)",
+        help="with a dense MODEL: units of the hidden layer in each router, 0: a linear router "
+        "(default: the recipe's)",
     )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")

@@ -81,7 +81,8 @@ def check_shares(passages: float, lines: float, near: float = 0.0) -> None:
     """The first two are shares of the same rows, the third one is of the repetitions.
 
     Raises:
-        ModlabError: one outside [0, 1], or the first two together more than all rows.
+        ModlabError: one outside [0, 1], the first two together more than all rows, or a third
+            one of none.
     """
     for name, share, of in (
         ("passages", passages, "rows"), ("lines", lines, "rows"), ("near", near, "repetitions"),
@@ -90,6 +91,10 @@ def check_shares(passages: float, lines: float, near: float = 0.0) -> None:
             raise ModlabError(f"{name}={share}: a share of the {of}, in [0, 1].")
     if passages + lines > 1:
         raise ModlabError(f"passages={passages} and lines={lines} together are more than all rows.")
+    if near and not passages + lines:
+        raise ModlabError(
+            f"near={near}: passages=0 and lines=0 leave no repetitions; give one of them, or no near."
+        )
 
 
 def mixed_lengths(

@@ -211,6 +211,7 @@ def test_shares_that_are_not_given_are_those_of_with_repeats(capsys: pytest.Capt
     [
         (("--no-repeats", "--passages", "0.5"), "--no-repeats leaves no rows for --passages 0.5: give one"),
         (("--no-repeats", "--lines", "0"), "--no-repeats leaves no rows for --lines 0: give one"),
+        (("--near", "1", "--passages", "0", "--lines", "0"), r"near=1.0: passages=0 and lines=0 leave no"),
         (("--near", "1.5"), r"near=1.5: a share of the repetitions"),
         (("--no-repeats", "--near", "0.5"), "--no-repeats leaves no rows for --near 0.5: give one"),
         (("--passages", "1.5"), r"passages=1.5: a share of the rows"),
