@@ -148,8 +148,7 @@ def as_published(
         "objective": {"load": "load", "topk": "bce"}[arm.pull], "alpha": arm.alpha, "what_if": 0.0,
         "lr": arm.base_rate, "router_lr": arm.rate,
     }  # fmt: skip
-    told = _trained(model, _drawn(mixture, plan), plan, say, seconds, kept, "loss", settings)
-    return told | {"epochs": round(told["tokens"] / len(mixture.stream), 3)}
+    return _trained(model, _drawn(mixture, plan), plan, say, seconds, kept, "loss", settings)
 
 
 def _trained(

@@ -111,7 +111,9 @@ class Study:
         arm = arm_named(name)
         model = load(self.folder, self.device)
         self._know(model)
-        facts: dict[str, Any] = {"plan": dataclasses.asdict(plan), "arm_fields": dataclasses.asdict(arm)}
+        facts: dict[str, Any] = {
+            "plan": dataclasses.asdict(plan), "arm_fields": dataclasses.asdict(arm), "limit_s": seconds,
+        }  # fmt: skip
         saved = Saved(self.out / f"added_{name.replace('/', '-')}", self.folder, whole=arm.trains == "all")
         if (told := self._told(saved, arm, facts)) is not None:
             self.say(f"{name} was trained by an earlier call, and is measured")
@@ -122,6 +124,9 @@ class Study:
             facts |= self._make(model, arm, plan, seconds, facts, saved)
             if modlab.is_converted(model) and arm.trains in SAVED:
                 saved.save(model, facts)
+        if arm.published and "distillation" in facts:
+            seen = facts["distillation"]["tokens"] / len(self.data.stream)
+            facts["distillation"]["epochs"] = round(seen, 3)
         self.say(f"{name} is there")
         found = measure(model, arm, self.data, self._known(), facts.get("removed", []))
         row = {
@@ -212,12 +217,12 @@ class Study:
 
     def _told(self, saved: Saved, arm: Arm, asked: dict[str, Any]) -> dict[str, Any] | None:
         """What an earlier call of this folder told of the arm that it left there; None without one of this
-        plan, this arm and this start."""
+        plan, this limit in seconds, this arm and this start."""
         told = saved.told()
         start = Path(self.start_from).name if arm.started else None
         if told is None or told.get("start", {}).get("from") != start:
             return None
-        return told if {name: told[name] for name in asked} == asked else None
+        return told if asked.items() <= told.items() else None
 
     def _know(self, model: Any) -> None:
         if self.known is None:

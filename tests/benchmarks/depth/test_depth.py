@@ -188,6 +188,8 @@ def test_what_was_distilled_and_not_measured_is_measured_by_the_next_call(
         assert row["ratio"] == pytest.approx(expected["ratio"], rel=1e-6) and set(row) == set(expected)
         with pytest.raises(ZeroDivisionError):
             again.run(name, replace(PLAN, rate=1e-3))
+        with pytest.raises(ZeroDivisionError):
+            again.run(name, PLAN, seconds=600)
 
 
 class Killed(BaseException):
@@ -219,6 +221,8 @@ def test_what_is_there_of_a_run_that_is_ended_is_measured(
     row = studies[1].run(name, plan)
     assert row["distillation"]["cut"] and row["tokens"] == 2 * 4 * T and 0 < row["kl_far"] < 20
     assert studies[1].done(name, 0)
+    if ARMS[name].published:
+        assert row["distillation"]["epochs"] == pytest.approx(row["tokens"] / len(data.stream), abs=1e-3)
     if "keep_asked" in row:
         assert row["keep_asked"] == pytest.approx(_keep(loaded(tmp_path / "out", folder), ARMS[name], T))
 
