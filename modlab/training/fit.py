@@ -70,7 +70,8 @@ def fit_routers(
 
     One forward pass a row of [text, "repeat it", text] with the model's own dense attention, then a system of
     linear equations a layer. Works for every model type that `skip="kv"` routes, quantized bases included.
-    Memory: one forward, (D + 1)² numbers a layer, and `sample_mib` where a hidden layer is fitted.
+    Memory: one forward and (D + 1)² numbers a layer; where a hidden layer is fitted, up to twice `sample_mib`
+    and, for a step of layers that are fitted at once, up to a GiB more.
 
     Args:
         model: converted with `skip="kv"`; its routers and thresholds are overwritten. What was studied is

@@ -26,7 +26,8 @@ class FitConfig:
         hidden_steps: steps that the routers' hidden layer is fitted for on what the linear part leaves, one
             sampled token in eight set aside to see which were best; 0 leaves it out, None: 400 on a GPU, none
             on a CPU.
-        sample_mib: MiB of states that the hidden layer is fitted to, all layers together.
+        sample_mib: MiB of states that the hidden layer is fitted to, all layers together; up to twice as much
+            while those of layers that are fitted at once are copied.
         held_out: share of the rows that are not fitted to: R² and thresholds are of these.
         seed: of the rows and of what is drawn.
     """

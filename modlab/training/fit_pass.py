@@ -92,10 +92,14 @@ class FitPass:
         samples = []
         for i, router in self.routers.items():
             if self.hidden_steps and isinstance(router, HiddenRouter):
-                x, y = (torch.cat(parts) for parts in zip(*self.samples[i], strict=True))
-                samples.append((router, x, y))
+                samples.append((router, *self._sampled(i)))
             self.samples[i] = []
         fit_hidden(samples, self.hidden_steps, self.seed)
+
+    def _sampled(self, i: int) -> tuple[Tensor, Tensor]:
+        """States and log scores of a layer's sample, each in one piece."""
+        x, y = (torch.cat(parts) for parts in zip(*self.samples[i], strict=True))
+        return x, y
 
     @torch.no_grad()
     def open(self, keep_ratio: float) -> float:

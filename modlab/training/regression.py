@@ -14,7 +14,7 @@ from torch import Tensor
 from modlab.routing.router import HiddenRouter, Router, normalised
 
 BATCH = 4096  # tokens of a step of the hidden layers' fit
-TOGETHER = 2**27  # numbers in the states of such a step: so many layers at once
+TOGETHER = 2**26  # numbers in the states of such a step: so many layers at once, at least one
 ASIDE, LOOK = 8, 25  # one sampled token in so many is set aside, and looked at after so many steps
 WARM = 20  # steps until its full learning rate
 RATES = {"linear": 1e-4, "hidden": 2e-3}
@@ -96,28 +96,39 @@ Sample = tuple[HiddenRouter, Tensor, Tensor]
 def fit_hidden(samples: list[Sample], steps: int, seed: int) -> None:
     """Adam on all of the routers' weights, from the solutions of `Ridge`, to the least square error.
 
+    Takes the samples out of the list, and lets go of those of layers that are fitted at once when they are
+    copied into one tensor.
+
     Layers of one shape are fitted at once: one alone is so little to do for a GPU that it would wait for
     launches. Each layer keeps the weights that did best on tokens that are set aside; where
     tokens are few for so many weights, those are early ones, or the linear solution that they began with.
     """
     alike: dict[tuple[Any, ...], list[Sample]] = {}
-    for router, x_SD, y_SA in samples:
-        shape = (x_SD.device, x_SD.shape, y_SA.shape, router.into.shape)
-        alike.setdefault(shape, []).append((router, x_SD, y_SA))
+    while samples:
+        sample = samples.pop(0)
+        alike.setdefault(_shape(*sample), []).append(sample)
+        del sample
     for group in alike.values():
         size = max(1, TOGETHER // (BATCH * group[0][1].shape[1]))
-        for first in range(0, len(group), size):
-            _fit_layers(group[first : first + size], steps, seed)
+        while group:
+            part, group[:size] = group[:size], []
+            _fit_layers(part, steps, seed)
+
+
+def _shape(router: HiddenRouter, x_SD: Tensor, y_SA: Tensor) -> tuple[Any, ...]:
+    return x_SD.device, x_SD.shape, y_SA.shape, router.into.shape
 
 
 @torch.enable_grad()
 def _fit_layers(samples: list[Sample], steps: int, seed: int) -> None:
-    routers, xs, ys = zip(*samples, strict=True)
-    S, D = xs[0].shape
+    """Empties the list once its samples are stacked."""
+    S, D = samples[0][1].shape
     aside = min(S // ASIDE, BATCH)
     if not aside:
         return
-    x_LSD, y_LSA = torch.stack(xs), torch.stack(ys)
+    routers = tuple(router for router, _, _ in samples)
+    x_LSD, y_LSA = torch.stack([x for _, x, _ in samples]), torch.stack([y for _, _, y in samples])
+    samples.clear()
     layers = _Layers(routers, D)
     optimizer = torch.optim.Adam(layers.groups())
     generator = torch.Generator(x_LSD.device).manual_seed(seed)

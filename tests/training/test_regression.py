@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,13 +54,30 @@ def test_layers_fitted_together_are_as_each_by_itself(together: int, monkeypatch
         return [drawn(0), drawn(1), drawn(2, S=1200), drawn(3, gates=1), drawn(4)]
 
     all_at_once, alone = made(), made()
-    fit_hidden(all_at_once, 300, seed=5)
+    fit_hidden(list(all_at_once), 300, seed=5)
     for sample in alone:
         fit_hidden([sample], 300, seed=5)
     for before, one, other in zip(made(), all_at_once, alone, strict=True):
         assert error(one) < 0.95 * error(before)
         for got, want in zip(weights(one[0]), weights(other[0]), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_samples_are_let_go_once_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the layers that are fitted, not of all others."""
+    monkeypatch.setattr(regression, "TOGETHER", 2 * regression.BATCH * D)
+    samples = [drawn(seed) for seed in range(4)]
+    held = [[weakref.ref(x_SD), weakref.ref(y_SA)] for _, x_SD, y_SA in samples]
+    alive: list[list[bool]] = []
+
+    def look(layers: regression._Layers) -> list[Tensor]:
+        alive.append([any(one() is not None for one in refs) for refs in held])
+        return copied(layers)
+
+    copied = regression._Layers.copy
+    monkeypatch.setattr(regression._Layers, "copy", look)
+    fit_hidden(samples, 2, seed=0)
+    assert alive == [[False, False, True, True], [False] * 4]
 
 
 def test_a_layer_that_only_loses_on_what_is_set_aside_stays_linear_and_others_do_not() -> None:
