@@ -53,12 +53,16 @@ MOST_COLUMNS = 64
 """Gates and hidden units, padded to blocks, up to which a tile takes more than 64 inputs: their weights lie
 in shared memory, of which some GPUs have 64 KB a program."""
 
+WIDEST = 128
+"""The same, up to which the kernel is used: two blocks of 64 take 48 KB on sm_75 (of 64), 72 on sm_86 (of 99)
+and 96 on sm_90 (of 227), by Triton 3.9's builds. 256 hidden units would take 286 on sm_90."""
+
 
 def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
     """Router logits, fp32 [B, T] or [B, T, A]: by a kernel on a GPU, else by the router's own forward, the
-    reference."""
+    reference; so also with more gates and hidden units than every GPU has shared memory for."""
     half = x_BTD.dtype in (torch.bfloat16, torch.float16)
-    if not x_BTD.is_cuda or not half or x_BTD.stride(-1) != 1:
+    if not x_BTD.is_cuda or not half or x_BTD.stride(-1) != 1 or sum(blocks_of(router)) > WIDEST:
         return router(x_BTD)
     return kernel_router_logits(router, x_BTD)
 
@@ -82,7 +86,7 @@ def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None
         return out
     into, back = (router.into, router.out) if isinstance(router, HiddenRouter) else (router.weight,) * 2
     K = len(into) if hidden else 0
-    BLOCK_A, BLOCK_K = (max(16, triton.next_power_of_2(columns or 1)) for columns in (A, K))
+    BLOCK_A, BLOCK_K = blocks_of(router)
     tile = tile or usual_tile(S, BLOCK_A + BLOCK_K, multiprocessors_of(x_SD.device))
     _wide_logits[(triton.cdiv(S, tile.tokens),)](
         x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
@@ -90,6 +94,17 @@ def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def blocks_of(router: Router) -> tuple[int, int]:
+    """Gates and hidden units, each padded to a block: a power of two, 16 at least."""
+    hidden = len(router.into) if isinstance(router, HiddenRouter) else 0
+    return max(16, _power_of_two(len(router.bias))), max(16, _power_of_two(hidden))
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is no smaller."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def usual_tile(tokens: int, columns: int, multiprocessors: int) -> Tile:

@@ -6,6 +6,9 @@ kernels, not only their idea, is checked everywhere.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -527,7 +530,7 @@ def test_logits_of_a_prefill_equal_the_routers_own(
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_tiles_of_a_prefills_router_fit_shared_memory() -> None:
+def test_a_prefills_router_has_tiles_by_its_tokens_and_columns() -> None:
     short, long = router_logits.SHORT, router_logits.LONG
     assert (
         router_logits.usual_tile(4096, 32, 132) == short and router_logits.usual_tile(8448, 32, 132) == long
@@ -535,3 +538,18 @@ def test_tiles_of_a_prefills_router_fit_shared_memory() -> None:
     assert router_logits.usual_tile(8447, router_logits.MOST_COLUMNS, 132) == short
     for tokens in (4096, 8448):
         assert router_logits.usual_tile(tokens, 96, 132).inputs == 64, "weights of wide routers fill it"
+
+
+@pytest.mark.parametrize(
+    ("gates", "hidden", "by"),
+    [(1, 0, "kernel"), (64, 64, "kernel"), (1, 65, "own"), (8, 256, "own"), (65, 0, "own")],
+)
+def test_routers_too_wide_for_shared_memory_run_their_own_forward(
+    gates: int, hidden: int, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/kernels/test_kernel_builds.py builds the widest that the kernel is used for."""
+    own = make_router(modlab.MoDConfig(router_hidden=hidden), 32, gates, torch.device("cpu"))
+    monkeypatch.setattr(router_logits, "kernel_router_logits", lambda router, x: "kernel")
+    monkeypatch.setattr(own, "forward", lambda x: "own")
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, stride=lambda dim: 1)
+    assert router_logits.router_logits(own, on_a_gpu) == by
