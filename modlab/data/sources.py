@@ -85,7 +85,8 @@ def documents(
         if len(chosen) == 0:
             raise ModlabError(
                 f"The {split} split of {named(source, None)} is empty: {len(docs)} document(s) in all, "
-                f"heldout_fraction={heldout_fraction}. Use split=None, more documents or another fraction."
+                f"heldout_fraction={heldout_fraction}. Use more documents, another fraction or split=None; "
+                "`modlab train --heldout-tokens 0` evaluates on none."
             )
         docs = docs.select(chosen)
     return docs
