@@ -14,7 +14,10 @@ from typing import Any
 from modlab.errors import ModlabError, check_count
 
 RATIOS = (2.0, 4.0, 8.0, 16.0)
-"""KV savings whose thresholds a distilled model is given."""
+"""KV savings that a distillation takes its recent tokens from."""
+
+CALIBRATED = (2.0, 3.0, 4.0, 8.0, 16.0)
+"""KV savings whose thresholds a distilled model is given: those, and that of `recipe("default")`."""
 
 SAVING_TEXT = 8192
 """Tokens of a text in which a saving is counted, where neither rows nor the model's context say otherwise."""

@@ -15,7 +15,7 @@ from modlab.errors import ModlabError
 from modlab.hf.anatomy import attention_name, decoder_layers
 from modlab.hf.model import context_length
 from modlab.measure import Calibration, calibrate
-from modlab.routing.recent_tokens import RATIOS, SAVING_TEXT, recent_at
+from modlab.routing.recent_tokens import CALIBRATED, SAVING_TEXT, recent_at
 from modlab.routing.router import Router, logit_of
 from modlab.routing.state import set_keep_recent, thresholds_restored
 from modlab.training.config import TrainConfig
@@ -118,12 +118,12 @@ def thresholds_by_ratio(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     accelerator: Any = None,
 ) -> dict[float, dict[int, float]]:
-    """Thresholds by layer for 2x, 4x, 8x and 16x less K/V in texts of `saving_text` tokens, the recent ones
+    """Thresholds by layer for the savings of `CALIBRATED` in texts of `saving_text` tokens, the recent ones
     counted, as far as they lie within the keep ratios that were trained; the model's own stay."""
     found: dict[float, dict[int, float]] = {}
     low, high = keep_range
     context = saving_text(model, batches[0]["input_ids"].shape[1])
-    for ratio in RATIOS:
+    for ratio in CALIBRATED:
         try:
             with thresholds_restored(model), autocast():
                 keep_ratio = keep_with_recent(model, recent_range, ratio, context)

@@ -386,7 +386,7 @@ def test_a_run_lowers_kl_below_chance_with_the_same_head_shares() -> None:
         with modlab.routing_override(model, chance):
             chance_kl = kl(model(held, use_cache=False).logits, dense).mean()
     assert routed_kl < 0.9 * chance_kl
-    assert set(result.thresholds) == set(model.mod.trained.savings) == {2.0, 4.0, 8.0}
+    assert set(result.thresholds) == set(model.mod.trained.savings) == {2.0, 3.0, 4.0, 8.0}
     for ratio, thresholds in result.thresholds.items():
         modlab.set_threshold(model, thresholds)
         found = modlab.measure.evaluate(model, rows[:16], cache=False)
