@@ -99,12 +99,8 @@ def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None
 def blocks_of(router: Router) -> tuple[int, int]:
     """Gates and hidden units, each padded to a block: a power of two, 16 at least."""
     hidden = len(router.into) if isinstance(router, HiddenRouter) else 0
-    return max(16, _power_of_two(len(router.bias))), max(16, _power_of_two(hidden))
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is no smaller."""
-    return 1 << max(n - 1, 0).bit_length()
+    gates, units = (triton.next_power_of_2(n) for n in (len(router.bias), hidden))
+    return max(16, gates), max(16, units)
 
 
 def usual_tile(tokens: int, columns: int, multiprocessors: int) -> Tile:
