@@ -3,7 +3,7 @@
 Where the base is frozen that is `modlab.train` with objective="distil", whose teacher is the same model with
 routing off (`by_package`). Where weights of the base train too, which it has no objective for, the teacher is
 a copy of the dense model (`distil`). What was published without a teacher learns from the text, by
-`modlab.train` again (`as_published`).
+`modlab.train` again.
 """
 
 from __future__ import annotations
@@ -117,54 +117,25 @@ def by_package(
     seconds: float | None,
     kept: Kept = lambda told: None,
 ) -> dict[str, Any]:
-    """As `distil`, by the product itself: whole batches in one forward, logits in pieces.
+    """As `distil`, by the product itself: whole batches in one forward, logits in pieces. A published arm has
+    its own training: all weights, the loss of the next token and the arm's term, skipped tokens not computed.
 
     Args:
-        seconds: the run is that long, and its schedules follow the clock; `plan.tokens` are drawn all the
-            same, and come again where they do not do.
+        seconds: the run is that long, and its schedules follow the clock. `plan.tokens` are drawn before it
+            all the same, and come again where they do not do; a published arm's rows as they are needed.
         kept: called every `EVERY` seconds.
+
+    Returns:
+        as of `distil`; the curve of a published arm is of the loss.
     """
-    gates: dict[str, Any] = {}
-    if arm.pull == "target":
-        gates = {"keep_ratio": plan.keep, "ramp": 0.0 if arm.started else RAMP, "router_lr": arm.rate}
-    settings = {"objective": "distil", "lr": plan.rate, "freeze_below": arm.above, **gates}
-    drawn = list(itertools.islice(_drawn(mixture, plan), plan.steps))
-    return _trained(model, drawn, plan, say, seconds, kept, "kl", settings)
-
-
-def as_published(
-    model: Any,
-    arm: Arm,
-    mixture: Mixture,
-    plan: Plan,
-    say: Callable[[str], None],
-    seconds: float | None,
-    kept: Kept = lambda told: None,
-) -> dict[str, Any]:
-    """MoDification's and top-k's own training: all weights, the loss of the next token and the arm's term,
-    skipped tokens not computed. Arguments as of `by_package`, but that rows are drawn as they are needed; the
-    curve is of that loss."""
-    settings = {
-        "objective": {"load": "load", "topk": "bce"}[arm.pull], "alpha": arm.alpha, "what_if": 0.0,
-        "lr": arm.base_rate, "router_lr": arm.rate,
-    }  # fmt: skip
-    return _trained(model, _drawn(mixture, plan), plan, say, seconds, kept, "loss", settings)
-
-
-def _trained(
-    model: Any,
-    batches: Iterable[dict[str, Tensor]],
-    plan: Plan,
-    say: Callable[[str], None],
-    seconds: float | None,
-    kept: Kept,
-    loss: str,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
+    loss = "loss" if arm.published else "kl"
+    batches: Iterable[dict[str, Tensor]] = _drawn(mixture, plan)
+    if not arm.published:
+        batches = list(itertools.islice(batches, plan.steps))
     config = modlab.TrainConfig(
         warmup=WARMUP, calibrate=False, batch_size=plan.rows_of_step, seed=plan.seed,
         log_every=max(1, plan.steps // 50),
-        **({"max_minutes": seconds / 60} if seconds else {"steps": plan.steps}), **settings,
+        **({"max_minutes": seconds / 60} if seconds else {"steps": plan.steps}), **_objective(arm, plan),
     )  # fmt: skip
     watching = _Handing(kept, plan.rows_of_step * plan.length, loss, say)
     result = modlab.train(model, batches, config, monitor=watching)
@@ -172,6 +143,19 @@ def _trained(
     speed = result.tokens / result.seconds
     say(f"{result.tokens:,} tokens, {speed:,.0f} a second, {loss} {told['curve'][-1][1]:.4f}")
     return told
+
+
+def _objective(arm: Arm, plan: Plan) -> dict[str, Any]:
+    """Settings of `modlab.TrainConfig` that say what the arm learns, and how fast."""
+    if arm.published:
+        return {
+            "objective": {"load": "load", "topk": "bce"}[arm.pull], "alpha": arm.alpha, "what_if": 0.0,
+            "lr": arm.base_rate, "router_lr": arm.rate,
+        }  # fmt: skip
+    settings = {"objective": "distil", "lr": plan.rate, "freeze_below": arm.above}
+    if arm.pull == "target":
+        settings |= {"keep_ratio": plan.keep, "ramp": 0.0 if arm.started else RAMP, "router_lr": arm.rate}
+    return settings
 
 
 def _drawn(mixture: Mixture, plan: Plan) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,12 +74,7 @@ def time_prompts(
     with prompt_calls(model, leave_after, rows, keep_ratio, decode, real) as calls_of:
         for length in lengths:
             calls = calls_of(length)
-            times: dict[str, list[Times]] = {name: [] for name in calls}
-            for turn in range(repeats + 1):
-                for name, call in calls.items():
-                    took = call()
-                    if turn:
-                        times[name].append(took)
+            times = _in_turns(calls, repeats)
             asked = {
                 "context": length, "batch": rows, "leave_after": leave_after, "new_tokens": decode + 1,
                 **_decided_by(keep_ratio, real),
@@ -100,19 +95,18 @@ def time_pair(dense: Any, model: Any, rows: np.ndarray, decode: int, repeats: in
     for one in (dense, model):
         modlab.enable_fast_generation(one, check=False)
     try:
-        turns = [(_times(dense, ids, decode), _times(model, ids, decode)) for _ in range(repeats + 1)][1:]
+        calls = {name: partial(_times, one, ids, decode) for name, one in (("dense", dense), ("mod", model))}
+        first, later = _medians(_in_turns(calls, repeats))
         fast = [modlab.fast_generation_report(one)["last"]["fast"] for one in (dense, model)]
     finally:
         for one in (dense, model):
             modlab.disable_fast_generation(one)
-    median = np.median(np.array(turns), 0)  # [which model, which time]
     return {
         "context": ids.shape[1], "batch": 1, "new_tokens": decode + 1, "rounds": repeats,
         "dense_fast": fast[0], "fast": fast[1],
-        "dense_ms": float(median[0, 0]), "mod_ms": float(median[1, 0]),
-        "dense_token_ms": float(median[0, 1]), "mod_token_ms": float(median[1, 1]),
-        "speedup": float(median[0, 0] / median[1, 0]),
-        "token_speedup": float(median[0, 1] / median[1, 1]),
+        "dense_ms": first["dense"], "mod_ms": first["mod"],
+        "dense_token_ms": later["dense"], "mod_token_ms": later["mod"],
+        "speedup": first["dense"] / first["mod"], "token_speedup": later["dense"] / later["mod"],
     }  # fmt: skip
 
 
@@ -121,6 +115,21 @@ SKIPS = ("kv", "prompt", "kv+prompt")
 
 Times = tuple[float, float]
 """Milliseconds to the first token, and of each later one; nan without these."""
+
+
+def _in_turns(calls: Mapping[str, Callable[[], Times]], repeats: int) -> dict[str, list[Times]]:
+    """What each call took, all of them in each turn, after a turn that warms up."""
+    turns = [{name: call() for name, call in calls.items()} for _ in range(repeats + 1)]
+    return {name: [turn[name] for turn in turns[1:]] for name in calls}
+
+
+def _medians(times: dict[str, list[Times]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each call, to the first token and of each later one."""
+    first, later = (
+        {name: statistics.median(took[which] for took in values) for name, values in times.items()}
+        for which in (0, 1)
+    )
+    return first, later
 
 
 @contextlib.contextmanager
@@ -171,10 +180,7 @@ def _decided_by(keep_ratio: float, real: Real | None) -> dict[str, Any]:
 def _row(
     dense: Any, twin: Any, skip: str, times: dict[str, list[Times]], asked: dict[str, Any]
 ) -> dict[str, Any]:
-    first, later = (
-        {name: statistics.median(took[which] for took in values) for name, values in times.items()}
-        for which in (0, 1)
-    )
+    first, later = _medians(times)
     by = min(("dense", "without"), key=first.__getitem__)
     last, whole = (modlab.fast_generation_report(one)["last"] for one in (twin, dense))
     row: dict[str, Any] = {

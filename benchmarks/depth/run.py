@@ -16,7 +16,7 @@ import torch
 import modlab
 from benchmarks.depth import compute, removal, tasks
 from benchmarks.depth.arms import Arm, arm_named
-from benchmarks.depth.distil import Plan, as_published, by_package, distil
+from benchmarks.depth.distil import Plan, by_package, distil
 from benchmarks.depth.measure import dense, measure
 from benchmarks.depth.model import load
 from benchmarks.depth.prefill import time_pair
@@ -192,11 +192,9 @@ class Study:
         def kept(told: dict[str, Any]) -> None:
             saved.save(model, known | facts | {"distillation": told})
 
-        if plan.tokens and arm.published:
-            text = self._plain(plan)
-            facts["distillation"] = as_published(model, arm, text, plan, self.say, seconds, kept)
-        elif plan.tokens and arm.trains == "added":
-            facts["distillation"] = by_package(model, arm, mixture, plan, self.say, seconds, kept)
+        if plan.tokens and (arm.published or arm.trains == "added"):
+            text = self._plain(plan) if arm.published else mixture
+            facts["distillation"] = by_package(model, arm, text, plan, self.say, seconds, kept)
         elif plan.tokens and arm.trains != "none":
             minutes = seconds and seconds / 60
             facts["distillation"] = distil(model, arm, mixture, plan, self.say, minutes)
