@@ -94,7 +94,8 @@ def test_distillation_fits_first_and_leaves_thresholds(source: Path, corpus: Pat
     )
     assert done.returncode == 0, done.stderr
     assert "Fit(tokens=" in done.stdout and "finished after 2 steps" in done.stdout
-    assert set(json.loads((out / "thresholds.json").read_text())) == {"2", "4"}
+    # Of the savings of `CALIBRATED` those whose gates keep a ratio within `--keep-range`.
+    assert set(json.loads((out / "thresholds.json").read_text())) == {"2", "3", "4"}
     model, _ = modlab.load(out / "model")
     assert model.mod.trained.method.startswith("distilled")
 
