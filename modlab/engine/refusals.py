@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.model import context_length
 from modlab.hf.names import CACHE_ARGUMENTS
+from modlab.hf.parts import parts
 from modlab.hf.ranks import mesh_of
 from modlab.routing.router import ROUTER
 from modlab.routing.state import is_converted
@@ -129,7 +130,12 @@ def call_refusal(
 
 def _is_training(layer: nn.Module) -> bool:
     """Whether a layer, or anything in it but what routing has added, is in training mode."""
-    return any(part.training for name, part in layer.named_modules() if not name.startswith("mod_"))
+    return layer.training or any(
+        part.training
+        for name, child in layer.named_children()
+        if not name.startswith("mod_")
+        for part in parts(child)
+    )
 
 
 def _rotary_refusal(engine: Engine, max_length: int, rows: int, columns: int) -> str | None:
@@ -163,7 +169,7 @@ def is_watched(model: nn.Module, own: set[int]) -> bool:
     """
     return any(
         key not in own and not _is_idle(hook)
-        for module in model.modules()
+        for module in parts(model)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for key, hook in hooks.items()
     )
@@ -175,7 +181,7 @@ def idle_aside(model: nn.Module) -> Iterator[None]:
     hooks: Any
     taken = [
         (hooks, key, hook)
-        for module in model.modules()
+        for module in parts(model)
         for hooks in (module._forward_hooks,)
         for key, hook in hooks.items()
         if _is_idle(hook)

@@ -5,7 +5,6 @@ Shape letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from modlab.engine.prefill import scratch_buffers
 from modlab.engine.step_layers import StepPass
 from modlab.engine.tables import Tables
 from modlab.hf.anatomy import decoder_of
+from modlab.hf.parts import parts
 from modlab.kernels.aside import nothing_left_aside
 
 if TYPE_CHECKING:
@@ -151,10 +151,17 @@ class _Always(HostBranch):
 
 def _addresses(model: nn.Module) -> tuple[Any, ...]:
     """What a captured graph takes for granted: where weights and buffers are, how adapters (PEFT's) stand."""
-    modules: Iterator[Any] = model.modules()
+    modules: list[Any] = parts(model)
+    held = (
+        tensor.data_ptr()
+        for module in modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
+    # Asked of classes, where PEFT has them: a module that lacks a name looks for it among its parts.
     adapters = (
         (module.merged, module.disable_adapters, tuple(module.active_adapters))
         for module in modules
-        if hasattr(module, "active_adapters") and hasattr(module, "merged")
+        if hasattr(type(module), "active_adapters") and hasattr(type(module), "merged")
     )
-    return (*(t.data_ptr() for t in (*model.parameters(), *model.buffers())), *adapters)
+    return (*held, *adapters)

@@ -24,6 +24,7 @@ from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.names import cache_argument
+from modlab.routing.router import ROUTER
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
@@ -267,6 +268,25 @@ def test_training_mode_goes_the_ordinary_way() -> None:
     model.mod.what_if = False
     generated(model.train(), inputs)
     assert "training mode" in modlab.fast_generation_report(model)["last"]["why"]
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn.q_proj"])
+def test_a_part_in_training_mode_goes_the_ordinary_way(part: str) -> None:
+    model, inputs = llama_on_device(), prompts(5)
+    modlab.enable_fast_generation(model, compile=False)
+    model.model.layers[0].get_submodule(part).train()
+    generated(model, inputs)
+    assert "training mode" in modlab.fast_generation_report(model)["last"]["why"]
+
+
+def test_a_router_in_training_mode_does_not() -> None:
+    """Only routers train where the base is frozen, and what they decide is the same."""
+    model, inputs = llama_on_device(), prompts(5)
+    modlab.enable_fast_generation(model, compile=False)
+    for index in model.mod.layers:
+        getattr(model.model.layers[index], ROUTER).train()
+    generated(model, inputs)
+    assert modlab.fast_generation_report(model)["last"]["fast"]
 
 
 def test_switching_off_gives_the_model_back() -> None:

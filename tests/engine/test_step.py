@@ -358,6 +358,15 @@ def test_tables_that_are_replaced_make_a_step_stale(make_llama: Any) -> None:
     assert not step.is_current()
 
 
+@pytest.mark.parametrize("part", ["lm_head", "model.layers.1.mlp.up_proj", "model.norm"])
+def test_a_weight_that_is_replaced_makes_a_step_stale(make_llama: Any, part: str) -> None:
+    model = make_llama().to(DEVICE)
+    step = use_engine(model).step(1)
+    module = model.get_submodule(part)
+    module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    assert not step.is_current()
+
+
 def test_a_caller_under_autocast_goes_the_ordinary_way() -> None:
     """Its types would stay in a captured step, and the next caller's keys be read as what they are not."""
     model, inputs = llama_on_device(), prompts(9, 4)
