@@ -23,11 +23,15 @@ from benchmarks.many_gpus.inference import against_one
 from benchmarks.many_gpus.parts import (
     INFERENCE,
     KILLED,
+    LARGE,
+    LARGE_DISTILLED,
     LARGE_SHAPE,
     RESUMED,
     Part,
+    chosen,
     command,
     environment,
+    large_parts,
     parts,
 )
 from benchmarks.many_gpus.training import stepwise
@@ -54,16 +58,13 @@ def _all(options: argparse.Namespace, work: Path) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     results = Results(options, work)
-    if LARGE_SHAPE in options.only:
-        wanted = [Part("large shape", (LARGE_SHAPE,), options.gpus, options.seconds)]
-    else:
+    models: list[str] = []
+    if not of_large_alone(options):
         models = [_with_weights(model, work) for model in options.model]
         if options.toy:
             models = [_toy(work, "small", 3), _toy(work, "large", 4)]
         _write_rows(options, models, work)
-        wanted = [
-            part for part in parts(models, options.gpus) if (not options.only or part.what in options.only)
-        ]
+    wanted = chosen(options.only, models, options.gpus)
     if options.toy:  # a few busy cores do it
         wanted = [dataclasses.replace(part, limit=options.seconds) for part in wanted]
 
@@ -73,6 +74,11 @@ def _all(options: argparse.Namespace, work: Path) -> None:
 
     turns = Turns(options.gpus, options.seconds - (time.monotonic() - BEGAN), begin, results.log, results.add)
     results.end([part.name for part in turns.run(wanted)])
+
+
+def of_large_alone(options: argparse.Namespace) -> bool:
+    """Whether all that is asked for is the large shape's."""
+    return bool(options.only) and set(options.only) <= {LARGE_SHAPE, *LARGE}
 
 
 def _write_rows(options: argparse.Namespace, models: list[str], work: Path) -> None:
@@ -190,7 +196,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--work", type=Path, help="folder for everything else; by default removed at the end")
     parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
-    parser.add_argument("--only", nargs="+", default=[], help=f"parts, as ddp one, or {LARGE_SHAPE}, alone")
+    parser.add_argument("--only", nargs="+", default=[], help=f"parts, as ddp one; {LARGE_SHAPE}: its three")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--memory", type=float, default=139.0, help="GiB of a GPU")
     parser.add_argument("--rows", type=int, default=8, help="a GPU; one GPU takes gpus times as many as well")
@@ -201,20 +207,25 @@ def _options() -> argparse.Namespace:
     for name in ("--part", "--file"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    known = [LARGE_SHAPE, *(part.what for part in parts(["small", "large"], options.gpus))]
+    every = [*parts(["small", "large"], options.gpus), *large_parts(options.gpus)]
+    known = [*(part.what for part in every), LARGE_SHAPE]
     if unknown := sorted(set(options.only) - set(known)):
         parser.error(f"--only knows no {', '.join(unknown)}, but {', '.join(known)}")
     if options.toy:
-        options.rows, options.length, options.context, options.steps = 4, 192, 300, 8
-    elif not options.model and LARGE_SHAPE not in options.only:
+        options.rows, options.length, options.context, options.steps = max(4, options.gpus), 192, 300, 8
+    elif not options.model and not of_large_alone(options):
         parser.error("--model is needed")
+    if options.rows % options.gpus and not of_large_alone(options):
+        parser.error(f"--rows {options.rows} are shared out among {options.gpus} GPUs: give a multiple")
     return options
 
 
 def _part(options: argparse.Namespace) -> None:
     if options.part == "notebook":
         from benchmarks.many_gpus.notebook import executed as run
-    elif options.part == "large shape":
+    elif options.part == LARGE_DISTILLED:
+        from benchmarks.many_gpus.large_distilled import distilled as run
+    elif options.part in LARGE:
         from benchmarks.many_gpus.large_shape import measured as run
     elif options.part in INFERENCE:
         from benchmarks.many_gpus.inference import inferred as run

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.many_gpus.parts import INFERENCE, KILLED, ONE, ONE_LARGE
+from benchmarks.many_gpus.parts import INFERENCE, KILLED, OF_TWO, ONE, ONE_LARGE
 
 TIMES = "tokens a second, times one GPU"
+TIMES_TWO = "tokens a second, times two GPUs"
+EFFICIENCY = "scaling efficiency"
+AS_MANY = "as many rows a GPU"
 OF_LOGITS = "largest difference of logits"
 OF_INFERENCE = (OF_LOGITS, "largest logit", "decided alike", "same tokens", "of tokens")
 """What `inference.against_one` says, once a part and one GPU have both found something."""
@@ -16,8 +19,9 @@ UNINTERRUPTED = "uninterrupted"
 
 
 def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By part and scene: tokens a second as a multiple of one GPU's, with the same global batch and with as
-    many rows a GPU; the largest differences of a log line's figures with the same global batch. Of inference
+    """By part and scene: tokens a second as a multiple of one GPU's, and of two of more, with the same global
+    batch and with as many rows a GPU, of these the share of what as many GPUs would do that are as fast as
+    one, or as two; the largest differences of a log line's figures with the same global batch. Of inference
     what its parts hold of one GPU's logits, decisions and tokens."""
     of_small, of_large = (found.get(part, {}).get("scenes", {}) for part in (ONE, ONE_LARGE))
     one = of_small | of_large
@@ -30,6 +34,8 @@ def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 continue
             meant = scene.get(UNINTERRUPTED)
             of_scene = _against(scene, one.get(meant or name, {})) | _times(scene, figures, one, name)
+            two = found.get(OF_TWO.get(part, ""), {}).get("scenes", {})
+            of_scene |= _times(scene, figures, two, name, gpus=2)
             if of_scene:
                 said[f"{part}, {name}"] = of_scene
             sharded = found.get(KILLED, {}).get("scenes", {}).get(meant, {})
@@ -48,16 +54,20 @@ def _of_inference(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _times(
-    scene: dict[str, Any], figures: dict[str, Any], one: dict[str, Any], name: str
+    scene: dict[str, Any], figures: dict[str, Any], others: dict[str, Any], name: str, gpus: int = 1
 ) -> dict[str, float]:
+    """Against the scenes of so few GPUs."""
     if "tokens_per_s" not in scene:
         return {}
     model, said = name.rpartition(", ")[0], {}
     a_gpu = scene["rows"] // figures["processes"]
-    for what, rows in (("the same global batch", scene["rows"]), ("as many rows a GPU", a_gpu)):
-        other = one.get(f"{model}, {rows} rows")
+    words, few = (TIMES, "one GPU") if gpus == 1 else (TIMES_TWO, "two GPUs")
+    for what, rows in (("the same global batch", scene["rows"]), (AS_MANY, gpus * a_gpu)):
+        other = others.get(f"{model}, {rows} rows")
         if other is not None:
-            said[f"{TIMES}, {what}"] = scene["tokens_per_s"] / other["tokens_per_s"]
+            said[f"{words}, {what}"] = scene["tokens_per_s"] / other["tokens_per_s"]
+    if (times := said.get(f"{words}, {AS_MANY}")) is not None:
+        said[f"{EFFICIENCY}, of {few}"] = times * gpus / figures["processes"]
     return said
 
 

@@ -12,6 +12,7 @@ import torch
 import modlab
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.compared import OF_INFERENCE
+from benchmarks.many_gpus.parts import TENSOR_PARALLEL
 
 NEW_TOKENS = 16
 ALONE = "alone"
@@ -48,7 +49,7 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _place(options: argparse.Namespace) -> dict[str, Any]:
-    if options.part == "tensor parallel":
+    if options.part == TENSOR_PARALLEL:
         return {"tp_plan": "auto"}
     if options.part == "device_map" and options.toy:
         folder = str(options.work / "offload")
@@ -65,10 +66,6 @@ def _prompted(model: Any, context: int) -> dict[str, Any]:
     of_kv: dict[str, int] = {}
     for row in kv.rows:
         of_kv[row["device"]] = of_kv.get(row["device"], 0) + row["kv_bytes"]
-    of_weights: dict[str, int] = {}
-    for weight in model.parameters():
-        own = weight.to_local() if hasattr(weight, "to_local") else weight
-        of_weights[str(own.device)] = of_weights.get(str(own.device), 0) + own.nbytes
     logits = output.logits.float().cpu()
     keep = torch.cat([kept.flatten().cpu() for kept in recording.steps[0].keep.values()])
     tokens = []
@@ -80,7 +77,7 @@ def _prompted(model: Any, context: int) -> dict[str, Any]:
         "logits": logits,
         "keep": keep,
         "tokens": torch.cat(tokens, 1),
-        "bytes": {"kv_bytes": of_kv, "weight_bytes": of_weights},
+        "bytes": {"kv_bytes": of_kv, "weight_bytes": worker.weight_bytes(model)},
     }
 
 

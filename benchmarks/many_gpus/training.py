@@ -22,7 +22,7 @@ import modlab
 from benchmarks.many_gpus import worker
 from benchmarks.many_gpus.breakdown import Breakdown
 from benchmarks.many_gpus.compared import UNINTERRUPTED
-from benchmarks.many_gpus.parts import KILLED, ONE, ONE_LARGE, RESUMED, SHARDED
+from benchmarks.many_gpus.parts import KILLED, OF_TWO, ONE, ONE_LARGE, RESUMED, SHARDED, SHARDS
 from modlab.errors import ModlabError
 from modlab.training.checkpoints import checkpoints
 
@@ -33,6 +33,9 @@ LOG_EVERY = 4
 
 DIES_AT, SAVED_AT = 6, 4
 """Steps after which a process of "killed" is killed, and after which all have written a checkpoint."""
+
+LEAVES = "kv+prompt"
+"""The skip of routers whose prompts leave by position as well."""
 
 Scene = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -67,12 +70,16 @@ class Told:
         """Writes a row."""
         if self.file is not None and worker.rank() == 0:
             with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({key: row[key] for key in KEYS if key in row}) + "\n")
+                file.write(json.dumps(self.said(row)) + "\n")
+
+    def said(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What of a row is kept."""
+        return {key: row[key] for key in KEYS if key in row}
 
 
 def trained(options: argparse.Namespace) -> dict[str, Any]:
     """All scenes of a part, by name."""
-    if options.toy and options.part in (SHARDED, KILLED):  # on a CPU accelerate never looks at its flags
+    if options.toy and options.part in SHARDS and worker.world() > 1:  # on a CPU accelerate never looks there
         from tests.helpers.fsdp_on_cpu import launched_with_fsdp
 
         launched_with_fsdp()
@@ -88,9 +95,10 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
 def scenes(options: argparse.Namespace) -> dict[str, Scene]:
     """Of a part, the most valuable first.
 
-    DDP runs two global batches of each model: `rows` a GPU, and `rows` in all. One GPU runs what they are
-    held against: as many rows a GPU as in either of them. The larger of these is also the smaller global
-    batch, so that losses can be compared. Those of every step are compared where it is not timed.
+    DDP runs two global batches of each model: `rows` a GPU, and `rows` in all; of the large one also with
+    prompts that leave. One GPU runs what they are held against: as many rows a GPU as in either of them. The
+    larger of these is also the smaller global batch, so that losses can be compared. Two GPUs do as DDP and
+    FSDP2 of more. Those of every step are compared where it is not timed.
     """
     small, large = options.model[0], options.model[-1]
     rows, several, few = options.rows, options.rows * options.gpus, options.rows // options.gpus
@@ -104,20 +112,30 @@ def scenes(options: argparse.Namespace) -> dict[str, Scene]:
     if options.part == KILLED:
         return each | {KILLED: killed}
     if options.part == ONE:
-        return each | _distilling((small, rows), (small, few)) | others
+        leaves = _leaving(large, rows, few) if large == small else {}
+        return each | _distilling(small, rows, few) | leaves | others
     if options.part == ONE_LARGE:
-        return _distilling((large, rows), (large, few))
+        return _distilling(large, rows, few) | _leaving(large, rows, few)
+    if options.part in OF_TWO.values():
+        return _distilling(large, 2 * rows, rows) | _leaving(large, 2 * rows, rows)
     if options.part == SHARDED:
-        batches = _distilling((small, rows), (small, several))
-        return batches | others | _distilling((large, rows), (large, several))
-    batches = _distilling((small, several), (small, rows), (large, several), (large, rows))
-    return batches | each | others | {"where the time goes": broken_down}
+        of_large = _distilling(large, rows, several) | _leaving(large, several, rows)
+        return _distilling(small, rows, several) | of_large | others
+    batches = _distilling(small, several, rows) | _distilling(large, several, rows)
+    leaves = _leaving(large, several, rows)
+    return batches | leaves | each | others | {"where the time goes": broken_down}
 
 
-def _distilling(*batches: tuple[str, int]) -> dict[str, Scene]:
-    """A scene for each model and number of rows of a global batch."""
+def _distilling(model: str, *batches: int) -> dict[str, Scene]:
+    """A scene for each number of rows of a global batch."""
+    return {title(model, rows): functools.partial(distilled, model=model, rows=rows) for rows in batches}
+
+
+def _leaving(model: str, *batches: int) -> dict[str, Scene]:
+    """The same where prompts leave as well."""
     return {
-        title(model, rows): functools.partial(distilled, model=model, rows=rows) for model, rows in batches
+        title(f"{model}, leaving", rows): functools.partial(distilled, model=model, rows=rows, skip=LEAVES)
+        for rows in batches
     }
 
 
@@ -131,9 +149,9 @@ def stepwise(model: str, rows: int) -> str:
     return f"{title(model, rows)}, step by step"
 
 
-def distilled(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
-    """Routers by KV head on their own dense self."""
-    history = _run(options, model, rows, Told())
+def distilled(options: argparse.Namespace, model: str, rows: int, skip: str = "kv") -> dict[str, Any]:
+    """Routers by KV head on their own dense self, and the projections of prompts that leave."""
+    history = _run(options, model, rows, Told(), skip=skip)
     lines = history["tokens_per_s"].iloc[1:]  # the first line has compiled
     return _told(options, history, rows) | {
         "tokens_per_s": float(lines.median()),
@@ -195,11 +213,12 @@ def _told(options: argparse.Namespace, history: Any, rows: int) -> dict[str, Any
 
 
 def _run(
-    options: argparse.Namespace, folder: str, rows: int, told: Told, log_every: int = LOG_EVERY, **more: Any
-) -> Any:
+    options: argparse.Namespace, folder: str, rows: int, told: Told, log_every: int = LOG_EVERY,
+    skip: str = "kv", **more: Any,
+) -> Any:  # fmt: skip
     """The history of a run that distils routers."""
     model = worker.loaded(folder, worker.dtype(options))
-    modlab.convert(model, modlab.MoDConfig(layers="all", **worker.HEADS))
+    modlab.convert(model, modlab.MoDConfig(layers="all", skip=skip, **worker.HEADS))
     worker.scatter(model)  # so that the keep ratio is no trivial one from the first step on
     config = modlab.TrainConfig(
         steps=options.steps, batch_size=rows // worker.world(), log_every=log_every,
@@ -210,7 +229,12 @@ def _run(
 
 
 def all_weights(options: argparse.Namespace, model: str, rows: int) -> dict[str, Any]:
-    """All weights of a routed model, a line a step, with AdamW's state and weights in fp32."""
+    """All weights of a routed model, a line a step, with AdamW's state and weights in fp32; where the planner
+    says that they fit."""
+    planned = worker.planned(options, model, "weights", options.length, rows // worker.world())
+    way = "FSDP2" if options.part in SHARDS else "DDP"
+    if not next(line["fits"] for line in planned if line["way"] == way):
+        return {"left out": "they do not fit", "planned": planned}
     trained = worker.loaded(model, worker.dtype(options))
     modlab.convert(trained, modlab.MoDConfig(layers="all", **worker.HEADS))
     worker.scatter(trained)
@@ -223,7 +247,7 @@ def all_weights(options: argparse.Namespace, model: str, rows: int) -> dict[str,
     return _told(options, history, rows) | {
         "tokens_per_s": float(history["tokens_per_s"].iloc[LOG_EVERY:].median()),
         "allocated": worker.allocated(),
-        "planned": worker.planned(options, model, "weights", options.length, rows // worker.world()),
+        "planned": planned,
     }
 
 

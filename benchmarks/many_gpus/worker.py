@@ -103,29 +103,56 @@ def wait() -> None:
 
 
 def allocated() -> dict[str, int]:
-    """Most bytes allocated on each GPU, by whichever process uses it."""
-    own = {f"cuda:{number}": torch.cuda.max_memory_allocated(number) for number in _own_gpus()}
+    """Most bytes allocated on each GPU, by whichever process uses it; of a CPU nothing is known."""
+    return of_all({f"cuda:{number}": torch.cuda.max_memory_allocated(number) for number in _own_gpus()})
+
+
+def weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the model's weights on each device, of all processes; parts are what is held of them."""
+    found: dict[str, int] = {}
+    for weight in model.parameters():
+        own = weight.to_local() if hasattr(weight, "to_local") else weight
+        name = place_of(own.device)
+        found[name] = found.get(name, 0) + own.nbytes
+    return of_all(found)
+
+
+def place_of(where: torch.device) -> str:
+    """A device as figures call it; the CPU that processes share is one place of each of them."""
+    return f"cpu of process {rank()}" if where.type == "cpu" and world() > 1 else str(where)
+
+
+def of_all(own: dict[str, int]) -> dict[str, int]:
+    """What each process says of its own devices, together; all of them have to ask."""
     if not torch.distributed.is_initialized():
         return own
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, own)
-    return {name: most for one in found for name, most in one.items()}
+    return {name: value for one in found for name, value in one.items()}
 
 
 def planned(
-    options: argparse.Namespace, model: str, use: str, context: int, rows: int = 1
+    options: argparse.Namespace,
+    model: Any,
+    use: str,
+    context: int,
+    rows: int = 1,
+    checkpointing: bool = False,
 ) -> list[dict[str, Any]]:
-    """What `modlab plan` says of a use, GiB a GPU.
+    """What `modlab plan` says of a use, GiB a GPU: as many as there are processes, in one as the call has.
 
     Args:
+        model: a folder, or a config.
         context: tokens of a row.
         rows: a GPU.
+        checkpointing: whether activations are computed again.
     """
     from modlab.plan import plan
 
+    gpus = world() if world() > 1 else options.gpus
     table = plan(
-        model, gpus=options.gpus, memory=options.memory, context=context, batch=rows, kv_saving=1.0,
-        checkpointing=False,
+        model, gpus=gpus, memory=options.memory, context=context, batch=rows, kv_saving=1.0,
+        checkpointing=checkpointing,
     )  # fmt: skip
     lines: list[dict[str, Any]] = table[table["use"] == use].to_dict("records")
     return lines

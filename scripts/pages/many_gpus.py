@@ -13,16 +13,23 @@ from scripts.pages.screenshot import save_png
 WIDTH, HEIGHT = 1000, 420
 PLOTLY = "application/vnd.plotly.v1+json"
 FOLDER = Path("benchmarks", "results", "many_gpus")
-WAYS = {"one": "one GPU", "one large": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
+WAYS = {
+    "one": "one GPU", "one large": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2",
+    "ddp two": "DDP on two", "fsdp2 two": "FSDP2 on two", "llama-3-70b distilled": "FSDP2",
+}  # fmt: skip
 INFERENCE = {
     "alone": "one GPU",
     "tensor parallel": "tensor parallel",
     "device_map": "layers spread (`device_map`)",
 }
-TRAINED = {"one": "DDP", "one large": "DDP", "ddp": "DDP", "fsdp2": "FSDP2"}
+TRAINED = {way: "FSDP2" if "FSDP2" in name else "DDP" for way, name in WAYS.items()}
 """Names of the planner's lines. One GPU holds what each copy of DDP does."""
 
 PLANNED = {"alone": "copies", "tensor parallel": "tensor parallel", "device_map": "layers spread"}
+LARGE = {f"llama-3-70b {part}": name for part, name in INFERENCE.items() if part != "alone"}
+EFFICIENCY = {of: f"scaling efficiency, of {of}" for of in ("one GPU", "two GPUs")}
+"""Of as many rows a GPU; told where there are more than two."""
+
 IN_TYPE = "bfloat16"
 """That the planner plans in, as the models' configs say; the same model in fp32 has no plan."""
 
@@ -95,11 +102,12 @@ def _texts(run: dict[str, Any]) -> Iterable[str]:
 
 
 def _speed(run: dict[str, Any]) -> str:
-    heads = (
+    heads: tuple[str, ...] = (
         "trained: routers distilled, or as said", "rows of a global batch", "way", "tokens/s",
         "times one GPU, same batch", "times one GPU, as many rows a GPU", "allocated a GPU, GiB", "planned",
     )  # fmt: skip
     rows = []
+    further = [of for of in EFFICIENCY if any(EFFICIENCY["two GPUs"] in s for s in run["compared"].values())]
     for way, name in WAYS.items():
         for title, scene in run["parts"].get(way, {}).get("scenes", {}).items():
             if "tokens_per_s" not in scene:
@@ -113,8 +121,10 @@ def _speed(run: dict[str, Any]) -> str:
             rows.append(
                 (title.rpartition(", ")[0], scene["rows"], name, f"{scene['tokens_per_s']:,.0f}",
                  *("" if one is None else f"{one:.2f}x" for one in times), f"{most:.1f}",
-                 _planned(scene, TRAINED[way]))
+                 _planned(scene, TRAINED[way]),
+                 *(f"{said[EFFICIENCY[of]]:.0%}" if EFFICIENCY[of] in said else "" for of in further))
             )  # fmt: skip
+    heads += tuple(EFFICIENCY[of] for of in further)
     return _table(heads, sorted(rows, key=lambda row: (row[0], -row[1])))
 
 
@@ -176,19 +186,27 @@ def _inference(parts: dict[str, Any]) -> str:
 
 
 def _large(parts: dict[str, Any]) -> str:
-    told = parts.get("large shape")
-    if told is None or "by length" not in told:
-        return ""
     heads = (
-        "70B shape, random weights, tokens", "K/V", "prefill, s", "a token, ms", "K/V a GPU, GiB",
-        "allocated",
+        "70B shape, random weights, tokens", "way", "K/V", "prefill, s", "a token, ms",
+        "weights a GPU, GiB", "K/V a GPU", "allocated", "planned (dense)",
     )  # fmt: skip
-    rows = [
-        (f"{int(length):,}", kind, f"{row['prefill, s']:.2f}", f"{row['decode, ms']:.1f}",
-         _most(row["kv_bytes"]), _most(row["allocated"]))
-        for length, kinds in told["by length"].items() for kind, row in kinds.items()
-    ]  # fmt: skip
+    rows = []
+    for part, way in LARGE.items():
+        told = parts.get(part, {})
+        for length, kinds in told.get("by length", {}).items():
+            for kind, row in kinds.items():
+                rows.append((f"{int(length):,}", way, kind, *_large_row(part, told, length, row)))
     return _table(heads, rows)
+
+
+def _large_row(part: str, told: dict[str, Any], length: str, row: dict[str, Any]) -> tuple[str, ...]:
+    if "refused" in row:
+        return ("refused", *[""] * 5)
+    planned = {"planned": told.get("planned", {}).get(length, [])}
+    seconds = f"{row['prefill, s']:.2f}" + ("" if row["finite"] else " (not finite)")
+    held = (told["weight_bytes"], row["kv_bytes"], row["allocated"])
+    plan = _planned(planned, PLANNED[part.removeprefix("llama-3-70b ")])
+    return (seconds, f"{row['decode, ms']:.1f}", *map(_most, held), plan)
 
 
 def _most(by_place: dict[str, int]) -> str:

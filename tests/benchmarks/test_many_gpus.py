@@ -15,13 +15,34 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.many_gpus import large_shape, training, worker
+from benchmarks.many_gpus import training, worker
 from benchmarks.many_gpus.__main__ import Results, forget, main
 from benchmarks.many_gpus.breakdown import Breakdown, summed
-from benchmarks.many_gpus.compared import OF_INFERENCE, TIMES, UNINTERRUPTED, compared
+from benchmarks.many_gpus.compared import (
+    EFFICIENCY,
+    OF_INFERENCE,
+    TIMES,
+    TIMES_TWO,
+    UNINTERRUPTED,
+    compared,
+)
 from benchmarks.many_gpus.inference import ALONE, NEW_TOKENS, against_one
 from benchmarks.many_gpus.joined import joined
-from benchmarks.many_gpus.parts import KILLED, ONE, ONE_LARGE, RESUMED, SHARDED, Part, parts
+from benchmarks.many_gpus.parts import (
+    KILLED,
+    LARGE,
+    LARGE_DISTILLED,
+    LARGE_SHAPE,
+    OF_TWO,
+    ONE,
+    ONE_LARGE,
+    RESUMED,
+    SHARDED,
+    Part,
+    chosen,
+    command,
+    parts,
+)
 from benchmarks.many_gpus.training import DIES_AT, SAVED_AT, scenes, stepwise
 from benchmarks.many_gpus.turns import LEAST, Ended, Turns
 from modlab.errors import ModlabError
@@ -175,6 +196,49 @@ def test_all_parts_have_names_of_their_own() -> None:
     assert all(len(one.models) == 1 for one in alone) and ONE_LARGE not in {one.name for one in alone}
 
 
+def test_more_than_two_gpus_are_held_against_two_and_taken_up_by_half() -> None:
+    assert not {one.what for one in parts(["m"], 2)} & set(OF_TWO.values())
+    found = {one.what: one.gpus for one in parts(["m"], 8)}
+    assert [found[name] for name in OF_TWO.values()] == [2, 2]
+    assert found[RESUMED] == 4 and {one.what: one.gpus for one in parts(["m"], 2)}[RESUMED] == 1
+
+
+def test_the_large_shape_is_asked_for_by_name_and_needs_no_model() -> None:
+    assert not {one.what for one in chosen([], ["m"], 4)} & set(LARGE)
+    assert [one.what for one in chosen([LARGE_SHAPE], [], 4)] == list(LARGE)
+    assert [one.what for one in chosen([LARGE_DISTILLED, ONE], ["m"], 4)] == [LARGE_DISTILLED, ONE]
+
+
+def test_each_part_is_launched_with_its_own_number_of_processes() -> None:
+    """What shards says so to the launcher; a run that one GPU takes up is a plain process."""
+    options = argparse.Namespace(
+        gpus=4, toy=False, length=1, context=1, steps=1, memory=1.0, rows=4, only=[]
+    )  # fmt: skip
+    shown = {}
+    for one in chosen([LARGE_SHAPE], [], 4) + parts(["m"], 4) + parts(["m"], 2):
+        words = command(one, options, Path("work"))
+        number = words[words.index("--num_processes") + 1] if "--num_processes" in words else "1"
+        checkpoints = (
+            words[words.index("--fsdp_activation_checkpointing") + 1] if "--use_fsdp" in words else ""
+        )
+        shown[one.what, one.gpus] = (number, checkpoints)
+    assert shown["ddp", 4] == ("4", "") and shown["ddp two", 2] == ("2", "")
+    assert shown[SHARDED, 4] == ("4", "false") and shown["fsdp2 two", 2] == ("2", "false")
+    assert shown[RESUMED, 2] == ("2", "false") and shown[RESUMED, 1] == ("1", "") == shown[ONE, 1]
+    assert shown[LARGE_DISTILLED, 4] == ("4", "true")
+    assert shown["llama-3-70b tensor parallel", 4] == ("4", "")
+    assert shown["llama-3-70b device_map", 4] == ("1", "") == shown["notebook", 4]
+
+
+def test_rows_that_gpus_cannot_share_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["many_gpus", "--gpus", "3", "--model", "m", "--out", "o"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--rows 8 are shared out among 3 GPUs" in capsys.readouterr().err
+
+
 def names_of(part_of: str, models: list[str], gpus: int = 2) -> list[str]:
     """Scenes of a part."""
     return list(scenes(argparse.Namespace(part=part_of, model=models, rows=8, gpus=gpus)))
@@ -200,7 +264,12 @@ def test_both_models_are_trained_with_both_batches() -> None:
     rows = ["small, 16 rows", "small, 8 rows", "large, 16 rows", "large, 8 rows"]
     assert names_of("ddp", ["m/small", "m/large"])[:4] == rows
     assert set(rows) <= set(names_of(SHARDED, ["m/small", "m/large"]))
-    assert names_of("ddp", ["m/small"])[:3] == rows[:2] + ["small, 8 rows, step by step"]
+    leaving = ["large, leaving, 16 rows", "large, leaving, 8 rows"]
+    assert names_of("ddp", ["m/small", "m/large"])[4:6] == leaving
+    assert set(leaving) <= set(names_of(SHARDED, ["m/small", "m/large"]))
+    assert names_of("ddp", ["m/small"])[4:5] == ["small, 8 rows, step by step"]
+    for two in OF_TWO.values():
+        assert names_of(two, ["m/large"], 4) == [*rows[2:], *leaving]
 
 
 def test_what_is_killed_is_held_against_every_step_of_one_gpu_and_of_several() -> None:
@@ -231,7 +300,8 @@ def test_several_gpus_are_compared_with_one() -> None:
         "alone": {"processes": 1},
     }
     said = compared(found)
-    assert said["ddp, m, 16 rows"] == {f"{TIMES}, as many rows a GPU": 1.8}
+    own = {f"{TIMES}, as many rows a GPU": 1.8, f"{EFFICIENCY}, of one GPU": 0.9}
+    assert said["ddp, m, 16 rows"] == own
     assert said["ddp, m, 8 rows"][f"{TIMES}, the same global batch"] == 1.9
     assert said["ddp, m, 8 rows"][f"{TIMES}, as many rows a GPU"] == 2.0
     assert abs(said["ddp, m, 8 rows"]["largest difference of loss"] - 0.1) < 1e-9
@@ -245,6 +315,26 @@ def test_several_gpus_are_compared_with_one() -> None:
     del found["one"]
     assert f"{RESUMED}, {KILLED}" not in compared(found), "the large model is another"
     assert against in compared(found)
+
+
+def test_four_gpus_are_compared_with_two() -> None:
+    def run(rows: int, speed: float) -> dict[str, Any]:
+        return {"lines": [], "rows": rows, "tokens_per_s": speed}
+
+    found: dict[str, dict[str, Any]] = {
+        "one": {"processes": 1, "scenes": {"m, 8 rows": run(8, 100.0)}},
+        "ddp two": {"processes": 2, "scenes": {"m, 16 rows": run(16, 180.0), "m, 8 rows": run(8, 160.0)}},
+        "ddp": {"processes": 4, "scenes": {"m, 32 rows": run(32, 342.0), "m, 8 rows": run(8, 240.0)}},
+    }
+    said = compared(found)
+    assert said["ddp, m, 32 rows"] == {
+        f"{TIMES}, as many rows a GPU": 3.42, f"{EFFICIENCY}, of one GPU": 0.855,
+        f"{TIMES_TWO}, as many rows a GPU": 1.9, f"{EFFICIENCY}, of two GPUs": 0.95,
+    }  # fmt: skip
+    assert said["ddp, m, 8 rows"][f"{TIMES_TWO}, the same global batch"] == 1.5
+    assert said["ddp two, m, 16 rows"] == {
+        f"{TIMES}, as many rows a GPU": 1.8, f"{EFFICIENCY}, of one GPU": 0.9,
+    }  # fmt: skip
 
 
 def test_inference_is_compared_once_both_have_found_it(tmp_path: Path) -> None:
@@ -333,6 +423,14 @@ def test_a_run_is_taken_up_at_its_checkpoint_or_not_at_all(
         for line, expected in zip(found["lines"], meant["lines"][SAVED_AT:], strict=True):
             assert {**line, **TIMES_OF} == {**expected, **TIMES_OF}
     assert [path.name for path in (tmp_path / KILLED / "checkpoints").iterdir()] == [f"step_{SAVED_AT}"]
+
+
+def test_all_weights_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
+    """On one GPU of the rows that several share; what comes after runs."""
+    options = toy(tmp_path, ONE)
+    options.memory = 1e-6
+    found = training.all_weights(options, options.model[0], options.rows)
+    assert found["left out"] == "they do not fit" and found["planned"] and "lines" not in found
 
 
 TIMES_OF = {"seconds": 0.0, "tokens_per_s": 0.0}
@@ -457,11 +555,3 @@ def test_a_breakdown_watches_so_many_steps_of_each_kind() -> None:
     (own,) = watch.of_all()["processes"]
     assert own["ms a step"] >= own["until launched, ms"] > 0
     assert own["kernels"] == 0 or torch.cuda.is_available()
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_large_shape_is_made_where_its_layers_lie(number: int) -> None:
-    """Its weights are those of the shape, none of them left out, and a forward runs."""
-    model = large_shape.spread(large_shape.TOY, 64, [torch.device("cpu")] * number, torch.float32)
-    assert all(not weight.is_meta and weight.isfinite().all() for weight in model.parameters())
-    assert model(torch.randint(3, 250, (1, 9))).logits.isfinite().all()

@@ -25,7 +25,10 @@ def run(date: str, **more: Any) -> dict[str, Any]:
         "by layer, bfloat16": kind | same,
         "by layer, float32": kind | same | {"largest difference of logits": 5e-5},
     }
-    length = {"32768": {"dense": {"prefill, s": 9.5, "decode, ms": 50.0, "kv_bytes": {}, "allocated": {}}}}
+    prompt = {"prefill, s": 9.5, "decode, ms": 50.0, "finite": True, "kv_bytes": {}, "allocated": {}}
+    length = {"32768": {"dense": prompt, "leaving": {"refused": "whole copies", "allocated": {}}}}
+    large = {"by length": length, "weight_bytes": {"cuda:0": 2**36, "cuda:1": 2**35}} | here
+    large["planned"] = {"32768": [{"way": "tensor parallel", "total": 67.5}]}
     told = {"rows": 8, "processes": [{"ms a step": ms, "kernels": 9.0} for ms in (300.0, 301.0)]}
     times = {"tokens a second, times one GPU, the same global batch": 1.9, "log lines compared": 4}
     return {
@@ -39,7 +42,8 @@ def run(date: str, **more: Any) -> dict[str, Any]:
             "ddp": {"scenes": {"m, 16 rows": scene(190.0), "where the time goes": told}} | here,
             "fsdp2": here | {"ended with": "its limit"},
             "tensor parallel": kinds | {"planned": [{"way": "tensor parallel", "total": 4.5}]} | here,
-            "large shape": {"by length": length} | here,
+            "llama-3-70b tensor parallel": large,
+            "llama-3-70b distilled": {"scenes": {"70b, base frozen, 16 rows": scene(9.0)}} | here,
         },
     } | more  # fmt: skip
 
@@ -61,8 +65,21 @@ def test_all_that_was_measured_is_told(tmp_path: Path) -> None:
     row = "| tensor parallel | by layer, bfloat16 | 2.00 | 0.50 | 4.00 | 4.5 | 0.01 | 99.90% | 16 of 16 |"
     assert row in text
     assert "| by layer, float32 | 2.00 | 0.50 | 4.00 |  | 5e-05 | 99.90% | 16 of 16 |" in text
-    assert "| 32,768 | dense | 9.50 | 50.0 |" in text
+    assert "| 32,768 | tensor parallel | dense | 9.50 | 50.0 | 64.00 | 0.00 | 0.00 | 67.5 |" in text
+    assert "| 32,768 | tensor parallel | leaving | refused |" in text
+    assert "| 70b, base frozen | 16 | FSDP2 | 9 |  |  | 3.0 | 36.0 |" in text
     assert "Ended by a limit: fsdp2 (its limit); not begun: notebook." in text
+
+
+def test_more_than_two_are_told_with_their_efficiency(tmp_path: Path) -> None:
+    more = run("2026-12-02")
+    of = {"scaling efficiency, of one GPU": 0.91, "scaling efficiency, of two GPUs": 0.955}
+    more["compared"]["ddp, m, 16 rows"] |= of
+    write(tmp_path, "new", more)
+    text = many_gpus.block(tmp_path)
+    assert "planned | scaling efficiency, of one GPU | scaling efficiency, of two GPUs |" in text
+    assert "| m | 16 | DDP | 190 | 1.90x |  | 3.0 | 70.5 | 91% | 96% |" in text
+    assert "| m | 16 | one GPU | 100 |  |  | 3.0 | 70.5 |  |  |" in text
 
 
 def test_parts_of_several_calls_are_told_with_their_note(tmp_path: Path) -> None:

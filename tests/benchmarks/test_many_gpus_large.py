@@ -1,0 +1,84 @@
+"""The shape that fits on no GPU: nobody holds it whole, and each of its parts runs by one command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.many_gpus import large_distilled, large_shape
+from benchmarks.many_gpus.parts import LARGE, LARGE_BY_HEADS, LARGE_DISTILLED, LARGE_SPREAD
+from tests.helpers.launch import finished, launch
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_large_shape_is_made_where_its_layers_lie(number: int) -> None:
+    """Its weights are those of the shape, none of them left out, and a forward runs."""
+    model = large_shape.spread(large_shape.TOY, 64, [CPU] * number, torch.float32)
+    assert all(not weight.is_meta and weight.isfinite().all() for weight in model.parameters())
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_before_it_is_sharded_all_layers_lie_in_the_memory_of_one() -> None:
+    """As weights of their own, each of which is sharded by itself."""
+    model = large_distilled.alike(large_shape.TOY, 64, CPU, torch.float32)
+    whole = large_shape.spread(large_shape.TOY, 64, [CPU], torch.float32)
+    shapes = {name: weight.shape for name, weight in whole.named_parameters()}
+    assert {name: weight.shape for name, weight in model.named_parameters()} == shapes
+    held = {weight.data_ptr(): weight.numel() for weight in model.parameters()}
+    of_layers = sum(weight.numel() for weight in model.model.layers.parameters())
+    ends = sum(weight.numel() for weight in model.parameters()) - of_layers
+    assert sum(held.values()) == ends + of_layers // large_shape.TOY.layers
+    assert model(IDS).logits.isfinite().all()
+
+
+def record_of(folder: Path, gpus: int, *names: str) -> dict[str, Any]:
+    """What a call on the CPU writes of these parts."""
+    command = [sys.executable, "-m", "benchmarks.many_gpus", "--toy", "--seconds", "200"]
+    command += ["--gpus", str(gpus), "--out", str(folder), "--work", str(folder / "work"), "--only", *names]
+    finished(command)
+    (file,) = folder.glob("*.json")
+    found: dict[str, Any] = json.loads(file.read_text())["parts"]
+    for name in names:
+        assert found[name]["ended with"] == 0, found[name].get("end of its log")
+    return found
+
+
+def test_two_processes_distil_a_shape_of_which_each_holds_half(tmp_path: Path) -> None:
+    """Ten steps with a line each, the plan next to what was measured; on a CPU nothing passes for a peak."""
+    options = ["--gpus", 2, "--out", tmp_path, "--work", tmp_path, "--model", "llama-3-70b"]
+    launch("-m benchmarks.many_gpus", 2, "--toy", "--part", LARGE_DISTILLED, "--file", "own", *options)
+    (scene,) = json.loads((tmp_path / "own.json").read_text())["scenes"].values()
+    assert [line["step"] for line in scene["lines"]] == list(range(1, 11))
+    assert all(line["kl"] >= 0 and 0 < line["keep_ratio"] <= 1 for line in scene["lines"])
+    assert scene["lines"][-1]["keep_ratio"] < scene["lines"][0]["keep_ratio"], "its routers learn"
+    whole = large_distilled.alike(large_shape.TOY, 64, CPU, torch.float32)
+    bytes_of_all = sum(weight.nbytes for weight in whole.parameters())
+    assert len(scene["weight_bytes"]) == 2
+    for held in scene["weight_bytes"].values():  # half of them, and the routers
+        assert bytes_of_all / 2 <= held < 0.6 * bytes_of_all
+    assert {line["way"] for line in scene["planned"]} == {"DDP", "FSDP2"}
+    assert scene["allocated"] == {} and scene["not measured"] == large_distilled.NO_GPU
+    assert large_distilled.TIMES_PLAN not in scene and len(scene["host_bytes"]) == 2
+
+
+@pytest.mark.long
+def test_four_processes_run_every_part(tmp_path: Path) -> None:
+    """Each kind at both lengths; tensor parallelism says why prompts do not leave."""
+    found = record_of(tmp_path, 4, *LARGE)
+    assert len(next(iter(found[LARGE_DISTILLED]["scenes"].values()))["lines"]) == large_distilled.STEPS
+    for part, places in {LARGE_SPREAD: 1, LARGE_BY_HEADS: 4}.items():
+        assert len(found[part]["weight_bytes"]) == places
+        for kinds in found[part]["by length"].values():
+            assert kinds.keys() == large_shape.FIRST.keys() | large_shape.THEN.keys()
+            refused = {name for name, row in kinds.items() if "refused" in row}
+            assert refused == ({name for name in kinds if "leaving" in name} if places > 1 else set())
+            for name in kinds.keys() - refused:
+                assert kinds[name]["finite"] and len(kinds[name]["kv_bytes"]) == places
