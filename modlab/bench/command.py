@@ -49,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows (1)")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers, if not the shape's own")
     parser.add_argument(
-        "--routed", default="alternate", choices=("alternate", "most", "all"), help="routed layers"
+        "--routed",
+        default="alternate",
+        choices=("alternate", "most", "all"),
+        help="routed layers (alternate); most: all but the first two and the last two",
     )
     parser.add_argument(
         "--skip",
@@ -58,17 +61,27 @@ def _parser() -> argparse.ArgumentParser:
         help="what a skipped token leaves out (layer; of the default conversion it is kv, nearest to "
         "which comes --skip kv --routed most)",
     )
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.25, 0.50, 1.00], metavar="R")
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=[0.10, 0.25, 0.50, 1.00],
+        metavar="R",
+        help="shares of tokens that routed layers keep (0.1 0.25 0.5 1)",
+    )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (7)")
     parser.add_argument(
         "--decode-tokens", type=int, default=40, metavar="N", help="tokens decoded a round (40)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PART", help="parts of a case, where the list names some"
     )
     parser.add_argument(
-        "--out", type=_path, default=Path("benchmarks/results"), help="folder for the result files"
+        "--out",
+        type=_path,
+        default=Path("benchmarks/results"),
+        help="folder for the result files (benchmarks/results)",
     )
     parser.add_argument(
         "--commit", metavar="HASH", help="commit of this source tree, where git is not there to ask"

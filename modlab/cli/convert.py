@@ -27,7 +27,9 @@ def add(command: Command) -> None:
         "give a model routers and save it as a Mixture-of-Depths model",
         "Right after conversion with the default settings the model computes what it did before: the routers "
         "are open and have to be trained (`modlab train`) before anything is left out. By default routers "
-        "decide whose keys and values stay in the cache; with --skip layer, which tokens skip a layer.",
+        "decide whose keys and values stay in the cache; with --skip layer, which tokens skip a layer. "
+        "This is for settings of your own: `modlab fit` and `modlab train` convert a dense model themselves, "
+        "by a recipe.",
     )
     sub.add_argument("source", metavar="SRC", type=read_name, help="model to convert: a hub id or a folder")
     sub.add_argument(
@@ -38,7 +40,8 @@ def add(command: Command) -> None:
         "--preset",
         choices=("default", "paper", "topk"),
         default="default",
-        help="what the flags change; paper and topk skip alternate layers as a whole",
+        help="what the flags change; default is the plain form, MoDConfig(), and no recipe; paper and "
+        "topk skip alternate layers as a whole",
     )
     add_model_flags(sub)
     flags = sub.add_argument_group("MoDConfig", "given flags change the preset")

@@ -24,12 +24,22 @@ INTERRUPTED = 130
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those that say nothing (None, False, an empty list)."""
+    """Shows defaults as one gives them, but not those that say nothing (None, False, an empty list), and
+    keeps the line breaks of a help text."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+        if action.default in (None, False, argparse.SUPPRESS) or action.default in ([], ()):
             return action.help
+        if isinstance(action.default, (list, tuple, float)):
+            between = "," if action.nargs is None else " "
+            return f"{action.help} (default: {as_given(action.default, between)})"
         return super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        lines: list[str] = []
+        for part in text.splitlines():
+            lines += super()._split_lines(part, width)
+        return lines
 
 
 def add_dataclass_flags(
@@ -58,13 +68,20 @@ def add_dataclass_flags(
         text = help_texts.get(field.name, "").replace("%", "%%")
         default = field.default
         if default is not dataclasses.MISSING and default is not None:
-            text = f"{text} (default: {default})".strip()
+            text = f"{text} (default: {as_given(default)})".strip()
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if reader is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": reader, "choices": choices, "metavar": form}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def as_given(value: Any, between: str = ",") -> str:
+    """A default as it is written on a command line: 128,1024 and not (128, 1024), 0.667 of two thirds."""
+    if isinstance(value, (list, tuple)):
+        return between.join(as_given(part) for part in value)
+    return f"{value:.3g}" if isinstance(value, float) and value < 100 else str(value)
 
 
 def given_flags(options: argparse.Namespace, config: type) -> dict[str, Any]:

@@ -38,7 +38,11 @@ def add(command: Command) -> None:
         "--base", metavar="MODEL", type=read_name, help="base of routers alone, instead of the hub's"
     )
     sub.add_argument(
-        "--kv-saving", metavar="X,X", type=read_floats, default=(), help="KV savings to measure at"
+        "--kv-saving",
+        metavar="X,X",
+        type=read_floats,
+        default=(),
+        help="KV savings to measure at (default: as its thresholds stand)",
     )
     sub.add_argument("--seq-len", metavar="T", type=int, help="tokens a row (default: at most 2048)")
     sub.add_argument("--rows", metavar="N", type=int, default=4, help="rows of each text")

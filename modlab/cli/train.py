@@ -31,7 +31,7 @@ def add(command: Command) -> None:
     sub = command(
         "train",
         run,
-        "train the routers and the weights of a Mixture-of-Depths model",
+        "train the routers of a model, and its weights where the recipe says so",
         "A dense MODEL is converted first, as the recipe says (`modlab convert` offers all settings). "
         "Log, checkpoints and at the end the model (DIR/model) lie in DIR. Ctrl-C saves a checkpoint; "
         "the same command with --resume auto goes on from there.",
@@ -50,8 +50,8 @@ def add(command: Command) -> None:
     )
     sub.add_argument(
         "--recipe", choices=TRAINED,
-        help="how a dense MODEL is converted and trained (default: default); flags given with it win: "
-        + "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items() if name in TRAINED),
+        help="how a dense MODEL is converted and trained (default: default); flags given with it win:\n"
+        + "\n".join(f"- {name}: {recipe.summary}" for name, recipe in RECIPES.items() if name in TRAINED),
     )  # fmt: skip
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,
@@ -99,7 +99,11 @@ def add(command: Command) -> None:
         "--seq-len is the longest of them by default",
     )  # fmt: skip
     add_model_flags(sub)
-    flags = sub.add_argument_group("TrainConfig")
+    flags = sub.add_argument_group(
+        "TrainConfig",
+        "defaults are those of a MODEL that is converted already; for a dense one the recipe sets some of "
+        "them itself, as DIR/run.json then says",
+    )
     add_dataclass_flags(
         flags,
         TrainConfig,

@@ -76,4 +76,5 @@ def _prose(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"(?<!\\)\|", r"\\|", _prose(text))
+    """One line of a table; a line break of the help stays one."""
+    return "<br>".join(re.sub(r"(?<!\\)\|", r"\\|", _prose(line)) for line in text.splitlines())

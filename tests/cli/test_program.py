@@ -22,7 +22,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import modlab
 from modlab import cli
 from modlab.cli import flags
+from modlab.recipes import TRAINED
 from modlab.training.config import TrainConfig
+from scripts.pages.commands import parsers
 from tests.helpers.launch import python_path
 from tests.helpers.models import tiny_config
 
@@ -127,6 +129,20 @@ def test_help_is_fast_and_names_every_command(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in told.splitlines()}
     assert "modlab" in imported
     assert not imported & HEAVY
+
+
+def test_defaults_are_told_as_one_gives_them() -> None:
+    """128,1024 and not (128, 1024); nothing for an empty list; no sixteen digits of two thirds."""
+    for name, _, parser in parsers():
+        told = " ".join(parser.format_help().split())
+        assert not re.search(r"default: [(\[]", told), name
+        assert not re.search(r"default: \d*\.\d{5,}\)", told), name
+
+
+def test_the_recipes_stand_one_below_the_other() -> None:
+    (train,) = (parser for name, _, parser in parsers() if name == "train")
+    for recipe in TRAINED:
+        assert re.search(rf"^ +- {recipe}: ", train.format_help(), re.M)
 
 
 def test_version(tmp_path: Path) -> None:
