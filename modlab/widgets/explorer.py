@@ -105,7 +105,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Run the text at each of these thresholds, for the curve; the model's own are in place again after.
 
         Args:
-            thresholds: values in [0, 1); 0 stands for nothing skipped. By default ten from 0 to 0.9, or,
+            thresholds: values in [0, 1); 0 stands for everything kept. By default ten from 0 to 0.9, or,
                 where the slider asks which share is kept, those that keep one token in RATIOS.
 
         Raises:
@@ -142,7 +142,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Far recall of what the curve is compared with, if it is not known yet."""
         if self._open is None or len(self._open.recall_P):
             return
-        with using(self._model, job, "Measuring far recall with nothing skipped"), self._all_kept():
+        with using(self._model, job, "Measuring far recall with everything kept"), self._all_kept():
             self._open = replace(self._open, recall_P=self._recall_of(self._model))
         if self._control is not None:
             with using(self._dense, job, "Measuring far recall of the dense model"):
@@ -257,7 +257,7 @@ def explore(
         sweep: a frame of `modlab.sweep`, drawn as curve; without one, the runs made with the slider are.
         dense: a dense model of the same tokenizer, to compare loss, far recall and time with: the one that
             was converted, or a control that was trained on for as long. Without it, the same weights with
-            nothing skipped are compared with.
+            everything kept are compared with.
         others: further converted models of the same tokenizer: a switch changes between them.
 
     Raises:

@@ -22,7 +22,7 @@ from modlab.widgets.yardsticks import Yardstick, token_losses
 
 
 class SteeredView(MeasuredView):
-    """A view whose text says what a threshold costs: against a dense model, against nothing skipped, and for
+    """A view whose text says what a threshold costs: against a dense model, against everything kept, and for
     a wanted cache size. A model in which no gate decides is refused.
 
     Attributes:
@@ -46,7 +46,7 @@ class SteeredView(MeasuredView):
         gated_routing_of(model)
         self._texts = texts if texts is None else list(texts)
         self._dense = dense
-        self._open: Yardstick | None = None  # the text with nothing skipped
+        self._open: Yardstick | None = None  # the text with everything kept
         self._control: Yardstick | None = None  # the text in the dense model
         super().__init__(model, tokenizer, text, **traits)
         self.budget = self._budget()
@@ -171,10 +171,10 @@ class SteeredView(MeasuredView):
         super()._take(trace, output)
 
     def _refine(self, job: Job | None) -> None:
-        """Run the text with nothing skipped, and in the dense model: what its loss is compared with."""
+        """Run the text with everything kept, and in the dense model: what its loss is compared with."""
         if self._open is not None:
             return
-        with using(self._model, job, "Running the text with nothing skipped"):
+        with using(self._model, job, "Running the text with everything kept"):
             opened = Yardstick(_predicted(self._at_rest()[0]), np.empty(0))
         if self._dense is not None:
             with using(self._dense, job, "Running the text in the dense model"):
@@ -186,13 +186,13 @@ class SteeredView(MeasuredView):
         self.summary = {**self.summary, **self._known(), "run": self.summary["run"] + 1}
 
     def _all_kept(self) -> Any:
-        """A block in which nothing is skipped."""
+        """A block in which everything is kept."""
         from modlab.routing.state import routing_override
 
         return routing_override(self._model, _keep_all)
 
     def _at_rest(self) -> Any:
-        """(trace, output) of the text with nothing skipped."""
+        """(trace, output) of the text with everything kept."""
         with self._all_kept():
             return run_traced(self._model, self._tokenizer, self.text)
 

@@ -24,7 +24,7 @@ NEW_TOKENS, RUNS = 32, 3  # of a measurement of time
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a model with nothing skipped, or a dense one, makes of a text.
+    """What a model with everything kept, or a dense one, makes of a text.
 
     Attributes:
         loss_T: float64[T - 1], nats of each predicted token.

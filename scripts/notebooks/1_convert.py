@@ -59,7 +59,7 @@ with torch.no_grad():
 generate = {"max_new_tokens": 24, "do_sample": False}
 dense_tokens = model.generate(**inputs, **generate)
 
-# The default, but for a short text: 16 recent tokens always stay in the cache, not 128.
+# The plain form, but for a short text: 16 recent tokens always stay in the cache, not 128.
 modlab.convert(model, modlab.MoDConfig(keep_recent=16))
 
 after = model.state_dict()

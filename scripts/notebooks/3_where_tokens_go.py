@@ -15,7 +15,7 @@
 # saved: `"my-mod-model"`. And any text, here or in the explorer below (*Use your own text*): the demo knows
 # Python; other text runs, too, with a higher loss.
 #
-# The text here is about tokens that skip layers, as the demo's do. In the default form, which 2 · Train
+# The text here is about tokens that skip layers, as the demo's do. In the plain form, which 2 · Train
 # trains, every token runs: read "skipped" as "dropped from the cache".
 
 # %%

@@ -14,7 +14,7 @@
 # A hub id or a folder of a converted and trained model, for example the one that [2 · Train](2_train.ipynb)
 # saved: `"my-mod-model"`.
 #
-# The text here is about tokens that skip layers, as the demo's do. In the default form, which 2 · Train
+# The text here is about tokens that skip layers, as the demo's do. In the plain form, which 2 · Train
 # trains, every token runs: read "skipped" as "dropped from the cache".
 
 # %%

@@ -5,7 +5,7 @@
 # elsewhere.
 #
 # In the demo a skipped token costs nothing in a routed layer and stores nothing there. (In a model of the
-# default form it runs all the same, and only its keys and values go: bytes fall, milliseconds hardly do.)
+# plain form it runs all the same, and only its keys and values go: bytes fall, milliseconds hardly do.)
 # This notebook counts both, and what they cost. Only figures that were measured stand here: on your machine,
 # now, or in result files that came with modlab, with their device, date and command.
 
@@ -175,6 +175,10 @@ faster.round(3)
 # tokens of context, `modlab.enable_fast_generation`: times and bytes are real, and nothing here says anything
 # about quality. *Ideal* is what the skipped work alone would give. Where the points stay below it, the rest
 # of the step is what is left to win; below 1, routing costs more than it saves.
+#
+# In the table under the figure times are of a call: *train* is a step, *prefill* a prompt, *decode* a token.
+# *peak* is a prompt by the `transformers` library without fast generation against a routed one with it.
+# *throughput* is a token at the largest batch that fits, its time divided by the rows: dense has fewer.
 
 # %%
 figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=["prefill", "decode, one token"])
@@ -236,7 +240,7 @@ published.demo().reindex(["dense", "dense_continuation", "mod"])[
 #
 # A model of 56 million parameters, 10 million tokens of conversion, held-out loss above that of the dense
 # model on the same tokens: means over seeds, with their standard deviation. Each line is one kind of model,
-# its thresholds moved after training; "default" is `MoDConfig()`, not `recipe("default")`. The table behind
+# its thresholds moved after training; "default" is the plain form, not `recipe("default")`. The table behind
 # it is [docs/quality.md](../docs/quality.md).
 
 # %%

@@ -234,7 +234,7 @@ def test_a_text_is_pasted_into_the_widget(nb: Notebook, shots: Path) -> None:
     assert read(nb, "loss") == kernel(nb, "f\"{explorer.summary['loss']:.3f}\"")
     cost = float(kernel(nb, "explorer.summary['loss'] - explorer.summary['open_loss']"))
     said = nb.page.locator(".mod-figures .mod-more").nth(2).inner_text().replace("−", "-")
-    assert f"{cost:+.3f} against nothing skipped" in said
+    assert f"{cost:+.3f} against everything kept" in said
     # What hangs on the slider hangs on the new text.
     wait_measured(nb, nb.drag(".modlab-threshold", 0.45))
     assert kernel(nb, "''.join(explorer.trace.tokens)") == OWN
@@ -365,11 +365,13 @@ def test_points_beyond_the_training_of_the_routers_are_hollow(nb: Notebook, shot
     [
         (
             (0, 0.015, 0.3),
-            r"x smaller \(p 0\.6\) at most 0\.015 nats worse, clearly worse from [\d.]+x \(p 0\.8\) on",
+            r"x smaller \(p 0\.6\) at most 0\.015 nats worse, "
+            r"clearly worse from [\d.]+x \(p 0\.8\) on, by 0\.300 nats there\.$",
         ),
         (
             (-0.02, 0.3, 0.015),
-            r"up to [\d.]+x smaller \(p 0\.5\) no worse, clearly worse at [\d.]+x \(p 0\.6\)\.$",
+            r"up to [\d.]+x smaller \(p 0\.5\) no worse, "
+            r"clearly worse at [\d.]+x \(p 0\.6\), by 0\.300 nats there\.$",
         ),
         ((0.3, -0.02, 0.3), r"Repeated passages: clearly worse at [\d.]+x \(p 0\.5\) already\.$"),
         ((-0.02, -0.02, -0.02), r"up to [\d.]+x smaller \(p 0\.8\) no worse, and no more was measured"),
@@ -383,6 +385,22 @@ def test_a_sentence_says_where_it_breaks(nb: Notebook, above: tuple[float, ...],
         f"above = dict(zip((0.5, 0.6, 0.8), {above}))\n"
         "explorer.points = [{**d, 'recall': base + above[d['p']], 'recall_stderr': 0.01} for d in before]"
     )
+    nb.page.wait_for_function(
+        "says => new RegExp(says).test(document.querySelector('.modlab-breaks').textContent)", arg=says
+    )
+    nb.python("explorer.points = before")
+
+
+def test_a_point_that_saves_nothing_is_not_called_smaller(nb: Notebook) -> None:
+    """Where even the first saving is worse the sentence begins with it, not with "up to 1.00x smaller"."""
+    nb.python(
+        "base, before = explorer.summary['dense_recall'], explorer.points\n"
+        "above = {0.5: 0, 0.6: 0.3, 0.8: 0.3}\n"
+        "all_of_it = explorer.summary['dense_bytes']\n"
+        "explorer.points = [{**d, 'recall': base + above[d['p']], 'recall_stderr': 0.01,\n"
+        "                    'kv_bytes': all_of_it if d['p'] == 0.5 else d['kv_bytes']} for d in before]"
+    )
+    says = r"^Repeated passages: clearly worse from [\d.]+x \(p 0\.6\) on, by 0\.300 nats there\. Of what "
     nb.page.wait_for_function(
         "says => new RegExp(says).test(document.querySelector('.modlab-breaks').textContent)", arg=says
     )

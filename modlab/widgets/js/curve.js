@@ -59,13 +59,16 @@ class Curve {
     const worse = (d) => d.recall - base.value > Math.max(2 * (d.recall_stderr || 0), LEAST_LOST);
     const found = points.findIndex(worse), first = found < 0 ? points.length : found, held = points[first - 1];
     const kept = (d) => (byRatio ? `one in ${number(Number((1 / d.keep_ratio).toPrecision(2)))} kept` : `p ${chance(d.p)}`);
-    const at = (d, smaller = "") => `${(summary.dense_bytes / d.kv_bytes).toFixed(2)}x${smaller} (${kept(d)})`;
+    const saving = (d) => (summary.dense_bytes / d.kv_bytes).toFixed(2), nats = (d) => `${(d.recall - base.value).toFixed(3)} nats`;
+    const at = (d, smaller = "") => `${saving(d)}x${smaller} (${kept(d)})`;
     const all = points.slice(first).every(worse);
     if (!held) return `Repeated passages: clearly worse at ${all ? "every threshold here" : `${at(points[0])} already`}.`;
     const most = Math.max(...points.slice(0, first).map((d) => d.recall - base.value));
     const holds = `Repeated passages: up to ${at(held, " smaller")} ${most > 0.0005 ? `at most ${most.toFixed(3)} nats` : "no"} worse`;
     if (!points[first]) return `${holds}, and no more was measured.`;
-    return `${holds}, clearly worse ${all ? "from" : "at"} ${at(points[first])}${all ? " on" : ""}.`;
+    const breaks = `clearly worse ${all ? "from" : "at"} ${at(points[first])}${all ? " on" : ""}, by ${nats(points[first])} there`;
+    if (saving(held) > 1) return `${holds}, ${breaks}.`;
+    return `Repeated passages: ${breaks}. Of what was measured that saves least.`; // "up to 1.00x no worse" says nothing
   }
 
   plot(points, width, scale, key, title, format, base) {
@@ -104,9 +107,9 @@ class Curve {
   }
 }
 
-// What a loss is compared with: the dense model's, else that of the same weights with nothing skipped.
+// What a loss is compared with: the dense model's, else that of the same weights with everything kept.
 function reference(summary, key) {
-  for (const [name, text] of [["dense", "dense model"], ["open", "nothing skipped"]])
+  for (const [name, text] of [["dense", "dense model"], ["open", "everything kept"]])
     if (Number.isFinite(summary[`${name}_${key}`])) return { value: summary[`${name}_${key}`], name: text };
   return null;
 }

@@ -28,9 +28,9 @@ class Figures {
   }
 }
 
-// What the skipping costs: the loss against the dense model's, and against that of the same weights with nothing skipped.
+// What routing costs: the loss against the dense model's, and against that of the same weights with everything kept.
 function versus({ loss, dense_loss: dense, open_loss: open }) {
-  const against = [[dense, "the dense model"], [open, "nothing skipped"]].filter(([base]) => base !== undefined);
+  const against = [[dense, "the dense model"], [open, "everything kept"]].filter(([base]) => base !== undefined);
   if (!against.length) return "lower is better";
   return against.map(([base, name]) => `${loss < base ? "−" : "+"}${Math.abs(loss - base).toFixed(3)} against ${name}`).join(" · ");
 }
