@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modlab
-from benchmarks.real_models.measured.settings import at, first_of_each, named
+from benchmarks.real_models.measured.settings import Setting, at, named
 from modlab.routing.state import routing_of, set_kv_saving
 from modlab.routing.trained import Trained
 from modlab.saving.base_check import describe_base
@@ -127,21 +128,48 @@ def ship_run(
 
 def with_measured(found: Trained, pieces: Path) -> Trained:
     """The same routers with the thresholds and recent tokens of `benchmarks.real_models measure`, and which
-    savings lie beyond their training."""
+    savings lie beyond their training.
+
+    Where a saving was measured with several numbers of recent tokens, the setting with as many as the routers
+    know for it counts; else the one that was measured without a number of its own, or the only one.
+
+    Raises:
+        ModlabError: nothing was measured there, nothing within the training, or a saving several times and
+            none of them is the routers' own.
+    """
     files = sorted(pieces.glob("threshold@*.json"))
     settings = sorted(filter(None, (named(file.stem) for file in files)), key=lambda one: one.order)
     if not settings:
         raise modlab.ModlabError(
             f"{pieces} has no threshold@SAVING.json: give the folder of `measure --out`."
         )
-    names = [pieces / f"{at('threshold', setting)}.json" for setting in first_of_each(settings)]
-    read = [json.loads(file.read_text(encoding="utf-8")) for file in names]
-    within = [float(one["asked"]) for one in read if not one["beyond_training"]]
+    names = {one: pieces / f"{at('threshold', one)}.json" for one in settings}
+    read = {one: json.loads(file.read_text(encoding="utf-8")) for one, file in names.items()}
+    own = [
+        _own(found, saving, {one: read[one] for one in same})
+        for saving, same in itertools.groupby(settings, key=lambda one: one.saving)
+    ]
+    within = [float(one["asked"]) for one in own if not one["beyond_training"]]
     if not within:
         raise modlab.ModlabError(f"all savings in {pieces} lie beyond the training of these routers.")
     return replace(
         found,
-        savings={float(one["asked"]): float(one["threshold"]) for one in read},
-        recent={float(one["asked"]): int(one["recent"]) for one in read},
-        reached=max(within) if len(within) < len(read) else 0.0,
+        savings={float(one["asked"]): float(one["threshold"]) for one in own},
+        recent={float(one["asked"]): int(one["recent"]) for one in own},
+        reached=max(within) if len(within) < len(own) else 0.0,
     )
+
+
+def _own(found: Trained, saving: float, measured: dict[Setting, dict[str, Any]]) -> dict[str, Any]:
+    """What was measured at a saving with the recent tokens that the routers know for it."""
+    known = found.range is not None and found.range[0] <= saving <= found.range[1]
+    recent = found.recent_for(saving) if known else None
+    alike = [one for one in measured.values() if one["recent"] == recent]
+    plain = [one for setting, one in measured.items() if setting.recent is None]
+    if not alike and not plain and len(measured) > 1:
+        counts = ", ".join(str(setting.recent) for setting in measured)
+        raise modlab.ModlabError(
+            f"{saving:g}x was measured with {counts} recent tokens, and the routers know "
+            f"{'none' if recent is None else recent} for it: leave the piece that is to ship alone."
+        )
+    return next(iter([*alike, *plain, *measured.values()]))

@@ -54,7 +54,7 @@ def settings(savings: list[float], recent: list[int] | None) -> list[Setting]:
 
 
 def first_of_each(settings: list[Setting]) -> list[Setting]:
-    """The first setting of each saving: the one that is held against controls, and that ships."""
+    """The first setting of each saving: the one that is held against controls."""
     first: dict[float, Setting] = {}
     for setting in settings:
         first.setdefault(setting.saving, setting)

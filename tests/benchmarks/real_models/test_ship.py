@@ -116,3 +116,30 @@ def test_measured_thresholds_take_the_place_of_a_runs(tmp_path: Path) -> None:
         file.write_text(json.dumps(piece))
     with pytest.raises(ModlabError, match="beyond the training"):
         with_measured(run, tmp_path)
+
+
+def measured(folder: Path, *pieces: tuple[str, int]) -> Path:
+    """Thresholds of 4x, each by its name with its recent tokens."""
+    folder.mkdir()
+    for name, recent in pieces:
+        piece = {"asked": 4.0, "threshold": recent / 1000, "recent": recent, "beyond_training": False}
+        (folder / f"threshold@{name}.json").write_text(json.dumps(piece))
+    return folder
+
+
+def test_of_several_numbers_of_recent_tokens_the_routers_own_is_taken(tmp_path: Path) -> None:
+    """Not the fewest, which come first by name."""
+    run = Trained({2.0: 0.1, 8.0: 0.5}, recent={2.0: 1024, 8.0: 256})
+    several = measured(tmp_path / "several", ("4_recent_256", 256), ("4_recent_512", 512))
+    assert with_measured(run, several).recent == {4.0: 512}
+    assert with_measured(run, several).savings == {4.0: 0.512}
+    moved = measured(tmp_path / "moved", ("4", 683), ("4_recent_512", 512))
+    assert with_measured(run, moved).recent == {4.0: 512}, "the name says what was the routers' own then"
+    assert with_measured(Trained({2.0: 0.1, 8.0: 0.5}), moved).recent == {4.0: 683}, "they know none"
+    alone = measured(tmp_path / "alone", ("4_recent_300", 300))
+    assert with_measured(run, alone).recent == {4.0: 300}
+    none = measured(tmp_path / "none", ("4_recent_300", 300), ("4_recent_400", 400))
+    with pytest.raises(ModlabError, match="4x was measured with 300, 400 recent tokens, .* know 512"):
+        with_measured(run, none)
+    with pytest.raises(ModlabError, match="the routers know none for it"):
+        with_measured(Trained({2.0: 0.1, 3.0: 0.2}, recent={2.0: 9, 3.0: 8}), none)
