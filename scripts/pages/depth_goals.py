@@ -102,14 +102,17 @@ def _prompts(results: list[dict[str, Any]]) -> Iterator[Cells]:
         if model in DECIDING and not trained:
             met = f"{met}; {NOT_RUN} with its own weights"
         got = f"{row['speedup']:.2f}x ({by}{rounds}; by operations {row['ideal']:.2f}x)"
-        yield what, f"{asked:g}x of dense", got, met
+        yield what, f"{asked:g}x of dense", " ".join(filter(None, [got, row["note"]])), met
 
 
 def _timed(results: list[dict[str, Any]], model: str, context: int) -> Iterator[Row]:
-    """One prompt alone at a quarter of the cache by KV head, from either kind of result."""
+    """One prompt alone at a quarter of the cache by KV head, from either kind of result. What is to be said
+    of times stands in the note of a result that has nothing else; notes of the others are about training."""
     for result in results:
-        for row in result["prefill"] if "prefill" in result else result["rows"]:
-            one = {"routing": "drawn", "date": result["date"], "granularity": "kv_head", **row}
+        alone = "prefill" not in result
+        known = {"date": result["date"], "note": result.get("note", "") if alone else ""}
+        for row in result["rows"] if alone else result["prefill"]:
+            one = {"routing": "drawn", "granularity": "kv_head", **known, **row}
             trained = one["routing"] == "trained"
             enough = row.get("ratio", 0) >= RATIO if trained else row.get("keep_ratio") == 0.25
             form = (one["granularity"], row.get("skip")) == ("kv_head", "kv+prompt")
