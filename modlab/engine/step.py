@@ -22,6 +22,7 @@ from modlab.engine.tables import Tables
 from modlab.hf.anatomy import decoder_of
 from modlab.hf.parts import parts
 from modlab.kernels.aside import nothing_left_aside
+from modlab.kernels.launch import KernelRefused
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
@@ -57,7 +58,7 @@ class Step:
         if not isinstance(engine.branch, HostBranch):
             try:
                 self._capture_or_less(batch)
-            except torch.OutOfMemoryError:  # says nothing of the model
+            except (torch.OutOfMemoryError, KernelRefused):  # says nothing of the model
                 self.tables.release()
                 raise
             except RuntimeError as error:  # what a model does on the host cannot be captured

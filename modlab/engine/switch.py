@@ -26,6 +26,7 @@ from modlab.hf.anatomy import decoder_of
 from modlab.hf.model import eval_mode
 from modlab.hf.names import given_cache
 from modlab.kernels.device import on_device
+from modlab.kernels.launch import KernelRefused, warn_slower
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
@@ -75,19 +76,24 @@ class FastModel(TakesTurns):
             reason = why_not or call_refusal(
                 self, engine, generation_config, synced_gpus, input_ids, model_kwargs
             )
-            engine.last = {"fast": not reason, "why": reason or ""}
-            if reason and engine.budget is not None:
-                raise unbounded(reason)
             if not reason:
+                engine.last = {"fast": True, "why": ""}
                 try:
                     with idle_aside(self):
                         tokens = generate_tokens(
                             engine, input_ids, model_kwargs.get("attention_mask"), logits_processor,
                             stopping_criteria, generation_config, streamer,
                         )  # fmt: skip
+                    return tokens
+                except KernelRefused as refused:  # no later than in the first step: nothing is streamed yet
+                    reason = str(refused)
+                    if engine.budget is None:
+                        warn_slower(reason, "generate runs without the engine")
                 finally:
                     engine.release()  # also after an interrupt: a cache may be most of the memory
-                return tokens
+            engine.last = {"fast": False, "why": reason}
+            if engine.budget is not None:
+                raise unbounded(reason)
         dense: Any = super()
         return dense._sample(
             input_ids, logits_processor, stopping_criteria, generation_config,
@@ -166,7 +172,7 @@ def _engine_for(model: PreTrainedModel, compile: bool | str, check: bool, **sett
             # without a caller's autocast, under which the engine does not run either
             with on_device(engine.device), torch.autocast(engine.device.type, enabled=False):
                 _probe(model, engine)
-    except (CannotCapture, TypeError, AttributeError, RuntimeError) as error:
+    except (CannotCapture, KernelRefused, TypeError, AttributeError, RuntimeError) as error:
         raise ModlabError(
             f"fast generation does not cover this {type(model).__name__}: {error}. "
             "The ordinary generate works."

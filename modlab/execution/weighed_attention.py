@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from modlab.errors import ModlabError
 from modlab.execution.what_if_attention import as_autocast, as_sdpa, band_block_mask
 from modlab.hf.attention_names import attention_named
+from modlab.kernels.launch import KernelRefused, warn_slower
 from modlab.kernels.weighed_attention import kernel_weighed_attention, takes
 from modlab.routing.record import by_gate
 
@@ -124,8 +125,12 @@ def weighed_attention(
         return as_sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     weighed: WeighedKeys = attention_mask
     more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    by_kernel = weighed.plain is not None and not torch.compiler.is_compiling() and takes(query)
-    if weighed.instead is not None and (more or not by_kernel):
+    if weighed.plain is not None and not more and not torch.compiler.is_compiling() and takes(query):
+        try:
+            return _by_kernel(weighed, weighed.plain, query, key, value, scaling), None
+        except KernelRefused as refused:
+            warn_slower(str(refused), "such attention runs by torch")
+    if weighed.instead is not None:
         return as_sdpa(module, query, key, value, weighed.instead(), scaling=scaling, **kwargs)
     if more:
         raise ModlabError(
@@ -133,11 +138,6 @@ def weighed_attention(
         )
     query_BNTH, key_BGTH, value_BGTH = as_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if by_kernel:
-        assert weighed.plain is not None
-        weight_BGT = by_gate(weighed.log_weight).transpose(1, 2).expand(-1, key_BGTH.shape[1], -1)
-        q, k, v = (x.transpose(1, 2) for x in (query_BNTH, key_BGTH, value_BGTH))
-        return kernel_weighed_attention(q, k, v, weight_BGT, weighed.plain, scale).contiguous(), None
     attend = functools.partial(_flex(), scale=scale, return_aux=AuxRequest(lse=True), enable_gqa=True)
     blocks = weighed.blocks() if callable(weighed.blocks) else weighed.blocks
     assert blocks is not None
@@ -149,6 +149,15 @@ def weighed_attention(
         share_BNT1 = torch.sigmoid(far.lse - near.lse)[..., None]  # 0 where there is no earlier key
         out_BNTH = out_BNTH + share_BNT1.to(out_BNTH.dtype) * (far_BNTH - out_BNTH)
     return out_BNTH.transpose(1, 2).contiguous(), None
+
+
+def _by_kernel(
+    weighed: WeighedKeys, recent: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    """[B, T, N, H], of q [B, N, T, H], k and v [B, G, T, H]; `KernelRefused` where the GPU has no room."""
+    q, k, v = (x.transpose(1, 2) for x in as_autocast(query, key, value))
+    weight_BGT = by_gate(weighed.log_weight).transpose(1, 2).expand(-1, key.shape[1], -1)
+    return kernel_weighed_attention(q, k, v, weight_BGT, recent, scaling).contiguous()
 
 
 # Additions under a new name, once for all passes; masks of forwards in other threads are sdpa's.

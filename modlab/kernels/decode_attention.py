@@ -31,6 +31,7 @@ from torch import Tensor
 
 from modlab.kernels.aside import rejoin
 from modlab.kernels.device import multiprocessors_of
+from modlab.kernels.launch import Sizes, launch
 
 try:
     import triton
@@ -46,11 +47,19 @@ ADDRESS_SLOTS = 4
 PROGRAMS = 2
 """Programs that read keys, of a multiprocessor at once."""
 
-BLOCK_K = 64
-"""Keys of a block, in half precision. Of seven pairs of programs and blocks the fastest by head on an H200
-(docs/log.md)."""
+TILES: tuple[Sizes, ...] = (
+    {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+)
+"""Keys of a block, in half precision. Of seven pairs of programs and blocks the first is the fastest by head
+on an H200 (docs/log.md); the others are for GPUs with less room, see `launch`."""
 
-SMALL_BLOCK_K = 32
+SMALL_TILES: tuple[Sizes, ...] = (
+    {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+)
 """The same in single precision, or with large heads."""
 
 JOINED = 64
@@ -445,13 +454,15 @@ def _attend(
         "BLOCK_HV": max(16, triton.next_power_of_2(HV)), "BLOCK_B": triton.next_power_of_2(B),
         "IEEE": not half,
     }  # fmt: skip
-    block = BLOCK_K if half and max(HK, HV) <= 128 else SMALL_BLOCK_K
-    _attend_share[(programs,)](*attended, BLOCK_K=block, **blocks, **layout, num_warps=4, num_stages=3)
+    tiles = TILES if half and max(HK, HV) <= 128 else SMALL_TILES
+    launch(_attend_share, (programs,), *attended, **blocks, **layout, tiles=tiles)
     if ring is not None:
         rejoin(device)  # who is kept was decided meanwhile
-    _join_parts[(B, N)](
+    launch(
+        _join_parts, (B, N),
         part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, places,
-        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=JOINED, **layout, num_warps=4,
+        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=JOINED, **layout,
+        tiles=({"num_warps": 4},),
     )  # fmt: skip
     return out
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.kernels.launch import KernelRefused, Sizes, launch, warn_slower
+
 try:
     import triton
     import triton.language as tl
@@ -40,12 +42,21 @@ class Tile:
     warps: int = 4
     stages: int = 4
 
+    @property
+    def sizes(self) -> Sizes:
+        """As the kernel is launched with it."""
+        blocks = {"BLOCK_E": self.outputs, "BLOCK_D": self.inputs}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
 
 NARROW = Tile(outputs=32, inputs=256)
 """Where a matrix has few rows. Of eight tiles this one, and `WIDE`, were the fastest on an H200; a step then
 has one launch a linear map, where cuBLAS often has two (docs/log.md)."""
 
 WIDE = Tile(outputs=64, inputs=128)
+
+SMALL = Tile(outputs=32, inputs=64, stages=2)
+"""For GPUs that have no room for these, see `launch`; in both it fits without a rest."""
 
 FEW_OUTPUTS = 8192
 """Up to here a matrix is read by `NARROW`."""
@@ -123,23 +134,31 @@ if triton is not None:
 @torch.library.custom_op("modlab::decode_linear", mutates_args=())
 def decode_linear(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """`reference_decode_linear` by a Triton kernel, for up to `MOST_ROWS` rows; tokens and rows of the weight
-    must be contiguous."""
+    must be contiguous. Where the GPU refuses the kernel, by the reference, with a warning."""
+    try:
+        return _by_kernel(x_B1D, weight_ED, bias_E)
+    except KernelRefused as refused:
+        warn_slower(str(refused), "linear maps of a decoding step run by torch")
+        return reference_decode_linear(x_B1D, weight_ED, bias_E)
+
+
+def _by_kernel(x_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     (E, D), rows = weight_ED.shape, x_B1D.numel() // weight_ED.shape[1]
     out = x_B1D.new_empty(*x_B1D.shape[:-1], E)
     bias = weight_ED if bias_E is None else bias_E
     if rows == 1:
-        _row_times_vector[(E,)](
-            x_B1D, weight_ED, bias, out, weight_ED.stride(0), D,
-            HAS_BIAS=bias_E is not None, BLOCK=BLOCK_D, EVEN=D % BLOCK_D == 0, num_warps=4,
+        launch(
+            _row_times_vector, (E,), x_B1D, weight_ED, bias, out, weight_ED.stride(0), D,
+            HAS_BIAS=bias_E is not None, BLOCK=BLOCK_D, EVEN=D % BLOCK_D == 0, tiles=({"num_warps": 4},),
         )  # fmt: skip
         return out
     tile = NARROW if E <= FEW_OUTPUTS else WIDE
     x_BD = x_B1D.reshape(rows, D).to(weight_ED.dtype).contiguous()
-    _rows_times_matrix[(triton.cdiv(E, tile.outputs),)](
+    launch(
+        _rows_times_matrix, lambda sizes: (triton.cdiv(E, sizes["BLOCK_E"]),),
         x_BD, weight_ED, bias, out, x_BD.stride(0), weight_ED.stride(0), rows, D, E,
-        HAS_BIAS=bias_E is not None, BLOCK_B=MOST_ROWS, BLOCK_D=tile.inputs, BLOCK_E=tile.outputs,
-        EVEN=D % tile.inputs == 0 and E % tile.outputs == 0, IEEE=x_BD.element_size() > 2,
-        num_warps=tile.warps, num_stages=tile.stages,
+        HAS_BIAS=bias_E is not None, BLOCK_B=MOST_ROWS, EVEN=D % tile.inputs == 0 and E % tile.outputs == 0,
+        IEEE=x_BD.element_size() > 2, tiles=(tile.sizes, SMALL.sizes),
     )  # fmt: skip
     return out
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.kernels.launch import Sizes, launch
 from modlab.routing.router import normalised
 
 try:
@@ -23,6 +24,9 @@ try:
     import triton.language as tl
 except ImportError:  # see decode_attention
     triton = None
+
+
+TILES: tuple[Sizes, ...] = ({"num_warps": 8},)
 
 
 @dataclass
@@ -201,20 +205,21 @@ def decode_router(call: RouterCall) -> None:
         call.any_1.view(torch.int8),
     )  # fmt: skip
     if not call.is_wide:
-        _route[(1,)](
-            call.x_BD, call.weight, call.bias_A, *decision, call.x_BD.stride(0), B, call.keep_first,
-            D=D, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
+        launch(
+            _route, (1,), call.x_BD, call.weight, call.bias_A, *decision, call.x_BD.stride(0), B,
+            call.keep_first, D=D, BLOCK_B=block_b, BLOCK_D=block_d, tiles=TILES,
         )  # fmt: skip
         return
     A, K = len(call.bias_A), 0 if call.into_UD is None else len(call.into_UD)
     projected = torch.empty(B, A + K, dtype=torch.float32, device=call.x_BD.device)
     into_UD, out_AU = (call.weight if t is None else t for t in (call.into_UD, call.out_AU))
-    _project[(A + K, triton.cdiv(B, block_b))](
+    launch(
+        _project, (A + K, triton.cdiv(B, block_b)),
         call.x_BD, call.weight, into_UD, projected, call.x_BD.stride(0), B,
-        A=A, UNITS=A + K, D=D, NORMALISED=K > 0, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
+        A=A, UNITS=A + K, D=D, NORMALISED=K > 0, BLOCK_B=block_b, BLOCK_D=block_d, tiles=TILES,
     )  # fmt: skip
-    _decide[(1,)](
-        projected, call.bias_A, out_AU, *decision, B, call.keep_first,
+    launch(
+        _decide, (1,), projected, call.bias_A, out_AU, *decision, B, call.keep_first,
         A=A, K=K, BLOCK_A=triton.next_power_of_2(A), BLOCK_K=triton.next_power_of_2(max(K, 1)),
-        BLOCK_B=block_b, num_warps=8,
+        BLOCK_B=block_b, tiles=TILES,
     )  # fmt: skip

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.kernels.launch import Sizes, launch
+
 try:
     import triton
     import triton.language as tl
@@ -31,6 +33,20 @@ BLOCK = 128
 
 SMALL_BLOCK = 32
 """The same in single precision, or with large heads."""
+
+TILES: tuple[Sizes, ...] = (
+    {"BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+)
+"""Keys that `BLOCK` queries read at once; from the second on for GPUs with less room, see `launch`."""
+
+SMALL_TILES: tuple[Sizes, ...] = (
+    {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+)
+"""The same of `SMALL_BLOCK` queries; in single precision without the first."""
 
 
 @dataclass
@@ -306,12 +322,14 @@ def store_kept(k_1GSH: Tensor, v_1GSH: Tensor, blocks_Q4: Tensor, size: int, sto
     k, v = _line(k_1GSH), _line(v_1GSH)
     G, HK, HV = k.shape[1], k.shape[3], v.shape[3]
     before = stored.before_AS
-    _store[(len(blocks_Q4), G)](
+    launch(
+        _store, (len(blocks_Q4), G),
         k, v, before, blocks_Q4, stored.starts_U, stored.keys, stored.values,
         stored.ring_kept_UW.view(torch.int8), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
         before.shape[1], stored.keys.shape[1],
         A=len(before), HK=HK, HV=HV, BLOCK_HK=triton.next_power_of_2(HK),
-        BLOCK_HV=triton.next_power_of_2(HV), BLOCK_S=size, W=stored.ring_kept_UW.shape[1], num_warps=4,
+        BLOCK_HV=triton.next_power_of_2(HV), BLOCK_S=size, W=stored.ring_kept_UW.shape[1],
+        tiles=({"num_warps": 4},),
     )  # fmt: skip
 
 
@@ -341,14 +359,15 @@ def kept_attention(
     q, k, v = _line(q_1NSH), _line(k_1GSH), _line(v_1GSH)
     before = stored.before_AS
     base = HK**-0.5 if scale is None else scale
-    _attend_kept[(len(blocks_Q4), len(heads) * (N // G))](
+    launch(
+        _attend_kept, (len(blocks_Q4), len(heads) * (N // G)),
         q, k, v, stored.keys, stored.values, before, stored.starts_U, blocks_Q4, heads, out,
         q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
         base * 1.4426950408889634, before.shape[1], stored.keys.shape[1],
         N=N, M=N // G, A=len(before), HK=HK, HV=HV,
         BLOCK_HK=max(16, triton.next_power_of_2(HK)), BLOCK_HV=max(16, triton.next_power_of_2(HV)),
-        BLOCK_Q=size, BLOCK_K=64 if size == BLOCK else 32, W=stored.ring_kept_UW.shape[1], IEEE=not half,
-        num_warps=8 if size == BLOCK else 4, num_stages=3 if half else 2,
+        BLOCK_Q=size, W=stored.ring_kept_UW.shape[1], IEEE=not half,
+        tiles=TILES if size == BLOCK else SMALL_TILES if half else SMALL_TILES[1:],
     )  # fmt: skip
     return out
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modlab.kernels.aside import rejoin
+from modlab.kernels.launch import launch
 
 try:
     import triton
@@ -147,9 +148,11 @@ def make_room(
     those of a `RingBudget`, `table` holds the address of the scores that it writes (`SCORES`)."""
     U, W = ring_kept_UW.shape
     rejoin(table.device)  # gates were computed meanwhile
-    _make_room[(U,)](
+    launch(
+        _make_room, (U,),
         table, lengths_U, ring_kept_UW.view(torch.int8), gate_U, position_B, scores_UW, place_U, most_1,
-        keep_first, GATES=U // len(position_B), W=W, FIRST=PROTECTED, BLOCK=BLOCK, num_warps=4,
+        keep_first, GATES=U // len(position_B), W=W, FIRST=PROTECTED, BLOCK=BLOCK,
+        tiles=({"num_warps": 4},),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modlab.kernels.device import multiprocessors_of
+from modlab.kernels.launch import KernelRefused, Sizes, launch, warn_slower
 from modlab.routing.router import HiddenRouter, Router
 
 try:
@@ -41,6 +42,12 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
+    @property
+    def sizes(self) -> Sizes:
+        """As the kernel is launched with it."""
+        blocks = {"BLOCK_S": self.tokens, "BLOCK_D": self.inputs}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
 
 LONG = Tile(64)
 """In lines long enough for every multiprocessor to have a program: of 32,768 tokens of width 4,096 an H200
@@ -48,6 +55,9 @@ takes 276 us, and 386 in the tiles below."""
 
 SHORT = Tile(32, 128)
 """In others: of 4,096 tokens 70 us, and 105 in the tiles above (docs/log.md)."""
+
+SMALL = Tile(16, 32, stages=1)
+"""For GPUs that have no room for these, see `launch`."""
 
 MOST_COLUMNS = 64
 """Gates and hidden units, padded to blocks, up to which a tile takes more than 64 inputs: their weights lie
@@ -60,11 +70,16 @@ and 96 on sm_90 (of 227), by Triton 3.9's builds. 256 hidden units would take 28
 
 def router_logits(router: Router, x_BTD: Tensor) -> Tensor:
     """Router logits, fp32 [B, T] or [B, T, A]: by a kernel on a GPU, else by the router's own forward, the
-    reference; so also with more gates and hidden units than every GPU has shared memory for."""
+    reference; so also with more gates and hidden units than every GPU has shared memory for, and, with a
+    warning, where the GPU refuses the kernel."""
     half = x_BTD.dtype in (torch.bfloat16, torch.float16)
     if not x_BTD.is_cuda or not half or x_BTD.stride(-1) != 1 or sum(blocks_of(router)) > WIDEST:
         return router(x_BTD)
-    return kernel_router_logits(router, x_BTD)
+    try:
+        return kernel_router_logits(router, x_BTD)
+    except KernelRefused as refused:
+        warn_slower(str(refused), "routers of prompts run by torch")
+        return router(x_BTD)
 
 
 def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None) -> Tensor:
@@ -79,19 +94,19 @@ def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None
     shape = (*x_BTD.shape[:-1], *router.weight.shape[:-1])
     out = torch.empty(shape, dtype=torch.float32, device=x_SD.device)
     if A == 1 and not hidden:
-        _logits[(triton.cdiv(S, BLOCK_S),)](
-            x_SD, router.weight, router.bias, out, x_SD.stride(0), S,
-            D=D, BLOCK_S=BLOCK_S, BLOCK_D=min(triton.next_power_of_2(D), 512), num_warps=4,
+        launch(
+            _logits, (triton.cdiv(S, BLOCK_S),), x_SD, router.weight, router.bias, out, x_SD.stride(0), S,
+            D=D, BLOCK_S=BLOCK_S, BLOCK_D=min(triton.next_power_of_2(D), 512), tiles=({"num_warps": 4},),
         )  # fmt: skip
         return out
     into, back = (router.into, router.out) if isinstance(router, HiddenRouter) else (router.weight,) * 2
     K = len(into) if hidden else 0
     BLOCK_A, BLOCK_K = blocks_of(router)
     tile = tile or usual_tile(S, BLOCK_A + BLOCK_K, multiprocessors_of(x_SD.device))
-    _wide_logits[(triton.cdiv(S, tile.tokens),)](
+    launch(
+        _wide_logits, lambda sizes: (triton.cdiv(S, sizes["BLOCK_S"]),),
         x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
-        A=A, K=K, D=D, BLOCK_A=BLOCK_A, BLOCK_K=BLOCK_K, BLOCK_S=tile.tokens, BLOCK_D=tile.inputs,
-        num_warps=tile.warps, num_stages=tile.stages,
+        A=A, K=K, D=D, BLOCK_A=BLOCK_A, BLOCK_K=BLOCK_K, tiles=(tile.sizes, SMALL.sizes),
     )  # fmt: skip
     return out
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.kernels.device import on_device
+from modlab.kernels.launch import Sizes, launch
 
 try:
     import triton
@@ -96,7 +97,11 @@ def kernel_weighed_attention(
     recent: int,
     scale: float | None = None,
 ) -> Tensor:
-    """The kernels, on a GPU or in Triton's interpreter. What is padded comes after every token."""
+    """The kernels, on a GPU or in Triton's interpreter. What is padded comes after every token.
+
+    Raises:
+        KernelRefused: the GPU has no room for them; in the backward pass too.
+    """
     T = q_BTNH.shape[1]
     more = -T % BLOCK
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
@@ -248,11 +253,15 @@ if triton is not None:
         tl.store(DQ + q_at, (dq * scale_e).to(DQ.dtype.element_ty))
 
 
-FORWARD = {"BQ": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
-WIDE = {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-KEYS = {"BQ": 64, "BK": 128, "num_warps": 8, "num_stages": 2}
-QUERIES = {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 2}
+FORWARD: Sizes = {"BQ": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
+WIDE: Sizes = {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+KEYS: Sizes = {"BQ": 64, "BK": 128, "num_warps": 8, "num_stages": 2}
+QUERIES: Sizes = {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 2}
 """Launch sizes: forward, forward of heads of 128, and the two backward passes."""
+
+SMALL: Sizes = {"BQ": 64, "BK": 32, "num_warps": 4, "num_stages": 1}
+SMALL_KEYS: Sizes = {"BQ": 32, "BK": 64, "num_warps": 4, "num_stages": 1}
+"""For GPUs that have no room for these, see `launch`: forward and queries, and keys."""
 
 
 class _Weighed(torch.autograd.Function):
@@ -266,11 +275,12 @@ class _Weighed(torch.autograd.Function):
         weight = (log_weight.float() * LOG2E).contiguous()
         out = torch.empty_like(q)
         lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
-        sizes = WIDE if H > 64 else FORWARD
         with on_device(q.device):
-            _forward[(T // sizes["BQ"], B * N)](
-                q, k, v, weight, out, lse, T, N, G, scale * LOG2E, window, H=H, **sizes
-            )
+            launch(
+                _forward, lambda sizes: (T // sizes["BQ"], B * N),
+                q, k, v, weight, out, lse, T, N, G, scale * LOG2E, window,
+                H=H, tiles=(WIDE if H > 64 else FORWARD, SMALL),
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, weight, out, lse)
         ctx.window, ctx.scale = window, scale
         return out
@@ -286,15 +296,15 @@ class _Weighed(torch.autograd.Function):
         dw_BNT = torch.empty_like(lse)
         scale = ctx.scale
         with on_device(q.device):
-            sizes = KEYS
-            _backward_keys[(T // sizes["BK"], B * N)](
+            launch(
+                _backward_keys, lambda sizes: (T // sizes["BK"], B * N),
                 q, k, v, weight, d_out, lse, delta, dk_BTNH, dv_BTNH, dw_BNT,
-                T, N, G, scale * LOG2E, scale, ctx.window, H=H, **sizes,
+                T, N, G, scale * LOG2E, scale, ctx.window, H=H, tiles=(KEYS, SMALL_KEYS),
             )  # fmt: skip
-            sizes = QUERIES
-            _backward_queries[(T // sizes["BQ"], B * N)](
+            launch(
+                _backward_queries, lambda sizes: (T // sizes["BQ"], B * N),
                 q, k, v, weight, d_out, lse, delta, dq,
-                T, N, G, scale * LOG2E, scale, ctx.window, H=H, **sizes,
+                T, N, G, scale * LOG2E, scale, ctx.window, H=H, tiles=(QUERIES, SMALL),
             )  # fmt: skip
         dk, dv = (x.view(B, T, G, N // G, H).sum(3) for x in (dk_BTNH, dv_BTNH))
         return dq, dk, dv, dw_BNT.view(B, G, N // G, T).sum(2), None, None

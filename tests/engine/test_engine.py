@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import modlab
+from modlab.engine import loop, switch
 from modlab.engine.branch import Branch
 from modlab.engine.choice import best_token
 from modlab.engine.prefill import lines
@@ -24,6 +25,8 @@ from modlab.engine.step import Step
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.hf.names import cache_argument
+from modlab.kernels import launch
+from modlab.kernels.launch import KernelRefused
 from modlab.routing.router import ROUTER
 from tests.helpers.fast_generation import (
     DEVICE,
@@ -37,6 +40,20 @@ from tests.helpers.fast_generation import (
     use_engine,
 )
 from tests.helpers.models import alternate_layers
+
+
+class Collect(BaseStreamer):
+    """What is streamed, as it comes."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: Any) -> None:
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
 
 
 @pytest.mark.parametrize("gate", ["straight-through", "fused", "paper"])
@@ -72,17 +89,6 @@ def test_rows_stop_at_their_own_end_token() -> None:
 
 
 def test_stopping_criteria_and_streamers_are_the_users_own() -> None:
-    class Collect(BaseStreamer):
-        def __init__(self) -> None:
-            self.pieces: list[list[int]] = []
-            self.ended = False
-
-        def put(self, value: Any) -> None:
-            self.pieces.append(value.flatten().tolist())
-
-        def end(self) -> None:
-            self.ended = True
-
     def stop_at_20(ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.full((ids.shape[0],), ids.shape[1] >= 20, device=ids.device)
 
@@ -348,6 +354,49 @@ def test_in_bfloat16_most_next_tokens_agree(rows: int) -> None:
     second = [a[-1] == b[-1] for a, b, same in zip(got, want, first, strict=True) if same]
     print(f"{rows} rows: prefill {sum(first)} of {len(first)}, step {sum(second)} of {len(second)}")
     assert sum(first) >= 0.9 * len(first) and sum(second) >= 0.9 * len(second)
+
+
+@pytest.mark.parametrize("where", ["prefill", "step"])
+def test_a_gpu_that_refuses_a_kernel_generates_without_the_engine(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told once, with no token streamed twice; with a bounded cache it is an error."""
+    model, inputs = llama_on_device(skip="kv", keep_recent=4), prompts(20)
+    want = generated(model, inputs)
+    modlab.enable_fast_generation(model, compile=False)
+    refused = KernelRefused("the kernel attend does not run on this machine (why)")
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise refused
+
+    part, name = {"prefill": (loop, "prefill"), "step": (Step, "run")}[where]
+    monkeypatch.setattr(part, name, refuse)
+    launch.warn_slower.cache_clear()
+    streamer = Collect()
+    with pytest.warns(UserWarning, match="generate runs without the engine, more slowly") as told:
+        assert generated(model, inputs, streamer=streamer) == want == generated(model, inputs)
+    assert sum("does not run on this machine (why): generate" in str(one.message) for one in told) == 1
+    assert [token for piece in streamer.pieces for token in piece] == want[0]
+    last = modlab.fast_generation_report(model)["last"]
+    assert last == {"fast": False, "why": str(refused)}
+    modlab.enable_fast_generation(model, compile=False, check=False, kv_tokens=8)
+    with pytest.raises(ModlabError, match=r"bounds the cache .* attend does not run"):
+        generated(model, inputs)
+
+
+@pytest.mark.parametrize("where", ["prefill", "step"])
+def test_fast_generation_is_refused_where_a_kernel_is(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the check on a small batch, which runs the kernels that prompts and steps run."""
+    model = llama_on_device(skip="kv", keep_recent=4)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise KernelRefused("the kernel attend does not run on this machine (why)")
+
+    part, name = {"prefill": (switch, "prefill"), "step": (Step, "run")}[where]
+    monkeypatch.setattr(part, name, refuse)
+    with pytest.raises(ModlabError, match=r"does not cover this .*attend does not run .*\. The ordinary"):
+        modlab.enable_fast_generation(model, compile=False)
+    assert not modlab.fast_generation_report(model)["enabled"]
 
 
 class AskingStep(Step):

@@ -81,7 +81,7 @@ def address_table(layer: SegmentedBuffer) -> Tensor:
     ],
     ids=["first", "second", "skipped", "blocks", "ragged", "odd-heads", "many-rows"],
 )
-@pytest.mark.parametrize("joined", [4, 64])
+@pytest.mark.parametrize(("joined", "tile"), [(4, -1), (64, 0)])
 def test_attention_equals_its_reference(
     lengths: list[int],
     keep: list[bool],
@@ -90,11 +90,14 @@ def test_attention_equals_its_reference(
     HK: int,
     HV: int,
     joined: int,
+    tile: int,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where a head has more pieces than are joined at once."""
+    """Also where a head has more pieces than are joined at once, and in the tile of the smallest GPUs."""
     monkeypatch.setattr(attention, "JOINED", joined)
+    for name in ("TILES", "SMALL_TILES"):
+        monkeypatch.setattr(attention, name, getattr(attention, name)[tile:])
     B, N = len(lengths), G * M
     generator = torch.Generator().manual_seed(7)
     q, k, v = (
@@ -321,7 +324,10 @@ def laid_out(keep: Tensor, counts: list[int], G: int, HK: int, HV: int, W: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, "heads"])
+@pytest.mark.parametrize(
+    ("share", "tile"),
+    [(0.0, "usual"), (0.3, "usual"), (1.0, "usual"), ("heads", "usual"), ("heads", "smallest")],
+)
 @pytest.mark.parametrize(
     ("counts", "W", "G", "M", "HK", "HV"),
     [
@@ -333,9 +339,21 @@ def laid_out(keep: Tensor, counts: list[int], G: int, HK: int, HV: int, W: int, 
     ids=["one", "rows", "wide-ring", "odd-heads"],
 )
 def test_prefill_with_kept_keys_equals_its_reference(
-    counts: list[int], W: int, G: int, M: int, HK: int, HV: int, share: float | str, dtype: torch.dtype
+    counts: list[int],
+    W: int,
+    G: int,
+    M: int,
+    HK: int,
+    HV: int,
+    share: float | str,
+    dtype: torch.dtype,
+    tile: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One gate, or one a head that keeps from nothing to everything: the cache, and the attention to it."""
+    if tile == "smallest":
+        for name in ("TILES", "SMALL_TILES"):
+            monkeypatch.setattr(kept, name, getattr(kept, name)[-1:] * 2)
     generator, S = torch.Generator().manual_seed(sum(counts)), sum(counts)
     q, k, v = (
         torch.randn(1, S, heads, size, generator=generator).to(DEVICE, dtype).transpose(1, 2)
