@@ -60,6 +60,7 @@ class _OfThread(threading.local):
         self.masked = False  # everything runs through the masked reference, see execution/reference.py
         self.off = False  # routed modules run as dense ones, see `routing_off`
         self.generates = False  # inside `generate`: decides as in eval mode, whatever the mode is
+        self.begun_with: MoDConfig | None = None  # inside `generate`: the settings that its cache is made for
         self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
 
 
@@ -68,7 +69,7 @@ class Routing:
 
     Attributes:
         config: the settings of the conversion; of the thread in `thresholds_restored`, where it set others
-            (`modlab.set_keep_recent`).
+            (`modlab.set_keep_recent`), and in `generate`, which ends with those that it began with.
         skip: what a token may skip, `skips.named(config.skip)`.
         layers: indices of the routed layers, ascending.
         num_layers: number of decoder layers, routed or not.
@@ -170,8 +171,8 @@ class Routing:
 
     @property
     def config(self) -> MoDConfig:
-        own = self.of_thread.config
-        return self.common_config if own is None else own
+        own = self.of_thread
+        return own.begun_with or own.config or self.common_config
 
     @property
     def recent(self) -> int | None:
@@ -350,8 +351,9 @@ def set_threshold(
 
 def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
     """Sets the threshold that gives a KV saving, as the routers' training left it (`Routing.trained`), and,
-    where that goes with it, how many of the latest tokens stay anyway (`set_keep_recent`). Warns of a saving
-    beyond those that the routers were trained for (`Trained.reached`).
+    where that goes with it, how many of the latest tokens stay anyway (`set_keep_recent`, which says what
+    becomes of a `generate` under way). Warns of a saving beyond those that the routers were trained for
+    (`Trained.reached`).
 
     Args:
         model: a converted model whose routers know thresholds by saving, such as `modlab.load("smollm2-kv")`.
@@ -377,7 +379,8 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
 
 def set_keep_recent(model: PreTrainedModel, tokens: int) -> None:
     """Sets how many of the latest tokens every token may attend to, kept or not (`MoDConfig.keep_recent`).
-    The next prompt uses it; a cache from before is refused.
+    The next prompt uses it; a `generate` under way ends with the number that it began with, and a cache from
+    before is refused.
 
     At equal bytes more recent tokens and fewer earlier ones bring the model closer to its dense self on
     ordinary text and cost recall of what lies further back (docs/quality.md). In texts not much longer than
@@ -412,12 +415,12 @@ def thresholds_restored(model: PreTrainedModel) -> Iterator[None]:
     which may generate meanwhile, do not see what this one sets."""
     routing = routing_of(model)
     own = routing.of_thread
-    before = own.thresholds, own.config
-    own.thresholds, own.config = dict(routing.thresholds), routing.config
+    before = own.thresholds, own.config, own.begun_with
+    own.thresholds, own.config, own.begun_with = dict(routing.thresholds), routing.config, None
     try:
         yield
     finally:
-        own.thresholds, own.config = before
+        own.thresholds, own.config, own.begun_with = before
 
 
 @contextlib.contextmanager
@@ -493,13 +496,16 @@ def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Reco
 @contextlib.contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
     """Inside this block the model decides in this thread as in eval mode, also in train mode and without a
-    cache: no what-if pass, no noise, no rule that looks ahead."""
-    of_thread = routing_of(model).of_thread
-    before, of_thread.generates = of_thread.generates, True
+    cache: no what-if pass, no noise, no rule that looks ahead. What `set_keep_recent` says meanwhile, here or
+    in another thread, is for the next block: the cache of this one has dropped by the number before."""
+    routing = routing_of(model)
+    own = routing.of_thread
+    before = own.generates, own.begun_with
+    own.generates, own.begun_with = True, routing.config
     try:
         yield
     finally:
-        of_thread.generates = before
+        own.generates, own.begun_with = before
 
 
 @contextlib.contextmanager

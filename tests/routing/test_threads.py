@@ -14,7 +14,8 @@ import torch
 
 import modlab
 from modlab.measure import evaluate
-from modlab.routing.state import masked_execution
+from modlab.routing.state import masked_execution, thresholds_restored
+from tests.helpers.models import routed_llama
 
 IDS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
 ROUNDS = 12
@@ -88,6 +89,53 @@ def test_generation_and_a_measurement_at_the_same_time(routed_model: Any) -> Non
     want = generate(), measure()
     tokens, losses = together(generate, measure)
     assert all(torch.equal(t, want[0]) for t in tokens) and losses == [want[1]] * ROUNDS
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in another thread"])
+def test_a_generation_ends_with_the_recent_tokens_that_it_began_with(fast: bool, elsewhere: bool) -> None:
+    """A slider that is moved meanwhile is for the next one."""
+    model = routed_llama(skip="kv", keep_recent=4)
+    if fast:
+        modlab.enable_fast_generation(model, compile=False, check=False)
+    seen: list[int] = []
+
+    def move(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(model.mod.config.keep_recent)
+        work = threading.Thread(target=modlab.set_keep_recent, args=(model, 1 + len(seen)))
+        work.start() if elsewhere else work.run()
+        if elsewhere:
+            work.join()
+        return scores
+
+    def generate(**kwargs: Any) -> Any:
+        return model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0, **kwargs)
+
+    want = generate()
+    modlab.set_keep_recent(model, 9)
+    other = generate()
+    assert not torch.equal(want, other), "the number of recent tokens should matter"
+    modlab.set_keep_recent(model, 4)
+    assert torch.equal(generate(logits_processor=[move]), want)
+    assert len(seen) == 12 and set(seen) == {4}
+    assert model.mod.config.keep_recent == 13  # what was said last holds afterwards
+    modlab.set_keep_recent(model, 9)
+    assert torch.equal(generate(), other)
+
+
+def test_a_measurement_inside_a_generation_has_recent_tokens_of_its_own() -> None:
+    model = routed_llama(skip="kv", keep_recent=4)
+    seen: list[int] = []
+
+    def measure(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        with thresholds_restored(model):
+            modlab.set_keep_recent(model, 9)
+            seen.append(model.mod.config.keep_recent)
+        seen.append(model.mod.config.keep_recent)
+        return scores
+
+    model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0, logits_processor=[measure])
+    assert seen == [9, 4] * 2 and model.mod.config.keep_recent == 4
 
 
 def test_an_interrupted_forward_leaves_nothing_behind(routed_model: Any) -> None:
