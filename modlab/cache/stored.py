@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +11,9 @@ from modlab.config import MoDConfig
 from modlab.errors import ModlabError, check_number
 from modlab.hf.names import given_cache
 from modlab.routing.state import routing_of
+
+if TYPE_CHECKING:
+    from modlab.routing.state import Routing
 
 MIB = 2**20
 
@@ -51,7 +54,7 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     each = token_bytes(model)
     tokens, routed = context * batch, len(routing.layers)
     dense = tokens * each * (routing.num_layers - routed)
-    ragged = tokens * (each * routed + skip.index_bytes * sum(routing.gates.values()))
+    ragged = tokens * routed * (each + index_bytes(routing))
     recent = recent_share(routing.config, context)
     ratio = keep_beside_recent((kv_mib * MIB - dense) / ragged, recent)
     if ratio >= 1:
@@ -101,6 +104,12 @@ def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int, recent:
         recent: share of the context that is in the cache anyway (`recent_share`).
     """
     return keep_beside_recent((num_layers / kv_saving - (num_layers - routed)) / routed, recent)
+
+
+def index_bytes(routing: Routing) -> float:
+    """Bytes next to the keys and values of one token in a routed layer's cache, the mean of these layers.
+    Each of a layer's gates has an index of its own."""
+    return routing.skip.index_bytes * sum(routing.gates.values()) / len(routing.layers)
 
 
 def recent_share(config: MoDConfig, context: float) -> float:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import traitlets as t
 
-from modlab.cache.stored import MIB, keep_ratio_for, recent_share
+from modlab.cache.stored import MIB, index_bytes, keep_ratio_for, recent_share
 from modlab.errors import ModlabError
 from modlab.hf.names import given_cache
-from modlab.skips import named
 from modlab.traces.routing_trace import RoutingTrace
 from modlab.traces.run import run_traced
 from modlab.widgets.jobs import Job
@@ -59,12 +58,13 @@ class SteeredView(MeasuredView):
         trace, context = self._trace, context_length(self._model) or TEXT_PIECE
         routed, each = len(set(trace.layers)), trace.kv_bytes_per_token
         dense = (trace.num_layers - routed) * each
-        quarter = dense + 0.25 * routed * (each + named(trace.skip).index_bytes)
+        index = index_bytes(self._model.mod)
+        quarter = dense + 0.25 * routed * (each + index)
         return {
             "mib": float(f"{quarter * context / MIB:.3g}"),
             "context": context,
             "token_bytes": words(trace.skip)["saves"] * each,
-            "index_bytes": named(trace.skip).index_bytes,
+            "index_bytes": index,
             "sample": self._texts is not None,
         }
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import modlab
+from modlab.errors import ModlabError
 from modlab.widgets import RoutingExplorer, explore
 from modlab.widgets.jobs import Cancelled
-from tests.helpers.models import routed_llama
+from tests.helpers.models import dense_llama, routed_llama
 
 TEXT = "the router decides which token runs and which token skips, and so on to the end of the line. " * 3
 ASKED = (0.0, 0.45, 0.6)
@@ -106,3 +107,19 @@ def test_a_curve_that_was_stopped_does_not_mix_recent_tokens(
     assert asked == [0.0, 0.0, 0.45, *ASKED]
     assert explorer.points == measured(model, word_tokenizer).points
     assert explorer.summary["recent"] == 7 and explorer.runs[0]["kv_bytes"] == explorer.summary["kv_bytes"]
+
+
+@pytest.mark.parametrize("gates", ["layer", "kv_head"])
+def test_the_budget_s_bounds_are_what_the_cache_takes(word_tokenizer: Any, gates: str) -> None:
+    """Each KV head with a gate of its own has an index of its own, too."""
+    open_gates = modlab.MoDConfig(layers="all", gates=gates, keep_recent=4)
+    explorer = explore(modlab.convert(dense_llama(), open_gates), word_tokenizer, TEXT)
+    layers, tokens = 6, len(word_tokenizer(TEXT)["input_ids"])
+    takes = explorer.summary["kv_bytes"] / 2**20
+    with pytest.raises(ModlabError, match="lie outside") as refused:
+        explorer.calibrate(kv_mib=2 * takes, context=tokens)
+    assert f"and {takes:.4g} MiB, with everything kept" in str(refused.value)
+    budget = explorer.budget
+    each = budget["token_bytes"] + budget["index_bytes"]  # the page's own sum
+    assert each * tokens * layers == takes * 2**20
+    assert budget["mib"] == pytest.approx(each * budget["context"] * 0.25 * layers / 2**20, rel=0.01)
