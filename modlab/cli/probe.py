@@ -102,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         if "retrieval" in chosen:
             retrieval = probes.retrieval_gap if options.paired else probes.retrieval
             tables["retrieval"] = retrieval(model, data, tokenizer, pairs=options.pairs, **far)
+    health = None
     if "generation" in chosen:
         health = probes.generation_health(
             model,
@@ -114,22 +115,33 @@ def run(options: argparse.Namespace) -> int:
             **shared,
         )
     if options.json:
-        for name, table in tables.items():
-            facts[name] = table.astype(object).where(table.notna(), None).to_dict("records")
-            facts[f"{name}_left_out"] = table.attrs["left_out"]
-        if "generation" in chosen:
-            facts |= {"generation": health.to_dict(), "judge": options.judge}
-        command = {"command": shlex.join(["modlab", *sys.argv[1:]])}
-        print(json.dumps(facts | command | circumstances(model.device, model.dtype), indent=2))
-        return 0
+        made = circumstances(model.device, model.dtype)
+        print(json.dumps(_as_json(options, facts, tables, health) | made, indent=2))
+    else:
+        _print(tables, health)
+    return 0
+
+
+def _as_json(
+    options: argparse.Namespace, facts: dict[str, Any], tables: dict[str, Any], health: Any
+) -> dict[str, Any]:
+    """The facts with all rows of the tables, and the command that made them."""
+    for name, table in tables.items():
+        facts[name] = table.astype(object).where(table.notna(), None).to_dict("records")
+        facts[f"{name}_left_out"] = table.attrs["left_out"]
+    if health is not None:
+        facts |= {"generation": health.to_dict(), "judge": options.judge}
+    return facts | {"command": shlex.join(["modlab", *sys.argv[1:]])}
+
+
+def _print(tables: dict[str, Any], health: Any) -> None:
     for name, table in tables.items():
         print(f"{name}\n{table.to_string(index=False, float_format=_figure)}")
         for distance, reason in table.attrs["left_out"].items():
             print(f"distance {distance:,} left out: {reason}")
         print()
-    if "generation" in chosen:
+    if health is not None:
         print(f"generation\n{health.frame().T.to_string(float_format=_figure)}")
-    return 0
 
 
 def _figure(value: float) -> str:

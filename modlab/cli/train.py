@@ -129,31 +129,12 @@ def run(options: argparse.Namespace) -> int:
 
     import modlab
     from modlab.data import packed
-    from modlab.recipes import DEFAULT
-    from modlab.routing.router import is_router
-    from modlab.training.checkpoints import checkpoints
     from modlab.training.checks import check_teacher
 
     model, tokenizer = load_model(options, options.model)
     taken: list[str] = []
     if not modlab.is_converted(model) and not options.dense:
-        name = options.recipe or DEFAULT
-        mod_config, config = modlab.recipe(
-            name, model, kv_saving=options.kv_saving, started=bool(options.start), **given
-        )
-        if options.router_hidden is not None:
-            mod_config = replace(mod_config, router_hidden=options.router_hidden)
-        modlab.convert(model, mod_config)
-        print(
-            f"{options.model} is dense: converted by the recipe {name}, routed layers "
-            f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
-        )
-        if options.start and not checkpoints(options.out):
-            taken = modlab.start_from(model, options.start)
-            if config.recent_range is None and model.mod.recent is not None:  # not those the routers have
-                modlab.set_keep_recent(model, mod_config.keep_recent)
-            new = sum(map(is_router, dict(model.named_parameters()))) - len(taken)
-            print(f"{len(taken)} tensors of {options.start} are the start, {new} are new")
+        config, taken = _convert(options, model, given)
     elif options.recipe or options.start or (options.kv_saving, options.router_hidden) != (None, None):
         raise ModlabError(
             "--recipe, --kv-saving, --start and --router-hidden are for a dense MODEL that is converted; "
@@ -173,6 +154,44 @@ def run(options: argparse.Namespace) -> int:
     if config.objective == "distil":  # last: nothing is fitted for a run that cannot begin
         data = _distilled(options, config, model, tokenizer, data, taken)
     result = modlab.train(model, data, config, eval_data=heldout, teacher=teacher, tokenizer=tokenizer)
+    _tell(options, result)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Converts a dense model by a recipe and, in a fresh run, gives it the routers to start from.
+
+    Returns:
+        the recipe's settings with the flags given, and the names of the tensors that were taken.
+    """
+    import modlab
+    from modlab.recipes import DEFAULT
+    from modlab.routing.router import is_router
+    from modlab.training.checkpoints import checkpoints
+
+    name = options.recipe or DEFAULT
+    mod_config, config = modlab.recipe(
+        name, model, kv_saving=options.kv_saving, started=bool(options.start), **given
+    )
+    if options.router_hidden is not None:
+        mod_config = replace(mod_config, router_hidden=options.router_hidden)
+    modlab.convert(model, mod_config)
+    print(
+        f"{options.model} is dense: converted by the recipe {name}, routed layers "
+        f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
+    )
+    if not options.start or checkpoints(options.out):
+        return config, []
+    taken = modlab.start_from(model, options.start)
+    if config.recent_range is None and model.mod.recent is not None:  # not those the routers have
+        modlab.set_keep_recent(model, mod_config.keep_recent)
+    new = sum(map(is_router, dict(model.named_parameters()))) - len(taken)
+    print(f"{len(taken)} tensors of {options.start} are the start, {new} are new")
+    return config, taken
+
+
+def _tell(options: argparse.Namespace, result: Any) -> None:
+    """Prints what came of a run, and what to do next."""
     last = result.history.iloc[-1].dropna().to_dict() if len(result.history) else {}
     shown = {
         name: last[name] for name in ("loss", "eval_loss", "keep_ratio", "eval_keep_ratio") if name in last
@@ -184,7 +203,6 @@ def run(options: argparse.Namespace) -> int:
         print("next: the same command with --resume auto takes it up again")
     else:
         print(f"next: {shlex.join(['modlab', 'eval', str(options.out / 'model'), '--data', options.data])}")
-    return INTERRUPTED if result.interrupted else 0
 
 
 def _checked(options: argparse.Namespace, given: dict[str, Any]) -> Any:

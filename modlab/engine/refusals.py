@@ -70,6 +70,17 @@ def call_refusal(
     model_kwargs: dict[str, Any],
 ) -> str | None:
     """Why this call runs without the engine, or None."""
+    return (
+        _model_now_refusal(model, engine)
+        or _settings_refusal(engine, generation_config, synced_gpus)
+        or _inputs_refusal(ids_BT, model_kwargs)
+        or _length_refusal(model, engine, generation_config.max_length or 0, *ids_BT.shape)
+        or _routing_refusal(engine)
+    )
+
+
+def _model_now_refusal(model: Any, engine: Engine) -> str | None:
+    """What has become of the model since fast generation was enabled."""
     if engine.routing is not None and engine.form is None:
         return engine.routing.skip.why_no_engine(engine.routing.config) or "the engine has no form for it"
     if next(model.parameters()).device != engine.device:
@@ -80,6 +91,11 @@ def call_refusal(
         return "autocast is on, and a captured step would keep its types: cast the model instead"
     if model.training or any(_is_training(layer) for layer in engine.layers):
         return "the model, or a part of it, is in training mode"
+    return None
+
+
+def _settings_refusal(engine: Engine, generation_config: Any, synced_gpus: bool) -> str | None:
+    """Settings of `generate` that ask for more than tokens."""
     if synced_gpus:
         return "several processes generate in step"
     if generation_config.return_dict_in_generate:
@@ -92,6 +108,11 @@ def call_refusal(
         return f"cache_implementation={generation_config.cache_implementation!r}"
     if getattr(generation_config, "is_assistant", False):
         return "the model drafts for another one"
+    return None
+
+
+def _inputs_refusal(ids_BT: Tensor, model_kwargs: dict[str, Any]) -> str | None:
+    """What comes with the tokens, and says of them what the engine does not read."""
     allowed = ("attention_mask", "position_ids", *CACHE_ARGUMENTS, "use_cache", "logits_to_keep")
     extra = sorted(name for name, value in model_kwargs.items() if value is not None and name not in allowed)
     if extra:
@@ -107,24 +128,32 @@ def call_refusal(
         wrong = (position_BT != real_BT.long().cumsum(1) - 1) & real_BT.bool()
         if bool(wrong.any()):
             return "position_ids are not those of the attention_mask"
-    reason = _rotary_refusal(engine, generation_config.max_length or 0, *ids_BT.shape)
-    if reason is not None:
-        return reason
+    return None
+
+
+def _length_refusal(model: Any, engine: Engine, most: int, rows: int, prompt: int) -> str | None:
+    """Texts of up to `most` tokens that outgrow rotary frequencies, or prompts the model's context."""
     context = context_length(model)
-    if engine.routing is not None and context and ids_BT.shape[1] > context:
-        return "the prompt is longer than the model's context"
+    too_long = engine.routing is not None and context and prompt > context
+    why = "the prompt is longer than the model's context" if too_long else None
+    return _rotary_refusal(engine, most, rows, prompt) or why
+
+
+def _routing_refusal(engine: Engine) -> str | None:
+    """What is asked of routing in this thread at present."""
     routing = engine.routing
-    if routing is not None:
-        if routing.is_off:
-            return "routing is off"
-        if routing.of_thread.recordings:
-            return "routing is being recorded"
-        if routing.masked:
-            return "the masked reference was asked for"
-        if routing.override is not None and routing.skip.decides_itself:
-            return "routing_override decides instead of the skip itself"
-        if routing.override is not None and not isinstance(routing.override, RoutingTable):
-            return "routing_override's function is not a RoutingTable"
+    if routing is None:
+        return None
+    if routing.is_off:
+        return "routing is off"
+    if routing.of_thread.recordings:
+        return "routing is being recorded"
+    if routing.masked:
+        return "the masked reference was asked for"
+    if routing.override is not None and routing.skip.decides_itself:
+        return "routing_override decides instead of the skip itself"
+    if routing.override is not None and not isinstance(routing.override, RoutingTable):
+        return "routing_override's function is not a RoutingTable"
     return None
 
 

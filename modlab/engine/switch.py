@@ -80,11 +80,10 @@ class FastModel(TakesTurns):
                 engine.last = {"fast": True, "why": ""}
                 try:
                     with idle_aside(self):
-                        tokens = generate_tokens(
+                        return generate_tokens(
                             engine, input_ids, model_kwargs.get("attention_mask"), logits_processor,
                             stopping_criteria, generation_config, streamer,
                         )  # fmt: skip
-                    return tokens
                 except KernelRefused as refused:  # no later than in the first step: nothing is streamed yet
                     reason = str(refused)
                     if engine.budget is None:

@@ -173,6 +173,19 @@ class TrainConfig:
             raise ModlabError(f"hold={self.hold} and ramp={self.ramp} together are more than the whole run.")
         if self.keep_range is not None:
             self._check_range(self.keep_range)
+        self._check_distils()
+        for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ModlabError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}."
+                )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ModlabError(f"betas={self.betas} has to be two numbers in [0, 1).")
+        if self.out is None and (self.save_every or self.resume is not None):
+            raise ModlabError(f"save_every={self.save_every}, resume={self.resume!r} need a folder: set out.")
+
+    def _check_distils(self) -> None:
+        """What only a distillation has."""
         if self.recent_range is not None:
             check_recent_range(self.recent_range)
             if self.objective != "distil" or self.keep_range is None:
@@ -190,15 +203,6 @@ class TrainConfig:
                 f"row_weight={self.row_weight} needs objective='distil' and a keep_range: it weighs rows by "
                 "their savings."
             )
-        for name, allowed in (("objective", Objective), ("mixed_precision", Precision)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ModlabError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}."
-                )
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ModlabError(f"betas={self.betas} has to be two numbers in [0, 1).")
-        if self.out is None and (self.save_every or self.resume is not None):
-            raise ModlabError(f"save_every={self.save_every}, resume={self.resume!r} need a folder: set out.")
 
     def _check_range(self, keep_range: tuple[float, ...]) -> None:
         """Two shares around the target, and with "distil" a row for either kind of threshold."""

@@ -93,22 +93,9 @@ class Run:
         self.objective = choose_objective(config, model)
         self.source = open_batches(batches)
         self.eval_source = _repeatable(eval_data)
-        check_fit(model, self.source, "batches")
-        if config.recent_range is None:  # else rows have fewer recent tokens than they store
-            check_rows_teach(model, self.source, self.objective)
-        if self.eval_source is not None:
-            check_fit(model, self.eval_source, "eval_data")
-        check_recent(config, model)
-        check_below(config, model)
-        check_teacher(config, model, teacher)
-        check_saved(config, model)
+        self._check(teacher)
         self.processes = Processes()
-        check_processes(config, self.source, self.processes.world)
-        if not self.processes.agree((self.source.outline, config.to_dict())):
-            raise ModlabError(
-                "the processes were given other data or settings: each of them has to be given all rows, of "
-                "which modlab.train picks its own."
-            )
+        self._check_processes()
         self.steps = _steps(config, self.source, self.processes.world)
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         checkpoint = find_checkpoint(config)
@@ -158,6 +145,27 @@ class Run:
                 lent.callback(self.compilation.off)
             self.history = self.folder.begin(self.description, self.step, steps_ahead=not self.is_done)
             self.lent, self.held = lent, stack.pop_all()
+
+    def _check(self, teacher: Any) -> None:
+        """Refuses data and settings that do not fit the model."""
+        model, config = self.model, self.config
+        check_fit(model, self.source, "batches")
+        if config.recent_range is None:  # else rows have fewer recent tokens than they store
+            check_rows_teach(model, self.source, self.objective)
+        if self.eval_source is not None:
+            check_fit(model, self.eval_source, "eval_data")
+        check_recent(config, model)
+        check_below(config, model)
+        check_teacher(config, model, teacher)
+        check_saved(config, model)
+
+    def _check_processes(self) -> None:
+        check_processes(self.config, self.source, self.processes.world)
+        if not self.processes.agree((self.source.outline, self.config.to_dict())):
+            raise ModlabError(
+                "the processes were given other data or settings: each of them has to be given all rows, of "
+                "which modlab.train picks its own."
+            )
 
     def __enter__(self) -> Run:
         return self
