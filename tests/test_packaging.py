@@ -25,7 +25,7 @@ from tests.helpers.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = (ROOT / "docs").glob("*.md")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -156,11 +156,30 @@ def test_example_for_large_models_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "qwen3-8b-kv" / "modlab_router.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS)])
+def links_of(page: Path) -> list[tuple[Path, str]]:
+    """Files that a page links to, and which heading of theirs ("" where none is named)."""
+    found = re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    return [((page.parent / file).resolve() if file else page, heading) for file, heading in found]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in DOCS)])
 def test_links_of_pages_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    targets = [t.split("#")[0] for t in re.findall(r"\]\((?!https?://|#)([^)]+)\)", text)]
-    assert [t for t in targets if not ((ROOT / page).parent / t).exists()] == []
+    links = links_of(ROOT / page)
+    assert [file for file, _ in links if not file.exists()] == []
+    for file, heading in links:
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M) if heading else []
+        slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings]
+        assert not heading or heading in slugs, (file.name, heading)
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            waiting += [file for file, _ in links_of(page)]
+    assert {*DOCS, ROOT / "notebooks" / "README.md"} <= reached
 
 
 def test_changelog_has_a_section_for_this_version_or_for_unreleased_work() -> None:

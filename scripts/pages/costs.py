@@ -10,7 +10,7 @@ import pandas as pd
 from scripts.pages.measured import records, ships
 from scripts.pages.quality import PLAIN, summary
 from scripts.pages.real_models import Settings, of_recipe, settings
-from scripts.pages.results import newest, results, skipped
+from scripts.pages.results import newest, newest_headline, results
 
 REAL = "Qwen2.5-Coder-0.5B-Instruct"
 Row = tuple[str, str, str, str]
@@ -18,12 +18,12 @@ Row = tuple[str, str, str, str]
 
 def why(root: Path) -> str:
     """The one number: what a smaller cache is good for."""
-    row = _row(root, "throughput", "throughput", "kv")
+    suite = newest_headline(root, "speed_kv")
+    (row,) = _kv_rows(suite, "throughput")
     return _wrapped(
         f"**Why.** Of a Llama-3-8B-shaped model with {row['context']:,} tokens a row, {row['batch']} rows "
-        f"instead of {row['dense_batch']} fit on one H100 once half of the keys and values of "
-        f"{row['routed_layers']} of its {row['num_layers']} layers are dropped: "
-        f"**{row['speedup']:.2f}x as many tokens a second**."
+        f"instead of {row['dense_batch']} fit on one {suite['device_name']} once three quarters of the keys "
+        f"and values are dropped: **{row['speedup']:.2f}x as many tokens a second**."
     )
 
 
@@ -173,8 +173,9 @@ def _quality_rows(root: Path) -> list[Row]:
 
 def _time_rows(root: Path) -> list[Row]:
     said = "not measured: tokens kept at random"
-    decode, full = _row(root, "generate", "decode", "kv"), _row(root, "throughput", "throughput", "kv")
-    prefill = _row(root, "generate", "prefill", "kv")
+    suite = newest_headline(root, "speed_kv")
+    device = suite["device_name"].removeprefix("NVIDIA ")
+    prefill, decode, (full,) = (_kv_rows(suite, case) for case in ("prefill", "decode", "throughput"))
     speed = [r for r in _suite(root)["rows"] if r["context"] == 32_768 and r["batch"] == 1]
     fast = {
         case: [r["speedup"] for r in speed if r["case"] == case and r["keep_ratio"] < 1]
@@ -182,14 +183,14 @@ def _time_rows(root: Path) -> list[Row]:
     }
     return [
         (
-            "cache, half kept, one row of 32k",
-            "8B shape, H100",
-            f"prefill {prefill['speedup']:.2f}x, decode {decode['speedup']:.2f}x",
+            "cache, a quarter kept, one row of 32k",
+            f"8B shape, {device}",
+            f"prefill {_speedups(prefill)}, decode {_speedups(decode)}",
             said,
         ),
         (
-            "cache, half kept, as many rows as fit",
-            "8B shape, H100",
+            "cache, a quarter kept, as many rows of 32k as fit",
+            f"8B shape, {device}",
             f"{full['speedup']:.2f}x tokens a second",
             said,
         ),
@@ -200,6 +201,16 @@ def _time_rows(root: Path) -> list[Row]:
             said,
         ),
     ]
+
+
+def _kv_rows(suite: dict[str, Any], case: str) -> list[dict[str, Any]]:
+    """Of the cache alone, a quarter kept, 32k tokens: one row, or as many as fit."""
+    rows = [r for r in suite["rows"] if (r["case"], r["context"], r["keep_ratio"]) == (case, 32_768, 0.25)]
+    return [row for row in rows if case == "throughput" or row["batch"] == 1]
+
+
+def _speedups(rows: list[dict[str, Any]]) -> str:
+    return _range([row["speedup"] for row in rows])
 
 
 def _range(values: list[float]) -> str:
@@ -223,12 +234,6 @@ def _settings(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _suite(root: Path) -> dict[str, Any]:
     (suite,) = newest(r for r in results(root) if r["what"] == "speed")
     return suite
-
-
-def _row(root: Path, what: str, case: str, skip: str) -> dict[str, Any]:
-    """The first row of a case, of the newest result of this kind, where something was dropped."""
-    (result,) = (r for r in newest(r for r in results(root) if r["what"] == what) if skipped(r) == skip)
-    return next(row for row in result["rows"] if row["case"] == case and row["keep_ratio"] < 1)
 
 
 def _wrapped(text: str) -> str:
