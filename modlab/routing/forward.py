@@ -15,6 +15,7 @@ from modlab.errors import ModlabError
 from modlab.hf.arguments import forward_signature
 from modlab.hf.model import beyond_context, context_length
 from modlab.hf.names import CACHE_ARGUMENTS, cache_argument, drops_caches, given_cache
+from modlab.routing.learning import Learning
 from modlab.routing.record import ForwardCall, RoutingStep
 from modlab.routing.state import Routing, eager
 
@@ -34,7 +35,7 @@ class ForwardHooks:
     """
 
     def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+        self.routing, self.learning = routing, Learning()
 
     def register(self, model: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
         """Puts the hooks in place; the handles take them away again."""
@@ -87,6 +88,7 @@ class ForwardHooks:
                     "gone. Begin without a cache inside the block, and do not take its cache out of it."
                 )
             return args, kwargs
+        self.learning.see(routing, module)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None:
             return args, kwargs  # the model's own error says it best

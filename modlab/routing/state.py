@@ -93,9 +93,10 @@ class Routing:
         source: the folder or hub id that the routers were loaded from, "" if they were not or
             have learned since.
         trained: what is known of the routers: data, and thresholds by KV saving; None if nothing is. Training
-            clears it when routers first change, and writes it again where thresholds by saving were found.
-        base_trained: whether other weights than the routers have been trained by modlab since the model was
-            dense, or may have been: then routers alone are not the whole of it (`save_routers`).
+            clears it when routers first change, and writes it again where thresholds by saving were found; a
+            loop of somebody else's clears it, too (`learning.py`).
+        base_trained: whether other weights than the routers have been trained since the model was dense, or
+            may have been: then routers alone are not the whole of it (`save_routers`).
     """
 
     def __init__(

@@ -1,0 +1,75 @@
+"""Notices that parameters learn in a loop that is not the package's.
+
+`modlab.train` and `MoDCallback` say so themselves. Any other loop only shows in the parameters: a forward in
+training notes some values of each that can learn, the next forward finds others there. (Version counters do
+not tell: fused optimisers leave them alone.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from modlab.routing.router import is_router
+
+if TYPE_CHECKING:
+    from modlab.routing.state import Routing
+
+ENTRIES = 16
+"""Of each parameter; a step moves all of them, or nearly."""
+
+FORGOTTEN = (
+    "the routers of this model learn in a loop that is not modlab.train's: its thresholds by KV saving "
+    "(modlab.set_kv_saving) were those of the routers before, and are forgotten. "
+    "modlab.calibrate(model, texts, keep_ratio=...) finds the threshold of a keep ratio."
+)
+
+
+class Learning:
+    """What parameters were in the latest forward that they could learn from; empty where nothing is at stake
+    or in question."""
+
+    def __init__(self) -> None:
+        self.noted: dict[str, Tensor] = {}
+
+    def see(self, routing: Routing, decoder: nn.Module) -> None:
+        """In front of a forward: what is known of the routers is forgotten if they are others than in the one
+        before, and the base counts as trained if it is another."""
+        learns = decoder.training and torch.is_grad_enabled()
+        known = bool(routing.source or routing.trained)
+        if not self.noted and not (learns and (known or not routing.base_trained)):
+            return
+        now = dict(decoder.named_parameters())
+        moved = [name for name, before in self.noted.items() if name in now and _differs(before, now[name])]
+        self.noted = {}
+        if known and any(map(is_router, moved)):
+            if routing.trained:
+                warnings.warn(FORGOTTEN, stacklevel=2)
+            routing.forget_origin()
+            known = False
+        routing.base_trained |= not all(map(is_router, moved))
+        if learns:
+            self.noted = {
+                name: _some(parameter).clone()
+                for name, parameter in now.items()
+                if _can_tell(name, parameter) and (known if is_router(name) else not routing.base_trained)
+            }
+
+
+def _can_tell(name: str, parameter: nn.Parameter) -> bool:
+    """Sharded ones are left alone: to compare them all processes would have to. Adapters are no part of the
+    base."""
+    return parameter.requires_grad and type(parameter.data) is Tensor and "lora_" not in name
+
+
+def _some(parameter: Tensor) -> Tensor:
+    return parameter.detach().flatten()[:ENTRIES]
+
+
+def _differs(before: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether values that were noted are others now; of a parameter with another type nothing is known."""
+    now = _some(parameter)
+    return now.dtype == before.dtype and not torch.equal(before.to(now.device), now)
