@@ -1,7 +1,7 @@
-"""The 70B shape with random weights over all GPUs, its layers spread by `device_map`, or its heads by the
-tensor-parallel plan: prefill and decode, dense and routed.
+"""The 70B shape with random weights over all GPUs: prefill and decode, dense and routed.
 
-Weights are made where they lie: 141 GB in 16 bit pass neither a disk nor the CPU.
+Its layers are spread by `device_map`, or its heads by the tensor-parallel plan. Weights are
+made where they lie: 141 GB in 16 bit pass neither a disk nor the CPU.
 """
 
 from __future__ import annotations
