@@ -65,7 +65,7 @@ class Measured(Told):
 def distilled(options: argparse.Namespace) -> dict[str, Any]:
     """The one scene: routers with a gate a KV head on their own dense self, a row a GPU, base frozen."""
     began = time.perf_counter()
-    if options.toy and worker.world() > 1:  # on a CPU accelerate never looks at its flags
+    if options.toy:  # on a CPU accelerate never looks at its flags
         from tests.helpers.fsdp_on_cpu import launched_with_fsdp
 
         launched_with_fsdp(activation_checkpointing=True)
@@ -84,7 +84,7 @@ def distilled(options: argparse.Namespace) -> dict[str, Any]:
         "seconds until there": time.perf_counter() - began, "rows": world, "length": options.length,
         "lines": [], "planned": planned,
     }  # fmt: skip
-    plan = next(line["total"] for line in planned if line["way"] == ("FSDP2" if world > 1 else "DDP"))
+    plan = next(line["total"] for line in planned if line["way"] == "FSDP2")
     worker.tidy()
     worker.forget_peaks()
     modlab.train(model, ids, config, monitor=Measured(options, model, found, plan))
@@ -93,6 +93,7 @@ def distilled(options: argparse.Namespace) -> dict[str, Any]:
 
 def alike(shape: Shape, context: int, where: torch.device, dtype: torch.dtype) -> Any:
     """A Llama of random weights on a device, all layers in the memory of the first one."""
+    torch.manual_seed(0)  # in every process the same
     model = without_weights(shape, context, dtype)
     first, *others = model.model.layers
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head, first):

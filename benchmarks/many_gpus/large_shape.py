@@ -59,9 +59,6 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     model = make(shape, max(LENGTHS) + 64, _places(options), worker.dtype(options))
     found: dict[str, Any] = {"seconds until there": time.perf_counter() - began, "by length": {}}
     found["weight_bytes"] = worker.weight_bytes(model)
-    found["planned"] = {
-        str(length): worker.planned(options, shape.config(length), "inference", length) for length in lengths
-    }
     for kinds, length in itertools.product((FIRST, THEN), lengths):
         ids = torch.randint(3, 250, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
         rows = found["by length"].setdefault(str(length), {})
@@ -71,7 +68,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             rows[name]["allocated"] = worker.allocated()
             worker.write(options, found)
             worker.tidy()  # this kind's cache
-    return found
+    planned = {
+        str(length): worker.planned(options, shape.config(length), "inference", length) for length in lengths
+    }
+    return found | {"planned": planned}
 
 
 def shape_of(options: argparse.Namespace) -> Shape:

@@ -78,9 +78,10 @@ def parts(models: list[str], gpus: int) -> list[Part]:
 
 
 def large_parts(gpus: int) -> list[Part]:
-    """The parts of the large shape, which need no folder of a model."""
+    """The parts of the large shape, which need no folder of a model; one GPU has no others to share with."""
     limits = {LARGE_SPREAD: 200, LARGE_BY_HEADS: 150, LARGE_DISTILLED: 240}
-    return [Part(what, (LARGE_SHAPE,), gpus, limit) for what, limit in limits.items()]
+    wanted = limits if gpus > 1 else {LARGE_SPREAD: limits[LARGE_SPREAD]}
+    return [Part(what, (LARGE_SHAPE,), gpus, limit) for what, limit in wanted.items()]
 
 
 def chosen(only: list[str], models: list[str], gpus: int) -> list[Part]:

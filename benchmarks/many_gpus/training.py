@@ -153,11 +153,13 @@ def distilled(options: argparse.Namespace, model: str, rows: int, skip: str = "k
     """Routers by KV head on their own dense self, and the projections of prompts that leave."""
     history = _run(options, model, rows, Told(), skip=skip)
     lines = history["tokens_per_s"].iloc[1:]  # the first line has compiled
-    return _told(options, history, rows) | {
+    found = _told(options, history, rows) | {
         "tokens_per_s": float(lines.median()),
         "allocated": worker.allocated(),
-        "planned": worker.planned(options, model, "routers", options.length, rows // worker.world()),
     }
+    if skip != LEAVES:  # of which the planner knows nothing
+        found["planned"] = worker.planned(options, model, "routers", options.length, rows // worker.world())
+    return found
 
 
 def broken_down(options: argparse.Namespace) -> dict[str, Any]:

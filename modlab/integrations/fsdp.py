@@ -8,6 +8,8 @@ objects: an optimizer may know them already.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,24 @@ from torch import distributed, nn
 
 from modlab.errors import ModlabError
 from modlab.routing.router import ROUTER
+
+FIRST_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""accelerate's variable, "true" unless its launcher is told otherwise: transformers 5.17 then loads a
+checkpoint in the first process of a machine alone, and leaves zeros in all others."""
+
+
+@contextlib.contextmanager
+def every_process_loads() -> Iterator[None]:
+    """Inside, transformers loads a checkpoint in each process: conversion looks at layers by running them.
+    The host holds it once: weights in the checkpoint's dtype are its mapped pages, which processes share."""
+    before = os.environ.get(FIRST_LOADS)
+    if before is not None:
+        os.environ[FIRST_LOADS] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[FIRST_LOADS] = before
 
 
 def give_groups(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modlab.errors import ModlabError
+from modlab.integrations.fsdp import every_process_loads
 from modlab.paths import exists
 from modlab.routing.state import is_converted
 from modlab.saving import gguf
@@ -166,7 +167,8 @@ def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     Raises:
         ModlabError: weights are missing, which transformers would make up.
     """
-    model, found = _with_findings(source, {**kwargs, "output_loading_info": True})
+    with every_process_loads():
+        model, found = _with_findings(source, {**kwargs, "output_loading_info": True})
     if missing := sorted(found.get("missing_keys") or ()):
         raise ModlabError(
             f"the weights in {source!r} lack {len(missing)} of the model's tensors ({missing[0]}), which "

@@ -18,6 +18,9 @@ from modlab.integrations.fsdp import give_groups, is_sharded, reshard_routers, r
 if TYPE_CHECKING:
     from modlab.training.processes import Processes
 
+FIRST = 16
+"""Numbers of each weight by which processes tell whether they hold the same model."""
+
 
 def shard(model: Any, processes: Processes, bf16: bool) -> None:
     """Shards weights layer by layer, with accelerate's settings; a model that is sharded stays as it is.
@@ -34,7 +37,7 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
 
     Raises:
         ModlabError: activation checkpointing is wanted of a model that has none; an earlier run has left the
-            routers of this model whole.
+            routers of this model whole; the processes hold different weights.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -46,6 +49,13 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
                 "each process: to train other weights too, load what it saved into a new model."
             )
         return
+    if not processes.agree([_beginning(p) for p in model.parameters()]):
+        raise ModlabError(
+            f"the processes hold different weights of this {type(model).__name__}, and FSDP2 would take a "
+            "part of each. Under --fsdp_cpu_ram_efficient_loading, accelerate's default, the first process "
+            "of a machine may load a checkpoint alone: say --fsdp_cpu_ram_efficient_loading false, or load "
+            "by modlab.load, which loads in all."
+        )
     routers = {p for router in routers_of(model) for p in router.parameters()}
     alone = routers if routers.issuperset(trained) else set()
     for parameter in alone:
@@ -61,6 +71,18 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **settings)
     fully_shard(model, **settings)
     give_groups(model)
+
+
+def _beginning(weight: Tensor) -> list[int] | None:
+    """The bytes of a weight's first numbers, which tell processes' weights apart: loaded ones from zeros,
+    seeds from each other. None of what wraps other tensors (quantized weights)."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return None
+    first = weight.detach()
+    while first.dim() > 1 and len(first):
+        first = first[0]
+    found: list[int] = first.reshape(-1)[:FIRST].cpu().view(torch.uint8).tolist()
+    return found
 
 
 def _checkpoint_activations(model: Any) -> None:

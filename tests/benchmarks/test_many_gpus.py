@@ -206,6 +206,7 @@ def test_more_than_two_gpus_are_held_against_two_and_taken_up_by_half() -> None:
 def test_the_large_shape_is_asked_for_by_name_and_needs_no_model() -> None:
     assert not {one.what for one in chosen([], ["m"], 4)} & set(LARGE)
     assert [one.what for one in chosen([LARGE_SHAPE], [], 4)] == list(LARGE)
+    assert [one.what for one in chosen([LARGE_SHAPE], [], 1)] == ["llama-3-70b device_map"]
     assert [one.what for one in chosen([LARGE_DISTILLED, ONE], ["m"], 4)] == [LARGE_DISTILLED, ONE]
 
 
