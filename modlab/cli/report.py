@@ -129,10 +129,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _sentence(setting: Setting) -> str:
     """What a setting saves and costs, in a line."""
+    from modlab.measure.report_page import answers_in_words, gap_in_words, kl_in_words
+
     name = "present thresholds" if setting.asked is None else f"{setting.asked:g}x"
     return (
-        f"{name}: K/V {setting.kv_saving:.2f}x smaller, KL {setting.kl_far:.4f}, recall gap up to "
-        f"{setting.recall['gap'].max():+.3f}, {setting.of_dense:.1%} of dense's answers"
+        f"{name}: K/V {setting.kv_saving:.2f}x smaller, KL {kl_in_words(setting)}, recall gap up to "
+        f"{gap_in_words(setting)} tokens, dense's answers kept: {answers_in_words(setting)}"
     )
 
 

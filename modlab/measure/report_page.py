@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import TYPE_CHECKING, Any
+
+from modlab.measure.divergence import FAR
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,23 +47,40 @@ def called(setting: Setting) -> str:
     return "present thresholds" if setting.asked is None else f"{setting.asked:g}x asked"
 
 
+def kl_in_words(setting: Setting) -> str:
+    """KL at far positions; rows that end before them have none."""
+    found = setting.kl_far
+    return f"{found:.4f}" if math.isfinite(found) else f"not measured before position {FAR:,}"
+
+
+def gap_in_words(setting: Setting) -> str:
+    """The largest recall gap, its standard error (of one question there is none), and where it is."""
+    worst = setting.recall.loc[setting.recall["gap"].idxmax()]
+    error = f" ± {worst['stderr']:.3f}" if math.isfinite(worst["stderr"]) else ""
+    return f"{worst['gap']:+.3f}{error} at {int(worst['distance']):,}"
+
+
+def answers_in_words(setting: Setting) -> str:
+    """The share of dense's right answers that routing keeps; a model that answers nothing has none."""
+    right = int(setting.retrieval["dense_right"].sum())
+    return f"{setting.of_dense:.1%} of {right}" if right else "none: dense gives no right answer"
+
+
 def _decides(report: Report) -> str:
     """A line a setting: what a reader wants to know in a minute."""
     import pandas as pd
 
     lines = []
     for setting in report.settings:
-        worst = setting.recall.loc[setting.recall["gap"].idxmax()]
-        keeps, asked = setting.divergence["keep_ratio"], int(setting.retrieval["dense_right"].sum())
-        gap = f"{worst['gap']:+.3f} ± {worst['stderr']:.3f} at {int(worst['distance']):,}"
+        keeps = setting.divergence["keep_ratio"]
         lines.append(
             {
                 "setting": called(setting),
                 "K/V smaller": f"{setting.kv_saving:.2f}x",
                 "kept, by text": f"{keeps.min():.2f} to {keeps.max():.2f}",
-                "KL, far": f"{setting.kl_far:.4f}",
-                "largest recall gap": gap,
-                "dense's answers kept": f"{setting.of_dense:.1%} of {asked}",
+                "KL, far": kl_in_words(setting),
+                "largest recall gap": gap_in_words(setting),
+                "dense's answers kept": answers_in_words(setting),
             }
         )
     note = (

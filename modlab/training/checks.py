@@ -187,8 +187,8 @@ def nothing_to_learn(model: Any, length: int) -> str:
     return (
         f"rows of at most {length} tokens, but with skip={routing.skip.name!r} a token attends to its latest "
         f"{routing.config.keep_recent} (keep_recent) whatever the routers say: none of them would learn. "
-        f"Rows of {needed} tokens are the least, several times as many are better; or convert with a smaller "
-        "keep_recent (modlab convert --keep-recent N)."
+        f"Rows of {needed} tokens are the least, several times as many are better; or let fewer recent "
+        "tokens stay: modlab.set_keep_recent(model, N) (modlab convert --keep-recent N)."
     )
 
 

@@ -60,7 +60,14 @@ class Fit:
     r2_linear: float
     keep_ratio: float
     seconds: float
-    keep_ratio_by_layer: dict[int, float] = field(default_factory=dict, repr=False)
+    keep_ratio_by_layer: dict[int, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What a notebook shows: no more digits than say something."""
+        return (
+            f"Fit(tokens={self.tokens}, r2={self.r2:.3f}, r2_linear={self.r2_linear:.3f}, "
+            f"keep_ratio={self.keep_ratio:.3f}, seconds={self.seconds:.0f})"
+        )
 
 
 def fit_routers(

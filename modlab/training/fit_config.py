@@ -17,8 +17,8 @@ class FitConfig:
         recent_range: how many of the latest tokens stay anyway (`MoDConfig.keep_recent`), from the second
             at 2x less K/V to the first at 16x: `modlab.set_kv_saving` sets them with the threshold. None: as
             converted, at all savings.
-        tokens: of text that routers are fitted to; None: 16,384 on a CPU, 196,608 on a GPU. Text that is
-            shorter gives what it has.
+        tokens: of text that is read, the share `held_out` of it not for fitting; None: 16,384 on a CPU,
+            196,608 on a GPU. Text that is shorter gives what it has.
         context: tokens of a text, which is read twice in a row; None: 1,024 on a CPU, 2,048 on a GPU, or half
             of the model's context where that is less.
         batch_size: rows a forward; None: 1 on a CPU, 4 on a GPU.

@@ -1,4 +1,4 @@
-"""What a router keeps, in a word: tokens of one kind, rare ones, everything, or nothing but the window.
+"""What a router keeps, in a word: tokens of one kind, rare ones, everything, or nothing but recent ones.
 
 A name is a reading of one text, not a finding about the model: the figures behind it come with it.
 
@@ -89,7 +89,8 @@ def _named(trace: RoutingTrace, row: int, keep: Mask, of_kind: dict[str, Mask]) 
         latest = f", next to the latest {trace.keep_recent + 1}" if trace.keep_recent else ""
         if first.any():
             return "first tokens", f"It asks for first tokens and {share:.1%} of the others{latest}."
-        return "the window alone", f"Its gate keeps {share:.1%} of the tokens{latest} and the first ones."
+        name = "recent tokens" if trace.keep_recent else "next to nothing"
+        return name, f"Its gate keeps {share:.1%} of the tokens{latest} and the first ones."
     best = max(of_kind, key=lambda name: phi(keep, of_kind[name]))
     if phi(keep, of_kind[best]) < AGREES:
         return "a mix", f"It keeps {share:.0%} of the tokens, of no kind that stands out."

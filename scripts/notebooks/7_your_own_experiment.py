@@ -199,7 +199,7 @@ display(my_bars)
 # ## A real model
 #
 # Routers for SmolLM2-135M ship with modlab, one gate for each KV head of each layer. The bars of its first
-# gates, from the same class:
+# two layers, from the same class: three gates a layer.
 
 # %%
 real = lab.real_model()

@@ -94,6 +94,37 @@ def test_curves_of_as_many_lines_are_drawn_again(nb: Notebook) -> None:
     nb.page.wait_for_function(f"before => ({CURVES})() === before", arg=before)
 
 
+NAMES = """() => [...document.querySelectorAll('[data-view=training] svg.modlab-curve')].at(-1)
+  .querySelectorAll('text[text-anchor=start].mod-tick').values().map(e => e.getBBox())
+  .map(b => [b.y, b.height]).toArray().sort((a, b) => a[0] - b[0])"""
+
+
+def test_names_of_many_layers_stay_next_to_the_curves(nb: Notebook, shots: Path) -> None:
+    """A real model has thirty layers: names without room are told by pointing, and none lies over others."""
+    nb.python(
+        "before = panel.columns, panel.series\n"
+        "layers = [f'keep_{i}' for i in range(40)]\n"
+        "ends = np.linspace(0.02, 0.98, 40)[(np.arange(40) * 7) % 40]\n"
+        "rows = np.stack([[1, 2], [2.5, 2.4], *[[1, end] for end in ends], [1, 0.5], [0.5, 0.5]])\n"
+        "panel.columns = ['step', 'loss', *layers, 'keep_ratio', 'target']\n"
+        "panel.series = rows.astype('<f4').tobytes()"
+    )
+    svg = nb.page.locator("[data-view=training] svg.modlab-curve").last
+    nb.page.wait_for_function(
+        "() => document.querySelectorAll('[data-view=training] polyline.mod-near').length === 42"
+    )
+    nb.page.screenshot(path=shots / "training-many-layers.png")
+    names = nb.page.evaluate(NAMES)
+    assert 8 <= len(names) <= 17  # not all forty
+    assert names[0][0] >= 14 and names[-1][0] + names[-1][1] <= 230  # within the picture, under its title
+    assert all(low[0] - high[0] >= 10.9 for high, low in zip(names, names[1:], strict=False))
+    assert {"mean", "target"} <= set(svg.locator("text").all_text_contents())
+    told = svg.locator("polyline.mod-near title").all_text_contents()
+    assert "layer 39: 83 %" in told and len(told) == 42
+    assert "point at a line" in nb.page.locator("[data-view=training]").inner_text()
+    nb.python("panel.columns, panel.series = before")
+
+
 def test_the_same_where_widgets_share_the_kernels_thread(
     lab: JupyterLab, notebook: Callable[..., Path], shots: Path
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import modlab
+from modlab.cli.report import _sentence
 from modlab.errors import ModlabError
 from modlab.measure import divergence, report
 from modlab.measure.report_page import _by_position
@@ -66,6 +67,19 @@ def test_figures_are_those_of_the_functions(model, tmp_path) -> None:
     for shown in ("2x asked", "4x asked", "largest recall gap", "frequent words", "date today"):
         assert shown in page
     assert "http://" not in page.split("<script")[0]
+
+
+def test_what_was_not_measured_is_said_in_words(model, tmp_path) -> None:
+    """Rows that end before position 1,024, one question a distance, a dense model that answers none."""
+    asked = ASKED | {"questions": 1, "distances": (100,)}
+    found = report(model, STREAM, make_tokenizer(), **asked)
+    (setting,) = found.settings
+    setting.retrieval = setting.retrieval.assign(dense_right=0, of_dense=float("nan"))
+    said = _sentence(setting)
+    assert "KL not measured before position 1,024" in said and "none: dense gives no right answer" in said
+    assert "nan" not in said
+    decides = found.to_html().split("<script")[0]
+    assert "nan" not in decides and "dense gives no right answer" in decides
 
 
 def test_share_of_denses_answers_is_over_all_distances(model) -> None:

@@ -36,7 +36,7 @@ def test_everything_nothing_and_a_mix() -> None:
     mix = np.arange(len(WORDS)) % 2 == 0
     everything, nothing = np.ones(len(WORDS), bool), np.zeros(len(WORDS), bool)
     names = [head["name"] for head in name_heads(trace_of(everything, nothing, mix))]
-    assert names == ["everything", "the window alone", "a mix"]
+    assert names == ["everything", "next to nothing", "a mix"]  # no recent tokens stay in this one
 
 
 def test_a_head_that_asks_for_first_tokens_only() -> None:
@@ -45,7 +45,7 @@ def test_a_head_that_asks_for_first_tokens_only() -> None:
     keep = np.zeros((2, len(WORDS)), bool)
     keep[:, :2] = True  # kept whatever the gate
     heads = name_heads(trace_of(*keep, gate=gate, keep_first=2, keep_recent=7, skip="kv"))
-    assert [head["name"] for head in heads] == ["first tokens", "the window alone"]
+    assert [head["name"] for head in heads] == ["first tokens", "recent tokens"]
     assert all("the latest 8" in head["says"] and head["share"] == 0 for head in heads)
 
 
@@ -62,7 +62,7 @@ def test_names_are_listed_by_layer_and_head() -> None:
     trace = trace_of(everything, everything, ~everything)
     assert names_in_words(name_heads(trace)) == [
         "everything (2): layer 1, 3",
-        "the window alone (1): layer 5",
+        "next to nothing (1): layer 5",
     ]
     heads = replace(trace, layers=[1, 1, 3], skip="kv")
     assert names_in_words(name_heads(heads))[0] == "everything (2): layer.KV head 1.0, 1.1"

@@ -53,6 +53,7 @@ class Budget {
     this.says.hidden = !tokens;
     this.says.textContent = !each ? "This model skips MLPs only: its cache is as large as a dense one."
       : `With the share that this text keeps, a cache of ${tokens.toLocaleString("en")} tokens takes ${size(each * (numLayers - routed) + stored)}; `
-        + `dense it takes ${size(each * numLayers)}, with all tokens ${store.words.past} in the routed layers ${size(each * (numLayers - routed) + least)}.` + elsewhere;
+        + `dense it takes ${size(each * numLayers)}, with all tokens ${store.words.past} in the routed layers `
+        + `${size(each * (numLayers - routed) + least)}.` + elsewhere;
   }
 }

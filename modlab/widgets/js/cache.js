@@ -148,7 +148,8 @@ class HeadNames {
     el(this.box, "h3", "", `What each ${store.several ? "KV head" : "layer"} keeps`);
     this.groups = el(this.box, "div", "mod-head-groups");
     el(this.box, "p", "mod-note mod-look",
-      "Look for the few that keep everything. A name is a reading of this text: click one for the figures behind it.");
+      "Look for the few that keep everything. A name is a reading of this text: click one for the figures behind it."
+      + (store.several ? " 6.2 is KV head 2 of layer 6; both are counted from 0." : ""));
     this.proof = el(this.box, "div", "modlab-head-proof");
     this.proof.setAttribute("aria-live", "polite");
   }
@@ -177,7 +178,7 @@ class HeadNames {
     for (const [name, members] of [...groups].sort((a, b) => first(b[0]) - first(a[0]) || b[1].length - a[1].length)) {
       const row = el(this.groups, "div", "mod-head-group");
       el(row, "b", "", name);
-      el(row, "span", "mod-note", `${members.length}`);
+      el(row, "span", "mod-note", `${members.length} of ${heads.length}`);
       for (const head of members) {
         const where = store.several ? `${head.layer}.${head.head}` : String(head.layer);
         const says = `layer ${head.layer}${store.several ? `, KV head ${head.head}` : ""}: ${name}, keeps ${percent(head.share)}`;

@@ -64,7 +64,9 @@ class Controls {
     if (preview)
       return `Preview from the gates recorded at p ${at}; in a real run the gates of later layers change too. ` +
         (can ? "Release the slider for one." : "That needs a notebook with the model.");
-    const measured = "Measured: the model ran this text with " + (store.summary.varies ? "the thresholds of its layers." : `p ${at}.`);
+    const share = store.levels.all.of(store.summary.p), ratio = this.byRatio && share ? `one token in ${(1 / share).toFixed(1)} kept, ` : "";
+    const how = store.summary.varies ? "the thresholds of its layers." : `${ratio}p ${at}.`;
+    const measured = `Measured: the model ran this text with ${how}`;
     return measured + (can ? " Drag the slider for another one." : "");
   }
 }

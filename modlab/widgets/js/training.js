@@ -92,22 +92,39 @@ class Training {
     const steps = data.step, from = Math.min(...steps), to = Math.max(...steps);
     const values = lines.flatMap(([name]) => (data[name] || []).filter(Number.isFinite)), y = range || span(values, LEAST_LOSS);
     const plot = new Plot(this.plots, title, { width, height: 230, left: 52, right: 62, top: 28, bottom: 36 }, [from, to], y);
-    plot.frame(ticks(...y, 4), format, to > from ? ticks(from, to, 5) : [from], (v) => v.toLocaleString("en"), "step");
-    const ends = [];
+    plot.frame(ticks(...y, 4), format, to > from ? ticks(from, to, 5).filter(Number.isInteger) : [from], (v) => v.toLocaleString("en"), "step");
+    const found = [];
     for (const [name, label, cls, stroke] of lines) {
       const at = steps.map((s, i) => [s, (data[name] || [])[i]]).filter(([, v]) => Number.isFinite(v));
       if (!at.length) continue;
       if (at.length === 1) plot.dot(...at[0], "", 3).setAttribute("fill", stroke || this.scene.theme.accent);
       plot.line(at, cls, stroke ? { stroke } : {});
-      if (label) ends.push([plot.up(at[at.length - 1][1]), label]);
+      if (!label) continue;
+      const last = at[at.length - 1][1], told = `${stroke ? `layer ${label}` : label}: ${format(last)}`;
+      node(plot.line(at, "mod-near"), "title", {}, told);
+      found.push([plot.up(last), label]);
     }
+    const ends = roomFor(found, plot);
     // Names at the ends of the lines, so that none has to be told by its colour; pushed apart where they would meet.
     ends.sort((a, b) => a[0] - b[0]);
     ends.forEach((end, i) => { if (i) end[0] = Math.max(end[0], ends[i - 1][0] + 11); });
     for (let i = ends.length - 1, floor = plot.base + 4; i >= 0; i--) { ends[i][0] = Math.min(ends[i][0], floor); floor = ends[i][0] - 11; }
     for (const [at, label] of ends) plot.text(plot.end + 6, at + 4, label);
     plot.svg.setAttribute("aria-label", `${title}, up to step ${to}`);
+    if (ends.length < found.length)
+      el(this.plots, "p", "mod-note mod-look", "There is no room for all layers' names: point at a line for its own. "
+        + `From the first layer to the last, lines get ${this.scene.theme.dark ? "brighter" : "darker"}.`);
   }
+}
+
+// Of the [height, name] of all lines those that are named: all where they have room one below the other; else mean and
+// target, which come last, and of the layers those that do not meet a name.
+function roomFor(ends, plot) {
+  if (ends.length * 11 <= plot.base - plot.box.top + 15) return ends;
+  const chosen = ends.slice(-2);
+  for (const end of ends.slice(0, -2))
+    if (chosen.every(([at], i) => Math.abs(at - end[0]) >= (i < 2 ? 22 : 11))) chosen.push(end); // mean and target may push each other
+  return chosen;
 }
 
 const spell = (s) => (s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`);
