@@ -129,8 +129,10 @@ def run(options: argparse.Namespace) -> int:
 
     import modlab
     from modlab.data import packed
-    from modlab.training.checks import check_teacher
+    from modlab.training.checks import check_model
+    from modlab.training.resume import find_checkpoint
 
+    find_checkpoint(config)  # a folder that holds another run is refused at once
     model, tokenizer = load_model(options, options.model)
     taken: list[str] = []
     if not modlab.is_converted(model) and not options.dense:
@@ -143,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
     config.check()  # a recipe that was not named was only perhaps the one that is trained by
     _check_distils(options, config)
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
-    check_teacher(config, model, teacher)
+    check_model(config, model, teacher)
 
     def rows(split: str, limit: int | None) -> Any:
         length = row_length(options, model)
@@ -167,7 +169,7 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
     import modlab
     from modlab.recipes import DEFAULT
     from modlab.routing.router import is_router
-    from modlab.training.checkpoints import checkpoints
+    from modlab.training.resume import find_checkpoint
 
     name = options.recipe or DEFAULT
     mod_config, config = modlab.recipe(
@@ -180,7 +182,7 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
         f"{options.model} is dense: converted by the recipe {name}, routed layers "
         f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
     )
-    if not options.start or checkpoints(options.out):
+    if not options.start or find_checkpoint(config) is not None:
         return config, []
     taken = modlab.start_from(model, options.start)
     if config.recent_range is None and model.mod.recent is not None:  # not those the routers have
@@ -325,15 +327,16 @@ def _distilled(
     """The rows or batches of a distillation; routers or projections of a fresh run are fitted to them
     first."""
     from modlab.data import mixed_lengths, with_repeats
-    from modlab.training.checkpoints import checkpoints
+    from modlab.training.resume import find_checkpoint
 
-    if options.fit_tokens != 0 and model.mod.trained is None and not checkpoints(options.out):
-        _fit(options, model, tokenizer, data, taken)
-    shares = _shares(options)
+    shares, rows = _shares(options), data
     if options.lengths:
         tokens = config.batch_size * row_length(options, model)
-        return mixed_lengths(
+        rows = mixed_lengths(
             data, tokenizer, lengths=options.lengths, tokens=tokens, seed=config.seed, **shares
         )
-    some = shares["passages"] + shares["lines"] > 0
-    return with_repeats(data, tokenizer, seed=config.seed, **shares) if some else data
+    elif shares["passages"] + shares["lines"] > 0:
+        rows = with_repeats(data, tokenizer, seed=config.seed, **shares)
+    if options.fit_tokens != 0 and model.mod.trained is None and find_checkpoint(config) is None:
+        _fit(options, model, tokenizer, data, taken)
+    return rows

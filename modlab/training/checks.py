@@ -64,6 +64,23 @@ def _check_no_gates(config: TrainConfig, kind: str) -> None:
             )
 
 
+def check_model(config: TrainConfig, model: Any, teacher: Any) -> Objective:
+    """All that is known to be wrong of a run before there is data, so before anything is fitted for it.
+
+    Returns:
+        the objective that `config` means for this model.
+
+    Raises:
+        ModlabError: settings, teacher or model do not fit one another.
+    """
+    objective = choose_objective(config, model)
+    check_recent(config, model)
+    check_below(config, model)
+    check_teacher(config, model, teacher)
+    check_saved(config, model)
+    return objective
+
+
 def check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
     """A weight needs a teacher, a teacher a weight, and both models one vocabulary; "distil" is its own."""
     if config.objective == "distil" and (teacher is not None or config.kl):

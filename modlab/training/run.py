@@ -41,14 +41,10 @@ from modlab.training.checkpoints import (
 )
 from modlab.training.checks import (
     check_begin,
-    check_below,
     check_fit,
+    check_model,
     check_processes,
-    check_recent,
     check_rows_teach,
-    check_saved,
-    check_teacher,
-    choose_objective,
 )
 from modlab.training.clock import Clock
 from modlab.training.config import TrainConfig
@@ -90,10 +86,10 @@ class Run:
     ) -> None:
         config.check()
         self.model, self.config, self.tokenizer, self.monitor = model, config, tokenizer, monitor
-        self.objective = choose_objective(config, model)
+        self.objective = check_model(config, model, teacher)
         self.source = open_batches(batches)
         self.eval_source = _repeatable(eval_data)
-        self._check(teacher)
+        self._check_data()
         self.processes = Processes()
         self._check_processes()
         self.steps = _steps(config, self.source, self.processes.world)
@@ -146,18 +142,13 @@ class Run:
             self.history = self.folder.begin(self.description, self.step, steps_ahead=not self.is_done)
             self.lent, self.held = lent, stack.pop_all()
 
-    def _check(self, teacher: Any) -> None:
-        """Refuses data and settings that do not fit the model."""
-        model, config = self.model, self.config
-        check_fit(model, self.source, "batches")
-        if config.recent_range is None:  # else rows have fewer recent tokens than they store
-            check_rows_teach(model, self.source, self.objective)
+    def _check_data(self) -> None:
+        """Refuses data that do not fit the model."""
+        check_fit(self.model, self.source, "batches")
+        if self.config.recent_range is None:  # else rows have fewer recent tokens than they store
+            check_rows_teach(self.model, self.source, self.objective)
         if self.eval_source is not None:
-            check_fit(model, self.eval_source, "eval_data")
-        check_recent(config, model)
-        check_below(config, model)
-        check_teacher(config, model, teacher)
-        check_saved(config, model)
+            check_fit(self.model, self.eval_source, "eval_data")
 
     def _check_processes(self) -> None:
         check_processes(self.config, self.source, self.processes.world)

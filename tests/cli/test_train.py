@@ -16,6 +16,7 @@ from modlab.cli.program import build_parser, main
 from modlab.cli.train import _check_distils, _check_lengths, _checked, _distilled, _shares
 from modlab.data import mixed_lengths, with_repeats
 from modlab.errors import ModlabError
+from modlab.saving.files import ROUTER_FILE
 from modlab.training.config import TrainConfig
 from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.tokenizers import make_tokenizer
@@ -151,6 +152,43 @@ def test_nothing_is_fitted_for_a_run_without_held_out_text(
     assert main([*_tiny(tmp_path, 300), "--heldout-tokens", "256", "--steps", "1"]) == 2
     said = capsys.readouterr()
     assert "heldout split" in said.err and "Fit" not in said.out + said.err
+
+
+def test_nothing_is_fitted_where_another_run_lies_or_a_checkpoint_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*_tiny(tmp_path, 4000), "--fit-tokens", "1024"]
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for more, why in (([], "already holds a run"), (["--resume", "auto"], "already holds a finished run")):
+        assert main([*words, "--steps", "2", *more]) == 2
+        said = capsys.readouterr()
+        assert why in said.err and "Fit" not in said.out + said.err and "converted" not in said.out
+    words[words.index("--out") + 1] = str(tmp_path / "first")
+    assert main([*words, "--steps", "2", "--save-every", "1"]) == 0
+    assert "Fit(tokens=" in capsys.readouterr().out
+    words[words.index("--out") + 1] = str(tmp_path / "second")  # taken up in another folder
+    checkpoint = tmp_path / "first" / "checkpoints" / "step_1"
+    assert main([*words, "--steps", "2", "--resume", str(checkpoint)]) == 0
+    assert "Fit" not in capsys.readouterr().out
+    one, other = (load_file(tmp_path / run / "model" / ROUTER_FILE) for run in ("first", "second"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--freeze-below"], "no prompt token leaves"),
+        (["--dense", "--objective", "distil"], "needs routers, but the model is dense"),
+        (["--lengths", "64,128", "--batch-size", "900"], "too few for a batch"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_nothing_is_fitted_for_a_run_that_cannot_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], why: str
+) -> None:
+    assert main([*_tiny(tmp_path, 4000), "--steps", "1", *words]) == 2
+    said = capsys.readouterr()
+    assert why in said.err and "Fit" not in said.out + said.err
 
 
 def test_nothing_is_fitted_for_a_distillation_that_was_given_a_teacher(
