@@ -18,3 +18,9 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def multiprocessors_of(device: torch.device) -> int:
     """Of a GPU; few for Triton's interpreter, which takes its time for each program."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.cache
+def is_before_sm_80(device: torch.device) -> bool:
+    """Whether it is a GPU older than Ampere (T4, V100), with 64 or 96 KB of shared memory a program."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modlab.kernels.device import is_before_sm_80
 from modlab.kernels.launch import Sizes, launch
 
 try:
@@ -32,7 +33,8 @@ BLOCK = 128
 """Queries that one program takes, in half precision."""
 
 SMALL_BLOCK = 32
-"""The same in single precision, or with large heads."""
+"""The same in single precision, with large heads, or on a GPU before sm_80: there `BLOCK` queries of 128
+entries take 80 KB in the smallest of the tiles below, these 32 (Triton 3.9, built for sm_75)."""
 
 TILES: tuple[Sizes, ...] = (
     {"BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
@@ -100,7 +102,8 @@ def older_kept(before_AS: Tensor, spans: Tensor) -> Tensor:
 
 def block_size(q: Tensor, v: Tensor) -> int:
     """Queries that one program takes."""
-    return BLOCK if q.element_size() == 2 and max(q.shape[-1], v.shape[-1]) <= 128 else SMALL_BLOCK
+    half, narrow = q.element_size() == 2, max(q.shape[-1], v.shape[-1]) <= 128
+    return BLOCK if half and narrow and not is_before_sm_80(q.device) else SMALL_BLOCK
 
 
 def query_blocks(counts: list[int], size: int) -> Tensor:

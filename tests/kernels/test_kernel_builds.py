@@ -290,7 +290,7 @@ def test_the_widest_routers_of_a_prefill_fit_smaller_gpus(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_the_smallest_tiles_fit_small_gpus(tmp_path: Path) -> None:
-    """Into the 64 KB of sm_75, as built for sm_86, which takes Triton seconds instead of minutes: the largest
-    heads in the types that take most."""
+    """Into 64 KB, of 99 that sm_86 has: the largest heads in the types that take most. (For sm_75 a build
+    takes Triton minutes.)"""
     built = run_alone(SMALLEST, tmp_path)
     assert built[1::2] == ["True"] * 8, dict(zip(built[::2], built[1::2], strict=True))

@@ -13,7 +13,7 @@ import torch
 
 import modlab
 from modlab.execution import weighed_attention
-from modlab.kernels import decode_linear, launch, router_logits
+from modlab.kernels import decode_linear, kept_attention, launch, router_logits
 from modlab.kernels import weighed_attention as kernel_file
 from modlab.kernels.launch import KernelRefused
 from modlab.routing.router import make_router
@@ -151,6 +151,14 @@ def test_linear_maps_of_a_step_run_on_any_gpu(most: int, monkeypatch: pytest.Mon
     for each in got:
         torch.testing.assert_close(each, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
     assert said(told) == ([] if most == 64 else ["linear maps of a decoding step run by torch, more slowly."])
+
+
+def test_old_gpus_take_fewer_queries_of_a_prompt_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 2, 3, 128, dtype=torch.float16)
+    assert kept_attention.block_size(q, q) == kept_attention.BLOCK
+    assert kept_attention.block_size(q.float(), q.float()) == kept_attention.SMALL_BLOCK
+    monkeypatch.setattr(kept_attention, "is_before_sm_80", lambda device: True)
+    assert kept_attention.block_size(q, q) == kept_attention.SMALL_BLOCK
 
 
 def said(told: list[warnings.WarningMessage]) -> list[str]:
