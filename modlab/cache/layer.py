@@ -283,6 +283,7 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         self.select((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
 
     def offload(self) -> None:
+        """Refused: a `ModlabError`."""
         raise ModlabError(
             "a ragged layer cannot be offloaded: it is small because skipped tokens are not stored."
         )

@@ -38,7 +38,11 @@ class RaggedCache(Cache):
     Attributes:
         nbytes: bytes allocated now, growth slack and index included.
         dense_nbytes: bytes that a dense cache would hold for the same tokens.
-        kept_tokens: tokens stored, LongTensor [L, B]. An unrouted layer stores every column, padding too.
+        kept_tokens: tokens stored, LongTensor [L, B]. An unrouted layer stores every column, padding too; of
+            KV heads with gates of their own it is the mean, rounded up.
+
+    Raises:
+        ModlabError: the model is dense.
     """
 
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, routing: Routing | None = None) -> None:
@@ -66,7 +70,8 @@ class RaggedCache(Cache):
                 layer.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` columns of all layers, or of none.
+        """Forgets the last `-tokens_to_remove` columns of all layers, or of none; a positive number is the
+        length to crop to, as in transformers.
 
         Raises:
             ModlabError: a layer could not go on from there (`RaggedLayer.check_crop`).

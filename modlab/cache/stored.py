@@ -35,8 +35,9 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
         a ratio in (0, 1), as `modlab.calibrate(keep_ratio=...)` takes it.
 
     Raises:
-        ModlabError: the budget is less than the layers that are not routed take alone, or enough for
-            everything; both say how many MiB that is.
+        ModlabError: the budget is less than the layers that are not routed (and the recent tokens) take
+            alone, or enough for everything; both say how many MiB that is. A dense model, one whose skip
+            stores everything, a number that is not above 0.
     """
     routing = routing_of(model)
     for name, value in (("kv_mib", kv_mib), ("context", context), ("batch", batch)):
@@ -83,7 +84,7 @@ def keep_ratio_for_saving(kv_saving: float, routed: int, num_layers: int) -> flo
         num_layers: decoder layers that hold keys and values.
 
     Raises:
-        ModlabError: so few layers cannot save as much, whatever they skip.
+        ModlabError: so few layers cannot save as much, whatever they skip; or `kv_saving` is not above 1.
     """
     if not check_number("kv_saving", kv_saving) > 1:
         raise ModlabError(f"kv_saving={kv_saving} has to be above 1: 1.8 leaves 1/1.8 of the K/V bytes.")
@@ -125,7 +126,8 @@ def keep_beside_recent(stored: float, recent: float) -> float:
 
 @torch.no_grad()
 def token_bytes(model: Any) -> int:
-    """Bytes of the keys and values of one token in one layer, measured with a forward of one token."""
+    """Bytes of the keys and values of one token in one layer, the largest of them, measured with a forward of
+    one token."""
     from modlab.hf.model import eval_mode
 
     with eval_mode(model):

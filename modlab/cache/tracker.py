@@ -6,7 +6,7 @@
     kv.summary()    # peak bytes, what a dense cache would take, the saving
     kv.plot()       # bytes over steps against dense
 
-Bytes are *allocated* bytes, see `kv_bytes.py`.
+Bytes are *allocated* bytes, see `modlab/cache/bytes.py`.
 """
 
 from __future__ import annotations

@@ -232,6 +232,9 @@ class Routing:
 
         Args:
             router: the layer's router, or what computes its logits fp32 [B, T] (or [B, T, G]) in another way.
+
+        Raises:
+            ModlabError: no forward of the model is in progress.
         """
         call, config = self.require_call(), self.config
         logit = router(x_BTD)
@@ -333,8 +336,8 @@ def set_threshold(
         layers: routed layers that get the one value; all of them by default.
 
     Raises:
-        ModlabError: p outside [0, 1), a layer that is not routed, or a skip to which thresholds mean nothing.
-            Nothing is changed then.
+        ModlabError: p outside [0, 1), a layer that is not routed, a dict together with `layers`, or a skip to
+            which thresholds mean nothing. Nothing is changed then.
     """
     routing = gated_routing_of(model)
     if isinstance(p, dict):
@@ -450,6 +453,9 @@ def routing_override(model: PreTrainedModel, fn: OverrideFn) -> Iterator[None]:
             (index among the row's real tokens) and keep bool [B, T]; of a layer with several gates [B, T, G],
             or [B, T] for all of them. First tokens are not kept unless `fn` keeps them; padding is never kept
             whatever it says.
+
+    Raises:
+        ModlabError: the model is dense; in a forward, `fn` returns anything else.
     """
     of_thread = routing_of(model).of_thread
     before = of_thread.override
@@ -483,7 +489,11 @@ def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Reco
         detach: False keeps the gates' autograd graph, for objectives on them.
 
     Yields:
-        a `Recording`; ``recording.steps[i].gate[layer]`` is fp32 [B, T].
+        a `Recording`; ``recording.steps[i].gate[layer]`` is fp32 [B, T], or [B, T, G] where a layer has
+        several gates.
+
+    Raises:
+        ModlabError: the model is dense.
     """
     of_thread = routing_of(model).of_thread
     recording = Recording(detach=detach)

@@ -22,7 +22,8 @@ class RoutingTable:
             of 1 serve any batch.
 
     Raises:
-        ModlabError: tables of other types or of different shapes.
+        ModlabError: tables of other types or of different shapes; when it is used, a layer that it lacks, or
+            a batch of another number of rows.
     """
 
     def __init__(self, keep: dict[int, Tensor]) -> None:
@@ -38,9 +39,7 @@ class RoutingTable:
     def lookup(self, layer_idx: int, row: Tensor, position: Tensor) -> Tensor:
         """Keep of the tokens at `position` (long, any shape) of rows `row` (broadcastable), with the gates as
         a last axis where the table has them."""
-        table = self.keep.get(layer_idx)
-        if table is None:
-            raise ModlabError(f"the RoutingTable has no layer {layer_idx}; it has {sorted(self.keep)}.")
+        table = self._of(layer_idx)
         if table.device != position.device:
             table = self.keep[layer_idx] = table.to(position.device)
         return table[row.clamp_max(self.rows - 1), position.clamp(0, self.positions - 1)]
@@ -52,6 +51,11 @@ class RoutingTable:
         rows_B1 = torch.arange(gate.shape[0], device=position_ids.device)[:, None]
         return self.lookup(layer_idx, rows_B1, position_ids)
 
+    def _of(self, layer_idx: int) -> Tensor:
+        if layer_idx not in self.keep:
+            raise ModlabError(f"the RoutingTable has no layer {layer_idx}; it has {sorted(self.keep)}.")
+        return self.keep[layer_idx]
+
     def _check_rows(self, batch: int) -> None:
         if self.rows not in (1, batch):
             raise ModlabError(f"the RoutingTable has {self.rows} rows, the batch has {batch}.")
@@ -59,5 +63,5 @@ class RoutingTable:
     def for_rows(self, layer_idx: int, batch: int, device: torch.device) -> Tensor:
         """The layer's table, bool [B, P] or [B, P, G], contiguous on `device`."""
         self._check_rows(batch)
-        table = self.keep[layer_idx].to(device)
+        table = self._of(layer_idx).to(device)
         return table.expand(batch, *table.shape[1:]).contiguous()

@@ -579,3 +579,13 @@ def test_a_table_for_other_rows_is_a_clear_error() -> None:
     table = modlab.RoutingTable({i: torch.ones(3, 60, dtype=torch.bool) for i in model.mod.layers})
     with modlab.routing_override(model, table), pytest.raises(ModlabError, match="3 rows, the batch has 2"):
         generated(model, prompts(9, 4))
+
+
+def test_a_table_that_lacks_a_layer_is_a_clear_error() -> None:
+    model = llama_on_device()
+    modlab.enable_fast_generation(model, compile=False)
+    table = modlab.RoutingTable({1: torch.ones(1, 60, dtype=torch.bool)})
+    with modlab.routing_override(model, table), pytest.raises(ModlabError, match=r"no layer 3; it has \[1\]"):
+        generated(model, prompts(9, 4))
+    with pytest.raises(ModlabError, match=r"no layer 3; it has \[1\]"):  # what kernels read
+        table.for_rows(3, 2, DEVICE)
