@@ -1,10 +1,13 @@
 """Several GPUs against one, in one call with a time limit:
 
     python -m benchmarks.many_gpus --gpus 2 --model SMALL LARGE --out DIR [--seconds 470]
+    python -m benchmarks.many_gpus --gpus 8 --only llama-3-70b --out DIR
 
-Training with copies (DDP) and sharded (FSDP2): routers with a gate a KV head distilled to the dense self, and
-all weights; tokens a second, loss and keep ratio against one GPU. A sharded run of which a process is killed,
-taken up by one GPU, step by step against the run that it would have been. A process whose tokens all skip.
+Training with copies (DDP) and sharded (FSDP2): routers with a gate a KV head distilled to the dense self,
+prompts that leave as well, and all weights; tokens a second, loss and keep ratio against one GPU, of more
+than two against two. A sharded run of which a process is killed, taken up by half as many GPUs, step by step
+against the run that it would have been. A process whose tokens all skip. The 70B shape, which is asked for by
+name: prompts, and ten steps of distillation under FSDP2.
 Inference of a long prompt spread by `device_map` and by the tensor-parallel plan, by layer and by KV head:
 logits, decisions and tokens against one GPU, bytes of weights and K/V on each. Notebook 6. What was allocated
 stands next to what `modlab plan` said. NVLink multicast is left off.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.many_gpus import large_distilled, large_shape
+from benchmarks.many_gpus import large_distilled, large_shape, worker
 from benchmarks.many_gpus.parts import LARGE_BY_HEADS, LARGE_DISTILLED, LARGE_SPREAD
 from tests.helpers.launch import finished, launch
 
@@ -37,6 +38,24 @@ def test_before_it_is_sharded_all_layers_lie_in_the_memory_of_one() -> None:
     ends = sum(weight.numel() for weight in model.parameters()) - of_layers
     assert sum(held.values()) == ends + of_layers // large_shape.TOY.layers
     assert model(IDS).logits.isfinite().all()
+
+
+def test_peaks_stand_next_to_the_plan_after_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest of all GPUs; what is written is there when a limit ends the part."""
+    options = argparse.Namespace(work=tmp_path, file="own", model=["llama-3-70b"], toy=True)
+    found: dict[str, Any] = {"lines": []}
+    told = large_distilled.Measured(options, torch.nn.Linear(2, 3), found, planned=32.0)
+    for step, most in ((1, 24), (2, 40)):
+        peaks = {"cuda:0": 2**30, "cuda:1": most * 2**30}
+        monkeypatch.setattr(worker, "allocated", lambda peaks=peaks: peaks)
+        told.log({"step": step, "kl": 0.5, "tokens_per_s": 100.0 * step, "of no account": 1})
+        (scene,) = json.loads((tmp_path / "own.json").read_text())["scenes"].values()
+        assert scene["lines"][-1] == {"step": step, "kl": 0.5, "tokens_per_s": 100.0 * step}
+        assert scene["allocated"] == peaks and scene["weight_bytes"] == {"cpu": 36}
+        assert scene[large_distilled.TIMES_PLAN] == most / 32 and "not measured" not in scene
+    assert len(scene["lines"]) == 2 and "tokens_per_s" not in scene, "both may have compiled"
 
 
 def record_of(folder: Path, gpus: int, part: str) -> dict[str, Any]:
