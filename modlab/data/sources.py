@@ -14,6 +14,7 @@ import hashlib
 import os
 import site
 import sysconfig
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,6 +34,7 @@ else:
 
 MIN_PYTHON_CHARS = 400  # shorter files are mostly empty __init__.py
 HELDOUT_FRACTION = 0.02
+MISSING = -1  # characters of a row that has no text
 SPLITS = (None, "train", "heldout")
 TEXT_SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json"}
 
@@ -171,14 +173,15 @@ def _text_documents(
 
     cache = None if cache_dir is None else os.fspath(cache_dir)
     parts = [
-        _with_text(part, text_column if kind == "json" else "text", source)
-        for kind, part in _load(source, cache, num_proc)
+        _with_text(part, text_column if kind == "json" else "text", where)
+        for kind, where, part in _load(source, cache, num_proc)
     ]
     return _described(concatenate_datasets(parts) if len(parts) > 1 else parts[0], num_proc)
 
 
 def _described(docs: Dataset, num_proc: int | None) -> Dataset:
-    """Adds the columns `name` (unless the documents have names) and `chars`, and drops empty documents."""
+    """Adds the columns `name` (unless the documents have names) and `chars`, and drops empty documents. Rows
+    that have no text at all are worth a word; blank ones are nothing unusual."""
     from datasets import Features, Value
 
     docs = docs.map(
@@ -188,11 +191,19 @@ def _described(docs: Dataset, num_proc: int | None) -> Dataset:
         num_proc=processes(num_proc, len(docs)),
         desc="Reading text",
     )
-    filled = np.flatnonzero(np.asarray(docs["chars"]) > 0)
+    chars = np.asarray(docs["chars"])
+    if missing := int((chars == MISSING).sum()):
+        warnings.warn(
+            f"{missing:,} of {len(docs):,} rows have no text and are left out: their text column is missing, "
+            "null or no string.",
+            stacklevel=2,
+        )
+    filled = np.flatnonzero(chars > 0)
     return docs.select(filled) if len(filled) < len(docs) else docs
 
 
-def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[str, Dataset]]:
+def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[str, str, Dataset]]:
+    """The parts of a source: what kind of file each is of, what messages call it, and its rows."""
     from datasets import load_dataset
 
     path = Path(source).expanduser()
@@ -207,15 +218,7 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
             raise ModlabError(
                 f"{source} holds no text: no {', '.join(TEXT_SUFFIXES)} file that is not empty."
             )
-        parts = []
-        for kind, names in sorted(kinds.items()):
-            options = {"sample_by": "document"} if kind == "text" else {}
-            try:
-                part = load_dataset(kind, data_files=names, split="train", cache_dir=cache, **options)
-            except Exception as error:  # datasets raises many kinds; all mean that a file cannot be parsed
-                raise ModlabError(f"Could not read {source} as {kind}: {_first_line(error)}") from error
-            parts.append((kind, part))
-        return parts
+        return [part for kind, names in sorted(kinds.items()) for part in _read(kind, names, source, cache)]
     if path.suffix.lower() in TEXT_SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModlabError(f"{source} does not exist. Check the path (now in {Path.cwd()}).")
     name, _, config = source.partition(":")
@@ -229,7 +232,22 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
             'Check the name ("name" or "name:config") and the network, or use what needs none: a local .txt, '
             '.json or .jsonl file, or "python" (installed Python source).'
         ) from error
-    return [("json", data)]
+    return [("json", source, data)]
+
+
+def _read(kind: str, names: list[str], source: str, cache: str | None) -> list[tuple[str, str, Dataset]]:
+    """The files of one kind: together, or each by itself where their columns differ or one cannot be read."""
+    from datasets import load_dataset
+
+    # utf-8-sig: the byte order mark that some editors write is no text
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if kind == "text" else {}
+    try:
+        part = load_dataset(kind, data_files=names, split="train", cache_dir=cache, **options)
+    except Exception as error:  # datasets raises many kinds; all mean that a file cannot be parsed
+        if len(names) > 1:
+            return [part for name in names for part in _read(kind, [name], name, cache)]
+        raise ModlabError(f"Could not read {source} as {kind}: {_cause(error)}.") from error
+    return [(kind, source, part)]
 
 
 _NO_NAME = (
@@ -240,17 +258,24 @@ _NO_NAME = (
 
 def _with_text(data: Dataset, column: str, source: str) -> Dataset:
     if column not in data.column_names:
-        raise ModlabError(f"{source} has no column {column!r}, only {data.column_names}: set text_column.")
+        raise ModlabError(
+            f"{source} has no column {column!r}, only {data.column_names}: set text_column "
+            "(modlab.data.packed), or call the column of the texts 'text', which is what commands read."
+        )
     data = data.select_columns([column, *({"name"} & set(data.column_names) - {column})])
     return data if column == "text" else data.rename_column(column, "text")
 
 
 def _describe(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     texts = [t if isinstance(t, str) and t.strip() else "" for t in batch["text"]]
+    names = batch.get("name") or [None] * len(texts)
     return {
-        "name": batch.get("name") or [digest(t) for t in texts],
+        "name": [digest(text) if name is None else name for name, text in zip(names, texts, strict=True)],
         "text": texts,
-        "chars": [len(t) for t in texts],
+        "chars": [
+            len(text) if isinstance(given, str) else MISSING
+            for text, given in zip(texts, batch["text"], strict=True)
+        ],
     }
 
 
@@ -277,6 +302,14 @@ def named(source: Source, split: str | None) -> str:
     else:
         name = "The list of texts" if isinstance(source, (list, tuple)) else "The data set"
     return name + (f" (split {split!r})" if split else "")
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at the bottom of an error; of bytes that are no UTF-8, what to do."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    cure = " (save the file as UTF-8)" if isinstance(error, UnicodeError) else ""
+    return _first_line(error).rstrip(".") + cure
 
 
 def _first_line(error: BaseException) -> str:

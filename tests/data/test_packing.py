@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -200,6 +202,44 @@ def test_json_columns_and_mixed_folders(tmp_path: Path, tokenizer: Any) -> None:
     assert sorted(docs["text"]) == ["from json", "from text"]
     with pytest.raises(ModlabError, match="no column 'text'.*'body'"):
         data.documents(folder)
+
+
+def test_files_of_a_folder_may_have_other_columns(tmp_path: Path) -> None:
+    for name, row in (("a", {"text": "one"}), ("b", {"text": "two", "year": 7, "name": "b/2"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    docs = data.documents(tmp_path)
+    assert dict(zip(docs["text"], docs["name"], strict=True)) == {"one": sources.digest("one"), "two": "b/2"}
+    (tmp_path / "c.jsonl").write_text('{"body": "three"}\n', encoding="utf-8")
+    with pytest.raises(ModlabError, match=r"c\.jsonl has no column 'text', only \['body'\]"):
+        data.documents(tmp_path)
+
+
+def test_rows_without_a_text_are_counted(tmp_path: Path) -> None:
+    """Where a field is missing, half of the data may be gone without anybody's asking for it; blank rows are
+    common and say nothing."""
+    path = tmp_path / "some.jsonl"
+    rows = [{"text": "one"}, {"body": "two"}, {"text": None}, {"text": " "}, {"text": "five"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.warns(UserWarning, match="2 of 5 rows have no text"):
+        assert sorted(data.documents(path)["text"]) == ["five", "one"]
+    with pytest.warns(UserWarning, match="2 of 2 rows have no text"), pytest.raises(ModlabError):
+        data.documents(Dataset.from_dict({"text": [[1], [2]]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.documents(Dataset.from_dict({"text": ["one", " ", ""]}))["text"] == ["one"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_other_encodings_are_named_and_a_byte_order_mark_is_no_text(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("café " * 50, encoding="utf-8-sig")
+    assert data.documents(path)["text"][0].startswith("café")
+    path.write_text("café " * 50, encoding=encoding)
+    (tmp_path / "other.txt").write_text("plain", encoding="utf-8")
+    said = r"text\.txt as text: 'utf-8' codec .*\(save the file as UTF-8\)"
+    for source in (path, tmp_path):
+        with pytest.raises(ModlabError, match=said):
+            data.documents(source)
 
 
 def test_documents_can_be_packed_again(tmp_path: Path, tokenizer: Any) -> None:
