@@ -13,6 +13,7 @@ from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.training.loop import TrainConfig, train
 from tests.helpers.models import alternate_layers, scatter_gates
+from tests.helpers.training import changes
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -30,10 +31,9 @@ def base(make_llama, tmp_path):
 def model(base):
     """That model, routed, its routers trained and nothing else."""
     model = modlab.convert(modlab.load(base)[0], alternate_layers(skip="kv", keep_recent=4))
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    scatter_gates(model)
-    train(model, IDS, TrainConfig(steps=2, batch_size=2, freeze_base=True, calibrate=False))
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    with changes(model) as changed:
+        scatter_gates(model)
+        train(model, IDS, TrainConfig(steps=2, batch_size=2, freeze_base=True, calibrate=False))
     assert changed and all("router" in name for name in changed)
     modlab.set_threshold(model, {1: 0.4})
     return model.eval()

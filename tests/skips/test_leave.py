@@ -30,6 +30,7 @@ from modlab.training.model import parameter_groups
 from tests.helpers.models import dense_llama, scatter_gates, tiny_config
 from tests.helpers.routing import IDS, MASK, inputs, positions
 from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.training import added, changes, learnt
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -277,24 +278,16 @@ def test_projections_learn_and_nothing_else(rank: int, checkpointing: bool) -> N
     model = converted(leave_rank=rank)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    config = modlab.TrainConfig(
-        steps=2, batch_size=3, freeze_base=True, calibrate=False, num_workers=0, mixed_precision="no", lr=0.05
-    )
-    result = modlab.train(model, [{"input_ids": row} for row in IDS], config)
-    assert np.isfinite(result.history["loss"]).all()
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if ".mod_" in n}
+    assert learnt(model, IDS) == added(model)
 
 
 def test_no_gate_is_trained_or_calibrated() -> None:
     model, rows = converted(), [{"input_ids": row} for row in IDS]
     plan = {"steps": 1, "batch_size": 3, "num_workers": 0, "mixed_precision": "no"}
     modlab.train(model, rows, modlab.TrainConfig(freeze_base=True, **plan))
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    modlab.train(model, rows, modlab.TrainConfig(objective="distil", **plan))
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if ".mod_" in n}
+    with changes(model) as changed:
+        modlab.train(model, rows, modlab.TrainConfig(objective="distil", **plan))
+    assert changed == added(model)
     with pytest.raises(modlab.ModlabError, match="'target' does not fit skip='prompt', where no gate"):
         modlab.train(model, rows, modlab.TrainConfig(objective="target", **plan))
 

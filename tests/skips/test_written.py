@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from modlab.routing.state import masked_execution
 from tests.helpers.models import dense_llama, scatter_gates
 from tests.helpers.routing import IDS, MASK, inputs, positions, random_routing
 from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.training import added, learnt
 
 SKIPS = ["written", "sublayers"]
 
@@ -107,15 +107,7 @@ def test_it_generates_as_it_reads(skip: str) -> None:
 @pytest.mark.parametrize("skip", SKIPS)
 def test_routers_learn(skip: str, what_if: float) -> None:
     model = converted(skip)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    config = modlab.TrainConfig(
-        steps=2, batch_size=3, freeze_base=True, calibrate=False, num_workers=0, mixed_precision="no",
-        lr=0.05, what_if=what_if,
-    )  # fmt: skip
-    result = modlab.train(model, [{"input_ids": row} for row in IDS], config)
-    assert np.isfinite(result.history["loss"]).all()
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if ".mod_" in n}
+    assert learnt(model, IDS, what_if=what_if) == added(model)
 
 
 @pytest.mark.parametrize("skip", SKIPS)

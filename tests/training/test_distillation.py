@@ -25,7 +25,7 @@ from modlab.training.head import Head
 from modlab.training.reach import Reach
 from modlab.training.run import Run
 from tests.helpers.models import dense_llama, scatter_gates
-from tests.helpers.training import same_weights
+from tests.helpers.training import changes, same_weights
 
 V, T = 48, 96
 CONTEXT = 2048
@@ -460,9 +460,8 @@ def test_adapters_are_trained_against_the_base_without_them() -> None:
 
     base = routed()
     model = peft.get_peft_model(base, lora_config(base, r=2))
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    result = modlab.train(model, texts(), distil(steps=3, lr=1e-2))
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    with changes(model) as changed:
+        result = modlab.train(model, texts(), distil(steps=3, lr=1e-2))
     assert any("lora_" in n for n in changed) and any(".mod_router" in n for n in changed)
     assert all("lora_" in n or ".mod_router" in n for n in changed)
     assert result.history["kl"].gt(0).all()

@@ -11,25 +11,23 @@ import torch
 from modlab.execution.routed import compiled_forward
 from modlab.training.loop import TrainConfig, train
 from tests.helpers.models import alternate_layers, leaving_llama, scatter_gates
-from tests.helpers.training import settings
+from tests.helpers.training import changes, settings
 
 
 def test_freeze_base_trains_routers_alone(make: Callable[..., Any], rows: torch.Tensor) -> None:
     model = make(mod=alternate_layers())
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    train(model, rows, TrainConfig(**settings(steps=2, freeze_base=True)))
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if "router" in n}
+    with changes(model) as changed:
+        train(model, rows, TrainConfig(**settings(steps=2, freeze_base=True)))
+    assert changed == {n for n, _ in model.named_parameters() if "router" in n}
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_freeze_below_trains_what_is_above_the_point_of_leaving(rows: torch.Tensor) -> None:
     model = leaving_llama("kv+prompt", "kv_head", router_hidden=2)
-    before = {n: p.clone() for n, p in model.named_parameters()}
     config = settings(steps=2, objective="distil", keep_ratio=0.5, ramp=0.0, router_lr=1e-2)
-    train(model, rows, TrainConfig(**config, freeze_below=True))
-    after = {n: p for n, p in model.named_parameters() if not n.endswith("mod_router.bias")}  # all shift
-    changed = {n for n, p in after.items() if not torch.equal(p, before[n])}
+    with changes(model) as changed:
+        train(model, rows, TrainConfig(**config, freeze_below=True))
+    changed = {n for n in changed if not n.endswith("mod_router.bias")}  # all shift
     assert {n.split(".")[3] for n in changed} == {"mod_router", "mod_projections"}
     assert {int(n.split(".")[2]) for n in changed} == {4, 5}, "four of six layers lie below"
     assert all(p.requires_grad for p in model.parameters())
