@@ -48,6 +48,9 @@ class Budget:
         mib: of all rows and layers, in MiB; None for none.
         recent: W.
         layers: of the model.
+
+    Raises:
+        ModlabError: `tokens` is less than are recent, or `mib` is not above 0.
     """
 
     tokens: int | None

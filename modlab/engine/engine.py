@@ -68,6 +68,9 @@ class Engine:
             only when the next layer has come to its attention (`deferred.py`); 0 where there is no GPU to
             wait for.
         last: facts of the latest generation.
+
+    Raises:
+        ModlabError: another `compile`, a guess where nothing is guessed, a bound where there is none to keep.
     """
 
     def __init__(

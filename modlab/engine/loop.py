@@ -40,7 +40,12 @@ def generate_tokens(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
 ) -> Tensor:
-    """What `GenerationMixin._sample` returns: the prompts with the new tokens behind them, long [B, T]."""
+    """What `GenerationMixin._sample` returns: the prompts with the new tokens behind them, long [B, T].
+
+    Raises:
+        KernelRefused: the GPU has no room for a kernel; before a token is streamed.
+        ModlabError: the bound of the cache is less than these rows take, or a routing table is not theirs.
+    """
     B, prompt = ids_BT.shape
     rules = step_rules(logits_processor, stopping_criteria, generation_config)
     override = engine.routing.override if engine.routing is not None else None

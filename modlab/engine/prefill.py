@@ -43,6 +43,10 @@ def prefill(
 
     Returns:
         logits of each row's last token [B, V], one buffer a layer with room for decoding, tokens a row.
+
+    Raises:
+        CannotCapture: the model does not run as the engine needs it; the message says where.
+        KernelRefused: the GPU has no room for a kernel.
     """
     B, T = ids_BT.shape
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()

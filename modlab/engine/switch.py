@@ -114,8 +114,8 @@ def enable_fast_generation(
     its kept tokens; with ``skip="prompt"`` and ``"kv+prompt"`` the layers above the point of leaving run each
     row's last prompt token alone. On CUDA each further token is one CUDA graph, in which what no row needs is
     skipped by an IF node on the GPU. Beam search, assisted decoding, a cache of your own, recorded routing
-    and returned scores run as without it; `fast_generation_report` says which way the latest call went and
-    why.
+    and returned scores run as without it, and so, with a warning, does a call for whose kernels the GPU has
+    no room; `fast_generation_report` says which way the latest call went and why.
 
     Works for dense models too, so that the two can be compared on equal terms. Generations in several threads
     wait for each other, and other forwards of the model for a generation (see `turns`); while this function
@@ -142,8 +142,9 @@ def enable_fast_generation(
         the same model.
 
     Raises:
-        ModlabError: the engine does not cover this model; the message says why. The model is unchanged:
-            fast generation that was on before stays on, with its bound.
+        ModlabError: the engine does not cover this model (or the GPU has no room for its kernels), or not
+            these settings; the message says why. The model is unchanged: fast generation that was on before
+            stays on, with its bound.
     """
     reason = model_refusal(model)
     if reason is not None:

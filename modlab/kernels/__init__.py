@@ -1,1 +1,1 @@
-"""GPU kernels, each with its reference in the same file; used by the engine alone."""
+"""GPU kernels, each with its reference in the same file; for fast generation and attention outside it."""
