@@ -75,8 +75,9 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
 
 def _beginning(weight: Tensor) -> list[int] | None:
     """The bytes of a weight's first numbers, which tell processes' weights apart: loaded ones from zeros,
-    seeds from each other. None of what wraps other tensors (quantized weights)."""
-    if hasattr(weight, "__tensor_flatten__"):
+    seeds from each other. None of those on the meta device, and of what wraps other tensors (quantized
+    weights)."""
+    if weight.is_meta or hasattr(weight, "__tensor_flatten__"):
         return None
     first = weight.detach()
     while first.dim() > 1 and len(first):

@@ -26,7 +26,9 @@ def main(out: Path, objective: str) -> None:
     launched_with_fsdp(reshard_after_forward=objective != "distil")  # both are tried
     other_base = refusal_of_another_base(out, objective) if objective == "distil" else ""
     loaded = loaded_in_each() if objective == "distil" else 0.0
-    other_weights = refusal_of_weights_of_the_first_alone() if objective == "distil" else ""
+    other_weights = [
+        refusal_where_the_first_has_weights(on) for on in ("cpu", "meta") if objective == "distil"
+    ]
     model = model_in_bf16()
     result = modlab.train(model, rows(), began(out, 2, objective), eval_data=rows()[:3])
     found = modlab.calibrate(model, rows(), keep_ratio=0.5, accelerator=Accelerator(mixed_precision="no"))
@@ -75,13 +77,14 @@ def loaded_in_each() -> float:
     return sum(float(weight.abs().sum()) for weight in model.parameters())
 
 
-def refusal_of_weights_of_the_first_alone() -> str:
-    """What is said where all other processes hold zeros."""
+def refusal_where_the_first_has_weights(others: str) -> str:
+    """What is said where all other processes hold zeros, or nothing (on the meta device)."""
     model = model_in_bf16()
     if torch.distributed.get_rank() > 0:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.zero_()
+        model.to(others)
     try:
         modlab.train(model, rows(), modlab.TrainConfig(steps=1, batch_size=2))
     except ModlabError as error:
