@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import modlab
 from modlab import __version__
 from modlab.cli import bench, convert, evaluate, export, fit, lab, plan, probe, report, sweep, train
 from modlab.cli.flags import BAD_INPUT, INTERRUPTED, HelpFormatter
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, passed_on = split_passed_on(arguments)
     options = build_parser().parse_args(arguments, argparse.Namespace(passed_on=passed_on))
     try:
-        with _one_rank_prints():
+        with _one_rank_prints(), _warnings_in_words():
             status: int = options.run(options)
         return status
     except (ModlabError, OSError) as problem:
@@ -54,6 +55,25 @@ def _one_rank_prints() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Warnings of modlab's own files come as errors do, without the line of code that raised them."""
+    before, package = warnings.formatwarning, os.path.dirname(modlab.__file__)
+
+    def told(
+        message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if not filename.startswith(package):
+            return before(message, category, filename, lineno, line)
+        return f"modlab: warning: {message}\n"
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def split_passed_on(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modlab
 from modlab import cli
-from modlab.cli import flags
+from modlab.cli import flags, program
 from modlab.recipes import TRAINED
 from modlab.training.config import TrainConfig
 from scripts.pages.commands import parsers
@@ -143,6 +144,16 @@ def test_the_recipes_stand_one_below_the_other() -> None:
     (train,) = (parser for name, _, parser in parsers() if name == "train")
     for recipe in TRAINED:
         assert re.search(rf"^ +- {recipe}: ", train.format_help(), re.M)
+
+
+def test_own_warnings_come_without_the_line_that_raised_them() -> None:
+    before = warnings.formatwarning
+    with program._warnings_in_words():
+        own = warnings.formatwarning("No threshold for 16x.", UserWarning, cli.__file__, 7, None)
+        others = warnings.formatwarning("slow", UserWarning, "/somewhere/else.py", 7, None)
+    assert own == "modlab: warning: No threshold for 16x.\n"
+    assert "/somewhere/else.py:7: UserWarning: slow" in others
+    assert warnings.formatwarning is before
 
 
 def test_version(tmp_path: Path) -> None:

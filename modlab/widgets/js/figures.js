@@ -32,7 +32,8 @@ class Figures {
 function versus({ loss, dense_loss: dense, open_loss: open }) {
   const against = [[dense, "the dense model"], [open, "everything kept"]].filter(([base]) => base !== undefined);
   if (!against.length) return "lower is better";
-  return against.map(([base, name]) => `${loss < base ? "−" : "+"}${Math.abs(loss - base).toFixed(3)} against ${name}`).join(" · ");
+  const apart = (base) => Math.abs(loss - base).toFixed(3), sign = (base) => (Number(apart(base)) ? (loss < base ? "−" : "+") : "");
+  return against.map(([base, name]) => `${sign(base)}${apart(base)} against ${name}`).join(" · ");
 }
 
 // A box with a name, a large value next to it and a line that says more.
