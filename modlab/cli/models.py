@@ -121,14 +121,15 @@ class Rows:
 
 
 def rows_of(options: argparse.Namespace, model: Any, tokenizer: Any) -> Rows:
-    """The rows that --data, --split, --seq-len and --limit-tokens name."""
+    """The rows that --data, --split, --seq-len and --limit-tokens name. Fewer tokens than a row of the usual
+    length are one row of so many."""
     from modlab.data import packed
 
     split = options.split or ("all" if Path(options.data).exists() else "heldout")
     length = row_length(options, model)
     limit = options.limit_tokens
-    if limit is not None:
-        limit = max(check_count("--limit-tokens", limit), length)
+    if limit is not None and check_count("--limit-tokens", limit, 2) < length and options.seq_len is None:
+        length = limit
     dataset = packed(
         options.data, tokenizer, seq_len=length, split=None if split == "all" else split, limit_tokens=limit
     )

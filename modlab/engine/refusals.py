@@ -86,7 +86,7 @@ def _model_now_refusal(model: Any, engine: Engine) -> str | None:
     if next(model.parameters()).device != engine.device:
         return "the model has moved to another device: enable fast generation again"
     if is_watched(model, set() if engine.routing is None else {hook.id for hook in engine.routing.hooks}):
-        return "a forward hook is registered, which would see all rows in one line, or nothing"
+        return "a forward hook is there (KVTracker has one), which would see all rows in one line, or nothing"
     if torch.is_autocast_enabled(engine.device.type):
         return "autocast is on, and a captured step would keep its types: cast the model instead"
     if model.training or any(_is_training(layer) for layer in engine.layers):

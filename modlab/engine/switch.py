@@ -39,7 +39,8 @@ def unbounded(why: str) -> ModlabError:
     """What a call gets that runs without the engine, though the cache is to be bounded."""
     return ModlabError(
         f"kv_tokens or kv_mib bounds the cache of fast generation, which does not serve this call: {why}. "
-        "modlab.enable_fast_generation(model) takes the bound away."
+        "modlab.enable_fast_generation(model) takes the bound away. What a bounded generation has stored is "
+        "in modlab.fast_generation_report(model)['last']."
     )
 
 

@@ -233,6 +233,16 @@ def test_convert_never_mixes_two_models(
     assert (target / "notes.txt").read_text() == "mine"
 
 
+def test_no_more_tokens_are_measured_than_were_asked_for(
+    converted: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(converted), "--data", str(corpus), "--json"]
+    assert cli.main([*words, "--limit-tokens", "40"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted_tokens"] == 39
+    assert cli.main([*words, "--limit-tokens", "40", "--seq-len", "64"]) == 2
+    assert "limit_tokens=40 is less than one row (seq_len=64)" in capsys.readouterr().err
+
+
 def test_eval_prints_a_table_and_the_same_as_json(
     converted: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,9 @@ def test_calls_that_the_engine_does_not_serve_are_refused_under_a_bound() -> Non
         generated(model, inputs, num_beams=2)
     with pytest.raises(ModlabError, match="does not serve this call: return_dict_in_generate"):
         model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    with pytest.raises(ModlabError, match=r"KVTracker has one.*fast_generation_report\(model\)\['last'\]"):
+        with modlab.KVTracker(model):
+            generated(model, inputs)
     modlab.enable_fast_generation(model, compile=False)
     assert generated(model, inputs, num_beams=2)
 
