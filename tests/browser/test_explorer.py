@@ -402,7 +402,10 @@ def test_a_point_that_saves_nothing_is_not_called_smaller(nb: Notebook) -> None:
         "explorer.points = [{**d, 'recall': base + above[d['p']], 'recall_stderr': 0.01,\n"
         "                    'kv_bytes': all_of_it if d['p'] == 0.5 else d['kv_bytes']} for d in before]"
     )
-    says = r"^Repeated passages: clearly worse from [\d.]+x \(p 0\.6\) on, by 0\.300 nats there\. Of what "
+    says = (
+        r"^Repeated passages: clearly worse from [\d.]+x \(p 0\.6\) on, by 0\.300 nats there\. "
+        r"No smaller saving was measured\.$"
+    )
     nb.page.wait_for_function(
         "says => new RegExp(says).test(document.querySelector('.modlab-breaks').textContent)", arg=says
     )

@@ -68,7 +68,7 @@ class Curve {
     if (!points[first]) return `${holds}, and no more was measured.`;
     const breaks = `clearly worse ${all ? "from" : "at"} ${at(points[first])}${all ? " on" : ""}, by ${nats(points[first])} there`;
     if (saving(held) > 1) return `${holds}, ${breaks}.`;
-    return `Repeated passages: ${breaks}. Of what was measured that saves least.`; // "up to 1.00x no worse" says nothing
+    return `Repeated passages: ${breaks}. No smaller saving was measured.`; // "up to 1.00x no worse" says nothing
   }
 
   plot(points, width, scale, key, title, format, base) {
