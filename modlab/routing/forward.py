@@ -88,7 +88,6 @@ class ForwardHooks:
                     "gone. Begin without a cache inside the block, and do not take its cache out of it."
                 )
             return args, kwargs
-        self.learning.see(routing, module)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None:
             return args, kwargs  # the model's own error says it best
@@ -105,6 +104,8 @@ class ForwardHooks:
             cache.check_conversion(routing)
             cache.check_batch(tokens.shape[0])
         seen = cache.get_seq_length() if cache is not None else 0
+        if not seen or torch.is_grad_enabled():  # tokens after a prompt meet the prompt's weights
+            self.learning.see(routing, module)
         routing.of_thread.call = self._new_call(module, tokens, given, seen, cache)
         self._forget_caller()  # hooks at the model's end are not called where Ctrl-C ends its forward
         return args, kwargs

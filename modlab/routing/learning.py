@@ -1,7 +1,7 @@
 """Notices that parameters learn in a loop that is not the package's.
 
 `modlab.train` and `MoDCallback` say so themselves. Any other loop only shows in the parameters: a forward in
-training notes some values of each that can learn, the next forward finds others there. (Version counters do
+training notes some values of each that can learn, a later one finds others there. (Version counters do
 not tell: fused optimisers leave them alone.)
 """
 
@@ -17,6 +17,7 @@ from modlab.routing.router import is_router
 
 if TYPE_CHECKING:
     from modlab.routing.state import Routing
+    from modlab.routing.trained import Trained
 
 ENTRIES = 16
 """Of each parameter; a step moves all of them, or nearly."""
@@ -29,29 +30,39 @@ FORGOTTEN = (
 
 
 class Learning:
-    """What parameters were in the latest forward that they could learn from; empty where nothing is at stake
-    or in question."""
+    """Finds out which parameters have learned since the latest forward that they could learn from.
+
+    Attributes:
+        noted: some values of each parameter in that forward, by name: of those whose learning would change
+            what is known. Forwards that teach nothing (a reference, an evaluation) may come before the step,
+            so a note stays until its parameter differs.
+        origin: the routing's `source` and `trained` at that time. If others have been written since, they are
+            about the routers of now.
+    """
 
     def __init__(self) -> None:
         self.noted: dict[str, Tensor] = {}
+        self.origin: tuple[str, Trained | None] = ("", None)
 
     def see(self, routing: Routing, decoder: nn.Module) -> None:
-        """In front of a forward: what is known of the routers is forgotten if they are others than in the one
-        before, and the base counts as trained if it is another."""
+        """In front of a forward: what is known of the routers is forgotten if they differ from those noted,
+        and the base counts as trained if it does."""
         learns = decoder.training and torch.is_grad_enabled()
         known = bool(routing.source or routing.trained)
         if not self.noted and not (learns and (known or not routing.base_trained)):
             return
         now = dict(decoder.named_parameters())
-        moved = [name for name, before in self.noted.items() if name in now and _differs(before, now[name])]
-        self.noted = {}
-        if known and any(map(is_router, moved)):
+        moved = {name for name, before in self.noted.items() if name in now and _differs(before, now[name])}
+        self.noted = {name: before for name, before in self.noted.items() if name not in moved}
+        origin = (routing.source, routing.trained)
+        if known and origin == self.origin and any(map(is_router, moved)):
             if routing.trained:
                 warnings.warn(FORGOTTEN, stacklevel=2)
             routing.forget_origin()
             known = False
         routing.base_trained |= not all(map(is_router, moved))
         if learns:
+            self.origin = (routing.source, routing.trained)
             self.noted = {
                 name: _some(parameter).clone()
                 for name, parameter in now.items()
