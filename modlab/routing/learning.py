@@ -71,9 +71,14 @@ class Learning:
 
 
 def _can_tell(name: str, parameter: nn.Parameter) -> bool:
-    """Sharded ones are left alone: to compare them all processes would have to. Adapters are no part of the
-    base."""
-    return parameter.requires_grad and type(parameter.data) is Tensor and "lora_" not in name
+    """Adapters are no part of the base."""
+    return parameter.requires_grad and _is_here(parameter) and "lora_" not in name
+
+
+def _is_here(parameter: nn.Parameter) -> bool:
+    """Whether this process can read it in front of a forward. To compare sharded ones all processes would
+    have to; offloaded ones are on the meta device until their layer runs."""
+    return type(parameter.data) is Tensor and not parameter.is_meta
 
 
 def _some(parameter: Tensor) -> Tensor:
@@ -81,6 +86,10 @@ def _some(parameter: Tensor) -> Tensor:
 
 
 def _differs(before: Tensor, parameter: nn.Parameter) -> bool:
-    """Whether values that were noted are others now; of a parameter with another type nothing is known."""
+    """Whether values that were noted are others now; of a parameter that has been cast, offloaded or sharded
+    since, nothing is known."""
+    if not _is_here(parameter):
+        return False
     now = _some(parameter)
-    return now.dtype == before.dtype and not torch.equal(before.to(now.device), now)
+    comparable = now.dtype == before.dtype and now.shape == before.shape
+    return comparable and not torch.equal(before.to(now.device), now)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -71,6 +72,28 @@ def test_a_model_that_accelerate_spreads_by_itself_is_routed(make_llama: Any, tm
     assert torch.equal(*tokens)
     with pytest.raises(ModlabError, match="spread over several devices"):
         modlab.enable_fast_generation(spread)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["routers known", "fresh"])
+def test_weights_that_lie_elsewhere_between_forwards_train(make_llama: Any, known: bool) -> None:
+    """Offloaded ones are on the meta device in front of a forward: whether they have learned is not asked."""
+    model = accelerate.cpu_offload(make_llama(), "cpu")
+    modlab.convert(model, config("kv"))
+    model.mod.source = "somewhere" if known else ""
+    model.train()
+    for _ in range(2):
+        assert model(IDS, labels=IDS).loss.requires_grad
+    assert model.mod.source == ("somewhere" if known else "") and not model.mod.base_trained
+
+
+def test_weights_that_are_brought_away_after_a_forward_have_not_learned(make_llama: Any) -> None:
+    model = modlab.convert(make_llama(), config("kv"))
+    model.mod.source = "somewhere"
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    accelerate.cpu_offload(model, "cpu")
+    model(IDS)
+    assert model.mod.source == "somewhere" and not model.mod.base_trained
 
 
 @pytest.mark.parametrize("skip", SKIPS)
