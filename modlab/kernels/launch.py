@@ -18,9 +18,9 @@ from modlab.errors import ModlabError
 
 try:
     from triton.errors import TritonError
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import InterpreterError, OutOfResources
 except ImportError:  # see decode_attention: nothing is launched then
-    TritonError = OutOfResources = ()
+    TritonError = InterpreterError = OutOfResources = ()
 
 Sizes = dict[str, int]
 """A tile: block sizes (constants of the kernel), `num_warps` and `num_stages`."""
@@ -32,6 +32,9 @@ class KernelRefused(ModlabError):
 
 _smaller: dict[Any, int] = {}
 """The tile to begin with, by kernel, GPU, dtype and constants, where the first ones had no room."""
+
+_refusals: dict[Any, str] = {}
+"""What was said of those that do not run: a kernel that does not compile takes as long to say so again."""
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, tiles: tuple[Sizes, ...], **constants: Any) -> None:
@@ -45,30 +48,38 @@ def launch(kernel: Any, grid: Any, *arguments: Any, tiles: tuple[Sizes, ...], **
         constants: further constants of the kernel, the same with every tile.
 
     Raises:
-        KernelRefused: there is room for none, or Triton cannot compile the kernel for this GPU.
+        KernelRefused: there is room for none, or Triton cannot compile the kernel for this GPU. Later
+            launches are refused without a try. What fails in Triton's interpreter, which has room for
+            everything, is a fault of the kernel and is left as it is.
     """
     key = (id(kernel), arguments[0].device, arguments[0].dtype, *constants.values())
+    if key in _refusals:
+        raise KernelRefused(_refusals[key])
     for at in range(_smaller.get(key, 0), len(tiles)):
         try:
             kernel[grid](*arguments, **constants, **tiles[at])
         except OutOfResources as error:
             if at + 1 == len(tiles):
-                raise _refused(kernel, error) from error
+                _refusals[key] = _why(kernel, error)
+                raise KernelRefused(_refusals[key]) from error
             _smaller[key] = at + 1
+        except InterpreterError:
+            raise
         except TritonError as error:
-            raise _refused(kernel, error) from error
+            _refusals[key] = _why(kernel, error)
+            raise KernelRefused(_refusals[key]) from error
         else:
             return
 
 
-def _refused(kernel: Any, error: Exception) -> KernelRefused:
+def _why(kernel: Any, error: Exception) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"
     if isinstance(error, OutOfResources):
         why = f"its smallest tile takes {error.required:,} of {error.name}, and there are {error.limit:,}"
     else:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = f"{type(error).__name__} {lines[0] if lines else ''}".strip().rstrip(".")
-    return KernelRefused(f"the kernel {kernel.__name__.strip('_')} does not run on {gpu} ({why})")
+    return f"the kernel {kernel.__name__.strip('_')} does not run on {gpu} ({why})"
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.kernels.device import on_device
-from modlab.kernels.launch import Sizes, launch
+from modlab.kernels.launch import KernelRefused, Sizes, launch
 
 try:
     import triton
@@ -295,16 +295,21 @@ class _Weighed(torch.autograd.Function):
         dq, dk_BTNH, dv_BTNH = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
         dw_BNT = torch.empty_like(lse)
         scale = ctx.scale
-        with on_device(q.device):
-            launch(
-                _backward_keys, lambda sizes: (T // sizes["BK"], B * N),
-                q, k, v, weight, d_out, lse, delta, dk_BTNH, dv_BTNH, dw_BNT,
-                T, N, G, scale * LOG2E, scale, ctx.window, H=H, tiles=(KEYS, SMALL_KEYS),
-            )  # fmt: skip
-            launch(
-                _backward_queries, lambda sizes: (T // sizes["BQ"], B * N),
-                q, k, v, weight, d_out, lse, delta, dq,
-                T, N, G, scale * LOG2E, scale, ctx.window, H=H, tiles=(QUERIES, SMALL),
-            )  # fmt: skip
+        try:
+            with on_device(q.device):
+                launch(
+                    _backward_keys, lambda sizes: (T // sizes["BK"], B * N),
+                    q, k, v, weight, d_out, lse, delta, dk_BTNH, dv_BTNH, dw_BNT,
+                    T, N, G, scale * LOG2E, scale, ctx.window, H=H, tiles=(KEYS, SMALL_KEYS),
+                )  # fmt: skip
+                launch(
+                    _backward_queries, lambda sizes: (T // sizes["BQ"], B * N),
+                    q, k, v, weight, d_out, lse, delta, dq,
+                    T, N, G, scale * LOG2E, scale, ctx.window, H=H, tiles=(QUERIES, SMALL),
+                )  # fmt: skip
+        except KernelRefused as refused:  # the forward has run: too late for another way
+            raise KernelRefused(
+                f"{refused}. Set model.mod.supports_flex = False: training then attends by masks."
+            ) from refused
         dk, dv = (x.view(B, T, G, N // G, H).sum(3) for x in (dk_BTNH, dv_BTNH))
         return dq, dk, dv, dw_BNT.view(B, G, N // G, T).sum(2), None, None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 import modlab
 from modlab.execution import weighed_attention
@@ -20,7 +21,7 @@ from modlab.routing.router import make_router
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import InterpreterError, OutOfResources
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE, SMALL = {"BLOCK": 64, "num_warps": 8}, {"BLOCK": 16, "num_warps": 4}
@@ -55,6 +56,7 @@ class Crowded:
 def a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is known of any GPU, and nobody was told anything."""
     monkeypatch.setattr(launch, "_smaller", {})
+    monkeypatch.setattr(launch, "_refusals", {})
     launch.warn_slower.cache_clear()
     yield
     launch.warn_slower.cache_clear()
@@ -84,21 +86,37 @@ def test_a_kernel_without_room_says_how_much_it_wants() -> None:
     for _ in range(2):
         with pytest.raises(KernelRefused, match=r"crowded does not run .*132,096 of shared memory.* 101,376"):
             run(kernel)
-    assert kernel.tried == [64, 16, 16]
+    assert kernel.tried == [64, 16], "what was refused is not tried again"
 
 
-def test_what_does_not_compile_is_refused_at_once() -> None:
-    class Broken:
-        __name__ = "_broken"
-        tried = 0
+class Broken:
+    """A kernel whose launch ends in an error."""
 
-        def __getitem__(self, grid: Any) -> Any:
-            Broken.tried += 1
-            raise CompilationError("a = b\n", None, "no such instruction")
+    __name__ = "_broken"
 
-    with pytest.raises(KernelRefused, match="broken does not run on .*CompilationError"):
-        run(Broken())
-    assert Broken.tried == 1, "a smaller tile would not help"
+    def __init__(self, error: Exception) -> None:
+        self.error, self.tried = error, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.tried += 1
+        raise self.error
+
+
+def test_what_does_not_compile_is_refused_at_once_and_for_good() -> None:
+    kernel = Broken(CompilationError("a = b\n", None, "no such instruction"))
+    for _ in range(2):
+        with pytest.raises(KernelRefused, match="broken does not run on .*CompilationError"):
+            run(kernel)
+    assert kernel.tried == 1, "a smaller tile would not help, nor would another try"
+
+
+def test_a_fault_of_a_kernel_is_no_refusal() -> None:
+    """The interpreter runs anything that is right: a kernel with an error in it must not be stood in for."""
+    kernel = Broken(InterpreterError("name 'rows' is not defined"))
+    for _ in range(2):
+        with pytest.raises(InterpreterError):
+            run(kernel)
+    assert kernel.tried == 2
 
 
 def test_no_kernel_is_launched_past_the_one_place() -> None:
@@ -206,7 +224,19 @@ def test_attention_that_is_refused_keeps_to_its_mask(monkeypatch: pytest.MonkeyP
         for _ in range(2):
             weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys)
     assert calls == ["mask", "mask"] and said(told) == ["such attention runs by torch, more slowly."]
-    keys = weighed_attention.WeighedKeys(weight, plain=20, blocks=lambda: calls.append("blocks"))
-    with pytest.raises(AssertionError):  # what is no block mask
-        weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys)
-    assert calls[2:] == ["blocks"]
+    q, k, v, weight = (x.detach() for x in (q, k, v, weight))  # on a CPU it has no backward pass
+    real = torch.ones(1, q.shape[2], dtype=torch.bool, device=DEVICE)
+    keys = weighed_attention.weighed_keys(weight, real, 20, padded=False)
+    monkeypatch.setattr(weighed_attention, "_flex", lambda: flex_attention)  # uncompiled
+    got, _ = weighed_attention.weighed_attention(torch.nn.Module(), q, k, v, keys)
+    rows = (*(x.transpose(1, 2) for x in (q, k, v)), weight.transpose(1, 2))
+    torch.testing.assert_close(got, kernel_file.reference_weighed_attention(*rows, 20))
+
+
+def test_training_says_what_to_do_where_its_backward_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_file, "_backward_queries", Crowded(None, "BQ", 0))
+    q, k, v, weight = weighed()
+    rows = (*(x.transpose(1, 2) for x in (q, k, v)), weight.transpose(1, 2), 20)
+    out = kernel_file.kernel_weighed_attention(*rows)
+    with pytest.raises(KernelRefused, match=r"Set model\.mod\.supports_flex = False"):
+        out.sum().backward()
