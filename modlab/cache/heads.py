@@ -38,9 +38,9 @@ class HeadsLayer(RecentLayer):
 
         keys, values [1, C, H]   | row 0: head 0 ... | head 1 . | ... | row 1: head 0 .. | ...
 
-    Segment `row * G + g` is head g of a row: `starts`, `lengths` and `capacities` have B * G entries. Whoever
-    attends gets all keys that any head of the row holds, as a temporary of this one layer (`write`), and the
-    mask hides from each head what it does not hold (`key_kept`).
+    Segment `row * G + g` is head g of a row: `starts`, `lengths` and `capacities` have B * G entries. An
+    attention is given all keys that any head of the row holds, as a temporary of this one layer (`write`),
+    and the mask hides from each head what it does not hold (`key_kept`).
 
     Args:
         heads: G, at least 2.

@@ -57,7 +57,7 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
     dense = tokens * each * (routing.num_layers - routed)
     ragged = tokens * routed * (each + index_bytes(routing))
     recent = recent_share(routing.config, context)
-    ratio = keep_beside_recent((kv_mib * MIB - dense) / ragged, recent)
+    ratio = keep_without_recent((kv_mib * MIB - dense) / ragged, recent)
     if ratio >= 1:
         raise ModlabError(
             f"{kv_mib:g} MiB hold the whole cache of {tokens:,} tokens, which takes "
@@ -104,7 +104,7 @@ def unbounded_keep_ratio(kv_saving: float, routed: int, num_layers: int, recent:
     Args:
         recent: share of the context that is in the cache anyway (`recent_share`).
     """
-    return keep_beside_recent((num_layers / kv_saving - (num_layers - routed)) / routed, recent)
+    return keep_without_recent((num_layers / kv_saving - (num_layers - routed)) / routed, recent)
 
 
 def index_bytes(routing: Routing) -> float:
@@ -118,7 +118,7 @@ def recent_share(config: MoDConfig, context: float) -> float:
     return min(1.0, config.recent_stored / context)
 
 
-def keep_beside_recent(stored: float, recent: float) -> float:
+def keep_without_recent(stored: float, recent: float) -> float:
     """The keep ratio at which a share `stored` is in the cache: `Skip.stored_share` solved for it. Not above
     0 where the recent tokens alone are more than that."""
     return (stored - recent) / (1 - recent) if recent < 1 else stored - 1.0

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _one_rank_prints() -> Iterator[None]:
-    """Of the processes that `accelerate launch` started, the first one prints and warns for all; errors come
-    from whoever has them."""
+    """Of the processes that `accelerate launch` started, the first one prints and warns for all; each
+    has its own errors."""
     if int(os.environ.get("RANK", "0")) == 0:
         yield
         return

@@ -15,7 +15,7 @@ def sent(numbers: Tensor, device: torch.device) -> Tensor:
 
 
 class Fetched:
-    """Numbers on their way to the host; whoever needs them asks as late as possible.
+    """Numbers on their way to the host, to be read as late as possible.
 
     Args:
         numbers: of the device, as they stand in the stream.

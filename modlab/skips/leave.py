@@ -22,7 +22,7 @@ class LeaveSkip(Skip):
     that it had there, by trained copies of the projections; so prompt tokens leave there, and only each row's
     last one goes on (published as SwiftKV, arXiv 2410.03960).
 
-    Leaving changes no number: whoever goes on computes the same. Generated tokens, training, losses and
+    Leaving changes no number: tokens that go on compute the same. Generated tokens, training, losses and
     whatever else asks for the logits of all tokens run all layers.
     """
 

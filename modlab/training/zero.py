@@ -119,7 +119,7 @@ class Zero:
             raise ModlabError(f"DeepSpeed does not take this {type(model).__name__}: {error}") from error
 
     def begin(self) -> None:
-        """The parts are the weights' again, whoever has changed these since the last step."""
+        """The parts are the weights' again, whatever has changed these since the last step."""
         self.engine.optimizer.refresh_fp32_params()
 
     def norm(self) -> Tensor:

@@ -19,8 +19,8 @@ from modlab import skips
 from modlab.cache import bytes as kv_bytes
 from modlab.cache.recent import RecentLayer
 from modlab.cache.stored import (
-    keep_beside_recent,
     keep_ratio_for,
+    keep_without_recent,
     recent_share,
     token_bytes,
 )
@@ -388,7 +388,7 @@ def test_savings_count_the_recent_tokens(make_llama) -> None:
     assert recent_share(alternate_layers(), 1024) == 0.0
     stored = skips.named("kv").stored_share(0.4, 0.125)
     assert stored == pytest.approx(0.4 + 0.6 * 0.125)
-    assert keep_beside_recent(stored, 0.125) == pytest.approx(0.4)
+    assert keep_without_recent(stored, 0.125) == pytest.approx(0.4)
 
     keep = torch.zeros(3, 60, dtype=torch.bool).numpy()
     keep[:, :10] = True
