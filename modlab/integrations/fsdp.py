@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,17 +25,23 @@ FIRST_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 checkpoint in the first process of a machine alone, and leaves zeros in all others."""
 
 
+_one_loads = threading.RLock()  # the variable is the whole process's
+
+
 @contextlib.contextmanager
 def every_process_loads() -> Iterator[None]:
     """Inside, transformers loads a checkpoint in each process: conversion looks at layers by running them.
-    The host holds it once: weights in the checkpoint's dtype are its mapped pages, which processes share."""
-    before = os.environ.get(FIRST_LOADS)
-    if before is not None:
-        os.environ[FIRST_LOADS] = "false"
-    try:
+    The host holds it once: weights in the checkpoint's dtype are its mapped pages, which processes share.
+    Threads of a process that was launched with FSDP load one after another."""
+    if FIRST_LOADS not in os.environ:
         yield
-    finally:
-        if before is not None:
+        return
+    with _one_loads:
+        before = os.environ[FIRST_LOADS]
+        os.environ[FIRST_LOADS] = "false"
+        try:
+            yield
+        finally:
             os.environ[FIRST_LOADS] = before
 
 

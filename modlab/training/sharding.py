@@ -54,7 +54,8 @@ def shard(model: Any, processes: Processes, bf16: bool) -> None:
             f"the processes hold different weights of this {type(model).__name__}, and FSDP2 would take a "
             "part of each. Under --fsdp_cpu_ram_efficient_loading, accelerate's default, the first process "
             "of a machine may load a checkpoint alone: say --fsdp_cpu_ram_efficient_loading false, or load "
-            "by modlab.load, which loads in all."
+            "by modlab.load, which loads in all. Routers that each process has fitted on another kind of CPU "
+            "differ as well: fit them once (modlab fit) and train from there."
         )
     routers = {p for router in routers_of(model) for p in router.parameters()}
     alone = routers if routers.issuperset(trained) else set()
@@ -82,7 +83,7 @@ def _beginning(weight: Tensor) -> list[int] | None:
     first = weight.detach()
     while first.dim() > 1 and len(first):
         first = first[0]
-    found: list[int] = first.reshape(-1)[:FIRST].cpu().view(torch.uint8).tolist()
+    found: list[int] = first.reshape(-1)[:FIRST].cpu().contiguous().view(torch.uint8).tolist()
     return found
 
 

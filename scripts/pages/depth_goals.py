@@ -95,14 +95,16 @@ def _prompts(results: list[dict[str, Any]]) -> Iterator[Cells]:
         if not own:
             yield what, f"{asked:g}x of dense", NOT_RUN, ""
             continue
-        row, met = own[-1], _met(own[-1]["speedup"] >= asked)
+        row = own[-1]
+        # A note says what is wrong with a time, see `_timed`.
+        met = "not settled" if row["note"] else _met(row["speedup"] >= asked)
         trained = row["routing"] == "trained"
         by = f"{row['ratio']:.1f}x by trained routers, its own weights" if trained else DRAWN
         rounds = ", one round" if row.get("rounds") == 1 else ""
         if model in DECIDING and not trained:
             met = f"{met}; {NOT_RUN} with its own weights"
         got = f"{row['speedup']:.2f}x ({by}{rounds}; by operations {row['ideal']:.2f}x)"
-        yield what, f"{asked:g}x of dense", " ".join(filter(None, [got, row["note"]])), met
+        yield what, f"{asked:g}x of dense", ". ".join(filter(None, [got, row["note"]])), met
 
 
 def _timed(results: list[dict[str, Any]], model: str, context: int) -> Iterator[Row]:

@@ -106,7 +106,8 @@ def test_own_weights_count_more_than_a_shape(tmp_path: Path, drawn: float) -> No
     assert "drawn decisions, one round; by" in line[2] and line[3] == "missed"
     found = table(tmp_path, speed_leave_x=speed | {"note": "Compiling was in it: no speeds."})
     (line,) = (row for row in found if row[0].startswith("llama-3-8b: a prompt of 131,072"))
-    assert line[2].endswith("by operations 2.40x) Compiling was in it: no speeds."), "what is wrong with it"
+    assert line[2].endswith("by operations 2.40x). Compiling was in it: no speeds."), "what is wrong with it"
+    assert line[3] == "not settled"
     (line,) = (row for row in found if row[0].startswith("coder-1.5b: a prompt"))
     assert line[2].startswith(f"{drawn:.2f}x (random weights") and "not run with its own weights" in line[3]
     fields = {

@@ -14,6 +14,7 @@ import modlab
 from modlab.errors import ModlabError
 from modlab.plan import sizes_of
 from modlab.saving.files import ROUTER_FILE
+from modlab.training import sharding
 from modlab.training.processes import Processes
 from tests.helpers.adapters import KINDS, adapting, kind_of
 from tests.helpers.launch import launch
@@ -106,3 +107,9 @@ def test_other_ways_to_shard_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
     with pytest.raises(ModlabError, match=r"models of its own.*--fsdp_version 2"):
         Processes()
+
+
+def test_weights_are_told_apart_however_they_lie_in_memory() -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    beginnings = [sharding._beginning(w) for w in (weight, weight.t(), weight.t().contiguous(), weight[:0])]
+    assert beginnings[0] != beginnings[1] == beginnings[2] and not beginnings[3]
