@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import site
@@ -67,14 +68,14 @@ def documents(
     if source == "":
         raise ModlabError('The source is empty: give a file, a folder, a data set of the hub, or "python".')
     if isinstance(source, (list, tuple)):
-        docs = _described(_of_texts(source), num_proc)
+        docs = _described([_of_texts(source)], source, num_proc)
     elif not isinstance(source, (str, os.PathLike)) and not hasattr(source, "column_names"):
         raise ModlabError(
             f"The source is a {type(source).__name__}: give a file or folder, a list of texts, a data set, "
             'or "python".'
         )
     elif not isinstance(source, (str, os.PathLike)):
-        docs = _described(_with_text(source, text_column, "The data set"), num_proc)
+        docs = _described([_with_text(source, text_column, "The data set")], source, num_proc)
     elif os.fspath(source) in PYTHON:
         docs = _python_documents(os.fspath(source), num_proc)
     else:
@@ -169,28 +170,24 @@ def _read_files(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def _text_documents(
     source: str, num_proc: int | None, text_column: str, cache_dir: str | os.PathLike[str] | None
 ) -> Dataset:
-    from datasets import concatenate_datasets
-
     cache = None if cache_dir is None else os.fspath(cache_dir)
     parts = [
         _with_text(part, text_column if kind == "json" else "text", where)
         for kind, where, part in _load(source, cache, num_proc)
     ]
-    return _described(concatenate_datasets(parts) if len(parts) > 1 else parts[0], num_proc)
+    return _described(parts, source, num_proc)
 
 
-def _described(docs: Dataset, num_proc: int | None) -> Dataset:
-    """Adds the columns `name` (unless the documents have names) and `chars`, and drops empty documents. Rows
-    that have no text at all are worth a word; blank ones are nothing unusual."""
-    from datasets import Features, Value
+def _described(parts: list[Dataset], source: Source, num_proc: int | None) -> Dataset:
+    """The parts of a source as one, with the columns `name` (their own where they have names), `text` and
+    `chars`, without empty documents. Rows that have no text at all are worth a word; blank ones are nothing
+    unusual."""
+    from datasets import concatenate_datasets
 
-    docs = docs.map(
-        _describe,
-        batched=True,
-        features=Features({"name": Value("string"), "text": Value("large_string"), "chars": Value("int64")}),
-        num_proc=processes(num_proc, len(docs)),
-        desc="Reading text",
-    )
+    parts = [part for part in parts if len(part)]  # `map` leaves the columns of an empty one as they are
+    if not parts:
+        raise ModlabError(f"{named(source, None)} holds no text.")
+    docs = concatenate_datasets([_of_one_type(part, num_proc) for part in parts])
     chars = np.asarray(docs["chars"])
     if missing := int((chars == MISSING).sum()):
         warnings.warn(
@@ -200,6 +197,19 @@ def _described(docs: Dataset, num_proc: int | None) -> Dataset:
         )
     filled = np.flatnonzero(chars > 0)
     return docs.select(filled) if len(filled) < len(docs) else docs
+
+
+def _of_one_type(docs: Dataset, num_proc: int | None) -> Dataset:
+    """Columns of the same types whatever a file holds: what is no text in one may be one in the next."""
+    from datasets import Features, Value
+
+    return docs.map(
+        _describe,
+        batched=True,
+        features=Features({"name": Value("string"), "text": Value("large_string"), "chars": Value("int64")}),
+        num_proc=processes(num_proc, len(docs)),
+        desc="Reading text",
+    )
 
 
 def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[str, str, Dataset]]:
@@ -236,7 +246,8 @@ def _load(source: str, cache: str | None, num_proc: int | None) -> list[tuple[st
 
 
 def _read(kind: str, names: list[str], source: str, cache: str | None) -> list[tuple[str, str, Dataset]]:
-    """The files of one kind: together, or each by itself where their columns differ or one cannot be read."""
+    """The files of one kind: together, or by halves where their columns differ or one cannot be read, so that
+    one such file among thousands costs a few calls more."""
     from datasets import load_dataset
 
     # utf-8-sig: the byte order mark that some editors write is no text
@@ -245,9 +256,25 @@ def _read(kind: str, names: list[str], source: str, cache: str | None) -> list[t
         part = load_dataset(kind, data_files=names, split="train", cache_dir=cache, **options)
     except Exception as error:  # datasets raises many kinds; all mean that a file cannot be parsed
         if len(names) > 1:
-            return [part for name in names for part in _read(kind, [name], name, cache)]
-        raise ModlabError(f"Could not read {source} as {kind}: {_cause(error)}.") from error
+            middle = len(names) // 2
+            halves = names[:middle], names[middle:]
+            return [part for half in halves for part in _read(kind, half, _called(half), cache)]
+        if _holds_no_row(Path(names[0])):
+            return []
+        raise ModlabError(f"Could not read {names[0]} as {kind}: {_cause(error)}.") from error
     return [(kind, source, part)]
+
+
+def _called(names: list[str]) -> str:
+    """What messages call some files of a folder."""
+    return names[0] if len(names) == 1 else f"{names[0]} (with {len(names) - 1} of its neighbours)"
+
+
+def _holds_no_row(file: Path) -> bool:
+    """Whether a file is blank or an empty list, of which `datasets` makes an error."""
+    if file.stat().st_size > 2**16:
+        return False
+    return b"".join(file.read_bytes().removeprefix(codecs.BOM_UTF8).split()) in (b"", b"[]")
 
 
 _NO_NAME = (
@@ -270,7 +297,9 @@ def _describe(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     texts = [t if isinstance(t, str) and t.strip() else "" for t in batch["text"]]
     names = batch.get("name") or [None] * len(texts)
     return {
-        "name": [digest(text) if name is None else name for name, text in zip(names, texts, strict=True)],
+        "name": [
+            digest(text) if name is None else str(name) for name, text in zip(names, texts, strict=True)
+        ],
         "text": texts,
         "chars": [
             len(text) if isinstance(given, str) else MISSING

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -212,6 +213,71 @@ def test_files_of_a_folder_may_have_other_columns(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"body": "three"}\n', encoding="utf-8")
     with pytest.raises(ModlabError, match=r"c\.jsonl has no column 'text', only \['body'\]"):
         data.documents(tmp_path)
+
+
+def write_rows(folder: Path, **files: list[dict[str, Any]]) -> None:
+    """A .jsonl file of each; not in `tmp_path` itself, where the tests' cache lies."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("other", [["a list"], None], ids=str)
+def test_what_is_no_text_in_one_file_leaves_the_others_alone(
+    tmp_path: Path, other: Any, order: tuple[str, str]
+) -> None:
+    write_rows(tmp_path / "docs", **dict(zip(order, ([{"text": other}], [{"text": "hello"}]), strict=True)))
+    with pytest.warns(UserWarning, match="1 of 2 rows have no text"):
+        assert data.documents(tmp_path / "docs")["text"] == ["hello"]
+
+
+@pytest.mark.parametrize("other", [5, {"a": "dict"}], ids=str)
+def test_what_datasets_could_write_as_a_text_is_none(tmp_path: Path, other: Any) -> None:
+    """It does where the first file holds texts."""
+    write_rows(tmp_path / "docs", a=[{"text": other}], b=[{"text": "hello"}])
+    with pytest.warns(UserWarning, match="1 of 2 rows have no text"):
+        assert data.documents(tmp_path / "docs")["text"] == ["hello"]
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_names_of_all_types_are_strings(tmp_path: Path, order: tuple[str, str]) -> None:
+    """A row's split follows from its name, which may not depend on the rows around it."""
+    rows = [{"text": "one", "name": 3}, {"text": "two"}], [{"text": "three", "name": "c/3"}]
+    write_rows(tmp_path / "docs", **dict(zip(order, rows, strict=True)))
+    docs = data.documents(tmp_path / "docs")
+    assert dict(zip(docs["text"], docs["name"], strict=True)) == {
+        "one": "3",
+        "two": sources.digest("two"),
+        "three": "c/3",
+    }
+
+
+def test_one_odd_file_among_many_is_found_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"f{i:02d}": [{"text": f"text {i}"}] for i in range(64)}
+    write_rows(tmp_path / "docs", **{**files, "f37": [{"text": "odd", "year": 7}]})
+    calls, load = [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append(1) or load(*a, **k))
+    texts_found = data.documents(tmp_path / "docs")["text"]
+    assert list(texts_found) == [rows[0]["text"] if name != "f37" else "odd" for name, rows in files.items()]
+    assert len(calls) <= 13  # all, and two at each of six halvings
+    write_rows(tmp_path / "docs", f37=[{"body": "odd"}], f38=[{"body": "odd"}])
+    with pytest.raises(ModlabError, match=r"f37\.jsonl has no column 'text', only \['body'\]"):
+        data.documents(tmp_path / "docs")
+
+
+@pytest.mark.parametrize("blank", ["\n", " \n\n", "[]", "[\n]\n"])
+def test_files_without_a_row_are_left_out(tmp_path: Path, blank: str) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.json").write_text(blank, encoding="utf-8")
+    for source in (tmp_path / "docs", tmp_path / "docs" / "a.json"):
+        with pytest.raises(ModlabError, match="holds no text"):
+            data.documents(source)
+    write_rows(tmp_path / "docs", b=[{"text": "one"}], c=[{"text": "two", "year": 7}])
+    assert data.documents(tmp_path / "docs")["text"] == ["one", "two"]
+    with pytest.raises(ModlabError, match="holds no text"):
+        data.documents(Dataset.from_dict({"text": []}))
 
 
 def test_rows_without_a_text_are_counted(tmp_path: Path) -> None:
