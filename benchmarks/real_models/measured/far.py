@@ -115,18 +115,23 @@ class Far:
     def _record(self, curves: dict[str, Curves], retrieval: bool) -> dict[str, Any]:
         far = evaluate.FAR
         record: dict[str, Any] = {
-            "kl_far_by_text": {}, "kl_near_by_text": {}, "top1_far_by_text": {}, "keep_by_text": {},
+            "kl_far_by_text": {}, "kl_near_by_text": {}, "kl_end_by_text": {}, "top1_far_by_text": {},
+            "keep_by_text": {},
         }  # fmt: skip
         by_gate = []
         for name, found in curves.items():
             kl, same = torch.cat(found.kl), torch.cat(found.same).float()
             record["kl_far_by_text"][name] = kl[:, far:].mean().item()
             record["kl_near_by_text"][name] = kl[:, :far].mean().item()
+            # Settings of equal bytes at a row's end store other numbers of keys on the way there: the more
+            # recent tokens, the more early on.
+            record["kl_end_by_text"][name] = kl[:, kl.shape[1] * 3 // 4 :].mean().item()
             record["top1_far_by_text"][name] = same[:, far:].mean().item()
             older, share = self._stored_keys(found.keep)
             record["keep_by_text"][name] = share
             by_gate.append(older)
         record["kl_far"] = float(np.mean(list(record["kl_far_by_text"].values())))
+        record["kl_end"] = float(np.mean(list(record["kl_end_by_text"].values())))
         record["keys"] = float(np.mean(list(record["keep_by_text"].values())))
         record["keep_by_gate"] = torch.stack(by_gate).mean(0).tolist()
         if all(found.kv_bytes for found in curves.values()):

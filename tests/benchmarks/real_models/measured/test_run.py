@@ -54,7 +54,9 @@ def test_every_row_of_the_table_is_filled(
         assert kinds == {"ruler", "humaneval", "shots"} and len(row["tasks"]) == 5 + 1 + 3
         assert all({"score", "dense", "stderr"} <= set(task) for task in row["tasks"].values())
         assert set(row["keep_by_text"]) == {"novels", "wikitext", "headers"}
-    assert rows["random", 4.0]["kl_far"] > rows["random", 2.0]["kl_far"] > 0
+    for part in ("kl_far", "kl_end"):
+        assert rows["random", 4.0][part] > rows["random", 2.0][part] > 0
+    assert rows["random", 4.0]["kl_end"] != rows["random", 4.0]["kl_far"], "the last quarter alone"
     floor = rows["random", 1.0]
     assert abs(floor["kl_far"]) < 1e-5 and floor["ratio"] > 0.9 and floor["recall_gap"]["256"] < 1e-3
     for name in fixed.NAMES:
