@@ -28,7 +28,6 @@ the loss of the text. Real models lose recall over a distance by it (docs/result
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -36,6 +35,7 @@ from modlab.config import MoDConfig
 from modlab.errors import ModlabError
 from modlab.training.config import TrainConfig
 from modlab.training.fit_config import FitConfig
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from modlab.conversion.survey import Survey
@@ -265,10 +265,9 @@ def _reachable(name: str, saving: float, routed: int, holding: int) -> float:
     if saving < most:
         return saving
     aim = 1 + 0.75 * (most - 1)
-    warnings.warn(
+    warn(
         f"{routed} of {holding} layers are routed (others hold a window alone), which saves less than "
-        f"{most:.3g}x: the recipe {name!r} aims at {aim:.3g}x here instead of {saving:g}x (kv_saving=...).",
-        stacklevel=3,
+        f"{most:.3g}x: the recipe {name!r} aims at {aim:.3g}x here instead of {saving:g}x (kv_saving=...)."
     )
     return aim
 

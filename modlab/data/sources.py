@@ -15,7 +15,6 @@ import hashlib
 import os
 import site
 import sysconfig
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,6 +24,7 @@ import numpy as np
 from modlab.data.texts import PYTHON, checked
 from modlab.errors import ModlabError, check_number
 from modlab.paths import exists
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -190,10 +190,9 @@ def _described(parts: list[Dataset], source: Source, num_proc: int | None) -> Da
     docs = concatenate_datasets([_of_one_type(part, num_proc) for part in parts])
     chars = np.asarray(docs["chars"])
     if missing := int((chars == MISSING).sum()):
-        warnings.warn(
+        warn(
             f"{missing:,} of {len(docs):,} rows have no text and are left out: their text column is missing, "
-            "null or no string.",
-            stacklevel=2,
+            "null or no string."
         )
     filled = np.flatnonzero(chars > 0)
     return docs.select(filled) if len(filled) < len(docs) else docs

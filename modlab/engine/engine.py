@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from modlab.hf.model import eval_mode
 from modlab.hf.names import cache_argument
 from modlab.routing.state import Routing, is_converted, routing_override
 from modlab.routing.table import RoutingTable
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -203,12 +203,12 @@ class Engine:
         """Steps run from the host from now on; `fast_generation_report` says why."""
         self.branch, self.branch_note = HostBranch(), why.splitlines()[0]
         self.compile = False
-        warnings.warn(f"fast generation goes on without CUDA graphs: {self.branch_note}", stacklevel=2)
+        warn(f"fast generation goes on without CUDA graphs: {self.branch_note}")
 
     def compile_less(self, why: str) -> None:
         """Steps are captured uncompiled from now on; `fast_generation_report` says why."""
         self.compile, self.uncompiled = False, {"layers": why}
-        warnings.warn(f"fast generation goes on without torch.compile: {why}", stacklevel=2)
+        warn(f"fast generation goes on without torch.compile: {why}")
 
     def step(self, batch: int) -> Step:
         """The decoding step for `batch` rows, captured at its first use."""

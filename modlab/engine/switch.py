@@ -5,7 +5,6 @@ Shape letters: B rows, T tokens in, V vocabulary.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from modlab.hf.model import eval_mode
 from modlab.hf.names import given_cache
 from modlab.kernels.device import on_device
 from modlab.kernels.launch import KernelRefused, warn_slower
+from modlab.warn import warn
 
 PROBE_LENGTHS = (7, 4)
 PROBE_STEPS = 3
@@ -180,7 +180,7 @@ def _engine_for(model: PreTrainedModel, compile: bool | str, check: bool, **sett
         ) from error
     if engine.routing is not None and engine.form is None:
         why = engine.routing.skip.why_no_engine(engine.routing.config)
-        warnings.warn(f"model.generate will run without the engine: {why}", stacklevel=3)
+        warn(f"model.generate will run without the engine: {why}")
     return engine
 
 

@@ -12,7 +12,6 @@ mixture-of-experts models add theirs. The objectives, the ramp and the what-if p
 from __future__ import annotations
 
 import contextlib
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from modlab.training.checks import choose_objective, nothing_to_learn
 from modlab.training.config import Objective, TrainConfig
 from modlab.training.objectives import Sums, routing_objective
 from modlab.training.schedule import is_what_if, ramped_target
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -200,7 +200,7 @@ class MoDCallback(TrainerCallback):
         """Once, of the rows before the first log line or the end."""
         reason = nothing_to_learn(self.model, self.longest) if self.longest else ""
         if reason and self.objective != "none":
-            warnings.warn(f"so far the trainer has {reason}", stacklevel=3)
+            warn(f"so far the trainer has {reason}")
         self.longest = None
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

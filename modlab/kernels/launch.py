@@ -9,12 +9,12 @@ and the first that there is room for runs.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
 
 from modlab.errors import ModlabError
+from modlab.warn import warn
 
 try:
     from triton.errors import TritonError
@@ -90,4 +90,4 @@ def warn_slower(refused: str, instead: str) -> None:
         refused: what a `KernelRefused` says.
         instead: what runs, as a sentence without its end.
     """
-    warnings.warn(f"{refused}: {instead}, more slowly.", stacklevel=3)
+    warn(f"{refused}: {instead}, more slowly.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from modlab.routing.state import (
     set_threshold,
     thresholds_restored_on_error,
 )
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,7 +177,7 @@ def calibrate(
     result = Calibration(routing.thresholds)
     result.keep_ratio, result.keep_ratio_by_layer = gates.ratio, gates.by_layer
     if routing.trained and (warning := routing.trained.warning_for(statistics.median(result.values()))):
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     return result
 
 

@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from modlab.routing.state import (
     thresholds_restored,
 )
 from modlab.routing.threshold import check_threshold
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,10 +123,9 @@ def sweep(
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     recent = routing.recent
     if recent is not None and longest <= recent:
-        warnings.warn(
+        warn(
             f"texts of at most {longest} tokens are not longer than keep_recent={recent}: all of their keys "
-            "and values stay, whatever the threshold is. Give longer texts.",
-            stacklevel=2,
+            "and values stay, whatever the threshold is. Give longer texts."
         )
 
     rounds = repeats + 1 if repeats else 0  # the first warms up

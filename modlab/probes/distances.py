@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from modlab.errors import ModlabError, check_count
 from modlab.hf.model import context_length
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,5 +63,5 @@ def note_left_out(probe: str, table: pd.DataFrame, left_out: dict[int, str]) -> 
     table.attrs["left_out"] = left_out
     if left_out:
         reasons = "; ".join(f"{distance:,} tokens: {reason}" for distance, reason in left_out.items())
-        warnings.warn(f"{probe}: distances left out. {reasons}", stacklevel=3)
+        warn(f"{probe}: distances left out. {reasons}")
     return table

@@ -7,13 +7,13 @@ not tell: fused optimisers leave them alone.)
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from modlab.routing.router import is_router
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from modlab.routing.state import Routing
@@ -57,7 +57,7 @@ class Learning:
         origin = (routing.source, routing.trained)
         if known and origin == self.origin and any(map(is_router, moved)):
             if routing.trained:
-                warnings.warn(FORGOTTEN, stacklevel=2)
+                warn(FORGOTTEN)
             routing.forget_origin()
             known = False
         routing.base_trained |= not all(map(is_router, moved))

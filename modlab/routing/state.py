@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from modlab.routing import rule
 from modlab.routing.record import Decision, ForwardCall, OverrideFn, Recording
 from modlab.routing.threshold import check_threshold
 from modlab.routing.trained import Trained
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -377,7 +377,7 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
         set_keep_recent(model, recent)
     set_threshold(model, p)
     if warning := trained.warning_for(p):
-        warnings.warn(f"kv_saving={kv_saving:g}: {warning}", stacklevel=2)
+        warn(f"kv_saving={kv_saving:g}: {warning}")
     return p
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from modlab.saving.routers import (
     tensors_of,
     write_routers,
 )
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,11 +159,10 @@ def let_routers_travel(model: Any, prefix: str = "") -> None:
     """
     adapters = model.__dict__.get("peft_config")
     if prefix.startswith("base_model.") and not adapters and not _described():
-        warnings.warn(
+        warn(
             "PEFT knows nothing of this model's routers and keeps learned prompts apart from it: what its "
             "save_pretrained writes loads on the dense model. "
-            "modlab.integrations.peft.save_adapter(model, folder) saves the routers with them.",
-            stacklevel=2,
+            "modlab.integrations.peft.save_adapter(model, folder) saves the routers with them."
         )
     for config in (adapters or {}).values():
         if not isinstance(config, CarriesRouters):

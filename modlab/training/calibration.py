@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from modlab.training.config import TrainConfig
 from modlab.training.loader import Batch, Batches
 from modlab.training.model import fresh_routers
 from modlab.training.sharding import reshard
+from modlab.warn import warn
 
 BEGIN = 0.9
 """Keep ratio at which distillation begins at most."""
@@ -84,7 +84,7 @@ def calibrate_trained(
     except (ModlabError, RuntimeError, KeyboardInterrupt) as error:
         routing.thresholds.update(dict.fromkeys(before, 0.5) if shifted else before)
         why = str(error) or type(error).__name__
-        warnings.warn(f"The thresholds stay as trained: {why}", stacklevel=2)
+        warn(f"The thresholds stay as trained: {why}")
         return None
     finally:
         if shifted:
@@ -128,10 +128,9 @@ def thresholds_by_ratio(
             with thresholds_restored(model), autocast():
                 keep_ratio = keep_with_recent(model, recent_range, ratio, context)
                 if keep_ratio < low <= 1 / ratio:  # for the recent tokens' sake
-                    warnings.warn(
+                    warn(
                         f"No threshold for {ratio:g}x: in texts of {context:,} tokens gates would have to "
-                        f"keep {keep_ratio:.3g}, less than the {low:g} they are trained to (keep_range).",
-                        stacklevel=2,
+                        f"keep {keep_ratio:.3g}, less than the {low:g} they are trained to (keep_range)."
                     )
                 if low <= keep_ratio <= high:
                     found[ratio] = dict(
@@ -141,7 +140,7 @@ def thresholds_by_ratio(
                         )
                     )  # fmt: skip
         except ModlabError as error:
-            warnings.warn(f"No threshold for {ratio:g}x: {error}", stacklevel=2)
+            warn(f"No threshold for {ratio:g}x: {error}")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from modlab.training.config import Objective, TrainConfig
 from modlab.training.loader import Batches
 from modlab.training.model import fresh_routers
 from modlab.training.schedule import keep_target
+from modlab.warn import warn
 
 OF_GATES = (
     "keep_ratio", "keep_range", "recent_range", "per_layer", "lam", "alpha", "bce", "hold", "ramp", "what_if",
@@ -216,7 +216,7 @@ def check_rows_teach(model: Any, source: Batches, objective: Objective) -> None:
     if reason := nothing_to_learn(model, source.first["input_ids"].shape[1]):
         if source.preloaded:
             raise ModlabError(f"The data has {reason}")
-        warnings.warn(f"The first batch has {reason}", stacklevel=2)
+        warn(f"The first batch has {reason}")
 
 
 def check_length(model: Any, length: int, what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from modlab.warn import warn
 
 LATE, LAG = 1.3, 0.02
 """How far above its target the keep ratio may be, by factor and in shares, before a look ahead."""
@@ -41,10 +41,9 @@ class Reach:
         if self.warned or kept <= LATE * target + LAG or end is None or end <= MISS * self.aim + SLACK:
             return
         self.warned = True
-        warnings.warn(
+        warn(
             f"The gates keep {kept:.2f} where {target:.2f} is asked for by now ({self.aim:g} at the end). At "
-            f"their speed the run will end near {end:.2f}: give more tokens, a larger lam or router_lr.",
-            stacklevel=2,
+            f"their speed the run will end near {end:.2f}: give more tokens, a larger lam or router_lr."
         )
 
     def _end(self) -> float | None:

@@ -25,6 +25,7 @@ from modlab import cli
 from modlab.cli import flags, program
 from modlab.recipes import TRAINED
 from modlab.training.config import TrainConfig
+from modlab.warn import ModlabWarning
 from scripts.pages.commands import parsers
 from tests.helpers.launch import python_path
 from tests.helpers.models import tiny_config
@@ -149,7 +150,7 @@ def test_the_recipes_stand_one_below_the_other() -> None:
 def test_own_warnings_come_without_the_line_that_raised_them() -> None:
     before = warnings.formatwarning
     with program._warnings_in_words():
-        own = warnings.formatwarning("No threshold for 16x.", UserWarning, cli.__file__, 7, None)
+        own = warnings.formatwarning("No threshold for 16x.", ModlabWarning, "any.py", 7, None)
         others = warnings.formatwarning("slow", UserWarning, "/somewhere/else.py", 7, None)
     assert own == "modlab: warning: No threshold for 16x.\n"
     assert "/somewhere/else.py:7: UserWarning: slow" in others
