@@ -410,7 +410,11 @@ def set_keep_recent(model: PreTrainedModel, tokens: int) -> None:
                 f"keep_recent={tokens}: the sliding window of layer {layer} has {window} tokens, all of "
                 "which would be recent. Give fewer, or leave that layer out of MoDConfig.layers."
             )
-    routing.set_config(dataclasses.replace(routing.config, keep_recent=tokens))
+    config = dataclasses.replace(routing.config, keep_recent=tokens)
+    if routing.skip.layers(config, routing.num_layers) != routing.layers:
+        # Some were left out: those whose windows are short for so many tokens, which may be others now.
+        config.layers = list(routing.layers)
+    routing.set_config(config)
 
 
 @contextlib.contextmanager

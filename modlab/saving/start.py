@@ -64,12 +64,13 @@ def start_from(model: Any, source: str | Path, **hub_arguments: Any) -> list[str
             "router_hidden."
         )
     routing = routing_of(model)
+    if routing.recent is not None and description.config.recent_stored:
+        # Its thresholds count on them. First, as a sliding window may refuse so many.
+        set_keep_recent(model, description.config.keep_recent)
     routing.forget_origin()
     with torch.no_grad():
         for key in taken:
             own[key].copy_(found[key])
-    if routing.recent is not None and description.config.recent_stored:
-        set_keep_recent(model, description.config.keep_recent)  # its thresholds count on them
     routers = [key.split(".") for key in taken if f".{ROUTER}." in key]
     routed = {int(part) for parts in routers for part in parts if part.isdigit()}
     if routed and not routing_of(model).skip.decides_itself:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import modlab
 from modlab.errors import ModlabError
+from tests.helpers.models import narrow_config
 from tests.helpers.routing import IDS
 
 
@@ -145,3 +146,19 @@ def test_a_state_without_routers_is_refused(tiny_llama, saved) -> None:
         with pytest.raises(ModlabError, match="state_dict given lacks"):
             tiny_llama.save_pretrained(saved, state_dict=state)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_layers_left_out_for_their_window_stay_out_after_a_reload(tmp_path) -> None:
+    """What names such as "all" mean depends on the number of recent tokens, which may be changed any time."""
+    config = narrow_config(Gemma2Config, head_dim=8, sliding_window=64)
+    torch.manual_seed(0)
+    model = modlab.convert(Gemma2ForCausalLM(config).eval(), modlab.MoDConfig(layers="all", keep_recent=128))
+    assert model.mod.layers == [1, 3]
+    modlab.set_keep_recent(model, 16)
+    model.save_pretrained(tmp_path / "model")
+    reloaded = modlab.load(tmp_path / "model")[0]
+    assert reloaded.mod.layers == [1, 3] and reloaded.mod.config.keep_recent == 16
+    modlab.revert(model)
+    again = modlab.convert(model, modlab.MoDConfig(layers="all", keep_recent=16))
+    modlab.set_keep_recent(again, 32)
+    assert again.mod.config.layers == "all", "none is left out"

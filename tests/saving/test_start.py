@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import modlab
 from modlab.errors import ModlabError
 from modlab.saving.routers import tensors_of
-from tests.helpers.models import dense_llama, leaving_llama, scatter_gates
+from tests.helpers.models import dense_llama, leaving_llama, narrow_config, scatter_gates
 
 FORM: dict[str, Any] = {"layers": "all", "gates": "kv_head", "router_hidden": 4}
 
@@ -68,3 +69,18 @@ def test_a_folder_without_routers_and_another_base_are_refused(routers: Path, tm
         model.get_input_embeddings().weight.neg_()
     with pytest.raises(ModlabError):
         modlab.start_from(model, routers)
+
+
+def test_recent_tokens_beyond_a_window_change_nothing(tmp_path: Path) -> None:
+    def windowed(keep_recent: int) -> Any:
+        torch.manual_seed(0)
+        dense = Gemma2ForCausalLM(narrow_config(Gemma2Config, head_dim=8, sliding_window=64)).eval()
+        return modlab.convert(dense, modlab.MoDConfig(layers="all", keep_recent=keep_recent))
+
+    modlab.save_routers(scatter_gates(windowed(128), 2.0), tmp_path / "kv", "some/base")
+    model = windowed(16)
+    before = added(model)
+    with pytest.raises(ModlabError, match="sliding window of layer 0"):
+        modlab.start_from(model, tmp_path / "kv")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in added(model).items())
+    assert model.mod.config.keep_recent == 16
