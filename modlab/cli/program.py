@@ -59,7 +59,7 @@ def _one_rank_prints() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_in_words() -> Iterator[None]:
-    """modlab's own warnings come as errors do, without a line of code: all of them here are modlab's."""
+    """modlab's own warnings come as errors do, without a line of code: the user has written none."""
     before = warnings.formatwarning
 
     def told(

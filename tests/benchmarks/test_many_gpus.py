@@ -231,13 +231,22 @@ def test_each_part_is_launched_with_its_own_number_of_processes() -> None:
     assert shown["llama-3-70b device_map", 4] == ("1", "") == shown["notebook", 4]
 
 
-def test_rows_that_gpus_cannot_share_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpus", "3", "--model", "m"], "--rows 8 are shared out among 3 GPUs"),
+        (["--toy", "--only", "one", "resume"], "--only knows no resume"),
+    ],
+    ids=["rows that GPUs cannot share", "parts that are not known"],
+)
+def test_what_would_not_run_is_refused(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["many_gpus", "--gpus", "3", "--model", "m", "--out", "o"])
+    """Of parts that are not known nothing would run, and nothing would say so."""
+    monkeypatch.setattr(sys, "argv", ["many_gpus", "--out", "o", *flags])
     with pytest.raises(SystemExit):
         main()
-    assert "--rows 8 are shared out among 3 GPUs" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def names_of(part_of: str, models: list[str], gpus: int = 2) -> list[str]:
@@ -454,16 +463,6 @@ def test_what_a_killed_run_had_said_is_told(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "resumed.json").write_text('{"scenes": {"killed": {"lines": [{"step": 5}, {"step": 6}]}}}')
     results.add(Part(RESUMED, ("m/small",), 1), Ended(0, 9.0, [], 0))
     assert len(results.found[RESUMED]["scenes"][KILLED]["lines"]) == 2
-
-
-def test_parts_that_are_not_known_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nothing would run, and nothing would say so."""
-    monkeypatch.setattr(sys, "argv", ["many_gpus", "--toy", "--out", "o", "--only", "one", "resume"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "--only knows no resume" in capsys.readouterr().err
 
 
 def test_what_an_earlier_call_left_does_not_pass_for_a_parts_own(tmp_path: Path) -> None:
