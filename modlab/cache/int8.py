@@ -1,0 +1,102 @@
+"""Keys and values in eight bits: what `MoDConfig(kv_cache_dtype="int8")` stores, and what attention sees.
+
+A key or value of one KV head, H numbers, becomes H whole numbers from -127 to 127 and one step in half
+precision:
+
+    key = shift_H + step_H * step * codes_H        value = step_H * step * codes_H
+
+Shift and step of each channel are the layer's own and fixed: some channels of keys are a hundred times as
+large as others and hardly vary (biases of the projection do that in Qwen 2.5), and next to them the others
+would be lost. Channels' steps are powers of two, so that they can be moved from keys to the query, and from
+values to the output, without rounding.
+
+Attention sees stored numbers and nothing else, from the token's own on: `encode` is the one place where
+something is rounded, and `decode` what everybody reads.
+
+Shape letters: G kv heads, S tokens, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+RANGE = "mod_int8_range"
+"""Name of the `Int8Range` inside each routed layer."""
+
+LARGEST_CODE = 127
+
+STEP_TYPE = torch.float16
+
+LEAST_STEP = 2.0**-14
+"""The smallest normal number of that type: a key of zeros has it."""
+
+
+class Int8Range(nn.Module):
+    """What keys and values of one layer are measured against, fp32 whatever the model's type.
+
+    Attributes:
+        key_shift: the middle of each channel of keys, [G, HK].
+        key_step, value_step: the usual size of what is left, powers of two, [G, HK] and [G, HV].
+    """
+
+    key_shift: Tensor
+    key_step: Tensor
+    value_step: Tensor
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.register_buffer("key_shift", torch.zeros(heads, key_dim, device=device))
+        self.register_buffer("key_step", torch.ones(heads, key_dim, device=device))
+        self.register_buffer("value_step", torch.ones(heads, value_dim, device=device))
+
+    @torch.no_grad()
+    def measure(self, keys: Tensor, values: Tensor) -> None:
+        """Takes over the range of these keys and values [1, G, S, H]."""
+        wide = keys[0].float()
+        self.key_shift.copy_(wide.mean(1))
+        self.key_step.copy_(_power_of_two(wide.std(1)))
+        self.value_step.copy_(_power_of_two(values[0].float().square().mean(1).sqrt()))
+
+    def encode_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of keys [..., G, S, HK] what is stored: codes, int8 of that shape, and steps [..., G, S, 1]."""
+        return _encode((keys.float() - self.key_shift[:, None]) / self.key_step[:, None])
+
+    def encode_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of values [..., G, S, HV], likewise."""
+        return _encode(values.float() / self.value_step[:, None])
+
+    def decode_keys(self, codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys [..., G, S, HK] as attention sees them."""
+        return (self.key_shift[:, None] + self.key_step[:, None] * (codes * steps.float())).to(dtype)
+
+    def decode_values(self, codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values [..., G, S, HV], likewise."""
+        return (self.value_step[:, None] * (codes * steps.float())).to(dtype)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., G, S, H] as attention would see them from a cache."""
+        return (
+            self.decode_keys(*self.encode_keys(keys), keys.dtype),
+            self.decode_values(*self.encode_values(values), values.dtype),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Range:
+        """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)`."""
+
+        def keep_fp32(t: Tensor) -> Tensor:
+            return t.to(device=fn(t).device)
+
+        return super()._apply(keep_fp32, recurse)
+
+
+def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    steps = (x.abs().amax(-1, keepdim=True) / LARGEST_CODE).clamp(min=LEAST_STEP).to(STEP_TYPE)
+    codes = (x / steps.float()).round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
+    return codes, steps
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    return torch.exp2(x.clamp(min=2.0**-20).log2().round())
