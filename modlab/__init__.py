@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from modlab.cache.tracker import KVTracker
     from modlab.config import MoDConfig
     from modlab.conversion.convert import convert, revert
+    from modlab.conversion.ranges import set_kv_cache_dtype
     from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
     from modlab.errors import ModlabError
     from modlab.measure import calibrate, sweep
@@ -60,6 +61,7 @@ _HOME: dict[str, str | None] = {
     "routing_off": "routing.state",
     "routing_override": "routing.state",
     "set_keep_recent": "routing.state",
+    "set_kv_cache_dtype": "conversion.ranges",
     "set_kv_saving": "routing.state",
     "set_threshold": "routing.state",
     "RoutingTable": "routing.table",
@@ -124,6 +126,7 @@ __all__ = [
     "routing_override",
     "save_routers",
     "set_keep_recent",
+    "set_kv_cache_dtype",
     "set_kv_saving",
     "set_threshold",
     "start_from",

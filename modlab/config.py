@@ -15,6 +15,7 @@ from modlab.routing.threshold import check_threshold
 Operator = Literal["threshold", "topk"]
 Gate = Literal["straight-through", "paper", "fused"]
 Gates = Literal["layer", "kv_head"]
+KVCacheDtype = Literal["auto", "int8"]
 
 FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
@@ -69,6 +70,10 @@ class MoDConfig:
             its neighbours.
         router_hidden: units of a hidden layer inside each router, which all gates of a layer share; 0: a
             router is linear.
+        kv_cache_dtype: how routed layers store keys and values, with ``skip="kv"`` or ``"kv+prompt"``.
+            ``"auto"``: in the model's own type. ``"int8"``: in eight bits, with one step a token and KV head,
+            about half of the bytes; attention in evaluation then sees the rounded numbers, with a cache and
+            without, training and passes with routing off do not. Live: `modlab.set_kv_cache_dtype`.
     """
 
     layers: str | Sequence[int] = "inner"
@@ -84,11 +89,13 @@ class MoDConfig:
     init_gate: float = 0.88
     gates: Gates = "layer"
     router_hidden: int = 0
+    kv_cache_dtype: KVCacheDtype = "auto"
     format_version: int = field(default=FORMAT_VERSION, repr=False)
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name, allowed in (("operator", Operator), ("gate", Gate), ("gates", Gates)):
+        choices = {"operator": Operator, "gate": Gate, "gates": Gates, "kv_cache_dtype": KVCacheDtype}
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ModlabError(

@@ -28,6 +28,8 @@ RANGE = "mod_int8_range"
 
 LARGEST_CODE = 127
 
+ALL_HEADS = slice(None)
+
 STEP_TYPE = torch.float16
 
 LEAST_STEP = 2.0**-14
@@ -68,13 +70,18 @@ class Int8Range(nn.Module):
         """Of values [..., G, S, HV], likewise."""
         return _encode(values.float() / self.value_step[:, None])
 
-    def decode_keys(self, codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-        """Keys [..., G, S, HK] as attention sees them."""
-        return (self.key_shift[:, None] + self.key_step[:, None] * (codes * steps.float())).to(dtype)
+    def decode_keys(
+        self, codes: Tensor, steps: Tensor, dtype: torch.dtype, heads: slice = ALL_HEADS
+    ) -> Tensor:
+        """Keys [..., G, S, HK] as attention sees them; of some `heads` alone, if those are given."""
+        shift, step = self.key_shift[heads, None], self.key_step[heads, None]
+        return (shift + step * (codes * steps.float())).to(dtype)
 
-    def decode_values(self, codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode_values(
+        self, codes: Tensor, steps: Tensor, dtype: torch.dtype, heads: slice = ALL_HEADS
+    ) -> Tensor:
         """Values [..., G, S, HV], likewise."""
-        return (self.value_step[:, None] * (codes * steps.float())).to(dtype)
+        return (self.value_step[heads, None] * (codes * steps.float())).to(dtype)
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., G, S, H] as attention would see them from a cache."""
@@ -90,6 +97,11 @@ class Int8Range(nn.Module):
             return t.to(device=fn(t).device)
 
         return super()._apply(keep_fp32, recurse)
+
+
+def int8_range_of(layer: nn.Module) -> Int8Range | None:
+    """What a routed layer's keys and values are measured against; None where it stores the model's type."""
+    return getattr(layer, RANGE, None)
 
 
 def _encode(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ from modlab.execution.masks import (
     visible_mask,
 )
 from modlab.execution.reference import given_mask, hiding_mask, refuse_cache
+from modlab.execution.rounded import rounding
 from modlab.execution.weighed_attention import weighed_keys, weighing_attention
 from modlab.execution.what_if_attention import takes_flex
 from modlab.hf.arguments import LayerArguments
@@ -64,7 +65,7 @@ def run_masked_keys(
         mask, attention = weighing_mask(arguments, site, given)
     else:
         mask, attention = hiding_mask(arguments, site, given, may_flex=module.training)
-    changes = {mask_name: mask}
+    changes = {mask_name: mask} | rounding(module, arguments, site)
     if weighs and torch.is_grad_enabled() and site.decision.logit.requires_grad:  # else nothing asks for it
         changes[arguments.hidden_name] = with_gradient(arguments.hidden)
     with attention:

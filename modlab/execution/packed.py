@@ -34,6 +34,7 @@ from modlab.execution.masks import (
     untold_window,
     visible_mask,
 )
+from modlab.execution.rounded import rounding
 from modlab.execution.stored_keys import StoredView, attends_directly, changed
 from modlab.hf.arguments import LayerArguments, take_tokens
 from modlab.routing.record import by_gate
@@ -111,7 +112,7 @@ def run_packed(
         # Nothing to skip and nothing ever skipped: the dense call itself, mask and all, bit for bit.
         times = torch.arange(arguments.time, device=x_BTD.device)
         group = Group(list(range(arguments.batch)), times.expand(arguments.batch, -1))
-        changes = _cache_changes(arguments, site, cache, layer, group)[0]
+        changes = rounding(module, arguments, site) | _cache_changes(arguments, site, cache, layer, group)[0]
         with scaled_branches(module, site.branch_ends, site.decision.gate if site.form == "scaled" else None):
             with attention_kernels(x_BTD) if layer is not None else contextlib.nullcontext():
                 y, rest = arguments.run(dense, changes)
@@ -156,6 +157,7 @@ def _run_groups(
     for group in groups:
         rows_R1 = torch.tensor(group.rows, device=x_BTD.device)[:, None]
         changes, keys_RK = _cache_changes(arguments, site, cache, layer, group)
+        changes |= rounding(module, arguments, site)
         changes |= arguments.select(rows_R1, group.index_RS, keys_RK, site.call.num_columns)
         mask_name = arguments.mask_name()
         if mask_name is not None:

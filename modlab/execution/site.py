@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from modlab.cache.int8 import Int8Range
 from modlab.hf.anatomy import slides_by_itself
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.state import Routing
@@ -74,6 +75,7 @@ class Plan:
             branch_ends=self.branch_ends,
             empty_rest=(None,) * self.extra_outputs,
             last_alone=last_alone,
+            range=routing.ranges.get(self.layer_idx),
         )
 
 
@@ -98,6 +100,7 @@ class Site:
         branch_ends: submodules whose output the paper's gate multiplies.
         empty_rest: what stands in for the rest of the output tuple when no token ran.
         last_alone: whether of each row the last token alone attends, so that a mask is about that one.
+        range: what keys and values in eight bits are measured against; None where they are as they are.
     """
 
     routing: Routing
@@ -116,6 +119,7 @@ class Site:
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
     last_alone: bool = False
+    range: Int8Range | None = None
 
     @property
     def runs(self) -> Tensor:

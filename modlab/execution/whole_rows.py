@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modlab.execution.masked_keys import LEAST_LOG_WEIGHT
 from modlab.execution.packed import run_packed
 from modlab.execution.reference import given_mask, hiding_mask
+from modlab.execution.rounded import rounding
 from modlab.execution.weighed_attention import WeighedKeys, weighing_attention
 from modlab.execution.what_if_attention import takes_flex
 from modlab.hf.arguments import LayerArguments
@@ -40,11 +41,9 @@ def run_keys(
     assert mask_name is not None, "convert refuses an attention without a mask"
     keep, real = site.decision.keep, site.call.real
     log_weight = torch.where(keep, 0.0, LEAST_LOG_WEIGHT)
-    keys = WeighedKeys(
-        log_weight, plain=site.recent, instead=functools.partial(_as_mask, arguments, site)
-    )
+    keys = WeighedKeys(log_weight, plain=site.recent, instead=functools.partial(_as_mask, arguments, site))
     with weighing_attention(site.routing.model_config):
-        y, rest = arguments.run(dense, {mask_name: keys})
+        y, rest = arguments.run(dense, {mask_name: keys} | rounding(module, arguments, site))
     return torch.where(over(real, y), y, torch.zeros_like(y)), tuple(None for _ in rest)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from modlab.cache.int8 import Int8Range
     from modlab.config import MoDConfig
     from modlab.routing.noise import Noise
 
@@ -50,6 +51,10 @@ class _OfThread(threading.local):
     """What a forward carries, by thread."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As in a thread that has run nothing."""
         self.call: ForwardCall | None = None
         self.caller_mask: tuple[Any] | None = None
         self.logits_to_keep: Any = 0  # of the model's forward in progress; 0: all
@@ -61,6 +66,7 @@ class _OfThread(threading.local):
         self.off = False  # routed modules run as dense ones, see `routing_off`
         self.generates = False  # inside `generate`: decides as in eval mode, whatever the mode is
         self.begun_with: MoDConfig | None = None  # inside `generate`: the settings that its cache is made for
+        self.ranges: Mapping[int, Any] | None = None  # likewise, and while ranges are measured
         self.bypass = False  # the fast engine is at work: it makes its own `call` (see engine/)
 
 
@@ -77,6 +83,9 @@ class Routing:
         gates: how many gates each routed layer has.
         gates_here: how many of them are about keys that this process holds; ranks may share the heads of a
             layer (tensor parallelism).
+        common_ranges: by routed layer, what keys and values in eight bits are measured against (`Int8Range`,
+            a module of the layer); empty where they are stored in the model's type. Replaced as a whole, by
+            `modlab.set_kv_cache_dtype`; read `ranges`.
         thresholds: current p by routed layer; write through `modlab.set_threshold`. The same in all threads
             (`common_thresholds`), but for one in `thresholds_restored`: what it sets there is its own.
         what_if: training only. True: routed layers run on all tokens (the masked reference path), so that
@@ -128,6 +137,7 @@ class Routing:
                     f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}."
                 )
             self.common_thresholds.update(config.p)
+        self.common_ranges: Mapping[int, Int8Range] = {}
         self.base_trained = False
         self.source = ""
         self.trained: Trained | None = None
@@ -192,6 +202,13 @@ class Routing:
         """Current p by routed layer, in this thread."""
         own = self.of_thread.thresholds
         return self.common_thresholds if own is None else own
+
+    @property
+    def ranges(self) -> Mapping[int, Int8Range]:
+        """By routed layer what keys and values in eight bits are measured against; empty where they are not
+        stored so. In `generate` those that it began with."""
+        own = self.of_thread.ranges
+        return self.common_ranges if own is None else own
 
     @property
     def first_left(self) -> int:
@@ -267,6 +284,23 @@ class Routing:
                 "a routed layer was called on its own: call the model (or its base decoder) instead."
             )
         return self.call
+
+    @contextlib.contextmanager
+    def apart(self, ranges: Mapping[int, Any], override: OverrideFn) -> Iterator[None]:
+        """Inside this block a forward of this thread is nobody else's: no recording sees it, and blocks
+        around it decide nothing about it.
+
+        Args:
+            ranges: what stands for `ranges`.
+            override: decides what is kept.
+        """
+        here, before = self.of_thread, vars(self.of_thread).copy()
+        here.reset()
+        here.ranges, here.override = ranges, override
+        try:
+            yield
+        finally:
+            vars(here).update(before)
 
     @contextlib.contextmanager
     def turned(self, off: bool) -> Iterator[None]:
@@ -511,16 +545,17 @@ def record_routing(model: PreTrainedModel, detach: bool = True) -> Iterator[Reco
 @contextlib.contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
     """Inside this block the model decides in this thread as in eval mode, also in train mode and without a
-    cache: no what-if pass, no noise, no rule that looks ahead. What `set_keep_recent` says meanwhile, here or
-    in another thread, is for the next block: the cache of this one has dropped by the number before."""
+    cache: no what-if pass, no noise, no rule that looks ahead. What `set_keep_recent` and
+    `set_kv_cache_dtype` say meanwhile, here or in another thread, is for the next block: the cache of this
+    one was made for what was said before."""
     routing = routing_of(model)
     own = routing.of_thread
-    before = own.generates, own.begun_with
-    own.generates, own.begun_with = True, routing.config
+    before = own.generates, own.begun_with, own.ranges
+    own.generates, own.begun_with, own.ranges = True, routing.config, routing.ranges
     try:
         yield
     finally:
-        own.generates, own.begun_with = before
+        own.generates, own.begun_with, own.ranges = before
 
 
 @contextlib.contextmanager

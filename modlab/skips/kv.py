@@ -37,7 +37,7 @@ class KeyValueSkip(Skip):
     runs_all = True
     several_gates = True
     by_head = True
-    settings: ClassVar[frozenset[str]] = ROUTERS | {"keep_recent", "gates"}
+    settings: ClassVar[frozenset[str]] = ROUTERS | {"keep_recent", "gates", "kv_cache_dtype"}
     index_bytes = INDEX_BYTES + KEPT_BYTES
 
     def check(self, config: MoDConfig) -> None:

@@ -1,0 +1,136 @@
+"""Keys and values in eight bits, switched on and off: what they are measured against is found by one forward.
+
+Random tokens do as well as text: on text, attention's inputs hardly move the middle of a channel or its
+usual size, which is all that a range says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from modlab.cache.int8 import RANGE, Int8Range
+from modlab.config import KVCacheDtype
+from modlab.errors import ModlabError
+from modlab.execution.routed import RoutedLayer
+from modlab.hf.model import context_length, device_of, eval_mode, vocabulary_size
+from modlab.hf.ranks import mesh_of
+from modlab.integrations.fsdp import is_sharded
+from modlab.routing.forward import asks_for_logits
+from modlab.routing.state import routing_of
+
+TOKENS = 512
+"""A range is measured over so many, or the model's context, if that is shorter."""
+
+FEW_TOKENS = 8
+"""Where only the shapes are wanted: what is measured comes from a file."""
+
+
+def set_kv_cache_dtype(model: Any, dtype: KVCacheDtype) -> None:
+    """Sets how routed layers store keys and values (`MoDConfig.kv_cache_dtype`). The next forward uses it; a
+    `generate` under way ends as it began, and a cache from before is refused.
+
+    ``"int8"`` measures each routed layer's range of keys and values by one forward over 512 random tokens,
+    drawn from a generator of its own, and adds it to the layer as a module: it is saved with the routers.
+    Where it is "int8" already nothing is measured again: after the base's weights have been trained, set
+    "auto" and then "int8". ``"auto"`` takes these modules away, and nothing else is changed.
+
+    Args:
+        model: a converted model whose cache routing decides about (``skip="kv"``, ``"kv+prompt"``).
+        dtype: "auto" or "int8".
+
+    Raises:
+        ModlabError: the model is dense, another skip or dtype, weights that are shared across ranks (tensor
+            parallelism, FSDP2), or keys and values that are no such numbers. Nothing is changed then.
+    """
+    routing = routing_of(model)
+    if dtype not in get_args(KVCacheDtype):
+        raise ModlabError(f"kv_cache_dtype={dtype!r}: choose one of {', '.join(get_args(KVCacheDtype))}.")
+    config = dataclasses.replace(routing.common_config, kv_cache_dtype=dtype)
+    if dtype == "auto":
+        for layer in _routed_layers(model):
+            if RANGE in layer._modules:
+                delattr(layer, RANGE)
+                layer.mod_plan.added.remove(RANGE)
+        routing.common_ranges, routing.common_config = {}, config
+    elif not routing.common_ranges:
+        begin_int8(model)
+
+
+def check_int8(model: Any) -> None:
+    """Refuses a model that cannot store keys and values in eight bits, whatever is routed.
+
+    Raises:
+        ModlabError: its weights are shared across ranks.
+    """
+    if is_sharded(model):
+        raise ModlabError(
+            "kv_cache_dtype='int8': FSDP2 has sharded this model already. Set it before (MoDConfig, or "
+            "modlab.set_kv_cache_dtype), then shard."
+        )
+    if mesh_of(model) is not None:
+        raise ModlabError(
+            "kv_cache_dtype='int8': the heads of this model are shared across ranks (tensor parallelism), "
+            "each of which would measure its own. Leave kv_cache_dtype out there ('auto')."
+        )
+
+
+def begin_int8(model: Any, tokens: int = TOKENS) -> None:
+    """Measures ranges over so many tokens, and stores keys and values in eight bits from here on.
+
+    Raises:
+        ModlabError: as of `set_kv_cache_dtype`.
+    """
+    check_int8(model)
+    routing = routing_of(model)
+    config = dataclasses.replace(routing.common_config, kv_cache_dtype="int8")
+    ranges = _measured(model, tokens)
+    for layer in _routed_layers(model):
+        found = ranges[layer.mod_plan.layer_idx].train(layer.training)
+        layer.add_module(RANGE, found)
+        layer.mod_plan.added.append(RANGE)
+    routing.common_ranges, routing.common_config = ranges, config
+
+
+class _Listening:
+    """Stands for a layer's range while it is measured: nothing is rounded."""
+
+    range: Int8Range | None = None
+
+    def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes over the range of keys and values [1, G, S, H]."""
+        G, HK, HV = keys.shape[1], keys.shape[-1], values.shape[-1]
+        self.range = Int8Range(G, HK, HV, keys.device)
+        self.range.measure(keys, values)
+        return keys, values
+
+
+@torch.no_grad()
+def _measured(model: Any, tokens: int) -> Mapping[int, Int8Range]:
+    """Ranges by routed layer, of a forward in which everything is kept."""
+    routing = routing_of(model)
+    length = min(tokens, context_length(model) or tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary_size(model) or 1, (1, length), generator=generator).to(device_of(model))
+    some = {"logits_to_keep": 1} if asks_for_logits(model) else {}
+    listening = {index: _Listening() for index in routing.layers}
+    with eval_mode(model), routing.apart(listening, lambda index, gate, at: torch.ones_like(gate).bool()):
+        model(input_ids=ids, use_cache=False, **some)
+    ranges = {index: one.range for index, one in listening.items() if one.range is not None}
+    if deaf := sorted(listening.keys() - ranges.keys()):
+        raise ModlabError(
+            f"kv_cache_dtype='int8': the attention of layer {deaf[0]} does not attend to what its cache "
+            "gives back, so that there is nothing to round. Leave kv_cache_dtype out ('auto')."
+        )
+    for index, found in ranges.items():
+        if not all(bool(torch.isfinite(buffer).all()) for buffer in found.buffers()):
+            raise ModlabError(f"kv_cache_dtype='int8': keys or values of layer {index} are NaN or infinite.")
+    return ranges
+
+
+def _routed_layers(model: nn.Module) -> Iterator[Any]:
+    return (module for module in list(model.modules()) if isinstance(module, RoutedLayer))
