@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modlab.cache.int8 import Int8Range
 from modlab.cache.layer import NO_KEY
 from modlab.cache.recent import RecentLayer
 
@@ -46,11 +47,14 @@ class HeadsLayer(RecentLayer):
         heads: G, at least 2.
         keep_recent: how many of the latest tokens a token may attend to, kept or not; itself counted.
         sliding_window: attention span of the layer in tokens, or None.
+        range: as of a `RecentLayer`.
     """
 
-    def __init__(self, heads: int, keep_recent: int, sliding_window: int | None = None) -> None:
+    def __init__(
+        self, heads: int, keep_recent: int, sliding_window: int | None = None, range: Int8Range | None = None
+    ) -> None:
         self.heads = heads
-        super().__init__(keep_recent, sliding_window)
+        super().__init__(keep_recent, sliding_window, range)
 
     def clear(self) -> None:
         """Forgets everything and frees the memory."""
@@ -60,6 +64,11 @@ class HeadsLayer(RecentLayer):
     def segments(self, row: int) -> list[int]:
         """The segments that hold a row: one for each head."""
         return list(range(row * self.heads, (row + 1) * self.heads))
+
+    def heads_of(self, segment: int) -> slice:
+        """The one KV head that a segment holds keys of."""
+        head = segment % self.heads
+        return slice(head, head + 1)
 
     def _of(self, rows: list[int]) -> list[int]:
         """The segments of several rows."""
@@ -96,24 +105,26 @@ class HeadsLayer(RecentLayer):
         """Stores K/V [R, G, S, H] of the tokens just claimed."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        assert self.keys is not None and self.values is not None
         S, segments = keys.shape[2], self._of(rows)
+        contents = self.encoded(keys, values)
         if keys.is_cuda:  # in one launch
             places_QS = self.last_places(segments, S)
-            self.keys[0, places_QS], self.values[0, places_QS] = keys.flatten(0, 1), values.flatten(0, 1)
+            for name, new in contents.items():
+                getattr(self, name)[0, places_QS] = new.flatten(0, 1)
             return
-        for segment, key, value in zip(segments, keys.flatten(0, 1), values.flatten(0, 1), strict=True):
-            end = self.starts[segment] + self.lengths[segment]
-            self.keys[0, end - S : end] = key
-            self.values[0, end - S : end] = value
+        for name, new in contents.items():
+            content = getattr(self, name)
+            for segment, of_head in zip(segments, new.flatten(0, 1), strict=True):
+                end = self.starts[segment] + self.lengths[segment]
+                content[0, end - S : end] = of_head
 
     def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """`store`; returns K/V [R, G, K, H] of the columns that `stage` returned. A head that does not hold
         one has another of its keys there (finite, masked)."""
         self.store(rows, keys, values)
-        assert self.keys is not None and self.values is not None and self._joined is not None
+        assert self._joined is not None
         places_RGK = self._joined.places_RGK
-        return self.keys[0][places_RGK], self.values[0][places_RGK]
+        return self.decoded(lambda content: content[0][places_RGK])
 
     def held(self, rows: list[int]) -> list[int]:
         """As of `stage`, which was for the same rows."""

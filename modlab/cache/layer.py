@@ -7,7 +7,7 @@ C capacity of the flat buffer in tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from modlab.cache.buffer import SegmentedBuffer
+from modlab.cache.int8 import ALL_HEADS
 from modlab.errors import ModlabError
+
+Taking = Callable[[Tensor], Tensor]
+"""Finds some tokens in a content [..., C, H] of the buffer."""
 
 NO_KEY = torch.iinfo(torch.int32).max
 """Column of a place that holds no token: later than every query, so it is never attended to."""
@@ -80,16 +84,28 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         """Stores K/V [R, G, S, H] of the tokens just claimed."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        assert self.keys is not None and self.values is not None
-        S = keys.shape[2]
+        S, contents = keys.shape[2], self.encoded(keys, values)
         if len(rows) == 1:
             end = self.starts[rows[0]] + self.lengths[rows[0]]
-            self.keys[:, end - S : end] = keys[0]
-            self.values[:, end - S : end] = values[0]
+            for name, new in contents.items():
+                getattr(self, name)[:, end - S : end] = new[0]
             return
         places_RS = self.last_places(rows, S)
-        self.keys[:, places_RS] = keys.transpose(0, 1)
-        self.values[:, places_RS] = values.transpose(0, 1)
+        for name, new in contents.items():
+            getattr(self, name)[:, places_RS] = new.transpose(0, 1)
+
+    def encoded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """What is stored of K/V [R, G, S, H], by the name of the content."""
+        return {"keys": keys, "values": values}
+
+    def decoded(self, take: Taking, heads: slice = ALL_HEADS) -> tuple[Tensor, Tensor]:
+        """K/V as attention sees them, of the tokens that `take` finds in each content.
+
+        Args:
+            heads: whose they are, where not of all.
+        """
+        assert self.keys is not None and self.values is not None
+        return take(self.keys), take(self.values)
 
     def write(self, rows: list[int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """`store`; returns all K/V of these rows [R, G, K, H].
@@ -98,15 +114,14 @@ class RaggedLayer(SegmentedBuffer, CacheLayerMixin):
         masked).
         """
         self.store(rows, keys, values)
-        assert self.keys is not None and self.values is not None
         if len(rows) == 1:
             start = self.starts[rows[0]]
             end = start + self.lengths[rows[0]]
-            return self.keys[None, :, start:end], self.values[None, :, start:end]
+            return self.decoded(lambda content: content[None, :, start:end])
         places_R1K = self.places(rows)[:, None]
-        heads_G1 = torch.arange(len(self.keys), device=self.keys.device)[:, None]
+        heads_G1 = torch.arange(keys.shape[1], device=keys.device)[:, None]
         # Both axes indexed at once: the result is contiguous, which some attention modules count on.
-        return self.keys[heads_G1, places_R1K], self.values[heads_G1, places_R1K]
+        return self.decoded(lambda content: content[heads_G1, places_R1K])
 
     def write_indexer(self, rows: list[int], keys_RSH: Tensor) -> Tensor:
         """As `write`, for the one key a token by which sparse attention picks: [R, S, H] to [R, K, H]."""

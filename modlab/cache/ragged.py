@@ -55,7 +55,8 @@ class RaggedCache(Cache):
             # A window that transformers' own cache does not know (GPT-Neo's) is the mask's alone.
             sliding = getattr(layers[index], "is_sliding", False)
             window = routing.windows[index] if sliding else None
-            own = routing.skip.cache_layer(routing.config, window, routing.gates_here[index])
+            gates, range = routing.gates_here[index], routing.ranges.get(index)
+            own = routing.skip.cache_layer(routing.config, window, gates, range)
             layers[index] = own or layers[index]
         super().__init__(layers=layers)
         self.made_for = _stored_by(routing)
@@ -93,7 +94,8 @@ class RaggedCache(Cache):
         """An error if a model converted in another way made this cache: it stores what that one keeps."""
         if self.made_for != _stored_by(routing):
             raise ModlabError(
-                "the cache was made for another conversion (skip, layers, gates or keep_recent differ). "
+                "the cache was made for another conversion (skip, layers, gates, kv_cache_dtype "
+                "or keep_recent differ). "
                 "Use modlab.RaggedCache(model) of the model that runs, or give the prompt again."
             )
 
@@ -135,7 +137,7 @@ class RaggedCache(Cache):
 def _stored_by(routing: Routing) -> tuple[Any, ...]:
     """The settings that say which tokens a cache stores where; thresholds may change meanwhile."""
     config = routing.config
-    return config.skip, config.gates, config.keep_recent, tuple(routing.layers)
+    return config.skip, config.gates, config.keep_recent, tuple(routing.layers), bool(routing.ranges)
 
 
 def _check_crop(layer: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modlab.cache.layer import RaggedLayer
+from modlab.cache.buffer import empty_like
+from modlab.cache.int8 import ALL_HEADS, STEP_TYPE, Int8Range
+from modlab.cache.layer import RaggedLayer, Taking
 
 
 class RecentLayer(RaggedLayer):
@@ -18,18 +20,26 @@ class RecentLayer(RaggedLayer):
     Args:
         keep_recent: how many of the latest tokens a token may attend to, kept or not; itself counted.
         sliding_window: attention span of the layer in tokens, or None.
+        range: what keys and values in eight bits are measured against; None: they are stored as they come.
 
     Attributes:
         kept: whether each stored token stays, bool [C].
         has_skipped: whether a token was ever stored that does not stay.
+        keys, values: with a range int8 codes, and `dtype` is the type of what they stand for.
+        key_steps, value_steps: with a range alone: the step of each, [G, C, 1].
     """
 
     notes = RaggedLayer.notes | {"kept": torch.bool}
     kept: Tensor | None
+    contents = (*RaggedLayer.contents, "key_steps", "value_steps")
+    key_steps: Tensor | None
+    value_steps: Tensor | None
 
-    def __init__(self, keep_recent: int, sliding_window: int | None = None) -> None:
+    def __init__(
+        self, keep_recent: int, sliding_window: int | None = None, range: Int8Range | None = None
+    ) -> None:
         super().__init__(sliding_window)
-        self.keep_recent = keep_recent
+        self.keep_recent, self.range = keep_recent, range
 
     def clear(self) -> None:
         """Forgets everything and frees the memory."""
@@ -46,6 +56,50 @@ class RecentLayer(RaggedLayer):
     def segments(self, row: int) -> list[int]:
         """The segments that hold a row: one, for all heads."""
         return [row]
+
+    def heads_of(self, segment: int) -> slice:
+        """The KV heads that a segment holds keys of."""
+        return ALL_HEADS
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Room for keys and values like these [..., G, S, H], or for their codes and steps."""
+        if self.range is None:
+            super().allocate(keys, values)
+            return
+        no_keys, no_values = keys[..., :0, :], values[..., :0, :]  # their shape is enough
+        super().allocate(no_keys.to(torch.int8), no_values.to(torch.int8))
+        self.key_steps, self.value_steps = (
+            empty_like(like[(0,) * (like.dim() - 3)][..., :1].to(STEP_TYPE), self.capacity)
+            for like in (no_keys, no_values)
+        )
+
+    def encoded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """What is stored of K/V [R, G, S, H], by the name of the content. Here, and nowhere else, they are
+        rounded."""
+        if self.range is None:
+            return super().encoded(keys, values)
+        (key_codes, key_steps), (value_codes, value_steps) = (
+            self.range.encode_keys(keys),
+            self.range.encode_values(values),
+        )
+        return {
+            "keys": key_codes,
+            "values": value_codes,
+            "key_steps": key_steps,
+            "value_steps": value_steps,
+        }
+
+    def decoded(self, take: Taking, heads: slice = ALL_HEADS) -> tuple[Tensor, Tensor]:
+        """As of a `RaggedLayer`: in the model's type."""
+        if self.range is None:
+            return super().decoded(take, heads)
+        key_codes, key_steps, value_codes, value_steps = (
+            take(getattr(self, name)) for name in ("keys", "key_steps", "values", "value_steps")
+        )
+        return (
+            self.range.decode_keys(key_codes, key_steps, self.dtype, heads),
+            self.range.decode_values(value_codes, value_steps, self.dtype, heads),
+        )
 
     def key_kept(self, rows: list[int]) -> Tensor:
         """Whether the keys stored for `rows` are kept ones, bool [R, K]; meaningless past a row's end."""

@@ -148,9 +148,9 @@ def attended(layer: RecentLayer, row: int, query_NSH: Tensor, recent: int, scale
 
 
 def _segment(layer: RecentLayer, segment: int, query_NSH: Tensor, recent: int, scale: float | None) -> Tensor:
-    assert layer.keys is not None and layer.values is not None and layer.kept is not None
+    assert layer.kept is not None
     here = slice(layer.starts[segment], layer.starts[segment] + layer.lengths[segment])
-    keys_GKH, values_GKH = layer.keys[:, here], layer.values[:, here]
+    keys_GKH, values_GKH = layer.decoded(lambda content: content[:, here], layer.heads_of(segment))
     kept_K = layer.kept[here] if layer.has_skipped else None
     if query_NSH.shape[1] == 1:
         return _one_token(query_NSH, keys_GKH, values_GKH, kept_K, recent, scale)

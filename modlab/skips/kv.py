@@ -10,6 +10,7 @@ from modlab.skips.base import INDEX_BYTES, ROUTERS, GateForm, Part, Proof, Skip,
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
 
+    from modlab.cache.int8 import Int8Range
     from modlab.config import MoDConfig
     from modlab.conversion.survey import LayerFacts
     from modlab.execution.routed import RoutedModule
@@ -88,13 +89,15 @@ class KeyValueSkip(Skip):
 
         return RoutedKeys
 
-    def cache_layer(self, config: MoDConfig, window: int | None, gates: int) -> CacheLayerMixin:
+    def cache_layer(
+        self, config: MoDConfig, window: int | None, gates: int, range: Int8Range | None = None
+    ) -> CacheLayerMixin:
         from modlab.cache.heads import HeadsLayer
         from modlab.cache.recent import RecentLayer
 
         if gates == 1:
-            return RecentLayer(config.keep_recent, window)
-        return HeadsLayer(gates, config.keep_recent, window)
+            return RecentLayer(config.keep_recent, window, range)
+        return HeadsLayer(gates, config.keep_recent, window, range)
 
     def tokens_to_learn(self, config: MoDConfig) -> int:
         """The first token that may be dropped follows the protected ones; a recent past later one may miss
