@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from modlab.measure import calibrate, sweep
     from modlab.probes import GenerationHealth, generation_health, recall, retrieval
     from modlab.recipes import recipe
+    from modlab.routing.kv_saving import set_kv_saving
     from modlab.routing.state import (
         is_converted,
         record_routing,
         routing_off,
         routing_override,
         set_keep_recent,
-        set_kv_saving,
         set_threshold,
     )
     from modlab.routing.table import RoutingTable
@@ -62,7 +62,7 @@ _HOME: dict[str, str | None] = {
     "routing_override": "routing.state",
     "set_keep_recent": "routing.state",
     "set_kv_cache_dtype": "conversion.ranges",
-    "set_kv_saving": "routing.state",
+    "set_kv_saving": "routing.kv_saving",
     "set_threshold": "routing.state",
     "RoutingTable": "routing.table",
     "enable_fast_generation": "engine",

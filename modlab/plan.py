@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
 from modlab.activations import kept_bytes
-from modlab.config import MoDConfig
+from modlab.cache import int8
+from modlab.config import KVCacheDtype, MoDConfig
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.anatomy import attention_windows, decoder_layers
+from modlab.routing.kv_saving import Rounding
 from modlab.training import divergence, objectives
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ FP32 = 4
 OPTIMIZER = 2 * FP32  # AdamW's two moments, a weight
 COPIES_AT_ONCE = 4  # of these logits in distillation: student's, teacher's, their slope, the slope before
 STATES = 3  # of the last layer in distillation: student's, teacher's, their slope
+ROUTED_SAVING = 4.0  # by routing, where nothing is said
 ROUTER_COPIES = 2  # of the state in fp32, which a router with a hidden layer keeps: as it is, and normalised
 
 
@@ -47,6 +50,7 @@ class Sizes:
         rest: parameters outside the layers.
         heads: KV heads.
         token_bytes: of keys and values of a token in one layer.
+        int8_bytes: the same in eight bits, steps included.
         windows: of each layer, None for full attention.
         activations: bytes that autograd keeps of a token in a layer, on average, where weights are trained.
         autocast: the same of weights in fp32 under autocast, as one GPU and DDP train them.
@@ -63,6 +67,7 @@ class Sizes:
     rest: int
     heads: int
     token_bytes: int
+    int8_bytes: int
     windows: list[int | None]
     activations: float
     autocast: float
@@ -79,7 +84,8 @@ def plan(
     memory: float = 80.0,
     context: int = 4096,
     batch: int = 1,
-    kv_saving: float = 4.0,
+    kv_saving: float | None = None,
+    kv_cache_dtype: str = "auto",
     dtype: str = "bfloat16",
     checkpointing: bool = True,
 ) -> pd.DataFrame:
@@ -91,7 +97,9 @@ def plan(
         memory: GiB of each.
         context: tokens of a row.
         batch: rows: of each GPU where every GPU has its own ("copies", DDP, FSDP2), else of all together.
-        kv_saving: how many times fewer bytes the routed cache takes, all layers routed.
+        kv_saving: how many times fewer bytes the routed cache takes, all layers routed; by default 4 by
+            routing, times what eight bits save.
+        kv_cache_dtype: "auto", keys and values in `dtype`, or "int8" (`MoDConfig.kv_cache_dtype`).
         dtype: of the weights where they are not trained; trained ones are fp32, computed with in bf16.
         checkpointing: training keeps one state a layer and computes the rest again.
 
@@ -109,10 +117,19 @@ def plan(
 
     for name, count in {"gpus": gpus, "context": context, "batch": batch}.items():
         check_count(name, count)
-    if not check_number("memory", memory) > 0 or not check_number("kv_saving", kv_saving) >= 1:
-        raise ModlabError(f"memory={memory} has to be above 0 and kv_saving={kv_saving} at least 1.")
+    if not check_number("memory", memory) > 0:
+        raise ModlabError(f"memory={memory} has to be above 0.")
+    if kv_saving is not None and not check_number("kv_saving", kv_saving) >= 1:
+        raise ModlabError(f"kv_saving={kv_saving} has to be at least 1.")
+    if kv_cache_dtype not in get_args(KVCacheDtype):
+        raise ModlabError(
+            f"kv_cache_dtype={kv_cache_dtype!r}: choose one of {', '.join(get_args(KVCacheDtype))}."
+        )
     sizes = sizes_of(_config(model), gpus, getattr(torch, dtype))
-    kv, routed = (kv_bytes(sizes, context, batch, saving) for saving in (1.0, kv_saving))
+    rounding = Rounding(sizes.token_bytes / sizes.int8_bytes if kv_cache_dtype == "int8" else 1.0)
+    by_routing = ROUTED_SAVING if kv_saving is None else max(1.0, rounding.routed(kv_saving))
+    kv = kv_bytes(sizes, context, batch)
+    routed = kv_bytes(sizes, context, batch, by_routing) / rounding.smaller
     lines = [
         *_inference(sizes, gpus, context, batch, kv, routed),
         *_training(sizes, gpus, context, batch, checkpointing),
@@ -160,6 +177,7 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
         rest=total - sum(map(_count, layers)),
         heads=heads,
         token_bytes=2 * heads * size * dtype.itemsize,
+        int8_bytes=int8.token_bytes(heads, size, size),
         windows=[windows[i] for i in range(len(layers))],  # type: ignore[misc]  # the texts were refused
         activations=kept_bytes(model, frozen=False) / len(layers),
         frozen=kept_bytes(model, frozen=True) / len(layers),
@@ -171,7 +189,8 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
 
 
 def kv_bytes(sizes: Sizes, context: int, batch: int, kv_saving: float = 1.0) -> float:
-    """Bytes of the keys and values of all layers; a routed layer holds its recent tokens anyway."""
+    """Bytes of the keys and values of all layers in the model's own type, where routing saves so much; a
+    routed layer holds its recent tokens anyway."""
     mod = MoDConfig(layers="all")
     total = 0.0
     for window in sizes.windows:

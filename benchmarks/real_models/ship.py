@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import modlab
 from benchmarks.real_models.measured.settings import Setting, at, named
-from modlab.routing.state import routing_of, set_kv_saving
+from modlab.routing.kv_saving import set_kv_saving
+from modlab.routing.state import routing_of
 from modlab.routing.trained import Trained
 from modlab.saving.base_check import describe_base
 from modlab.saving.bits import GROUP, pack_routers

@@ -21,6 +21,9 @@ import torch
 COLUMNS = ("layer", "kind", "device", "seen_tokens", "kept_tokens", "kv_bytes", "dense_kv_bytes")
 """Keys of one row of `snapshot`."""
 
+STEPS = ("key_steps", "value_steps")
+"""What a layer that keeps K and V in eight bits has next to its codes, [..., G, K, 1] (`cache/int8.py`)."""
+
 
 def _buffers(value: Any) -> Iterator[torch.Tensor]:
     """The tensors of at least one dimension that a cache attribute reaches (0-dim tensors are counters)."""
@@ -104,15 +107,34 @@ def stored_tokens(layer: Any) -> list[int]:
 
 
 def token_nbytes(layer: Any) -> int:
-    """Bytes of K and V (and of an indexer's key, in sparse attention) that one token of one row takes in this
-    layer; 0 before its first key."""
+    """Bytes that K and V (and an indexer's key, in sparse attention) of one token of one row take in this
+    layer as it stores them, codes and steps where it keeps them in eight bits; 0 before its first key."""
     pair = _keys_and_values(layer)
     if pair is None:
         return 0
+    steps = [tensor for name in STEPS if (tensor := getattr(layer, name, None)) is not None]
+    return sum(_numbers(layer, tensor) * tensor.element_size() for tensor in (*pair, *steps)) + _index(layer)
+
+
+def dense_token_nbytes(layer: Any) -> int:
+    """The same as a dense cache stores them, in the model's own type."""
+    pair = _keys_and_values(layer)
+    if pair is None:
+        return 0
+    rounded = getattr(layer, STEPS[0], None) is not None
+    each = [layer.dtype.itemsize if rounded else tensor.element_size() for tensor in pair]
+    return sum(_numbers(layer, t) * size for t, size in zip(pair, each, strict=True)) + _index(layer)
+
+
+def _numbers(layer: Any, tensor: torch.Tensor) -> int:
+    """How many numbers of a tensor [..., G, K, H] are one token's."""
+    apart: int = getattr(layer, "heads", 1)  # heads that the flat buffer has one after another
+    return apart * tensor.shape[-3] * tensor.shape[-1]
+
+
+def _index(layer: Any) -> int:
     index = getattr(layer, "indexer_keys", None)
-    index_bytes = 0 if index is None else index.shape[-1] * index.element_size()
-    apart = getattr(layer, "heads", 1)  # heads that the flat buffer has one after another
-    return apart * sum(t.shape[-3] * t.shape[-1] * t.element_size() for t in pair) + index_bytes
+    return 0 if index is None else index.shape[-1] * index.element_size()
 
 
 def _device(layer: Any) -> str:
@@ -130,13 +152,13 @@ def snapshot(cache: Any) -> list[dict[str, Any]]:
     Returns:
         `layer`, `kind` of cache layer, `device` (where it lies; "" before the first), `seen_tokens`
         (per row, padding included), `kept_tokens` (stored, all rows), `kv_bytes` (allocated),
-        `dense_kv_bytes` (a dense cache of the same dtype for the tokens seen, sliding windows limited to what
-        the next query can see; a linear-attention layer's own state).
+        `dense_kv_bytes` (a dense cache in the model's own type for the tokens seen, sliding windows limited
+        to what the next query can see; a linear-attention layer's own state).
     """
     cache = getattr(cache, "self_attention_cache", cache)
     seen_by_cache = int(cache.get_seq_length())
     stored = [stored_tokens(layer) for layer in cache.layers]
-    sizes = [token_nbytes(layer) for layer in cache.layers]
+    sizes = [dense_token_nbytes(layer) for layer in cache.layers]
     # A ragged layer that has kept nothing knows no head sizes yet; its neighbours' are the best guess.
     usual = next((size for size in sizes if size), 0)
     counted: set[int] = set()

@@ -104,6 +104,11 @@ def int8_range_of(layer: nn.Module) -> Int8Range | None:
     return getattr(layer, RANGE, None)
 
 
+def token_bytes(heads: int, key_dim: int, value_dim: int) -> int:
+    """Bytes of one token's codes and steps in one layer; those of its numbers alone are a byte each."""
+    return heads * (key_dim + value_dim) + 2 * heads * STEP_TYPE.itemsize
+
+
 def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
     steps = (x.abs().amax(-1, keepdim=True) / LARGEST_CODE).clamp(min=LEAST_STEP).to(STEP_TYPE)
     codes = (x / steps.float()).round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)

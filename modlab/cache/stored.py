@@ -10,7 +10,7 @@ from modlab.cache import bytes as kv_bytes
 from modlab.config import MoDConfig
 from modlab.errors import ModlabError, check_number
 from modlab.hf.names import given_cache
-from modlab.routing.state import routing_of
+from modlab.routing.state import is_converted, routing_of
 
 if TYPE_CHECKING:
     from modlab.routing.state import Routing
@@ -52,10 +52,10 @@ def keep_ratio_for(model: Any, *, kv_mib: float, context: int, batch: int = 1) -
         raise ModlabError(
             f"this model routes {skip.words.routed}: all keys and values stay, whatever the threshold is."
         )
-    each = token_bytes(model)
+    each, stored = token_sizes(model)
     tokens, routed = context * batch, len(routing.layers)
     dense = tokens * each * (routing.num_layers - routed)
-    ragged = tokens * routed * (each + index_bytes(routing))
+    ragged = tokens * routed * (stored + index_bytes(routing))
     recent = recent_share(routing.config, context)
     ratio = keep_without_recent((kv_mib * MIB - dense) / ragged, recent)
     if ratio >= 1:
@@ -124,13 +124,26 @@ def keep_without_recent(stored: float, recent: float) -> float:
     return (stored - recent) / (1 - recent) if recent < 1 else stored - 1.0
 
 
-@torch.no_grad()
 def token_bytes(model: Any) -> int:
-    """Bytes of the keys and values of one token in one layer, the largest of them, measured with a forward of
-    one token."""
+    """Bytes of the keys and values of one token in one layer of a dense cache, the largest of them."""
+    return token_sizes(model)[0]
+
+
+@torch.no_grad()
+def token_sizes(model: Any) -> tuple[int, int]:
+    """Bytes of the keys and values of one token in one layer, the largest of them: in a dense cache, and as a
+    routed layer stores them, which is less in eight bits. Measured with a forward of one token."""
     from modlab.hf.model import eval_mode
 
     with eval_mode(model):
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         cache = given_cache(model(ids, use_cache=True))
-    return max(kv_bytes.token_nbytes(layer) for layer in cache.layers)
+    return cache_sizes(model, cache)
+
+
+def cache_sizes(model: Any, cache: Any) -> tuple[int, int]:
+    """`token_sizes`, of a cache that something is in."""
+    dense = max(kv_bytes.dense_token_nbytes(layer) for layer in cache.layers)
+    routed = routing_of(model).layers if is_converted(model) else ()
+    stored = max((kv_bytes.token_nbytes(cache.layers[i]) for i in routed), default=0)
+    return dense, stored or dense  # 0 where no layer has kept it

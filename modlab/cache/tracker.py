@@ -118,9 +118,9 @@ class KVTracker:
         with `device_map`: `frame().groupby(["step", "device"]).kv_bytes.sum()` are the bytes on each),
         `seen_tokens` (per row of the batch, padding included), `kept_tokens` (stored keys, summed over the
         batch; in a ragged cache real kept tokens only, and with skip="kv" the latest ones), `kv_bytes`
-        (allocated), `dense_kv_bytes` (a dense cache of the same dtype for the tokens seen, padding included,
-        sliding windows limited to what the next query can see). A linear-attention layer has `kind` "linear",
-        no tokens, and its state's bytes in both byte columns.
+        (allocated), `dense_kv_bytes` (a dense cache in the model's own type for the tokens seen, padding
+        included, sliding windows limited to what the next query can see). A linear-attention layer has `kind`
+        "linear", no tokens, and its state's bytes in both byte columns.
         """
         import pandas as pd
 

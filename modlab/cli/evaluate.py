@@ -8,8 +8,8 @@ import shlex
 import sys
 from typing import Any
 
-from modlab.cli.flags import Command, read_name
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of
+from modlab.cli.flags import Command, add_kv_cache_dtype, read_name
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked
 from modlab.errors import ModlabError
 
 
@@ -32,6 +32,7 @@ def add(command: Command) -> None:
     tasks.add_argument("--num-fewshot", metavar="K", type=int, help="examples in the prompt")
     tasks.add_argument("--batch-size", metavar="B", type=int, default=1, help="rows a forward")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_kv_cache_dtype(sub, "keys and values of routed layers")
     add_model_flags(sub)
 
 
@@ -49,6 +50,7 @@ def _run_tasks(options: argparse.Namespace) -> int:
     if launched() is not None:
         raise ModlabError("--tasks runs in one process: start it without accelerate launch.")
     model, tokenizer = load_model(options, options.model)
+    store_as_asked(options, model)
     result = evaluate_tasks(
         model,
         tokenizer,
@@ -82,6 +84,7 @@ def _run_data(options: argparse.Namespace) -> int:
     from modlab.bench.results import circumstances
 
     model, tokenizer = load_model(options, options.model)
+    store_as_asked(options, model)
     rows = rows_of(options, model, tokenizer)
     result = measure.evaluate(model, rows, seq_len=rows.seq_len, accelerator=launched())
     facts: dict[str, Any] = {

@@ -7,8 +7,8 @@ import contextlib
 import json
 from typing import Any
 
-from modlab.cli.flags import Command, read_integers, read_name, read_path
-from modlab.cli.models import add_data_flags, add_model_flags, check_target, load_model, rows_of
+from modlab.cli.flags import Command, add_kv_cache_dtype, read_integers, read_name, read_path
+from modlab.cli.models import add_data_flags, add_model_flags, check_target, load_model, rows_of, store_as_asked
 
 
 def add(command: Command) -> None:
@@ -34,6 +34,7 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--rows", metavar="N", type=int, default=64, help="passages of the recall probe")
     sub.add_argument("--overwrite", action="store_true", help="replace what lies in FOLDER")
+    add_kv_cache_dtype(sub, "keys and values of routed layers")
     add_model_flags(sub)
 
 
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_target(options.static, options.overwrite)
     model, tokenizer = load_model(options, options.model)
+    store_as_asked(options, model)
     routing_of(model)  # refuses a dense model
     static_config(model, [])  # refuses before anything is measured
     rows = rows_of(options, model, tokenizer)

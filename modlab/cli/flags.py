@@ -77,6 +77,17 @@ def add_dataclass_flags(
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
+def add_kv_cache_dtype(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
+    """`--kv-cache-dtype`: of a model that is converted already; `text` says of what."""
+    from modlab.config import KVCacheDtype
+
+    parser.add_argument(
+        "--kv-cache-dtype", choices=typing.get_args(KVCacheDtype), default=default, help=f"{text}: auto, in "
+        "the model's own type; int8, in eight bits, about half of the bytes"
+        + ("" if default else " (default: as MODEL was saved)"),
+    )  # fmt: skip
+
+
 def as_given(value: Any, between: str = ",") -> str:
     """A default as it is written on a command line: 128,1024 and not (128, 1024), 0.667 of two thirds."""
     if isinstance(value, (list, tuple)):

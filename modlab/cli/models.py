@@ -89,6 +89,14 @@ def load_model(options: argparse.Namespace, name: str, base: str | None = None) 
     return model.eval(), tokenizer
 
 
+def store_as_asked(options: argparse.Namespace, model: Any) -> None:
+    """Sets how a converted model stores keys and values, where --kv-cache-dtype says it."""
+    if options.kv_cache_dtype is not None:
+        import modlab
+
+        modlab.set_kv_cache_dtype(model, options.kv_cache_dtype)
+
+
 def check_target(folder: Path, overwrite: bool) -> None:
     """Refuse a target that holds something already: a saved model is never mixed with another."""
     if folder.exists() and not folder.is_dir():

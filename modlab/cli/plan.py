@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from modlab.cli.flags import Command, read_name
+from modlab.cli.flags import Command, add_kv_cache_dtype, read_name
 
 
 def add(command: Command) -> None:
@@ -27,7 +27,13 @@ def add(command: Command) -> None:
     sub.add_argument("--memory", metavar="GIB", type=float, default=80.0, help="of each")
     sub.add_argument("--context", metavar="T", type=int, default=4096, help="tokens of a row")
     sub.add_argument("--batch", metavar="B", type=int, default=1, help="rows")
-    sub.add_argument("--kv-saving", metavar="X", type=float, default=4.0, help="of the routed cache")
+    sub.add_argument(
+        "--kv-saving",
+        metavar="X",
+        type=float,
+        help="of the routed cache (default: 4 by routing, times what eight bits save)",
+    )
+    add_kv_cache_dtype(sub, "keys and values of the routed cache", default="auto")
     sub.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of frozen weights"
     )
@@ -53,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         context=options.context,
         batch=options.batch,
         kv_saving=options.kv_saving,
+        kv_cache_dtype=options.kv_cache_dtype,
         dtype=options.dtype,
         checkpointing=options.checkpointing,
     )

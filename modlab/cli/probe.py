@@ -9,8 +9,8 @@ import sys
 import warnings
 from typing import Any
 
-from modlab.cli.flags import Command, read_integers, read_name
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of
+from modlab.cli.flags import Command, add_kv_cache_dtype, read_integers, read_name
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked
 from modlab.errors import ModlabError
 
 PROBES = ("recall", "retrieval", "generation")
@@ -68,6 +68,7 @@ def add(command: Command) -> None:
     sub.add_argument("--seed", metavar="S", type=int, default=0, help="of places, values and samples")
     sub.add_argument("--batch-size", metavar="B", type=int, default=8, help="rows a forward")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_kv_cache_dtype(sub, "keys and values of routed layers")
     add_model_flags(sub)
 
 
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.paired and options.by_row:
         raise ModlabError("--paired gives means of differences, --by-row single rows: drop one of them.")
     model, tokenizer = load_model(options, options.model)
+    store_as_asked(options, model)
     if options.paired:
         routing_of(model)  # a dense model is refused before data are read
     judge = _judge(options, tokenizer) if options.judge else None

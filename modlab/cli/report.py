@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modlab.cli.flags import Command, read_floats, read_integers, read_name, read_path
-from modlab.cli.models import add_model_flags, load_model
+from modlab.cli.flags import Command, add_kv_cache_dtype, read_floats, read_integers, read_name, read_path
+from modlab.cli.models import add_model_flags, load_model, store_as_asked
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def add(command: Command) -> None:
         default=Path("report.html"),
         help="page; figures as .json next to it",
     )
+    add_kv_cache_dtype(sub, "keys and values of routed layers")
     add_model_flags(sub)
 
 
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
     figures_of(out)  # refuses before hours of measuring
     model, tokenizer = load_model(options, options.model, base=options.base)
+    store_as_asked(options, model)
     routing_of(model)  # a dense model is refused before data are read
     texts = {name: _rows(source, tokenizer, options.limit_tokens) for name, source in sources}
     asked: dict[str, Any] = {"distances": options.distances} if options.distances else {}

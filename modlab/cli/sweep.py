@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modlab.cli.flags import Command, read_name, read_path
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, row_length, rows_of
+from modlab.cli.flags import Command, add_kv_cache_dtype, read_name, read_path
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, row_length, rows_of, store_as_asked
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--csv", metavar="FILE", type=read_path, help="write the table to a CSV file")
     sub.add_argument("--plot", metavar="FILE", type=read_path, help="write a page with the curves (.html)")
+    add_kv_cache_dtype(sub, "keys and values of routed layers")
     add_model_flags(sub)
 
 
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
     accelerator = launched()
     model, tokenizer = load_model(options, options.model)
+    store_as_asked(options, model)
     routing_of(model)  # a dense model is refused before minutes are spent on reading --data
     source = rows_of(options, model, tokenizer) if options.data else texts
     table = modlab.sweep(

@@ -16,6 +16,7 @@ from modlab.hf.model import check_model, device_of, eval_mode
 from modlab.hf.ranks import over_ranks
 from modlab.integrations.fsdp import is_sharded
 from modlab.measure.pieces import batches_for
+from modlab.routing.kv_saving import known_of
 from modlab.routing.record import by_gate, kept_share
 from modlab.routing.router import Router
 from modlab.routing.state import (
@@ -176,7 +177,7 @@ def calibrate(
         gates = search(model, pieces, keep_ratio, tolerance, max_passes, accelerator)
     result = Calibration(routing.thresholds)
     result.keep_ratio, result.keep_ratio_by_layer = gates.ratio, gates.by_layer
-    if routing.trained and (warning := routing.trained.warning_for(statistics.median(result.values()))):
+    if warning := known_of(model).warning_for(statistics.median(result.values())):
         warn(warning)
     return result
 

@@ -22,7 +22,8 @@ from modlab.probes.long_tasks import checked_tasks, mean_scores, ruler
 from modlab.probes.paired import dense_rows, recall_gap, retrieval_gap
 from modlab.probes.repeated_passage import recall
 from modlab.probes.ruler_tasks import TASKS
-from modlab.routing.state import routing_of, set_kv_saving, thresholds_restored
+from modlab.routing.kv_saving import set_kv_saving, threshold_for
+from modlab.routing.state import routing_of, thresholds_restored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,7 +206,7 @@ def report(
             raise ModlabError(
                 f"savings={asked}: these routers know no thresholds by KV saving; leave it out."
             )
-        routing.trained.threshold_for(saving)
+        threshold_for(model, saving)
     far_distances, lengths = tuple(distances), tuple(lengths)
     counts = {"questions": questions, "pairs": pairs, "samples": samples, "batch_size": batch_size}
     for what, count in counts.items():

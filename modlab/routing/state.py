@@ -28,7 +28,6 @@ from modlab.routing import rule
 from modlab.routing.record import Decision, ForwardCall, OverrideFn, Recording
 from modlab.routing.threshold import check_threshold
 from modlab.routing.trained import Trained
-from modlab.warn import warn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -385,34 +384,6 @@ def set_threshold(
         if layer not in routing.thresholds:
             raise ModlabError(f"layer {layer} is not routed; routed layers are {routing.layers}.")
     routing.thresholds.update(new)
-
-
-def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
-    """Sets the threshold that gives a KV saving, as the routers' training left it (`Routing.trained`), and,
-    where that goes with it, how many of the latest tokens stay anyway (`set_keep_recent`, which says what
-    becomes of a `generate` under way). Warns of a saving beyond those that the routers were trained for
-    (`Trained.reached`).
-
-    Args:
-        model: a converted model whose routers know thresholds by saving, such as `modlab.load("smollm2-kv")`.
-        kv_saving: dense cache bytes over allocated ones, in long texts; a text may get more or less.
-
-    Returns:
-        the threshold, the same for all routed layers.
-
-    Raises:
-        ModlabError: no thresholds are known, the saving lies outside their range, or thresholds mean nothing
-            to the skip. Nothing is changed then.
-    """
-    routing = gated_routing_of(model)
-    trained = routing.trained or Trained()
-    p, recent = trained.threshold_for(kv_saving), trained.recent_for(kv_saving)
-    if recent is not None:
-        set_keep_recent(model, recent)
-    set_threshold(model, p)
-    if warning := trained.warning_for(p):
-        warn(f"kv_saving={kv_saving:g}: {warning}")
-    return p
 
 
 def set_keep_recent(model: PreTrainedModel, tokens: int) -> None:

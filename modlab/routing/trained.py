@@ -8,8 +8,8 @@ Light: a description of files is read before torch is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,8 @@ class Trained:
 
     Attributes:
         savings: threshold p by KV saving (dense bytes over allocated ones), as calibrated over several texts
-            together; one text may get more or less.
+            together; one text may get more or less. On disk and in `Routing.trained` by what routing saves
+            alone; where eight bits save as well, `kv_saving.known_of` says them by what both save.
         seq_len: tokens of the texts in which that is so. Shorter ones save less, as the latest `keep_recent`
             tokens are always there; longer ones more.
         recent: `keep_recent` that goes with each saving; empty where all have the conversion's.
@@ -75,6 +76,25 @@ class Trained:
         logits = {known: math.log(p / (1 - p)) for known, p in self.savings.items()}
         return 1 / (1 + math.exp(-_between(logits, saving)))
 
+    def threshold_below(self, saving: float) -> float:
+        """An estimate of the threshold of a saving between 1x, where it is 0, and the smallest known: as if
+        gates' logits were spread as the logistic distribution is, which those of distilled routers nearly are
+        (the threshold's logit then goes with the logarithm of saving - 1).
+
+        Raises:
+            ModlabError: the saving lies elsewhere, or none is known.
+        """
+        known = sorted(self.savings.items())
+        if not known or not 1 <= saving < known[0][0]:
+            raise ModlabError(f"kv_saving={saving:g} is not below those that are known ({self.range}).")
+        if saving == 1:
+            return 0.0
+        points = [(math.log(s - 1), math.log(p / (1 - p))) for s, p in known[:2]]
+        (x0, y0), (x1, y1) = points[0], points[-1]
+        slope = (y1 - y0) / (x1 - x0) if len(points) == 2 else 1.0
+        logit = y0 - slope * (x0 - math.log(saving - 1))
+        return 1 / (1 + math.exp(min(-logit, 700.0)))
+
     def recent_for(self, saving: float) -> int | None:
         """`keep_recent` at a KV saving within their range, between known ones by logarithms; None where
         none is known."""
@@ -106,6 +126,15 @@ class Trained:
     def warning_for(self, p: float) -> str:
         """What is to be said of a threshold beyond that of the largest saving trained for; "" if nothing."""
         return f"threshold {p:.4g} {self.beyond}" if p > self.largest * (1 + 1e-6) else ""
+
+    def counted(self, saving: Callable[[float], float]) -> Trained:
+        """The same thresholds under other savings: `saving`, which rises, of each of them."""
+        return replace(
+            self,
+            savings={saving(known): p for known, p in self.savings.items()},
+            recent={saving(known): tokens for known, tokens in self.recent.items()},
+            reached=saving(self.reached) if self.reached else 0.0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` reads it back."""

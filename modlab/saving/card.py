@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modlab.config import MoDConfig
+from modlab.routing.kv_saving import known_of
 from modlab.routing.state import Routing, routing_of
 from modlab.routing.trained import Trained
 from modlab.saving.files import CARD_FILE, is_hub_id
@@ -98,7 +99,7 @@ def model_card(
         f"| routed layers | {', '.join(map(str, routing.layers))} |\n"
         + _routing_lines(routing)
         + _figures(evaluation),
-        _measured(evaluation, name) + _trained(routing.trained),
+        _measured(evaluation, name) + (_trained(known_of(model)) if routing.trained else ""),
         "## How to load",
         python_block(
             "import modlab\n\n"
@@ -159,10 +160,8 @@ def _measured(evaluation: Evaluation | None, name: str) -> str:
     )
 
 
-def _trained(trained: Trained | None) -> str:
+def _trained(trained: Trained) -> str:
     """What is known of the routers, as further paragraphs."""
-    if trained is None:
-        return ""
     known = ", ".join(
         f"{saving:g}x at p = {p:.4g}"
         + (f" with the latest {trained.recent[saving]:,}" if trained.recent else "")

@@ -24,7 +24,10 @@ from modlab.routing.threshold import check_threshold
 from modlab.skips import named
 from modlab.traces.trace_file import ARRAYS, DAMAGE, read_trace, write_trace
 
-_META = ("tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent")
+_META = (
+    "tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent",
+    "stored_bytes_per_token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +45,14 @@ class RoutingTrace:
         thresholds: float32[R], the p of each row at the time of the run.
         keep_first: the first so many tokens are kept whatever their gate.
         loss: float32[T], nats for predicting token t from those before it; NaN at 0.
-        kv_bytes_per_token: bytes of K and V together of one token in one layer.
+        kv_bytes_per_token: bytes of K and V together of one token in one layer of a dense cache.
         model: a name to show.
         skip: what a skipped token skips: "layer", "attention", "mlp" (then K/V stay, and nothing is saved),
             or "kv", its place in the cache alone.
         keep_recent: with "kv", how many of the latest tokens are in the cache at the end of the text, kept or
             not; else 0.
+        stored_bytes_per_token: bytes of one token that a routed layer stores: less than `kv_bytes_per_token`
+            with keys and values in eight bits, else (also if 0 is given) as many.
     """
 
     tokens: list[str]
@@ -63,8 +68,11 @@ class RoutingTrace:
     model: str = ""
     skip: str = "layer"
     keep_recent: int = 0
+    stored_bytes_per_token: int = 0
 
     def __post_init__(self) -> None:
+        if not self.stored_bytes_per_token:
+            object.__setattr__(self, "stored_bytes_per_token", self.kv_bytes_per_token)
         for name, dtype in ARRAYS.items():
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
         R, T = len(self.layers), len(self.tokens)
@@ -100,7 +108,8 @@ class RoutingTrace:
 
     @property
     def kv_saving(self) -> float:
-        """Dense over stored K/V, >= 1: 1 / mean share stored over all L layers, dense ones counting 1."""
+        """Dense over stored K/V, >= 1: 1 / mean share of the dense bytes stored over all L layers, dense ones
+        counting 1."""
         return self._saving(self.keep)
 
     @property
@@ -131,7 +140,18 @@ class RoutingTrace:
         stored = named(self.skip).stored(keep, self.keep_recent)
         rows = Counter(self.layers)
         routed = sum(share / rows[i] for i, share in zip(self.layers, stored.mean(axis=1), strict=True))
-        return float(self.num_layers / (self.num_layers - len(rows) + routed))
+        return float(self.num_layers / (self.num_layers - len(rows) + routed * self.stored_share))
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether routed layers store keys and values in eight bits."""
+        return self.stored_bytes_per_token < self.kv_bytes_per_token
+
+    @property
+    def stored_share(self) -> float:
+        """Share of a token's dense bytes that a routed layer stores of it: 1, about a half in eight bits."""
+        whole = self.kv_bytes_per_token
+        return self.stored_bytes_per_token / whole if whole else 1.0
 
     def part(self, start: int, stop: int) -> RoutingTrace:
         """The tokens from `start` up to, not with, `stop`, for views of a text too long to draw whole.
@@ -167,7 +187,7 @@ class RoutingTrace:
         """Read what `save` wrote. ModlabError if the file is missing, damaged or something else."""
         try:
             arrays, meta = read_trace(Path(path))
-            meta = {"keep_recent": 0, **meta}  # older files have none
+            meta = {"keep_recent": 0, "stored_bytes_per_token": 0, **meta}  # older files have none
             _check_described(meta, arrays)
             fields: dict[str, Any] = {**{name: meta[name] for name in _META}, **arrays}
             return cls(**fields)
@@ -208,7 +228,7 @@ class RoutingTrace:
 
 def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
     """Raises ValueError where a file says what no trace has."""
-    for name in ("num_layers", "keep_first", "kv_bytes_per_token", "keep_recent"):
+    for name in ("num_layers", "keep_first", "kv_bytes_per_token", "keep_recent", "stored_bytes_per_token"):
         if type(meta[name]) is not int or not 0 <= meta[name] < 2**31:
             raise ValueError(f"{name}={meta[name]!r:.60}")
     for name, kind in (("tokens", str), ("layers", int)):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modlab.cache import bytes as kv_bytes
+from modlab.cache.stored import cache_sizes
 from modlab.data.batches import check_vocabulary
 from modlab.data.pieces import encode
 from modlab.errors import ModlabError
@@ -53,7 +53,7 @@ def run_traced(model: Any, tokenizer: Any, text: Any) -> tuple[RoutingTrace, Any
     with eval_mode(model), torch.no_grad(), record_routing(model) as recording:
         output = model(ids_BT, use_cache=True)
     step, routing = recording.steps[-1], model.mod
-    cache = given_cache(output)
+    whole, stored = cache_sizes(model, given_cache(output))
     gates = {i: by_gate(step.gate[i])[0].T.cpu().numpy() for i in routing.layers}
     layers = [i for i in routing.layers for _ in gates[i]]
     return RoutingTrace(
@@ -66,10 +66,11 @@ def run_traced(model: Any, tokenizer: Any, text: Any) -> tuple[RoutingTrace, Any
         thresholds=np.asarray([routing.thresholds[i] for i in layers]),
         keep_first=routing.config.keep_first,
         loss=_token_loss(output.logits[0], ids_BT[0]),
-        kv_bytes_per_token=max(kv_bytes.token_nbytes(layer) for layer in cache.layers),
+        kv_bytes_per_token=whole,
         model=model_name(model),
         skip=routing.config.skip,
         keep_recent=routing.config.recent_stored,
+        stored_bytes_per_token=stored,
     ), output
 
 

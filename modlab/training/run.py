@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from modlab.errors import ModlabError
 from modlab.measure.evaluation import evaluate_batches
+from modlab.routing.kv_saving import rounding_of, set_kv_saving
 from modlab.routing.recent_tokens import recent_at
-from modlab.routing.state import is_converted, set_kv_saving
+from modlab.routing.state import is_converted
 from modlab.routing.trained import Trained
 from modlab.training.anchors import anchored, may_skip_all
 from modlab.training.calibration import (
@@ -483,7 +484,7 @@ class Run:
             method=f"distilled to the dense model, {self.tokens:,} tokens",
         )
         if recent and min(recent) <= asked <= max(recent):
-            set_kv_saving(self.model, asked)
+            set_kv_saving(self.model, rounding_of(self.model).total(asked))
 
     def _forget_origin(self) -> None:
         if self.routers_learn:

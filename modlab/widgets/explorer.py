@@ -29,14 +29,18 @@ CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RATIOS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """One token in so many is kept: for gates of real models, among which p itself tells little."""
 
+Stored = tuple[int, bool]
+"""What else than thresholds decides what a cache takes: `RoutingTrace.keep_recent` and `eight_bits`."""
+
 
 class RoutingExplorer(SteeredView, view="explorer"):
     """Slider, figures, heatmap, text, path and curve of one text. Made by `explore`.
 
     Dragging compares the recorded gates with the new p, in the browser: a preview. Releasing sets the
     model's threshold (it stays set: a later `generate` uses it) and runs the text: measured. Another text is
-    pasted, or opened from a file, in the widget; a curve that was there is measured again for it, and for
-    another number of recent tokens, which a cell may have set.
+    pasted, or opened from a file, in the widget; a curve that was there is measured again for it, for another
+    number of recent tokens, which a cell may have set, and for other bits of keys and values, for which there
+    is a switch next to the title.
 
     Attributes:
         forms: what each of the models routes, as the switch names it; form: the one that shows.
@@ -61,9 +65,9 @@ class RoutingExplorer(SteeredView, view="explorer"):
         points = curve(sweep)
         self._by_form = _by_form([model, *others])
         self._wanted = [point["p"] for point in points]
-        # Points of a curve that is not complete yet, by p and recent tokens: a cell may set other ones.
-        self._found: dict[tuple[float, int], dict[str, float]] = {}
-        self._recent = _recent_of(model)  # with which runs, points and speed were measured
+        # Points of a curve that is not complete yet, by p and how the cache is: a cell may change that.
+        self._found: dict[tuple[float, Stored], dict[str, float]] = {}
+        self._stored = _stored_by(model)  # with which runs, points and speed were measured
         forms = list(self._by_form)
         super().__init__(model, tokenizer, text, dense=dense, points=points, forms=forms, form=forms[0])
 
@@ -91,6 +95,31 @@ class RoutingExplorer(SteeredView, view="explorer"):
                 self.cursor, self.locked, self.layer = -1, False, -1
                 self._take(trace, output)
                 self.budget = self._budget()
+        self._refine(job)
+
+    def store_in(self, dtype: str) -> None:
+        """Set how the model stores keys and values (`modlab.set_kv_cache_dtype`), and run the text.
+
+        Args:
+            dtype: "auto" or "int8".
+
+        Raises:
+            ModlabError: the model cannot store them so.
+        """
+        self._store_in(dtype, None)
+
+    def _store_in(self, dtype: str, job: Job | None) -> None:
+        from modlab.conversion.ranges import set_kv_cache_dtype
+
+        model, before = self._model, self._model.mod.config.kv_cache_dtype
+        with using(model, job, "Running the text"):
+            set_kv_cache_dtype(model, dtype)
+            try:
+                trace, output = run_traced(model, self._tokenizer, self.text)
+            except BaseException:
+                set_kv_cache_dtype(model, before)
+                raise
+            self._take(trace, output)
         self._refine(job)
 
     def run(self, p: float) -> None:
@@ -123,19 +152,23 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Measure what is missing of the curve: a newer request may have stopped it half-way."""
         from modlab.routing.state import thresholds_restored
 
+        if _stored_by(self._model)[1] != self._trace.eight_bits:
+            # What points are compared with is to be measured anew; `_refine` comes back here then.
+            self._measure(dict(self._model.mod.thresholds), job)
+            return
         self._measure_recall(job)
         count = len(self._wanted)
-        while missing := [p for p in self._wanted if (p, _recent_of(self._model)) not in self._found]:
+        while missing := [p for p in self._wanted if (p, _stored_by(self._model)) not in self._found]:
             p, index = missing[0], self._wanted.index(missing[0])
             text, part = f"Measuring the curve, p {p:g}", (index / count, (index + 1) / count)
             with using(self._model, job, text, part=part), thresholds_restored(self._model):
                 trace, output, recall = self._at(p)
             bytes_there = float(given_cache(output).nbytes)
-            self._found[p, trace.keep_recent] = self._point_at(p, trace, bytes_there, recall)
-        self._with_recent(_recent_of(self._model))
-        found = [self._found[p, self._recent] for p in self._wanted]
+            self._found[p, _stored_in(trace)] = self._point_at(p, trace, bytes_there, recall)
+        self._with(_stored_by(self._model))
+        found = [self._found[p, self._stored] for p in self._wanted]
         self.points = [point for point in found if not math.isnan(point["loss"])]
-        if self._trace.keep_recent != self._recent:
+        if _stored_in(self._trace) != self._stored:
             self._measure(dict(self._model.mod.thresholds), job)  # what shows, too
 
     def _measure_recall(self, job: Job | None) -> None:
@@ -203,13 +236,16 @@ class RoutingExplorer(SteeredView, view="explorer"):
         self.points, self.runs, self._found, self.speed = [], [], {}, {}
         super()._take(trace, output)
 
-    def _with_recent(self, recent: int) -> None:
-        """What was measured with other recent tokens is forgotten."""
-        if recent != self._recent:
-            self._recent, self.points, self.runs, self.speed = recent, [], [], {}
+    def _with(self, stored: Stored) -> None:
+        """What was measured with other recent tokens, or other bits, is forgotten."""
+        if stored != self._stored:
+            self._stored, self.points, self.runs, self.speed = stored, [], [], {}
+
+    def _known(self) -> dict[str, Any]:
+        return {**super()._known(), "may_round": "kv_cache_dtype" in self._model.mod.skip.settings}
 
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
-        self._with_recent(trace.keep_recent)
+        self._with(_stored_in(trace))
         super()._show(trace, cache)
         measured = self.summary
         self.runs = [r for r in self.runs if r["p"] != measured["p"]] + self._point(measured)
@@ -227,6 +263,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
             return lambda job: self._start_curve(None, job)
         if content.get("type") == "form":
             return lambda job: self._switch(str(content["form"]), job)
+        if content.get("type") == "eight bits":
+            return lambda job: self._store_in("int8" if content.get("on") else "auto", job)
         if content.get("type") == "speed":
             return self._measure_speed
         return super()._work(content)
@@ -267,9 +305,13 @@ def explore(
     return RoutingExplorer(model, tokenizer, text, sweep, dense, others)
 
 
-def _recent_of(model: Any) -> int:
-    """How many recent tokens a trace of the model would say: `RoutingTrace.keep_recent`."""
-    return int(model.mod.config.recent_stored)
+def _stored_in(trace: RoutingTrace) -> Stored:
+    return trace.keep_recent, trace.eight_bits
+
+
+def _stored_by(model: Any) -> Stored:
+    """What a trace of the model would say now."""
+    return int(model.mod.config.recent_stored), bool(model.mod.ranges)
 
 
 def _by_form(models: Sequence[Any]) -> dict[str, Any]:

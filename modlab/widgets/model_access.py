@@ -25,10 +25,10 @@ def lock_of(model: Any) -> Any:
 def trained_for(model: Any) -> dict[str, Any]:
     """For js/beyond.js: the largest threshold that the model's routers were trained for, and what is to be
     said of one beyond it; empty where nothing is known."""
-    from modlab.routing.state import routing_of
+    from modlab.routing.kv_saving import known_of
 
-    trained = routing_of(model).trained
-    return {"largest": trained.largest, "beyond": trained.beyond} if trained and trained.range else {}
+    known = known_of(model)
+    return {"largest": known.largest, "beyond": known.beyond} if known.range else {}
 
 
 @contextmanager

@@ -25,8 +25,8 @@ class SteeredView(MeasuredView):
     a wanted cache size. A model in which no gate decides is refused.
 
     Attributes:
-        budget: what the fields of the KV budget begin with, the bytes of a token in each layer, and whether
-            thresholds are looked for on a sample instead of the text.
+        budget: what the fields of the KV budget begin with, the bytes of a token in each dense and in each
+            routed layer, and whether thresholds are looked for on a sample instead of the text.
     """
 
     budget = t.Dict().tag(sync=True)
@@ -56,14 +56,15 @@ class SteeredView(MeasuredView):
         from modlab.measure import TEXT_PIECE
 
         trace, context = self._trace, context_length(self._model) or TEXT_PIECE
-        routed, each = len(set(trace.layers)), trace.kv_bytes_per_token
+        routed, each, stored = len(set(trace.layers)), trace.kv_bytes_per_token, trace.stored_bytes_per_token
         dense = (trace.num_layers - routed) * each
         index = index_bytes(self._model.mod)
-        quarter = dense + 0.25 * routed * (each + index)
+        quarter = dense + 0.25 * routed * (stored + index)
         return {
             "mib": float(f"{quarter * context / MIB:.3g}"),
             "context": context,
             "token_bytes": words(trace.skip)["saves"] * each,
+            "stored_bytes": words(trace.skip)["saves"] * stored,
             "index_bytes": index,
             "sample": self._texts is not None,
         }
@@ -141,7 +142,7 @@ class SteeredView(MeasuredView):
         routing, each = self._model.mod, self.budget["token_bytes"]
         routed = len(routing.layers)
         dense = context * each * (routing.num_layers - routed)
-        ragged = context * (each + self.budget["index_bytes"]) * routed
+        ragged = context * (self.budget["stored_bytes"] + self.budget["index_bytes"]) * routed
         recent = recent_share(routing.config, context)
         return (dense + recent * ragged) / MIB, (dense + ragged) / MIB
 
@@ -169,6 +170,16 @@ class SteeredView(MeasuredView):
     def _take(self, trace: RoutingTrace, output: Any) -> None:
         self._open = self._control = None
         super()._take(trace, output)
+
+    def _show(self, trace: RoutingTrace, cache: Any) -> None:
+        if trace.eight_bits == self._trace.eight_bits:
+            super()._show(trace, cache)
+            return
+        # A cell may have changed it: what is compared with was measured the other way.
+        self._open = None
+        with self.hold_sync():
+            super()._show(trace, cache)
+            self.budget = self._budget()
 
     def _refine(self, job: Job | None) -> None:
         """Run the text with everything kept, and in the dense model: what its loss is compared with."""

@@ -45,11 +45,11 @@ class Budget {
   ask(want) { this.store.job.ask({ type: "calibrate", per_layer: Boolean(this.perLayer?.checked), ...want }, this.place); }
 
   draw() {
-    const { store } = this, { numLayers, routed } = store, { token_bytes: each, index_bytes: index } = store.model.get("budget");
+    const { store } = this, { numLayers, routed } = store, { token_bytes: each, stored_bytes: held, index_bytes: index } = store.model.get("budget");
     const tokens = Math.max(0, Math.floor(Number(this.context.value)));
     const size = (layers) => `${number(Number(((layers * tokens) / MIB).toPrecision(3)))} MiB`;
     const elsewhere = store.model.get("budget").sample ? " Find looks at the sample that was given in Python, not at this text." : "";
-    const stored = (each + index) * routed * store.stored(tokens), least = (each + index) * routed * store.stored(tokens, 0);
+    const stored = (held + index) * routed * store.stored(tokens), least = (held + index) * routed * store.stored(tokens, 0);
     this.says.hidden = !tokens;
     this.says.textContent = !each ? "This model skips MLPs only: its cache is as large as a dense one."
       : `With the share that this text keeps, a cache of ${tokens.toLocaleString("en")} tokens takes ${size(each * (numLayers - routed) + stored)}; `

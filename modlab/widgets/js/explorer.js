@@ -33,10 +33,31 @@ class Forms {
   }
 }
 
+// Whether routed layers store keys and values in eight bits: next to the title, too, where the skip has a choice.
+class EightBits {
+  constructor(store, parent) {
+    this.store = store;
+    this.label = el(parent.querySelector(".mod-title"), "label", "mod-form");
+    this.box = el(this.label, "input", "modlab-eight-bits");
+    this.box.type = "checkbox";
+    ownKeys(this.box);
+    this.label.append(" 8 bits a number");
+    this.label.title = "Store keys and values in eight bits: half of the bytes, a little rounding";
+    this.box.addEventListener("change", () => store.job.ask({ type: "eight bits", on: this.box.checked }));
+  }
+
+  draw() {
+    const { summary, model, job } = this.store, can = model.get("can_run");
+    this.label.hidden = !can || !summary.may_round;
+    if (!job.running) this.box.checked = summary.eight_bits;
+    this.box.disabled = job.running;
+  }
+}
+
 VIEWS.explorer = {
   scene: Store, title: "Routing explorer", about,
   parts: (model) => {
     const can = model.get("can_run"), curve = can || model.get("points").length;
-    return [Forms, OwnText, ExplorerControls, [[Heatmap], curve ? [Curve] : []], [[TokenText], [TokenPath]], ...(can ? [Budget] : [])];
+    return [Forms, EightBits, OwnText, ExplorerControls, [[Heatmap], curve ? [Curve] : []], [[TokenText], [TokenPath]], ...(can ? [Budget] : [])];
   },
 };

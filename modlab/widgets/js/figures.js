@@ -16,7 +16,8 @@ class Figures {
       + (store.several ? `, ${store.R} ${store.words.gate}s` : "");
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
     this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${gain(summary.dense_bytes / kv, "smaller", "larger")}`
-      + (preview ? "" : ", allocated") + (summary.recent ? `, the latest ${summary.recent + 1} in it` : "");
+      + (preview ? "" : ", allocated") + (summary.recent ? `, the latest ${summary.recent + 1} in it` : "")
+      + (summary.eight_bits ? ", 8-bit keys and values" : "");
     const swept = preview && !store.model.get("layer_thresholds").length ? interpolate(store.model.get("points"), store.threshold, "loss") : null;
     this.loss.value.textContent = summary.loss === null || (preview && swept === null) ? "–"
       : preview ? "≈ " + swept.toFixed(3) : summary.loss.toFixed(3);

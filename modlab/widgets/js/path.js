@@ -43,8 +43,9 @@ class TokenPath {
   }
 
   sentence(t) {
-    const { store } = this, layers = store.numLayers - store.routed + store.held[t], bytes = store.summary.token_bytes;
-    const ran = number(Number(layers.toFixed(1))), left = `${byteText(layers * bytes)} of ${byteText(store.numLayers * bytes)}`;
+    const { store } = this, dense = store.numLayers - store.routed, layers = dense + store.held[t];
+    const { token_bytes: bytes, stored_bytes: stored } = store.summary, ran = number(Number(layers.toFixed(1)));
+    const left = `${byteText(dense * bytes + store.held[t] * stored)} of ${byteText(store.numLayers * bytes)}`;
     const loss = t > 0 && Number.isFinite(store.losses[t]) ? ` Its loss was ${store.losses[t].toFixed(2)} nats.` : "";
     if (store.words.runs)
       return `${store.name(t)}, token ${t.toLocaleString("en")}, ran all ${store.numLayers} layers and stays in the cache of ${ran} `

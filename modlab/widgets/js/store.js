@@ -148,7 +148,7 @@ class Store extends Scene {
     const s = this.summary;
     if (!this.preview) return s.kv_bytes;
     if (!s.token_bytes) return s.dense_bytes;
-    return s.token_bytes * this.T * (this.numLayers - this.routed + this.stored(this.T) * this.routed);
+    return this.T * (s.token_bytes * (this.numLayers - this.routed) + s.stored_bytes * this.stored(this.T) * this.routed);
   }
 
   // Share of a text of `tokens` that a routed layer's cache holds: kept tokens, and the latest whether kept or not.

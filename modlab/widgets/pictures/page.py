@@ -91,6 +91,8 @@ def summary(
         "kv_bytes": round(dense / trace.kv_saving) if kv_bytes is None else int(kv_bytes),
         "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
         "token_bytes": said["saves"] * trace.kv_bytes_per_token,
+        "stored_bytes": said["saves"] * trace.stored_bytes_per_token,
+        "eight_bits": trace.eight_bits,
         "recent": trace.keep_recent,
         "keep_ratio": float(trace.keep.mean()),
         "by_ratio": by_ratio(trace),

@@ -79,6 +79,8 @@ def _heading(trace: RoutingTrace, shown: int) -> str:
     p, tokens = trace.thresholds, len(trace.tokens)
     parts = [f"p = {short(p[0])}" if np.ptp(p) == 0 else f"p = {short(p.min())} to {short(p.max())}"]
     parts += [f"kept {100 * trace.keep.mean():.1f} %", f"KV cache {trace.kv_saving:.2f}x smaller"]
+    if trace.eight_bits:
+        parts.append("8-bit keys and values")
     if np.isfinite(trace.mean_loss):
         parts.append(f"loss {trace.mean_loss:.3f} nats a token")
     parts.append(f"{tokens:,} tokens" + (f", the first {shown:,} shown" if shown < tokens else ""))
