@@ -163,7 +163,7 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
     size = getattr(text, "head_dim", None) or (heads and text.hidden_size // text.num_attention_heads)
     layers = decoder_layers(model)
     windows = attention_windows(model, len(layers))
-    if not heads or any(isinstance(window, str) for window in windows.values()):
+    if not heads or not size or any(isinstance(window, str) for window in windows.values()):
         raise ModlabError(f"{type(model).__name__} does not keep plain keys and values in all its layers.")
     parameters = dict(model.named_parameters())
     largest = max(layers, key=_count)

@@ -8,7 +8,14 @@ import json
 from typing import Any
 
 from modlab.cli.flags import Command, add_kv_cache_dtype, read_integers, read_name, read_path
-from modlab.cli.models import add_data_flags, add_model_flags, check_target, load_model, rows_of, store_as_asked
+from modlab.cli.models import (
+    add_data_flags,
+    add_model_flags,
+    check_target,
+    load_model,
+    rows_of,
+    store_as_asked,
+)
 
 
 def add(command: Command) -> None:

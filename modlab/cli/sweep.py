@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modlab.cli.flags import Command, add_kv_cache_dtype, read_name, read_path
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, row_length, rows_of, store_as_asked
+from modlab.cli.models import (
+    add_data_flags,
+    add_model_flags,
+    launched,
+    load_model,
+    row_length,
+    rows_of,
+    store_as_asked,
+)
 from modlab.errors import ModlabError
 
 if TYPE_CHECKING:

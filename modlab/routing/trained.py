@@ -70,8 +70,8 @@ class Trained:
         low, high = self.range
         if not low <= saving <= high:
             raise ModlabError(
-                f"kv_saving={saving:g}: these routers know thresholds for {low:g}x to {high:g}x, and move "
-                "within that. modlab.calibrate(model, texts, keep_ratio=...) goes beyond all the same."
+                f"kv_saving={saving:g}: these routers know thresholds for {low:.4g}x to {high:.4g}x, and "
+                "move within that. modlab.calibrate(model, texts, keep_ratio=...) goes beyond all the same."
             )
         logits = {known: math.log(p / (1 - p)) for known, p in self.savings.items()}
         return 1 / (1 + math.exp(-_between(logits, saving)))
@@ -118,7 +118,7 @@ class Trained:
         if self.range is None:
             return ""
         return (
-            f"lies beyond {self.largest:.4g}, that of {self.trained_to:g}x, the largest KV saving "
+            f"lies beyond {self.largest:.4g}, that of {self.trained_to:.4g}x, the largest KV saving "
             "that these routers were trained for: a threshold moves well below it, not beyond. Measure far "
             "recall (modlab.probes.recall_gap)."
         )

@@ -163,7 +163,7 @@ def _measured(evaluation: Evaluation | None, name: str) -> str:
 def _trained(trained: Trained) -> str:
     """What is known of the routers, as further paragraphs."""
     known = ", ".join(
-        f"{saving:g}x at p = {p:.4g}"
+        f"{saving:.4g}x at p = {p:.4g}"
         + (f" with the latest {trained.recent[saving]:,}" if trained.recent else "")
         + (" (beyond the training)" if saving > trained.trained_to else "")
         for saving, p in sorted(trained.savings.items())

@@ -25,6 +25,8 @@ from modlab.widgets.yardsticks import NEW_TOKENS, far_recall, mean, stderr, time
 if TYPE_CHECKING:
     import pandas as pd
 
+    from modlab.config import KVCacheDtype
+
 CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RATIOS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """One token in so many is kept: for gates of real models, among which p itself tells little."""
@@ -97,7 +99,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
                 self.budget = self._budget()
         self._refine(job)
 
-    def store_in(self, dtype: str) -> None:
+    def store_in(self, dtype: KVCacheDtype) -> None:
         """Set how the model stores keys and values (`modlab.set_kv_cache_dtype`), and run the text.
 
         Args:
@@ -108,7 +110,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """
         self._store_in(dtype, None)
 
-    def _store_in(self, dtype: str, job: Job | None) -> None:
+    def _store_in(self, dtype: KVCacheDtype, job: Job | None) -> None:
         from modlab.conversion.ranges import set_kv_cache_dtype
 
         model, before = self._model, self._model.mod.config.kv_cache_dtype
