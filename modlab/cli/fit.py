@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from modlab.cli.flags import Command, add_dataclass_flags, given_flags, read_integers, read_name, read_path
-from modlab.cli.models import add_model_flags, check_target, load_model, save_model
+from modlab.cli.flags import Command, add_dataclass_flags, add_kv_cache_dtype, given_flags, read_integers, read_name, read_path
+from modlab.cli.models import add_model_flags, check_target, load_model, save_model, store_as_asked
 from modlab.errors import ModlabError
 
 
@@ -36,6 +36,7 @@ def add(command: Command) -> None:
         "--kv-saving", metavar="X", type=float,
         help="of a dense SRC: how many times smaller the K/V cache is to be (default: 2)",
     )  # fmt: skip
+    add_kv_cache_dtype(sub, "keys and values of routed layers, once they are fitted")
     add_model_flags(sub)
     add_dataclass_flags(
         sub.add_argument_group("FitConfig"),
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     import modlab
 
     model, tokenizer = load_model(options, options.source)
-    config = _converted(model, options.kv_saving, given)
+    config = _converted(model, options, given)
     found = modlab.fit_routers(model, options.data, config, tokenizer=tokenizer)
     save_model(model, tokenizer, options.target)
     print(
@@ -65,14 +66,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _converted(model: Any, kv_saving: float | None, given: dict[str, Any]) -> Any:
+def _converted(model: Any, options: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The settings of the fit; a dense model is converted by the recipe."""
     import modlab
 
     if not modlab.is_converted(model):
-        mod_config, config = modlab.recipe("quick", model, kv_saving=kv_saving, **given)
+        dtype = options.kv_cache_dtype or "auto"
+        mod_config, config = modlab.recipe(
+            "quick", model, kv_saving=options.kv_saving, kv_cache_dtype=dtype, **given
+        )
         modlab.convert(model, mod_config)
         return config
-    if kv_saving is not None:
+    store_as_asked(options, model)
+    if options.kv_saving is not None:
         raise ModlabError("--kv-saving is for a dense model; of a converted one say --keep-ratio.")
     return modlab.FitConfig(**given)

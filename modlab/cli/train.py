@@ -13,13 +13,14 @@ from modlab.cli.flags import (
     INTERRUPTED,
     Command,
     add_dataclass_flags,
+    add_kv_cache_dtype,
     given_flags,
     read_floats,
     read_integers,
     read_name,
     read_path,
 )
-from modlab.cli.models import add_data_flags, add_model_flags, load_model, row_length
+from modlab.cli.models import add_data_flags, add_model_flags, load_model, row_length, store_as_asked
 from modlab.errors import ModlabError
 
 
@@ -69,6 +70,7 @@ def add(command: Command) -> None:
         help="with a dense MODEL: units of the hidden layer in each router, 0: a linear router "
         "(default: the recipe's)",
     )  # fmt: skip
+    add_kv_cache_dtype(sub, "keys and values of routed layers; routers are trained at full precision")
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     distil = sub.add_argument_group("with --objective distil")
@@ -142,6 +144,8 @@ def run(options: argparse.Namespace) -> int:
             "--recipe, --kv-saving, --start and --router-hidden are for a dense MODEL that is converted; "
             "this one is not: say --objective, --keep-ratio and so on."
         )
+    else:
+        store_as_asked(options, model)
     config.check()  # a recipe that was not named was only perhaps the one that is trained by
     _check_distils(options, config)
     teacher = load_model(options, options.teacher)[0] if options.teacher else None
@@ -173,8 +177,9 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
 
     name = options.recipe or DEFAULT
     mod_config, config = modlab.recipe(
-        name, model, kv_saving=options.kv_saving, started=bool(options.start), **given
-    )
+        name, model, kv_saving=options.kv_saving, kv_cache_dtype=options.kv_cache_dtype or "auto",
+        started=bool(options.start), **given,
+    )  # fmt: skip
     if options.router_hidden is not None:
         mod_config = replace(mod_config, router_hidden=options.router_hidden)
     modlab.convert(model, mod_config)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from modlab.conversion.ranges import set_kv_cache_dtype
 from modlab.errors import ModlabError
 from modlab.integrations.fsdp import every_process_loads
 from modlab.paths import exists
@@ -35,6 +36,8 @@ from modlab.saving.restore import restore_routers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modlab.config import KVCacheDtype
+
 Loaded = tuple[Any, Any]
 NAMES = ", ".join(map(repr, SHIPPED))
 NO_NAME = "{!r}... names no folder and no model: {}."
@@ -44,7 +47,11 @@ OF_THE_NAMED = ("revision", "subfolder", *CODE_ARGUMENTS)
 
 
 def load(
-    name_or_path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, **kwargs: Any
+    name_or_path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    kv_cache_dtype: KVCacheDtype | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer, converted if the folder was saved converted.
 
@@ -59,6 +66,8 @@ def load(
         base: for routers alone: a folder or hub id to take the base from instead of what they name. Its type,
             sizes and input embedding have to be those that the routers were trained on; another dtype and
             quantised copies are fine.
+        kv_cache_dtype: how routed layers store keys and values, "int8" or "auto" (`set_kv_cache_dtype`, which
+            runs one forward for "int8"); by default as it was saved.
         kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, gguf_file, ...). The
             demos load in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
             `trust_remote_code=True` is for code of `name_or_path` alone, not of a base that its files name.
@@ -68,7 +77,7 @@ def load(
 
     Raises:
         ModlabError: no such folder, no weights in it, corrupt or missing weights, or a hub id that cannot be
-            reached.
+            reached; a `kv_cache_dtype` for a dense model, or one that the model cannot have.
     """
     for said, value in (("name_or_path", name_or_path), ("base", base)):
         if not isinstance(value, (str, os.PathLike)) and not (said == "base" and value is None):
@@ -78,7 +87,10 @@ def load(
         if value is not None and not os.fspath(value).strip():
             raise ModlabError(f"{said}={value!r} is empty: give a hub id or a folder ('.' is this one)")
     given = {} if base is None else {"base": os.fspath(base)}
-    return _load(str(name_or_path), (), **given, **kwargs)
+    model, tokenizer = _load(str(name_or_path), (), **given, **kwargs)
+    if kv_cache_dtype is not None:
+        set_kv_cache_dtype(model, kv_cache_dtype)
+    return model, tokenizer
 
 
 def _load(name: str, asked: tuple[str, ...], **kwargs: Any) -> Loaded:

@@ -76,7 +76,7 @@ def export_static(model: Any, tokenizer: Any, folder: str | Path, layers: list[i
 
     Raises:
         ModlabError: another skip, layers that are not routed, an architecture that would ignore windows or
-            has its own.
+            has its own, or a model that stores keys and values in eight bits.
     """
     config = static_config(model, layers)
     state = {name: value for name, value in model.state_dict().items() if not is_router("." + name)}
@@ -96,6 +96,12 @@ def static_config(model: Any, layers: list[int]) -> Any:
         raise ModlabError(
             f"a model that routes {routing.skip.words.routed} has no static form: window layers stand for "
             'dropped keys and values (skip="kv").'
+        )
+    if routing.config.kv_cache_dtype != "auto":
+        raise ModlabError(
+            "this model stores keys and values in eight bits, which is no part of a static form: engines have "
+            "settings of their own for it. Switch it off first: modlab.set_kv_cache_dtype(model, 'auto'), or "
+            "modlab export --kv-cache-dtype auto."
         )
     if missing := sorted(set(layers) - set(routing.layers)):
         raise ModlabError(f"layers {missing} are not routed; routed are {list(routing.layers)}.")
