@@ -298,8 +298,8 @@ def _by_routing(model: Any, saving: float, routed: int) -> float:
     if (by_routing := rounding.routed(saving)) > 1:
         return by_routing
     raise ModlabError(
-        f"kv_saving={saving:g}: eight bits alone save {rounding.total(1.0):.3g}x, which leaves routing nothing "
-        "to do. Ask for more, or leave kv_cache_dtype out."
+        f"kv_saving={saving:g}: eight bits alone save {rounding.total(1.0):.3g}x, which leaves nothing to "
+        "routing. Ask for more, or leave kv_cache_dtype out."
     )
 
 

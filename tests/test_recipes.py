@@ -149,3 +149,36 @@ def test_where_windows_leave_few_layers_the_aim_is_what_they_can_save(name: str)
     assert 0 < train.keep_ratio < 0.5
     with pytest.raises(ModlabError, match="saves less than 2.00x"):
         modlab.recipe(name, tiny_model("gemma2"), kv_saving=4, steps=1)
+
+
+@pytest.mark.parametrize("name", ["default", "quick"])
+def test_a_saving_that_is_asked_for_is_that_of_both_a_recipes_own_is_routings(
+    make_llama: Any, name: str
+) -> None:
+    model, steps = make_llama(num_hidden_layers=8), {} if name == "quick" else {"steps": 1}
+    factor = 4 * 16 / (16 + 2)  # of single precision, in heads of 16
+    plain, own = (modlab.recipe(name, model, kv_cache_dtype=dtype, **steps) for dtype in ("auto", "int8"))
+    assert plain[1] == own[1]
+    assert (plain[0].kv_cache_dtype, own[0].kv_cache_dtype) == ("auto", "int8")
+    both = modlab.recipe(name, model, kv_cache_dtype="int8", kv_saving=8.0, **steps)
+    assert 1 / both[1].keep_ratio == pytest.approx(8 / factor)
+    with pytest.raises(ModlabError, match=r"eight bits alone save 3\.56x, which leaves nothing to routing"):
+        modlab.recipe(name, model, kv_cache_dtype="int8", kv_saving=3.5, **steps)
+
+
+def test_what_a_run_in_eight_bits_leaves_is_known_by_routing_alone(make_llama: Any) -> None:
+    import torch
+
+    model = make_llama(num_hidden_layers=8)
+    mod_config, config = modlab.recipe("distil", model, kv_cache_dtype="int8", steps=2, batch_size=2)
+    modlab.convert(model, mod_config)
+    modlab.train(model, torch.randint(3, 512, (8, 160), generator=torch.Generator().manual_seed(0)), config)
+    trained = model.mod.trained
+    assert set(trained.savings) == {2.0, 3.0, 4.0, 8.0}
+    assert set(model.mod.thresholds.values()) == {trained.savings[4.0]}, "as without eight bits"
+    assert model.mod.config.keep_recent == trained.recent[4.0]
+
+
+def test_layers_as_a_whole_have_no_keys_to_round(make_llama: Any) -> None:
+    with pytest.raises(ModlabError, match="kv_cache_dtype means nothing there"):
+        modlab.recipe("layers", make_llama(), kv_cache_dtype="int8", steps=1)

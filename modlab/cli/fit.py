@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from modlab.cli.flags import Command, add_dataclass_flags, add_kv_cache_dtype, given_flags, read_integers, read_name, read_path
+from modlab.cli.flags import (
+    Command,
+    add_dataclass_flags,
+    add_kv_cache_dtype,
+    given_flags,
+    read_integers,
+    read_name,
+    read_path,
+)
 from modlab.cli.models import add_model_flags, check_target, load_model, save_model, store_as_asked
 from modlab.errors import ModlabError
 
@@ -71,7 +79,7 @@ def _converted(model: Any, options: argparse.Namespace, given: dict[str, Any]) -
     import modlab
 
     if not modlab.is_converted(model):
-        dtype = options.kv_cache_dtype or "auto"
+        dtype: Any = options.kv_cache_dtype or "auto"
         mod_config, config = modlab.recipe(
             "quick", model, kv_saving=options.kv_saving, kv_cache_dtype=dtype, **given
         )

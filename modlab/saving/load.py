@@ -36,8 +36,6 @@ from modlab.saving.restore import restore_routers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from modlab.config import KVCacheDtype
-
 Loaded = tuple[Any, Any]
 NAMES = ", ".join(map(repr, SHIPPED))
 NO_NAME = "{!r}... names no folder and no model: {}."
@@ -50,7 +48,7 @@ def load(
     name_or_path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
-    kv_cache_dtype: KVCacheDtype | None = None,
+    kv_cache_dtype: str | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer, converted if the folder was saved converted.
@@ -89,7 +87,7 @@ def load(
     given = {} if base is None else {"base": os.fspath(base)}
     model, tokenizer = _load(str(name_or_path), (), **given, **kwargs)
     if kv_cache_dtype is not None:
-        set_kv_cache_dtype(model, kv_cache_dtype)
+        set_kv_cache_dtype(model, kv_cache_dtype)  # type: ignore[arg-type]  # it says what there is
     return model, tokenizer
 
 

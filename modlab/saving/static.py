@@ -99,9 +99,9 @@ def static_config(model: Any, layers: list[int]) -> Any:
         )
     if routing.config.kv_cache_dtype != "auto":
         raise ModlabError(
-            "this model stores keys and values in eight bits, which is no part of a static form: engines have "
-            "settings of their own for it. Switch it off first: modlab.set_kv_cache_dtype(model, 'auto'), or "
-            "modlab export --kv-cache-dtype auto."
+            "this model stores keys and values in eight bits, which is no part of a static form: engines "
+            "have settings of their own for it. Switch it off first: modlab.set_kv_cache_dtype(model, "
+            "'auto'), or modlab export --kv-cache-dtype auto."
         )
     if missing := sorted(set(layers) - set(routing.layers)):
         raise ModlabError(f"layers {missing} are not routed; routed are {list(routing.layers)}.")

@@ -291,3 +291,15 @@ def test_files_of_the_folder_that_anybody_damaged(saved) -> None:
                 modlab.load(saved)
         (saved / name).write_bytes(whole)
     modlab.load(saved)
+
+
+def test_how_keys_and_values_are_stored_is_said_while_loading(tmp_path: Path) -> None:
+    model, _ = modlab.load("demo-kv", kv_cache_dtype="int8")
+    assert model.mod.config.kv_cache_dtype == "int8" and set(model.mod.ranges) == set(model.mod.layers)
+    modlab.save_routers(model, tmp_path / "routers", base_model="demo-dense")
+    for asked, stored in ((None, "int8"), ("auto", "auto"), ("int8", "int8")):
+        again, _ = modlab.load(tmp_path / "routers", kv_cache_dtype=asked)
+        assert again.mod.config.kv_cache_dtype == stored
+    for name, wrong, said in (("demo-dense", "int8", "is dense"), ("demo-kv", "int4", "auto, int8")):
+        with pytest.raises(ModlabError, match=said):
+            modlab.load(name, kv_cache_dtype=wrong)

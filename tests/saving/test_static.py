@@ -111,3 +111,13 @@ def test_the_command_says_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFi
     assert report["costs"]["static"]["kv_bytes"] < report["costs"]["dense"]["kv_bytes"]
     assert "window layers [2, 3]" in capsys.readouterr().out
     assert main(command) == 2
+
+
+def test_eight_bits_are_no_part_of_a_static_form(tmp_path: Path) -> None:
+    model = routed("qwen2")
+    modlab.set_kv_cache_dtype(model, "int8")
+    with pytest.raises(ModlabError, match="--kv-cache-dtype auto"):
+        export_static(model, None, tmp_path, [1, 3])
+    assert not list(tmp_path.iterdir())
+    modlab.set_kv_cache_dtype(model, "auto")
+    export_static(model, None, tmp_path, [1, 3])

@@ -123,3 +123,56 @@ def test_the_budget_s_bounds_are_what_the_cache_takes(word_tokenizer: Any, gates
     each = budget["token_bytes"] + budget["index_bytes"]  # the page's own sum
     assert each * tokens * layers == takes * 2**20
     assert budget["mib"] == pytest.approx(each * budget["context"] * 0.25 * layers / 2**20, rel=0.01)
+
+
+def test_a_switch_stores_keys_and_values_in_eight_bits(model: Any, word_tokenizer: Any) -> None:
+    explorer = measured(model, word_tokenizer)
+    before = dict(explorer.summary)
+    assert before["may_round"] and not before["eight_bits"]
+    explorer._on_message(explorer, {"type": "eight bits", "on": True, "id": 1}, [])
+    assert explorer.wait(60) and model.mod.config.kv_cache_dtype == "int8"
+    after = explorer.summary
+    assert after["eight_bits"] and after["dense_bytes"] == before["dense_bytes"]
+    assert after["kv_bytes"] < 0.8 * before["kv_bytes"] and after["loss"] != before["loss"]
+    assert after["stored_bytes"] == 2 * 2 * (16 + 2) < after["token_bytes"] == before["token_bytes"]
+    assert explorer.budget["stored_bytes"] == after["stored_bytes"]
+    want = measured(model, word_tokenizer)
+    assert explorer.points == want.points, "all of the curve, and what it is compared with"
+    assert after["open_loss"] == want.summary["open_loss"] != before["open_loss"]
+    assert "8-bit keys and values" in explorer._svg()
+    explorer.store_in("auto")
+    assert explorer.summary["kv_bytes"] == before["kv_bytes"] and not model.mod.ranges
+
+
+@pytest.mark.parametrize("ask", [rerun, again, find])
+def test_a_cell_may_switch_too(
+    model: Any, word_tokenizer: Any, ask: Callable[[RoutingExplorer], None]
+) -> None:
+    explorer = measured(model, word_tokenizer)
+    modlab.set_kv_cache_dtype(model, "int8")
+    ask(explorer)
+    want = measured(model, word_tokenizer)
+    assert explorer.points == want.points and explorer.summary["open_loss"] == want.summary["open_loss"]
+    assert explorer.budget["stored_bytes"] == want.budget["stored_bytes"]
+
+
+def test_a_switch_that_is_stopped_leaves_the_model_as_it_was(
+    model: Any, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explorer, before = explore(model, word_tokenizer, TEXT), model.mod.config
+    monkeypatch.setattr("modlab.widgets.explorer.run_traced", stopped)
+    with pytest.raises(Cancelled):
+        explorer.store_in("int8")
+    assert model.mod.config.kv_cache_dtype == before.kv_cache_dtype == "auto" and not model.mod.ranges
+    assert not explorer.summary["eight_bits"]
+
+
+def stopped(*_: Any) -> Any:
+    raise Cancelled
+
+
+def test_where_no_cache_is_routed_there_is_no_switch(routed_model: Any, word_tokenizer: Any) -> None:
+    explorer = explore(routed_model, word_tokenizer, TEXT)
+    assert not explorer.summary["may_round"]
+    with pytest.raises(ModlabError):
+        explorer.store_in("int8")
