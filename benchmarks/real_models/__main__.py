@@ -6,6 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
+ARMS = {"auto": "distil", "int8": "distil-int8"}
+"""What distilled routers are called, by how keys and values are stored."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line and runs the stage."""
@@ -92,7 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     measure.add_argument("--only", default="", help="kinds of pieces, with commas between them")
     measure.add_argument("--minutes", type=float, help="begin no piece after so many")
-    measure.add_argument("--arm", default="distil", help="what the routers are called in the results")
+    measure.add_argument(
+        "--kv-cache-dtype", choices=["auto", "int8"], default="auto", help="as of MoDConfig; of controls, too"
+    )
+    measure.add_argument(
+        "--arm", help="what the routers are called in the results (default: distil, int8: distil-int8)"
+    )
     measure.add_argument("--tokens", type=float, default=0, help="millions, that the routers were trained on")
     measure.add_argument("--seed", type=int, default=0, help="of their training")
     measure.add_argument("--commit", help="of the source tree, where git cannot be asked")
@@ -239,14 +247,16 @@ def _tasks(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     from benchmarks.real_models.measured.run import run
 
+    arm = options.arm or ARMS[options.kv_cache_dtype]
     run(
         options.model, options.routers, options.data, options.questions, options.out,
         [float(saving) for saving in options.savings.split(",")],
         tuple(kind for kind in options.only.split(",") if kind),
         recent=[int(tokens) for tokens in options.recent.split(",") if tokens] or None,
-        about={"arm": options.arm, "tokens": round(options.tokens * 1e6), "seed": options.seed},
+        about={"arm": arm, "tokens": round(options.tokens * 1e6), "seed": options.seed},
         commit=options.commit, device=options.device, fast=not options.slow,
         minutes=options.minutes, sizes=options.sizes, dense=options.dense,
+        kv_cache_dtype=options.kv_cache_dtype,
     )  # fmt: skip
 
 

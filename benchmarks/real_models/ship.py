@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modlab
+from benchmarks.real_models.measured.run import KV_CACHE_DTYPE, ORIGIN
 from benchmarks.real_models.measured.settings import Setting, at, named
 from modlab.routing.kv_saving import set_kv_saving
 from modlab.routing.state import routing_of
@@ -135,9 +136,16 @@ def with_measured(found: Trained, pieces: Path) -> Trained:
     know for it counts; else the one that was measured without a number of its own, or the only one.
 
     Raises:
-        ModlabError: nothing was measured there, nothing within the training, or a saving several times and
-            none of them is the routers' own.
+        ModlabError: nothing was measured there, or not in the model's own type; nothing within the training,
+            or a saving several times and none of them is the routers' own.
     """
+    origin = pieces / f"{ORIGIN}.json"
+    stored = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {}
+    if stored.get(KV_CACHE_DTYPE, "auto") != "auto":
+        raise modlab.ModlabError(
+            f"{pieces} was measured with kv_cache_dtype={stored[KV_CACHE_DTYPE]!r}, whose thresholds are of "
+            "savings that are not routing's alone: give what was measured in the model's own type."
+        )
     files = sorted(pieces.glob("threshold@*.json"))
     settings = sorted(filter(None, (named(file.stem) for file in files)), key=lambda one: one.order)
     if not settings:

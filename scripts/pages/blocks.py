@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from scripts.pages import (
@@ -54,6 +55,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quick": fitted.block,
     "measured": measured.block,
     "measured verdicts": measured.verdicts,
+    "measured int8": partial(measured.block, stored=measured.INT8),
+    "measured int8 verdicts": partial(measured.verdicts, stored=measured.INT8),
     "depth": depth.block,
     "depth goals": depth_goals.block,
     "depth times": depth_times.block,

@@ -15,6 +15,10 @@ CLOSE = 0.04
 PASSED = 0.5
 """The dense model passes a task whose score it has, and answers questions at a distance where that share of
 them is right."""
+AUTO, INT8 = "auto", "int8"
+"""How keys and values were stored: in the model's own type, in eight bits."""
+HALVED = 2.0
+"""The saving at which eight bits with all keys kept are a control: they take about so much less."""
 VARIES = ", "
 """In an arm's name before what it does otherwise than the routers that ship, which are the arm before it."""
 MET, MISSED, UNKNOWN = "met", "**missed**", "not measured"
@@ -146,12 +150,17 @@ AIMS = (
 )  # fmt: skip
 
 
-def records(root: Path) -> list[dict[str, Any]]:
-    """The newest record of each model and arm, those that ship before those that vary them."""
+def records(root: Path, stored: str = AUTO) -> list[dict[str, Any]]:
+    """The newest record of each model and arm, those that ship before those that vary them.
+
+    Args:
+        stored: how keys and values were stored; no list has both.
+    """
     files = sorted((root / "benchmarks" / "results").glob("real_*_20*.json"))
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     newest: dict[tuple[str, bool, str], dict[str, Any]] = {}
-    for record in sorted((one for one in read if one["what"] == MEASURED), key=lambda one: str(one["date"])):
+    found = [one for one in read if one["what"] == MEASURED and _stored(one) == stored]
+    for record in sorted(found, key=lambda one: str(one["date"])):
         newest[record["model"], not ships(record), record["arm"]] = record
     return [newest[name] for name in sorted(newest)]
 
@@ -161,18 +170,20 @@ def ships(record: dict[str, Any]) -> bool:
     return VARIES not in record["arm"]
 
 
-def block(root: Path) -> str:
+def block(root: Path, stored: str = AUTO) -> str:
     """A table a model: what was asked, what was got, whether that is enough; then its tasks and controls. A
     variation of what ships has a short table."""
-    found = records(root)
+    found = records(root, stored)
     parts = [_model(record) if ships(record) else _variation(record) for record in found]
     return "\n\n".join(parts) if parts else NONE
 
 
-def verdicts(root: Path) -> str:
+def verdicts(root: Path, stored: str = AUTO) -> str:
     """One table for all models: which of them meet what is asked, which miss it, with what they have, and of
     which nothing is known."""
-    found = [record for record in records(root) if ships(record)]
+    found = [record for record in records(root, stored) if ships(record)]
+    if not found:
+        return NONE
     lines = [
         "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
         "|---" * (len(SAVINGS) + 1) + "|",
@@ -207,7 +218,7 @@ def _model(record: dict[str, Any]) -> str:
     floor = rows.get(1.0, {}).get("kl_far")
     lines = [
         _origin(record)
-        + ("" if floor is None else f" With all keys kept the KL is {floor:.4f}: rounding.")
+        + ("" if floor is None else f" With all keys kept the KL is {floor:.4f}: {_kept(rows[1.0], record)}.")
         + (f" Failed: {', '.join(record['failed'])}." if record.get("failed") else "")
         + _answers(rows.get(1.0, {})),
         "",
@@ -234,6 +245,11 @@ def _origin(record: dict[str, Any]) -> str:
     )
 
 
+def _kept(row: dict[str, Any], record: dict[str, Any]) -> str:
+    """What makes a difference where all keys are kept."""
+    return f"eight bits, {row['ratio']:.2f}x" if _stored(record) == INT8 else "rounding"
+
+
 def _answers(row: dict[str, Any]) -> str:
     """At which distances retrieval is not counted, as the dense model does not pass it there."""
     dense = row.get("retrieval_dense", {})
@@ -250,7 +266,14 @@ def _variation(record: dict[str, Any]) -> str:
 
 def _controls_of(record: dict[str, Any], saving: float) -> list[dict[str, Any]]:
     begins = f"{record['arm']}: "
-    return [row for row in record["rows"] if row["arm"].startswith(begins) and row["ratio_asked"] == saving]
+    found = [row for row in record["rows"] if row["arm"].startswith(begins) and row["ratio_asked"] == saving]
+    if saving == HALVED and _stored(record) == INT8 and "kl_far" in (kept := _rows(record).get(1.0, {})):
+        found.append({**kept, "arm": begins + "eight bits alone"})
+    return found
+
+
+def _stored(record: dict[str, Any]) -> str:
+    return str(record.get("kv_cache_dtype", AUTO))
 
 
 def of_gates(row: dict[str, Any], record: dict[str, Any]) -> bool:

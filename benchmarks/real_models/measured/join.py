@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.real_models.measured.pieces import Folder
-from benchmarks.real_models.measured.run import FIT, ORIGIN
+from benchmarks.real_models.measured.run import FIT, KV_CACHE_DTYPE, ORIGIN
 from benchmarks.real_models.measured.settings import DENSE, Setting, at, named
 from benchmarks.real_models.run import rounded
 from modlab.published import MEASURED
@@ -27,6 +27,7 @@ def joined(path: Path) -> dict[str, Any]:
     folder = Folder(path)
     origin = folder.read(ORIGIN)
     about = {name: origin[name] for name in ("model", "arm", "granularity", "tokens", "seed")}
+    about[KV_CACHE_DTYPE] = origin.get(KV_CACHE_DTYPE, "auto")
     rows: list[dict[str, Any]] = []
     for setting in _settings(folder):
         again = any(row["ratio_asked"] == setting.saving for row in rows)

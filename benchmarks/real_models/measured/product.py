@@ -16,6 +16,7 @@ from torch import Tensor
 
 import modlab
 from modlab.cache.bytes import snapshot
+from modlab.cache.int8 import STEP_TYPE
 from modlab.errors import ModlabError
 from modlab.hf.names import cache_argument, given_cache
 from modlab.routing.record import by_gate
@@ -65,18 +66,22 @@ class Product:
         self.head_VD: Tensor = head.weight.detach()
 
     @classmethod
-    def load(cls, folder: Path, routers: Path | None, device: str, fast: bool) -> Product:
+    def load(
+        cls, folder: Path, routers: Path | None, device: str, fast: bool, kv_cache_dtype: str = "auto"
+    ) -> Product:
         """The model of a folder with the routers put into it.
 
         Args:
             folder: of the base; of the converted model where no `routers` are given.
             fast: enable fast generation.
+            kv_cache_dtype: as of `MoDConfig`.
         """
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         given = {"base": folder} if routers is not None else {}
         model, tokenizer = modlab.load(routers or folder, dtype=dtype, **given)  # type: ignore[arg-type]
         moved: Any = model
         moved.to(device).eval()
+        modlab.set_kv_cache_dtype(model, kv_cache_dtype)
         if fast:
             modlab.enable_fast_generation(model, compile=False)  # a few batches do not earn it back
         return cls(folder.name, model, tokenizer)
@@ -89,13 +94,28 @@ class Product:
     def window(self) -> int:
         return self.routing.config.keep_recent
 
+    @property
+    def smaller(self) -> float:
+        """How many times fewer bytes a key and value take where they are stored than in the model's type."""
+        ranges = self.routing.ranges.values()
+        if not ranges:
+            return 1.0
+        numbers = sum(one.key_step.numel() + one.value_step.numel() for one in ranges)
+        steps = sum(len(one.key_step) + len(one.value_step) for one in ranges)
+        return numbers * self.dtype.itemsize / (numbers + steps * STEP_TYPE.itemsize)
+
+    def of_routing(self, saving: float) -> float:
+        """How many times fewer keys and values make a cache so many times smaller; their type does the rest."""
+        return saving / self.smaller
+
     def recent_for(self, saving: float) -> int:
-        """How many of the latest tokens go with a saving by the routers' training; else the conversion's."""
+        """How many of the latest tokens go with a saving by the routers' training, as far as routing has to
+        save it; else the conversion's."""
         known = self.routing.trained
         if known is None or known.range is None:
             return self.window
         low, high = known.range
-        found = known.recent_for(min(max(saving, low), high))
+        found = known.recent_for(min(max(self.of_routing(saving), low), high))
         return self.window if found is None else found
 
     def ids(self, text: str) -> list[int]:

@@ -18,6 +18,8 @@ from modlab.bench.results import circumstances, source_commit
 from modlab.errors import ModlabError
 
 ORIGIN = "origin"
+KV_CACHE_DTYPE = "kv_cache_dtype"
+"""In the origin of a run, and in each of its rows: how keys and values were stored."""
 FIT = "fit"
 """Of routers that were only fitted: how long that took."""
 
@@ -39,6 +41,7 @@ def run(
     minutes: float | None = None,
     sizes: dict[str, Any] | None = None,
     dense: Path | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> list[str]:
     """Measures what nobody has measured in `out`; see `work.py`.
 
@@ -47,12 +50,15 @@ def run(
             know). Where that is not what they know, the setting's pieces have names of their own. With it
             settings are measured in the order given; without, those with controls first.
         dense: file of the dense side, which processes and runs of one model share.
+        kv_cache_dtype: as of `MoDConfig`; one for all that is in `out`. `savings` are of both together, what
+            the type saves and what routing does.
 
     Returns:
         names of the pieces that failed.
 
     Raises:
-        ModlabError: no such kind, questions without their folder, or settings that are none.
+        ModlabError: no such kind, questions without their folder, settings that are none, or `out` holds
+            what was measured with another `kv_cache_dtype`.
     """
     begun = time.monotonic()
     asked = settings(savings, recent)
@@ -63,12 +69,18 @@ def run(
     if questions is None and {"humaneval", "shots"} & set(chosen):
         raise ModlabError("--questions: HumanEval and many shots need the folder of the evaluation sets.")
 
+    folder = Folder(out)
+    known = folder.read(ORIGIN).get(KV_CACHE_DTYPE, "auto") if folder.done(ORIGIN) else kv_cache_dtype
+    if known != kv_cache_dtype:
+        raise ModlabError(
+            f"{out} was measured with kv_cache_dtype={known!r}, not {kv_cache_dtype!r}: give another folder."
+        )
+
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begun:6.1f} {os.getpid()}] {text}", flush=True)
 
-    product = Product.load(model, routers, device, fast)
+    product = Product.load(model, routers, device, fast, kv_cache_dtype)
     say(f"{product.name}: loaded, {product.routing!r}")
-    folder = Folder(out)
     if not folder.done(ORIGIN):
         folder.write(ORIGIN, {"model": model.name, **about, **origin(product, commit)})
     shapes = Sizes(**_sizes(sizes or {}))
@@ -96,5 +108,6 @@ def origin(product: Product, commit: str | None) -> dict[str, Any]:
         "commit": commit or source_commit(),
         **circumstances(product.device, product.dtype),
         "granularity": "head" if max(product.routing.gates.values()) > 1 else "layer",
+        KV_CACHE_DTYPE: product.routing.config.kv_cache_dtype,
         "keep_first": product.first,
     }

@@ -31,7 +31,8 @@ def held_rows(data: Data, rows: int) -> np.ndarray:
 def find(
     product: Product, data: Data, rows_each: int, asked: float, recent: int | None = None
 ) -> dict[str, Any]:
-    """Threshold, and the ratio that it gives on the rows it was set on, so many of each text.
+    """Threshold, and the ratio that it gives on the rows it was set on, so many of each text. What the
+    type of stored keys and values saves is in that ratio: routing has to save the rest, if there is any.
 
     Args:
         recent: how many of the latest tokens stay anyway; by default what goes with the saving.
@@ -40,12 +41,13 @@ def find(
         ModlabError: the window alone takes more than that.
     """
     recent = product.recent_for(asked) if recent is None else recent
+    routed = product.of_routing(asked)
     rows = torch.from_numpy(held_rows(data, rows_each).astype(np.int64)).to(product.device)
     T, overhead = rows.shape[1], OVERHEAD
     tried: list[dict[str, float]] = []
-    p = _first_guess(product, asked)
+    p = _first_guess(product, routed)
     for _ in range(ROUNDS):
-        share = older_share(asked * overhead, T, recent, product.first)
+        share = min(older_share(routed * overhead, T, recent, product.first), 1.0)
         if share <= 0:
             raise ModlabError(
                 f"{asked:g}x in rows of {T} tokens is less than the latest {recent} and the first "
@@ -61,33 +63,33 @@ def find(
         tried.append(
             {"threshold": p, "ratio": ratio, "overhead": held.kv_bytes / held.dense_kv_bytes / held.keys}
         )
-        if abs(ratio / asked - 1) <= CLOSE:
-            break
+        if abs(ratio / asked - 1) <= CLOSE or (share == 1 and ratio > asked):
+            break  # the latter: smaller than asked with all keys kept
         overhead *= asked / ratio
     best = min(tried, key=lambda one: abs(one["ratio"] / asked - 1))
     return {
         "asked": asked, "threshold": best["threshold"], "recent": recent, "ratio_set": best["ratio"],
         "tried": tried,
-        "beyond_training": _beyond(product, asked, best["threshold"]),
+        "beyond_training": _beyond(product, routed, best["threshold"]),
     }  # fmt: skip
 
 
-def _beyond(product: Product, asked: float, p: float) -> bool:
+def _beyond(product: Product, routed: float, p: float) -> bool:
     """Whether the routers' training did not come so far: by the saving where they say to which it came, as
     the thresholds of such routers were set as these are; else by the threshold that the training left."""
     known = product.routing.trained
     if known is None or known.range is None:
         return False
-    return asked > known.reached if known.reached else p > known.largest
+    return routed > known.reached if known.reached else p > known.largest
 
 
-def _first_guess(product: Product, asked: float) -> float:
+def _first_guess(product: Product, routed: float) -> float:
     """What the routers know of the saving, as far as they know any."""
     known = product.routing.trained
     if known is None or known.range is None:
         return 0.5
     low, high = known.range
-    return known.threshold_for(min(max(asked, low), high))
+    return known.threshold_for(min(max(routed, low), high))
 
 
 def _keeping(product: Product, rows: Tensor, p: float, share: float, recent: int) -> float:
