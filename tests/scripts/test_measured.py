@@ -163,3 +163,24 @@ def test_other_savings_and_other_recent_tokens_have_a_table_of_their_own(tmp_pat
     assert line(said, "6x") == ["-", "not measured", *["-"] * 6]
     assert line(said, "recent tokens") == ["-", "1,512", "-", "-"]
     assert line(said, "KL over")[1] == "0.25, ≤ 0.333: met"
+
+
+def test_eight_bits_have_tables_of_their_own(tmp_path: Path) -> None:
+    """And change nothing in those of the model's own type, where newer or not."""
+    without = page(tmp_path, [row(1.0, kl=0.0004), row(4.0)])
+    verdicts = measured.verdicts(tmp_path)
+    for part in (measured.block, measured.verdicts):
+        assert part(tmp_path, measured.INT8) == measured.NONE
+    folder = tmp_path / "benchmarks" / "results"
+    record = json.loads((folder / "real_m_2026-01-01.json").read_text())
+    rows = [row(saving, "a-int8", kl=kl) for saving, kl in ((2.0, 0.003), (4.0, 0.0041))]
+    rows += [row(1.0, "a-int8", kl=0.002, ratio=1.8), row(4.0, "a-int8: chance", kl=0.04)]
+    new = record | {"arm": "a-int8", "date": "2026-02-02", "rows": rows, "kv_cache_dtype": "int8"}
+    (folder / "real_m_2026-02-02.json").write_text(json.dumps(new))
+    assert measured.block(tmp_path) == without and measured.verdicts(tmp_path) == verdicts
+    said = measured.block(tmp_path, measured.INT8)
+    assert "With all keys kept the KL is 0.0020: eight bits, 1.80x." in said and "rounding" not in said
+    assert line(said, "KL to dense")[:2] == ["0.0030, ≤ 0.004: met", "0.0041, ≤ 0.015: met"]
+    assert line(said, "KL over")[:2] == ["1.50", "0.10, ≤ 0.333: met"]
+    assert "| eight bits alone | 2x | 1.80x | 0.0020 |" in said
+    assert "met: m (0.0041)" in measured.verdicts(tmp_path, measured.INT8)

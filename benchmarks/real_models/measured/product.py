@@ -16,9 +16,9 @@ from torch import Tensor
 
 import modlab
 from modlab.cache.bytes import snapshot
-from modlab.cache.int8 import STEP_TYPE
 from modlab.errors import ModlabError
 from modlab.hf.names import cache_argument, given_cache
+from modlab.routing.kv_saving import rounding_of
 from modlab.routing.record import by_gate
 from modlab.routing.state import (
     record_routing,
@@ -94,19 +94,9 @@ class Product:
     def window(self) -> int:
         return self.routing.config.keep_recent
 
-    @property
-    def smaller(self) -> float:
-        """How many times fewer bytes a key and value take where they are stored than in the model's type."""
-        ranges = self.routing.ranges.values()
-        if not ranges:
-            return 1.0
-        numbers = sum(one.key_step.numel() + one.value_step.numel() for one in ranges)
-        steps = sum(len(one.key_step) + len(one.value_step) for one in ranges)
-        return numbers * self.dtype.itemsize / (numbers + steps * STEP_TYPE.itemsize)
-
     def of_routing(self, saving: float) -> float:
-        """How many times fewer keys and values make a cache so many times smaller; their type does the rest."""
-        return saving / self.smaller
+        """What routing has to save of a saving; the type of stored keys and values saves the rest."""
+        return rounding_of(self.model).routed(saving)
 
     def recent_for(self, saving: float) -> int:
         """How many of the latest tokens go with a saving by the routers' training, as far as routing has to

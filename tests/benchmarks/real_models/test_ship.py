@@ -109,6 +109,10 @@ def test_measured_thresholds_take_the_place_of_a_runs(tmp_path: Path) -> None:
     assert list(found.savings.items()) == [(2.0, 0.2), (3.0, 0.4), (4.0, 0.6), (16.0, 0.9)]
     assert found.recent == {2.0: 16, 3.0: 9, 4.0: 8, 16.0: 2} and found.tokens == 1000
     assert found.reached == found.trained_to == 4.0, "16x lies beyond"
+    (tmp_path / "origin.json").write_text('{"kv_cache_dtype": "int8"}')
+    with pytest.raises(ModlabError, match="savings that are not routing's alone"):
+        with_measured(run, tmp_path)
+    (tmp_path / "origin.json").write_text('{"kv_cache_dtype": "auto"}')
     (tmp_path / "threshold@16.json").unlink()
     assert with_measured(run, tmp_path).reached == 0.0, "the training came to all of them"
     for file in tmp_path.glob("threshold@*[0-9].json"):

@@ -162,3 +162,36 @@ def test_a_saving_that_the_window_alone_exceeds_fails_and_the_others_go_on(
     assert failed == ["threshold@64"]
     assert "take longer rows" in (tmp_path / "run" / "threshold@64.failed.json").read_text()
     assert (tmp_path / "run" / "far@2.json").exists() and not (tmp_path / "run" / "far@64.json").exists()
+
+
+def test_eight_bits_have_folders_and_rows_of_their_own(
+    converted: Path, data: Data, questions: Path, tmp_path: Path
+) -> None:
+    """Controls are rounded alike, and all keys kept are eight bits alone."""
+    given: dict[str, Any] = {"about": ABOUT, "device": "cpu", "fast": False}
+    sizes = {"rows": 1, "held": 1, "controls": ["window alone", "whole heads"]}
+    data.save(tmp_path / "data")
+    for name, dtype in (("plain", "auto"), ("rounded", "int8")):
+        failed = run(
+            converted, None, tmp_path / "data", questions, tmp_path / name, [8.0], ("far", "controls"),
+            sizes=sizes, kv_cache_dtype=dtype, dense=tmp_path / "dense.pt", **given,
+        )  # fmt: skip
+        assert failed == []
+    plain, rounded = (joined(tmp_path / name) for name in ("plain", "rounded"))
+    assert (plain["kv_cache_dtype"], rounded["kv_cache_dtype"]) == ("auto", "int8")
+    for record in (plain, rounded):
+        assert {row["kv_cache_dtype"] for row in record["rows"]} == {record["kv_cache_dtype"]}
+    rows = [{(row["arm"], row["ratio_asked"]): row for row in one["rows"]} for one in (plain, rounded)]
+    assert rows[0].keys() == rows[1].keys() and len(rows[0]) == 4
+    for arm in ("random", "random: window alone", "random: whole heads"):
+        of_plain, of_rounded = (one[arm, 8.0] for one in rows)
+        assert of_rounded["keys"] > 1.5 * of_plain["keys"], "the bytes are equal, so more is kept"
+        assert of_rounded["kl_far"] < of_plain["kl_far"]
+    of_plain, of_rounded = (one["random", 1.0] for one in rows)
+    assert of_rounded["ratio"] > 2.5 * of_plain["ratio"]
+    assert of_rounded["kl_far"] > 10 * abs(of_plain["kl_far"])
+    with pytest.raises(ModlabError, match="was measured with kv_cache_dtype='auto', not 'int8'"):
+        run(
+            converted, None, tmp_path / "data", questions, tmp_path / "plain", [8.0], ("far",),
+            kv_cache_dtype="int8", **given,
+        )  # fmt: skip
