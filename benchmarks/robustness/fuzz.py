@@ -257,6 +257,7 @@ def _same_trace(found: RoutingTrace, wanted: RoutingTrace) -> bool:
         "model",
         "skip",
         "keep_recent",
+        "stored_bytes_per_token",
     )
     return all(
         np.array_equal(getattr(found, name), getattr(wanted, name), equal_nan=name == "loss")

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from modlab.cli.flags import Command, add_kv_cache_dtype, read_name
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked, stored_as
 from modlab.errors import ModlabError
 
 
@@ -61,6 +61,7 @@ def _run_tasks(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     facts = {"model": options.model, "keep_ratio": result.keep_ratio, "kv_saving": result.kv_saving}
+    facts |= stored_as(model)
     if options.json:
         layers = [{"layer": i, "keep_ratio": kept} for i, kept in result.keep_ratio_by_layer.items()]
         command = {"command": shlex.join(["modlab", *sys.argv[1:]])}
@@ -99,6 +100,7 @@ def _run_data(options: argparse.Namespace) -> int:
         "kv_bytes": result.kv_bytes,
         "dense_kv_bytes": result.dense_kv_bytes,
         "kv_saving": result.kv_saving,
+        **stored_as(model),
     }
     layers = [
         {"layer": layer, "threshold": model.mod.thresholds[layer], "keep_ratio": kept}

@@ -97,6 +97,12 @@ def store_as_asked(options: argparse.Namespace, model: Any) -> None:
         modlab.set_kv_cache_dtype(model, options.kv_cache_dtype)
 
 
+def stored_as(model: Any) -> dict[str, str]:
+    """How a model stores keys and values, as an entry of what a command finds."""
+    routing = getattr(model, "mod", None)
+    return {"kv_cache_dtype": "auto" if routing is None else routing.config.kv_cache_dtype}
+
+
 def check_target(folder: Path, overwrite: bool) -> None:
     """Refuse a target that holds something already: a saved model is never mixed with another."""
     if folder.exists() and not folder.is_dir():

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 from modlab.cli.flags import Command, add_kv_cache_dtype, read_integers, read_name
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked
+from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked, stored_as
 from modlab.errors import ModlabError
 
 PROBES = ("recall", "retrieval", "generation")
@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
     if options.distances:
         far["distances"] = options.distances
     facts: dict[str, Any] = {"model": options.model, "data": options.data, "split": rows.split}
+    facts |= stored_as(model)
     tables: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*distances left out")  # printed below

@@ -83,9 +83,12 @@ def _decides(report: Report) -> str:
                 "dense's answers kept": answers_in_words(setting),
             }
         )
+    rounded = (
+        "" if report.kv_cache_dtype == "auto" else " The routed side stores keys and values in eight bits."
+    )
     note = (
         '<p class="note">Dense and routed are the same weights on the same rows, from one load; dropped keys '
-        "are gone. KL: nats a token between the two models' predictions from position 1,024 on, mean of the "
+        f"are gone.{rounded} KL: nats a token between the two models' predictions from position 1,024 on, mean of the "
         "texts. Recall gap: loss on the second copy of a passage above the dense model's, in nats a token; ± "
         "is the standard error of the paired difference. 0.02 is 2 % of a token's likelihood.</p>"
     )

@@ -104,16 +104,21 @@ class Report:
         name: of the model.
         settings: one for each saving asked for.
         source: what a published figure carries: data, command, date, device, versions.
+        kv_cache_dtype: how the routed side stored keys and values (`MoDConfig.kv_cache_dtype`).
     """
 
     name: str
     settings: list[Setting]
     source: dict[str, Any] = field(default_factory=dict)
+    kv_cache_dtype: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with `rows` as in this project's result files; what is not a number is None."""
         found: dict[str, Any] = _plain(
-            {"what": "report", "model": self.name, **self.source, "rows": [s.row() for s in self.settings]}
+            {
+                "what": "report", "model": self.name, "kv_cache_dtype": self.kv_cache_dtype, **self.source,
+                "rows": [s.row() for s in self.settings],
+            }  # fmt: skip
         )
         return found
 
@@ -219,7 +224,7 @@ def report(
     far = {"distances": far_distances, "rows": questions, **shared}
     dense: dict[str, pd.DataFrame] = {}
     answers = None
-    found = Report(name or type(model).__name__, [])
+    found = Report(name or type(model).__name__, [], kv_cache_dtype=routing.config.kv_cache_dtype)
     for saving in asked or [None]:  # type: ignore[list-item]
         with thresholds_restored(model) if saving is not None else contextlib.nullcontext():
             if saving is not None:

@@ -1,4 +1,4 @@
-"""Bytes with keys and values in eight bits: codes and steps are counted, dense ones stay in the model's type."""
+"""Bytes in eight bits: codes and steps are counted, dense ones stay in the model's own type."""
 
 from __future__ import annotations
 
