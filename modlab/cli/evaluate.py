@@ -9,7 +9,15 @@ import sys
 from typing import Any
 
 from modlab.cli.flags import Command, add_kv_cache_dtype, read_name
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked, stored_as
+from modlab.cli.models import (
+    add_data_flags,
+    add_model_flags,
+    launched,
+    load_model,
+    rows_of,
+    store_as_asked,
+    stored_as,
+)
 from modlab.errors import ModlabError
 
 

@@ -10,7 +10,15 @@ import warnings
 from typing import Any
 
 from modlab.cli.flags import Command, add_kv_cache_dtype, read_integers, read_name
-from modlab.cli.models import add_data_flags, add_model_flags, launched, load_model, rows_of, store_as_asked, stored_as
+from modlab.cli.models import (
+    add_data_flags,
+    add_model_flags,
+    launched,
+    load_model,
+    rows_of,
+    store_as_asked,
+    stored_as,
+)
 from modlab.errors import ModlabError
 
 PROBES = ("recall", "retrieval", "generation")

@@ -121,10 +121,13 @@ def _routing_lines(routing: Routing) -> str:
         return f"| routing | {routed} |"
     values = sorted({round(float(p), 4) for p in routing.thresholds.values()})
     thresholds = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}, one a layer"
-    rounded = "\n| keys and values | eight bits a number, a step a token and KV head |" if routing.ranges else ""
-    return (
-        f"| routing | {config.operator}, {routed}, gate {config.gate} |\n| threshold p | {thresholds} |{rounded}"
-    )
+    lines = [
+        f"| routing | {config.operator}, {routed}, gate {config.gate} |",
+        f"| threshold p | {thresholds} |",
+    ]
+    if routing.ranges:
+        lines.append("| keys and values | eight bits a number, a step a token and KV head |")
+    return "\n".join(lines)
 
 
 def _quoted(name: str) -> str:

@@ -157,3 +157,18 @@ def test_what_is_beyond_the_context_is_refused_before_anything_runs(model, wrong
     finally:
         hook.remove()
     assert not ran
+
+
+def test_a_report_of_a_model_in_eight_bits_asks_for_both_savings_and_says_so() -> None:
+    config = modlab.MoDConfig(layers="all", gates="kv_head", keep_recent=4, kv_cache_dtype="int8")
+    sizes = {"vocab_size": len(make_tokenizer()), "max_position_embeddings": 1024, "num_hidden_layers": 2}
+    model = scatter_gates(modlab.convert(dense_llama(**sizes), config), 2.0)
+    model.mod.trained = Trained(savings={2.0: 0.4, 4.0: 0.8})
+    found = report(model, STREAM, make_tokenizer(), savings=(3, 10), **ASKED)
+    everything, less = found.settings
+    assert everything.divergence.keep_ratio[0] == 1 > less.divergence.keep_ratio[0]
+    assert 2.5 < everything.kv_saving < 3.56 < less.kv_saving, "of single precision, an index included"
+    assert 0 < everything.divergence.kl_near[0] < 1e-3, "rounded, nothing dropped"
+    assert found.to_dict()["kv_cache_dtype"] == "int8" and "in eight bits" in found.to_html()
+    with pytest.raises(ModlabError, match=r"know thresholds for 7\.111x to 14\.22x"):
+        report(model, STREAM, make_tokenizer(), savings=(3, 20), **ASKED)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 import modlab
 from modlab import measure
 from modlab.saving.card import code, model_card, plain
-from tests.helpers.models import alternate_layers, dense_llama, leaving_llama
+from tests.helpers.models import alternate_layers, dense_llama, leaving_llama, routed_llama
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -83,3 +83,11 @@ def test_a_rule_that_decides_without_gates_has_no_router_and_no_threshold() -> N
     assert not re.search(r"a router|threshold|straight", text)
     text = model_card(leaving_llama("kv+prompt"), "x")
     assert "a router decides for each token" in text and "\n| threshold p | 0.5 |\n" in text
+
+
+def test_a_card_says_that_keys_and_values_have_eight_bits() -> None:
+    said = "\n| keys and values | eight bits a number, a step a token and KV head |\n"
+    model = routed_llama(skip="kv")
+    assert said not in model_card(model, "x")
+    modlab.set_kv_cache_dtype(model, "int8")
+    assert said in model_card(model, "x")
