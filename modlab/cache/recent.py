@@ -79,8 +79,8 @@ class RecentLayer(RaggedLayer):
         if self.range is None:
             return super().encoded(keys, values)
         (key_codes, key_steps), (value_codes, value_steps) = (
-            self.range.encode_keys(keys),
-            self.range.encode_values(values),
+            self.range.encode_keys(keys.detach()),
+            self.range.encode_values(values.detach()),
         )
         return {
             "keys": key_codes,

@@ -39,6 +39,10 @@ def set_kv_cache_dtype(model: Any, dtype: KVCacheDtype) -> None:
     Where it is "int8" already nothing is measured again: after the base's weights have been trained, set
     "auto" and then "int8". ``"auto"`` takes these modules away, and nothing else is changed.
 
+    What is stored is what attention sees, in evaluation and in `generate`, of a token's own keys on. Nothing
+    is rounded in training or with routing off. In eval mode gradients pass keys and values as if they were
+    not rounded, but for forwards with a cache, through which none passes them.
+
     Args:
         model: a converted model whose cache routing decides about (``skip="kv"``, ``"kv+prompt"``).
         dtype: "auto" or "int8".
@@ -50,13 +54,13 @@ def set_kv_cache_dtype(model: Any, dtype: KVCacheDtype) -> None:
     routing = routing_of(model)
     if dtype not in get_args(KVCacheDtype):
         raise ModlabError(f"kv_cache_dtype={dtype!r}: choose one of {', '.join(get_args(KVCacheDtype))}.")
-    config = dataclasses.replace(routing.common_config, kv_cache_dtype=dtype)
+    dataclasses.replace(routing.config, kv_cache_dtype=dtype)  # which the skip may refuse
     if dtype == "auto":
         for layer in _routed_layers(model):
             if RANGE in layer._modules:
                 delattr(layer, RANGE)
                 layer.mod_plan.added.remove(RANGE)
-        routing.common_ranges, routing.common_config = {}, config
+        routing.set_ranges({})
     elif not routing.common_ranges:
         begin_int8(model)
 
@@ -87,13 +91,12 @@ def begin_int8(model: Any, tokens: int = TOKENS) -> None:
     """
     check_int8(model)
     routing = routing_of(model)
-    config = dataclasses.replace(routing.common_config, kv_cache_dtype="int8")
     ranges = _measured(model, tokens)
     for layer in _routed_layers(model):
         found = ranges[layer.mod_plan.layer_idx].train(layer.training)
         layer.add_module(RANGE, found)
         layer.mod_plan.added.append(RANGE)
-    routing.common_ranges, routing.common_config = ranges, config
+    routing.set_ranges(ranges)
 
 
 class _Listening:

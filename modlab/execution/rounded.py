@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from modlab.cache.int8 import Int8Range
@@ -28,12 +29,25 @@ class RoundedView(ProbeCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, G, S, H] as they would come from a cache."""
-        return self.range.rounded(key_states, value_states)
+        """Keys and values [R, G, S, H] as they would come from a cache. Gradients pass by the rounding."""
+        keys, values = self.range.rounded(key_states.detach(), value_states.detach())
+        return _InPlaceOf.apply(keys, key_states), _InPlaceOf.apply(values, value_states)
 
     def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The key by which sparse attention picks, [R, S, H]: a cache stores it as it is."""
         return indexer_key_states
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """The first tensor's numbers, with the second's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, given: Tensor) -> Tensor:
+        return numbers.clone()  # an input returned as it is would count as a view
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Any) -> Any:
+        return None, *gradient
 
 
 def rounding(module: nn.Module, arguments: LayerArguments, site: Site) -> dict[str, Any]:

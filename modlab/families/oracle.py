@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 
 from modlab.hf.anatomy import attention_name, decoder_layers, mlp_name
 from modlab.routing.state import routing_of
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from modlab.routing.record import RoutingStep
 
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.logsumexp, Tensor.logsumexp}
+CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")
+"""Names under which attentions take their cache."""
 TOPK = {torch.topk, Tensor.topk}
 
 HIDES = ("layer", "attention", "kv", "kv+prompt")
@@ -63,6 +66,8 @@ class Decisions:
         recent: where every token attends, the number of latest tokens that are seen whether or not they are
             kept.
         ends: with gate="paper" on whole layers, by layer index the submodules whose output the gate scales.
+        ranges: by layer index, where keys and values are stored in eight bits: the middle and the step of
+            each channel of keys, and the step of each of values, [G, H].
         copies: by layer index, for layers whose keys and values come from the state with which tokens entered
             the first of them: the parameters of the trained copies of each projection, by name.
     """
@@ -75,6 +80,7 @@ class Decisions:
     recent: int
     ends: Mapping[int, Sequence[str]] = field(default_factory=dict)
     copies: Mapping[int, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
+    ranges: Mapping[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def recorded(cls, model: PreTrainedModel, step: RoutingStep) -> Decisions:
@@ -86,9 +92,13 @@ class Decisions:
             for index in step.keep
             if (found := getattr(layers[index], "mod_projections", None)) is not None
         }
-        return cls(
-            step.real, step.keep, step.gate, config.skip, config.gate, config.keep_recent, ends, copies
-        )
+        ranges = {
+            index: (found.key_shift, found.key_step, found.value_step)
+            for index in step.keep
+            if (found := getattr(layers[index], "mod_int8_range", None)) is not None
+        }
+        said = config.skip, config.gate, config.keep_recent
+        return cls(step.real, step.keep, step.gate, *said, ends, copies, ranges)
 
     def hidden(self, layer: int) -> Tensor:
         """True where a query must not see a key: bool [B, T, T], or [B, G, T, T] where it is another in each
@@ -127,6 +137,40 @@ def oracle_logits(dense: PreTrainedModel, decisions: Decisions, **inputs: Any) -
             stack.enter_context(_routed(decoder_layers(dense)[index], index, decisions, hiding, entered))
         logits: Tensor = dense(**inputs, use_cache=False).logits
     return logits
+
+
+class Rounding(DynamicCache):
+    """Holds nothing; what an attention gives it comes back as eight bits and a step for each head of each
+    token can say it."""
+
+    def __init__(self, shift_GH: Tensor, key_step_GH: Tensor, value_step_GH: Tensor) -> None:
+        super().__init__()
+        self.range = [x[:, None].float() for x in (shift_GH, key_step_GH, value_step_GH)]
+
+    def given(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
+        """In front of a call of `attention`: this is its cache."""
+        bound = inspect.signature(type(attention).forward).bind(attention, *args, **kwargs)
+        names = [name for name in CACHES if name in bound.signature.parameters] or CACHES[:1]
+        by_name = {name: value for name, value in bound.arguments.items() if name not in ("self", "kwargs")}
+        return (), {**by_name, **bound.arguments.get("kwargs", {}), names[0]: self}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        shift, key_step, value_step = self.range
+        nothing = torch.zeros_like(value_step)
+        return self._said(key_states, shift, key_step), self._said(value_states, nothing, value_step)
+
+    def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """By what sparse attention picks is as it was."""
+        return indexer_key_states
+
+    @staticmethod
+    def _said(x: Tensor, shift: Tensor, channel: Tensor) -> Tensor:
+        centred = (x.float() - shift) / channel
+        step = torch.clamp(centred.abs().max(-1, keepdim=True).values / 127, min=2**-14).half().float()
+        whole = torch.round(centred / step).clamp(-127, 127)
+        return (shift + channel * (whole * step)).to(x.dtype)
 
 
 class HidingKeys(TorchFunctionMode):
@@ -230,6 +274,9 @@ def _routed(
     if skip in HIDES:
         attention = layer.get_submodule(_name(attention_name(layer)))
         handles += _hides(attention, index, decisions.hidden(index), hiding)
+        if index in decisions.ranges:
+            rounding = Rounding(*decisions.ranges[index])
+            handles.append(attention.register_forward_pre_hook(rounding.given, with_kwargs=True))
     if index in decisions.copies:
         handles += KeysFromElsewhere(index, decisions.copies[index], entered).hooks(layer)
     if form == "paper" and skip == "layer":

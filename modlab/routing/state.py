@@ -149,11 +149,22 @@ class Routing:
         self.of_thread = _OfThread()
 
     def set_config(self, config: MoDConfig) -> None:
-        """Other settings from here on; in `thresholds_restored` this thread's alone."""
+        """Other settings from here on; in `thresholds_restored` this thread's alone. How keys and values are
+        stored is not among them: `set_ranges`."""
+        config.kv_cache_dtype = "int8" if self.common_ranges else "auto"
         if self.of_thread.config is None:
             self.common_config = config
         else:
             self.of_thread.config = config
+
+    def set_ranges(self, ranges: Mapping[int, Int8Range]) -> None:
+        """What keys and values in eight bits are measured against from here on; none: they are stored in the
+        model's type."""
+        dtype: Any = "int8" if ranges else "auto"
+        own, self.common_ranges = self.of_thread, ranges
+        self.common_config = dataclasses.replace(self.common_config, kv_cache_dtype=dtype)
+        if own.config is not None:
+            own.config = dataclasses.replace(own.config, kv_cache_dtype=dtype)
 
     def forget_origin(self) -> None:
         """The routers are about to be others: nothing that is known of those before holds for them."""

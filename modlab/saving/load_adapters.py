@@ -18,7 +18,7 @@ from modlab.routing.state import is_converted
 from modlab.saving.description import Description, read_description
 from modlab.saving.files import ADAPTER_CONFIG, CONFIG_FILE, ROUTER_FILE
 from modlab.saving.json_files import read_object
-from modlab.saving.restore import convert_as, set_described_thresholds
+from modlab.saving.restore import convert_as, set_described
 from modlab.saving.routers import fill_routers, read_routers, room_for
 
 Load = Callable[..., tuple[Any, Any]]
@@ -58,7 +58,7 @@ def load_adapter(folder: Path, load: Load, base: str | None = None, **kwargs: An
 def _restore(model: Any, description: Description, folder: Path, described: dict[str, Any]) -> None:
     """Converts the base if it is dense; thresholds and routers are those of the folder."""
     if is_converted(model):
-        set_described_thresholds(model, description, str(folder))
+        set_described(model, description, str(folder))
     else:
         convert_as(model, description, str(folder))
     file, name = folder / ROUTER_FILE, str(folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.conversion.convert import convert, revert
+from modlab.conversion.ranges import FEW_TOKENS, begin_int8, set_kv_cache_dtype
 from modlab.errors import ModlabError
 from modlab.routing.state import routing_of, set_threshold
 from modlab.saving.base_check import check_base
@@ -64,9 +66,9 @@ def convert_as(model: PreTrainedModel, description: Description, name: str) -> N
         ModlabError: this model cannot be converted so, or other layers would be routed than were. It is dense
             then.
     """
-    convert(model, description.config)
+    convert(model, replace(description.config, kv_cache_dtype="auto"))
     try:
-        set_described_thresholds(model, description, name)
+        set_described(model, description, name)
     except ModlabError:
         revert(model)
         raise
@@ -75,8 +77,13 @@ def convert_as(model: PreTrainedModel, description: Description, name: str) -> N
     routing_of(model).trained = description.trained
 
 
-def set_described_thresholds(model: PreTrainedModel, description: Description, name: str) -> None:
-    """Gives a converted model the thresholds of the folder `name`; it has to route the same layers."""
+def set_described(model: PreTrainedModel, description: Description, name: str) -> None:
+    """Gives a converted model the thresholds of the folder `name`, and makes room for ranges of keys and
+    values in eight bits where it has them; it has to route the same layers.
+
+    Raises:
+        ModlabError: it does not, or cannot store keys and values so.
+    """
     layers = set(routing_of(model).layers)
     if other := layers ^ description.thresholds.keys():
         layer = min(other)
@@ -85,6 +92,10 @@ def set_described_thresholds(model: PreTrainedModel, description: Description, n
             f"{'no threshold' if layer in layers else 'a threshold'} for layer {layer}, and this model "
             f"routes {sorted(layers)}. Copy or save the folder again."
         )
+    if description.config.kv_cache_dtype == "auto":
+        set_kv_cache_dtype(model, "auto")
+    elif not routing_of(model).ranges:
+        begin_int8(model, FEW_TOKENS)  # what was measured is in the folder
     if not routing_of(model).skip.decides_itself:
         set_threshold(model, description.thresholds)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modlab.cache.int8 import RANGE
 from modlab.errors import ModlabError
 from modlab.routing.router import ROUTER, is_router
 from modlab.routing.state import routing_of, set_keep_recent, set_threshold
@@ -56,7 +57,11 @@ def start_from(model: Any, source: str | Path, **hub_arguments: Any) -> list[str
     own = {key: tensor for key, tensor in tensors_of(model).items() if is_router(key)}
     found = read_routers(Path(weights), name, description.routers, 2**30 + room_for(model))
     here, there = _shapes(own), _shapes(found)
-    taken = [key for key in found if here.get(_module(key)) == there[_module(key)]]
+    taken = [
+        key
+        for key in found
+        if here.get(_module(key)) == there[_module(key)] and not _module(key).endswith(RANGE)
+    ]  # ranges of keys and values were measured on this model
     if not taken:
         raise ModlabError(
             f"nothing of {str(source)!r} fits this conversion: it was made with {_form(description.config)}, "

@@ -45,10 +45,19 @@ MODELS = [
     ("llama", "eager", "kv+prompt", (0, 2, 3)),
     ("mistral", "sdpa", "kv+prompt", (1, 2, 3)),
     ("llama", "sdpa", "kv+prompt by head", (1, 2, 3)),
+    ("llama", "sdpa", "kv int8", (0, 1, 2, 3)),
+    ("mistral", "sdpa", "kv int8", (0, 1)),
+    ("llama", "sdpa", "kv int8 by head", (1, 2)),
+    ("mistral", "sdpa", "kv int8 by head", (0, 1)),
+    ("llama", "sdpa", "kv+prompt int8 by head", (1, 2, 3)),
 ]
+INT8 = [i for i, (_, _, skip, _) in enumerate(MODELS) if " int8" in skip]
+"""Keys and values in eight bits. In double precision, so that where one way of running and another differ in
+the last bit, no number is rounded to another whole one; with sdpa, for eager attention of transformers' own
+adds its masks up in single precision."""
 BY_HEAD = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip.endswith(" by head")]
 SUBLAYERS = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip == "sublayers"]
-LEAVE = {16: 2, 17: 1, 18: 2, 19: 1, 20: 3}
+LEAVE = {16: 2, 17: 1, 18: 2, 19: 1, 20: 3, 25: 3}
 """By index in `MODELS`, the first layer that tokens of a prompt leave out."""
 BY_POSITION = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip == "prompt"]
 ROUTED = [i for i in range(len(MODELS)) if i not in BY_POSITION]
@@ -79,14 +88,14 @@ def dense(which: int) -> Any:
     else:
         model = MistralForCausalLM(narrow_config(MistralConfig, **sizes, sliding_window=WINDOW))
     model.set_attn_implementation(attention)
-    return model.eval()
+    return model.eval().double() if which in INT8 else model.eval()
 
 
 @functools.cache
 def build(which: int) -> Any:
     """The converted model, with spread-out gates."""
     _, _, skip, layers = MODELS[which]
-    what: dict[str, Any] = {"skip": skip.removesuffix(" by head")}
+    what: dict[str, Any] = {"skip": skip.split()[0]}
     if which in BY_HEAD:
         what |= {"gates": "kv_head", "router_hidden": 3}
     if which in LEAVE:
@@ -97,6 +106,8 @@ def build(which: int) -> Any:
     if skip.startswith("kv"):
         what["keep_recent"] = RECENT
     model = modlab.convert(copy.deepcopy(dense(which)), modlab.MoDConfig(**what))
+    if which in INT8:
+        modlab.set_kv_cache_dtype(model, "int8")
     assert model.mod.layers == list(layers)
     generator = torch.Generator().manual_seed(which)
     with torch.no_grad():
