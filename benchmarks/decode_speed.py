@@ -164,7 +164,8 @@ class Attention:
                 torch.randn(self.heads, starts[-1], H, dtype=dtype, device=target) for _ in range(2)
             )
             columns = torch.zeros(starts[-1], dtype=torch.int32, device=target)
-            addresses = [keys.data_ptr(), values.data_ptr(), columns.data_ptr(), starts[-1], *starts[:-1]]
+            at = [t.data_ptr() for t in (keys, values, columns)]
+            addresses = [*at, starts[-1], 0, 0, *starts[:-1]]
             self.layers.append(
                 (keys, values, columns, torch.tensor(addresses, device=target),
                  torch.tensor(lengths, dtype=torch.int32, device=target))

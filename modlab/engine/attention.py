@@ -13,7 +13,7 @@ layer (1, or G).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from modlab.cache.buffer import SegmentedBuffer
+from modlab.cache.int8 import Int8Range
 from modlab.engine.budget import cut_down, score_prompt
 from modlab.engine.deferred import DeferredLayouts, keep_everything
-from modlab.engine.ring import RingBuffer
+from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.engine.tables import LayerStep
 from modlab.engine.transfer import Fetched, sent
 from modlab.errors import ModlabError
@@ -34,6 +35,7 @@ from modlab.kernels.decode_attention import (
     reference_decode_attention,
     reference_decode_ring_attention,
 )
+from modlab.kernels.int8 import Encoded, encode, reference_encode
 from modlab.kernels.kept_attention import (
     Stored,
     block_size,
@@ -150,6 +152,7 @@ class LayerPrefill:
             tokens.
         deferred: where the layer is given exact room later; None: at once.
         attend: what attends instead, where tokens leave (`leaving`): given query, key, value and scaling.
+        int8: what keys and values are measured against, where they are stored in eight bits.
     """
 
     buffer: SegmentedBuffer
@@ -160,6 +163,7 @@ class LayerPrefill:
     kept: KeptKeys | None = None
     deferred: DeferredLayouts | None = None
     attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
+    int8: Int8Range | None = None
 
 
 def prefill_attention(
@@ -213,7 +217,7 @@ def attend_step(step: LayerStep, new: tuple[Tensor, Tensor, Tensor], scale: floa
         return _decode_ring(step, step.ring, new, scale)
     if new[0].is_cuda:
         return decode_attention(*new, step.table, step.lengths, step.keep, step.column, scale)
-    keys, values, starts = step.stored()
+    (keys, values), starts = step.stored()
     columns = step.buffer.columns if step.buffer is not None else None
     assert columns is not None
     return reference_decode_attention(
@@ -231,10 +235,12 @@ def _decode_ring(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tenso
         _make_room(step, step.budget, ring, position_B)
         place = step.budget.place_U
     if q.is_cuda:
-        out = decode_ring_attention(q, k, v, step.table, *state, place)
+        int8 = step.int8
+        channels = () if int8 is None else (int8.key_shift, int8.key_step, int8.value_step)
+        out = decode_ring_attention(q, k, v, step.table, *state, place, *channels)
     else:
-        keys, values, starts = step.stored()
-        out = reference_decode_ring_attention(q, k, v, (keys, values), starts, *state, place)
+        buffers, starts = step.stored()
+        out = reference_decode_ring_attention(q, k, v, buffers, starts, *state, place, step.int8)
     return out.view(*shape[:2], -1)
 
 
@@ -256,11 +262,16 @@ def _keep_keys(
     part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """A prefill in which tokens that are not kept are seen by the next `recent` tokens alone."""
-    stored, whole_A = _store_deferred(part, kept, query, key, value) or _store_at_once(
-        part, kept, query, key, value
+    encoded = encoded_line(part, key, value)
+    stored, whole_A = _store_deferred(part, kept, query, key, value, encoded) or _store_at_once(
+        part, kept, query, key, value, encoded
     )
+    if encoded is not None:
+        key, value = encoded.seen
+    del encoded  # the codes of the whole line
     if query.is_cuda:
-        out = attend_by_head(part, kept.blocks, stored, whole_A, query, key, value, scaling)
+        seen = stored if part.int8 is None or all(whole_A) else _seen(kept, stored, query, key, value)
+        out = attend_by_head(part, kept.blocks, seen, whole_A, query, key, value, scaling)
     elif all(whole_A):
         out = varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
     else:
@@ -269,8 +280,31 @@ def _keep_keys(
     return out
 
 
+def encoded_line(part: LayerPrefill, key: Tensor, value: Tensor) -> Encoded | None:
+    """Keys and values of the line in eight bits, [1, G, S, H]; None where they are stored as they are."""
+    if part.int8 is None:
+        return None
+    return (encode if key.is_cuda else reference_encode)(part.int8, key, value)
+
+
+def _seen(kept: KeptKeys, stored: Stored, query: Tensor, key: Tensor, value: Tensor) -> Stored:
+    """What is stored in eight bits as attention sees it, for as long as this one layer attends."""
+    seen = replace(stored, keys=_like(stored.keys, key), values=_like(stored.values, value))
+    _fill(kept, query, key, value, seen)
+    return seen
+
+
+def _like(codes: Tensor, seen: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=seen.dtype)
+
+
 def _store_deferred(
-    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
+    part: LayerPrefill,
+    kept: KeptKeys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    encoded: Encoded | None,
 ) -> tuple[Stored, list[bool]] | None:
     """Fills a buffer in which all tokens have room until the next layer asks how many are kept.
 
@@ -285,41 +319,65 @@ def _store_deferred(
     most = [max(n - kept.recent, 0) for n in part.counts for _ in range(gates)]
     if any(most) and deferred.next_one_waits:
         return None
-    stored = store_kept_keys(part, kept, most, query, key, value)
+    stored = store_kept_keys(part, kept, most, query, key, value, encoded)
     assert isinstance(part.buffer, RingBuffer)
     deferred.add(part.buffer, kept.older)
     return stored, [not any(most)] * gates
 
 
 def _store_at_once(
-    part: LayerPrefill, kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor
+    part: LayerPrefill,
+    kept: KeptKeys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    encoded: Encoded | None,
 ) -> tuple[Stored, list[bool]]:
     """The same with exact room; the host waits for how much."""
     older = kept.older.read()
     whole_A = keep_everything(part.counts, older, kept.recent)
     if part.deferred is not None:
         part.deferred.learn(whole_A)
-    return store_kept_keys(part, kept, older, query, key, value), whole_A
+    return store_kept_keys(part, kept, older, query, key, value, encoded), whole_A
 
 
 def store_kept_keys(
-    part: LayerPrefill, kept: KeptKeys, older: list[int], query: Tensor, key: Tensor, value: Tensor
+    part: LayerPrefill,
+    kept: KeptKeys,
+    older: list[int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    encoded: Encoded | None,
 ) -> Stored:
     """Lays out the layer's buffer and fills it with what is kept or recent.
 
     Args:
         older: kept tokens of each unit that are not recent, or more: so many have room.
+        encoded: of the same keys and values, where the layer stores them in eight bits.
     """
     assert isinstance(part.buffer, RingBuffer)
     stored = part.buffer.lay_out(
         part.counts, older, kept.before, kept.recent, key[0], value[0], kept.blocks.sent
     )
+    if encoded is None:
+        _fill(kept, query, key, value, stored)
+    else:
+        assert isinstance(part.buffer, Int8Ring)
+        key_steps, value_steps = part.buffer.key_steps, part.buffer.value_steps
+        assert key_steps is not None and value_steps is not None
+        _fill(kept, query, *encoded.codes, stored)
+        _fill(kept, query, *encoded.steps, replace(stored, keys=key_steps, values=value_steps))
+    return stored
+
+
+def _fill(kept: KeptKeys, query: Tensor, key: Tensor, value: Tensor, stored: Stored) -> None:
+    """Copies what is kept or recent of contents [1, G, S, H] of the line to its place."""
     if query.is_cuda:
         size = block_size(query, value)
         store_kept(key, value, kept.blocks.of(size), size, stored)
     else:
-        reference_store_kept(key, value, part.counts, stored)
-    return stored
+        reference_store_kept(key, value, kept.blocks.counts, stored)
 
 
 def hold_to_bound(part: LayerPrefill, kept: KeptKeys, stored: Stored) -> None:

@@ -109,9 +109,9 @@ def layer_bytes(buffers: list[SegmentedBuffer]) -> tuple[LayerBytes, ...]:
     """Of each layer, from buffers that hold any tokens of one row."""
     found = []
     for buffer in buffers:
-        assert buffer.keys is not None and buffer.values is not None
         gates = buffer.heads if isinstance(buffer, RingBuffer) else 0
-        token = sum(t.shape[0] * t.shape[2] * t.element_size() for t in (buffer.keys, buffer.values))
+        contents = (getattr(buffer, name) for name in buffer.contents)
+        token = sum(t.shape[0] * t.shape[2] * t.element_size() for t in contents)
         found.append(LayerBytes(token * max(gates, 1), gates))
     return tuple(found)
 

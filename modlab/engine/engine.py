@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from modlab.cache.int8 import Int8Range
 from modlab.engine.attention import register
 from modlab.engine.branch import Branch, HostBranch, choose_branch
-from modlab.engine.budget import Budget, layer_bytes
+from modlab.engine.budget import Budget, LayerBytes, layer_bytes
 from modlab.engine.compiled import Compiler
 from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.forms import form_of
@@ -131,12 +132,17 @@ class Engine:
                 "kv_tokens and kv_mib bound a cache that routing decides about (skip='kv' or 'kv+prompt'): "
                 "this model has none."
             )
+        return Budget(kv_tokens, kv_mib, self.keep_recent, self._layer_bytes())
+
+    def _layer_bytes(self) -> tuple[LayerBytes, ...]:
+        self._measured = self.ranges
         with torch.no_grad(), eval_mode(self.model):
-            return Budget(kv_tokens, kv_mib, self.keep_recent, layer_bytes(scratch_buffers(self, 1)))
+            return layer_bytes(scratch_buffers(self, 1))
 
     @property
     def budget(self) -> Budget | None:
-        """What a generation may store, at the present `keep_recent`; None without a bound.
+        """What a generation may store, at the present `keep_recent` and `kv_cache_dtype`; None without a
+        bound.
 
         Raises:
             ModlabError: fewer tokens than are recent by now.
@@ -144,7 +150,14 @@ class Engine:
         recent = self.keep_recent
         if self.bound is not None and recent is not None and self.bound.recent != recent:
             self.bound = dataclasses.replace(self.bound, recent=recent)
+        if self.bound is not None and self._measured != self.ranges:
+            self.bound = dataclasses.replace(self.bound, layers=self._layer_bytes())
         return self.bound
+
+    @property
+    def ranges(self) -> Mapping[int, Int8Range]:
+        """Of each layer that stores keys and values in eight bits."""
+        return {} if self.routing is None else self.routing.ranges
 
     @property
     def keep_recent(self) -> int | None:

@@ -22,6 +22,7 @@ from modlab.engine.attention import (
     CannotCapture,
     LayerPrefill,
     attend_step,
+    encoded_line,
     hold_to_bound,
     store,
     store_kept_keys,
@@ -120,8 +121,8 @@ class LeavingPrefill(RoutedPrefill):
             if part.kept is None:
                 store(part, key[0], value[0])
             else:
-                older = part.kept.older.read()
-                self.stored = store_kept_keys(part, part.kept, older, query, key, value)
+                older, encoded = part.kept.older.read(), encoded_line(part, key, value)
+                self.stored = store_kept_keys(part, part.kept, older, query, key, value, encoded)
             raise Written
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out_BNH = attend_step(self._last_step(), (query[:, :, 0], *self.new), scale)
@@ -151,7 +152,9 @@ class LeavingPrefill(RoutedPrefill):
             keep_U = ring.gather(1, slot_U1)[:, 0]
             ring.scatter_(1, slot_U1, False)
         lengths_U = sent(torch.tensor(lengths, dtype=torch.int32), device)
-        return LayerStep(table, lengths_U, keep_U, columns_B, ring, position_B1, buffer=buffer)
+        return LayerStep(
+            table, lengths_U, keep_U, columns_B, ring, position_B1, buffer=buffer, int8=part.int8
+        )
 
 
 class LeavingKeysPrefill(LeavingPrefill, KeptKeysPrefill):

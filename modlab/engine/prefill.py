@@ -20,7 +20,7 @@ from modlab.engine.deferred import DeferredLayouts
 from modlab.engine.forms import prefill_forwards
 from modlab.engine.lending import lent, lent_values, unrouted
 from modlab.engine.prefill_layers import PrefillLine
-from modlab.engine.ring import RingBuffer
+from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.hf.anatomy import decoder_of
 from modlab.routing.record import ForwardCall
 from modlab.routing.state import Routing
@@ -128,11 +128,15 @@ def _run_line(
     columns_S, rows_S = (at_S % T).to(torch.int32), at_S // T + first_row
     position_1S = (real_BT.long().cumsum(1) - 1).flatten()[at_S][None]
     bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
-    ringed = engine.routed if engine.keep_recent else []
-    buffers = [RingBuffer() if i in ringed else SegmentedBuffer() for i in range(len(engine.layers))]
+    ringed, ranges = engine.routed if engine.keep_recent else [], engine.ranges
+    kinds = dict.fromkeys(ringed, RingBuffer) | dict.fromkeys(ranges, Int8Ring)
+    buffers = [kinds.get(i, SegmentedBuffer)() for i in range(len(engine.layers))]
     places = bounds.int()
     deferred = DeferredLayouts(counts) if sum(counts) <= engine.defer_tokens else None
-    layers = [LayerPrefill(b, counts, columns_S, places, varying=False, deferred=deferred) for b in buffers]
+    layers = [
+        LayerPrefill(b, counts, columns_S, places, varying=False, deferred=deferred, int8=ranges.get(i))
+        for i, b in enumerate(buffers)
+    ]
     assert engine.form is not None, "calls are refused before"
     blocks = LineBlocks(counts, engine.device)
     line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, most_older, guesses)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
+from modlab.cache.int8 import STEP_TYPE
 from modlab.engine.transfer import sent
 from modlab.kernels.kept_attention import Stored
 
@@ -84,11 +85,9 @@ class RingBuffer(SegmentedBuffer):
         capacities = self._capacities(lengths)
         if capacities != self.capacities:
             spans = list(zip(self.starts, capacities, strict=True))
-            assert self.keys is not None and self.values is not None
-            self.keys, self.values = (
-                torch.cat([tensor.narrow(1, start, room) for start, room in spans], dim=1)
-                for tensor in (self.keys, self.values)
-            )
+            for name in self.contents:
+                tensor = getattr(self, name)
+                setattr(self, name, torch.cat([tensor.narrow(1, *span) for span in spans], dim=1))
             *self.starts, _ = itertools.accumulate(capacities, initial=0)
         self.lengths, self.capacities = lengths, capacities
 
@@ -136,8 +135,8 @@ class RingBuffer(SegmentedBuffer):
         return wanted if self.most is None else [min(n, self.most) for n in wanted]
 
     def _take(self, at_C: Tensor) -> None:
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values = self.keys.index_select(1, at_C), self.values.index_select(1, at_C)
+        for name in self.contents:
+            setattr(self, name, getattr(self, name).index_select(1, at_C))
         if self.scores is not None:
             self.scores = self.scores[at_C]
 
@@ -153,3 +152,26 @@ class RingBuffer(SegmentedBuffer):
         if known:
             whole.scores, whole.ring_scores = (torch.cat(several) for several in zip(*known, strict=True))
         return whole
+
+
+class Int8Ring(RingBuffer):
+    """The same in eight bits (`cache/int8.py`): keys and values are codes.
+
+    Attributes:
+        key_steps, value_steps: [G, C, 1] in half precision.
+    """
+
+    contents: ClassVar[tuple[str, ...]] = (*RingBuffer.contents, "key_steps", "value_steps")
+
+    key_steps: Tensor | None
+    value_steps: Tensor | None
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Makes room for the codes and steps of keys and values like these [..., G, S, H]."""
+        heads, device = keys.shape[-3], keys.device
+        for name, size in (("keys", keys.shape[-1]), ("values", values.shape[-1])):
+            codes = torch.empty(heads, self.capacity, size, dtype=torch.int8, device=device)
+            setattr(self, name, codes)
+        self.key_steps, self.value_steps = (
+            torch.empty(heads, self.capacity, 1, dtype=STEP_TYPE, device=device) for _ in range(2)
+        )

@@ -49,9 +49,9 @@ class Step:
         gates = routing.gates if routing is not None else {}
         self.tables = Tables(
             len(engine.layers), routed, batch, engine.device, skips_keys, engine.keep_recent, gates,
-            None if routing is None or engine.budget is None else routing.config.keep_first,
+            None if routing is None or engine.budget is None else routing.config.keep_first, engine.ranges,
         )  # fmt: skip
-        self.recent = engine.keep_recent
+        self.recent, self.ranges = engine.keep_recent, engine.ranges
         self.weights = _addresses(engine.model)
         self.graph: Any = None
         self.logits: Tensor
@@ -68,8 +68,9 @@ class Step:
 
     def is_current(self) -> bool:
         """False once the model's weights have moved, since a captured graph would read the old ones, and
-        where rings have another size now."""
-        return self.recent == self.engine.keep_recent and self.weights == _addresses(self.engine.model)
+        where rings have another size now, or numbers of another size."""
+        same_rings = self.recent == self.engine.keep_recent and self.ranges == self.engine.ranges
+        return same_rings and self.weights == _addresses(self.engine.model)
 
     def run(self) -> None:
         """Decodes `choice.token`; the result is in `logits`, and the best next token in `choice.token`.

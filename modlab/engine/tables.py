@@ -9,15 +9,16 @@ B x G where each KV head has a gate), P positions of a routing table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
+from modlab.cache.int8 import Int8Range
 from modlab.engine.choice import Choice
-from modlab.engine.ring import RingBuffer
+from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.kernels.decode_attention import ADDRESS_SLOTS
 from modlab.kernels.ring_budget import RingBudget
 
@@ -27,7 +28,7 @@ class LayerStep:
     """One layer's state, as its attention sees it while decoding.
 
     Attributes:
-        table: int64 [4 + U], addresses, capacity and row starts; see `kernels/decode_attention.py`.
+        table: int64 [6 + U], addresses, capacity and row starts; see `kernels/decode_attention.py`.
         lengths: int32 [U], tokens stored; the kernels count it up.
         keep: bool [U], rows that run this attention in this step.
         column: int32 [B], column of the new token, shared by all layers.
@@ -37,6 +38,7 @@ class LayerStep:
         gate: of the layer's router, fp32 [U]; None without one.
         budget: what bounds the rows, where routing decides about the cache alone and something does.
         buffer: what `table` points to while a generation is under way.
+        int8: what keys and values are measured against, where they are stored in eight bits.
     """
 
     table: Tensor
@@ -48,11 +50,13 @@ class LayerStep:
     gate: Tensor | None = None
     budget: RingBudget | None = None
     buffer: SegmentedBuffer | None = None
+    int8: Int8Range | None = None
 
-    def stored(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Keys and values [G, C, H], and where each row's begin: for attention in plain torch."""
-        assert self.buffer is not None and self.buffer.keys is not None and self.buffer.values is not None
-        return self.buffer.keys, self.buffer.values, self.buffer.starts
+    def stored(self) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Keys and values [G, C, H], of codes their steps [G, C, 1] too, and where each row's begin: for
+        attention in plain torch."""
+        assert self.buffer is not None
+        return tuple(getattr(self.buffer, name) for name in self.buffer.contents), self.buffer.starts
 
 
 @dataclass
@@ -81,6 +85,7 @@ class Tables:
         recent: W, where routers decide about the cache alone.
         gates: A of each routed layer; one by default.
         keep_first: where rows of a routed layer have a budget, the tokens that it does not touch.
+        ranges: of layers that store keys and values in eight bits.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Tables:
         recent: int | None = None,
         gates: dict[int, int] | None = None,
         keep_first: int | None = None,
+        ranges: Mapping[int, Int8Range] | None = None,
     ) -> None:
         def full(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -135,6 +141,7 @@ class Tables:
                 position=self.position,
                 gate=self.routers[layer].gate.view(-1) if routed_here else None,
                 budget=ring_budget(len(keep)) if routed_here else None,
+                int8=(ranges or {}).get(layer),
             )
 
         self.layers = [layer_step(layer) for layer in range(num_layers)]
@@ -237,8 +244,11 @@ class Tables:
 def addresses(buffer: SegmentedBuffer) -> list[int]:
     """What a layer's address table says of `buffer`; see `kernels/decode_attention.py`."""
     notes = buffer.scores if isinstance(buffer, RingBuffer) else buffer.columns
-    tensors = (buffer.keys, buffer.values, notes)
-    return [*(0 if t is None else t.data_ptr() for t in tensors), buffer.capacity, *buffer.starts]
+    steps = (buffer.key_steps, buffer.value_steps) if isinstance(buffer, Int8Ring) else (None, None)
+    *at, key_steps, value_steps = (
+        0 if t is None else t.data_ptr() for t in (buffer.keys, buffer.values, notes, *steps)
+    )
+    return [*at, buffer.capacity, key_steps, value_steps, *buffer.starts]
 
 
 def _place(table: Tensor | None) -> list[int]:

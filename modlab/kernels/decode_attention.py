@@ -18,6 +18,8 @@ each with its ring and segment (`fold`). Rows then differ in length as heads do,
 and most hardly anything, so the keys of all rows stand in one line of blocks, of which each program takes an
 equal share.
 
+Where a ring's keys and values are stored in eight bits, `decode_int8` has what is done of one head.
+
 Shape letters: B rows, N query heads, G kv heads, H head dim, C capacity of the flat buffer, K keys of a row,
 W tokens of a ring, U rows whose heads are rows.
 """
@@ -29,21 +31,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modlab.cache.int8 import Int8Range
 from modlab.kernels.aside import rejoin
+from modlab.kernels.decode_int8 import reference_encoded, reference_seen
 from modlab.kernels.device import multiprocessors_of
-from modlab.kernels.launch import Sizes, launch
+from modlab.kernels.launch import KernelRefused, Sizes, launch
 
 try:
     import triton
     import triton.language as tl
+
+    from modlab.kernels.decode_int8 import attend_codes, store_new
 except ImportError:  # no Triton (CPU or macOS builds of torch): the reference below serves
     triton = None
 
 
-KEYS, VALUES, COLUMNS, CAPACITY, STARTS = range(5)
-"""Slots of a layer's address table, int64 [4 + B]: three addresses, the capacity, then each row's start."""
+KEYS, VALUES, COLUMNS, CAPACITY, KEY_STEPS, VALUE_STEPS, STARTS = range(7)
+"""Slots of a layer's address table, int64 [6 + B]: addresses and the capacity, then each row's start. Steps
+are there where keys and values are codes."""
 
-ADDRESS_SLOTS = 4
+ADDRESS_SLOTS = STARTS
 PROGRAMS = 2
 """Programs that read keys, of a multiprocessor at once."""
 
@@ -55,12 +62,19 @@ TILES: tuple[Sizes, ...] = (
 """Keys of a block, in half precision. Of seven pairs of programs and blocks the first is the fastest by head
 on an H200 (docs/log.md); the others are for GPUs with less room, see `launch`."""
 
+INT8_TILES: tuple[Sizes, ...] = (
+    {"BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+)
+"""The same of codes: the first has as many bytes a block."""
+
 SMALL_TILES: tuple[Sizes, ...] = (
     {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
     {"BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
 )
-"""The same in single precision, or with large heads."""
+"""The same in single precision, or with large heads; of codes, too."""
 
 JOINED = 64
 """Pieces of a head that are joined at once."""
@@ -110,7 +124,7 @@ def reference_decode_ring_attention(
     q_BNH: Tensor,
     k_BGH: Tensor,
     v_BGH: Tensor,
-    buffers: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, ...],
     starts: list[int],
     lengths_B: Tensor,
     keep_B: Tensor,
@@ -118,13 +132,15 @@ def reference_decode_ring_attention(
     position_B: Tensor,
     scale: float,
     place_B: Tensor | None = None,
+    int8: Int8Range | None = None,
 ) -> Tensor:
     """Plain torch: what the kernels below compute where routing decides about the cache alone.
 
     Where heads are rows (`fold`), B counts those.
 
     Args:
-        buffers: the layer's keys [G, C, H] and values [G, C, H]; written in place.
+        buffers: the layer's keys [G, C, H] and values [G, C, H], where these are codes followed by the steps
+            of both [G, C, 1]; written in place.
         lengths_B: tokens stored in each row, int32: those of its ring, then older ones that are kept. One
             more afterwards, unless the token that leaves a full ring is not kept.
         keep_B: bool, whether the new token's key and value outlive the ring.
@@ -132,13 +148,14 @@ def reference_decode_ring_attention(
         position_B: index of the new token among the real tokens of its row, long; of [B / G] rows whose heads
             are the rows here.
         place_B: where rows have a budget, what `ring_budget` says of the token that leaves a ring, int32.
+        int8: of the layer, where it stores codes.
 
     The rest as in `reference_decode_attention`; returns attention output [B, N, H].
     """
-    keys, values = buffers
     B, N, _ = q_BNH.shape
     positions, lengths, W = position_B.tolist(), lengths_B.tolist(), ring_kept_BW.shape[1]
     gates = B // len(positions)
+    new = (k_BGH, v_BGH) if int8 is None else reference_encoded(int8, k_BGH, v_BGH, len(positions))
     out = q_BNH.new_zeros(B, N, v_BGH.shape[2])
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         position = positions[row // gates]
@@ -146,14 +163,18 @@ def reference_decode_ring_attention(
         stays = position < W or bool(ring_kept_BW[row, position % W])  # of the one that leaves a full ring
         place = (length if stays else -1) if place_B is None else int(place_B[row])
         if position >= W and place >= 0:
-            keys[:, start + place], values[:, start + place] = keys[:, slot], values[:, slot]
+            for tensor in buffers:
+                tensor[:, start + place] = tensor[:, slot]
         end = start + length
         if place == length:
             lengths_B[row] += 1
             end += 1
-        keys[:, slot], values[:, slot] = k_BGH[row], v_BGH[row]
+        for tensor, of_rows in zip(buffers, new, strict=True):
+            tensor[:, slot] = of_rows[row]
         ring_kept_BW[row, position % W] = keep_B[row]
-        out[row] = _softmax_row(q_BNH[row], keys[:, start:end], values[:, start:end], scale)
+        stored = [tensor[:, start:end] for tensor in buffers]
+        keys, values = stored if int8 is None else reference_seen(int8, stored, row % gates)
+        out[row] = _softmax_row(q_BNH[row], keys, values, scale)
     return out
 
 
@@ -206,7 +227,7 @@ if triton is not None:
         part number `part`. The row had `length` tokens before this one, which its last part stores."""
         element = q_ptr.dtype
         capacity = tl.load(table_ptr + 3)
-        start = tl.load(table_ptr + 4 + row)
+        start = tl.load(table_ptr + 6 + row)
         # Told that the addresses are aligned, the compiler loads 16 bytes at a time; else 2.
         keys = tl.multiple_of(tl.load(table_ptr).to(element), 16) + (head * capacity + start) * HK
         values = tl.multiple_of(tl.load(table_ptr + 1).to(element), 16) + (head * capacity + start) * HV
@@ -281,10 +302,11 @@ if triton is not None:
         q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr, column_ptr, part_ptr, part_lse_ptr,
         share_ptr, ring_ptr, position_ptr, place_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+        shift_ptr, key_step_ptr, value_step_ptr,
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr,
+        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr, INT8: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """One program's share of all blocks of keys: pieces of one head or of several.
 
@@ -315,21 +337,36 @@ if triton is not None:
             length = tl.load(lengths_ptr + row)
             first = block * BLOCK_K
             end = tl.minimum(first + count * BLOCK_K, length + 1)
-            _attend_keys(
-                q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr, position_ptr,
-                place_ptr, stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-                row, head, first, end, length, piece,
-                M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, RING, BUDGET, IEEE,
-            )  # fmt: skip
+            if INT8:
+                position = tl.load(position_ptr + row // GATES)
+                slot_new, full = position % RING, position >= RING
+                place = _place(ring_ptr, place_ptr, row, slot_new, full, length, RING, BUDGET)
+                attend_codes(
+                    q_ptr, k_ptr, v_ptr, table_ptr, part_ptr, part_lse_ptr,
+                    stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+                    row, head, first, end, length, piece, slot_new, full, place,
+                    shift_ptr, key_step_ptr, value_step_ptr,
+                    M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, IEEE, ASM,
+                )  # fmt: skip
+            else:
+                _attend_keys(
+                    q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr,
+                    position_ptr, place_ptr,
+                    stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
+                    row, head, first, end, length, piece,
+                    M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, RING, BUDGET, IEEE,
+                )  # fmt: skip
             at += count
 
     @triton.jit
     def _join_parts(
         part_ptr, part_lse_ptr, share_ptr, out_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, keep_ptr,
         ring_ptr, position_ptr, place_ptr, stride_kb, stride_kg, stride_vb, stride_vg,
+        shift_ptr, key_step_ptr, value_step_ptr,
         N: tl.constexpr, G: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_P: tl.constexpr,
         B: tl.constexpr, GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr,
+        INT8: tl.constexpr,
     ):  # fmt: skip
         """The parts of one row and query head, weighted by their log-sums; counts the new token."""
         row, head = tl.program_id(0), tl.program_id(1)
@@ -361,13 +398,19 @@ if triton is not None:
             position = tl.load(position_ptr + row // GATES)
             slot_new, full = position % RING, position >= RING
             if full & (head % (N // G) == 0):
-                kv_head, hk = head // (N // G), tl.arange(0, BLOCK_HK)
-                in_hk = hk < HK
-                at = kv_head * tl.load(table_ptr + 3) + tl.load(table_ptr + 4 + row) + slot_new
-                k_new = tl.load(k_ptr + row * stride_kb + kv_head * stride_kg + hk, mask=in_hk, other=0.0)
-                v_new = tl.load(v_ptr + row * stride_vb + kv_head * stride_vg + hv, mask=in_hv, other=0.0)
-                tl.store(tl.load(table_ptr).to(k_ptr.dtype) + at * HK + hk, k_new, mask=in_hk)
-                tl.store(tl.load(table_ptr + 1).to(v_ptr.dtype) + at * HV + hv, v_new, mask=in_hv)
+                if INT8:
+                    store_new(
+                        k_ptr, v_ptr, table_ptr, stride_kb, stride_kg, stride_vb, stride_vg, row, head // M,
+                        slot_new, shift_ptr, key_step_ptr, value_step_ptr, HK, HV, BLOCK_HK, BLOCK_HV, GATES,
+                    )  # fmt: skip
+                else:
+                    kv_head, hk = head // (N // G), tl.arange(0, BLOCK_HK)
+                    in_hk = hk < HK
+                    at = kv_head * tl.load(table_ptr + 3) + tl.load(table_ptr + 6 + row) + slot_new
+                    k_new = tl.load(k_ptr + row * stride_kb + kv_head * stride_kg + hk, mask=in_hk, other=0.0)
+                    v_new = tl.load(v_ptr + row * stride_vb + kv_head * stride_vg + hv, mask=in_hv, other=0.0)
+                    tl.store(tl.load(table_ptr).to(k_ptr.dtype) + at * HK + hk, k_new, mask=in_hk)
+                    tl.store(tl.load(table_ptr + 1).to(v_ptr.dtype) + at * HV + hv, v_new, mask=in_hv)
             if head == 0:
                 length = tl.load(lengths_ptr + row)
                 place = _place(ring_ptr, place_ptr, row, slot_new, full, length, RING, BUDGET)
@@ -391,11 +434,11 @@ def decode_attention(
     """`reference_decode_attention` by two Triton kernels, for use inside a CUDA graph.
 
     Args:
-        table: int64 [4 + B], see `KEYS`; the buffers it points to are written.
+        table: int64 [6 + B], see `KEYS`; the buffers it points to are written.
 
     The rest, and the result, as there; the innermost dimension of q, k and v must be contiguous.
     """
-    return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale, None)
+    return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale, None, None)
 
 
 @torch.library.custom_op("modlab::decode_ring_attention", mutates_args=("lengths_B", "ring_kept_BW"))
@@ -410,10 +453,20 @@ def decode_ring_attention(
     position_B: Tensor,
     scale: float,
     place_B: Tensor | None = None,
+    key_shift: Tensor | None = None,
+    key_step: Tensor | None = None,
+    value_step: Tensor | None = None,
 ) -> Tensor:
-    """`reference_decode_ring_attention` by the same kernels; arguments as there and in `decode_attention`."""
-    ring = (ring_kept_BW, position_B, place_B)
-    return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, lengths_B, scale, ring)
+    """`reference_decode_ring_attention` by the same kernels; arguments as there and in `decode_attention`,
+    the last three those of the layer's `Int8Range` where it stores codes.
+
+    Raises:
+        KernelRefused: codes of heads of an odd size.
+    """
+    ring, channels = (ring_kept_BW, position_B, place_B), None
+    if key_shift is not None and key_step is not None and value_step is not None:
+        channels = (key_shift, key_step, value_step)
+    return _attend(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, lengths_B, scale, ring, channels)
 
 
 def _attend(
@@ -426,18 +479,23 @@ def _attend(
     column_B: Tensor,
     scale: float,
     ring: tuple[Tensor, Tensor, Tensor | None] | None,
+    channels: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """Both kernels; `ring` holds flags [B, W], positions [B] and, with a budget, places [B]."""
+    """Both kernels; `ring` holds flags [B, W], positions [B] and, with a budget, places [B]; `channels` what
+    codes are measured against: shift and step of keys, step of values."""
     B, N, HK = q_BNH.shape
     G, HV = v_BGH.shape[1:]
     device, half = q_BNH.device, q_BNH.element_size() == 2
+    if channels is not None and (HK % 2 or HV % 2):
+        raise KernelRefused(f"keys and values in eight bits are read in pairs of channels, of {HK} and {HV}")
+    least = 16 if channels is None else 32  # of which a dot product takes half
     programs = PROGRAMS * multiprocessors_of(device)
     ring_kept, position, place = (lengths_B, lengths_B, None) if ring is None else ring
     places = lengths_B if place is None else place  # none of the three is read without need
     layout: dict[str, Any] = {
-        "G": G, "HK": HK, "HV": HV, "BLOCK_HK": max(16, triton.next_power_of_2(HK)),
+        "G": G, "HK": HK, "HV": HV, "BLOCK_HK": max(least, triton.next_power_of_2(HK)),
         "B": B, "GATES": B // len(position), "RING": 0 if ring is None else ring_kept.shape[1],
-        "BUDGET": place is not None,
+        "BUDGET": place is not None, "INT8": channels is not None,
     }  # fmt: skip
     parts = programs + B * G
     part = torch.empty(parts * (N // G), HV, dtype=torch.float32, device=device)
@@ -445,23 +503,25 @@ def _attend(
     share = torch.empty(B * G, 2, dtype=torch.int32, device=device)
     out = torch.empty(B, N, HV, dtype=q_BNH.dtype, device=device)
     strides = (k_BGH.stride(0), k_BGH.stride(1), v_BGH.stride(0), v_BGH.stride(1))
+    measured = channels or (lengths_B,) * 3  # not read without codes
     attended = (
         q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, part, part_lse, share, ring_kept, position,
-        places, q_BNH.stride(0), q_BNH.stride(1), *strides, scale,
+        places, q_BNH.stride(0), q_BNH.stride(1), *strides, scale, *measured,
     )  # fmt: skip
     blocks: dict[str, Any] = {
         "M": N // G, "BLOCK_M": max(16, triton.next_power_of_2(N // G)),
-        "BLOCK_HV": max(16, triton.next_power_of_2(HV)), "BLOCK_B": triton.next_power_of_2(B),
-        "IEEE": not half,
+        "BLOCK_HV": max(least, triton.next_power_of_2(HV)), "BLOCK_B": triton.next_power_of_2(B),
+        "IEEE": not half, "ASM": channels is not None and half and device.type == "cuda",
     }  # fmt: skip
-    tiles = TILES if half and max(HK, HV) <= 128 else SMALL_TILES
+    large = TILES if channels is None else INT8_TILES
+    tiles = large if half and max(HK, HV) <= 128 else SMALL_TILES
     launch(_attend_share, (programs,), *attended, **blocks, **layout, tiles=tiles)
     if ring is not None:
         rejoin(device)  # who is kept was decided meanwhile
     launch(
         _join_parts, (B, N),
         part, part_lse, share, out, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept, position, places,
-        *strides, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=JOINED, **layout,
+        *strides, *measured, N=N, BLOCK_HV=triton.next_power_of_2(HV), BLOCK_P=JOINED, **layout,
         tiles=({"num_warps": 4},),
     )  # fmt: skip
     return out
@@ -473,5 +533,8 @@ def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, column_B, scale):  # type: 
 
 
 @decode_ring_attention.register_fake
-def _(q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept_BW, position_B, scale, place_B=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q_BNH, k_BGH, v_BGH, table, lengths_B, keep_B, ring_kept_BW, position_B, scale, place_B=None,
+    key_shift=None, key_step=None, value_step=None,
+):  # fmt: skip
     return q_BNH.new_empty(q_BNH.shape[0], q_BNH.shape[1], v_BGH.shape[2])

@@ -109,7 +109,7 @@ if triton is not None:
         unit = tl.program_id(0)
         position, length = tl.load(position_ptr + unit // GATES), tl.load(lengths_ptr + unit)
         slot = unit * W + position % W
-        older = tl.load(table_ptr + 2).to(tl.pointer_type(tl.float32)) + tl.load(table_ptr + 4 + unit)
+        older = tl.load(table_ptr + 2).to(tl.pointer_type(tl.float32)) + tl.load(table_ptr + 6 + unit)
         place = length
         if position >= W:
             leaving = tl.load(scores_ptr + slot)

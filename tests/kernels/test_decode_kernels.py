@@ -57,7 +57,7 @@ def filled_layer(
 def address_table(layer: SegmentedBuffer) -> Tensor:
     assert layer.keys is not None and layer.values is not None and layer.columns is not None
     addresses = [t.data_ptr() for t in (layer.keys, layer.values, layer.columns)]
-    return torch.tensor([*addresses, layer.columns.numel(), *layer.starts], device=DEVICE)
+    return torch.tensor([*addresses, layer.columns.numel(), 0, 0, *layer.starts], device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])

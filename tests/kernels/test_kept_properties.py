@@ -90,7 +90,7 @@ def test_prompts_and_steps_see_what_the_rule_names(
             torch.testing.assert_close(got, want(row, T), atol=3e-5, rtol=3e-5)
 
     assert buffer.keys is not None and buffer.values is not None
-    addresses = [buffer.keys.data_ptr(), buffer.values.data_ptr(), 0, buffer.capacity, *buffer.starts]
+    addresses = [buffer.keys.data_ptr(), buffer.values.data_ptr(), 0, buffer.capacity, 0, 0, *buffer.starts]
     table = torch.tensor(addresses, device=DEVICE)
     lengths = torch.tensor(buffer.lengths, dtype=torch.int32, device=DEVICE)
     for step in range(STEPS):

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modlab.kernels import decode_attention, decode_linear, decode_router, kept_attention, ring_budget
+from modlab.kernels import decode_attention, decode_linear, decode_router, int8, kept_attention, ring_budget
 from modlab.kernels import router_logits, weighed_attention
 
 
@@ -36,6 +36,8 @@ def build(kernel, signature, constants, **options):
     print(kernel.__name__, "cubin" in built.asm)
 
 
+for kernel in (int8._encode,):
+    assert [p.name for p in kernel.params if p.do_not_specialize] == ["S"], kernel
 for kernel in (kept_attention._store, kept_attention._attend_kept):  # one build, however long the line
     assert [p.name for p in kernel.params if p.do_not_specialize] == ["places", "capacity"], kernel
 STRIDES = {f"stride_{name}": "i32" for name in ("qb", "qn", "kb", "kg", "vb", "vg")}
@@ -46,21 +48,43 @@ for t in ("*bf16", "*fp32"):
     layout = {"G": 8, "B": 16, "GATES": 8}
     heads = {"HK": 128, "HV": 128, "BLOCK_HK": 128, "BLOCK_HV": 128}
     new = {"k_ptr": t, "v_ptr": t, "table_ptr": "*i64"}
-    for ring, budget in ((0, False), (128, False), (128, True)):
-        layout["BUDGET"] = budget
+    for ring, budget, codes in ((0, 0, 0), (128, 0, 0), (128, 1, 0), (128, 1, 1)):
+        layout |= {"BUDGET": budget == 1, "INT8": codes == 1}
+        state |= dict.fromkeys(("shift_ptr", "key_step_ptr", "value_step_ptr"), "*fp32" if codes else "*i32")
         state |= {"ring_ptr": "*i1" if ring else "*i32", "position_ptr": "*i64" if ring else "*i32"}
         state |= {"place_ptr": "*i32"}
         build(
             decode_attention._attend_share,
             {"q_ptr": t, **new, **state, "column_ptr": "*i32", **parts, **STRIDES, "scale": "fp32"},
             {**layout, **heads, "RING": ring, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16,
-             "BLOCK_K": 64 if t == "*bf16" else 32, "IEEE": t == "*fp32"},
+             "BLOCK_K": (64 if t == "*bf16" else 32) * (1 + codes), "IEEE": t == "*fp32",
+             "ASM": codes == 1 and t == "*bf16"},
             num_warps=4, num_stages=3,
         )
         strides = {name: kind for name, kind in STRIDES.items() if "_q" not in name}
         build(
             decode_attention._join_parts, {**parts, "out_ptr": t, **new, **state, **strides},
             {**layout, **heads, "RING": ring, "N": 32, "BLOCK_P": 64}, num_warps=4,
+        )
+    build(
+        int8._encode,
+        {**dict.fromkeys(("k_ptr", "v_ptr", "keys_ptr", "values_ptr"), t),
+         **dict.fromkeys(("shift_ptr", "key_step_ptr", "value_step_ptr"), "*fp32"),
+         **dict.fromkeys(("key_codes_ptr", "value_codes_ptr"), "*i8"),
+         **dict.fromkeys(("key_steps_ptr", "value_steps_ptr"), "*fp16"),
+         **{name: kind for name, kind in LINE_STRIDES.items() if "_q" not in name}, "S": "i32"},
+        {**heads, "BLOCK_S": int8.BLOCK}, num_warps=4,
+    )
+    for kind in ("*i8", "*fp16") if t == "*bf16" else ():  # codes and steps move as keys and values do
+        size = {"*i8": 128, "*fp16": 1}[kind]
+        build(
+            kept_attention._store,
+            {**dict.fromkeys(("k_ptr", "v_ptr", "keys_ptr", "values_ptr"), kind), "before_ptr": "*i32",
+             "blocks_ptr": "*i32", "starts_ptr": "*i64", "ring_ptr": "*i8", "places": "i32",
+             "capacity": "i32",
+             **{name: kind for name, kind in LINE_STRIDES.items() if "_q" not in name}},
+            {"A": 8, **dict.fromkeys(("HK", "HV", "BLOCK_HK", "BLOCK_HV"), size),
+             "BLOCK_S": 128, "W": 128}, num_warps=4,
         )
     build(
         ring_budget._make_room,
@@ -222,15 +246,18 @@ for t, H, tiles, queries in (
         tiles[-1],
     )
 strides = {f"stride_{name}": "i32" for name in ("qb", "qn", "kb", "kg", "vb", "vg")}
-build(
-    decode_attention._attend_share,
-    {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "part_ptr", "part_lse_ptr"), "*fp32"), "table_ptr": "*i64",
-     "lengths_ptr": "*i32", "keep_ptr": "*i1", "column_ptr": "*i32", "share_ptr": "*i32", "ring_ptr": "*i1",
-     "position_ptr": "*i64", "place_ptr": "*i32", **strides, "scale": "fp32"},
-    {"G": 8, "B": 16, "GATES": 8, "BUDGET": True, "HK": 256, "HV": 256, "BLOCK_HK": 256, "BLOCK_HV": 256,
-     "RING": 128, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "IEEE": True},
-    decode_attention.SMALL_TILES[-1],
-)
+for codes in (False, True):
+    build(
+        decode_attention._attend_share,
+        {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "part_ptr", "part_lse_ptr"), "*fp32"),
+         "table_ptr": "*i64", "lengths_ptr": "*i32", "keep_ptr": "*i1", "column_ptr": "*i32",
+         "share_ptr": "*i32", "ring_ptr": "*i1", "position_ptr": "*i64", "place_ptr": "*i32", **strides,
+         "scale": "fp32",
+         **dict.fromkeys(("shift_ptr", "key_step_ptr", "value_step_ptr"), "*fp32" if codes else "*i32")},
+        {"G": 8, "B": 16, "GATES": 8, "BUDGET": True, "HK": 256, "HV": 256, "BLOCK_HK": 256, "BLOCK_HV": 256,
+         "RING": 128, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "IEEE": True, "INT8": codes, "ASM": False},
+        decode_attention.SMALL_TILES[-1],
+    )
 build(
     decode_linear._rows_times_matrix,
     {**dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*fp32"),
@@ -275,7 +302,7 @@ def run_alone(code: str, cache: Path, *arguments: str) -> list[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_every_kernel_compiles(tmp_path: Path) -> None:
-    assert run_alone(BUILD, tmp_path).count("True") == 48
+    assert run_alone(BUILD, tmp_path).count("True") == 56
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
@@ -293,4 +320,4 @@ def test_the_smallest_tiles_fit_small_gpus(tmp_path: Path) -> None:
     """Into 64 KB, of 99 that sm_86 has: the largest heads in the types that take most. (For sm_75 a build
     takes Triton minutes.)"""
     built = run_alone(SMALLEST, tmp_path)
-    assert built[1::2] == ["True"] * 8, dict(zip(built[::2], built[1::2], strict=True))
+    assert built[1::2] == ["True"] * 9, dict(zip(built[::2], built[1::2], strict=True))
