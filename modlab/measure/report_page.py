@@ -89,8 +89,9 @@ def _decides(report: Report) -> str:
     note = (
         '<p class="note">Dense and routed are the same weights on the same rows, from one load; dropped keys '
         f"are gone.{rounded} KL: nats a token between the two models' predictions from position 1,024 on, "
-        "mean of the texts. Recall gap: loss on the second copy of a passage above the dense model's, in nats "
-        "a token; ± is the standard error of the paired difference. 0.02 is 2 % of a token's likelihood.</p>"
+        "mean of the texts. Recall gap: loss on the second copy of a passage above the dense model's, in "
+        "nats a token; ± is the standard error of the paired difference. 0.02 is 2 % of a token's "
+        "likelihood.</p>"
     )
     return _table(pd.DataFrame(lines)) + note
 

@@ -54,6 +54,8 @@ def reasons(gap: Gap, off: float, demo: dict[str, Any]) -> dict[str, dict[str, s
         "keep_recent": f"`demo-kv` without new training, held-out loss and loss on the second copy of a passage 1,024 "
         f"tokens away: {recent}",
         "keep_first": f"the same: {at('keep_first=0')}; four tokens a row cost nothing",
+        "kv_cache_dtype": "the model's own type, with which conversion changes no logit; `'int8'` halves what routing leaves, "
+        "and rounds ([design.md](design.md#keys-and-values-in-eight-bits))",
         "init_gate": f"open, so that nothing is left out at first; {UNTRIED}",
     }
     train = {
