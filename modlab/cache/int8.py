@@ -36,12 +36,18 @@ LEAST_STEP = 2.0**-14
 """The smallest normal number of that type: a key of zeros has it."""
 
 
+PEAK = 3.0
+"""Largest over usual size of a channel that varies as random numbers do, about. Where it varies less, as a
+wave does, its peaks say what has to fit: by its usual size it would have half as many codes (docs/log.md)."""
+
+
 class Int8Range(nn.Module):
     """What keys and values of one layer are measured against, fp32 whatever the model's type.
 
     Attributes:
         key_shift: the middle of each channel of keys, [G, HK].
-        key_step, value_step: the usual size of what is left, powers of two, [G, HK] and [G, HV].
+        key_step, value_step: about a third of the largest of what is left, and the usual size of values,
+            powers of two, [G, HK] and [G, HV].
     """
 
     key_shift: Tensor
@@ -56,11 +62,14 @@ class Int8Range(nn.Module):
 
     @torch.no_grad()
     def measure(self, keys: Tensor, values: Tensor) -> None:
-        """Takes over the range of these keys and values [1, G, S, H]."""
-        wide = keys[0].float()
-        self.key_shift.copy_(wide.mean(1))
-        self.key_step.copy_(_power_of_two(wide.std(1)))
-        self.value_step.copy_(_power_of_two(values[0].float().square().mean(1).sqrt()))
+        """Takes over the range of these keys and values [B, G, S, H], at positions from all over the context:
+        rotation turns what was the middle of a channel into a wave, whose peaks are no larger than they are.
+        """
+        wide = keys.float()
+        low, high = wide.amin((0, 2)), wide.amax((0, 2))
+        self.key_shift.copy_((low + high) / 2)
+        self.key_step.copy_(_power_of_two((high - low) / (2 * PEAK)))
+        self.value_step.copy_(_power_of_two(values.float().square().mean((0, 2)).sqrt()))
 
     def encode_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Of keys [..., G, S, HK] what is stored: codes, int8 of that shape, and steps [..., G, S, 1]."""

@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import modlab
 from modlab.cache.int8 import RANGE, Int8Range, int8_range_of
 from modlab.errors import ModlabError
-from tests.helpers.models import alternate_layers, dense_llama, leaving_llama, routed_llama, scatter_gates
+from tests.helpers.models import (
+    alternate_layers,
+    dense_llama,
+    leaving_llama,
+    routed_llama,
+    scatter_gates,
+    tiny_config,
+)
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -189,9 +197,10 @@ def test_above_the_point_of_leaving_the_trained_projections_are_measured() -> No
     layer = model.model.layers[first].self_attn
     base = Int8Range(2, 16, 16)
     with torch.no_grad(), modlab.routing_off(model):
-        cache = model(
-            torch.randint(512, (1, 512), generator=torch.Generator().manual_seed(0))
-        ).past_key_values
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(512, (16, 32), generator=generator)
+        starts = torch.randint(2048 - 31, (16, 1), generator=generator)
+        cache = model(ids, position_ids=starts + torch.arange(32)).past_key_values
     base.measure(cache.layers[first].keys, cache.layers[first].values)
     assert layer is not None and not torch.equal(base.value_step, model.mod.ranges[first].value_step)
     torch.testing.assert_close(
@@ -224,3 +233,21 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModlabError, match="tensor parallelism"):
         modlab.convert(whole, alternate_layers(skip="kv", kv_cache_dtype="int8"))
     assert not modlab.is_converted(whole)
+
+
+def test_far_positions_are_rounded_as_finely_as_near_ones() -> None:
+    """A bias of keys that rotation turns: measured at the first positions, later ones would be coarse."""
+    torch.manual_seed(0)
+    config = tiny_config(attention_bias=True, max_position_embeddings=4096, rope_theta=1e5)
+    model: Any = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.copy_(20 * torch.randn_like(layer.self_attn.k_proj.bias))
+    modlab.convert(model, modlab.MoDConfig(layers="all", keep_recent=4, kv_cache_dtype="int8"))
+    off = {}
+    for first in (0, 3900):
+        positions = torch.arange(40)[None] + first
+        found = logits(model, position_ids=positions)
+        with modlab.routing_off(model):
+            off[first] = (found - logits(model, position_ids=positions)).square().mean().sqrt()
+    assert off[3900] < 2 * off[0]
