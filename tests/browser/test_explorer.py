@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.browser.helpers import BRIGHT_LABELS, CONTRASTS, MODEL, kernel, read, wait_measured, wait_preview
+from tests.browser.helpers import (
+    BRIGHT_LABELS,
+    CONTRASTS,
+    MODEL,
+    kernel,
+    read,
+    until,
+    wait_measured,
+    wait_preview,
+)
 from tests.browser.notebook_browser import JupyterLab, Notebook
 
 pytestmark = pytest.mark.browser
@@ -468,9 +477,39 @@ def test_the_switch_shows_another_model(nb: Notebook, shots: Path) -> None:
     p = nb.drag(".modlab-threshold", 0.65)
     wait_measured(nb, p)
     assert float(kernel(nb, "other.mod.thresholds[1]")) == p != float(kernel(nb, "model.mod.thresholds[1]"))
+
+
+def test_keys_and_values_are_switched_to_eight_bits(nb: Notebook, shots: Path) -> None:
+    switch, more = nb.page.locator(".modlab-eight-bits").first, ".modlab-kv >> xpath=.."
+    before = int(kernel(nb, "explorer.summary['kv_bytes']"))
+    assert switch.is_visible() and not switch.is_checked()
+    switch.check()
+    until(nb, "explorer.summary['eight_bits'] and explorer.wait()")
+    nb.wait_idle()
+    assert kernel(nb, "other.mod.config.kv_cache_dtype") == "int8" and switch.is_checked()
+    assert int(kernel(nb, "explorer.summary['kv_bytes']")) < before
+    assert "8-bit keys and values" in nb.page.locator(more).first.inner_text()
+    nb.screenshot(shots / "explorer-eight-bits")
+    p = nb.drag(".modlab-threshold", 0.3, release=False)
+    wait_preview(nb)
+    # The page's own sum: four bytes a number in dense layers, one and a step of two bytes in routed ones.
+    kept = f"explorer.trace.preview_keep({p}).mean()"
+    dense, stored = 3 * 2 * 2 * 16 * 4, 3 * 2 * 2 * (16 + 2)
+    recent = "explorer.trace.keep_recent / len(explorer.tokens)"
+    share = f"({kept} + (1 - {kept}) * {recent})"
+    want = float(kernel(nb, f"len(explorer.tokens) * ({dense} + {stored} * {share})"))
+    assert float(read(nb, "kv").split()[1]) == pytest.approx(want / 1024, rel=0.01)
+    nb.page.mouse.up()
+    wait_measured(nb, p)
+    switch.uncheck()
+    until(nb, "not explorer.summary['eight_bits'] and explorer.wait()")
+    nb.wait_idle()
+    assert kernel(nb, "other.mod.config.kv_cache_dtype") == "auto"
+    assert "8-bit" not in nb.page.locator(more).first.inner_text()
     nb.python("explorer.switch('whole layers'); explorer.wait()")
     nb.wait_idle()
     assert "skips" in nb.page.locator(".mod-key").first.inner_text()
+    assert nb.page.locator(".modlab-eight-bits").first.is_hidden(), "no keys of their own to round"
 
 
 def test_a_busy_model_is_told(nb: Notebook) -> None:
