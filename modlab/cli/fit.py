@@ -42,7 +42,8 @@ def add(command: Command) -> None:
     )
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,
-        help="of a dense SRC: how many times smaller the K/V cache is to be (default: 2)",
+        help="of a dense SRC: how many times smaller the K/V cache is to be, eight bits "
+        "included (default: 2 by routing)",
     )  # fmt: skip
     add_kv_cache_dtype(sub, "keys and values of routed layers, once they are fitted")
     add_model_flags(sub)

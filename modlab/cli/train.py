@@ -56,7 +56,8 @@ def add(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,
-        help="with --recipe: how many times smaller the K/V cache is to be (the recipe's own)",
+        help="with --recipe: how many times smaller the K/V cache is to be, eight bits included "
+        "(by routing: the recipe's own)",
     )  # fmt: skip
     sub.add_argument(
         "--start", metavar="ROUTERS", type=read_name,
