@@ -35,7 +35,7 @@ FEW_TOKENS = 8
 """Where only the shapes are wanted: what is measured comes from a file."""
 
 
-def set_kv_cache_dtype(model: Any, dtype: KVCacheDtype) -> None:
+def set_kv_cache_dtype(model: Any, dtype: str) -> None:
     """Sets how routed layers store keys and values (`MoDConfig.kv_cache_dtype`). The next forward uses it; a
     `generate` under way ends as it began, and a cache from before is refused.
 
@@ -59,7 +59,8 @@ def set_kv_cache_dtype(model: Any, dtype: KVCacheDtype) -> None:
     routing = routing_of(model)
     if dtype not in get_args(KVCacheDtype):
         raise ModlabError(f"kv_cache_dtype={dtype!r}: choose one of {', '.join(get_args(KVCacheDtype))}.")
-    dataclasses.replace(routing.config, kv_cache_dtype=dtype)  # which the skip may refuse
+    chosen: Any = dtype
+    dataclasses.replace(routing.config, kv_cache_dtype=chosen)  # which the skip may refuse
     if dtype == "auto":
         for layer in _routed_layers(model):
             if RANGE in layer._modules:

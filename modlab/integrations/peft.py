@@ -27,7 +27,6 @@ from modlab.saving.atomic import atomic_directory
 from modlab.saving.files import ROUTER_FILE, holds_model
 from modlab.saving.load import load, load_base
 from modlab.saving.load_adapters import import_peft
-from modlab.saving.routers import tensors_of
 from modlab.saving.save_adapters import save_adapters
 
 
@@ -44,7 +43,7 @@ def lora_config(model: torch.nn.Module, **settings: Any) -> Any:
         ModlabError: the model is dense, or peft is not installed.
     """
     converted = converted_model(model)
-    added = filter(is_router, tensors_of(converted))
+    added = filter(is_router, dict(converted.named_parameters()))  # what is measured PEFT need not copy
     ours = {next(part for part in name.split(".") if part.startswith("mod_")) for name in added}
     saved = [*(settings.pop("modules_to_save", None) or ()), *sorted(ours)]
     settings = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **settings}

@@ -87,7 +87,7 @@ def load(
     given = {} if base is None else {"base": os.fspath(base)}
     model, tokenizer = _load(str(name_or_path), (), **given, **kwargs)
     if kv_cache_dtype is not None:
-        set_kv_cache_dtype(model, kv_cache_dtype)  # type: ignore[arg-type]  # it says what there is
+        set_kv_cache_dtype(model, kv_cache_dtype)
     return model, tokenizer
 
 

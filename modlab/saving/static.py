@@ -105,12 +105,6 @@ def static_config(model: Any, layers: list[int]) -> Any:
         )
     if missing := sorted(set(layers) - set(routing.layers)):
         raise ModlabError(f"layers {missing} are not routed; routed are {list(routing.layers)}.")
-    if routing.ranges:
-        raise ModlabError(
-            "this model stores keys and values in eight bits (kv_cache_dtype='int8'), which a plain folder "
-            "cannot say: modlab.set_kv_cache_dtype(model, 'auto') first; the engine that serves it may have "
-            "an eight-bit cache of its own."
-        )
     served = SERVED_AS.get(config.model_type)
     if served is None:
         raise ModlabError(
