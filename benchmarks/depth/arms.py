@@ -25,7 +25,9 @@ class Arm:
         pull: the term next to the loss: none where the position decides, a two-sided pull to `compute`, the
             paper's load, top-k's.
         compute: share of the layers' operations that is aimed at, where something pulls.
-        ratio: how many times smaller the K/V cache is to be, with "kv+prompt".
+        ratio: how many times fewer keys and values are to be stored, with "kv+prompt".
+        int8: whether those that are stored have eight bits a number where the arm is measured, which makes
+            the cache smaller once more.
         alpha: weight of the paper's load term.
         scored: whether gates start from the relative size of the update (`scores.py`).
         started: whether routers start from those of K/V routing, and begin at the ratio aimed at.
@@ -42,6 +44,7 @@ class Arm:
     pull: Pull = "none"
     compute: float = 1.0
     ratio: float = 1.0
+    int8: bool = False
     alpha: float = 0.01
     scored: bool = False
     started: bool = False
@@ -106,6 +109,14 @@ ARMS: dict[str, Arm] = {
         )
         for name, after in AFTER.items()
         for more in ("", "-above", "-free")
+    },
+    **{
+        f"kv+leave-{name}-2x-int8-started-{more}": _both(
+            after, 2.0, int8=True, started=True, fitted=True, rate=2e-3, above=more == "above",
+            trains="none" if more == "free" else "added",
+        )
+        for name, after in AFTER.items()
+        for more in ("above", "free")
     },
     **{
         f"leave-{name}-fitted{more}": _leave(after, fitted=True, trains="none" if more else "added")

@@ -18,6 +18,7 @@ from benchmarks.real_models.divergence import CHUNK, kl_and_agreement, logits
 from benchmarks.real_models.evaluate import FAR, MEASURED, Dense, gaps, shares
 from benchmarks.real_models.probes import Probe
 from benchmarks.real_models.texts import COUNTED, Data
+from modlab.routing.kv_saving import rounding_of
 
 
 def _on(model: Any, rows: np.ndarray) -> Tensor:
@@ -112,12 +113,13 @@ def _kept(steps: list[Any]) -> dict[int, list[float]]:
 
 
 def _stored(model: Any, kept: dict[int, list[float]], T: int) -> float:
-    """Share of a dense cache's keys that is held at the end of a row."""
+    """Share of a dense cache's bytes that is held at the end of a row, without indices."""
     if not modlab.is_converted(model) or model.mod.skip.stores_all:
         return 1.0
     recent = min(1.0, model.mod.skip.recent_stored(model.mod.config) / T)
     shares = [model.mod.skip.stored_share(float(np.mean(gates)), recent) for gates in kept.values()]
-    return (sum(shares) + model.mod.num_layers - len(kept)) / model.mod.num_layers
+    held = (sum(shares) + model.mod.num_layers - len(kept)) / model.mod.num_layers
+    return 1 / rounding_of(model).total(1 / held)
 
 
 def _compute(model: Any, arm: Arm, T: int, kept: dict[int, list[float]], removed: list[int]) -> float:

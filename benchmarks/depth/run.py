@@ -206,7 +206,9 @@ class Study:
         return Mixture(self.data.stream, self.data.lines, plan.seed + 1, 0.0, 0.0)
 
     def _calibrate(self, model: Any, arm: Arm, plan: Plan, facts: dict[str, Any]) -> None:
-        """Sets the threshold, where one is aimed at."""
+        """Sets the threshold, where one is aimed at, with keys and values as they are to be stored."""
+        if arm.int8:
+            modlab.set_kv_cache_dtype(model, "int8")
         if arm.pull not in ("target", "topk"):
             return
         keep = facts["keep_asked"] if arm.pull == "target" else model.mod.config.capacity
