@@ -20,7 +20,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from modlab.bench import limits, speed_kv
 from modlab.bench.fast import fast_twins
 from modlab.bench.models import converted_twin, dense_model, random_routing, routed_layers
 from modlab.bench.registry import Settings
-from modlab.config import MoDConfig
+from modlab.cache.int8 import Int8Range, token_bytes
+from modlab.config import KVCacheDtype, MoDConfig
 from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.guesses import Guesses
 from modlab.kernels import decode_attention, decode_linear, router_logits
@@ -123,12 +124,14 @@ def kernels_of(call: Callable[[], Any], times: int, target: torch.device) -> dic
 
 @dataclass(frozen=True)
 class Cache:
-    """What attention is timed over: `gates` is "dense", "layer" or "kv_head"."""
+    """What attention is timed over: `gates` is "dense", "layer" or "kv_head"; keys and values in eight bits
+    or not."""
 
     gates: str
     batch: int
     context: int
     ratio: float = 1.0
+    int8: bool = False
 
 
 CACHES = [
@@ -139,6 +142,7 @@ CACHES = [
     Cache("kv_head", 1, 131072, 0.25),
     Cache("kv_head", 1, 131072, 0.125),
 ]
+CACHES += [replace(cache, int8=True) for cache in CACHES if cache.gates != "dense"]
 G, M, H, W = 8, 4, 128, 128
 
 
@@ -160,14 +164,16 @@ class Attention:
             starts = [0]
             for n in lengths:
                 starts.append(starts[-1] + n + 512)  # dense rows grow by one a call
-            keys, values = (
-                torch.randn(self.heads, starts[-1], H, dtype=dtype, device=target) for _ in range(2)
-            )
+            keys, values = (self._numbers(starts[-1], dtype, target) for _ in range(2))
+            steps = [
+                (torch.rand(self.heads, starts[-1], 1, device=target) * 0.03).half()
+                for _ in range(2 * cache.int8)
+            ]
             columns = torch.zeros(starts[-1], dtype=torch.int32, device=target)
             at = [t.data_ptr() for t in (keys, values, columns)]
-            addresses = [*at, starts[-1], 0, 0, *starts[:-1]]
+            addresses = [*at, starts[-1], *([t.data_ptr() for t in steps] or (0, 0)), *starts[:-1]]
             self.layers.append(
-                (keys, values, columns, torch.tensor(addresses, device=target),
+                (keys, values, *steps, columns, torch.tensor(addresses, device=target),
                  torch.tensor(lengths, dtype=torch.int32, device=target))
             )  # fmt: skip
         sizes = (self.heads * M, self.heads, self.heads)
@@ -177,18 +183,29 @@ class Attention:
         self.position = torch.full((cache.batch,), cache.context, device=target)
         self.column = torch.zeros(U, dtype=torch.int32, device=target)
         self.starts = starts[:-1]
+        self.range = Int8Range(G, H, H, target) if cache.int8 else None
+
+    def _numbers(self, tokens: int, dtype: torch.dtype, target: torch.device) -> Tensor:
+        shape = (self.heads, tokens, H)
+        if self.cache.int8:
+            return torch.randint(-127, 128, shape, dtype=torch.int8, device=target)
+        return torch.randn(shape, dtype=dtype, device=target)
 
     @property
     def bytes(self) -> int:
         """Read by a layer, on the mean."""
-        return sum(map(sum, self.lengths)) * self.heads * H * 4 // len(self.lengths)
+        token = token_bytes(self.heads, H, H) if self.cache.int8 else self.heads * H * 4
+        return sum(map(sum, self.lengths)) * token // len(self.lengths)
 
     def one(self, layer: tuple[Tensor, ...]) -> Tensor:
         *_, table, lengths = layer
         step: tuple[Any, ...] = (*self.new, table, lengths, self.keep)
         if self.cache.gates == "dense":
             return decode_attention.decode_attention(*step, self.column, H**-0.5)
-        return decode_attention.decode_ring_attention(*step, self.ring, self.position, H**-0.5)
+        channels = () if self.range is None else tuple(self.range.buffers())
+        return decode_attention.decode_ring_attention(
+            *step, self.ring, self.position, H**-0.5, None, *channels
+        )
 
     def all(self) -> None:
         """What is timed."""
@@ -197,16 +214,34 @@ class Attention:
 
     def error(self) -> float:
         """Of the last layer against the reference: norm of the difference over its norm."""
-        keys, values, columns, _, lengths = self.layers[-1]
+        *contents, columns, _, lengths = self.layers[-1]
         q, k, v = self.new
-        stored, length = (keys.clone(), values.clone()), lengths.clone()
+        stored, length = tuple(t.clone() for t in contents), lengths.clone()
         if self.cache.gates == "dense":
             want = decode_attention.reference_decode_attention(
-                q, k, v, (*stored, columns.clone()), self.starts, length, self.keep, self.column, H**-0.5
+                q,
+                k,
+                v,
+                (stored[0], stored[1], columns.clone()),
+                self.starts,
+                length,
+                self.keep,
+                self.column,
+                H**-0.5,
             )
         else:
             want = decode_attention.reference_decode_ring_attention(
-                q, k, v, stored, self.starts, length, self.keep, self.ring.clone(), self.position, H**-0.5
+                q,
+                k,
+                v,
+                stored,
+                self.starts,
+                length,
+                self.keep,
+                self.ring.clone(),
+                self.position,
+                H**-0.5,
+                int8=self.range,
             )
         got = self.one(self.layers[-1])
         return float((got.float() - want.float()).norm() / want.float().norm())
@@ -218,7 +253,7 @@ def attention_part(report: Report, target: torch.device, toy: bool) -> None:
         if report.is_over:
             return
         if toy:
-            cache = Cache(cache.gates, cache.batch, 300, cache.ratio)
+            cache = replace(cache, context=300)
         case = Attention(cache, 1 if toy else 6, target)
         error = case.error()
         ms = milliseconds(case.all, 12, target) / len(case.layers)
@@ -292,11 +327,13 @@ STEPS = [(8, ""), (8, "kv_head"), (8, "layer"), (1, ""), (1, "kv_head"), (1, "la
 
 
 @contextlib.contextmanager
-def models(target: torch.device, toy: bool, layers: int) -> Iterator[tuple[Settings, Any, dict[str, Any]]]:
+def models(
+    target: torch.device, toy: bool, layers: int, kv_cache_dtype: KVCacheDtype
+) -> Iterator[tuple[Settings, Any, dict[str, Any]]]:
     """The dense model, its twins by layer and by head, and one that skips every other layer."""
     settings = Settings(
         device=target, dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
-        shape="tiny" if toy else "llama-3-8b", layers=layers, skip="kv",
+        shape="tiny" if toy else "llama-3-8b", layers=layers, skip="kv", kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     dense = dense_model(settings, 200 if toy else 33_000)
     twins = speed_kv.twins_by_gates(settings, dense, "kv")
@@ -468,12 +505,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="nothing begins after them")
     parser.add_argument("--layers", type=int, default=8, help="of the model of whole steps")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: does the code run, never how fast")
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "int8"), help="of whole steps")
     options = parser.parse_args(argv)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = options.parts or PARTS
     report = Report(options.out, options.seconds)
-    with torch.no_grad(), models(target, options.toy, 2 if options.toy else options.layers) as of_a_model:
-        report.add("models", layers=options.layers)
+    of_models = (target, options.toy, 2 if options.toy else options.layers, options.kv_cache_dtype)
+    with torch.no_grad(), models(*of_models) as of_a_model:
+        report.add("models", layers=options.layers, kv_cache_dtype=options.kv_cache_dtype)
         run: dict[str, Callable[[], None]] = {
             "attention": lambda: attention_part(report, target, options.toy),
             "linear": lambda: linear_part(report, target, options.toy),

@@ -26,13 +26,15 @@ ON_8B = ["--device", "cuda", "--shape", "llama-3-8b", "--repeats", "3"]
 STUDY = ["-m", "benchmarks.quality"]
 STEPS = {
     "tests": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py",
-              "tests/kernels/test_decode_kernels.py", "tests/engine/test_engine.py",
+              "tests/kernels/test_decode_kernels.py", "tests/kernels/test_int8_kernels.py",
+              "tests/engine/test_int8.py", "tests/engine/test_engine.py",
               "tests/engine/test_prefill.py", "tests/engine/test_step.py", "tests/engine/test_forms.py",
               "tests/engine/test_heads.py", "tests/engine/test_leaving.py",
               "tests/execution/test_whole_rows.py"],
     "flex": ["-m", "pytest", "-q", "--tb=short", "tests/execution/test_what_if_attention.py"],
     "speed": [*BENCH, "speed", *ON_8B],
     "speed_kv": [*BENCH, "speed_kv", *ON_8B],
+    "speed_kv_int8": [*BENCH, "speed_kv", *ON_8B, "--kv-cache-dtype", "int8"],
     "speed_leave": [*BENCH, "speed_leave", *ON_8B],
     "speed_leave_coder": [*BENCH, "speed_leave", "--device", "cuda", "--shape", "coder-1.5b",
                           "--repeats", "3"],

@@ -9,14 +9,15 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from modlab import skips
 from modlab.bench.models import SHAPES
-from modlab.bench.registry import CASES, Settings, Skipped, parts_of
+from modlab.bench.registry import CASES, Settings, Skipped, parts_of, takes_int8
 from modlab.bench.results import finish, own_file, plot, read, report, table, write
+from modlab.config import KVCacheDtype
 from modlab.errors import ModlabError
 
 
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=skips.names(),
         help="what a skipped token leaves out (layer; of the default conversion it is kv, nearest to "
         "which comes --skip kv --routed most)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=get_args(KVCacheDtype),
+        help="how routed layers store keys and values (auto: as the model does); int8 with --skip kv",
     )
     parser.add_argument(
         "--ratios",
@@ -130,6 +137,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         decode_tokens=options.decode_tokens,
         seed=options.seed,
         only=tuple(options.only),
+        kv_cache_dtype=options.kv_cache_dtype,
     )
 
 
@@ -166,6 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ModlabError(
                 f"--only {' '.join(unknown)}: {name} has no such part; it has "
                 f"{', '.join(parts_of(name)) or 'none, and runs whole'}."
+            )
+        if options.kv_cache_dtype == "int8" and not takes_int8(name):
+            raise ModlabError(
+                f"--kv-cache-dtype int8: {name} is not measured so; "
+                f"{', '.join(filter(takes_int8, sorted(CASES)))} can be."
             )
     settings = _settings(options)
     ran = 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modlab.bench.clock import Times
-from modlab.bench.ideal import ideal_decode, ideal_prefill, kv_token_bytes
+from modlab.bench.ideal import DENSE, ideal_decode, ideal_prefill, kv_token_bytes
 from modlab.bench.models import converted_twin, dense_model, depth, random_routing, routed_layers
 from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
@@ -144,17 +144,19 @@ class Workload:
     def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
         """What a row says besides the times; `skip_name` where the skip is not that of the settings."""
         config, last = self.dense.config, self.last[variant]
-        settings = self.settings if skip_name is None else dataclasses.replace(self.settings, skip=skip_name)
+        settings = self.settings
+        if skip_name is not None:
+            settings = dataclasses.replace(settings, skip=skip_name, kv_cache_dtype="auto")
         skip = named(settings.skip)
         layers = self.twins[variant.routed].mod.layers
-        kept, token = dict.fromkeys(layers, variant.ratio), kv_token_bytes(config, settings.dtype.itemsize)
+        kept, size = dict.fromkeys(layers, variant.ratio), settings.dtype.itemsize
         seen = sum(self.lengths) + len(self.lengths) * (self.tokens - 1)
         stored = statistics.fmean(sum(last["kept_tokens"][i]) for i in layers) / seen
         halfway = [n + self.tokens / 2 for n in self.lengths]
         ideal = (
             ideal_prefill(config, self.lengths, kept, settings.mod)
             if name == "prefill"
-            else ideal_decode(config, halfway, kept, settings.dtype.itemsize, settings.mod)  # type: ignore[arg-type]
+            else ideal_decode(config, halfway, kept, size, settings.mod)  # type: ignore[arg-type]
         )
         return {
             "case": name,
@@ -165,12 +167,16 @@ class Workload:
             "routed_layers": len(layers),
             "num_layers": config.num_hidden_layers,
             "skip": settings.skip,
+            "kv_cache_dtype": settings.kv_cache_dtype,
             # What a cache stores does not tell of MLPs, nor where recent tokens are stored too.
             "keep_ratio": variant.ratio if skip.runs_all or skip.stores_all else stored,
             "ideal": ideal,
             "kv_bytes": last["kv_bytes"],
-            "kept_kv_bytes": sum(map(sum, last["kept_tokens"])) * token,
-            "dense_kv_bytes": config.num_hidden_layers * seen * token,
+            "kept_kv_bytes": sum(
+                sum(tokens) * kv_token_bytes(config, size, settings.mod if i in kept else DENSE)
+                for i, tokens in enumerate(last["kept_tokens"])
+            ),
+            "dense_kv_bytes": config.num_hidden_layers * seen * kv_token_bytes(config, size),
             "tokens": sum(self.lengths),
             "new_tokens": self.tokens,
         }
@@ -183,7 +189,8 @@ def fast_models(
     """The dense model and a converted twin for each of `routed`, in fast generation with this `compile`."""
     dense = dense_model(settings, context)
     layers = {name: routed_layers(name, depth(settings)) for name in routed}
-    twins = {name: converted_twin(dense, layers[name], settings.skip) for name in routed}
+    numbers = {"kv_cache_dtype": settings.kv_cache_dtype}
+    twins = {name: converted_twin(dense, layers[name], settings.skip, **numbers) for name in routed}
     with fast_twins(settings, dense, twins, compile):
         yield dense, twins
 
@@ -214,3 +221,6 @@ def generate(settings: Settings) -> Iterator[Row]:
             lengths = [context] * settings.batch
             workload = Workload(settings, dense, twins, lengths, settings.decode_tokens)
             yield from workload.rows(variants, settings.repeats)
+
+
+generate.takes_int8 = True  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from modlab.cache.int8 import token_bytes
 from modlab.cache.stored import recent_share
 from modlab.config import MoDConfig
 from modlab.skips import named
@@ -37,9 +38,12 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def kv_token_bytes(config: Any, bytes_each: int) -> int:
-    """Bytes of K and V of one token in one layer."""
-    return 2 * config.num_key_value_heads * head_size(config) * bytes_each
+def kv_token_bytes(config: Any, bytes_each: int, mod: MoDConfig = DENSE) -> int:
+    """Bytes of K and V of one token in one layer, `mod` being its conversion if it is routed."""
+    heads, size = config.num_key_value_heads, head_size(config)
+    if mod.kv_cache_dtype == "int8":
+        return token_bytes(heads, size, size)
+    return 2 * heads * size * bytes_each
 
 
 def prefill_flops(config: Any, lengths: Sequence[int], share: float, mod: MoDConfig = DENSE) -> float:
@@ -83,7 +87,7 @@ def decode_bytes(
     weights = sum(part * (1 - (1 - chance) ** len(lengths)) for part, chance in parts) * bytes_each
     attended, _ = named(mod.skip).runs(share)
     read = sum(attended * stored_tokens(n, share, mod) for n in lengths)
-    return weights + read * kv_token_bytes(config, bytes_each)
+    return weights + read * kv_token_bytes(config, bytes_each, mod)
 
 
 def step_bytes(
@@ -91,8 +95,9 @@ def step_bytes(
 ) -> float:
     """Bytes that one decoding step of the whole model reads, output head included."""
     head = config.vocab_size * config.hidden_size * bytes_each
-    layers = range(config.num_hidden_layers)
-    return head + sum(decode_bytes(config, lengths, kept.get(i, 1.0), bytes_each, mod) for i in layers)
+    dense = (config.num_hidden_layers - len(kept)) * decode_bytes(config, lengths, 1.0, bytes_each)
+    routed = (decode_bytes(config, lengths, share, bytes_each, mod) for share in kept.values())
+    return head + dense + sum(routed)
 
 
 def ideal_decode(

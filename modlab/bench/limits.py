@@ -86,9 +86,9 @@ def synthetic_caches(engine: Engine, lengths_LB: list[list[int]], ratio: float) 
         if isinstance(like, RingBuffer) and isinstance(cache, RingBuffer):
             cache.heads = like.heads
         cache.reserve([n + cache.slack(n) for n in lengths], like.keys, like.values)
-        assert cache.keys is not None and cache.values is not None
-        cache.keys.normal_()
-        cache.values.normal_()
+        for name in cache.contents:
+            numbers = getattr(cache, name)
+            numbers.random_(-127, 128) if numbers.dtype == torch.int8 else numbers.normal_()
         cache.lengths = list(lengths)
         if isinstance(like, RingBuffer):
             assert isinstance(cache, RingBuffer)

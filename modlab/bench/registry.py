@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modlab.config import MoDConfig
+from modlab.config import KVCacheDtype, MoDConfig
 from modlab.errors import ModlabError
 
 Row = dict[str, Any]
@@ -53,11 +53,12 @@ class Settings:
     decode_tokens: int = 40
     seed: int = 0
     only: Sequence[str] = ()  # parts of a case, where it has some; all by default
+    kv_cache_dtype: KVCacheDtype = "auto"  # how converted models store keys and values
 
     @property
     def mod(self) -> MoDConfig:
         """The conversion of the benchmark's models, layers apart."""
-        return MoDConfig(skip=self.skip)
+        return MoDConfig(skip=self.skip, kv_cache_dtype=self.kv_cache_dtype)
 
 
 Case = Callable[[Settings], Iterable[Row]]
@@ -74,6 +75,11 @@ def parts_of(name: str) -> Sequence[str]:
     """What `Settings.only` may name of a case; nothing where it is of one piece."""
     parts: Sequence[str] = getattr(CASES[name], "parts", ())
     return parts
+
+
+def takes_int8(name: str) -> bool:
+    """Whether a case can be run with `Settings.kv_cache_dtype` "int8"."""
+    return bool(getattr(CASES[name], "takes_int8", False))
 
 
 class Skipped(ModlabError):

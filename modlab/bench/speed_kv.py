@@ -122,10 +122,9 @@ def table_of(layers: Sequence[int], shares_LA: Tensor, positions: int, settings:
 def twins_by_gates(settings: Settings, dense: Any, skip: str) -> dict[str, Any]:
     """Of a skip that routes the cache: a twin for each granularity, all layers routed."""
     every = routed_layers("all", depth(settings))
-    return {
-        gates: converted_twin(dense, every, skip, gates=gates, router_hidden=HIDDEN)
-        for gates in ("layer", "kv_head")
-    }
+    shared: dict[str, Any] = {"router_hidden": HIDDEN, "kv_cache_dtype": settings.kv_cache_dtype}
+    kinds = ("layer", "kv_head")
+    return {gates: converted_twin(dense, every, skip, gates=gates, **shared) for gates in kinds}
 
 
 @contextlib.contextmanager
@@ -216,7 +215,8 @@ def decode_rows(
         table = table_of(mod.layers, shares, context + steps, settings)
         lengths = stored_lengths(shares, batch, context, mod.config.keep_recent)
         times, allocated = step_times_of(engines[name], batch, context, lengths, table, ratio, steps)
-        kept = sum(map(sum, lengths)) * token / (1 if name == "layer" else G)
+        stored = kv_token_bytes(config, settings.dtype.itemsize, mod.config)
+        kept = sum(map(sum, lengths)) * stored / (1 if name == "layer" else G)
         ideal = ideal_decode(
             config, [context] * batch, dict.fromkeys(mod.layers, ratio), settings.dtype.itemsize, mod.config
         )
@@ -224,7 +224,8 @@ def decode_rows(
             dense_times, times, case="decode", shape=settings.shape, context=context, batch=batch,
             routed_layers=len(mod.layers), num_layers=L, skip="kv", keep_ratio=ratio, ideal=ideal,
             kv_bytes=allocated, kept_kv_bytes=round(kept), dense_kv_bytes=L * batch * context * token,
-            prompt="synthetic keys and values", **granularity_of(name, L, len(mod.layers)),
+            prompt="synthetic keys and values", kv_cache_dtype=settings.kv_cache_dtype,
+            **granularity_of(name, L, len(mod.layers)),
         )  # fmt: skip
 
 
@@ -253,6 +254,7 @@ def throughput_rows(settings: Settings, dense: Any, twins: dict[str, Any], sizes
         dense_prefill_ms_a_row=round(dense_found.line_ms / LINE_ROWS, 1),
         mod_prefill_ms_a_row=round(found.line_ms / LINE_ROWS, 1),
         prompt="the last line of a prefill; keys and values of the others are random",
+        kv_cache_dtype=settings.kv_cache_dtype,
         **granularity_of("kv_head", len(shares), len(kept)),
     )  # fmt: skip
 
@@ -382,3 +384,4 @@ def speed_kv(settings: Settings) -> Iterator[Row]:
 
 
 speed_kv.parts = PARTS  # type: ignore[attr-defined]
+speed_kv.takes_int8 = True  # type: ignore[attr-defined]

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from modlab.bench import limits, registry, speed_kv
+import modlab
+from modlab import bench
+from modlab.bench import ideal, limits, registry, speed_kv
 from modlab.bench.fast import Variant
+from modlab.errors import ModlabError
 
 SIZES = speed_kv.Sizes(short=40, long=300, unequal=(30, 60, 200), new=6)
 
@@ -130,3 +133,30 @@ def test_a_batch_that_does_not_fit_is_tried_smaller(models: Any, monkeypatch: py
     assert tried == sorted(tried, reverse=True) and all(rows % 2 == 0 for rows in tried)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
     assert speed_kv.largest_batch(line).rows == 2
+
+
+def test_eight_bits_are_counted_and_said() -> None:
+    """Of the same tokens, next to a model that skips layers and stores as ever."""
+    settings = registry.Settings(shape="tiny", repeats=1, skip="kv", kv_cache_dtype="int8")
+    config = modlab.MoDConfig(skip="kv", kv_cache_dtype="int8")
+    with speed_kv.kept_models(settings, 400) as (dense, twins):
+        rows = list(speed_kv.generate_rows(settings, dense, twins, SIZES, ["long", "short"]))
+        rows += speed_kv.decode_rows(settings, dense, twins, 300, 2, 0.25, 2)
+    token, codes = 2 * 2 * 16 * 4, 2 * 2 * 16 + 2 * 2 * 2
+    assert ideal.kv_token_bytes(dense.config, 4) == token
+    assert ideal.kv_token_bytes(dense.config, 4, config) == codes
+    for row in rows:
+        rounded = row["skip"] == "kv"
+        assert row["kv_cache_dtype"] == ("int8" if rounded else "auto")
+        if rounded and row["keep_ratio"] == 1.0:
+            assert row["kept_kv_bytes"] / row["dense_kv_bytes"] == pytest.approx(codes / token)
+            assert row["ideal"] > 1 if row["case"] == "decode" else row["ideal"] == 1
+        if rounded and row["context"] == 300:
+            assert row["kept_kv_bytes"] <= row["kv_bytes"] < row["dense_kv_bytes"] / 3
+    decode = [row for row in rows if row.get("prompt") == "synthetic keys and values"]
+    assert [row["granularity"] for row in decode] == ["layer", "kv_head"]
+
+
+def test_cases_that_do_not_take_eight_bits_refuse_them() -> None:
+    with pytest.raises(ModlabError, match="speed is not measured so; generate, speed_kv can be"):
+        bench.main(["speed", "--kv-cache-dtype", "int8", "--no-save"])
