@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.cache.int8 import Int8Range
 from modlab.engine.budget import cut_down, score_prompt
+from modlab.engine.compiled_layers import line_attention
 from modlab.engine.deferred import DeferredLayouts, keep_everything
 from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.engine.tables import LayerStep
@@ -181,13 +182,22 @@ def prefill_attention(
         output [1, S, N, H], and None where others return weights.
     """
     check_supported(kwargs)
+    if torch.compiler.is_compiling():
+        return line_attention(query, key, value, scaling), None
     part: LayerPrefill = module.mod_prefill  # type: ignore[assignment]
+    return attend_line(part, query, key, value, scaling), None
+
+
+def attend_line(
+    part: LayerPrefill, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    """The same, told which layer it is; its keys and values are stored."""
     if part.attend is not None:
-        return part.attend(query, key, value, scaling), None
+        return part.attend(query, key, value, scaling)
     if part.kept is not None:
-        return _keep_keys(part, part.kept, query, key, value, scaling), None
+        return _keep_keys(part, part.kept, query, key, value, scaling)
     store(part, key[0], value[0])
-    return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying), None
+    return varlen_attention(query, key, value, part.counts, part.bounds, scaling, part.varying)
 
 
 def decode_attention_function(

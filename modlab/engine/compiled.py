@@ -1,4 +1,4 @@
-"""torch.compile for parts of a decoding step and norms of a prefill; what it cannot take runs as it is.
+"""torch.compile for parts of a decoding step and of a prefill; what it cannot take runs as it is.
 
 Shape letters: S tokens of all rows in one line, D model dim.
 """
@@ -16,10 +16,13 @@ from modlab.hf.anatomy import NORM
 
 Function = Callable[..., Any]
 
+MAX_COMPILED = 64
+"""Variants of a layer that torch.compile may make (batch sizes, layer types) before it gives up."""
+
 LONG_LINE = 4096
-"""Tokens from which on a prefill's norms are compiled. A norm written in Python moves some 36 bytes an
-element through memory where one kernel moves 4; a short line is bound by the host, to which a compiled call
-may cost more. Where exactly to draw the line has not been measured on a GPU.
+"""Tokens from which on norms outside of compiled layers are compiled. A norm written in Python moves some 36
+bytes an element through memory where one kernel moves 4; a short line is bound by the host, to which a
+compiled call may cost more. Where exactly to draw the line has not been measured on a GPU.
 """
 
 
@@ -30,18 +33,26 @@ class Compiler:
         enabled: False gives every function back as it is.
 
     Attributes:
-        whole_functions: by name, what was to be compiled whole.
+        graphs: by name, what is compiled in one piece.
+        whole_functions: the same, and runs as it is where that fails.
         eager: by name, why one of them runs as it is.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self.eager: dict[str, str] = {}
+        self.graphs: dict[str, Function] = {}
         self.whole_functions: dict[str, Function] = {}
 
     def layer(self, function: Function) -> Function:
         """`function`, which may run uncompiled in between where it has to."""
         return torch.compile(function, dynamic=False) if self.enabled else function
+
+    def graph(self, name: str, function: Function) -> Function:
+        """`function` compiled in one piece, once for all who ask by this name; it fails where that fails."""
+        if name not in self.graphs:
+            self.graphs[name] = torch.compile(function, dynamic=False, fullgraph=True)
+        return self.graphs[name]
 
     def whole(self, name: str, function: Function) -> Function:
         """`function` compiled in one piece, or as it is if that fails: it is small, and no reason to go
@@ -52,13 +63,15 @@ class Compiler:
         return self.whole_functions.get(name, function)
 
     def _tried(self, name: str, function: Function) -> Function:
-        fast = torch.compile(function, dynamic=False, fullgraph=True)
+        fast = self.graph(name, function)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if name not in self.eager:
                 try:
                     return fast(*args, **kwargs)
                 except Exception as error:  # what is wrong with the function itself shows below
+                    if is_lack_of_memory(error):
+                        raise
                     self.eager[name] = reason_of(error)
             return function(*args, **kwargs)
 
@@ -69,6 +82,15 @@ def reason_of(error: Exception) -> str:
     """The first two lines of an error: torch.compile's begin with which backend failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(error).__name__
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU without room is behind an error; that says nothing of what was to be compiled."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def outside_layers(decoder: nn.Module, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:

@@ -56,6 +56,8 @@ class LeavingPrefill(RoutedPrefill):
         stored: how the buffer was laid out, where routing decides about it.
     """
 
+    one_graph = False  # the first pass ends in the middle of it
+
     def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
         super().__init__(layer, index, part, line)
         self.attention: Any = layer.get_submodule(attention_name(layer) or "")

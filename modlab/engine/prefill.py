@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.engine.attention import PREFILL, CannotCapture, LayerPrefill, LineBlocks
-from modlab.engine.compiled import norm_forwards
+from modlab.engine.compiled import MAX_COMPILED, norm_forwards
+from modlab.engine.compiled_layers import LineLayers, NotCompiled
 from modlab.engine.deferred import DeferredLayouts
 from modlab.engine.forms import prefill_forwards
 from modlab.engine.lending import lent, lent_values, unrouted
@@ -122,6 +123,22 @@ def _run_line(
 ) -> tuple[Tensor, list[SegmentedBuffer], dict[int, int]]:
     """The same with what the layers have kept, as far as packed layers go; `guesses` are tokens that layers
     run."""
+    arguments = (engine, ids_BT, real_BT, counts, first_row, most_older, guesses)
+    try:
+        return _run_line_once(*arguments)
+    except NotCompiled:
+        return _run_line_once(*arguments)  # as it is: what failed is noted
+
+
+def _run_line_once(
+    engine: Engine,
+    ids_BT: Tensor,
+    real_BT: Tensor,
+    counts: list[int],
+    first_row: int,
+    most_older: int | None,
+    guesses: dict[int, int],
+) -> tuple[Tensor, list[SegmentedBuffer], dict[int, int]]:
     B, T = ids_BT.shape
     # A boolean index would ask the host how many there are; it knows.
     at_S = torch.nonzero_static(real_BT.flatten(), size=sum(counts))[:, 0]
@@ -139,11 +156,14 @@ def _run_line(
     ]
     assert engine.form is not None, "calls are refused before"
     blocks = LineBlocks(counts, engine.device)
-    line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, most_older, guesses)
+    compiled = LineLayers(engine.line_compiler, sum(counts)) if engine.compile is True else None
+    line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, most_older, compiled, guesses)
     forwards = prefill_forwards(engine.form, engine.layers, layers, line)
-    if engine.compile is True:
-        forwards |= norm_forwards([decoder_of(engine.model), *engine.layers], engine.line_compiler)
+    if compiled is not None:
+        forwards |= norm_forwards([decoder_of(engine.model)], compiled.compiler)
+    limits: dict[str, Any] = {} if compiled is None else {"recompile_limit": MAX_COMPILED}
     with (
+        torch._dynamo.config.patch(limits) if limits else contextlib.nullcontext(),
         _flat_call(engine.routing, position_1S, rows_S, T),
         engine.forward_as(PREFILL),
         lent_values(engine.attention, "mod_prefill", layers),

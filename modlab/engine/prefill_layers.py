@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks
+from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks, attend_line
+from modlab.engine.compiled import norm_forwards
+from modlab.engine.compiled_layers import LineLayers, line_mlp
 from modlab.engine.guesses import guessed_places
 from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedModule
@@ -46,6 +48,7 @@ class PrefillLine:
         last: last position of each row in the line, long [B].
         blocks: the line as kernels cut it.
         most_older: tokens that a row may store besides its ring (`budget`); None for no bound.
+        compiled: runs layers by torch.compile; None where nothing is compiled.
         guesses: tokens that a layer runs, by its index, where that was guessed (`guesses`).
         kept: tokens that a layer has kept, by its index: a tensor [] of those that were guessed.
         entered: state [1, S, D] with which all tokens entered the first layer that they leave out.
@@ -56,6 +59,7 @@ class PrefillLine:
     last: Tensor
     blocks: LineBlocks
     most_older: int | None = None
+    compiled: LineLayers | None = None
     guesses: dict[int, int] = field(default_factory=dict)
     kept: dict[int, int | Tensor] = field(default_factory=dict)
     entered: Tensor | None = None
@@ -93,18 +97,46 @@ class DensePrefill:
         index: its own.
         part: what its attention is told, and tells.
         line: what it shares with the other layers.
+
+    Attributes:
+        fused: whether its forward is compiled.
     """
+
+    one_graph: ClassVar[bool] = True
+    """Whether layers of this form can be compiled in one piece."""
 
     def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
         self.layer, self.index, self.part, self.line = layer, index, part, line
+        foreign = "forward" in layer.__dict__  # somebody's own, and whatever it does
+        self.fused = self.one_graph and line.compiled is not None and line.compiled.compiles and not foreign
+        name = mlp_name(layer)
+        self.mlp = None if name is None else layer.get_submodule(name)
 
     def forwards(self) -> dict[nn.Module, Forward]:
         """What the layer and modules inside it run instead of their own forwards."""
-        name = mlp_name(self.layer)
-        if name is None:
-            return {}
-        mlp = self.layer.get_submodule(name)
-        return {mlp: partial(_chunked, _own_forward(mlp))}
+        forwards: dict[nn.Module, Forward] = {}
+        if self.fused:
+            forwards[self.layer] = self.run_layer
+            if self.mlp is not None and sum(self.part.counts) > MLP_CHUNK:
+                forwards[self.mlp] = line_mlp
+            return forwards
+        if self.line.compiled is not None:
+            forwards |= norm_forwards([self.layer], self.line.compiled.compiler)
+        if self.mlp is not None:
+            forwards[self.mlp] = partial(_chunked, _own_forward(self.mlp))
+        return forwards
+
+    def run_layer(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
+        return self.run_own(*args, **kwargs)
+
+    def run_own(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward as its family wrote it, compiled or not."""
+        compiled = self.line.compiled
+        if not self.fused or compiled is None:
+            return self.layer.dense_class.forward(self.layer, *args, **kwargs)
+        in_pieces = None if self.mlp is None else partial(_chunked, partial(compiled.run_mlp, self.mlp))
+        return compiled.run(self.layer, partial(attend_line, self.part), in_pieces, args, kwargs)
 
 
 class RoutedPrefill(DensePrefill):
@@ -129,7 +161,7 @@ class RoutedPrefill(DensePrefill):
     def run_layer(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward; this one decides, and runs the layer on all tokens."""
         self.decide(args, kwargs)
-        return self.layer.dense_class.forward(self.layer, *args, **kwargs)
+        return self.run_own(*args, **kwargs)
 
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
         """Decides for all tokens of the line; the layer's arguments, `kwargs` without modlab's own."""
@@ -206,10 +238,14 @@ class RoutedPrefill(DensePrefill):
 class WholeLayerPrefill(RoutedPrefill):
     """The layer runs on its kept tokens; the others pass it by."""
 
+    def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
+        super().__init__(layer, index, part, line)
+        # Hooks put the paper's gate inside the layer, and hooks are not compiled.
+        self.fused &= self.routing.skip.gate_form(self.routing.config, self.gated) != "scaled"
+
     def run_layer(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.decide(args, kwargs)
-        forward = partial(self.layer.dense_class.forward, self.layer)
-        return self.run_kept(self.layer, forward, arguments, attends=True, residual=True)
+        return self.run_kept(self.layer, self.run_own, arguments, attends=True, residual=True)
 
 
 class SublayerPrefill(RoutedPrefill):
@@ -220,6 +256,7 @@ class SublayerPrefill(RoutedPrefill):
     """
 
     attends: ClassVar[bool]
+    one_graph = False  # the sublayer's place in it is not compiled
 
     def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
         super().__init__(layer, index, part, line)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modlab.engine.attention import DECODE
 from modlab.engine.branch import Body, Branch, HostBranch
 from modlab.engine.choice import end_step
-from modlab.engine.compiled import Compiler, outside_layers, reason_of
+from modlab.engine.compiled import MAX_COMPILED, Compiler, outside_layers, reason_of
 from modlab.engine.forms import step_forwards
 from modlab.engine.lending import lent, lent_values, one_token_linears, unrouted
 from modlab.engine.prefill import scratch_buffers
@@ -26,9 +26,6 @@ from modlab.kernels.launch import KernelRefused
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
-
-MAX_COMPILED = 64
-"""Variants of a layer that torch.compile may make (batch sizes, layer types) before it gives up."""
 
 
 class Step:
