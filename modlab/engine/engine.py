@@ -51,8 +51,8 @@ class Engine:
 
     Args:
         model: the model.
-        compile: compile a decoding step, and the norms of long prefills, with torch.compile (CUDA only);
-            "layers": a step's layers and the choice of tokens alone.
+        compile: compile a decoding step, and layers and norms of prefills that are not short, with
+            torch.compile (CUDA only); "layers": a step's layers and the choice of tokens alone.
         compiler: makes what compiles a step, or leaves it as it is, when told whether to.
         make_step: makes the step of a batch size.
         max_steps: batch sizes whose steps are kept.

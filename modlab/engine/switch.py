@@ -124,9 +124,10 @@ def enable_fast_generation(
 
     Args:
         model: dense or converted, on one device, in eval mode.
-        compile: compile the decoding step, and the norms of a long prompt, with torch.compile (on CUDA; the
-            first `generate` of each batch size, and the first long prompt, then take longer). "layers"
-            leaves out the norms and the rotary tables, to see what they cost (`modlab bench overhead`).
+        compile: compile the decoding step, and the layers of prompts of 512 tokens and more, with
+            torch.compile (on CUDA; the first `generate` of each batch size, and the first such prompt, then
+            take longer). "layers" compiles the layers of a step alone, to see what the rest costs
+            (`modlab bench overhead`).
         check: compare the engine with the ordinary forward on a small random batch first.
         kv_tokens: with ``skip="kv"`` and ``"kv+prompt"``: tokens that a routed layer stores of a row at most
             (each KV head, where those have gates), the latest `keep_recent` included. A row that is full

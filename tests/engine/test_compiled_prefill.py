@@ -62,6 +62,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "fused gate": lambda: llama_on_device(skip="layer", gate="fused"),
     "kv": lambda: llama_on_device(skip="kv"),
     "kv, a gate a head": lambda: llama_on_device(skip="kv", gates="kv_head"),
+    "kv in eight bits": lambda: llama_on_device(skip="kv", kv_cache_dtype="int8"),
     "kv+prompt": lambda: leaving_llama("kv+prompt").to(DEVICE),
 }
 
