@@ -84,13 +84,13 @@ class Int8Range(nn.Module):
     ) -> Tensor:
         """Keys [..., G, S, HK] as attention sees them; of some `heads` alone, if those are given."""
         shift, step = self.key_shift[heads, None], self.key_step[heads, None]
-        return (shift + step * (codes * steps.float())).to(dtype)
+        return codes.float().mul_(steps.float()).mul_(step).add_(shift).to(dtype)
 
     def decode_values(
         self, codes: Tensor, steps: Tensor, dtype: torch.dtype, heads: slice = ALL_HEADS
     ) -> Tensor:
         """Values [..., G, S, HV], likewise."""
-        return (self.value_step[heads, None] * (codes * steps.float())).to(dtype)
+        return codes.float().mul_(steps.float()).mul_(self.value_step[heads, None]).to(dtype)
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., G, S, H] as attention would see them from a cache."""

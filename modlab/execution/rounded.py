@@ -31,6 +31,8 @@ class RoundedView(ProbeCache):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [R, G, S, H] as they would come from a cache. Gradients pass by the rounding."""
         keys, values = self.range.rounded(key_states.detach(), value_states.detach())
+        if not torch.is_grad_enabled():
+            return keys, values
         return _InPlaceOf.apply(keys, key_states), _InPlaceOf.apply(values, value_states)
 
     def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -116,7 +116,10 @@ class Report:
         """JSON-ready, with `rows` as in this project's result files; what is not a number is None."""
         found: dict[str, Any] = _plain(
             {
-                "what": "report", "model": self.name, "kv_cache_dtype": self.kv_cache_dtype, **self.source,
+                "what": "report",
+                "model": self.name,
+                "kv_cache_dtype": self.kv_cache_dtype,
+                **self.source,
                 "rows": [s.row() for s in self.settings],
             }  # fmt: skip
         )

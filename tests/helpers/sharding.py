@@ -11,12 +11,15 @@ import modlab
 from modlab.routing.noise import Noise
 from tests.helpers.steps import VOCABULARY, model_of
 
-SKIPS = ("layer", "attention", "mlp", "kv")
+SKIPS = ("layer", "attention", "mlp", "kv", "kv int8")
 IDS = torch.randint(2, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
 def routed(skip: str, dtype: torch.dtype) -> Any:
-    return model_of({"skip": skip, "layers": "all", "keep_first": 1, "keep_recent": 3}).to(dtype)
+    settings: dict[str, Any] = {"layers": "all", "keep_first": 1, "keep_recent": 3}
+    if skip == "kv int8":
+        settings["kv_cache_dtype"] = "int8"
+    return model_of({"skip": skip.split()[0], **settings}).to(dtype)
 
 
 def shard(model: Any, **policy: Any) -> None:

@@ -30,8 +30,10 @@ def main(folder: str, few: str, out: Path) -> None:
         "prompt": refusal(model, skip="prompt"),
         "kv+prompt": refusal(model, skip="kv+prompt", gates="kv_head"),
         "few": refusal(too_few, gates="kv_head"),
+        "int8": refusal(model, kv_cache_dtype="int8"),
     }
     modlab.convert(model, modlab.MoDConfig(layers="all"))
+    refused["int8, live"] = refusal_of(lambda: modlab.set_kv_cache_dtype(model, "int8"))
     refused["fast"] = refusal_of(lambda: modlab.enable_fast_generation(model))
     modlab.revert(model)
     refused["fast, dense"] = refusal_of(lambda: modlab.enable_fast_generation(model))

@@ -33,7 +33,8 @@ def test_a_sharded_model_is_the_whole_one(sharded: dict[Any, Any], skip: str, ki
     assert set(found["dtypes"].values()) == {torch.float32}
     assert found["dtypes"].keys() == expected["dtypes"].keys()
     off = (found["logits"] - expected["logits"]).abs()
-    assert off.mean() < 0.01 if kind == "mixed" else off.max() < 1e-4
+    most = 0.015 if skip == "kv int8" else 0.01  # what bf16 moves may be rounded to another whole number
+    assert off.mean() < most if kind == "mixed" else off.max() < 1e-4
     if kind == "fp32":
         for name in (name for name in expected if name.startswith("gradient")):
             off = (found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-9)

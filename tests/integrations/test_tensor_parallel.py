@@ -61,6 +61,9 @@ def test_processes_with_some_of_the_heads_are_one_model(tmp_path: Path, processe
         for kind in ("fast", "fast, dense"):
             assert "shared across ranks (tensor parallelism" in rank["refused"][kind]
             assert "model.generate works without it" in rank["refused"][kind]
+        for kind in ("int8", "int8, live"):
+            assert "kv_cache_dtype='int8'" in rank["refused"][kind]
+            assert "shared across ranks (tensor parallelism)" in rank["refused"][kind]
         assert "its forward fails" in rank["refused"]["few"]
     assert abs(ranks[0]["part"] / sizes_of(model.config, processes).by_heads - 1) < 0.05
 
