@@ -22,15 +22,16 @@ from modlab.bench.registry import Row, Settings, case
 from modlab.bench.rows import make_row
 from modlab.engine import disable_fast_generation, enable_fast_generation, fast_generation_report
 from modlab.engine.compiled import LONG_LINE
-from modlab.engine.deferred import MOST_TOKENS
+from modlab.engine.prefill_layers import MLP_CHUNK
 from modlab.errors import ModlabError
 from modlab.measure import time_generate
 from modlab.routing.state import routing_override
 from modlab.routing.table import RoutingTable
 from modlab.skips import named
 
-WARM_UP_TOKENS = MOST_TOKENS + LONG_LINE
-"""Enough to compile what a long prompt compiles: shorter ones run the other way of `engine/deferred.py`."""
+WARM_UP_TOKENS = MLP_CHUNK + LONG_LINE
+"""Enough to compile what a long prompt compiles: shorter ones have MLPs in one piece, and still shorter ones
+run the other way of `engine/deferred.py`."""
 
 
 @dataclass(frozen=True)
