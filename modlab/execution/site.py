@@ -75,7 +75,7 @@ class Plan:
             branch_ends=self.branch_ends,
             empty_rest=(None,) * self.extra_outputs,
             last_alone=last_alone,
-            range=routing.ranges.get(self.layer_idx),
+            range=call.ranges.get(self.layer_idx),
         )
 
 

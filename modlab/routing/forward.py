@@ -202,6 +202,7 @@ class ForwardHooks:
             row_shift=routing.row_shift if of_rows else None,
             masked=of_thread.masked,
             override=of_thread.override,
+            ranges=routing.ranges,
             recent=(routing.row_recent if of_rows else None) or routing.recent,
             padding_mask=mask,
             documents=documents,

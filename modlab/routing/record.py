@@ -6,7 +6,7 @@ Shape letters: B rows, T tokens in, K keys seen, cached ones included, G gates o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from modlab.routing.router import logit_of
 
 if TYPE_CHECKING:
+    from modlab.cache.int8 import Int8Range
     from modlab.cache.ragged import RaggedCache
     from modlab.execution.projections import Projections
     from modlab.routing.noise import Noise
@@ -89,8 +90,8 @@ class ForwardCall:
         num_columns: columns seen once this forward is done.
         cache: the ragged cache that is written, or None.
         steps: the open recordings, each with its entry for this forward.
-        thresholds, what_if, masked, override, recent, noise, row_shift: the routing's, as they stood when the
-            forward began: a gradient-checkpoint recompute decides as the forward did.
+        thresholds, what_if, masked, override, recent, noise, row_shift, ranges: the routing's, as they stood
+            when the forward began: a gradient-checkpoint recompute decides as the forward did.
         generates: whether it is one of `generate`: it decides as in eval mode, and `what_if` is False.
         padding_mask: bool [B, K] over all columns seen, False for padding; None where there is none.
         documents: long [B, T], the document of each token where a row packs several; None where it does not.
@@ -119,6 +120,7 @@ class ForwardCall:
     unpadded: bool = False
     noise: Noise | None = None
     row_shift: Tensor | None = None
+    ranges: Mapping[int, Int8Range] = field(default_factory=dict)
     generates: bool = False
     padding_mask: Tensor | None = None
     documents: Tensor | None = None

@@ -169,6 +169,24 @@ def test_a_generation_under_way_ends_as_it_began() -> None:
     assert torch.equal(said, want) and not model.mod.ranges
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("dtype", "other"), [("auto", "int8"), ("int8", "auto")])
+def test_a_forward_under_way_ends_as_it_began(dtype: Any, other: Any, use_cache: bool) -> None:
+    """Another thread sets the dtype between two layers."""
+    model = converted(kv_cache_dtype=dtype)
+    want = logits(model, use_cache=use_cache)
+
+    def set_other(*_: Any) -> None:
+        handle.remove()
+        thread = threading.Thread(target=modlab.set_kv_cache_dtype, args=(model, other))
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[2].register_forward_pre_hook(set_other)
+    assert torch.equal(logits(model, use_cache=use_cache), want)
+    assert model.mod.config.kv_cache_dtype == other
+
+
 def test_recent_tokens_and_dtype_are_set_one_after_the_other() -> None:
     model = converted()
     modlab.set_kv_cache_dtype(model, "int8")
