@@ -89,9 +89,10 @@ def test_converts_routes_and_generates(folder, quantization, config) -> None:
     ("quantization", "saves"),
     [(torchao_int8, True), (bitsandbytes_int8, True), (bitsandbytes_4bit, True), (quanto_int8, False)],
 )
-def test_saves_and_loads(folder, tmp_path, quantization, saves) -> None:
+@pytest.mark.parametrize("routed", [{}, {"skip": "kv", "kv_cache_dtype": "int8"}], ids=["layer", "kv int8"])
+def test_saves_and_loads(folder, tmp_path, quantization, saves, routed) -> None:
     model, _ = modlab.load(folder, quantization_config=quantization(), dtype=torch.float32)
-    modlab.convert(model, alternate_layers())
+    modlab.convert(model, alternate_layers(**routed))
     scatter_gates(model)
     logits(model)  # bitsandbytes packs 4-bit weights for a CPU when they are first used
     target = tmp_path / "saved"

@@ -61,6 +61,18 @@ def test_the_kernel_says_what_packed_execution_says(
     assert not torch.allclose(dense[real], want[real], rtol=10 * NEAR, atol=NEAR), "nothing was hidden"
 
 
+@pytest.mark.parametrize("skip", ["kv", "kv+prompt"])
+def test_keys_and_values_in_eight_bits_come_to_the_kernel(make_llama, monkeypatch, skip: str) -> None:
+    """What differs in the last bit may be rounded to another whole number: against what rounding does."""
+    routed = model(make_llama, skip=skip, kv_cache_dtype="int8")
+    want, got, ran = both(routed, monkeypatch, input_ids=IDS)
+    assert ran == len(routed.mod.layers)
+    modlab.set_kv_cache_dtype(routed, "auto")
+    with torch.no_grad():
+        unrounded = routed(IDS, use_cache=False).logits
+    assert (got - want).abs().mean() < 0.1 * (unrounded - want).abs().mean()
+
+
 @pytest.mark.parametrize("mask", [BEFORE, INSIDE], ids=["before", "inside"])
 def test_padding_before_tokens_is_left_to_masks(make_llama, monkeypatch, mask: Tensor) -> None:
     want, got, ran = both(model(make_llama), monkeypatch, input_ids=IDS, attention_mask=mask)
