@@ -122,8 +122,9 @@ class _Listening:
 def _measured(model: Any, tokens: int) -> Mapping[int, Int8Range]:
     """Ranges by routed layer, of a forward in which everything is kept."""
     routing = routing_of(model)
-    context = context_length(model) or tokens
-    length = min(ROW, context, tokens)
+    # Of an unknown context a table of positions may end anywhere: rows begin at its beginning then.
+    length = min(ROW, tokens, context_length(model) or ROW)
+    context = context_length(model) or length
     shape = (-(-tokens // length), length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary_size(model) or 1, shape, generator=generator).to(device_of(model))

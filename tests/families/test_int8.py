@@ -66,3 +66,9 @@ def test_latent_attention_has_keys_and_values_of_different_widths() -> None:
     with torch.no_grad():
         cached, whole = (model(ids, use_cache=use_cache).logits for use_cache in (True, False))
     torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_of_positions_whose_length_no_setting_tells() -> None:
+    """Whisper's decoder: its context has a name of its own."""
+    model = modlab.convert(tiny_model("whisper"), config_of("kv", kv_cache_dtype="int8"))
+    assert set(model.mod.ranges) == set(model.mod.layers)
