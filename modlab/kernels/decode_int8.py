@@ -24,7 +24,7 @@ try:
     import triton
     import triton.language as tl
 
-    from modlab.kernels.int8 import code_of, step_of
+    from modlab.kernels.int8 import code_of, inverse, step_of
 except ImportError:  # see decode_attention
     triton = None
 
@@ -52,7 +52,7 @@ if triton is not None:
     @triton.jit
     def encode_new(x_H, shift_H, step_H):
         """Codes int8 [H] of one new key or value, and its step, fp16."""
-        x_H = (x_H.to(tl.float32) - shift_H) * tl.div_rn(1.0, step_H)
+        x_H = (x_H.to(tl.float32) - shift_H) * inverse(step_H)
         step = step_of(tl.max(tl.abs(x_H), 0))
         return code_of(x_H, step.to(tl.float32)).to(tl.int8), step
 

@@ -59,6 +59,11 @@ def reference_encode(int8: Int8Range, k_1GSH: Tensor, v_1GSH: Tensor) -> Encoded
 if triton is not None:
 
     @triton.jit
+    def inverse(step):
+        """1 / step of a power of two: exactly, by its exponent."""
+        return (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+    @triton.jit
     def step_of(largest):
         """The step of numbers of which this is the largest, fp16."""
         return tl.maximum(tl.div_rn(largest, 127.0), 0.00006103515625).to(tl.float16)
@@ -78,8 +83,7 @@ if triton is not None:
         h = tl.arange(0, BLOCK_H)
         mask = inside[:, None] & (h < H)[None, :]
         x = tl.load(x_ptr + at[:, None] * stride_s + h[None, :], mask=mask, other=0.0).to(tl.float32)
-        # Channels' steps are powers of two: to multiply by the inverse is exact.
-        x = (x - shift[None, :]) * tl.div_rn(1.0, step)[None, :]
+        x = (x - shift[None, :]) * inverse(step)[None, :]
         own = step_of(tl.max(tl.abs(x), 1))
         codes = code_of(x, own.to(tl.float32)[:, None])
         into = at[:, None] * H + h[None, :]
