@@ -54,7 +54,7 @@ class FastModel(TakesTurns):
     ) -> Any:
         """Notes whether the user brought a cache of their own, which must be used and filled."""
         mode = next((argument for argument in args if isinstance(argument, GenerationMode)), None)
-        if self.__dict__["mod_engine"].budget is not None and mode not in (*SERVED, None):
+        if self.__dict__["mod_engine"].bound is not None and mode not in (*SERVED, None):
             raise unbounded(f"it is {mode.value.replace('_', ' ')}" if mode is not None else "")
         self.__dict__["mod_engine"].caller.own_cache = given_cache(model_kwargs) is not None
         dense: Any = super()
@@ -87,12 +87,12 @@ class FastModel(TakesTurns):
                         )  # fmt: skip
                 except KernelRefused as refused:  # no later than in the first step: nothing is streamed yet
                     reason = str(refused)
-                    if engine.budget is None:
+                    if engine.bound is None:
                         warn_slower(reason, "generate runs without the engine")
                 finally:
                     engine.release()  # also after an interrupt: a cache may be most of the memory
             engine.last = {"fast": False, "why": reason}
-            if engine.budget is not None:
+            if engine.bound is not None:
                 raise unbounded(reason)
         dense: Any = super()
         return dense._sample(
@@ -275,7 +275,9 @@ def _probe(model: Any, engine: Engine) -> None:
     finally:
         engine.branch = branch
     difference = (torch.stack(got, 1).float() - want.float()).square().mean().sqrt() / want.float().std()
-    tolerance = 0.05 if want.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    # A number between two codes falls either way, by which the last bits of full precision grow.
+    rounds = want.dtype in (torch.bfloat16, torch.float16) or bool(engine.ranges)
+    tolerance = 0.05 if rounds else 1e-3
     if not bool(difference <= tolerance):
         raise CannotCapture(
             f"its logits differ from the ordinary forward's by {float(difference):.2g} of their spread"

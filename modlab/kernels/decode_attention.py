@@ -34,7 +34,7 @@ from torch import Tensor
 from modlab.cache.int8 import Int8Range
 from modlab.kernels.aside import rejoin
 from modlab.kernels.decode_int8 import reference_encoded, reference_seen
-from modlab.kernels.device import multiprocessors_of
+from modlab.kernels.device import is_before_sm_80, multiprocessors_of
 from modlab.kernels.launch import KernelRefused, Sizes, launch
 
 try:
@@ -306,7 +306,8 @@ if triton is not None:
         G: tl.constexpr, M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         B: tl.constexpr, BLOCK_B: tl.constexpr, GATES: tl.constexpr,
-        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr, INT8: tl.constexpr, ASM: tl.constexpr,
+        RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr, INT8: tl.constexpr,
+        DIGITS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """One program's share of all blocks of keys: pieces of one head or of several.
 
@@ -346,7 +347,7 @@ if triton is not None:
                     stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
                     row, head, first, end, length, piece, slot_new, full, place,
                     shift_ptr, key_step_ptr, value_step_ptr,
-                    M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, IEEE, ASM,
+                    M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, IEEE, DIGITS, ASM,
                 )  # fmt: skip
             else:
                 _attend_keys(
@@ -512,6 +513,7 @@ def _attend(
         "M": N // G, "BLOCK_M": max(16, triton.next_power_of_2(N // G)),
         "BLOCK_HV": max(least, triton.next_power_of_2(HV)), "BLOCK_B": triton.next_power_of_2(B),
         "IEEE": not half, "ASM": channels is not None and half and device.type == "cuda",
+        "DIGITS": channels is not None and half and not is_before_sm_80(device),
     }  # fmt: skip
     large = TILES if channels is None else INT8_TILES
     tiles = large if half and max(HK, HV) <= 128 else SMALL_TILES

@@ -3,12 +3,17 @@
 What differs from channel to channel is moved out of the loop over keys (`cache/int8.py`): channels' steps of
 keys to the query and those of values to the output, without rounding. The shift of keys adds the same to all
 scores of a query, and so falls out of the softmax: it is never added. In the loop a key's score and weight
-are multiplied by its own steps, and its codes become numbers of half precision, whatever the model's type:
-that has every whole number up to 2,048, and all digits of a bfloat16 query whose largest entry is near 1.
+are multiplied by its own steps; that, and how codes get to the tensor cores, is what is done of each key.
 
-Codes are loaded in pairs: two channels that stand side by side are one number of 16 bits, which is copied
-into shared memory and on into the tensor cores' order as any such number is; single bytes would go one by
-one. Even and odd channels are then two matrices of half the width.
+Keys stay whole numbers. The query becomes one of 15 bits, in two digits of eight: its largest entry has them
+all, where bfloat16 has eight, and two products of whole numbers are exact. (In single precision, and on GPUs
+before sm_80, keys become numbers of its type.)
+
+Values meet weights, which need more digits: there codes become numbers of half precision, whatever the
+model's type, which has every whole number up to 2,048. They are loaded in pairs: two channels that stand side
+by side are one number of 16 bits, which is copied into shared memory and on into the tensor cores' order as
+any such number is; single bytes would go one by one. Even and odd channels are then two matrices of half the
+width.
 
 Shape letters: B rows, G kv heads, H head dim, K keys.
 """
@@ -92,7 +97,7 @@ if triton is not None:
         shift_ptr, key_step_ptr, value_step_ptr,
         M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        GATES: tl.constexpr, IEEE: tl.constexpr, ASM: tl.constexpr,
+        GATES: tl.constexpr, IEEE: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """As `_attend_keys` of `decode_attention`, over a ring.
 
@@ -103,29 +108,33 @@ if triton is not None:
         capacity = tl.load(table_ptr + 3)
         segment = head * capacity + tl.load(table_ptr + 6 + row)
         # Told that the addresses are aligned, the compiler loads 16 bytes at a time; else 2.
-        keys = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(tl.int16)), 16)
+        keys = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(tl.int8)), 16) + segment * HK
         values = tl.multiple_of(tl.load(table_ptr + 1).to(tl.pointer_type(tl.int16)), 16)
-        keys, values = keys + segment * (HK // 2), values + segment * (HV // 2)
+        values += segment * (HV // 2)
         key_steps = tl.load(table_ptr + 4).to(tl.pointer_type(tl.float16)) + segment
         value_steps = tl.load(table_ptr + 5).to(tl.pointer_type(tl.float16)) + segment
 
         number: tl.constexpr = tl.float32 if IEEE else tl.float16
         precision: tl.constexpr = "ieee" if IEEE else "tf32"
         m_ids = tl.arange(0, BLOCK_M)
-        pk, pv = tl.arange(0, BLOCK_HK // 2), tl.arange(0, BLOCK_HV // 2)
-        in_m, in_pk, in_pv = m_ids < M, pk < HK // 2, pv < HV // 2
+        hk, hv, pv = tl.arange(0, BLOCK_HK), tl.arange(0, BLOCK_HV), tl.arange(0, BLOCK_HV // 2)
+        in_m, in_hk, in_hv, in_pv = m_ids < M, hk < HK, hv < HV, pv < HV // 2
         channels = head + row % GATES  # one of the two is 0
-        step_even = tl.load(key_step_ptr + channels * HK + pk * 2, mask=in_pk, other=1.0)
-        step_odd = tl.load(key_step_ptr + channels * HK + pk * 2 + 1, mask=in_pk, other=1.0)
-        queries = q_ptr + row * stride_qb + (head * M + m_ids)[:, None] * stride_qn + pk[None, :] * 2
-        in_q = in_m[:, None] & in_pk[None, :]
-        q_even = tl.load(queries, mask=in_q, other=0.0).to(tl.float32) * step_even[None, :]
-        q_odd = tl.load(queries + 1, mask=in_q, other=0.0).to(tl.float32) * step_odd[None, :]
-        largest = tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), 1)
-        digits = tl.floor(tl.log2(tl.maximum(largest, 1e-30)))
-        q_even = (q_even * tl.exp2(-digits)[:, None]).to(number)
-        q_odd = (q_odd * tl.exp2(-digits)[:, None]).to(number)
-        size = tl.exp2(digits) * (scale * 1.4426950408889634)  # the softmax here has base 2
+        step_hk = tl.load(key_step_ptr + channels * HK + hk, mask=in_hk, other=1.0)
+        q = tl.load(
+            q_ptr + row * stride_qb + (head * M + m_ids)[:, None] * stride_qn + hk[None, :],
+            mask=in_m[:, None] & in_hk[None, :], other=0.0,
+        ).to(tl.float32) * step_hk[None, :]  # fmt: skip
+        size = tl.zeros([BLOCK_M], tl.float32) + scale * 1.4426950408889634  # the softmax here has base 2
+        if not IEEE:
+            places: tl.constexpr = 13.0 if DIGITS else 0.0
+            bits = places - tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(q), 1), 1e-30)))
+            q *= tl.exp2(bits)[:, None]
+            size *= tl.exp2(-bits)
+        if DIGITS:  # adding 1.5 x 2^23 rounds
+            q = (q + 12582912.0) - 12582912.0
+            upper = (q * 0.00390625 + 0.001 + 12582912.0) - 12582912.0  # of 128 the next one
+            q_upper, q_lower = upper.to(tl.int8), (q - upper * 256.0).to(tl.int8)
 
         top = tl.full([BLOCK_M], -1e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -141,17 +150,17 @@ if triton is not None:
         for at in range(first, stored, BLOCK_K):
             ids = at + tl.arange(0, BLOCK_K)
             known, far = ids < stored, ids.to(tl.int64)
-            k = tl.load(
-                keys + far[None, :] * (HK // 2) + pk[:, None], mask=known[None, :] & in_pk[:, None], other=0
-            )
+            k = tl.load(keys + far[None, :] * HK + hk[:, None], mask=known[None, :] & in_hk[:, None], other=0)
             # A block ahead, as the compiler does with keys and values; of loads this small it does not.
             step_k, step_v = next_k.to(tl.float32), next_v.to(tl.float32)
             ahead = ids + BLOCK_K
             next_k = tl.load(key_steps + ahead, mask=ahead < stored, other=0.0)
             next_v = tl.load(value_steps + ahead, mask=ahead < stored, other=0.0)
-            k_even, k_odd = _halves(k, IEEE, ASM)
-            scores = tl.dot(q_even, k_even, input_precision=precision)
-            scores = tl.dot(q_odd, k_odd, scores, input_precision=precision)
+            if not DIGITS:
+                scores = tl.dot(q.to(number), k.to(number), input_precision=precision)
+            else:
+                larger = tl.dot(q_upper, k, out_dtype=tl.int32)
+                scores = (larger * 256 + tl.dot(q_lower, k, out_dtype=tl.int32)).to(tl.float32)
             scores = tl.where((known & (ids != hidden))[None, :], scores * step_k[None, :], -1e30)
             new_top = tl.maximum(top, tl.max(scores, 1) * size)
             weights = tl.exp2(scores * size[:, None] - new_top[:, None])
@@ -171,34 +180,28 @@ if triton is not None:
         even *= (step_even * 0.03125)[None, :]
         odd *= (step_odd * 0.03125)[None, :]
         if (first <= length) & (end == length + 1):  # the part that ends with the new token stores it
-            hk, hv = tl.arange(0, BLOCK_HK), tl.arange(0, BLOCK_HV)
-            in_hk, in_hv = hk < HK, hv < HV
             k_new = tl.load(k_ptr + row * stride_kb + head * stride_kg + hk, mask=in_hk, other=0.0)
             v_new = tl.load(v_ptr + row * stride_vb + head * stride_vg + hv, mask=in_hv, other=0.0)
             shift = tl.load(shift_ptr + channels * HK + hk, mask=in_hk, other=0.0)
-            step_hk = tl.load(key_step_ptr + channels * HK + hk, mask=in_hk, other=1.0)
             step_hv = tl.load(value_step_ptr + channels * HV + hv, mask=in_hv, other=1.0)
             k_new, k_step = encode_new(k_new, shift, step_hk)
             v_new, v_step = encode_new(v_new, 0.0, step_hv)
             # Behind the ring; the ring's own slot is written once all parts have read it.
             stays = (place >= 0).to(tl.int32)
             moves, into = stays * full.to(tl.int32), place.to(tl.int64)
-            keys_1 = keys.to(tl.pointer_type(tl.int8))
-            values_1 = values.to(tl.pointer_type(tl.int8))
-            k_old = tl.load(keys_1 + slot_new * HK + hk, mask=hk < HK * moves, other=0)
-            v_old = tl.load(values_1 + slot_new * HV + hv, mask=hv < HV * moves, other=0)
+            codes = values.to(tl.pointer_type(tl.int8))
+            k_old = tl.load(keys + slot_new * HK + hk, mask=hk < HK * moves, other=0)
+            v_old = tl.load(codes + slot_new * HV + hv, mask=hv < HV * moves, other=0)
             k_old_step = tl.load(key_steps + slot_new, mask=moves > 0, other=0.0)
             v_old_step = tl.load(value_steps + slot_new, mask=moves > 0, other=0.0)
-            tl.store(keys_1 + into * HK + hk, tl.where(full, k_old, k_new), mask=hk < HK * stays)
-            tl.store(values_1 + into * HV + hv, tl.where(full, v_old, v_new), mask=hv < HV * stays)
+            tl.store(keys + into * HK + hk, tl.where(full, k_old, k_new), mask=hk < HK * stays)
+            tl.store(codes + into * HV + hv, tl.where(full, v_old, v_new), mask=hv < HV * stays)
             tl.store(key_steps + into, tl.where(full, k_old_step, k_step), mask=stays > 0)
             tl.store(value_steps + into, tl.where(full, v_old_step, v_step), mask=stays > 0)
-            k_even, k_odd = tl.split(tl.reshape(k_new.to(tl.float32), [BLOCK_HK // 2, 2]))
             v_even, v_odd = tl.split(
                 tl.reshape(v_new.to(tl.float32) * (step_hv * v_step.to(tl.float32)), [BLOCK_HV // 2, 2])
             )
-            products = q_even.to(tl.float32) * k_even[None, :] + q_odd.to(tl.float32) * k_odd[None, :]
-            scores_new = tl.sum(products, 1) * (size * k_step.to(tl.float32))
+            scores_new = tl.sum(q * k_new.to(tl.float32)[None, :], 1) * (size * k_step.to(tl.float32))
             new_top = tl.maximum(top, scores_new)
             weights_new = tl.exp2(scores_new - new_top)
             fade = tl.exp2(top - new_top)

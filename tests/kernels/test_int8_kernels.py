@@ -110,9 +110,12 @@ def test_a_step_over_codes_equals_its_reference(
     W: int, positions: list[int], G: int, M: int, HK: int, HV: int, by_head: bool, tile: int,
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Steps enough to turn every ring once; codes and steps are the same bit for bit."""
+    """Steps enough to turn small rings once; codes and steps are the same bit for bit. The smallest tile runs
+    as on the GPUs that need it, without products of whole numbers."""
     for name in ("INT8_TILES", "SMALL_TILES"):
         monkeypatch.setattr(attention, name, getattr(attention, name)[tile:])
+    if tile:
+        monkeypatch.setattr(attention, "is_before_sm_80", lambda device: True)
     B, generator = len(positions), torch.Generator().manual_seed(7)
     int8 = range_of(G, HK, HV, generator)
     A = G if by_head else 1
@@ -141,6 +144,28 @@ def test_a_step_over_codes_equals_its_reference(
         torch.testing.assert_close(got, want, atol=atol, rtol=TOLERANCE[dtype])
         assert torch.equal(*rings)
         same(stored[1], stored[0])
+
+
+@pytest.mark.parametrize("edge", [128, -128, 127, 8191.5, 0.3])
+def test_digits_of_a_query_hold_at_their_edges(edge: float) -> None:
+    """In half precision a query is a whole number of two digits; all entries are at an edge of the lower."""
+    G, M, H, lengths = 1, 2, 64, [40]
+    generator = torch.Generator().manual_seed(2)
+    int8, stored = range_of(G, H, H, generator), [Stored(Int8Range(G, H, H), lengths, G, 5) for _ in range(2)]
+    q = torch.full((1, M, H), edge / 8192, device=DEVICE) / int8.key_step
+    q[..., 0] = 1.0 / int8.key_step[0, 0]
+    new = [q.to(HALF), *(drawn(int8, values, (1, G, H), generator).to(HALF) for values in (False, True))]
+    keep, position = torch.ones(1, dtype=torch.bool, device=DEVICE), torch.tensor([100], device=DEVICE)
+    rings = [torch.zeros(1, 4, dtype=torch.bool, device=DEVICE) for _ in range(2)]
+    want = attention.reference_decode_ring_attention(
+        *new, stored[0].buffers, stored[0].starts, stored[0].lengths, keep, rings[0], position, 0.5, int8=int8
+    )
+    channels = (int8.key_shift, int8.key_step, int8.value_step)
+    got = attention.decode_ring_attention(
+        *new, stored[1].table(), stored[1].lengths, keep, rings[1], position, 0.5, None, *channels
+    )
+    tolerance = TOLERANCE[HALF] / 4 * float(want.abs().max())
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("by_head", [False, True])

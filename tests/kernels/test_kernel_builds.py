@@ -58,7 +58,7 @@ for t in ("*bf16", "*fp32"):
             {"q_ptr": t, **new, **state, "column_ptr": "*i32", **parts, **STRIDES, "scale": "fp32"},
             {**layout, **heads, "RING": ring, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16,
              "BLOCK_K": (64 if t == "*bf16" else 32) * (1 + codes), "IEEE": t == "*fp32",
-             "ASM": codes == 1 and t == "*bf16"},
+             **dict.fromkeys(("ASM", "DIGITS"), codes == 1 and t == "*bf16")},
             num_warps=4, num_stages=3,
         )
         strides = {name: kind for name, kind in STRIDES.items() if "_q" not in name}
@@ -255,7 +255,8 @@ for codes in (False, True):
          "scale": "fp32",
          **dict.fromkeys(("shift_ptr", "key_step_ptr", "value_step_ptr"), "*fp32" if codes else "*i32")},
         {"G": 8, "B": 16, "GATES": 8, "BUDGET": True, "HK": 256, "HV": 256, "BLOCK_HK": 256, "BLOCK_HV": 256,
-         "RING": 128, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "IEEE": True, "INT8": codes, "ASM": False},
+         "RING": 128, "M": 4, "BLOCK_M": 16, "BLOCK_B": 16, "IEEE": True, "INT8": codes, "ASM": False,
+         "DIGITS": False},
         decode_attention.SMALL_TILES[-1],
     )
 build(
