@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import modlab
+from modlab.cache.int8 import Int8Range
 from modlab.engine import attention as attention_module
-from modlab.engine.attention import LayerPrefill
+from modlab.engine.attention import KeptKeys, LayerPrefill, LineBlocks, attend_by_head, store_kept_keys
 from modlab.engine.budget import MIB, layer_bytes
 from modlab.engine.prefill import prefill, scratch_buffers
 from modlab.engine.ring import Int8Ring
@@ -18,7 +19,7 @@ from modlab.engine.tables import LayerStep
 from modlab.families.tiny_models import tiny_model
 from modlab.kernels.decode_attention import decode_ring_attention, fold
 from modlab.kernels.int8 import encode
-from modlab.kernels.kept_attention import store_kept
+from modlab.kernels.kept_attention import reference_kept_attention, store_kept
 from tests.helpers.fast_generation import (
     DEVICE,
     NEW,
@@ -216,6 +217,11 @@ def by_kernels(step: LayerStep, ring: Tensor, new: tuple[Tensor, Tensor, Tensor]
     return decode_ring_attention(*folded, *state, *channels).view(*new[0].shape[:2], -1)
 
 
+def filled(kept: Any, query: Tensor, key: Tensor, value: Tensor, stored: Any) -> None:
+    """`_fill` as on a GPU."""
+    store_kept(key, value, kept.blocks.of(32), 32, stored)
+
+
 @GATES
 @SKIPS
 def test_kernels_of_a_gpu_say_the_same(skip: str, gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +237,6 @@ def test_kernels_of_a_gpu_say_the_same(skip: str, gates: str, monkeypatch: pytes
 
     want, buffers = run()
 
-    def filled(kept: Any, query: Tensor, key: Tensor, value: Tensor, stored: Any) -> None:
-        store_kept(key, value, kept.blocks.of(16), 16, stored)
-
     def encoded(part: LayerPrefill, key: Tensor, value: Tensor) -> Any:
         return None if part.int8 is None else encode(part.int8, key, value)
 
@@ -244,3 +247,36 @@ def test_kernels_of_a_gpu_say_the_same(skip: str, gates: str, monkeypatch: pytes
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)  # a code or two fall the other way
     for one, other in zip(buffers, others, strict=True):
         assert one.lengths == other.lengths and one.starts == other.starts
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_a_prompt_attends_on_a_gpu_to_what_codes_say(by_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, its kernels in the interpreter where there is none: numbers of the model's type for
+    the one layer, and codes left behind."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    counts, heads, H, recent = [40, 7], 2, 16, 5
+    S, generator = sum(counts), torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, n, S, H, generator=generator).to(DEVICE) for n in (heads * 2, heads, heads))
+    int8 = Int8Range(heads, H, H).to(DEVICE)
+    int8.measure(k + 3.0, v)
+    keep = (torch.rand(S, heads if by_head else 1, generator=generator) < 0.3).to(DEVICE)
+    bounds = torch.tensor([0, 40, S], device=DEVICE)
+    kept = KeptKeys(keep, bounds, recent, LineBlocks(counts, DEVICE))
+    buffer = Int8Ring()
+    part = LayerPrefill(buffer, counts, torch.arange(S, device=DEVICE), bounds.int(), False, kept, int8=int8)
+    monkeypatch.setattr(attention_module, "_fill", filled)
+    encoded = encode(int8, k, v)
+    stored = store_kept_keys(part, kept, kept.older.read(), q, k, v, encoded)
+    seen = attention_module._seen(kept, stored, q, *encoded.seen)
+    assert seen.keys.dtype == k.dtype and stored.keys.dtype == torch.int8 and stored.keys is buffer.keys
+    whole = [False] * len(kept.before)
+    got = attend_by_head(part, kept.blocks, seen, whole, q, *encoded.seen, None)
+    want = reference_kept_attention(q, *int8.rounded(k, v), keep, counts, recent, None)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    for name, content in (("keys", seen.keys), ("values", seen.values)):
+        decode = int8.decode_keys if name == "keys" else int8.decode_values
+        codes, steps = getattr(buffer, name), getattr(buffer, f"{name[:-1]}_steps")
+        for unit, (start, n) in enumerate(zip(buffer.starts, buffer.lengths, strict=True)):
+            places = slice(start, start + n)
+            own = slice(unit % heads, unit % heads + 1) if by_head else slice(None)
+            assert torch.equal(decode(codes[:, places], steps[:, places], k.dtype, own), content[:, places])
