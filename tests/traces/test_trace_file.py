@@ -104,6 +104,8 @@ def test_other_arrays_are_refused(trace, tmp_path, changes) -> None:
         {"keep_first": None},
         {"keep_recent": 1.5},
         {"kv_bytes_per_token": "128"},
+        {"stored_bytes_per_token": "72"},
+        {"stored_bytes_per_token": -1},
         {"model": 3},
         {"skip": "everything"},
         {"skip": ["kv"]},
