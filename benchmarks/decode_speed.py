@@ -3,9 +3,10 @@
     python -m benchmarks.decode_speed --out build/decode_speed.json --seconds 60
     python -m benchmarks.decode_speed --out build/toy.json --toy attention linear router step prefill
 
-Parts: `attention`, `linear` and `router` (of prompts), those kernels alone, in GB/s; `step`, whole decoding
-steps of a few layers of the 8B shape, with the time of each kernel; `prefill`, 4,096 tokens, likewise, dense
-and in several ways of routing, in turn. Each row is written when it is there; nothing begins after the limit.
+Parts: `attention`, `tiles` (of attention in eight bits), `linear` and `router` (of prompts), those kernels
+alone, in GB/s; `step`, whole decoding steps of a few layers of the 8B shape, with the time of each kernel;
+`prefill`, 4,096 tokens, likewise, dense and in several ways of routing, in turn. Each row is written when it
+is there; nothing begins after the limit.
 
 Shape letters: L layers, B rows, U rows of a layer's cache, G kv heads, H head dim, D features in, E out.
 """
@@ -37,13 +38,14 @@ from modlab.config import KVCacheDtype, MoDConfig
 from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.guesses import Guesses
 from modlab.kernels import decode_attention, decode_linear, router_logits
+from modlab.kernels.launch import Sizes
 from modlab.kernels.router_logits import Tile
 from modlab.measure import synchronize, time_generate
 from modlab.routing.router import make_router
 from modlab.routing.state import routing_override
 
 MATRICES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
-PARTS = ["attention", "linear", "router", "step", "prefill"]
+PARTS = ["attention", "tiles", "linear", "router", "step", "prefill"]
 
 
 class Report:
@@ -254,14 +256,43 @@ def attention_part(report: Report, target: torch.device, toy: bool) -> None:
             return
         if toy:
             cache = replace(cache, context=300)
-        case = Attention(cache, 1 if toy else 6, target)
-        error = case.error()
-        ms = milliseconds(case.all, 12, target) / len(case.layers)
-        report.add(
-            "attention", **vars(cache), us=round(ms * 1e3, 2),
-            gb_s=round(case.bytes / ms / 1e6), mb=round(case.bytes / 1e6, 1), error=float(f"{error:.1e}"),
-        )  # fmt: skip
-        del case
+        report.add("attention", **_attention_row(cache, target, toy))
+
+
+def _attention_row(cache: Cache, target: torch.device, toy: bool) -> dict[str, Any]:
+    case = Attention(cache, 1 if toy else 6, target)
+    error = case.error()
+    ms = milliseconds(case.all, 12, target) / len(case.layers)
+    return vars(cache) | {
+        "us": round(ms * 1e3, 2),
+        "gb_s": round(case.bytes / ms / 1e6),
+        "mb": round(case.bytes / 1e6, 1),
+        "error": float(f"{error:.1e}"),
+    }
+
+
+CODES = [Cache("kv_head", batch, 32768, 0.25, int8=True) for batch in (8, 1)]
+CODE_TILES: list[tuple[Sizes, int]] = [
+    ({"BLOCK_K": keys, "num_warps": warps, "num_stages": stages}, programs)
+    for keys, warps, stages, programs in (
+        (128, 4, 3, 2), (128, 4, 2, 2), (64, 4, 4, 2), (64, 4, 3, 3), (128, 8, 3, 2), (256, 8, 2, 1),
+    )
+]  # fmt: skip
+"""What may be the fastest of `decode_attention.INT8_TILES`, and of its programs a multiprocessor."""
+
+
+def tiles_part(report: Report, target: torch.device, toy: bool) -> None:
+    """Attention alone to keys and values in eight bits, in several tiles."""
+    before = decode_attention.INT8_TILES, decode_attention.PROGRAMS
+    try:
+        for cache, (tile, programs) in itertools.product(CODES, CODE_TILES):
+            if report.is_over:
+                return
+            decode_attention.INT8_TILES, decode_attention.PROGRAMS = (tile,), programs
+            row = _attention_row(replace(cache, context=300) if toy else cache, target, toy)
+            report.add("tiles", **row, **tile, programs=programs)
+    finally:
+        decode_attention.INT8_TILES, decode_attention.PROGRAMS = before
 
 
 # Linear maps alone
@@ -515,6 +546,7 @@ def main(argv: list[str] | None = None) -> None:
         report.add("models", layers=options.layers, kv_cache_dtype=options.kv_cache_dtype)
         run: dict[str, Callable[[], None]] = {
             "attention": lambda: attention_part(report, target, options.toy),
+            "tiles": lambda: tiles_part(report, target, options.toy),
             "linear": lambda: linear_part(report, target, options.toy),
             "router": lambda: router_part(report, target, options.toy),
             "step": lambda: step_part(report, *of_a_model, options.toy),

@@ -56,6 +56,13 @@ def test_attention_alone_is_held_to_the_reference() -> None:
     assert case.bytes == sum(case.lengths[0]) * 128 * 4
 
 
+def test_attention_to_codes_alone_is_held_to_the_reference() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = decode_speed.Attention(decode_speed.Cache("kv_head", 1, 140, 0.25, True), 1, torch.device("cpu"))
+    assert case.error() < 2e-3
+    assert case.bytes == sum(case.lengths[0]) * (2 * 128 + 2 * 2)
+
+
 def test_a_linear_map_alone_is_held_to_the_reference() -> None:
     x, weights = torch.randn(3, 1, 256).half(), [torch.randn(64, 256).half()]
     assert decode_speed._linear_row(x, weights, "kernel", torch.device("cpu"))["error"] < 1e-3
