@@ -275,9 +275,10 @@ def _probe(model: Any, engine: Engine) -> None:
     finally:
         engine.branch = branch
     difference = (torch.stack(got, 1).float() - want.float()).square().mean().sqrt() / want.float().std()
-    # A number between two codes falls either way, by which the last bits of full precision grow.
-    rounds = want.dtype in (torch.bfloat16, torch.float16) or bool(engine.ranges)
-    tolerance = 0.05 if rounds else 1e-3
+    # A number between two codes falls either way, by which the last bits grow. In bfloat16 SmolLM2 differs so
+    # by .071 on an H200, and its ordinary forward from itself by .05 with another kernel of attention.
+    half = want.dtype in (torch.bfloat16, torch.float16)
+    tolerance = (0.1 if half else 0.05) if engine.ranges else 0.05 if half else 1e-3
     if not bool(difference <= tolerance):
         raise CannotCapture(
             f"its logits differ from the ordinary forward's by {float(difference):.2g} of their spread"

@@ -161,9 +161,12 @@ if triton is not None:
             else:
                 larger = tl.dot(q_upper, k, out_dtype=tl.int32)
                 scores = (larger * 256 + tl.dot(q_lower, k, out_dtype=tl.int32)).to(tl.float32)
-            scores = tl.where((known & (ids != hidden))[None, :], scores * step_k[None, :], -1e30)
-            new_top = tl.maximum(top, tl.max(scores, 1) * size)
-            weights = tl.exp2(scores * size[:, None] - new_top[:, None])
+            # Hidden keys are what they are after all products: of a block of nothing else a product fused with
+            # the difference below would leave its rounding, which is large there.
+            scores *= step_k[None, :] * size[:, None]
+            scores = tl.where((known & (ids != hidden))[None, :], scores, -1e30)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
             fade = tl.exp2(top - new_top)
             v = tl.load(
                 values + far[:, None] * (HV // 2) + pv[None, :], mask=known[:, None] & in_pv[None, :], other=0
