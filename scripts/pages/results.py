@@ -17,6 +17,8 @@ TABLES = ("speed", "speed_kv", "speed_leave", "generate", "throughput", "prefill
 SHAPED = ("speed_kv", "speed_leave")  # measured for several shapes, each of which counts, and in parts
 SAME_ROW = ("case", "what", "shape", "context", "routed", "granularity", "skip", "prompt", "tokens")
 """What, with keep ratio and batch, makes two rows of a suite on one device measurements of one thing."""
+AUTO, INT8 = "auto", "int8"
+"""How keys and values were stored: in the model's own type, in eight bits."""
 GATES = {"layer": "a gate a layer", "kv_head": "a gate a KV head", "none": "-"}
 HEADLINE = "llama-3-8b"
 DEMO_NAMES = {
@@ -213,7 +215,8 @@ def skipped(result: dict[str, Any]) -> str:
 def skipped_words(result: dict[str, Any]) -> str:
     """The same as a table's caption has it."""
     more = ' and, where nothing is said of gates, `skip="prompt"`' if result["what"] == "speed_leave" else ""
-    return f'`skip="{skipped(result)}"`{more}'
+    eight = ", keys and values in eight bits against dense ones in 16" if _stored(result) == INT8 else ""
+    return f'`skip="{skipped(result)}"`{more}{eight}'
 
 
 def share(part: float) -> str:
@@ -247,12 +250,17 @@ def bench_section(results: list[dict[str, Any]]) -> list[str]:
     return [part for part in (*parts, *fold) if part]
 
 
-def results(root: Path) -> list[dict[str, Any]]:
-    """All result files directly in benchmarks/results, but for those of times with keys and values in eight
-    bits, which are not measurements of the same things."""
+def results(root: Path, stored: str = AUTO) -> list[dict[str, Any]]:
+    """All result files directly in benchmarks/results. Times with keys and values in eight bits
+    (stored="int8") are not measurements of the same things as others, and stand by themselves."""
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
     found = (json.loads(path.read_text(encoding="utf-8")) for path in files)
-    return [result for result in found if result.get("settings", {}).get("kv_cache_dtype") != "int8"]
+    return [result for result in found if (_stored(result) == INT8) == (stored == INT8)]
+
+
+def _stored(result: dict[str, Any]) -> str:
+    """How a result's models stored keys and values."""
+    return str(result.get("settings", {}).get("kv_cache_dtype", AUTO))
 
 
 def demos(root: Path) -> str:
@@ -266,10 +274,12 @@ def demos(root: Path) -> str:
 
 def benchmarks(root: Path) -> str:
     """Times and memory against the dense model, the default routing first."""
-    chosen = newest(result for result in results(root) if result["what"] in TABLES)
+    stored = (results(root, kind) for kind in (AUTO, INT8))
+    chosen = [found for some in stored for found in newest(one for one in some if one["what"] in TABLES)]
     chosen.sort(
         key=lambda result: (
             result["what"] != "speed_kv",
+            _stored(result) != INT8,
             result["what"] != "speed_leave",
             skipped(result) != "kv",
         )
