@@ -35,7 +35,8 @@ PROVENANCE = ("device_name", "dtype", "date", "command")
 TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]
 """Columns that say what was timed: `_timed_name` tells all of them, so that no two things share a name."""
 SAME = ("case", "shape", "context", "batch", "routed", "granularity", "skip")
-"""What makes two rows of one benchmark on one device measurements of one thing, at whatever keep ratio."""
+"""What makes two rows of one benchmark on one device measurements of one thing, at whatever keep ratio, where
+keys and values were stored alike."""
 ROUTED = {"alternate": "every other layer routed", "most": "most layers routed", "all": "all layers routed"}
 
 
@@ -74,7 +75,8 @@ def benchmarks() -> pd.DataFrame:
         origin = {name: result[name] for name in PROVENANCE}
         origin |= {"result": result["what"], "torch": result["versions"]["torch"]}
         for row in result["rows"]:
-            same = (result["what"], result["device_name"], *(row.get(name) for name in SAME))
+            stored = row.get("kv_cache_dtype", "auto")  # earlier rows do not say: in the model's own type
+            same = (result["what"], result["device_name"], stored, *(row.get(name) for name in SAME))
             newest[same] = file
             rows.append((same, file, {**origin, **row}))
     rows.sort(key=lambda told: told[0][:2])

@@ -187,6 +187,7 @@ def test_a_newer_record_of_other_gates_takes_nothing_away(
 def test_times_by_saving_are_of_routed_keys_and_values() -> None:
     frames = published.kv_latencies()
     rows = published.benchmarks().query("skip == 'kv' and case in ['prefill', 'decode']")
+    rows = rows[rows.kv_cache_dtype != "int8"]
     assert frames and sum(map(len, frames.values())) == len(rows)
     for name, frame in frames.items():
         assert frame.kv_saving.is_monotonic_increasing and list(frame) == ["kv_saving", "dense_ms", "mod_ms"]
@@ -236,6 +237,20 @@ def test_of_two_files_that_timed_the_same_the_newest_is_the_curve(
     (frame,) = published.kv_latencies().values()
     assert list(frame.mod_ms) == ([5.0, 4.0] if newest == "generate" else [50.0, 49.0])
     assert "2030-01-02" in frame.attrs["origin"]
+
+
+def test_times_in_eight_bits_leave_those_in_the_models_own_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "result_files", lambda: sorted(tmp_path.glob("*.json")))
+    timed(tmp_path / "own.json", "speed_kv", "2030-01-01", ("all", 4.0, 3.0))
+    timed(tmp_path / "eight.json", "speed_kv", "2030-01-02", ("all", 8.0, 2.0))
+    eight = json.loads((tmp_path / "eight.json").read_text())
+    eight["rows"] = [row | {"kv_cache_dtype": "int8"} for row in eight["rows"]]
+    (tmp_path / "eight.json").write_text(json.dumps(eight))
+    assert list(published.benchmarks().mod_ms) == [3.0, 2.0]
+    (frame,) = published.kv_latencies().values()
+    assert list(frame.mod_ms) == [3.0]
 
 
 def test_a_second_run_for_another_shape_leaves_the_first_ones_curve(
