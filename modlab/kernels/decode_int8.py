@@ -161,8 +161,8 @@ if triton is not None:
             else:
                 larger = tl.dot(q_upper, k, out_dtype=tl.int32)
                 scores = (larger * 256 + tl.dot(q_lower, k, out_dtype=tl.int32)).to(tl.float32)
-            # Hidden keys are what they are after all products: of a block of nothing else a product fused with
-            # the difference below would leave its rounding, which is large there.
+            # Hidden keys are what they are after all products: of a block of nothing else a product fused
+            # with the difference below would leave its rounding, which is large there.
             scores *= step_k[None, :] * size[:, None]
             scores = tl.where((known & (ids != hidden))[None, :], scores, -1e30)
             new_top = tl.maximum(top, tl.max(scores, 1))
