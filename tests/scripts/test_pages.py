@@ -54,13 +54,20 @@ def test_tables_show_the_newest_result_of_each_device(tmp_path: Path) -> None:
 
 
 def test_times_in_eight_bits_have_a_table_of_their_own(tmp_path: Path) -> None:
-    row = {"case": "decode", "shape": "wide", "context": 32768, "batch": 1, "keep_ratio": 0.25, "skip": "kv"}
+    row: dict[str, Any] = {
+        "case": "decode",
+        "shape": "wide",
+        "context": 32768,
+        "batch": 1,
+        "keep_ratio": 0.25,
+    }
     row |= {"routed": "all", "routed_layers": 8, "num_layers": 8, "granularity": "layer", "dense_ms": 9.0}
-    row |= {"speedup": 2.0, "ideal": 3.0}
+    row |= {"skip": "kv", "speedup": 2.0, "ideal": 3.0}
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     for stored, ms in (("auto", 4.5), ("int8", 3.5)):
-        result = {"what": "speed_kv", "device_name": "a GPU", "dtype": "bfloat16", "command": "modlab bench"}
+        result: dict[str, Any] = {"what": "speed_kv", "device_name": "a GPU", "dtype": "bfloat16"}
+        result |= {"command": "modlab bench"}
         result |= {"versions": {"torch": "2.13.0"}, "settings": {"shape": "wide", "kv_cache_dtype": stored}}
         result |= {"date": "2030-01-01", "rows": [row | {"mod_ms": ms, "kv_saving": ms}]}
         (folder / f"{stored}.json").write_text(json.dumps(result))
