@@ -35,6 +35,8 @@ STEP_TYPE = torch.float16
 LEAST_STEP = 2.0**-14
 """The smallest normal number of that type: a key of zeros has it."""
 
+MOST_STEP = 2047.0
+"""Times 32, as a kernel takes it, still a number of that type: what is larger ends at its largest code."""
 
 PEAK = 3.0
 """Largest over usual size of a channel that varies as random numbers do, about. Where it varies less, as a
@@ -103,7 +105,8 @@ class Int8Range(nn.Module):
         """Moves with the model to another device, but stays fp32 under `model.to(torch.bfloat16)`."""
 
         def keep_fp32(t: Tensor) -> Tensor:
-            return t.to(device=fn(t).device)
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
 
         return super()._apply(keep_fp32, recurse)
 
@@ -119,7 +122,7 @@ def token_bytes(heads: int, key_dim: int, value_dim: int) -> int:
 
 
 def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
-    steps = (x.abs().amax(-1, keepdim=True) / LARGEST_CODE).clamp(min=LEAST_STEP).to(STEP_TYPE)
+    steps = (x.abs().amax(-1, keepdim=True) / LARGEST_CODE).clamp(LEAST_STEP, MOST_STEP).to(STEP_TYPE)
     codes = (x / steps.float()).round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
     return codes, steps
 

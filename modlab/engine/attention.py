@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.cache.int8 import Int8Range
 from modlab.engine.budget import cut_down, score_prompt
-from modlab.engine.compiled_layers import line_attention
+from modlab.engine.compiled_layers import compiles_a_layer, line_attention
 from modlab.engine.deferred import DeferredLayouts, keep_everything
 from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.engine.tables import LayerStep
@@ -182,7 +182,7 @@ def prefill_attention(
         output [1, S, N, H], and None where others return weights.
     """
     check_supported(kwargs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and compiles_a_layer():
         return line_attention(query, key, value, scaling), None
     part: LayerPrefill = module.mod_prefill  # type: ignore[assignment]
     return attend_line(part, query, key, value, scaling), None

@@ -50,6 +50,13 @@ class _OfThread(threading.local):
 
 _of_thread = _OfThread()
 
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compiles_a_layer() -> bool:
+    """Whether what torch.compile traces is a layer that runs here; users compile modules of theirs, too."""
+    return _of_thread.attend is not None
+
+
 # Not by `torch.library.custom_op`, which looks for aliases and gradients around each call: 40 us of a CPU.
 _operators = torch.library.Library("modlab", "FRAGMENT")
 _EXACT = (torch.Tag.needs_exact_strides,)

@@ -124,10 +124,9 @@ def _run_line(
     """The same with what the layers have kept, as far as packed layers go; `guesses` are tokens that layers
     run."""
     arguments = (engine, ids_BT, real_BT, counts, first_row, most_older, guesses)
-    try:
+    with contextlib.suppress(NotCompiled):  # which holds what it has run, and is gone when the block is
         return _run_line_once(*arguments)
-    except NotCompiled:
-        return _run_line_once(*arguments)  # as it is: what failed is noted
+    return _run_line_once(*arguments)  # as it is: what failed is noted
 
 
 def _run_line_once(

@@ -107,10 +107,11 @@ class DensePrefill:
 
     def __init__(self, layer: Any, index: int, part: LayerPrefill, line: PrefillLine) -> None:
         self.layer, self.index, self.part, self.line = layer, index, part, line
-        foreign = "forward" in layer.__dict__  # somebody's own, and whatever it does
-        self.fused = self.one_graph and line.compiled is not None and line.compiled.compiles and not foreign
         name = mlp_name(layer)
         self.mlp = None if name is None else layer.get_submodule(name)
+        parts = [layer] if self.mlp is None else [layer, self.mlp]
+        foreign = any("forward" in part.__dict__ for part in parts)  # somebody's own, and whatever it does
+        self.fused = self.one_graph and line.compiled is not None and line.compiled.compiles and not foreign
 
     def forwards(self) -> dict[nn.Module, Forward]:
         """What the layer and modules inside it run instead of their own forwards."""

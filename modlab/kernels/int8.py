@@ -66,7 +66,7 @@ if triton is not None:
     @triton.jit
     def step_of(largest):
         """The step of numbers of which this is the largest, fp16."""
-        return tl.maximum(tl.div_rn(largest, 127.0), 0.00006103515625).to(tl.float16)
+        return tl.minimum(tl.maximum(tl.div_rn(largest, 127.0), 0.00006103515625), 2047.0).to(tl.float16)
 
     @triton.jit
     def code_of(x, step):

@@ -70,3 +70,14 @@ def test_a_wave_is_coded_by_its_peaks() -> None:
     seen, _ = ranges.rounded(keys, keys)
     assert (seen - keys)[..., 0].abs().max() < 0.8  # by its usual size .9
     assert (seen - keys)[..., 1:].abs().max() < 0.05
+
+
+@pytest.mark.parametrize("size", [1e6, 1e30])
+def test_numbers_beyond_the_largest_step_end_at_their_largest_code(ranges: Int8Range, size: float) -> None:
+    codes, steps = ranges.encode_values(torch.full((1, 2, 1, 16), size))
+    assert (codes == 127).all() and (32 * steps.float()).max() <= torch.finfo(torch.float16).max
+    assert ranges.decode_values(codes, steps, torch.float32).isfinite().all()
+
+
+def test_it_is_made_again_from_the_meta_device(ranges: Int8Range) -> None:
+    assert ranges.to("meta").to_empty(device="cpu").key_step.device.type == "cpu"

@@ -280,6 +280,20 @@ def test_a_forward_that_somebody_put_on_a_layer_is_run(compiles: Any) -> None:
     assert seen == [1] and layer.__dict__["forward"] is not own
 
 
+@pytest.mark.parametrize("piece", [32, 1024], ids=["in-pieces", "at-once"])
+def test_a_forward_that_somebody_put_on_an_mlp_runs(
+    piece: int, compiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_layers, "MLP_CHUNK", piece)
+    model, _ = MODELS["dense"](), compiles()
+    mlp = model.model.layers[2].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: 2 * own(x)
+    want = generated(model, prompts(60), max_new_tokens=4)
+    switch_on(model)
+    assert generated(model, prompts(60), max_new_tokens=4) == want
+
+
 def test_two_threads_generate_on_two_models(compiles: Any) -> None:
     compiles()
     models = [MODELS["kv"](), MODELS["layer"]()]
@@ -303,3 +317,21 @@ def test_other_families_have_one_graph_too(model_type: str, compiles: Any) -> No
     assert [generated(model, batch, max_new_tokens=4) for batch in batches] == want
     assert counter.frame_count == 1 and not not_compiled(model)
     assert MLPS not in not_compiled(model)
+
+
+@pytest.mark.parametrize("what", ["attention", "layers", "model"])
+def test_modules_that_a_user_compiles_run_in_a_prefill(what: str) -> None:
+    """What torch.compile traces then is no layer of the engine's."""
+    model = modlab.convert(dense_llama(), alternate_layers(skip="kv", keep_recent=4))
+    ids = torch.randint(3, 500, (1, 12), generator=torch.Generator().manual_seed(0))
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+    modlab.enable_fast_generation(model)
+    for layer in model.model.layers:
+        if what == "attention":
+            layer.self_attn.compile(backend="eager")
+        elif what == "layers":
+            layer.compile(backend="eager")
+    if what == "model":
+        model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), want)
+    assert modlab.fast_generation_report(model)["last"]["fast"]
