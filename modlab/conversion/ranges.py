@@ -37,16 +37,19 @@ FEW_TOKENS = 8
 
 def set_kv_cache_dtype(model: Any, dtype: str) -> None:
     """Sets how routed layers store keys and values (`MoDConfig.kv_cache_dtype`). The next forward uses it; a
-    `generate` under way ends as it began, and a cache from before is refused.
+    `generate` under way ends as it began. A cache of the other dtype is refused; one in eight bits goes on
+    with the ranges that it was filled with.
 
     ``"int8"`` measures each routed layer's range of keys and values by one forward over 512 random tokens,
     drawn from a generator of its own, and adds it to the layer as a module: it is saved with the routers.
-    Where it is "int8" already nothing is measured again: after the base's weights have been trained, set
-    "auto" and then "int8". ``"auto"`` takes these modules away, and nothing else is changed.
+    Where it is "int8" already nothing is measured again: once what computes keys and values has changed (the
+    base's weights, adapters on its projections, projections of prompts that leave), set "auto" and then
+    "int8". ``"auto"`` takes these modules away, and nothing else is changed.
 
     What is stored is what attention sees, in evaluation and in `generate`, of a token's own keys on. Nothing
-    is rounded in training or with routing off. In eval mode gradients pass keys and values as if they were
-    not rounded, but for forwards with a cache, through which none passes them.
+    is rounded in train mode without a cache, or with routing off. In eval mode gradients pass keys and values
+    as if they were not rounded, but for forwards with a cache, through which none passes them: give
+    ``use_cache=False`` where you ask for gradients.
 
     Args:
         model: a converted model whose cache routing decides about (``skip="kv"``, ``"kv+prompt"``).
