@@ -324,7 +324,10 @@ def _linear_row(x: Tensor, weights: list[Tensor], name: str, target: torch.devic
 
 # Routers of a prompt alone
 
-TILES = [router_logits.SHORT, router_logits.LONG, Tile(16), Tile(64, 128)]
+TILES = [
+    router_logits.SHORT, router_logits.LONG, Tile(32, 128, shares=2), Tile(32, 128, shares=4),
+    Tile(32, 64, shares=4), Tile(64, 64, shares=4), Tile(64, 128, shares=4), Tile(64, 64, shares=8),
+]  # fmt: skip
 
 
 def router_part(report: Report, target: torch.device, toy: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ class Workload:
     def times(
         self, variants: Sequence[Variant], repeats: int, whole_warm_up: bool = True
     ) -> dict[Variant | None, tuple[Times, Times]]:
-        """Times to the first and to each further token, the dense model's under None; order rotates.
+        """Times to the first and to each further token, the dense model's under None.
+
+        Each turn has an order of its own: what comes after a call that left the GPU cool has a higher clock.
 
         Args:
             whole_warm_up: False where a whole prompt is too long to throw away: only its last tokens warm up.
@@ -88,8 +91,7 @@ class Workload:
         self.last: dict[Variant | None, dict[str, Any]] = {}
         names = list(calls)
         for turn in range(repeats + 1):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in random.Random(turn).sample(names, len(names)):
                 model, table = calls[name]
                 ids, mask = self.ids_BT, self.mask_BT
                 if turn == 0 and not whole_warm_up:

@@ -31,6 +31,7 @@ from modlab.bench.rows import make_row
 from modlab.cache.buffer import SegmentedBuffer
 from modlab.cache.bytes import allocated_bytes
 from modlab.engine.engine import Engine
+from modlab.engine.guesses import Guesses
 from modlab.engine.prefill import prefill
 from modlab.routing.state import routing_override
 from modlab.routing.table import RoutingTable
@@ -43,6 +44,9 @@ LEAST_SHARE = 0.4
 0.10, from 0.05 to 0.15 by head, and a sixth of the heads keep everything."""
 
 SKIP_LAYERS = "skipped layers"
+GUESSED = "skipped layers, on guesses"
+"""The same where a layer does not ask how many tokens it keeps (`enable_fast_generation(guess=True)`)."""
+
 FEWER = 0.94
 """Share of a batch that did not fit that is tried next."""
 
@@ -80,11 +84,11 @@ def head_shares(layers: int, kv_heads: int, ratio: float, seed: int) -> Tensor:
 
 
 class KeptWorkload(Workload):
-    """A workload whose twins are named by granularity: "layer", "kv_head" (or `SKIP_LAYERS`)."""
+    """A workload whose twins are named by granularity: "layer", "kv_head" (or `SKIP_LAYERS`, `GUESSED`)."""
 
     def routing(self, variant: Variant) -> RoutingTable:
         """Tokens kept at random: the variant's share in each layer, or `head_shares`."""
-        if variant.routed == SKIP_LAYERS:
+        if variant.routed in (SKIP_LAYERS, GUESSED):
             return super().routing(variant)
         config, settings = self.dense.config, self.settings
         layers = self.twins[variant.routed].mod.layers
@@ -94,17 +98,25 @@ class KeptWorkload(Workload):
         return table_of(layers, shares, max(self.lengths) + self.tokens, settings)
 
     def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
-        if variant.routed == SKIP_LAYERS:
+        if variant.routed in (SKIP_LAYERS, GUESSED):
             skip_name = "layer"
-        fields = super().fields(variant, name, skip_name)
+        fields = super().fields(variant, name, skip_name) | {"guessed": variant.routed == GUESSED}
         return fields | granularity_of(variant.routed, fields["num_layers"], fields["routed_layers"])
+
+    def learn(self, variant: Variant) -> None:
+        """Runs as many prompts as it takes until one would run on guesses."""
+        model = self.twins[variant.routed]
+        guesses = model.__dict__["mod_engine"].guesses
+        with routing_override(model, self.routing(variant)):
+            for _ in range(guesses.steady + 1):
+                self.timed(model, self.ids_BT, self.mask_BT)
 
 
 def granularity_of(name: str, num_layers: int, routed: int) -> dict[str, Any]:
     """What a row says of who decides."""
     return {
         "routed": "all" if routed == num_layers else "alternate",
-        "granularity": "layer" if name == SKIP_LAYERS else name,
+        "granularity": "layer" if name in (SKIP_LAYERS, GUESSED) else name,
     }
 
 
@@ -129,11 +141,13 @@ def twins_by_gates(settings: Settings, dense: Any, skip: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def kept_models(settings: Settings, context: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The dense model; a twin for each granularity, all layers routed; one that skips every other layer."""
+    """The dense model; a twin for each granularity, all layers routed; two that skip every other layer."""
     dense = dense_model(settings, context)
     twins = twins_by_gates(settings, dense, "kv")
-    twins[SKIP_LAYERS] = converted_twin(dense, routed_layers("alternate", depth(settings)), "layer")
+    for name in (SKIP_LAYERS, GUESSED):
+        twins[name] = converted_twin(dense, routed_layers("alternate", depth(settings)), "layer")
     with fast_twins(settings, dense, twins):
+        twins[GUESSED].__dict__["mod_engine"].guesses = Guesses()
         yield dense, twins
 
 
@@ -153,12 +167,16 @@ def generate_rows(
 
     def rows(lengths: Sequence[int], variants: Sequence[Variant]) -> Iterator[Row]:
         workload = KeptWorkload(settings, dense, twins, lengths, sizes.new)
+        for variant in variants:
+            if variant.routed == GUESSED:
+                workload.learn(variant)
         return workload.rows(variants, settings.repeats)
 
     if "long" in which:
         yield from rows([sizes.long], [*both(0.25), *both(0.125), *both(1.0)])
     if "short" in which:
-        yield from rows([sizes.short], [*both(0.25), *both(1.0), Variant(SKIP_LAYERS, 0.10)])
+        whole = [Variant(name, 0.10) for name in (SKIP_LAYERS, GUESSED)]
+        yield from rows([sizes.short], [*both(0.25), *both(1.0), *whole])
     if "unequal" in which:
         yield from rows(sizes.unequal, both(0.25))
 

@@ -35,17 +35,20 @@ class Tile:
     Attributes:
         tokens, inputs: of S and D.
         warps, stages: of a program.
+        shares: programs that share out the inputs of a token; of more than one, a second kernel sums what
+            they found.
     """
 
     tokens: int
     inputs: int = 64
     warps: int = 4
     stages: int = 3
+    shares: int = 1
 
     @property
     def sizes(self) -> Sizes:
         """As the kernel is launched with it."""
-        blocks = {"BLOCK_S": self.tokens, "BLOCK_D": self.inputs}
+        blocks = {"BLOCK_S": self.tokens, "BLOCK_D": self.inputs, "SHARES": self.shares}
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -103,11 +106,21 @@ def kernel_router_logits(router: Router, x_BTD: Tensor, tile: Tile | None = None
     K = len(into) if hidden else 0
     BLOCK_A, BLOCK_K = blocks_of(router)
     tile = tile or usual_tile(S, BLOCK_A + BLOCK_K, multiprocessors_of(x_SD.device))
+    shapes = {"A": A, "K": K, "D": D, "BLOCK_A": BLOCK_A, "BLOCK_K": BLOCK_K}
+    small = replace(SMALL, shares=tile.shares)
+    sums = out
+    if tile.shares > 1:
+        sums = torch.empty(tile.shares, S, BLOCK_A + BLOCK_K + 1, dtype=torch.float32, device=x_SD.device)
     launch(
-        _wide_logits, lambda sizes: (triton.cdiv(S, sizes["BLOCK_S"]),),
-        x_SD, router.weight, router.bias, into, back, out, x_SD.stride(0), S,
-        A=A, K=K, D=D, BLOCK_A=BLOCK_A, BLOCK_K=BLOCK_K, tiles=(tile.sizes, SMALL.sizes),
+        _wide_logits, lambda sizes: (triton.cdiv(S, sizes["BLOCK_S"]), sizes["SHARES"]),
+        x_SD, router.weight, router.bias, into, back, sums, x_SD.stride(0), S,
+        **shapes, tiles=(tile.sizes, small.sizes),
     )  # fmt: skip
+    if tile.shares > 1:
+        launch(
+            _sum_shares, (triton.cdiv(S, BLOCK_S),), sums, router.bias, back, out, S, **shapes,
+            BLOCK_S=BLOCK_S, SHARES=tile.shares, tiles=({"num_warps": 1},),
+        )  # fmt: skip
     return out
 
 
@@ -161,12 +174,31 @@ if triton is not None:
         return total
 
     @triton.jit
+    def _store_gates(
+        logit, hidden, squares, bias_ptr, back_ptr, out_ptr, row, inside,
+        A: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """The gates of some tokens, of sums over all inputs: [S, A], [S, K] and [S]."""
+        a, k = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
+        if K:
+            norm = tl.rsqrt(squares / D + 1e-6)[:, None]
+            hidden = hidden * norm
+            hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
+            back = tl.load(
+                back_ptr + a[None, :] * K + k[:, None], mask=(a < A)[None, :] & (k < K)[:, None], other=0.0
+            )
+            logit = logit * norm + tl.dot(hidden, back, input_precision="tf32x3")
+        logit += tl.load(bias_ptr + a, mask=a < A, other=0.0)[None, :]
+        at_out = row.to(tl.int64)[:, None] * A + a[None, :]
+        tl.store(out_ptr + at_out, logit, mask=inside[:, None] & (a < A)[None, :])
+
+    @triton.jit
     def _wide_logits(
         x_ptr, weight_ptr, bias_ptr, into_ptr, back_ptr, out_ptr, stride_x, rows,
         A: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SHARES: tl.constexpr,
     ):  # fmt: skip
-        """The gates of some tokens."""
+        """The gates of some tokens, or, of a share of the inputs, sums [SHARES, S, A + K + 1] in blocks."""
         row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
         inside = row < rows
         a, k = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
@@ -174,8 +206,11 @@ if triton is not None:
         logit = tl.zeros([BLOCK_S, BLOCK_A], tl.float32)
         hidden = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
         squares = tl.zeros([BLOCK_S], tl.float32)
-        for at in range(0, D, BLOCK_D):
-            d = at + tl.arange(0, BLOCK_D)
+        blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+        own: tl.constexpr = (blocks + SHARES - 1) // SHARES
+        share = tl.program_id(1)
+        for block in range(share * own, tl.minimum((share + 1) * own, blocks)):
+            d = block * BLOCK_D + tl.arange(0, BLOCK_D)
             x = tl.load(x_rows + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
             weight = tl.load(
                 weight_ptr + a[None, :] * D + d[:, None], mask=(a < A)[None, :] & (d < D)[:, None], other=0.0
@@ -188,14 +223,34 @@ if triton is not None:
                 )  # fmt: skip
                 hidden = _plus_product(hidden, x, into)
                 squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-        if K:
-            norm = tl.rsqrt(squares / D + 1e-6)[:, None]
-            hidden = hidden * norm
-            hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
-            back = tl.load(
-                back_ptr + a[None, :] * K + k[:, None], mask=(a < A)[None, :] & (k < K)[:, None], other=0.0
+        if SHARES == 1:
+            _store_gates(
+                logit, hidden, squares, bias_ptr, back_ptr, out_ptr, row, inside, A, K, D, BLOCK_A, BLOCK_K
             )
-            logit = logit * norm + tl.dot(hidden, back, input_precision="tf32x3")
-        logit += tl.load(bias_ptr + a, mask=a < A, other=0.0)[None, :]
-        at_out = row.to(tl.int64)[:, None] * A + a[None, :]
-        tl.store(out_ptr + at_out, logit, mask=inside[:, None] & (a < A)[None, :])
+        else:
+            sums = out_ptr + (share * rows + row.to(tl.int64)) * (BLOCK_A + BLOCK_K + 1)
+            tl.store(sums[:, None] + a[None, :], logit, mask=inside[:, None])
+            tl.store(sums[:, None] + BLOCK_A + k[None, :], hidden, mask=inside[:, None])
+            tl.store(sums + BLOCK_A + BLOCK_K, squares, mask=inside)
+
+    @triton.jit
+    def _sum_shares(
+        sums_ptr, bias_ptr, back_ptr, out_ptr, rows,
+        A: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_S: tl.constexpr, SHARES: tl.constexpr,
+    ):  # fmt: skip
+        """The gates of some tokens, of what each share of the inputs has come to."""
+        row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+        inside = row < rows
+        a, k = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
+        logit = tl.zeros([BLOCK_S, BLOCK_A], tl.float32)
+        hidden = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+        squares = tl.zeros([BLOCK_S], tl.float32)
+        for share in tl.static_range(SHARES):
+            sums = sums_ptr + (share * rows + row.to(tl.int64)) * (BLOCK_A + BLOCK_K + 1)
+            logit += tl.load(sums[:, None] + a[None, :], mask=inside[:, None], other=0.0)
+            hidden += tl.load(sums[:, None] + BLOCK_A + k[None, :], mask=inside[:, None], other=0.0)
+            squares += tl.load(sums + BLOCK_A + BLOCK_K, mask=inside, other=0.0)
+        _store_gates(
+            logit, hidden, squares, bias_ptr, back_ptr, out_ptr, row, inside, A, K, D, BLOCK_A, BLOCK_K
+        )

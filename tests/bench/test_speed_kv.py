@@ -13,6 +13,7 @@ import modlab
 from modlab import bench
 from modlab.bench import ideal, limits, registry, speed_kv
 from modlab.bench.fast import Variant
+from modlab.engine.guesses import Guesses
 from modlab.errors import ModlabError
 
 SIZES = speed_kv.Sizes(short=40, long=300, unequal=(30, 60, 200), new=6)
@@ -42,6 +43,8 @@ def models() -> Iterator[tuple[registry.Settings, Any, dict[str, Any]]]:
 
 def test_rows_say_who_decides_and_count_bytes(models: Any) -> None:
     settings, dense, twins = models
+    engine = twins[speed_kv.GUESSED].__dict__["mod_engine"]
+    engine.guesses = Guesses(least=8, multiple=4)
     rows = list(speed_kv.generate_rows(settings, dense, twins, SIZES))
     wanted = (
         "case",
@@ -63,7 +66,9 @@ def test_rows_say_who_decides_and_count_bytes(models: Any) -> None:
         assert row["kept_kv_bytes"] == pytest.approx(row["dense_kv_bytes"] * (128 + 44) / 305, rel=0.15)
         assert row["kept_kv_bytes"] <= row["kv_bytes"]
     skipped = [row for row in rows if row["skip"] == "layer"]
-    assert [row["routed"] for row in skipped] == ["alternate"] * 2
+    assert [row["routed"] for row in skipped] == ["alternate"] * 4
+    assert [row["guessed"] for row in rows if row["skip"] == "layer"] == [False, False, True, True]
+    assert engine.guesses.right > 0 == engine.guesses.wrong, "no prompt ran on guesses"
     assert all(row["routed"] == "all" for row in rows if row["skip"] == "kv")
 
 

@@ -543,9 +543,11 @@ def test_logits_of_a_prefill_equal_the_routers_own(
     wide[..., :D] = torch.randn(1, S, D, generator=generator)
     x = wide.to(DEVICE, dtype)[..., :D]  # rows with something else between them
     with torch.no_grad():
-        got, want = router_logits.kernel_router_logits(own, x), own(x)
-    assert got.dtype == torch.float32 and got.shape == want.shape
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        want = own(x)
+        for tile in (None, router_logits.Tile(32, 64, shares=1), router_logits.Tile(16, 32, shares=3)):
+            got = router_logits.kernel_router_logits(own, x, tile)
+            assert got.dtype == torch.float32 and got.shape == want.shape
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prefills_router_has_tiles_by_its_tokens_and_columns() -> None:

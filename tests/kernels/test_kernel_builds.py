@@ -154,8 +154,15 @@ for t in ("*bf16", "*fp32"):
                 {"x_ptr": t, **weights,
                  **dict.fromkeys(("bias_ptr", "into_ptr", "back_ptr", "out_ptr"), "*fp32")},
                 {"A": A, "K": K, "D": 4096, "BLOCK_A": max(A, 16), "BLOCK_K": K, "BLOCK_S": tile.tokens,
-                 "BLOCK_D": tile.inputs},
+                 "BLOCK_D": tile.inputs, "SHARES": tile.shares},
                 num_warps=tile.warps, num_stages=tile.stages,
+            )
+            build(
+                router_logits._sum_shares,
+                {**dict.fromkeys(("sums_ptr", "bias_ptr", "back_ptr", "out_ptr"), "*fp32"), "rows": "i32"},
+                {"A": A, "K": K, "D": 4096, "BLOCK_A": max(A, 16), "BLOCK_K": K,
+                 "BLOCK_S": router_logits.BLOCK_S, "SHARES": 4},
+                num_warps=1,
             )
     build(
         router_logits._logits,
@@ -199,7 +206,7 @@ for A, K, tokens in sizes[: int(sys.argv[3])]:
     types = {"x_ptr": "*fp16", "weight_ptr": "*fp32", "stride_x": "i32", "rows": "i32"}
     types |= dict.fromkeys(("bias_ptr", "into_ptr", "back_ptr", "out_ptr"), "*fp32")
     constants = {"A": A, "K": K, "D": 4096, "BLOCK_A": A, "BLOCK_K": K, "BLOCK_S": tile.tokens,
-                 "BLOCK_D": tile.inputs}
+                 "BLOCK_D": tile.inputs, "SHARES": tile.shares}
     built = triton.compile(
         ASTSource(router_logits._wide_logits, types | dict.fromkeys(constants, "constexpr"),
                   constexprs=constants),
