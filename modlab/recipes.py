@@ -27,7 +27,7 @@ the loss of the text. Real models lose recall over a distance by it (docs/result
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -35,7 +35,6 @@ from modlab.config import KVCacheDtype, MoDConfig
 from modlab.errors import ModlabError
 from modlab.training.config import TrainConfig
 from modlab.training.fit_config import FitConfig
-from modlab.warn import warn
 
 if TYPE_CHECKING:
     from modlab.conversion.survey import Survey
@@ -50,7 +49,9 @@ class Recipe:
         mod: the conversion.
         train: fields of `TrainConfig` that differ from the default.
         started: fields that differ further where trained routers are the start (`modlab.start_from`).
-        kv_saving: aimed at by default; None leaves `keep_ratio` as it is.
+        kv_savings: aimed at by default, by how keys and values are stored: dense bytes over allocated ones of
+            a model in 16 bits. In a way that is not named routing is trained to the saving of "auto", and
+            what fewer bits save comes on top. None at all leaves `keep_ratio` as it is.
         fits: routers are not trained but fitted (`modlab.fit_routers`).
     """
 
@@ -58,12 +59,20 @@ class Recipe:
     mod: MoDConfig = field(default_factory=MoDConfig)
     train: dict[str, Any] = field(default_factory=dict)
     started: dict[str, Any] = field(default_factory=lambda: {"ramp": 0.0})
-    kv_saving: float | None = None
+    kv_savings: Mapping[KVCacheDtype, float] = field(default_factory=dict)
     fits: bool = False
+
+    @property
+    def kv_saving(self) -> float | None:
+        """Aimed at by default, as the recipe itself stores keys and values."""
+        return self.kv_savings.get(self.mod.kv_cache_dtype)
 
 
 BY_HEAD = MoDConfig(layers="all", gates="kv_head", router_hidden=16)
 """What was studied on real models; where KV heads cannot have gates of their own, one gate a layer."""
+
+IN_EIGHT_BITS = replace(BY_HEAD, kv_cache_dtype="int8")
+"""The same with what is kept in eight bits, of which real models lose less than of keys that are dropped."""
 
 LEAVING = replace(BY_HEAD, skip="kv+prompt")
 """The same with less work for prompts."""
@@ -103,7 +112,7 @@ RECIPES = {
         "a gate a KV head in all layers, fitted in one forward pass over some text, without training: 2x "
         "less K/V in minutes on a CPU",
         BY_HEAD,
-        kv_saving=2.0,
+        kv_savings={"auto": 2.0},
         fits=True,
     ),
     "distil": Recipe(
@@ -112,30 +121,32 @@ RECIPES = {
         "of at most 0.018, 0.039 and 0.031 nats on smollm2, coder-0.5b and coder-1.5b",
         BY_HEAD,
         DISTILLING,
-        kv_saving=4.0,
+        kv_savings={"auto": 4.0},
     ),
     "safe": Recipe(
-        "distil, aimed at 2x, and it stays there whatever default becomes: a KL of at most 0.0021 and a "
-        "recall gap of at most 0.018 on the three models of default",
+        "distil, aimed at 2x by routing alone, nothing rounded, and it stays there whatever default becomes: "
+        "a KL of at most 0.0021 and a recall gap of at most 0.018 on the three models of default",
         BY_HEAD,
         DISTILLING,
-        kv_saving=2.0,
+        # Eight bits save 1.94x of these 2x by themselves: nothing that a run could be trained to is left.
+        kv_savings={"auto": 2.0},
     ),
     "default": Recipe(
-        "distil, aimed at the highest saving of which a KL and a recall gap of at most 0.02 were measured on "
-        "three real models (0.1 to 1.5 B), each with the best number of recent tokens that was tried: 3x, "
-        "with 0.0071 and 0.019",
-        BY_HEAD,
+        "distil, with what is kept in eight bits, aimed at the highest saving of both of which a KL and a "
+        "recall gap of at most 0.02 were measured on three real models (0.1 to 1.5 B): 6x, with 0.0081 and "
+        "0.020; 3x with --kv-cache-dtype auto, with 0.0071 and 0.019",
+        IN_EIGHT_BITS,
         DISTILLING,
-        # With the 683 recent tokens that a run leaves at 3x coder-1.5b has 0.0203 ± 0.0026, with 512
-        # 0.0188 ± 0.0028. At 4x coder-0.5b has at least 0.035, whatever their number.
-        kv_saving=3.0,
+        # coder-1.5b has both with 512 recent tokens, where a run leaves 662 at 6x and 683 at 3x: in 16 bits
+        # .0203 ± .0026 with those, in eight not measured. At 8x, 4x in 16 bits, coder-0.5b has .044 and .035.
+        kv_savings={"auto": 3.0, "int8": 6.0},
     ),
     "memory": Recipe(
-        "distil, aimed at the highest saving with a recall gap of at most 0.05: 4x, as distil itself today",
-        BY_HEAD,
+        "distil, with what is kept in eight bits, aimed at the highest saving of both with a recall gap of "
+        "at most 0.05: 8x, with 0.044; 4x with --kv-cache-dtype auto, with 0.039",
+        IN_EIGHT_BITS,
         DISTILLING,
-        kv_saving=4.0,  # 8x: 0.20 at least
+        kv_savings={"auto": 4.0, "int8": 8.0},  # 16x: 0.32; 8x in 16 bits: 0.20 at least
     ),
     "speed": Recipe(
         "prompt tokens leave after two thirds of the layers, and a gate a KV head in all layers keeps a "
@@ -148,13 +159,13 @@ RECIPES = {
         LEAVING,  # docs/quality.md, its section on depth
         {**DISTILLING, "lr": 2e-4, "router_lr": 0.01},
         LEAVING_STARTED,
-        kv_saving=4.0,
+        kv_savings={"auto": 4.0},
     ),
     "layers": Recipe(
         "whole layers, in all but the first two and the last: most operations saved, at a loss that leaving "
         "layers out for all tokens would not exceed",
         MoDConfig(skip="layer"),  # 0.29; alternate layers 0.32, seven of 16 left out 0.16
-        kv_saving=1.8,
+        kv_savings={"auto": 1.8},
     ),
     "paper": Recipe(
         "MoDification as published: load objective, gate on both branches; where it ends is up to alpha",
@@ -177,7 +188,7 @@ def recipe(  # type: ignore[overload-overlap]
     model: Any,
     *,
     kv_saving: float | None = None,
-    kv_cache_dtype: KVCacheDtype = "auto",
+    kv_cache_dtype: KVCacheDtype | None = None,
     started: bool = False,
     **settings: Any,
 ) -> tuple[MoDConfig, FitConfig]: ...
@@ -189,7 +200,7 @@ def recipe(
     model: Any,
     *,
     kv_saving: float | None = None,
-    kv_cache_dtype: KVCacheDtype = "auto",
+    kv_cache_dtype: KVCacheDtype | None = None,
     started: bool = False,
     **settings: Any,
 ) -> tuple[MoDConfig, TrainConfig]: ...
@@ -200,7 +211,7 @@ def recipe(
     model: Any,
     *,
     kv_saving: float | None = None,
-    kv_cache_dtype: KVCacheDtype = "auto",
+    kv_cache_dtype: KVCacheDtype | None = None,
     started: bool = False,
     **settings: Any,
 ) -> tuple[MoDConfig, TrainConfig | FitConfig]:
@@ -208,14 +219,19 @@ def recipe(
 
     Args:
         name: "quick", "distil", "safe", "default", "memory", "speed", "layers" or "paper".
-        model: dense, to be converted; its number of layers sets the keep ratio.
-        kv_saving: how many times smaller the K/V cache is to be; the recipe's own by default, or less, with
-            a warning, where windows leave too few layers for it. Of what is distilled in texts of 8,192
-            tokens (or the model's context), the latest included; shorter ones save less. With "layers" all
-            along.
-        kv_cache_dtype: "int8" stores keys and values in eight bits (`MoDConfig.kv_cache_dtype`). A recipe's
-            own saving is what routing is trained to, and eight bits save on top: 3x of "default" becomes
-            5.8x (16 bit, heads of 64). A `kv_saving` that is given is that of both.
+        model: dense, to be converted; its number of layers sets the keep ratio. Of a recipe in eight bits it
+            is converted and reverted once, with a forward of a few tokens, to see whether it can have them.
+        kv_saving: how many times smaller the K/V cache is to be: dense bytes over allocated ones, whatever
+            saves them. The recipe's own by default, or less, with a warning, where windows leave too few
+            layers for it; it is counted in 16 bits (of a model in single precision routing keeps the same
+            share, which is a larger saving there). Of what is distilled in texts of 8,192 tokens (or the
+            model's context), the latest included; shorter ones save less. With "layers" all along.
+        kv_cache_dtype: how what is kept is stored (`MoDConfig.kv_cache_dtype`): "int8", in eight bits, or
+            "auto", in the model's own type. By default the recipe's: eight bits of "default" and "memory",
+            or, with a warning, the model's own type where it cannot have them (tensor parallelism) or a
+            `kv_saving` is so small that they would leave routing next to nothing. "auto" is aimed at 3x and
+            4x by these two. Eight bits asked of any other recipe save on top of its own saving: 4x of
+            "distil" becomes 7.8x (heads of 64). Routers are trained at full precision either way.
         started: routers that are trained already will be the start (`modlab.start_from`): the run begins at
             the ratio aimed at; what else differs is the recipe's ("speed").
         **settings: further fields of `TrainConfig` (of "quick": of `FitConfig`), such as `tokens`; they win
@@ -230,6 +246,7 @@ def recipe(
     """
     # The command line reads RECIPES for its help, and must not wait for torch.
     from modlab.cache.stored import keep_ratio_for_saving
+    from modlab.conversion.aim import Aim, at_one_saving
     from modlab.conversion.selection import select
     from modlab.conversion.survey import survey
     from modlab.routing.state import is_converted
@@ -243,7 +260,9 @@ def recipe(
         )
     chosen = RECIPES[name]
     found = survey(model)
-    config = replace(_for(found, chosen.mod), kv_cache_dtype=kv_cache_dtype)
+    config = _for(found, chosen.mod)
+    if kv_cache_dtype is not None:
+        config = replace(config, kv_cache_dtype=kv_cache_dtype)
     if started and chosen.fits:
         raise ModlabError(f"the recipe {name!r} fits routers itself: leave started=True out.")
     fields = {**chosen.train, **(chosen.started if started else {}), **settings}
@@ -253,7 +272,6 @@ def recipe(
             "leave it out, or train the plain form: modlab.convert(model) (`modlab convert`), then "
             "modlab.train with settings of yours (`modlab train` of that folder)."
         )
-    saving = chosen.kv_saving if kv_saving is None else kv_saving
     if kv_saving is not None and "keep_ratio" in fields:
         raise ModlabError(
             f"kv_saving={kv_saving} and keep_ratio={fields['keep_ratio']} say the same: give one."
@@ -263,57 +281,18 @@ def recipe(
             "the load objective aims at no KV saving, alpha decides it: leave kv_saving out, or calibrate "
             "the trained model (modlab.calibrate)."
         )
+    layers = len(select(found, config).facts), found.holding_keys
+    bounds = fields.get("keep_range") or (0.0, 1.0)
+    aim = Aim(name, model, chosen.kv_savings, layers, bounds, insists=kv_cache_dtype is not None)
+    config, saving = aim.own(config) if kv_saving is None else aim.asked(config, kv_saving)
     if saving is not None and "keep_ratio" not in fields:
-        routed, holding = len(select(found, config).facts), found.holding_keys
-        if kv_saving is None:
-            saving = _reachable(name, saving, routed, holding)
-        elif kv_cache_dtype != "auto":
-            saving = _by_routing(model, saving, routed)
-        fields["keep_ratio"] = keep_ratio_for_saving(saving, routed, holding)
+        fields["keep_ratio"] = keep_ratio_for_saving(saving, *layers)
         if "recent_range" in chosen.started and started and fields["recent_range"] is None:
-            config, fields["keep_ratio"] = _at_one_saving(model, config, saving, routed, holding)
+            recent_range = DISTILLING["recent_range"]
+            config, fields["keep_ratio"] = at_one_saving(model, config, recent_range, saving, layers)
     how = (FitConfig if chosen.fits else TrainConfig)(**fields)
     how.check()
     return config, how
-
-
-def _reachable(name: str, saving: float, routed: int, holding: int) -> float:
-    """The recipe's own aim, or, with a word, three quarters of the way to what so few layers can save."""
-    most = holding / (holding - routed) if routed < holding else math.inf
-    if saving < most:
-        return saving
-    aim = 1 + 0.75 * (most - 1)
-    warn(
-        f"{routed} of {holding} layers are routed (others hold a window alone), which saves less than "
-        f"{most:.3g}x: the recipe {name!r} aims at {aim:.3g}x here instead of {saving:g}x (kv_saving=...)."
-    )
-    return aim
-
-
-def _by_routing(model: Any, saving: float, routed: int) -> float:
-    """What routing has to save where eight bits save a part of `saving`."""
-    from modlab.routing.kv_saving import rounding_ahead
-
-    rounding = rounding_ahead(model, routed)
-    if (by_routing := rounding.routed(saving)) > 1:
-        return by_routing
-    raise ModlabError(
-        f"kv_saving={saving:g}: eight bits alone save {rounding.total(1.0):.3g}x, which leaves nothing to "
-        "routing. Ask for more, or leave kv_cache_dtype out."
-    )
-
-
-def _at_one_saving(
-    model: Any, config: MoDConfig, saving: float, routed: int, holding: int
-) -> tuple[MoDConfig, float]:
-    """The conversion with the recent tokens that go with a saving, and the keep ratio that they leave."""
-    from modlab.cache.stored import recent_share, unbounded_keep_ratio
-    from modlab.hf.model import context_length
-    from modlab.routing.recent_tokens import SAVING_TEXT, recent_at
-
-    length = min(context_length(model) or SAVING_TEXT, SAVING_TEXT)
-    config = replace(config, keep_recent=recent_at(DISTILLING["recent_range"], saving, length))
-    return config, unbounded_keep_ratio(saving, routed, holding, recent_share(config, length))
 
 
 def _for(found: Survey, config: MoDConfig) -> MoDConfig:

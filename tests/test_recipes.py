@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
 import pytest
 
 import modlab
 from modlab.cache.stored import keep_ratio_for_saving
+from modlab.conversion import ranges
 from modlab.errors import ModlabError
 from modlab.families.tiny_models import tiny_model
 from modlab.recipes import RECIPES, TRAINED
+
+IN_16_BITS = 2 * 16 / (16 + 2)
+"""What eight bits save of 16, in heads of 16."""
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -26,11 +32,18 @@ def test_every_recipe_converts_and_trains(make_llama: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["default", "memory", "safe", "distil"])
 def test_recipes_of_the_cache_are_what_real_models_were_measured_with(make_llama: Any, name: str) -> None:
-    mod_config, config = modlab.recipe(name, make_llama(num_hidden_layers=8), steps=1)
+    model = make_llama(num_hidden_layers=8)
+    mod_config, config = modlab.recipe(name, model, steps=1)
     assert (mod_config.skip, mod_config.layers, mod_config.gates) == ("kv", "all", "kv_head")
     assert (config.objective, config.recent_range, config.router_lr) == ("distil", (128, 1024), 0.004)
+    assert mod_config.kv_cache_dtype == ("int8" if name in ("default", "memory") else "auto")
+    by_routing = {"default": 6 / IN_16_BITS, "memory": 8 / IN_16_BITS, "safe": 2, "distil": 4}
+    assert 1 / config.keep_ratio == pytest.approx(by_routing[name]), "of single precision the same share"
+    plain, config = modlab.recipe(name, model, kv_cache_dtype="auto", steps=1)
+    assert plain.kv_cache_dtype == "auto"
     assert 1 / config.keep_ratio == pytest.approx({"default": 3, "safe": 2}.get(name, 4))
-    assert f"{RECIPES[name].kv_saving:g}x" in RECIPES[name].summary
+    for saving in RECIPES[name].kv_savings.values():
+        assert f"{saving:g}x" in RECIPES[name].summary
 
 
 @pytest.mark.parametrize(("saving", "recent", "keep"), [(None, 512, 0.2), (2.0, 1024, 3 / 7)])
@@ -72,8 +85,9 @@ def test_the_default_works_on_a_small_model_in_rows_shorter_than_its_recent_toke
     assert (
         trained is not None and {2.0, 4.0} <= set(trained.savings) and trained.method.startswith("distilled")
     )
-    assert model.mod.config.keep_recent == trained.recent_for(3.0) <= trained.seq_len // 4
-    assert trained.recent[4.0] < model.mod.config.keep_recent < trained.recent[2.0]
+    assert model.mod.config.kv_cache_dtype == "int8"
+    assert model.mod.config.keep_recent == trained.recent_for(6 / (2 * 32 / 34)) <= trained.seq_len // 4
+    assert trained.recent[4.0] < model.mod.config.keep_recent < trained.recent[3.0]
     text = rows[:1].repeat(1, 12)  # longer than what stays anyway: something is left out
     with modlab.KVTracker(model) as kv:
         model.generate(text, max_new_tokens=2, do_sample=False)
@@ -85,7 +99,8 @@ def test_the_default_works_on_a_small_model_in_rows_shorter_than_its_recent_toke
 )
 def test_the_keep_ratio_gives_the_saving(make_llama: Any, name: str, saving: float) -> None:
     model = make_llama(num_hidden_layers=8)
-    mod_config, train_config = modlab.recipe(name, model, kv_saving=saving, steps=1)
+    dtype: Any = "auto"
+    mod_config, train_config = modlab.recipe(name, model, kv_saving=saving, kv_cache_dtype=dtype, steps=1)
     routed = len(mod_config.resolve_layers(8))
     assert 8 / (8 - routed + routed * train_config.keep_ratio) == pytest.approx(saving)
 
@@ -151,19 +166,73 @@ def test_where_windows_leave_few_layers_the_aim_is_what_they_can_save(name: str)
         modlab.recipe(name, tiny_model("gemma2"), kv_saving=4, steps=1)
 
 
-@pytest.mark.parametrize("name", ["default", "quick"])
-def test_a_saving_that_is_asked_for_is_that_of_both_a_recipes_own_is_routings(
-    make_llama: Any, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["distil", "quick"])
+def test_eight_bits_save_on_top_where_a_recipe_was_not_measured_with_them(make_llama: Any, name: str) -> None:
     model, steps = make_llama(num_hidden_layers=8), {} if name == "quick" else {"steps": 1}
-    factor = 4 * 16 / (16 + 2)  # of single precision, in heads of 16
-    plain, own = (modlab.recipe(name, model, kv_cache_dtype=dtype, **steps) for dtype in ("auto", "int8"))
+    plain, own = (modlab.recipe(name, model, kv_cache_dtype=dtype, **steps) for dtype in (None, "int8"))
     assert plain[1] == own[1]
     assert (plain[0].kv_cache_dtype, own[0].kv_cache_dtype) == ("auto", "int8")
+
+
+@pytest.mark.parametrize("name", ["default", "quick"])
+def test_a_saving_that_is_asked_for_is_that_of_both(make_llama: Any, name: str) -> None:
+    model, steps = make_llama(num_hidden_layers=8), {} if name == "quick" else {"steps": 1}
+    factor = 4 * 16 / (16 + 2)  # of single precision, in heads of 16
     both = modlab.recipe(name, model, kv_cache_dtype="int8", kv_saving=8.0, **steps)
     assert 1 / both[1].keep_ratio == pytest.approx(8 / factor)
     with pytest.raises(ModlabError, match=r"eight bits alone save 3\.56x, which leaves nothing to routing"):
         modlab.recipe(name, model, kv_cache_dtype="int8", kv_saving=3.5, **steps)
+
+
+@pytest.mark.parametrize(("saving", "dtype"), [(1.5, "auto"), (2.5, "auto"), (2.7, "int8"), (4.0, "int8")])
+def test_of_a_small_saving_eight_bits_would_leave_routing_nothing(
+    make_llama: Any, saving: float, dtype: str
+) -> None:
+    """2.67x in heads of 16, of which routing has 1.5x, as `keep_range` has it; warned of, met without."""
+    model = make_llama(num_hidden_layers=8).bfloat16()
+    expected = pytest.warns(UserWarning, match=r"eight bits alone save 1\.78x, which leaves less to routing")
+    with expected if dtype == "auto" else contextlib.nullcontext():
+        mod_config, config = modlab.recipe("default", model, kv_saving=saving, steps=1)
+    assert mod_config.kv_cache_dtype == dtype
+    assert 1 / config.keep_ratio == pytest.approx(saving / (IN_16_BITS if dtype == "int8" else 1))
+
+
+@pytest.mark.parametrize(("name", "saving"), [("default", 3), ("memory", 4)])
+def test_a_model_that_cannot_have_eight_bits_is_aimed_at_what_it_can(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch, name: str, saving: float
+) -> None:
+    """As with tensor parallelism, whose heads are shared across ranks."""
+    model = make_llama(num_hidden_layers=8)
+    monkeypatch.setattr(ranges, "mesh_of", lambda model: "a mesh")
+    with pytest.warns(UserWarning, match="which this model cannot have: .*are shared across ranks"):
+        mod_config, config = modlab.recipe(name, model, steps=1)
+    assert mod_config.kv_cache_dtype == "auto" and 1 / config.keep_ratio == pytest.approx(saving)
+    assert modlab.convert(model, mod_config).mod.layers == list(range(8))
+    modlab.revert(model)
+    with pytest.raises(ModlabError, match="are shared across ranks"):
+        modlab.recipe(name, model, kv_cache_dtype="int8", steps=1)
+    assert not modlab.is_converted(model)
+
+
+def test_a_recipe_leaves_the_model_as_it_was(make_llama: Any) -> None:
+    import torch
+
+    model = make_llama(num_hidden_layers=8).train()
+    modules, kind, state = dict(model.named_modules()), type(model), copy.deepcopy(model.state_dict())
+    before = torch.get_rng_state()
+    modlab.recipe("default", model, steps=1)
+    assert torch.equal(before, torch.get_rng_state()) and type(model) is kind and model.training
+    assert dict(model.named_modules()) == modules and not modlab.is_converted(model)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_where_one_layer_of_nine_is_not_routed_the_aim_stays_within_what_is_trained() -> None:
+    """8x lies below the 9x that skipping everything would give, and asks gates for next to nothing."""
+    kinds = ["full_attention"] * 8 + ["sliding_attention"]
+    model = tiny_model("gemma3_text", num_hidden_layers=9, layer_types=kinds)
+    with pytest.warns(UserWarning, match=r"8 of 9 layers .* less than 9x: .* aims at 7x here instead of 8x"):
+        _, config = modlab.recipe("memory", model, steps=1)
+    assert config.keep_range is not None and config.keep_ratio > config.keep_range[0]
 
 
 def test_what_a_run_in_eight_bits_leaves_is_known_by_routing_alone(make_llama: Any) -> None:

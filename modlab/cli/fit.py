@@ -45,7 +45,10 @@ def add(command: Command) -> None:
         help="of a dense SRC: how many times smaller the K/V cache is to be, eight bits "
         "included (default: 2 by routing)",
     )  # fmt: skip
-    add_kv_cache_dtype(sub, "keys and values of routed layers, once they are fitted")
+    add_kv_cache_dtype(
+        sub, "keys and values of routed layers, once they are fitted",
+        unsaid="of a dense SRC auto, else as it was saved",
+    )  # fmt: skip
     add_model_flags(sub)
     add_dataclass_flags(
         sub.add_argument_group("FitConfig"),
@@ -80,9 +83,8 @@ def _converted(model: Any, options: argparse.Namespace, given: dict[str, Any]) -
     import modlab
 
     if not modlab.is_converted(model):
-        dtype: Any = options.kv_cache_dtype or "auto"
         mod_config, config = modlab.recipe(
-            "quick", model, kv_saving=options.kv_saving, kv_cache_dtype=dtype, **given
+            "quick", model, kv_saving=options.kv_saving, kv_cache_dtype=options.kv_cache_dtype, **given
         )
         modlab.convert(model, mod_config)
         return config

@@ -77,14 +77,16 @@ def add_dataclass_flags(
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
-def add_kv_cache_dtype(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
-    """`--kv-cache-dtype`: of a model that is converted already; `text` says of what."""
+def add_kv_cache_dtype(
+    parser: argparse.ArgumentParser, text: str, default: str | None = None, unsaid: str = "as MODEL was saved"
+) -> None:
+    """`--kv-cache-dtype`: `text` says of what; `unsaid`, what holds where it is not given."""
     from modlab.config import KVCacheDtype
 
     parser.add_argument(
         "--kv-cache-dtype", choices=typing.get_args(KVCacheDtype), default=default, help=f"{text}: auto, in "
         "the model's own type; int8, in eight bits, about half of the bytes"
-        + ("" if default else " (default: as MODEL was saved)"),
+        + ("" if default else f" (default: {unsaid})"),
     )  # fmt: skip
 
 

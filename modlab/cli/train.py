@@ -56,8 +56,8 @@ def add(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,
-        help="with --recipe: how many times smaller the K/V cache is to be, eight bits included "
-        "(by routing: the recipe's own)",
+        help="with --recipe: how many times smaller the K/V cache is to be, eight bits included (default: "
+        "the recipe's own)",
     )  # fmt: skip
     sub.add_argument(
         "--start", metavar="ROUTERS", type=read_name,
@@ -71,7 +71,10 @@ def add(command: Command) -> None:
         help="with a dense MODEL: units of the hidden layer in each router, 0: a linear router "
         "(default: the recipe's)",
     )  # fmt: skip
-    add_kv_cache_dtype(sub, "keys and values of routed layers; routers are trained at full precision")
+    add_kv_cache_dtype(
+        sub, "keys and values of routed layers; routers are trained at full precision",
+        unsaid="of a dense MODEL the recipe's, else as MODEL was saved",
+    )  # fmt: skip
     sub.add_argument("--teacher", metavar="MODEL", type=read_name, help="dense model for --kl")
     sub.add_argument("--dense", action="store_true", help="leave a dense MODEL dense (a control run)")
     distil = sub.add_argument_group("with --objective distil")
@@ -178,7 +181,7 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
 
     name = options.recipe or DEFAULT
     mod_config, config = modlab.recipe(
-        name, model, kv_saving=options.kv_saving, kv_cache_dtype=options.kv_cache_dtype or "auto",
+        name, model, kv_saving=options.kv_saving, kv_cache_dtype=options.kv_cache_dtype,
         started=bool(options.start), **given,
     )  # fmt: skip
     if options.router_hidden is not None:
@@ -187,6 +190,7 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
     print(
         f"{options.model} is dense: converted by the recipe {name}, routed layers "
         f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
+        + (", what is kept in eight bits" if model.mod.ranges else "")
     )
     if not options.start or find_checkpoint(config) is not None:
         return config, []

@@ -12,14 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from modlab.cache import bytes as kv_bytes
 from modlab.cache.int8 import token_bytes
 from modlab.errors import ModlabError, check_number
 from modlab.hf.anatomy import attention_name, decoder_layers
-from modlab.hf.model import device_of, eval_mode
-from modlab.hf.names import given_cache
 from modlab.routing.state import gated_routing_of, routing_of, set_keep_recent, set_threshold
 from modlab.routing.trained import Trained
 from modlab.warn import warn
@@ -80,18 +75,6 @@ def rounding_of(model: Any) -> Rounding:
     found = next(iter(routing.ranges.values()))
     (heads, key_dim), value_dim = found.key_step.shape, found.value_step.shape[-1]
     return rounding(heads, key_dim, value_dim, model.dtype.itemsize, elsewhere(model, len(routing.layers)))
-
-
-@torch.no_grad()
-def rounding_ahead(model: Any, routed: int) -> Rounding:
-    """That of eight bits in a model that is dense as yet and is to have so many routed layers; a forward of
-    one token tells the sizes of its keys and values."""
-    with eval_mode(model):
-        ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
-        layers = given_cache(model(ids, use_cache=True)).layers
-    keys, values = next((layer.keys, layer.values) for layer in layers if kv_bytes.token_nbytes(layer))
-    sizes = keys.shape[-3], keys.shape[-1], values.shape[-1]
-    return rounding(*sizes, keys.element_size(), elsewhere(model, routed))
 
 
 def elsewhere(model: Any, routed: int) -> float:

@@ -17,7 +17,8 @@ RATIOS = (2.0, 4.0, 8.0, 16.0)
 """KV savings that a distillation takes its recent tokens from."""
 
 CALIBRATED = (2.0, 3.0, 4.0, 8.0, 16.0)
-"""KV savings whose thresholds a distilled model is given: those, and that of `recipe("default")`."""
+"""KV savings whose thresholds a distilled model is given: those, and what `recipe("default")` asks of
+routing in 16 bits (in eight a little more, which lies between them)."""
 
 SAVING_TEXT = 8192
 """Tokens of a text in which a saving is counted, where neither rows nor the model's context say otherwise."""

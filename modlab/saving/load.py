@@ -57,8 +57,10 @@ def load(
         name_or_path: ``"demo"`` (a converted model that ships with modlab), ``"demo-dense"`` (its dense
             twin), ``"demo-kv"`` (that twin with routers for its cache), ``"smollm2-kv"``,
             ``"coder-0.5b-kv"`` and ``"coder-1.5b-kv"`` (routers that ship with modlab, for the cache of
-            SmolLM2-135M-Instruct, Qwen2.5-Coder-0.5B- and -1.5B-Instruct, set to 2x, where the latest 1,024
-            tokens are kept, so shorter texts save nothing), a local folder, or a hub id. A folder of PEFT
+            SmolLM2-135M-Instruct, Qwen2.5-Coder-0.5B- and -1.5B-Instruct, in the model's own type, set to 2x,
+            where the latest 1,024 tokens are kept, so shorter texts save nothing; for what
+            `recipe("default")` aims at say ``kv_cache_dtype="int8"``, then `modlab.set_kv_saving(model, 6)`),
+            a local folder, or a hub id. A folder of PEFT
             adapters gives a `PeftModel` on its base; routers alone (`save_routers`) are put into the base
             that they name.
         base: for routers alone: a folder or hub id to take the base from instead of what they name. Its type,

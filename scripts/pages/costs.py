@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from scripts.pages.measured import records, ships
+from modlab.recipes import RECIPES
+from scripts.pages.measured import AUTO, records, ships
 from scripts.pages.quality import PLAIN, summary
-from scripts.pages.real_models import Settings, of_recipe, settings
+from scripts.pages.real_models import STORED, Settings, by_storage, of_recipe
 from scripts.pages.results import newest, newest_headline, results
 
 REAL = "Qwen2.5-Coder-0.5B-Instruct"
@@ -47,22 +48,25 @@ def real_sentence(root: Path) -> str:
 def distilled_sentence(root: Path) -> str:
     """What the package's own distillation reaches on real models, by recipe."""
     small, large, least = (_measured(root, name) for name in ("coder-0.5b", "coder-1.5b", "smollm2"))
-    found = settings(records(root))
-    made = small["training"]
-    three, four, two = _by_recipe(found, "coder-0.5b", "default", "memory", "safe")
+    found = by_storage(root)
+    made, by_recipe = small["training"], RECIPES["default"]
+    default, memory, safe = _by_recipe(found, "coder-0.5b", "default", "memory", "safe")
+    plain = of_recipe(found, "default", "coder-0.5b", AUTO)
     more, most = (
         " and ".join(_lost(row) for row in _by_recipe(found, name, "default", "memory"))
         for name in ("coder-1.5b", "smollm2")
     )
     return _wrapped(
-        '**`recipe("default")` distils routers to the dense model itself**, for 3x less K/V: after '
-        f"{made['seconds'] / 60:.1f} minutes of training on one {small['device_name']} "
-        f"({made['tokens'] / 1e6:.0f} M tokens) Qwen2.5-Coder-0.5B stores {three['ratio']:.1f}x less at a KL "
-        f"of {three['kl_far']:.4f} to its dense self, and at most {_gap(three)} nats of recall are lost up "
-        f'to {max(map(int, three["recall_gap"])):,} tokens. `recipe("memory")` aims at 4x: {_lost(four)}; '
-        f'`recipe("safe")` at 2x: {_lost(two)}. Its '
-        f"sibling of 1.5 B, after {large['tokens'] / 1e6:.1f} M tokens: {more}. SmolLM2-135M, after "
-        f"{least['tokens'] / 1e6:.1f} M: {most}. Beyond 4x recall falls."
+        '**`recipe("default")` distils routers to the dense model itself** and stores what they keep in '
+        f"eight bits, for {by_recipe.kv_saving:g}x less K/V: after {made['seconds'] / 60:.1f} minutes of "
+        f"training on one {small['device_name']} ({made['tokens'] / 1e6:.0f} M tokens) Qwen2.5-Coder-0.5B "
+        f"stores {default['ratio']:.1f}x less at a KL of {default['kl_far']:.4f} to its dense self, and at "
+        f"most {_gap(default)} nats of recall are lost up to {max(map(int, default['recall_gap'])):,} "
+        f'tokens. In 16 bits, `kv_cache_dtype="auto"`, it aims at {by_recipe.kv_savings["auto"]:g}x: '
+        f'{_lost(plain)}. `recipe("memory")` aims at {RECIPES["memory"].kv_saving:g}x: {_lost(memory)}; '
+        f'`recipe("safe")` at {RECIPES["safe"].kv_saving:g}x, nothing rounded: {_lost(safe)}. Its sibling of '
+        f"1.5 B, after {large['tokens'] / 1e6:.1f} M tokens: {more}. SmolLM2-135M, after "
+        f"{least['tokens'] / 1e6:.1f} M: {most}. Beyond that recall falls."
     )
 
 
@@ -71,7 +75,7 @@ def _measured(root: Path, model: str) -> dict[str, Any]:
     return next(one for one in records(root) if one["model"] == model and ships(one))
 
 
-def _by_recipe(found: Settings, model: str, *names: str) -> list[dict[str, Any]]:
+def _by_recipe(found: dict[str, Settings], model: str, *names: str) -> list[dict[str, Any]]:
     """A model's rows at these recipes' savings."""
     return [of_recipe(found, name, model) for name in names]
 
@@ -116,7 +120,7 @@ def real_table(root: Path) -> str:
 def _real_rows(root: Path) -> list[Row]:
     at = _settings(_real(root, REAL))
     dense = at["dense"]
-    rows, found = [], settings(records(root))
+    rows, found = [], by_storage(root)
     for name, model in (("coder-0.5b", "0.5B"), ("coder-1.5b", "1.5B")):
         rows += [
             _distilled_row(of_recipe(found, recipe, name), recipe, model) for recipe in ("default", "memory")
@@ -143,7 +147,7 @@ def _real_rows(root: Path) -> list[Row]:
 def _distilled_row(row: dict[str, Any], name: str, size: str) -> Row:
     gap = row["recall_gap"]["1024"]
     return (
-        f"cache, recipe `{name}`",
+        f"cache {STORED[RECIPES[name].mod.kv_cache_dtype]}, recipe `{name}`",
         f"Qwen2.5-Coder-{size}",
         f"K/V {row['ratio']:.1f}x",
         f"KL {row['kl_far']:.3f}, {gap:+.3f} nats on a passage seen 1,024 tokens before",

@@ -11,6 +11,10 @@ from scripts.pages import measured
 CONTROLS = "coder-0.5b"
 LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
 """Largest recall gap and KL that a recipe may have on every model."""
+STORED = {measured.AUTO: "in 16 bits", measured.INT8: "in eight bits"}
+"""How keys and values were stored, in words."""
+Settings = dict[str, dict[float, list[dict[str, Any]]]]
+"""By model and saving a row a number of recent tokens, the saving's own first, each with "ships"."""
 
 
 def block(root: Path) -> str:
@@ -94,38 +98,53 @@ def _largest(record: dict[str, Any]) -> str:
 
 def recipes(root: Path) -> str:
     """What a recipe is to have, and the saving that has it, from the product's own records."""
-    rows = settings(measured.records(root))
-    lines = [
-        "| asked | "
-        + " | ".join(f"{model}: recent tokens: KL, worst recall gap" for model in SHIPPED)
-        + " |",
-        "|---" * (1 + len(SHIPPED)) + "|",
-    ]
+    found = by_storage(root)
+    lines: list[str] = []
+    for stored, rows in found.items():
+        lines += [*_figures_table(rows, STORED[stored]), ""]
+    lines += ["\\* by routers that do not ship: those that do were not measured there.", ""]
+    for name, limits in LIMITS.items():
+        recall, kl = limits
+        asked = f"a recall gap of at most {recall:g}" + ("" if kl is None else f" and a KL of at most {kl:g}")
+        has = "; ".join(_has(rows, stored, *limits) for stored, rows in found.items())
+        chosen = RECIPES[name]
+        lines.append(
+            f"- `{name}` is to have {asked} on all of them: {has}. It aims at {chosen.kv_saving:g}x "
+            f'{STORED[chosen.mod.kv_cache_dtype]}, with `kv_cache_dtype="auto"` at '
+            f"{chosen.kv_savings['auto']:g}x."
+        )
+    lines.append(
+        f"- `safe` aims at {RECIPES['safe'].kv_saving:g}x {STORED[measured.AUTO]}, and stays there whatever "
+        "`default` becomes."
+    )
+    return "\n".join(lines)
+
+
+def _figures_table(rows: Settings, stored: str) -> list[str]:
+    heads = [f"{model}: recent tokens: KL, worst recall gap" for model in SHIPPED]
+    lines = [f"| asked, {stored} | " + " | ".join(heads) + " |", "|---" * (1 + len(SHIPPED)) + "|"]
     for saving in common_savings(rows):
         cells = [
             "; ".join(map(_figures, sorted(rows[model][saving], key=lambda row: -int(row["recent"]))))
             for model in SHIPPED
         ]
         lines.append(f"| {saving:g}x | " + " | ".join(cells) + " |")
-    lines += ["", "\\* by routers that do not ship: those that do were not measured there.", ""]
-    for name, limits in LIMITS.items():
-        recall, kl = limits
-        asked = f"a recall gap of at most {recall:g}" + ("" if kl is None else f" and a KL of at most {kl:g}")
-        found = highest(rows, *limits)
-        what = "none has it" if found is None else f"{found:g}x is the highest that has it"
-        with_recent = "" if found is None else f", with {_recents(rows, found, *limits)} recent tokens"
-        lines.append(
-            f"- `{name}` is to have {asked} on all of them: {what}{with_recent}. "
-            f"It aims at {RECIPES[name].kv_saving:g}x."
-        )
-    lines.append(
-        f"- `safe` aims at {RECIPES['safe'].kv_saving:g}x, and stays there whatever `default` becomes."
+    return lines
+
+
+def _has(rows: Settings, stored: str, recall: float, kl: float | None) -> str:
+    found = highest(rows, recall, kl)
+    if found is None:
+        return f"{STORED[stored]} none has it"
+    return (
+        f"{STORED[stored]} {found:g}x is the highest that has it, with "
+        f"{_recents(rows, found, recall, kl)} recent tokens"
     )
-    return "\n".join(lines)
 
 
-Settings = dict[str, dict[float, list[dict[str, Any]]]]
-"""By model and saving a row a number of recent tokens, the saving's own first, each with "ships"."""
+def by_storage(root: Path) -> dict[str, Settings]:
+    """`settings` of the committed records, by how keys and values were stored."""
+    return {stored: settings(measured.records(root, stored)) for stored in STORED}
 
 
 def settings(records: list[dict[str, Any]]) -> Settings:
@@ -154,9 +173,11 @@ def chosen(rows: list[dict[str, Any]], recall: float, kl: float | None) -> dict[
     return min(within, key=lambda row: float(row["kl_far"]), default=None)
 
 
-def of_recipe(found: Settings, name: str, model: str) -> dict[str, Any]:
-    """A model's row at the saving of a recipe, with the recent tokens that the recipe's limits choose."""
-    rows = found[model][RECIPES[name].kv_saving or 1.0]
+def of_recipe(found: dict[str, Settings], name: str, model: str, stored: str | None = None) -> dict[str, Any]:
+    """A model's row at the saving of a recipe, with the recent tokens that the recipe's limits choose; as the
+    recipe stores keys and values, unless it is said how."""
+    kind: Any = RECIPES[name].mod.kv_cache_dtype if stored is None else stored
+    rows = found[kind][model][RECIPES[name].kv_savings[kind]]
     best = chosen(rows, *LIMITS[name]) if name in LIMITS else None
     return rows[0] if best is None else best
 
