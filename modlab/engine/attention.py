@@ -29,6 +29,7 @@ from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.engine.tables import LayerStep
 from modlab.engine.transfer import Fetched, sent
 from modlab.errors import ModlabError
+from modlab.kernels.aside import rejoin
 from modlab.kernels.decode_attention import (
     decode_attention,
     decode_ring_attention,
@@ -192,6 +193,7 @@ def attend_line(
     part: LayerPrefill, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """The same, told which layer it is; its keys and values are stored."""
+    rejoin(query.device)  # who is kept may have been decided meanwhile
     if part.attend is not None:
         return part.attend(query, key, value, scaling)
     if part.kept is not None:

@@ -23,6 +23,7 @@ from modlab.engine.lending import lent, lent_values, unrouted
 from modlab.engine.prefill_layers import PrefillLine
 from modlab.engine.ring import Int8Ring, RingBuffer
 from modlab.hf.anatomy import decoder_of
+from modlab.kernels.aside import nothing_left_aside
 from modlab.routing.record import ForwardCall
 from modlab.routing.state import Routing
 from modlab.routing.table import RoutingTable
@@ -168,6 +169,7 @@ def _run_line_once(
         lent_values(engine.attention, "mod_prefill", layers),
         unrouted(m for m in engine.kept_keys if m not in forwards),
         lent(forwards),
+        nothing_left_aside(),
     ):
         ids_1S = ids_BT.flatten()[at_S][None]
         # Where tokens leave, no others than the last ones are there in the end.

@@ -10,6 +10,7 @@ Shape letters: S tokens of all rows in one line, R tokens of them that run, B ro
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from modlab.execution.gate import gated_output, scaled_branches
 from modlab.execution.routed import CALL, RoutedModule
 from modlab.hf.anatomy import attention_name, mlp_name
 from modlab.hf.arguments import LayerArguments
+from modlab.kernels.aside import aside
 from modlab.kernels.ring_budget import score_of
 from modlab.kernels.router_logits import router_logits
 from modlab.routing.record import Decision
@@ -37,6 +39,12 @@ Forward = Callable[..., Any]
 
 MLP_CHUNK = 16384
 """Tokens that an MLP takes at once in prefill: its inner activations, 3.5 times as wide, set the peak."""
+
+
+ASIDE_TOKENS = 4096
+"""Tokens of a line from which on routers run next to the projections of their layer. On an H200 a router and
+what follows from it take 12 short kernels and 120 us of a layer of 4,096 tokens of the 8B shape in line
+(docs/log.md). The host has a stream more to tell of what to do, which shorter prompts wait for."""
 
 
 @dataclass
@@ -305,16 +313,23 @@ class KeptKeysPrefill(RoutedPrefill):
         self.recent = self.routing.recent
 
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerArguments:
-        arguments = super().decide(args, kwargs)
-        assert self.decision is not None and self.recent is not None
-        keep, score = self.decision.keep[0], None
-        if self.line.most_older is not None:
-            position_S = self.routing.require_call().position_ids[0]
-            score = score_of(self.decision.gate[0], position_S, self.routing.config.keep_first)
-        self.part.kept = KeptKeys(
-            keep, self.part.bounds, self.recent, self.line.blocks, self.line.most_older, score
-        )
+        with self._next_to_projections():
+            arguments = super().decide(args, kwargs)
+            assert self.decision is not None and self.recent is not None
+            keep, score = self.decision.keep[0], None
+            if self.line.most_older is not None:
+                position_S = self.routing.require_call().position_ids[0]
+                score = score_of(self.decision.gate[0], position_S, self.routing.config.keep_first)
+            self.part.kept = KeptKeys(
+                keep, self.part.bounds, self.recent, self.line.blocks, self.line.most_older, score
+            )
         return arguments
+
+    def _next_to_projections(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody but attention asks who is kept; it waits for what is launched here (`attend_line`)."""
+        compiled, blocks = self.line.compiled, self.line.blocks
+        waits = compiled is not None and compiled.compiles and sum(blocks.counts) >= ASIDE_TOKENS
+        return aside(blocks.device) if waits else contextlib.nullcontext()
 
 
 def _own_forward(module: nn.Module) -> Forward:

@@ -2,7 +2,8 @@
 
 A router's kernels are short and come before large ones that do not ask for its decision. In line, each of
 them costs what a launch costs; next to the large ones, hardly anything. On an H200 a captured step of one row
-gains 3 us a layer, one of 8 rows 5 or more; prompts gain nothing, so theirs run in line (docs/log.md).
+gains 3 us a layer, one of 8 rows 5 or more; prompts gain where the GPU is what they wait for, not the host
+(docs/log.md).
 
 Memory that is allocated on the stream aside and used on the other one is safe, although the allocator does
 not know of it: what is launched aside later waits for all that the other stream was told before.

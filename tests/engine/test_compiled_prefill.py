@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -99,6 +100,32 @@ def test_how_many_tokens_are_kept_makes_no_further_graph(kind: str, compiles: An
             (first, *_), (n, *_) = a.starts, a.lengths
             assert torch.equal(a.keys[:, first : first + n], b.keys[:, first : first + n])
     assert counter.frame_count == 1 and not not_compiled(model)
+
+
+@pytest.mark.parametrize("kind", ["kv", "kv, a gate a head", "kv+prompt"])
+@pytest.mark.parametrize(("tokens", "beside"), [(40, True), (39, False)])
+def test_routers_of_long_lines_run_next_to_projections(
+    kind: str, tokens: int, beside: bool, compiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And attention waits for them before it asks who is kept."""
+    model, _, told = MODELS[kind](), compiles(), []
+
+    @contextlib.contextmanager
+    def noted(device: torch.device) -> Iterator[None]:
+        told.append("aside")
+        yield
+        told.append("decided")
+
+    monkeypatch.setattr(prefill_layers, "ASIDE_TOKENS", 40)
+    monkeypatch.setattr(prefill_layers, "aside", noted)
+    monkeypatch.setattr(attention_module, "rejoin", lambda device: told.append("rejoined"))
+    engine = switch_on(model)
+    with torch.no_grad():
+        prefill(engine, prompts(tokens)["input_ids"], None)
+    assert ("aside" in told) == beside and "rejoined" in told
+    decided = [at for at, what in enumerate(told) if what == "decided"]
+    assert len(decided) == beside * len(model.mod.layers)
+    assert all("rejoined" in told[at:] for at in decided), "nobody waited for the latest decision"
 
 
 @pytest.mark.parametrize("kind", ["dense", "layer", "kv"])

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import modlab
 from modlab.engine import attention as attention_module
 from modlab.engine import compiled as compiled_module
+from modlab.engine import prefill_layers
 from modlab.engine.compiled import Compiler, norm_forwards
 from modlab.engine.prefill import prefill
 from modlab.engine.ring import RingBuffer
@@ -194,3 +195,22 @@ def test_only_lengths_between_buckets_are_padded(n: int) -> None:
     assert torch.equal(out, q.transpose(1, 2))
     long = [-(-m // varlen.BUCKET) * varlen.BUCKET for m in (n, varlen.LONG) if m >= varlen.LONG]
     assert seen == long
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize(("skip", "gates"), [("kv", "layer"), ("kv", "kv_head"), ("kv+prompt", "kv_head")])
+def test_on_a_gpu_routers_next_to_projections_decide_the_same(
+    skip: Any, gates: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, prompt after prompt."""
+    model = llama_on_device(skip=skip, gates=gates, router_hidden=16).to(torch.bfloat16)
+    modlab.enable_fast_generation(model)
+    engine, found = model.__dict__["mod_engine"], []
+    for least in (1, 10**9):
+        monkeypatch.setattr(prefill_layers, "ASIDE_TOKENS", least)
+        for seed in range(8):
+            ids = torch.randint(1, 60, (1, 3000), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+            logits, buffers, _ = prefill(engine, ids, None)
+            found.append((logits, [buffer.lengths for buffer in buffers]))
+    for (logits, lengths), (other, of_other) in zip(found[:8], found[8:], strict=True):
+        assert torch.equal(logits, other) and lengths == of_other

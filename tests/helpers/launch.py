@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240
+SECONDS = 480
 
 
 def launch(script: Path | str, processes: int, *arguments: object) -> str:
