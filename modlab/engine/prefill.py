@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,9 +56,8 @@ def prefill(
     counts: list[int] = [T] * B if mask_BT is None else real_BT.sum(1).tolist()
     logits, parts = [], []
     for rows in lines(counts, engine.line_tokens):
-        logits_RV, buffers = _prefill_line(
-            engine, ids_BT[rows], real_BT[rows], counts[rows], rows.start, most_older
-        )
+        prompts = Prompts(ids_BT[rows], real_BT[rows], counts[rows], rows.start, most_older)
+        logits_RV, buffers = _prefill_line(engine, prompts)
         logits.append(logits_RV)
         parts.append(buffers)
     if len(parts) == 1:
@@ -78,18 +78,31 @@ def lines(counts: list[int], line_tokens: int) -> Iterator[slice]:
     yield slice(first, len(counts))
 
 
-def _prefill_line(
-    engine: Engine,
-    ids_BT: Tensor,
-    real_BT: Tensor,
-    counts: list[int],
-    first_row: int,
-    most_older: int | None,
-) -> tuple[Tensor, list[SegmentedBuffer]]:
+@dataclass(frozen=True)
+class Prompts:
+    """Rows of a batch that run in one line.
+
+    Attributes:
+        ids_BT: tokens, long.
+        real_BT: False for padding.
+        counts: tokens of each row.
+        first_row: the place of the first one in the batch.
+        most_older: tokens that a row may store besides its ring; None for no bound.
+    """
+
+    ids_BT: Tensor
+    real_BT: Tensor
+    counts: list[int]
+    first_row: int
+    most_older: int | None
+
+
+def _prefill_line(engine: Engine, prompts: Prompts) -> tuple[Tensor, list[SegmentedBuffer]]:
     """Logits of each row's last token, and a buffer a layer; of one row perhaps on guesses (`guesses.py`)."""
+    counts = prompts.counts
     guesses = engine.guesses if len(counts) == 1 else None
     sizes = {} if guesses is None else guesses.of(counts[0])
-    logits, buffers, kept = _run_line(engine, ids_BT, real_BT, counts, first_row, most_older, sizes)
+    logits, buffers, kept = _run_line(engine, prompts, sizes)
     if guesses is None:
         return logits, buffers
     right = all(kept[layer] <= size for layer, size in sizes.items())
@@ -97,7 +110,7 @@ def _prefill_line(
     guesses.wrong += not right
     if not right:
         del logits, buffers  # not to be held next to the new ones
-        logits, buffers, kept = _run_line(engine, ids_BT, real_BT, counts, first_row, most_older, {})
+        logits, buffers, kept = _run_line(engine, prompts, {})
     else:
         _forget_copies(buffers, sizes, kept)
     guesses.learn(kept, counts[0])
@@ -114,35 +127,23 @@ def _forget_copies(buffers: list[SegmentedBuffer], sizes: dict[int, int], kept: 
 
 
 def _run_line(
-    engine: Engine,
-    ids_BT: Tensor,
-    real_BT: Tensor,
-    counts: list[int],
-    first_row: int,
-    most_older: int | None,
-    guesses: dict[int, int],
+    engine: Engine, prompts: Prompts, guesses: dict[int, int]
 ) -> tuple[Tensor, list[SegmentedBuffer], dict[int, int]]:
     """The same with what the layers have kept, as far as packed layers go; `guesses` are tokens that layers
     run."""
-    arguments = (engine, ids_BT, real_BT, counts, first_row, most_older, guesses)
     with contextlib.suppress(NotCompiled):  # which holds what it has run, and is gone when the block is
-        return _run_line_once(*arguments)
-    return _run_line_once(*arguments)  # as it is: what failed is noted
+        return _run_line_once(engine, prompts, guesses)
+    return _run_line_once(engine, prompts, guesses)  # as it is: what failed is noted
 
 
 def _run_line_once(
-    engine: Engine,
-    ids_BT: Tensor,
-    real_BT: Tensor,
-    counts: list[int],
-    first_row: int,
-    most_older: int | None,
-    guesses: dict[int, int],
+    engine: Engine, prompts: Prompts, guesses: dict[int, int]
 ) -> tuple[Tensor, list[SegmentedBuffer], dict[int, int]]:
+    ids_BT, real_BT, counts = prompts.ids_BT, prompts.real_BT, prompts.counts
     B, T = ids_BT.shape
     # A boolean index would ask the host how many there are; it knows.
     at_S = torch.nonzero_static(real_BT.flatten(), size=sum(counts))[:, 0]
-    columns_S, rows_S = (at_S % T).to(torch.int32), at_S // T + first_row
+    columns_S, rows_S = (at_S % T).to(torch.int32), at_S // T + prompts.first_row
     position_1S = (real_BT.long().cumsum(1) - 1).flatten()[at_S][None]
     bounds = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
     ringed, ranges = engine.routed if engine.keep_recent else [], engine.ranges
@@ -157,7 +158,7 @@ def _run_line_once(
     assert engine.form is not None, "calls are refused before"
     blocks = LineBlocks(counts, engine.device)
     compiled = LineLayers(engine.line_compiler, sum(counts)) if engine.compile is True else None
-    line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, most_older, compiled, guesses)
+    line = PrefillLine(engine.routing, bounds[1:] - 1, blocks, prompts.most_older, compiled, guesses)
     forwards = prefill_forwards(engine.form, engine.layers, layers, line)
     if compiled is not None:
         forwards |= norm_forwards([decoder_of(engine.model)], compiled.compiler)
