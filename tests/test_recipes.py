@@ -214,6 +214,14 @@ def test_a_model_that_cannot_have_eight_bits_is_aimed_at_what_it_can(
     assert not modlab.is_converted(model)
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "rembert", "bamba"])
+def test_eight_bits_need_no_plain_cache_of_the_dense_model(model_type: str) -> None:
+    """Keys of other widths than values, a cache with one for an encoder next to it, recurrent layers."""
+    model = tiny_model(model_type)
+    config, _ = modlab.recipe("default", model, steps=1)
+    assert config.kv_cache_dtype == "int8" and modlab.convert(model, config).mod.ranges
+
+
 def test_a_recipe_leaves_the_model_as_it_was(make_llama: Any) -> None:
     import torch
 

@@ -133,6 +133,17 @@ def test_without_a_recipe_a_dense_model_is_fitted_and_distilled(
     assert "Fitting routers" in said.err and "tok/s" in said.err  # bars of the fit and of the run
     model, _ = modlab.load(tmp_path / "run" / "model")
     assert model.mod.trained.method.startswith("distilled") and 2.0 in model.mod.trained.savings
+    assert model.mod.config.kv_cache_dtype == "int8" and "keep ratio 0.296, what is kept in eight" in said.out
+    plain = [
+        *words[: words.index("--out")],
+        "--out",
+        str(tmp_path / "plain"),
+        *words[words.index("--device") :],
+    ]
+    assert main([*plain, "--kv-cache-dtype", "auto", "--fit-tokens", "0"]) == 0
+    said = capsys.readouterr()
+    assert "keep ratio 0.333" in said.out and "eight bits" not in said.out
+    assert modlab.load(tmp_path / "plain" / "model")[0].mod.config.kv_cache_dtype == "auto"
 
 
 def test_a_converted_model_has_no_recipe_and_is_told_what_only_one_would_allow(
