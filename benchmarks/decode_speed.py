@@ -33,7 +33,7 @@ from modlab.bench import limits, speed_kv
 from modlab.bench.fast import fast_twins
 from modlab.bench.models import converted_twin, dense_model, random_routing, routed_layers
 from modlab.bench.registry import Settings
-from modlab.cache.int8 import Int8Range, token_bytes
+from modlab.cache.int8 import Int8Range
 from modlab.config import KVCacheDtype, MoDConfig
 from modlab.engine.deferred import MOST_TOKENS
 from modlab.engine.guesses import Guesses
@@ -196,7 +196,7 @@ class Attention:
     @property
     def bytes(self) -> int:
         """Read by a layer, on the mean."""
-        token = token_bytes(self.heads, H, H) if self.cache.int8 else self.heads * H * 4
+        token = Int8Range.token_bytes(self.heads, H, H) if self.cache.int8 else self.heads * H * 4
         return sum(map(sum, self.lengths)) * token // len(self.lengths)
 
     def one(self, layer: tuple[Tensor, ...]) -> Tensor:

@@ -15,7 +15,9 @@ from modlab.routing.threshold import check_threshold
 Operator = Literal["threshold", "topk"]
 Gate = Literal["straight-through", "paper", "fused"]
 Gates = Literal["layer", "kv_head"]
-KVCacheDtype = Literal["auto", "int8"]
+KVCacheDtype = Literal["auto", "int8", "k6v4"]
+KV_BITS: dict[str, str] = {"int8": "eight bits", "k6v4": "six bits (keys) and four (values)"}
+"""In how many bits keys and values are stored, in words; "auto" has no word, as it is what the model has."""
 
 FORMAT_VERSION = 1
 LARGEST = 2**31 - 1
@@ -72,8 +74,10 @@ class MoDConfig:
             router is linear.
         kv_cache_dtype: how routed layers store keys and values, with ``skip="kv"`` or ``"kv+prompt"``.
             ``"auto"``: in the model's own type. ``"int8"``: in eight bits, with one step a token and KV head,
-            about half of the bytes; attention in evaluation then sees the rounded numbers, with a cache and
-            without, training and passes with routing off do not. Live: `modlab.set_kv_cache_dtype`.
+            about half of the bytes. ``"k6v4"``: keys in six bits and values in four, about a third of them;
+            no fast generation yet. With either, attention in evaluation sees the rounded numbers, with a
+            cache and without; training and passes with routing off do not. Live:
+            `modlab.set_kv_cache_dtype`.
     """
 
     layers: str | Sequence[int] = "inner"

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from modlab.activations import kept_bytes
-from modlab.cache import int8
 from modlab.config import KVCacheDtype, MoDConfig
 from modlab.errors import ModlabError, check_count, check_number
 from modlab.hf.anatomy import attention_windows, decoder_layers
-from modlab.routing.kv_saving import Rounding
+from modlab.routing.kv_saving import rounding as rounding_by
 from modlab.training import divergence, objectives
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Sizes:
         rest: parameters outside the layers.
         heads: KV heads.
         token_bytes: of keys and values of a token in one layer.
-        int8_bytes: the same in eight bits, steps included.
+        head_size: numbers of a key of a head, and of a value.
         windows: of each layer, None for full attention.
         activations: bytes that autograd keeps of a token in a layer, on average, where weights are trained.
         autocast: the same of weights in fp32 under autocast, as one GPU and DDP train them.
@@ -67,7 +66,7 @@ class Sizes:
     rest: int
     heads: int
     token_bytes: int
-    int8_bytes: int
+    head_size: int
     windows: list[int | None]
     activations: float
     autocast: float
@@ -98,8 +97,8 @@ def plan(
         context: tokens of a row.
         batch: rows: of each GPU where every GPU has its own ("copies", DDP, FSDP2), else of all together.
         kv_saving: how many times fewer bytes the routed cache takes, all layers routed; by default 4 by
-            routing, times what eight bits save.
-        kv_cache_dtype: "auto", keys and values in `dtype`, or "int8" (`MoDConfig.kv_cache_dtype`).
+            routing, times what fewer bits save.
+        kv_cache_dtype: "auto", keys and values in `dtype`, "int8" or "k6v4" (`MoDConfig.kv_cache_dtype`).
         dtype: of the weights where they are not trained; trained ones are fp32, computed with in bf16.
         checkpointing: training keeps one state a layer and computes the rest again.
 
@@ -126,7 +125,8 @@ def plan(
             f"kv_cache_dtype={kv_cache_dtype!r}: choose one of {', '.join(get_args(KVCacheDtype))}."
         )
     sizes = sizes_of(_config(model), gpus, getattr(torch, dtype))
-    rounding = Rounding(sizes.token_bytes / sizes.int8_bytes if kv_cache_dtype == "int8" else 1.0)
+    heads = sizes.heads, sizes.head_size, sizes.head_size
+    rounding = rounding_by(kv_cache_dtype, heads, sizes.itemsize)
     by_routing = ROUTED_SAVING if kv_saving is None else max(1.0, rounding.routed(kv_saving))
     kv = kv_bytes(sizes, context, batch)
     routed = kv_bytes(sizes, context, batch, by_routing) / rounding.smaller
@@ -177,7 +177,7 @@ def sizes_of(config: Any, gpus: int, dtype: torch.dtype = torch.bfloat16) -> Siz
         rest=total - sum(map(_count, layers)),
         heads=heads,
         token_bytes=2 * heads * size * dtype.itemsize,
-        int8_bytes=int8.token_bytes(heads, size, size),
+        head_size=size,
         windows=[windows[i] for i in range(len(layers))],  # type: ignore[misc]  # the texts were refused
         activations=kept_bytes(model, frozen=False) / len(layers),
         frozen=kept_bytes(model, frozen=True) / len(layers),

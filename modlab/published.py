@@ -247,7 +247,7 @@ def kv_latencies() -> dict[str, pd.DataFrame]:
     if "skip" not in frame:
         return {}
     if "kv_cache_dtype" in frame:  # rows are told apart by their KV saving alone
-        frame = frame[frame.kv_cache_dtype != "int8"]
+        frame = frame[frame.kv_cache_dtype.isin(["auto"]) | frame.kv_cache_dtype.isna()]
     frame = frame[(frame.skip == "kv") & frame.case.isin(["prefill", "decode"])]
     found = {}
     for _, part in frame.groupby(TIMED, dropna=False):

@@ -182,6 +182,9 @@ def test_a_saving_that_is_asked_for_is_that_of_both(make_llama: Any, name: str) 
     assert 1 / both[1].keep_ratio == pytest.approx(8 / factor)
     with pytest.raises(ModlabError, match=r"eight bits alone save 3\.56x, which leaves nothing to routing"):
         modlab.recipe(name, model, kv_cache_dtype="int8", kv_saving=3.5, **steps)
+    fewer = modlab.recipe(name, model, kv_cache_dtype="k6v4", kv_saving=16.0, **steps)
+    assert fewer[0].kv_cache_dtype == "k6v4"
+    assert 1 / fewer[1].keep_ratio == pytest.approx(16 * (12 + 8 + 2 * 2) / (2 * 16 * 4))
 
 
 @pytest.mark.parametrize(("saving", "dtype"), [(1.5, "auto"), (2.5, "auto"), (2.7, "int8"), (4.0, "int8")])

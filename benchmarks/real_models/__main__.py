@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-ARMS = {"auto": "distil", "int8": "distil-int8"}
+ARMS = {"auto": "distil", "int8": "distil-int8", "k6v4": "distil-k6v4"}
 """What distilled routers are called, by how keys and values are stored."""
 
 
@@ -96,10 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--only", default="", help="kinds of pieces, with commas between them")
     measure.add_argument("--minutes", type=float, help="begin no piece after so many")
     measure.add_argument(
-        "--kv-cache-dtype", choices=["auto", "int8"], default="auto", help="as of MoDConfig; of controls, too"
+        "--kv-cache-dtype", choices=list(ARMS), default="auto", help="as of MoDConfig; of controls, too"
     )
     measure.add_argument(
-        "--arm", help="what the routers are called in the results (default: distil, int8: distil-int8)"
+        "--arm",
+        help="what the routers are called in the results (default: distil, with a type distil-TYPE)",
     )
     measure.add_argument("--tokens", type=float, default=0, help="millions, that the routers were trained on")
     measure.add_argument("--seed", type=int, default=0, help="of their training")

@@ -15,7 +15,7 @@ import torch
 
 from modlab import skips
 from modlab.bench.models import SHAPES
-from modlab.bench.registry import CASES, Settings, Skipped, parts_of, takes_int8
+from modlab.bench.registry import CASES, Settings, Skipped, parts_of, takes
 from modlab.bench.results import finish, own_file, plot, read, report, table, write
 from modlab.config import KVCacheDtype
 from modlab.errors import ModlabError
@@ -175,10 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--only {' '.join(unknown)}: {name} has no such part; it has "
                 f"{', '.join(parts_of(name)) or 'none, and runs whole'}."
             )
-        if options.kv_cache_dtype == "int8" and not takes_int8(name):
+        if not takes(name, options.kv_cache_dtype):
+            can = [other for other in sorted(CASES) if takes(other, options.kv_cache_dtype)]
             raise ModlabError(
-                f"--kv-cache-dtype int8: {name} is not measured so; "
-                f"{', '.join(filter(takes_int8, sorted(CASES)))} can be."
+                f"--kv-cache-dtype {options.kv_cache_dtype}: {name} is not measured so; "
+                f"{', '.join(can) or 'nothing yet'} can be."
             )
     settings = _settings(options)
     ran = 0

@@ -226,4 +226,4 @@ def generate(settings: Settings) -> Iterator[Row]:
             yield from workload.rows(variants, settings.repeats)
 
 
-generate.takes_int8 = True  # type: ignore[attr-defined]
+generate.kv_cache_dtypes = ("auto", "int8")  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from modlab.cache.int8 import token_bytes
+from modlab.cache.dtypes import token_bytes
 from modlab.cache.stored import recent_share
 from modlab.config import MoDConfig
 from modlab.skips import named
@@ -41,9 +41,7 @@ def head_size(config: Any) -> int:
 def kv_token_bytes(config: Any, bytes_each: int, mod: MoDConfig = DENSE) -> int:
     """Bytes of K and V of one token in one layer, `mod` being its conversion if it is routed."""
     heads, size = config.num_key_value_heads, head_size(config)
-    if mod.kv_cache_dtype == "int8":
-        return token_bytes(heads, size, size)
-    return 2 * heads * size * bytes_each
+    return token_bytes(mod.kv_cache_dtype, heads, size, size, bytes_each)
 
 
 def prefill_flops(config: Any, lengths: Sequence[int], share: float, mod: MoDConfig = DENSE) -> float:

@@ -77,9 +77,9 @@ def parts_of(name: str) -> Sequence[str]:
     return parts
 
 
-def takes_int8(name: str) -> bool:
-    """Whether a case can be run with `Settings.kv_cache_dtype` "int8"."""
-    return bool(getattr(CASES[name], "takes_int8", False))
+def takes(name: str, kv_cache_dtype: KVCacheDtype) -> bool:
+    """Whether a case can be run with that `Settings.kv_cache_dtype`."""
+    return kv_cache_dtype in getattr(CASES[name], "kv_cache_dtypes", ("auto",))
 
 
 class Skipped(ModlabError):

@@ -402,4 +402,4 @@ def speed_kv(settings: Settings) -> Iterator[Row]:
 
 
 speed_kv.parts = PARTS  # type: ignore[attr-defined]
-speed_kv.takes_int8 = True  # type: ignore[attr-defined]
+speed_kv.kv_cache_dtypes = ("auto", "int8")  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ COLUMNS = ("layer", "kind", "device", "seen_tokens", "kept_tokens", "kv_bytes", 
 """Keys of one row of `snapshot`."""
 
 STEPS = ("key_steps", "value_steps")
-"""What a layer that keeps K and V in eight bits has next to its codes, [..., G, K, 1] (`cache/int8.py`)."""
+"""What a layer that keeps K and V in fewer bits has next to its codes, [..., G, K, 1] (`cache/range.py`)."""
 
 
 def _buffers(value: Any) -> Iterator[torch.Tensor]:
@@ -108,7 +108,7 @@ def stored_tokens(layer: Any) -> list[int]:
 
 def token_nbytes(layer: Any) -> int:
     """Bytes that K and V (and an indexer's key, in sparse attention) of one token of one row take in this
-    layer as it stores them, codes and steps where it keeps them in eight bits; 0 before its first key."""
+    layer as it stores them, codes and steps where it keeps them in fewer bits; 0 before its first key."""
     pair = _keys_and_values(layer)
     if pair is None:
         return 0
@@ -121,9 +121,11 @@ def dense_token_nbytes(layer: Any) -> int:
     pair = _keys_and_values(layer)
     if pair is None:
         return 0
-    rounded = getattr(layer, STEPS[0], None) is not None
-    each = [layer.dtype.itemsize if rounded else tensor.element_size() for tensor in pair]
-    return sum(_numbers(layer, t) * size for t, size in zip(pair, each, strict=True)) + _index(layer)
+    if (coded := getattr(layer, "range", None)) is not None:
+        heads, key_dim, value_dim = coded.sizes
+        dense: int = heads * (key_dim + value_dim) * layer.dtype.itemsize
+        return dense + _index(layer)
+    return sum(_numbers(layer, tensor) * tensor.element_size() for tensor in pair) + _index(layer)
 
 
 def _numbers(layer: Any, tensor: torch.Tensor) -> int:

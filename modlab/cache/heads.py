@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modlab.cache.int8 import Int8Range
 from modlab.cache.layer import NO_KEY
+from modlab.cache.range import KVRange
 from modlab.cache.recent import RecentLayer
 
 
@@ -51,7 +51,7 @@ class HeadsLayer(RecentLayer):
     """
 
     def __init__(
-        self, heads: int, keep_recent: int, sliding_window: int | None = None, range: Int8Range | None = None
+        self, heads: int, keep_recent: int, sliding_window: int | None = None, range: KVRange | None = None
     ) -> None:
         self.heads = heads
         super().__init__(keep_recent, sliding_window, range)

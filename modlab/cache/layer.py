@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from modlab.cache.buffer import SegmentedBuffer
-from modlab.cache.int8 import ALL_HEADS
+from modlab.cache.range import ALL_HEADS
 from modlab.errors import ModlabError
 
 Taking = Callable[[Tensor], Tensor]

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from modlab.cache import bytes as kv_bytes
 from modlab.cache.layer import RaggedLayer
 from modlab.errors import ModlabError
-from modlab.routing.state import routing_of
+from modlab.routing.state import dtype_of, routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -137,7 +137,7 @@ class RaggedCache(Cache):
 def _stored_by(routing: Routing) -> tuple[Any, ...]:
     """The settings that say which tokens a cache stores where; thresholds may change meanwhile."""
     config = routing.config
-    return config.skip, config.gates, config.keep_recent, tuple(routing.layers), bool(routing.ranges)
+    return config.skip, config.gates, config.keep_recent, tuple(routing.layers), dtype_of(routing.ranges)
 
 
 def _check_crop(layer: Any) -> None:

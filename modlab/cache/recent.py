@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from modlab.cache.buffer import empty_like
-from modlab.cache.int8 import ALL_HEADS, STEP_TYPE, Int8Range
 from modlab.cache.layer import RaggedLayer, Taking
+from modlab.cache.range import ALL_HEADS, STEP_TYPE, KVRange
 
 
 class RecentLayer(RaggedLayer):
@@ -20,12 +20,12 @@ class RecentLayer(RaggedLayer):
     Args:
         keep_recent: how many of the latest tokens a token may attend to, kept or not; itself counted.
         sliding_window: attention span of the layer in tokens, or None.
-        range: what keys and values in eight bits are measured against; None: they are stored as they come.
+        range: how keys and values are coded in fewer bits; None: they are stored as they come.
 
     Attributes:
         kept: whether each stored token stays, bool [C].
         has_skipped: whether a token was ever stored that does not stay.
-        keys, values: with a range int8 codes, and `dtype` is the type of what they stand for.
+        keys, values: with a range its codes, and `dtype` is the type of what they stand for.
         key_steps, value_steps: with a range alone: the step of each, [G, C, 1].
     """
 
@@ -36,7 +36,7 @@ class RecentLayer(RaggedLayer):
     value_steps: Tensor | None
 
     def __init__(
-        self, keep_recent: int, sliding_window: int | None = None, range: Int8Range | None = None
+        self, keep_recent: int, sliding_window: int | None = None, range: KVRange | None = None
     ) -> None:
         super().__init__(sliding_window)
         self.keep_recent, self.range = keep_recent, range
@@ -66,12 +66,14 @@ class RecentLayer(RaggedLayer):
         if self.range is None:
             super().allocate(keys, values)
             return
-        no_keys, no_values = keys[..., :0, :], values[..., :0, :]  # their shape is enough
-        super().allocate(no_keys.to(torch.int8), no_values.to(torch.int8))
-        self.key_steps, self.value_steps = (
-            empty_like(like[(0,) * (like.dim() - 3)][..., :1].to(STEP_TYPE), self.capacity)
-            for like in (no_keys, no_values)
+        of_head = (*keys.shape[:-2], 0)
+        codes = (
+            keys.new_empty(*of_head, width, dtype=self.range.code_type)  # their shape is enough
+            for width in self.range.widths(keys.shape[-1], values.shape[-1])
         )
+        super().allocate(*codes)
+        steps = keys.new_empty(keys.shape[-3], 0, 1, dtype=STEP_TYPE)
+        self.key_steps, self.value_steps = (empty_like(steps, self.capacity) for _ in range(2))
 
     def encoded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """What is stored of K/V [R, G, S, H], by the name of the content. Here, and nowhere else, they are

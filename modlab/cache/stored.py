@@ -132,7 +132,7 @@ def token_bytes(model: Any) -> int:
 @torch.no_grad()
 def token_sizes(model: Any) -> tuple[int, int]:
     """Bytes of the keys and values of one token in one layer, the largest of them: in a dense cache, and as a
-    routed layer stores them, which is less in eight bits. Measured with a forward of one token."""
+    routed layer stores them, which is less in fewer bits. Measured with a forward of one token."""
     from modlab.hf.model import eval_mode
 
     with eval_mode(model):

@@ -85,7 +85,8 @@ def add_kv_cache_dtype(
 
     parser.add_argument(
         "--kv-cache-dtype", choices=typing.get_args(KVCacheDtype), default=default, help=f"{text}: auto, in "
-        "the model's own type; int8, in eight bits, about half of the bytes"
+        "the model's own type; int8, in eight bits, about half of the bytes; k6v4, keys in six and values in "
+        "four, about a third"
         + ("" if default else f" (default: {unsaid})"),
     )  # fmt: skip
 

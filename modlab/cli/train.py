@@ -175,6 +175,7 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
         the recipe's settings with the flags given, and the names of the tensors that were taken.
     """
     import modlab
+    from modlab.config import KV_BITS
     from modlab.recipes import DEFAULT
     from modlab.routing.router import is_router
     from modlab.training.resume import find_checkpoint
@@ -190,7 +191,7 @@ def _convert(options: argparse.Namespace, model: Any, given: dict[str, Any]) -> 
     print(
         f"{options.model} is dense: converted by the recipe {name}, routed layers "
         f"{model.mod.layers}, keep ratio {config.keep_ratio:.3f}"
-        + (", what is kept in eight bits" if model.mod.ranges else "")
+        + (f", what is kept in {KV_BITS[mod_config.kv_cache_dtype]}" if model.mod.ranges else "")
     )
     if not options.start or find_checkpoint(config) is not None:
         return config, []

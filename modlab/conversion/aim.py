@@ -1,6 +1,6 @@
 """What a recipe aims at in one model: how its keys and values are stored, and what is left to routing.
 
-Eight bits are tried on the model itself, which is converted for it and reverted: no table of families says
+Fewer bits are tried on the model itself, which is converted for it and reverted: no table of families says
 which of them can store keys and values so, and how much that saves.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modlab.cache.stored import keep_ratio_for_saving, recent_share, unbounded_keep_ratio
-from modlab.config import MoDConfig
+from modlab.config import KV_BITS, MoDConfig
 from modlab.conversion.convert import convert, revert
-from modlab.conversion.ranges import FEW_TOKENS, begin_int8
+from modlab.conversion.ranges import FEW_TOKENS, begin_rounding
 from modlab.errors import ModlabError
 from modlab.hf.model import context_length
 from modlab.routing.kv_saving import Rounding, rounding_of
@@ -56,7 +56,7 @@ class Aim:
         if not self.savings:
             return config, None
         saving = self.savings.get(config.kv_cache_dtype)
-        if saving is None:  # eight bits save on top
+        if saving is None:  # fewer bits save on top
             return config, self._reachable(self.savings["auto"], Rounding())
         # What was measured is a share that routing keeps: it does not change with the type of the weights.
         itemsize = self.model.dtype.itemsize
@@ -68,12 +68,13 @@ class Aim:
         """The same for a saving of both together that a user asked for.
 
         Raises:
-            ModlabError: as `own`; eight bits that were asked for save as much alone, or so few layers cannot.
+            ModlabError: as `own`; the bits that were asked for save as much alone, or so few layers cannot.
         """
         keep_ratio_for_saving(kv_saving, *self.layers)  # which refuses in words of what was asked
         config, rounding = self._stored(config)
         by_routing = rounding.routed(kv_saving)
-        alone = f"kv_saving={kv_saving:g}: eight bits alone save {rounding.total(1.0):.3g}x, which leaves"
+        bits = KV_BITS.get(config.kv_cache_dtype)
+        alone = f"kv_saving={kv_saving:g}: {bits} alone save {rounding.total(1.0):.3g}x, which leaves"
         if not self.insists and rounding.smaller > 1 and self._keep(by_routing) > self.keep_range[1]:
             warn(
                 f"{alone} less to routing than the recipe {self.name!r} trains it to: keys and values stay "
@@ -85,20 +86,20 @@ class Aim:
         return config, by_routing
 
     def _stored(self, config: MoDConfig) -> tuple[MoDConfig, Rounding]:
-        """The conversion as this model can have it, and what eight bits save there."""
+        """The conversion as this model can have it, and what its bits save there."""
         if config.kv_cache_dtype == "auto":
             return config, Rounding()
         plain = replace(config, kv_cache_dtype="auto")
         convert(self.model, plain)
         try:
-            begin_int8(self.model, FEW_TOKENS)  # only the shapes are wanted
+            begin_rounding(self.model, config.kv_cache_dtype, FEW_TOKENS)  # only the shapes are wanted
             return config, rounding_of(self.model)
         except ModlabError as error:
             if self.insists:
                 raise
             warn(
-                f"the recipe {self.name!r} stores keys and values in eight bits, which this model cannot "
-                f"have: they stay in its own type (kv_cache_dtype='auto'). {error}"
+                f"the recipe {self.name!r} stores keys and values in {KV_BITS[config.kv_cache_dtype]}, which "
+                f"this model cannot have: they stay in its own type (kv_cache_dtype='auto'). {error}"
             )
             return plain, Rounding()
         finally:

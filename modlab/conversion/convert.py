@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from modlab.config import MoDConfig
 from modlab.conversion.extend import extend, foreign_forward, restore
-from modlab.conversion.ranges import check_int8, set_kv_cache_dtype
+from modlab.conversion.ranges import check_rounding, set_kv_cache_dtype
 from modlab.conversion.routed_model import RoutedModel
 from modlab.conversion.selection import Selection, select
 from modlab.conversion.soundness import check_decoder
@@ -30,7 +30,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
 
     No weight changes and no layer body is copied: routed layers gain a router (`mod_router`) and a forward
     that asks it. With the default config the logits stay the dense model's, exactly; training then teaches
-    the routers what to leave out. (With ``kv_cache_dtype="int8"`` keys and values are rounded from here on.)
+    the routers what to leave out. (With a ``kv_cache_dtype`` keys and values are rounded from here on.)
 
     Args:
         model: any decoder-only model with softmax attention, on any device, in any dtype.
@@ -42,7 +42,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     Raises:
         ModlabError: not a causal LM, no routable layers, an index out of range, a branch that cannot be
             skipped on its own, already converted, or a model that is no causal decoder with a cache of keys;
-            with `kv_cache_dtype="int8"` what `set_kv_cache_dtype` refuses.
+            with a `kv_cache_dtype` what `set_kv_cache_dtype` refuses.
     """
     config = MoDConfig() if config is None else config
     if is_converted(model):
@@ -77,16 +77,16 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     check_decoder(found)
     selection = select(found, config)
     _refuse_foreign_forwards(selection)
-    if config.kv_cache_dtype == "int8":
-        check_int8(model)
+    if config.kv_cache_dtype != "auto":
+        check_rounding(model, config.kv_cache_dtype)
 
     # From here on nothing can fail but measuring, and that is undone: a refused conversion changes nothing.
     _end_fast_generation(model)
     _attach(found, selection, replace(config, kv_cache_dtype="auto"))
     model.mod_base_model = hub_id_of(model)  # type: ignore[assignment]
-    if config.kv_cache_dtype == "int8":
+    if config.kv_cache_dtype != "auto":
         try:
-            set_kv_cache_dtype(model, "int8")
+            set_kv_cache_dtype(model, config.kv_cache_dtype)
         except BaseException:
             revert(model)
             raise

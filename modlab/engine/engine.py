@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from modlab.engine.forms import form_of
 from modlab.engine.guesses import Guesses
 from modlab.engine.lending import attention_modules
 from modlab.engine.prefill import scratch_buffers
+from modlab.engine.refusals import rounding_refusal
 from modlab.engine.step import Step
 from modlab.engine.turns import Turns
 from modlab.errors import ModlabError
@@ -132,6 +133,8 @@ class Engine:
                 "kv_tokens and kv_mib bound a cache that routing decides about (skip='kv' or 'kv+prompt'): "
                 "this model has none."
             )
+        if why := rounding_refusal(self.routing):
+            raise ModlabError(f"kv_tokens and kv_mib bound what the engine stores. {why}")
         return Budget(kv_tokens, kv_mib, self.keep_recent, self._layer_bytes())
 
     def _layer_bytes(self) -> tuple[LayerBytes, ...]:
@@ -156,8 +159,8 @@ class Engine:
 
     @property
     def ranges(self) -> Mapping[int, Int8Range]:
-        """Of each layer that stores keys and values in eight bits."""
-        return {} if self.routing is None else self.routing.ranges
+        """Of each layer that stores keys and values in eight bits; other bits are refused (`refusals.py`)."""
+        return {} if self.routing is None else cast("Mapping[int, Int8Range]", self.routing.ranges)
 
     @property
     def keep_recent(self) -> int | None:

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from modlab.cache.dtypes import RANGES
+from modlab.config import KV_BITS
 from modlab.hf.anatomy import attention_windows, decoder_layers, decoder_of, indexed
 from modlab.hf.model import context_length
 from modlab.hf.names import CACHE_ARGUMENTS
 from modlab.hf.parts import parts
 from modlab.hf.ranks import mesh_of
 from modlab.routing.router import ROUTER
-from modlab.routing.state import is_converted
+from modlab.routing.state import dtype_of, is_converted
 from modlab.routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from modlab.engine.engine import Engine
+    from modlab.routing.state import Routing
 
 
 IDLE = ("output_capturing_hook", "make_inputs_require_grads")
@@ -83,6 +86,8 @@ def _model_now_refusal(model: Any, engine: Engine) -> str | None:
     """What has become of the model since fast generation was enabled."""
     if engine.routing is not None and engine.form is None:
         return engine.routing.skip.why_no_engine(engine.routing.config) or "the engine has no form for it"
+    if why := rounding_refusal(engine.routing):
+        return why
     if next(model.parameters()).device != engine.device:
         return "the model has moved to another device: enable fast generation again"
     if is_watched(model, set() if engine.routing is None else {hook.id for hook in engine.routing.hooks}):
@@ -92,6 +97,15 @@ def _model_now_refusal(model: Any, engine: Engine) -> str | None:
     if model.training or any(_is_training(layer) for layer in engine.layers):
         return "the model, or a part of it, is in training mode"
     return None
+
+
+def rounding_refusal(routing: Routing | None) -> str:
+    """Why there is no engine for how keys and values are stored at present; "" if there is one."""
+    kind = None if routing is None else RANGES.get(dtype_of(routing.ranges))
+    if kind is None or kind.in_kernels:
+        return ""
+    dtype = kind.kv_cache_dtype
+    return f"kv_cache_dtype={dtype!r}: it has no kernels for keys and values in {KV_BITS[dtype]} yet"
 
 
 def _settings_refusal(engine: Engine, generation_config: Any, synced_gpus: bool) -> str | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modlab.cache.buffer import SegmentedBuffer
-from modlab.cache.int8 import STEP_TYPE
+from modlab.cache.range import STEP_TYPE
 from modlab.engine.transfer import sent
 from modlab.kernels.kept_attention import Stored
 

@@ -18,7 +18,7 @@ from modlab.engine.branch import HostBranch
 from modlab.engine.engine import Engine
 from modlab.engine.loop import generate_tokens
 from modlab.engine.prefill import prefill
-from modlab.engine.refusals import call_refusal, idle_aside, model_refusal
+from modlab.engine.refusals import call_refusal, idle_aside, model_refusal, rounding_refusal
 from modlab.engine.turns import TURNS, TakesTurns
 from modlab.errors import ModlabError
 from modlab.hf.anatomy import decoder_of
@@ -170,7 +170,8 @@ def _engine_for(model: PreTrainedModel, compile: bool | str, check: bool, **sett
     """An engine that has passed its check; arguments and errors as of `enable_fast_generation`."""
     try:
         engine = Engine(model, compile, **settings)
-        if check and engine.form is not None:
+        without = rounding_refusal(engine.routing)
+        if check and engine.form is not None and not without:
             # without a caller's autocast, under which the engine does not run either
             with on_device(engine.device), torch.autocast(engine.device.type, enabled=False):
                 _probe(model, engine)
@@ -180,8 +181,9 @@ def _engine_for(model: PreTrainedModel, compile: bool | str, check: bool, **sett
             "The ordinary generate works."
         ) from error
     if engine.routing is not None and engine.form is None:
-        why = engine.routing.skip.why_no_engine(engine.routing.config)
-        warn(f"model.generate will run without the engine: {why}")
+        without = engine.routing.skip.why_no_engine(engine.routing.config)
+    if without:
+        warn(f"model.generate will run without the engine: {without}")
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Keys and values in eight bits where no cache is: attention sees them as a cache would give them back.
+"""Keys and values in fewer bits where no cache is: attention sees them as a cache would give them back.
 
 An attention hands its keys and values to its cache and attends to what it gets back. So in a forward without
 one a view stands in the cache's place, which stores nothing and rounds.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modlab.cache.int8 import Int8Range
+from modlab.cache.range import KVRange
 from modlab.hf.arguments import LayerArguments
 from modlab.skips.plain import ProbeCache, cache_name
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class RoundedView(ProbeCache):
     """Stands in the place of a cache that was given nothing before, for one layer."""
 
-    def __init__(self, range: Int8Range) -> None:
+    def __init__(self, range: KVRange) -> None:
         super().__init__()
         self.range = range
 

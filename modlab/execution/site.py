@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from modlab.cache.int8 import Int8Range
+from modlab.cache.range import KVRange
 from modlab.hf.anatomy import slides_by_itself
 from modlab.routing.record import Decision, ForwardCall
 from modlab.routing.state import Routing
@@ -100,7 +100,7 @@ class Site:
         branch_ends: submodules whose output the paper's gate multiplies.
         empty_rest: what stands in for the rest of the output tuple when no token ran.
         last_alone: whether of each row the last token alone attends, so that a mask is about that one.
-        range: what keys and values in eight bits are measured against; None where they are as they are.
+        range: how keys and values are coded in fewer bits; None where they are as they are.
     """
 
     routing: Routing
@@ -119,7 +119,7 @@ class Site:
     branch_ends: list[str]
     empty_rest: tuple[None, ...]
     last_alone: bool = False
-    range: Int8Range | None = None
+    range: KVRange | None = None
 
     @property
     def runs(self) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,9 @@ class Decisions:
         recent: where every token attends, the number of latest tokens that are seen whether or not they are
             kept.
         ends: with gate="paper" on whole layers, by layer index the submodules whose output the gate scales.
-        ranges: by layer index, where keys and values are stored in eight bits: the middle and the step of
+        ranges: by layer index, where keys and values are stored in fewer bits: the middle and the step of
             each channel of keys, and the step of each of values, [G, H].
+        stored: then in which way (`MoDConfig.kv_cache_dtype`).
         copies: by layer index, for layers whose keys and values come from the state with which tokens entered
             the first of them: the parameters of the trained copies of each projection, by name.
     """
@@ -81,6 +83,7 @@ class Decisions:
     ends: Mapping[int, Sequence[str]] = field(default_factory=dict)
     copies: Mapping[int, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
     ranges: Mapping[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    stored: str = "auto"
 
     @classmethod
     def recorded(cls, model: PreTrainedModel, step: RoutingStep) -> Decisions:
@@ -98,7 +101,7 @@ class Decisions:
             if (found := getattr(layers[index], "mod_int8_range", None)) is not None
         }
         said = config.skip, config.gate, config.keep_recent
-        return cls(step.real, step.keep, step.gate, *said, ends, copies, ranges)
+        return cls(step.real, step.keep, step.gate, *said, ends, copies, ranges, config.kv_cache_dtype)
 
     def hidden(self, layer: int) -> Tensor:
         """True where a query must not see a key: bool [B, T, T], or [B, G, T, T] where it is another in each
@@ -140,11 +143,12 @@ def oracle_logits(dense: PreTrainedModel, decisions: Decisions, **inputs: Any) -
 
 
 class Rounding(DynamicCache):
-    """Holds nothing; what an attention gives it comes back as eight bits and a step for each head of each
-    token can say it."""
+    """Holds nothing; what an attention gives it comes back as few bits and a step for each head of each token
+    can say it."""
 
-    def __init__(self, shift_GH: Tensor, key_step_GH: Tensor, value_step_GH: Tensor) -> None:
+    def __init__(self, stored: str, shift_GH: Tensor, key_step_GH: Tensor, value_step_GH: Tensor) -> None:
         super().__init__()
+        self.stored = stored
         self.range = [x[:, None].float() for x in (shift_GH, key_step_GH, value_step_GH)]
 
     def given(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -158,19 +162,38 @@ class Rounding(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         shift, key_step, value_step = self.range
-        nothing = torch.zeros_like(value_step)
-        return self._said(key_states, shift, key_step), self._said(value_states, nothing, value_step)
+        keys, values = (key_states.float() - shift) / key_step, value_states.float() / value_step
+        if self.stored == "int8":
+            keys, values = self._whole(keys), self._whole(values)
+        else:
+            turn = self._turn(values.shape[-1]).to(values)
+            keys, values = self._between(keys, 64), self._between(values @ turn, 16) @ turn.T
+        return (shift + key_step * keys).to(key_states.dtype), (value_step * values).to(value_states.dtype)
 
     def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """By what sparse attention picks is as it was."""
         return indexer_key_states
 
     @staticmethod
-    def _said(x: Tensor, shift: Tensor, channel: Tensor) -> Tensor:
-        centred = (x.float() - shift) / channel
-        step = torch.clamp(centred.abs().max(-1, keepdim=True).values / 127, min=2**-14).half().float()
-        whole = torch.round(centred / step).clamp(-127, 127)
-        return (shift + channel * (whole * step)).to(x.dtype)
+    def _whole(x: Tensor) -> Tensor:
+        """In 255 whole numbers of steps."""
+        step = torch.clamp(x.abs().max(-1, keepdim=True).values / 127, min=2**-14).half().float()
+        return torch.round(x / step).clamp(-127, 127) * step
+
+    @staticmethod
+    def _between(x: Tensor, count: int) -> Tensor:
+        """In so many numbers of steps that end in a half."""
+        most = count / 2 - 0.5
+        step = torch.clamp(x.abs().max(-1, keepdim=True).values / most, min=2**-14).half().float()
+        return (torch.round(x / step - 0.5) + 0.5).clamp(-most, most) * step
+
+    @staticmethod
+    def _turn(size: int) -> Tensor:
+        """Entry i, j of a block of 2, 4, 8 ... is negative where i and j have an odd number of ones in
+        common."""
+        block = math.gcd(size, 2**20)
+        signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+        return torch.block_diag(*[torch.tensor(signs) / math.sqrt(block)] * (size // block))
 
 
 class HidingKeys(TorchFunctionMode):
@@ -275,7 +298,7 @@ def _routed(
         attention = layer.get_submodule(_name(attention_name(layer)))
         handles += _hides(attention, index, decisions.hidden(index), hiding)
         if index in decisions.ranges:
-            rounding = Rounding(*decisions.ranges[index])
+            rounding = Rounding(decisions.stored, *decisions.ranges[index])
             handles.append(attention.register_forward_pre_hook(rounding.given, with_kwargs=True))
     if index in decisions.copies:
         handles += KeysFromElsewhere(index, decisions.copies[index], entered).hooks(layer)

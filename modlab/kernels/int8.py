@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modlab.cache.int8 import STEP_TYPE, Int8Range
+from modlab.cache.int8 import Int8Range
+from modlab.cache.range import STEP_TYPE
 from modlab.kernels.launch import launch
 
 try:

@@ -6,6 +6,7 @@ import html
 import math
 from typing import TYPE_CHECKING, Any
 
+from modlab.config import KV_BITS
 from modlab.measure.divergence import FAR
 
 if TYPE_CHECKING:
@@ -83,9 +84,8 @@ def _decides(report: Report) -> str:
                 "dense's answers kept": answers_in_words(setting),
             }
         )
-    rounded = (
-        "" if report.kv_cache_dtype == "auto" else " The routed side stores keys and values in eight bits."
-    )
+    bits = KV_BITS.get(report.kv_cache_dtype)
+    rounded = f" The routed side stores keys and values in {bits}." if bits else ""
     note = (
         '<p class="note">Dense and routed are the same weights on the same rows, from one load; dropped keys '
         f"are gone.{rounded} KL: nats a token between the two models' predictions from position 1,024 on, "

@@ -1,4 +1,4 @@
-"""KV saving of a model as a whole: what routing saves, and what eight bits save on top.
+"""KV saving of a model as a whole: what routing saves, and what fewer bits save on top.
 
     modlab.set_kv_saving(model, 4)  # thresholds for a cache a quarter of the dense one
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modlab.cache.int8 import token_bytes
+from modlab.cache.dtypes import token_bytes
 from modlab.errors import ModlabError, check_number
 from modlab.hf.anatomy import attention_name, decoder_layers
 from modlab.routing.state import gated_routing_of, routing_of, set_keep_recent, set_threshold
@@ -60,11 +60,21 @@ class Rounding:
         return 1 / left
 
 
-def rounding(heads: int, key_dim: int, value_dim: int, itemsize: int, elsewhere: float) -> Rounding:
-    """That of eight bits, from the sizes of a layer's keys and values and the bytes of a number in the
-    model's own type; `elsewhere` as of `Rounding`."""
-    dense = heads * (key_dim + value_dim) * itemsize
-    return Rounding(dense / token_bytes(heads, key_dim, value_dim), elsewhere)
+def rounding(
+    kv_cache_dtype: str, sizes: tuple[int, int, int], itemsize: int, elsewhere: float = 0.0
+) -> Rounding:
+    """That of a `kv_cache_dtype`.
+
+    Args:
+        sizes: KV heads of a layer, and the numbers of a key and of a value of each.
+        itemsize: bytes of a number in the model's own type.
+        elsewhere: as of `Rounding`.
+
+    Raises:
+        ModlabError: such heads cannot be stored so.
+    """
+    dense, stored = (token_bytes(dtype, *sizes, itemsize) for dtype in ("auto", kv_cache_dtype))
+    return Rounding(dense / stored, elsewhere)
 
 
 def rounding_of(model: Any) -> Rounding:
@@ -73,8 +83,8 @@ def rounding_of(model: Any) -> Rounding:
     if not routing.ranges:
         return Rounding()
     found = next(iter(routing.ranges.values()))
-    (heads, key_dim), value_dim = found.key_step.shape, found.value_step.shape[-1]
-    return rounding(heads, key_dim, value_dim, model.dtype.itemsize, elsewhere(model, len(routing.layers)))
+    rest = elsewhere(model, len(routing.layers))
+    return rounding(found.kv_cache_dtype, found.sizes, model.dtype.itemsize, rest)
 
 
 def elsewhere(model: Any, routed: int) -> float:
@@ -93,8 +103,8 @@ def known_of(model: Any) -> Trained:
 def threshold_for(model: Any, kv_saving: float) -> tuple[float, int | None]:
     """The threshold of a KV saving, and how many recent tokens go with it (None: those that the model has).
 
-    With eight bits that is 0, everything kept, up to what they save alone (1.94x with heads of 64 in 16 bit),
-    and estimated from there to the smallest saving known (`Trained.threshold_below`).
+    With fewer bits that is 0, everything kept, up to what they save alone (eight: 1.94x with heads of 64 in
+    16 bit), and estimated from there to the smallest saving known (`Trained.threshold_below`).
 
     Raises:
         ModlabError: no thresholds are known, or the saving lies outside their range.
@@ -116,10 +126,10 @@ def set_kv_saving(model: PreTrainedModel, kv_saving: float) -> float:
     becomes of a `generate` under way). Warns of a saving beyond those that the routers were trained for
     (`Trained.reached`).
 
-    Where keys and values are stored in eight bits, these save a part of it: routing is asked for the rest,
-    for 8x about what it is asked for at 4x without. Up to what they save alone, 1.94x of 16 bit numbers in
-    heads of 64, everything is kept; from there to the smallest saving that the routers know the threshold is
-    an estimate.
+    Where keys and values are stored in fewer bits, these save a part of it and routing is asked for the rest:
+    with "int8", 1.94x of 16 bit numbers in heads of 64, for 8x about what it is asked for at 4x without; with
+    "k6v4", 3.05x, for 16x what it is asked for at 5.2x. Up to what bits save alone everything is kept; from
+    there to the smallest saving that the routers know the threshold is an estimate.
 
     Args:
         model: a converted model whose routers know thresholds by saving, such as `modlab.load("smollm2-kv")`.

@@ -16,8 +16,8 @@ from torch import Tensor
 from modlab.routing.router import logit_of
 
 if TYPE_CHECKING:
-    from modlab.cache.int8 import Int8Range
     from modlab.cache.ragged import RaggedCache
+    from modlab.cache.range import KVRange
     from modlab.execution.projections import Projections
     from modlab.routing.noise import Noise
 
@@ -120,7 +120,7 @@ class ForwardCall:
     unpadded: bool = False
     noise: Noise | None = None
     row_shift: Tensor | None = None
-    ranges: Mapping[int, Int8Range] = field(default_factory=dict)
+    ranges: Mapping[int, KVRange] = field(default_factory=dict)
     generates: bool = False
     padding_mask: Tensor | None = None
     documents: Tensor | None = None

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from modlab.cache.int8 import Int8Range
-    from modlab.config import MoDConfig
+    from modlab.cache.range import KVRange
+    from modlab.config import KVCacheDtype, MoDConfig
     from modlab.routing.noise import Noise
 
 eager = torch.compiler.disable(
@@ -82,7 +82,7 @@ class Routing:
         gates: how many gates each routed layer has.
         gates_here: how many of them are about keys that this process holds; ranks may share the heads of a
             layer (tensor parallelism).
-        common_ranges: by routed layer, what keys and values in eight bits are measured against (`Int8Range`,
+        common_ranges: by routed layer, what keys and values in fewer bits are measured against (`KVRange`,
             a module of the layer); empty where they are stored in the model's type. Replaced as a whole, by
             `modlab.set_kv_cache_dtype`; read `ranges`.
         thresholds: current p by routed layer; write through `modlab.set_threshold`. The same in all threads
@@ -136,7 +136,7 @@ class Routing:
                     f"p names layer {unrouted[0]}, which is not routed; routed layers are {layers}."
                 )
             self.common_thresholds.update(config.p)
-        self.common_ranges: Mapping[int, Int8Range] = {}
+        self.common_ranges: Mapping[int, KVRange] = {}
         self.base_trained = False
         self.source = ""
         self.trained: Trained | None = None
@@ -151,16 +151,16 @@ class Routing:
     def set_config(self, config: MoDConfig) -> None:
         """Other settings from here on; in `thresholds_restored` this thread's alone. How keys and values are
         stored is not among them: `set_ranges`."""
-        config.kv_cache_dtype = "int8" if self.common_ranges else "auto"
+        config.kv_cache_dtype = dtype_of(self.common_ranges)
         if self.of_thread.config is None:
             self.common_config = config
         else:
             self.of_thread.config = config
 
-    def set_ranges(self, ranges: Mapping[int, Int8Range]) -> None:
-        """What keys and values in eight bits are measured against from here on; none: they are stored in the
+    def set_ranges(self, ranges: Mapping[int, KVRange]) -> None:
+        """What keys and values in fewer bits are measured against from here on; none: they are stored in the
         model's type."""
-        dtype: Any = "int8" if ranges else "auto"
+        dtype = dtype_of(ranges)
         own, self.common_ranges = self.of_thread, ranges
         self.common_config = dataclasses.replace(self.common_config, kv_cache_dtype=dtype)
         if own.config is not None:
@@ -214,8 +214,8 @@ class Routing:
         return self.common_thresholds if own is None else own
 
     @property
-    def ranges(self) -> Mapping[int, Int8Range]:
-        """By routed layer what keys and values in eight bits are measured against; empty where they are not
+    def ranges(self) -> Mapping[int, KVRange]:
+        """By routed layer what keys and values in fewer bits are measured against; empty where they are not
         stored so. In `generate` those that it began with."""
         own = self.of_thread.ranges
         return self.common_ranges if own is None else own
@@ -344,6 +344,11 @@ def _overridden(override: OverrideFn, layer_idx: int, gate: Tensor, position_ids
             f"{layer_idx}; it returned {got}."
         )
     return keep.to(gate.device)
+
+
+def dtype_of(ranges: Mapping[int, KVRange]) -> KVCacheDtype:
+    """The `kv_cache_dtype` of layers that store by these ranges."""
+    return next((found.kv_cache_dtype for found in ranges.values()), "auto")
 
 
 def is_converted(model: nn.Module) -> bool:

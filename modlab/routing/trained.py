@@ -26,7 +26,7 @@ class Trained:
     Attributes:
         savings: threshold p by KV saving (dense bytes over allocated ones), as calibrated over several texts
             together; one text may get more or less. On disk and in `Routing.trained` by what routing saves
-            alone; where eight bits save as well, `kv_saving.known_of` says them by what both save.
+            alone; where fewer bits save as well, `kv_saving.known_of` says them by what both save.
         seq_len: tokens of the texts in which that is so. Shorter ones save less, as the latest `keep_recent`
             tokens are always there; longer ones more.
         recent: `keep_recent` that goes with each saving; empty where all have the conversion's.

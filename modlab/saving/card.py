@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modlab.config import MoDConfig
+from modlab.config import KV_BITS, MoDConfig
 from modlab.routing.kv_saving import known_of
 from modlab.routing.state import Routing, routing_of
 from modlab.routing.trained import Trained
@@ -126,7 +126,7 @@ def _routing_lines(routing: Routing) -> str:
         f"| threshold p | {thresholds} |",
     ]
     if routing.ranges:
-        lines.append("| keys and values | eight bits a number, a step a token and KV head |")
+        lines.append(f"| keys and values | in {KV_BITS[config.kv_cache_dtype]}, a step a token and KV head |")
     return "\n".join(lines)
 
 

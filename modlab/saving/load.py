@@ -66,8 +66,8 @@ def load(
         base: for routers alone: a folder or hub id to take the base from instead of what they name. Its type,
             sizes and input embedding have to be those that the routers were trained on; another dtype and
             quantised copies are fine.
-        kv_cache_dtype: how routed layers store keys and values, "int8" or "auto" (`set_kv_cache_dtype`, which
-            runs one forward for "int8"); by default as it was saved.
+        kv_cache_dtype: how routed layers store keys and values: "int8" or "k6v4" (`set_kv_cache_dtype`, which
+            runs one forward to measure their range), or "auto"; by default as it was saved.
         kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, gguf_file, ...). The
             demos load in fp32 unless `dtype` says otherwise, since two CPU cores are slow in bf16.
             `trust_remote_code=True` is for code of `name_or_path` alone, not of a base that its files name.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modlab.conversion.convert import convert, revert
-from modlab.conversion.ranges import FEW_TOKENS, begin_int8, set_kv_cache_dtype
+from modlab.conversion.ranges import FEW_TOKENS, begin_rounding, set_kv_cache_dtype
 from modlab.errors import ModlabError
 from modlab.routing.state import routing_of, set_threshold
 from modlab.saving.base_check import check_base
@@ -79,7 +79,7 @@ def convert_as(model: PreTrainedModel, description: Description, name: str) -> N
 
 def set_described(model: PreTrainedModel, description: Description, name: str) -> None:
     """Gives a converted model the thresholds of the folder `name`, and makes room for ranges of keys and
-    values in eight bits where it has them; it has to route the same layers.
+    values in fewer bits where it has them; it has to route the same layers.
 
     Raises:
         ModlabError: it does not, or cannot store keys and values so.
@@ -92,10 +92,11 @@ def set_described(model: PreTrainedModel, description: Description, name: str) -
             f"{'no threshold' if layer in layers else 'a threshold'} for layer {layer}, and this model "
             f"routes {sorted(layers)}. Copy or save the folder again."
         )
-    if description.config.kv_cache_dtype == "auto":
-        set_kv_cache_dtype(model, "auto")
-    elif not routing_of(model).ranges:
-        begin_int8(model, FEW_TOKENS)  # what was measured is in the folder
+    dtype = description.config.kv_cache_dtype
+    if dtype == "auto" or routing_of(model).ranges:
+        set_kv_cache_dtype(model, dtype)
+    else:
+        begin_rounding(model, dtype, FEW_TOKENS)  # what was measured is in the folder
     if not routing_of(model).skip.decides_itself:
         set_threshold(model, description.thresholds)
 

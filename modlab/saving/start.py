@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modlab.cache.int8 import RANGE
+from modlab.cache.range import RANGE
 from modlab.errors import ModlabError
 from modlab.routing.router import ROUTER, is_router
 from modlab.routing.state import routing_of, set_keep_recent, set_threshold

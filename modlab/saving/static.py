@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from modlab.config import KV_BITS
 from modlab.errors import ModlabError, check_number
 from modlab.hf.anatomy import attention_windows
 from modlab.hf.model import context_length, device_of, eval_mode, vocabulary_size
@@ -76,7 +77,7 @@ def export_static(model: Any, tokenizer: Any, folder: str | Path, layers: list[i
 
     Raises:
         ModlabError: another skip, layers that are not routed, an architecture that would ignore windows or
-            has its own, or a model that stores keys and values in eight bits.
+            has its own, or a model that stores keys and values in fewer bits.
     """
     config = static_config(model, layers)
     state = {name: value for name, value in model.state_dict().items() if not is_router("." + name)}
@@ -97,9 +98,9 @@ def static_config(model: Any, layers: list[int]) -> Any:
             f"a model that routes {routing.skip.words.routed} has no static form: window layers stand for "
             'dropped keys and values (skip="kv").'
         )
-    if routing.config.kv_cache_dtype != "auto":
+    if bits := KV_BITS.get(routing.config.kv_cache_dtype):
         raise ModlabError(
-            "this model stores keys and values in eight bits, which is no part of a static form: engines "
+            f"this model stores keys and values in {bits}, which is no part of a static form: engines "
             "have settings of their own for it. Switch it off first: modlab.set_kv_cache_dtype(model, "
             "'auto'), or modlab export --kv-cache-dtype auto."
         )

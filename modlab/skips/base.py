@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers.cache_utils import CacheLayerMixin
 
-    from modlab.cache.int8 import Int8Range
+    from modlab.cache.range import KVRange
     from modlab.config import MoDConfig
     from modlab.conversion.survey import LayerFacts
     from modlab.execution.routed import RoutedModule
@@ -189,15 +189,15 @@ class Skip:
     # The cache
 
     def cache_layer(
-        self, config: MoDConfig, window: int | None, gates: int, range: Int8Range | None = None
+        self, config: MoDConfig, window: int | None, gates: int, range: KVRange | None = None
     ) -> CacheLayerMixin | None:
         """The cache layer of one routed layer; None for the one that the dense model has.
 
         Args:
             window: sliding window in tokens, or None.
             gates: of this layer, as `gates` said.
-            range: what its keys and values in eight bits are measured against; None where they are not
-                stored so, as always where `settings` do not name `kv_cache_dtype`.
+            range: how its keys and values are coded in fewer bits; None where they are not stored so,
+                 as always where `settings` do not name `kv_cache_dtype`.
         """
         if self.stores_all:
             return None

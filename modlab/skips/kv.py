@@ -10,7 +10,7 @@ from modlab.skips.base import INDEX_BYTES, ROUTERS, GateForm, Part, Proof, Skip,
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
 
-    from modlab.cache.int8 import Int8Range
+    from modlab.cache.range import KVRange
     from modlab.config import MoDConfig
     from modlab.conversion.survey import LayerFacts
     from modlab.execution.routed import RoutedModule
@@ -90,7 +90,7 @@ class KeyValueSkip(Skip):
         return RoutedKeys
 
     def cache_layer(
-        self, config: MoDConfig, window: int | None, gates: int, range: Int8Range | None = None
+        self, config: MoDConfig, window: int | None, gates: int, range: KVRange | None = None
     ) -> CacheLayerMixin:
         from modlab.cache.heads import HeadsLayer
         from modlab.cache.recent import RecentLayer

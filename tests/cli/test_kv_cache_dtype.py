@@ -40,6 +40,8 @@ def test_eval_stores_what_it_is_asked_to_store(folder: Path, capsys: pytest.Capt
     assert rounded["dense_kv_bytes"] == plain["dense_kv_bytes"]
     assert 2.5 < rounded["kv_saving"] / plain["kv_saving"] < 4  # of single precision, index included
     assert rounded["loss"] != plain["loss"]
+    fewer = measured(capsys, *words, "--kv-cache-dtype", "k6v4")
+    assert 1.2 < fewer["kv_saving"] / rounded["kv_saving"] < 1.5
 
 
 def test_fit_converts_to_eight_bits_and_what_was_saved_can_be_switched(
@@ -69,18 +71,21 @@ def test_a_dense_model_has_nothing_to_set(folder: Path, capsys: pytest.CaptureFi
     assert "is dense: call modlab.convert" in capsys.readouterr().err
 
 
-def test_plan_counts_codes_and_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("dtype", "stored"), [("int8", 2 * (16 + 2)), ("k6v4", 12 + 8 + 2 * 2)])
+def test_plan_counts_codes_and_steps(
+    folder: Path, capsys: pytest.CaptureFixture[str], dtype: str, stored: int
+) -> None:
     def planned(*more: str) -> dict[str, float]:
         words = ["plan", "--model", str(folder / "dense"), "--context", "100000", "--json", *more]
         assert main(words) == 0
         lines: list[dict[str, float]] = json.loads(capsys.readouterr().out)
         return next(line for line in lines if line["use"] == "inference")
 
-    plain, rounded = planned(), planned("--kv-cache-dtype", "int8")
-    factor = 2 * 16 / (16 + 2)  # bf16, heads of 16
+    plain, rounded = planned(), planned("--kv-cache-dtype", dtype)
+    factor = 2 * 16 * 2 / stored  # bf16, heads of 16
     assert plain["kv"] == rounded["kv"] == pytest.approx(4 * plain["kv_routed"])
     assert rounded["kv_routed"] == pytest.approx(plain["kv_routed"] / factor)
-    asked = planned("--kv-cache-dtype", "int8", "--kv-saving", "8")
-    assert asked["kv_routed"] == pytest.approx(plain["kv"] / 8), "eight bits save a part of it"
-    everything = planned("--kv-cache-dtype", "int8", "--kv-saving", "1")
+    asked = planned("--kv-cache-dtype", dtype, "--kv-saving", "8")
+    assert asked["kv_routed"] == pytest.approx(plain["kv"] / 8), "fewer bits save a part of it"
+    everything = planned("--kv-cache-dtype", dtype, "--kv-saving", "1")
     assert everything["kv_routed"] == pytest.approx(plain["kv"] / factor)

@@ -1,4 +1,4 @@
-"""Keys and values in eight bits, switched on and off: what is measured, left alone and refused."""
+"""Keys and values in fewer bits, switched on and off: what is measured, left alone and refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import modlab
-from modlab.cache.int8 import RANGE, Int8Range, int8_range_of
+from modlab.cache.dtypes import RANGES
+from modlab.cache.int8 import Int8Range
+from modlab.cache.range import RANGE, range_of
 from modlab.errors import ModlabError
 from tests.helpers.models import (
     alternate_layers,
@@ -51,7 +53,7 @@ def test_conversion_measures_and_leaves_all_else_alone() -> None:
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
     assert model.mod.config.kv_cache_dtype == "int8" and sorted(model.mod.ranges) == [1, 3, 5]
     for index, layer in enumerate(model.model.layers):
-        assert int8_range_of(layer) is model.mod.ranges.get(index)
+        assert range_of(layer) is model.mod.ranges.get(index)
     modlab.revert(model)
     assert model.state_dict().keys() == state.keys() and not hasattr(model.model.layers[1], RANGE)
 
@@ -89,9 +91,42 @@ def test_there_and_back_is_the_same_to_the_bit() -> None:
     assert all(map(torch.equal, rounded, (logits(model, **form) for form in forms)))
 
 
+def test_from_one_type_to_another_nothing_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scatter_gates(converted(), 4.0)
+    found = {}
+    for dtype in RANGES:  # each by itself
+        modlab.set_kv_cache_dtype(model, "auto")
+        modlab.set_kv_cache_dtype(model, dtype)
+        found[dtype] = logits(model)
+    assert not torch.equal(*found.values())
+    names = list(model.state_dict())
+    monkeypatch.setattr("modlab.conversion.ranges._measured", lambda *_: pytest.fail("measured again"))
+    for dtype in (*RANGES, *RANGES):
+        modlab.set_kv_cache_dtype(model, dtype)
+        assert model.mod.config.kv_cache_dtype == dtype
+        assert all(isinstance(one, RANGES[dtype]) for one in model.mod.ranges.values())
+        assert all(range_of(model.model.layers[i]) is one for i, one in model.mod.ranges.items())
+        assert torch.equal(logits(model), found[dtype]) and list(model.state_dict()) == names
+    modlab.revert(model)
+    assert not any(".mod_" in name for name in model.state_dict())
+
+
+def test_heads_that_cannot_be_packed_are_refused_and_nothing_is_changed() -> None:
+    model = modlab.convert(dense_llama(head_dim=18), alternate_layers(skip="kv", keep_recent=4))
+    with pytest.raises(ModlabError, match="heads of 18 and 18 do not divide so: use 'int8'"):
+        modlab.set_kv_cache_dtype(model, "k6v4")
+    assert model.mod.config.kv_cache_dtype == "auto" and not model.mod.ranges
+    modlab.set_kv_cache_dtype(model, "int8")
+    before = model.mod.ranges
+    with pytest.raises(ModlabError, match="use 'int8'"):
+        modlab.set_kv_cache_dtype(model, "k6v4")
+    assert model.mod.ranges is before and model.mod.config.kv_cache_dtype == "int8"
+
+
+@pytest.mark.parametrize("stored_as", RANGES)
 @torch.no_grad()
-def test_nothing_is_rounded_in_training_or_with_routing_off() -> None:
-    model = converted(kv_cache_dtype="int8")
+def test_nothing_is_rounded_in_training_or_with_routing_off(stored_as: str) -> None:
+    model = converted(kv_cache_dtype=stored_as)
     dense = dense_llama()(IDS).logits
     assert not torch.equal(logits(model), dense)
     for use_cache in (True, False):
@@ -103,9 +138,10 @@ def test_nothing_is_rounded_in_training_or_with_routing_off() -> None:
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("stored_as", RANGES)
 @torch.no_grad()
-def test_generation_in_train_mode_is_that_in_eval_mode(use_cache: bool) -> None:
-    model = scatter_gates(converted(kv_cache_dtype="int8"), 4.0).double()
+def test_generation_in_train_mode_is_that_in_eval_mode(use_cache: bool, stored_as: str) -> None:
+    model = scatter_gates(converted(kv_cache_dtype=stored_as), 4.0).double()
     said = [
         m.generate(IDS, max_new_tokens=12, do_sample=False, use_cache=use_cache)
         for m in (model.eval(), model.train())
@@ -122,8 +158,9 @@ def test_gradients_pass_in_eval_mode_without_a_cache() -> None:
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99
 
 
-def test_copies_and_types() -> None:
-    model = converted(kv_cache_dtype="int8")
+@pytest.mark.parametrize("stored_as", RANGES)
+def test_copies_and_types(stored_as: str) -> None:
+    model = converted(kv_cache_dtype=stored_as)
     twin = copy.deepcopy(model)
     assert twin.mod.ranges[1] is twin.model.layers[1].mod_int8_range is not model.mod.ranges[1]
     again = pickle.loads(pickle.dumps(model))
@@ -135,16 +172,13 @@ def test_copies_and_types() -> None:
 
 
 @torch.no_grad()
-def test_a_cache_of_the_other_dtype_is_refused() -> None:
+def test_a_cache_of_another_dtype_is_refused() -> None:
     model = converted()
-    cache = model(IDS, use_cache=True).past_key_values
-    modlab.set_kv_cache_dtype(model, "int8")
-    with pytest.raises(ModlabError, match="kv_cache_dtype"):
-        model(IDS[:, :1], past_key_values=cache)
-    cache = model(IDS, use_cache=True).past_key_values
-    modlab.set_kv_cache_dtype(model, "auto")
-    with pytest.raises(ModlabError, match="kv_cache_dtype"):
-        model(IDS[:, :1], past_key_values=cache)
+    for dtype in ("int8", "k6v4", "auto"):
+        cache = model(IDS, use_cache=True).past_key_values
+        modlab.set_kv_cache_dtype(model, dtype)
+        with pytest.raises(ModlabError, match="kv_cache_dtype"):
+            model(IDS[:, :1], past_key_values=cache)
 
 
 @torch.no_grad()
@@ -170,7 +204,7 @@ def test_a_generation_under_way_ends_as_it_began() -> None:
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize(("dtype", "other"), [("auto", "int8"), ("int8", "auto")])
+@pytest.mark.parametrize(("dtype", "other"), [("auto", "int8"), ("int8", "auto"), ("int8", "k6v4")])
 def test_a_forward_under_way_ends_as_it_began(dtype: Any, other: Any, use_cache: bool) -> None:
     """Another thread sets the dtype between two layers."""
     model = converted(kv_cache_dtype=dtype)
@@ -233,7 +267,7 @@ def _measured(cache: Any, layer: int) -> Int8Range:
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModlabError, match="choose one of auto, int8"):
+    with pytest.raises(ModlabError, match="choose one of auto, int8, k6v4"):
         modlab.set_kv_cache_dtype(converted(), "fp8")
     with pytest.raises(ModlabError, match="only with skip='kv' or 'kv\\+prompt'"):
         modlab.MoDConfig(skip="layer", kv_cache_dtype="int8")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import modlab
+from modlab.cache.dtypes import RANGES
 from tests.helpers.models import narrow_config
 
 VOCAB, LAYERS, HEADS_KV, HEAD_DIM, LONGEST = 64, 4, 2, 8, 24
@@ -50,14 +51,17 @@ MODELS = [
     ("llama", "sdpa", "kv int8 by head", (1, 2)),
     ("mistral", "sdpa", "kv int8 by head", (0, 1)),
     ("llama", "sdpa", "kv+prompt int8 by head", (1, 2, 3)),
+    ("llama", "sdpa", "kv k6v4", (0, 1, 2, 3)),
+    ("mistral", "sdpa", "kv k6v4 by head", (0, 1)),
+    ("llama", "sdpa", "kv+prompt k6v4 by head", (1, 2, 3)),
 ]
-INT8 = [i for i, (_, _, skip, _) in enumerate(MODELS) if " int8" in skip]
-"""Keys and values in eight bits. In double precision, so that where one way of running and another differ in
-the last bit, no number is rounded to another whole one; with sdpa, for eager attention of transformers' own
-adds its masks up in single precision."""
+ROUNDED = {i: dtype for i, (_, _, skip, _) in enumerate(MODELS) for dtype in RANGES if f" {dtype}" in skip}
+"""Keys and values in fewer bits, by index in `MODELS`. In double precision, so that where one way of running
+and another differ in the last bit, no number is rounded to another whole one; with sdpa, for eager attention
+of transformers' own adds its masks up in single precision."""
 BY_HEAD = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip.endswith(" by head")]
 SUBLAYERS = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip == "sublayers"]
-LEAVE = {16: 2, 17: 1, 18: 2, 19: 1, 20: 3, 25: 3}
+LEAVE = {16: 2, 17: 1, 18: 2, 19: 1, 20: 3, 25: 3, 28: 3}
 """By index in `MODELS`, the first layer that tokens of a prompt leave out."""
 BY_POSITION = [i for i, (_, _, skip, _) in enumerate(MODELS) if skip == "prompt"]
 ROUTED = [i for i in range(len(MODELS)) if i not in BY_POSITION]
@@ -88,7 +92,7 @@ def dense(which: int) -> Any:
     else:
         model = MistralForCausalLM(narrow_config(MistralConfig, **sizes, sliding_window=WINDOW))
     model.set_attn_implementation(attention)
-    return model.eval().double() if which in INT8 else model.eval()
+    return model.eval().double() if which in ROUNDED else model.eval()
 
 
 @functools.cache
@@ -106,8 +110,8 @@ def build(which: int) -> Any:
     if skip.startswith("kv"):
         what["keep_recent"] = RECENT
     model = modlab.convert(copy.deepcopy(dense(which)), modlab.MoDConfig(**what))
-    if which in INT8:
-        modlab.set_kv_cache_dtype(model, "int8")
+    if which in ROUNDED:
+        modlab.set_kv_cache_dtype(model, ROUNDED[which])
     assert model.mod.layers == list(layers)
     generator = torch.Generator().manual_seed(which)
     with torch.no_grad():

@@ -1,17 +1,18 @@
-"""KV saving where eight bits save a part of it: what routing is asked for, and what is said of it."""
+"""KV saving where fewer bits save a part of it: what routing is asked for, and what is said of it."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import modlab
 from modlab.errors import ModlabError
-from modlab.routing.kv_saving import Rounding, known_of, rounding_of, threshold_for
+from modlab.routing.kv_saving import Rounding, known_of, rounding, rounding_of, threshold_for
 from modlab.routing.trained import Trained
 from modlab.saving.description import read_description
 from modlab.saving.files import CONFIG_FILE
@@ -25,8 +26,14 @@ FACTOR = 2 * 16 * 2 * 2 / (2 * 16 * 2 + 2 * 2 * 2)
 """Of the tiny model in bf16: two heads of 16, K and V; a step of two bytes for each of them."""
 
 
-def in_int8(layers: str = "all", known: Trained | None = KNOWN, dtype: torch.dtype = torch.bfloat16):
-    model = modlab.convert(dense_llama().to(dtype), modlab.MoDConfig(layers=layers, kv_cache_dtype="int8"))
+def in_int8(
+    layers: str = "all",
+    known: Trained | None = KNOWN,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_cache_dtype: Any = "int8",
+):
+    config = modlab.MoDConfig(layers=layers, kv_cache_dtype=kv_cache_dtype)
+    model = modlab.convert(dense_llama().to(dtype), config)
     model.mod.trained = known
     return scatter_gates(model)
 
@@ -40,6 +47,21 @@ def test_routing_is_asked_for_what_eight_bits_leave() -> None:
     modlab.set_kv_cache_dtype(model, "auto")
     assert modlab.set_kv_saving(model, 4) == pytest.approx(KNOWN.threshold_for(4.0))
     assert model.mod.trained is KNOWN, "what is known stays that of routing alone"
+
+
+def test_of_six_and_four_bits_routing_is_asked_for_less() -> None:
+    model = in_int8(kv_cache_dtype="k6v4")
+    factor = 2 * 16 * 2 * 2 / (2 * (12 + 8) + 2 * 2 * 2)
+    assert rounding_of(model).smaller == pytest.approx(factor)
+    assert modlab.set_kv_saving(model, 3 * factor) == pytest.approx(KNOWN.threshold_for(3.0))
+    modlab.set_kv_cache_dtype(model, "int8")
+    assert modlab.set_kv_saving(model, 3 * FACTOR) == pytest.approx(KNOWN.threshold_for(3.0))
+
+
+@pytest.mark.parametrize(("H", "left"), [(64, 16 / 3.05), (128, 16 / 3.12)])
+def test_of_sixteen_times_less_routing_has_a_third_to_do(H: int, left: float) -> None:
+    assert rounding("k6v4", (2, H, H), 2).routed(16) == pytest.approx(left, rel=0.002)
+    assert rounding("auto", (2, H, H), 2).routed(16) == 16
 
 
 def test_of_what_is_stored_in_single_precision_eight_bits_save_twice_as_much() -> None:

@@ -85,9 +85,10 @@ def test_a_rule_that_decides_without_gates_has_no_router_and_no_threshold() -> N
     assert "a router decides for each token" in text and "\n| threshold p | 0.5 |\n" in text
 
 
-def test_a_card_says_that_keys_and_values_have_eight_bits() -> None:
-    said = "\n| keys and values | eight bits a number, a step a token and KV head |\n"
+def test_a_card_says_in_how_many_bits_keys_and_values_are() -> None:
+    said = "\n| keys and values | in {}, a step a token and KV head |\n"
     model = routed_llama(skip="kv")
-    assert said not in model_card(model, "x")
-    modlab.set_kv_cache_dtype(model, "int8")
-    assert said in model_card(model, "x")
+    assert "| keys and values |" not in model_card(model, "x")
+    for dtype, bits in {"int8": "eight bits", "k6v4": "six bits (keys) and four (values)"}.items():
+        modlab.set_kv_cache_dtype(model, dtype)
+        assert said.format(bits) in model_card(model, "x")

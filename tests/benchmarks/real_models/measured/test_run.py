@@ -164,21 +164,22 @@ def test_a_saving_that_the_window_alone_exceeds_fails_and_the_others_go_on(
     assert (tmp_path / "run" / "far@2.json").exists() and not (tmp_path / "run" / "far@64.json").exists()
 
 
-def test_eight_bits_have_folders_and_rows_of_their_own(
-    converted: Path, data: Data, questions: Path, tmp_path: Path
+@pytest.mark.parametrize("stored_as", ["int8", "k6v4"])
+def test_fewer_bits_have_folders_and_rows_of_their_own(
+    converted: Path, data: Data, questions: Path, tmp_path: Path, stored_as: str
 ) -> None:
-    """Controls are rounded alike, and all keys kept are eight bits alone."""
+    """Controls are rounded alike, and all keys kept are fewer bits alone."""
     given: dict[str, Any] = {"about": ABOUT, "device": "cpu", "fast": False}
     sizes = {"rows": 1, "held": 1, "controls": ["window alone", "whole heads"]}
     data.save(tmp_path / "data")
-    for name, dtype in (("plain", "auto"), ("rounded", "int8")):
+    for name, dtype in (("plain", "auto"), ("rounded", stored_as)):
         failed = run(
             converted, None, tmp_path / "data", questions, tmp_path / name, [8.0], ("far", "controls"),
             sizes=sizes, kv_cache_dtype=dtype, dense=tmp_path / "dense.pt", **given,
         )  # fmt: skip
         assert failed == []
     plain, rounded = (joined(tmp_path / name) for name in ("plain", "rounded"))
-    assert (plain["kv_cache_dtype"], rounded["kv_cache_dtype"]) == ("auto", "int8")
+    assert (plain["kv_cache_dtype"], rounded["kv_cache_dtype"]) == ("auto", stored_as)
     for record in (plain, rounded):
         assert {row["kv_cache_dtype"] for row in record["rows"]} == {record["kv_cache_dtype"]}
     rows = [{(row["arm"], row["ratio_asked"]): row for row in one["rows"]} for one in (plain, rounded)]
@@ -190,8 +191,8 @@ def test_eight_bits_have_folders_and_rows_of_their_own(
     of_plain, of_rounded = (one["random", 1.0] for one in rows)
     assert of_rounded["ratio"] > 2.5 * of_plain["ratio"]
     assert of_rounded["kl_far"] > 10 * abs(of_plain["kl_far"])
-    with pytest.raises(ModlabError, match="was measured with kv_cache_dtype='auto', not 'int8'"):
+    with pytest.raises(ModlabError, match=f"was measured with kv_cache_dtype='auto', not '{stored_as}'"):
         run(
             converted, None, tmp_path / "data", questions, tmp_path / "plain", [8.0], ("far",),
-            kv_cache_dtype="int8", **given,
+            kv_cache_dtype=stored_as, **given,
         )  # fmt: skip

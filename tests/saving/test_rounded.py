@@ -1,4 +1,4 @@
-"""Keys and values in eight bits in folders: ranges are saved with the routers, and taken over as they are."""
+"""Keys and values in fewer bits in folders: ranges are saved with the routers, and taken over as they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modlab
+from modlab.cache.dtypes import RANGES
 from modlab.conversion import ranges
 from modlab.errors import ModlabError
 from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
@@ -54,8 +55,11 @@ def same_ranges(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["whole", "routers alone"])
-def test_a_folder_is_loaded_with_the_ranges_it_was_saved_with(base, tmp_path, alone: bool) -> None:
-    model = odd(converted(modlab.load(base)[0]))
+@pytest.mark.parametrize("dtype", RANGES)
+def test_a_folder_is_loaded_with_the_ranges_it_was_saved_with(
+    base, tmp_path, alone: bool, dtype: str
+) -> None:
+    model = odd(converted(modlab.load(base)[0], dtype))
     if alone:
         modlab.save_routers(model, tmp_path / "saved", base_model=str(base))
     else:
@@ -65,7 +69,7 @@ def test_a_folder_is_loaded_with_the_ranges_it_was_saved_with(base, tmp_path, al
     loaded, _ = modlab.load(tmp_path / "saved")
     assert torch.equal(before, torch.get_rng_state())
     assert same_ranges(model, loaded) and torch.equal(logits(model), logits(loaded))
-    assert loaded.mod.config == model.mod.config and loaded.mod.config.kv_cache_dtype == "int8"
+    assert loaded.mod.config == model.mod.config and loaded.mod.config.kv_cache_dtype == dtype
     held = load_file(tmp_path / "saved" / ROUTER_FILE)
     assert sum("mod_int8_range" in name for name in held) == 3 * 3
     halves, _ = modlab.load(tmp_path / "saved", dtype=torch.bfloat16)
@@ -77,12 +81,22 @@ def test_a_folder_is_loaded_with_the_ranges_it_was_saved_with(base, tmp_path, al
     )
 
 
+def test_a_folder_is_loaded_in_other_bits_with_the_ranges_it_has(base, tmp_path) -> None:
+    model = odd(converted(modlab.load(base)[0]))
+    modlab.save_routers(model, tmp_path / "saved", base_model=str(base))
+    loaded, _ = modlab.load(tmp_path / "saved", kv_cache_dtype="k6v4")
+    assert loaded.mod.config.kv_cache_dtype == "k6v4"
+    assert same_ranges(model, loaded) and not torch.equal(logits(model), logits(loaded))
+    modlab.set_kv_cache_dtype(loaded, "int8")
+    assert torch.equal(logits(model), logits(loaded))
+
+
 def test_loading_measures_no_whole_text(base, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     modlab.save_routers(converted(modlab.load(base)[0]), tmp_path / "saved", base_model=str(base))
     lengths: list[int] = []
     real = ranges._measured
     monkeypatch.setattr(
-        ranges, "_measured", lambda model, tokens: lengths.append(tokens) or real(model, tokens)
+        ranges, "_measured", lambda model, dtype, tokens: lengths.append(tokens) or real(model, dtype, tokens)
     )
     modlab.load(tmp_path / "saved")
     assert lengths == [ranges.FEW_TOKENS]

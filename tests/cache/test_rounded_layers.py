@@ -1,4 +1,4 @@
-"""Cache layers that store keys and values in eight bits: what they hold, and that nothing moves it."""
+"""Cache layers that store keys and values in fewer bits: what they hold, and that nothing moves it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import modlab
-from modlab.cache.int8 import Int8Range
+from modlab.cache.dtypes import RANGES
 from modlab.errors import ModlabError
 from tests.helpers.models import alternate_layers, dense_llama, scatter_gates
 
@@ -20,10 +20,15 @@ MASK = torch.ones_like(IDS)
 MASK[1, :9] = MASK[2, 12:17] = 0
 
 
+@pytest.fixture(params=RANGES)
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(params=["layer", "kv_head"])
-def model(request: pytest.FixtureRequest) -> Any:
+def model(request: pytest.FixtureRequest, dtype: Any) -> Any:
     """In double precision: no number is rounded to another whole one because of its last bit."""
-    config = alternate_layers(skip="kv", keep_recent=4, gates=request.param, kv_cache_dtype="int8")
+    config = alternate_layers(skip="kv", keep_recent=4, gates=request.param, kv_cache_dtype=dtype)
     return scatter_gates(modlab.convert(dense_llama().double(), config), 4.0)
 
 
@@ -43,13 +48,14 @@ def routed(cache: Any) -> list[Any]:
     return [cache.layers[index] for index in (1, 3, 5)]
 
 
-def test_codes_and_steps_and_no_second_copy(model) -> None:
+def test_codes_and_steps_and_no_second_copy(model, dtype: str) -> None:
+    codes, each = {"int8": (torch.int8, 2 * (16 + 2)), "k6v4": (torch.uint8, 12 + 2 + 8 + 2)}[dtype]
     for layer in routed(filled(model)):
         held = {name: t for name, t in vars(layer).items() if isinstance(t, Tensor)}
         kinds = {name: t.dtype for name, t in held.items()}
         assert kinds == {
-            "keys": torch.int8,
-            "values": torch.int8,
+            "keys": codes,
+            "values": codes,
             "key_steps": torch.float16,
             "value_steps": torch.float16,
             "columns": torch.int32,
@@ -59,18 +65,18 @@ def test_codes_and_steps_and_no_second_copy(model) -> None:
         assert held["key_steps"].shape == (*held["keys"].shape[:-1], 1)
         heads = held["keys"].shape[0]
         tokens = layer.capacity * heads
-        assert sum(t.nbytes for t in held.values()) == tokens * 2 * (16 + 2) + layer.capacity * 5
+        assert sum(t.nbytes for t in held.values()) == tokens * each + layer.capacity * 5
 
 
-def test_every_token_is_rounded_once(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_token_is_rounded_once(model, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    encode = Int8Range.encode_keys
+    encode = RANGES[dtype].encode_keys
 
-    def counting(self: Int8Range, keys: Tensor) -> Any:
+    def counting(self: Any, keys: Tensor) -> Any:
         seen.append(keys.shape[0] * keys.shape[2])
         return encode(self, keys)
 
-    monkeypatch.setattr(Int8Range, "encode_keys", counting)
+    monkeypatch.setattr(RANGES[dtype], "encode_keys", counting)
     cache = filled(model)
     for column in range(30, 40):
         run(model, IDS[:, column : column + 1], MASK[:, : column + 1], cache)
@@ -110,7 +116,7 @@ def test_what_was_drafted_in_vain_is_cropped_away(model) -> None:
     torch.testing.assert_close(run(model, IDS[:, 30:32], MASK[:, :32], cache), want)
 
 
-def test_nbytes_count_codes_and_steps(model) -> None:
+def test_nbytes_count_codes_and_steps(model, dtype: str) -> None:
     rounded = filled(model)
     modlab.set_kv_cache_dtype(model, "auto")
     plain = filled(model)
@@ -122,7 +128,8 @@ def test_nbytes_count_codes_and_steps(model) -> None:
         )
         for b in routed(rounded)
     ]
-    assert all(whole * 16 == codes * 18 for whole, codes in by_layer)
+    numbers, stored = {"int8": (32, 36), "k6v4": (20, 24)}[dtype]
+    assert all(whole * numbers == codes * stored for whole, codes in by_layer)
     assert rounded.nbytes < plain.nbytes
 
 

@@ -1,4 +1,4 @@
-"""Keys and values in eight bits: attentions of different mechanisms, held to the oracle.
+"""Keys and values in fewer bits: attentions of different mechanisms, held to the oracle.
 
 In double precision: where two ways of running differ in the last bit, no number is rounded to another whole
 one.
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import modlab
+from modlab.cache.dtypes import RANGES
 from modlab.families.proof import Batch, as_the_oracle_says, some_tokens
 from modlab.families.tiny_models import quiet, tiny_model
 from modlab.routing.state import masked_execution
@@ -30,9 +31,14 @@ MECHANISMS = {
 }
 
 
-@pytest.mark.parametrize("model_type", MECHANISMS)
+K6V4 = ("qwen2", "gemma3_text", "stablelm")
+
+CASES = [*((name, "int8") for name in MECHANISMS), *((name, "k6v4") for name in K6V4)]
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), CASES)
 @torch.no_grad()
-def test_every_way_of_running_is_what_the_oracle_says(model_type: str) -> None:
+def test_every_way_of_running_is_what_the_oracle_says(model_type: str, dtype: str) -> None:
     with quiet():
         dense = tiny_model(model_type).double()
     batch = Batch(dense)
@@ -40,7 +46,7 @@ def test_every_way_of_running_is_what_the_oracle_says(model_type: str) -> None:
     leaks = batch.padding_leaks(unrouted)
     batch.choose_cuts(unrouted[:1] if leaks else unrouted)
     settings: dict[str, Any] = {"skip": "kv", **MECHANISMS[model_type]}
-    model = trained(modlab.convert(copy.deepcopy(dense), config_of(kv_cache_dtype="int8", **settings)))
+    model = trained(modlab.convert(copy.deepcopy(dense), config_of(kv_cache_dtype=dtype, **settings)))
     batch.model = model
     opened = batch.logits()
     with modlab.routing_override(model, some_tokens):
@@ -57,10 +63,11 @@ def test_every_way_of_running_is_what_the_oracle_says(model_type: str) -> None:
     assert batch.difference(opened, batch.logits()) > 1e-4, "nothing was rounded: no proof"
 
 
-def test_latent_attention_has_keys_and_values_of_different_widths() -> None:
+@pytest.mark.parametrize("dtype", RANGES)
+def test_latent_attention_has_keys_and_values_of_different_widths(dtype: str) -> None:
     model = tiny_model("deepseek_v3")
     ids = torch.arange(3, 23)[None]
-    modlab.convert(model, config_of("kv", kv_cache_dtype="int8"))
+    modlab.convert(model, config_of("kv", kv_cache_dtype=dtype))
     widths = {(found.key_shift.shape[1], found.value_step.shape[1]) for found in model.mod.ranges.values()}
     assert all(keys != values for keys, values in widths)
     with torch.no_grad():
