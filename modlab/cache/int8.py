@@ -12,13 +12,15 @@ Shape letters: G kv heads, S tokens, H head dim.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from modlab.cache.range import ALL_HEADS, LEAST_STEP, MOST_STEP, STEP_TYPE, KVRange
-from modlab.config import KVCacheDtype
+
+if TYPE_CHECKING:
+    from modlab.config import KVCacheDtype
 
 LARGEST_CODE = 127
 

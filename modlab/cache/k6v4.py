@@ -19,20 +19,22 @@ a run of them:
             H / 4 bytes: the upper two of channels i, i + H/4, i + H/2 and i + 3H/4, the first lowest
     values  H / 2 bytes: channels i and i + H/2
 
-Shape letters: G kv heads, S tokens, H head dim, C bytes of codes, N entries of a block of the rotation.
+Shape letters: G kv heads, S tokens, H head dim, C bytes of codes, P entries of a block of the rotation.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from modlab.cache.range import ALL_HEADS, LEAST_STEP, MOST_STEP, STEP_TYPE, KVRange
-from modlab.config import KVCacheDtype
 from modlab.errors import ModlabError
+
+if TYPE_CHECKING:
+    from modlab.config import KVCacheDtype
 
 KEY_CODES, VALUE_CODES = 64, 16
 
@@ -118,15 +120,15 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
 def _rotated(x: Tensor) -> Tensor:
     """x [..., H] rotated by blocks, fp32; another rotation undoes it."""
     H = x.shape[-1]
-    N = H & -H
+    P = H & -H  # the largest power of two that divides it
     with torch.autocast(x.device.type, enabled=False):
-        return (x.unflatten(-1, (-1, N)) @ _hadamard(N, x.device)).flatten(-2).mul_(N**-0.5)
+        return (x.unflatten(-1, (-1, P)) @ _hadamard(P, x.device)).flatten(-2).mul_(P**-0.5)
 
 
 @functools.cache
-def _hadamard(N: int, device: torch.device) -> Tensor:
-    """Sylvester's matrix of ones and minus ones, [N, N], N a power of two."""
+def _hadamard(P: int, device: torch.device) -> Tensor:
+    """Sylvester's matrix of ones and minus ones, [P, P], P a power of two."""
     whole = torch.ones(1, 1, device=device)
-    while len(whole) < N:
+    while len(whole) < P:
         whole = torch.cat([torch.cat([whole, whole], 1), torch.cat([whole, -whole], 1)])
     return whole

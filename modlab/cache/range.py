@@ -17,12 +17,14 @@ Shape letters: G kv heads, S tokens, H head dim, C bytes of the codes of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from modlab.config import KVCacheDtype
+if TYPE_CHECKING:
+    from modlab.config import KVCacheDtype
+
 
 RANGE = "mod_int8_range"
 """Name of the `KVRange` inside each routed layer, whatever its bits: that of saved files since the first."""
