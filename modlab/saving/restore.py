@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modlab.cache.range import RANGE
 from modlab.conversion.convert import convert, revert
-from modlab.conversion.ranges import FEW_TOKENS, begin_rounding, set_kv_cache_dtype
+from modlab.conversion.ranges import FEW_TOKENS, begin_rounding, check_rounding, set_kv_cache_dtype
 from modlab.errors import ModlabError
 from modlab.routing.state import routing_of, set_threshold
 from modlab.saving.base_check import check_base
@@ -17,6 +18,7 @@ from modlab.saving.files import CONFIG_FILE, ROUTER_FILE
 from modlab.saving.fingerprint import check_fingerprints
 from modlab.saving.hub import file_of
 from modlab.saving.routers import fill_routers, read_routers, room_for
+from modlab.warn import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +43,7 @@ def restore_routers(
     if described is None:
         return model
     weights = file_of(source, ROUTER_FILE, **hub_arguments)
-    description = read_description(Path(described), source)
+    description = as_it_can_be_stored(model, read_description(Path(described), source), source)
     if weights is None:
         raise ModlabError(f"{source!r} has {CONFIG_FILE} but no {ROUTER_FILE}: copy the whole folder.")
     if base is None:
@@ -50,6 +52,8 @@ def restore_routers(
     convert_as(model, description, source)
     try:
         routers = read_routers(Path(weights), source, description.routers, room_for(model))
+        if description.config.kv_cache_dtype == "auto":  # here, whatever it was when it was saved
+            routers = {name: tensor for name, tensor in routers.items() if RANGE not in name.split(".")}
         fill_routers(model, routers, source)
     except ModlabError:
         revert(model)
@@ -57,6 +61,21 @@ def restore_routers(
     if base is not None:
         model.mod_base_model = base  # type: ignore[assignment]
     return model
+
+
+def as_it_can_be_stored(model: PreTrainedModel, description: Description, name: str) -> Description:
+    """The description of the folder `name`; with a word, keys and values in the model's own type where they
+    cannot be stored as it says, since this model's heads are shared across ranks."""
+    if description.config.kv_cache_dtype == "auto":
+        return description
+    try:
+        check_rounding(model, description.config.kv_cache_dtype)
+    except ModlabError as error:
+        warn(
+            f"{name!r} stores keys and values in fewer bits; here they stay in the model's own type. {error}"
+        )
+        return description._replace(config=replace(description.config, kv_cache_dtype="auto"))
+    return description
 
 
 def convert_as(model: PreTrainedModel, description: Description, name: str) -> None:

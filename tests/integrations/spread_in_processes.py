@@ -1,8 +1,8 @@
 """Run by `accelerate launch` in test_tensor_parallel.py: one model over all processes, each with its heads.
 
-spread_in_processes.py MODEL FEW OUT
+spread_in_processes.py MODEL FEW ROUNDED OUT
 
-FEW is a model with fewer KV heads than there are processes.
+FEW is a model with fewer KV heads than there are processes, ROUNDED MODEL with keys and values in eight bits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import modlab
 from modlab.errors import ModlabError
+from modlab.warn import ModlabWarning
 from tests.helpers.spread import GATES, found_by
 
 
-def main(folder: str, few: str, out: Path) -> None:
+def main(folder: str, few: str, rounded: str, out: Path) -> None:
     warnings.simplefilter("ignore")  # transformers renames the argument
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
     part = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
@@ -32,6 +33,8 @@ def main(folder: str, few: str, out: Path) -> None:
         "few": refusal(too_few, gates="kv_head"),
         "int8": refusal(model, kv_cache_dtype="int8"),
     }
+    told = {"recipe": warning_of(lambda: modlab.recipe("default", model, steps=1))}
+    told["loaded"] = warning_of(lambda: modlab.load(rounded, tp_plan="auto"))
     modlab.convert(model, modlab.MoDConfig(layers="all"))
     refused["int8, live"] = refusal_of(lambda: modlab.set_kv_cache_dtype(model, "int8"))
     refused["fast"] = refusal_of(lambda: modlab.enable_fast_generation(model))
@@ -39,7 +42,7 @@ def main(folder: str, few: str, out: Path) -> None:
     refused["fast, dense"] = refusal_of(lambda: modlab.enable_fast_generation(model))
     found = {gates: found_by(model, gates) for gates in GATES}
     rank = torch.distributed.get_rank()
-    torch.save({"refused": refused, "part": part} | found, out / f"rank_{rank}.pt")
+    torch.save({"refused": refused, "told": told, "part": part} | found, out / f"rank_{rank}.pt")
 
 
 def refusal(model: Any, **settings: Any) -> str:
@@ -48,6 +51,16 @@ def refusal(model: Any, **settings: Any) -> str:
     said = refusal_of(lambda: modlab.convert(model, modlab.MoDConfig(**settings)))
     assert {name: type(module) for name, module in model.named_modules()} == before
     return said
+
+
+def warning_of(action: Callable[[], Any]) -> tuple[str, str]:
+    """What modlab says to something that is done otherwise, and how keys and values are stored then."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made, *_ = action()
+    said = " ".join(str(one.message) for one in caught if issubclass(one.category, ModlabWarning))
+    config = made.mod.config if isinstance(made, torch.nn.Module) else made
+    return said, config.kv_cache_dtype
 
 
 def refusal_of(action: Callable[[], object]) -> str:
@@ -60,4 +73,4 @@ def refusal_of(action: Callable[[], object]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(*sys.argv[1:4], Path(sys.argv[4]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import transformers
 from packaging.version import Version
 from transformers import LlamaForCausalLM
 
+import modlab
 from modlab.plan import sizes_of
 from tests.helpers.launch import launch
 from tests.helpers.models import narrow_config
 from tests.helpers.spread import GATES, found_by
+from tests.helpers.tokenizers import make_tokenizer
 
 WORKER = Path(__file__).with_name("spread_in_processes.py")
 HEADS = 4
@@ -41,7 +44,10 @@ def test_processes_with_some_of_the_heads_are_one_model(tmp_path: Path, processe
     model = llama(HEADS)
     model.save_pretrained(tmp_path / "model")
     llama(1).save_pretrained(tmp_path / "few")
-    launch(WORKER, processes, tmp_path / "model", tmp_path / "few", tmp_path)
+    rounded = copy.deepcopy(model)
+    modlab.convert(rounded, modlab.MoDConfig(kv_cache_dtype="int8")).save_pretrained(tmp_path / "rounded")
+    make_tokenizer().save_pretrained(tmp_path / "rounded")
+    launch(WORKER, processes, *(tmp_path / name for name in ("model", "few", "rounded")), tmp_path)
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(processes)]
     for gates in GATES:
         alone = found_by(model, gates)
@@ -65,6 +71,8 @@ def test_processes_with_some_of_the_heads_are_one_model(tmp_path: Path, processe
             assert "kv_cache_dtype='int8'" in rank["refused"][kind]
             assert "shared across ranks (tensor parallelism)" in rank["refused"][kind]
         assert "its forward fails" in rank["refused"]["few"]
+        for said, stored in rank["told"].values():
+            assert "are shared across ranks (tensor parallelism)" in said and stored == "auto"
     assert abs(ranks[0]["part"] / sizes_of(model.config, processes).by_heads - 1) < 0.05
 
 
