@@ -136,7 +136,7 @@ def test_routers_ship_with_the_thresholds_and_recent_tokens_of_the_records(model
         assert trained.threshold_for(row["ratio_asked"]) == pytest.approx(row["threshold"], rel=1e-4)
         assert trained.recent_for(row["ratio_asked"]) == row["recent"]
     size = 128 if model == "coder-1.5b" else 64  # of a head
-    together = trained.counted(rounding(1, size, size, 2, 0.0).total)
+    together = trained.counted(rounding("int8", (1, size, size), 2).total)
     for name in real_models.LIMITS:
         row = real_models.of_recipe(found, name, model)
         # In eight bits they were set on rows once more, by the bytes there: what is reckoned is close to it.
