@@ -230,8 +230,9 @@ def recipe(
             "auto", in the model's own type. By default the recipe's: eight bits of "default" and "memory",
             or, with a warning, the model's own type where it cannot have them (tensor parallelism) or a
             `kv_saving` is so small that they would leave routing next to nothing. "auto" is aimed at 3x and
-            4x by these two. Eight bits asked of any other recipe save on top of its own saving: 4x of
-            "distil" becomes 7.8x (heads of 64). Routers are trained at full precision either way.
+            4x by these two. What no recipe was measured with ("k6v4", eight bits of any other recipe) saves
+            on top of what "auto" is aimed at: 4x of "distil" becomes 7.8x in eight bits (heads of 64).
+            Routers are trained at full precision either way.
         started: routers that are trained already will be the start (`modlab.start_from`): the run begins at
             the ratio aimed at; what else differs is the recipe's ("speed").
         **settings: further fields of `TrainConfig` (of "quick": of `FitConfig`), such as `tokens`; they win
