@@ -147,6 +147,26 @@ def test_what_is_beyond_the_time_is_not_begun(
     assert [path.name for path in (tmp_path / "run").glob("*.json")] == ["origin.json"]
 
 
+def test_the_command_measures_in_fewer_bits_without_fast_generation(
+    converted: Path, data: Data, questions: Path, tmp_path: Path
+) -> None:
+    data.save(tmp_path / "data")
+    words = {
+        "--model": converted, "--data": tmp_path / "data", "--questions": questions,
+        "--out": tmp_path / "run", "--savings": "16,8", "--kv-cache-dtype": "k6v4",
+        "--only": "far,ruler,humaneval", "--device": "cpu", "--sizes": json.dumps(SIZES),
+    }  # fmt: skip
+    main(["measure", "--slow", *(str(word) for pair in words.items() for word in pair)])
+    found = joined(tmp_path / "run")
+    assert found["kv_cache_dtype"] == "k6v4" and found["failed"] == []
+    rows = {row["ratio_asked"]: row for row in found["rows"]}
+    assert rows.keys() == {1.0, 8.0, 16.0} and {row["arm"] for row in found["rows"]} == {"distil-k6v4"}
+    for saving in (8.0, 16.0):
+        assert abs(rows[saving]["ratio"] / saving - 1) < 0.25
+        assert {task["kind"] for task in rows[saving]["tasks"].values()} == {"ruler", "humaneval"}
+    assert 0 < rows[8.0]["kl_far"] < rows[16.0]["kl_far"]
+
+
 def test_kinds_and_folders_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     given: dict[str, Any] = {"about": ABOUT, "device": "cpu"}
     with pytest.raises(ModlabError, match="choose some of far, controls"):
