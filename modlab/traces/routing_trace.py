@@ -13,11 +13,12 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from modlab.config import KVCacheDtype
 from modlab.errors import ModlabError
 from modlab.routing import rule
 from modlab.routing.threshold import check_threshold
@@ -26,7 +27,7 @@ from modlab.traces.trace_file import ARRAYS, DAMAGE, read_trace, write_trace
 
 _META = (
     "tokens", "layers", "num_layers", "keep_first", "kv_bytes_per_token", "model", "skip", "keep_recent",
-    "stored_bytes_per_token",
+    "stored_bytes_per_token", "kv_cache_dtype",
 )  # fmt: skip
 
 
@@ -52,7 +53,9 @@ class RoutingTrace:
         keep_recent: with "kv", how many of the latest tokens are in the cache at the end of the text, kept or
             not; else 0.
         stored_bytes_per_token: bytes of one token that a routed layer stores: less than `kv_bytes_per_token`
-            with keys and values in eight bits, else (also if 0 is given) as many.
+            with keys and values in fewer bits, else (also if 0 is given) as many.
+        kv_cache_dtype: how it stores them, as of `MoDConfig`; "" (of older files) is "int8" where those are
+            less, else "auto".
     """
 
     tokens: list[str]
@@ -69,10 +72,14 @@ class RoutingTrace:
     skip: str = "layer"
     keep_recent: int = 0
     stored_bytes_per_token: int = 0
+    kv_cache_dtype: str = ""
 
     def __post_init__(self) -> None:
         if not self.stored_bytes_per_token:
             object.__setattr__(self, "stored_bytes_per_token", self.kv_bytes_per_token)
+        if not self.kv_cache_dtype:
+            fewer = self.stored_bytes_per_token < self.kv_bytes_per_token
+            object.__setattr__(self, "kv_cache_dtype", "int8" if fewer else "auto")
         for name, dtype in ARRAYS.items():
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
         R, T = len(self.layers), len(self.tokens)
@@ -143,13 +150,8 @@ class RoutingTrace:
         return float(self.num_layers / (self.num_layers - len(rows) + routed * self.stored_share))
 
     @property
-    def eight_bits(self) -> bool:
-        """Whether routed layers store keys and values in eight bits."""
-        return self.stored_bytes_per_token < self.kv_bytes_per_token
-
-    @property
     def stored_share(self) -> float:
-        """Share of a token's dense bytes that a routed layer stores of it: 1, about a half in eight bits."""
+        """Share of a token's dense bytes that a routed layer stores of it: 1, less in fewer bits."""
         whole = self.kv_bytes_per_token
         return self.stored_bytes_per_token / whole if whole else 1.0
 
@@ -187,7 +189,12 @@ class RoutingTrace:
         """Read what `save` wrote. ModlabError if the file is missing, damaged or something else."""
         try:
             arrays, meta = read_trace(Path(path))
-            meta = {"keep_recent": 0, "stored_bytes_per_token": 0, **meta}  # older files have none
+            meta = {
+                "keep_recent": 0,
+                "stored_bytes_per_token": 0,
+                "kv_cache_dtype": "",
+                **meta,
+            }  # older files have none
             _check_described(meta, arrays)
             fields: dict[str, Any] = {**{name: meta[name] for name in _META}, **arrays}
             return cls(**fields)
@@ -234,6 +241,8 @@ def _check_described(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> N
     for name, kind in (("tokens", str), ("layers", int)):
         if not isinstance(meta[name], list) or not all(type(value) is kind for value in meta[name]):
             raise ValueError(f"{name} is not a list of {kind.__name__}")
+    if meta["kv_cache_dtype"] not in ("", *get_args(KVCacheDtype)):
+        raise ValueError(f"kv_cache_dtype={meta['kv_cache_dtype']!r:.60}")
     if not isinstance(meta["model"], str) or not isinstance(meta["skip"], str):
         raise ValueError(f"model={meta['model']!r:.60}, skip={meta['skip']!r:.60}")
     named(meta["skip"])  # says which there are

@@ -71,6 +71,7 @@ def run_traced(model: Any, tokenizer: Any, text: Any) -> tuple[RoutingTrace, Any
         skip=routing.config.skip,
         keep_recent=routing.config.recent_stored,
         stored_bytes_per_token=stored,
+        kv_cache_dtype=routing.config.kv_cache_dtype,
     ), output
 
 

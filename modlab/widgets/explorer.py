@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets as t
 
+from modlab.config import KV_BITS
 from modlab.errors import ModlabError
 from modlab.hf.model import context_length, device_of, model_name
 from modlab.hf.names import given_cache
@@ -31,8 +32,8 @@ CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RATIOS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """One token in so many is kept: for gates of real models, among which p itself tells little."""
 
-Stored = tuple[int, bool]
-"""What else than thresholds decides what a cache takes: `RoutingTrace.keep_recent` and `eight_bits`."""
+Stored = tuple[int, str]
+"""What else than thresholds decides what a cache takes: `RoutingTrace.keep_recent` and `kv_cache_dtype`."""
 
 
 class RoutingExplorer(SteeredView, view="explorer"):
@@ -103,14 +104,14 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Set how the model stores keys and values (`modlab.set_kv_cache_dtype`), and run the text.
 
         Args:
-            dtype: "auto" or "int8".
+            dtype: "auto", "int8" or "k6v4".
 
         Raises:
             ModlabError: the model cannot store them so.
         """
         self._store_in(dtype, None)
 
-    def _store_in(self, dtype: KVCacheDtype, job: Job | None) -> None:
+    def _store_in(self, dtype: str, job: Job | None) -> None:
         from modlab.conversion.ranges import set_kv_cache_dtype
 
         model, before = self._model, self._model.mod.config.kv_cache_dtype
@@ -154,7 +155,7 @@ class RoutingExplorer(SteeredView, view="explorer"):
         """Measure what is missing of the curve: a newer request may have stopped it half-way."""
         from modlab.routing.state import thresholds_restored
 
-        if _stored_by(self._model)[1] != self._trace.eight_bits:
+        if _stored_by(self._model)[1] != self._trace.kv_cache_dtype:
             # What points are compared with is to be measured anew; `_refine` comes back here then.
             self._measure(dict(self._model.mod.thresholds), job)
             return
@@ -244,7 +245,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
             self._stored, self.points, self.runs, self.speed = stored, [], [], {}
 
     def _known(self) -> dict[str, Any]:
-        return {**super()._known(), "may_round": "kv_cache_dtype" in self._model.mod.skip.settings}
+        may = "kv_cache_dtype" in self._model.mod.skip.settings
+        return {**super()._known(), "stored_in": {"auto": "the model's own type", **KV_BITS} if may else {}}
 
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
         self._with(_stored_in(trace))
@@ -265,8 +267,8 @@ class RoutingExplorer(SteeredView, view="explorer"):
             return lambda job: self._start_curve(None, job)
         if content.get("type") == "form":
             return lambda job: self._switch(str(content["form"]), job)
-        if content.get("type") == "eight bits":
-            return lambda job: self._store_in("int8" if content.get("on") else "auto", job)
+        if content.get("type") == "store in":
+            return lambda job: self._store_in(str(content.get("dtype")), job)
         if content.get("type") == "speed":
             return self._measure_speed
         return super()._work(content)
@@ -308,12 +310,12 @@ def explore(
 
 
 def _stored_in(trace: RoutingTrace) -> Stored:
-    return trace.keep_recent, trace.eight_bits
+    return trace.keep_recent, trace.kv_cache_dtype
 
 
 def _stored_by(model: Any) -> Stored:
     """What a trace of the model would say now."""
-    return int(model.mod.config.recent_stored), bool(model.mod.ranges)
+    return int(model.mod.config.recent_stored), model.mod.config.kv_cache_dtype
 
 
 def _by_form(models: Sequence[Any]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class SteeredView(MeasuredView):
         super()._take(trace, output)
 
     def _show(self, trace: RoutingTrace, cache: Any) -> None:
-        if trace.eight_bits == self._trace.eight_bits:
+        if trace.kv_cache_dtype == self._trace.kv_cache_dtype:
             super()._show(trace, cache)
             return
         # A cell may have changed it: what is compared with was measured the other way.

@@ -479,16 +479,16 @@ def test_the_switch_shows_another_model(nb: Notebook, shots: Path) -> None:
     assert float(kernel(nb, "other.mod.thresholds[1]")) == p != float(kernel(nb, "model.mod.thresholds[1]"))
 
 
-def test_keys_and_values_are_switched_to_eight_bits(nb: Notebook, shots: Path) -> None:
-    switch, more = nb.page.locator(".modlab-eight-bits").first, ".modlab-kv >> xpath=.."
+def test_keys_and_values_are_switched_to_fewer_bits(nb: Notebook, shots: Path) -> None:
+    switch, more = nb.page.locator(".modlab-stored-in").first, ".modlab-kv >> xpath=.."
     before = int(kernel(nb, "explorer.summary['kv_bytes']"))
-    assert switch.is_visible() and not switch.is_checked()
-    switch.check()
-    until(nb, "explorer.summary['eight_bits'] and explorer.wait()")
+    assert switch.is_visible() and switch.input_value() == "auto"
+    switch.select_option("int8")
+    until(nb, "explorer.summary['kv_cache_dtype'] == 'int8' and explorer.wait()")
     nb.wait_idle()
-    assert kernel(nb, "other.mod.config.kv_cache_dtype") == "int8" and switch.is_checked()
+    assert kernel(nb, "other.mod.config.kv_cache_dtype") == "int8" and switch.input_value() == "int8"
     assert int(kernel(nb, "explorer.summary['kv_bytes']")) < before
-    assert "8-bit keys and values" in nb.page.locator(more).first.inner_text()
+    assert "keys and values in eight bits" in nb.page.locator(more).first.inner_text()
     nb.screenshot(shots / "explorer-eight-bits")
     p = nb.drag(".modlab-threshold", 0.3, release=False)
     wait_preview(nb)
@@ -501,15 +501,15 @@ def test_keys_and_values_are_switched_to_eight_bits(nb: Notebook, shots: Path) -
     assert float(read(nb, "kv").split()[1]) == pytest.approx(want / 1024, rel=0.01)
     nb.page.mouse.up()
     wait_measured(nb, p)
-    switch.uncheck()
-    until(nb, "not explorer.summary['eight_bits'] and explorer.wait()")
+    switch.select_option("auto")
+    until(nb, "explorer.summary['kv_cache_dtype'] == 'auto' and explorer.wait()")
     nb.wait_idle()
     assert kernel(nb, "other.mod.config.kv_cache_dtype") == "auto"
-    assert "8-bit" not in nb.page.locator(more).first.inner_text()
+    assert "eight bits" not in nb.page.locator(more).first.inner_text()
     nb.python("explorer.switch('whole layers'); explorer.wait()")
     nb.wait_idle()
     assert "skips" in nb.page.locator(".mod-key").first.inner_text()
-    assert nb.page.locator(".modlab-eight-bits").first.is_hidden(), "no keys of their own to round"
+    assert nb.page.locator(".modlab-stored-in").first.is_hidden(), "no keys of their own to round"
 
 
 def test_a_busy_model_is_told(nb: Notebook) -> None:

@@ -109,7 +109,7 @@ def test_prompts_that_leave_are_counted_too(stored_as: str) -> None:
 def test_a_trace_saves_what_its_cache_saves(stored_as: str) -> None:
     model, codes = routed(stored_as, layers="all"), CODES[stored_as]
     trace = modlab.trace(model, make_tokenizer(), list(range(2, CONTEXT)))
-    assert trace.eight_bits and trace.kv_bytes_per_token == DENSE
+    assert trace.kv_cache_dtype == stored_as and trace.kv_bytes_per_token == DENSE
     assert trace.stored_bytes_per_token == codes + STEPS
     stored = trace.keep.copy()
     stored[:, -trace.keep_recent :] = True

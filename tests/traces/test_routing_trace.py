@@ -93,16 +93,18 @@ def test_npz_round_trip(data: st.DataObject, tmp_path_factory: pytest.TempPathFa
 
 def test_what_a_routed_layer_stores_is_saved_and_is_all_of_it_in_older_files(tmp_path: Path) -> None:
     trace = make_trace(20, skip="kv", stored_bytes_per_token=132)
-    assert trace.kv_bytes_per_token == 512 and trace.eight_bits
+    assert trace.kv_bytes_per_token == 512 and trace.kv_cache_dtype == "int8"
     assert RoutingTrace.load(trace.save(tmp_path / "new.npz")).stored_bytes_per_token == 132
     old = make_trace(20, skip="kv")
-    assert not old.eight_bits and old.stored_bytes_per_token == 512
+    assert old.kv_cache_dtype == "auto" and old.stored_bytes_per_token == 512
+    fewer = make_trace(20, skip="kv", stored_bytes_per_token=100, kv_cache_dtype="k6v4")
+    assert RoutingTrace.load(fewer.save(tmp_path / "fewer.npz")).kv_cache_dtype == "k6v4"
     assert trace.kv_saving > old.kv_saving and trace.preview_saving(0.0) == 6 / (3 + 3 * 132 / 512)
     path = old.save(tmp_path / "old.npz")
     with np.load(path) as held:
         arrays = dict(held)
     meta = json.loads(bytes(arrays["meta"]))
-    del meta["stored_bytes_per_token"]
+    del meta["stored_bytes_per_token"], meta["kv_cache_dtype"]
     np.savez(path, **{**arrays, "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)})
     assert RoutingTrace.load(path).stored_bytes_per_token == 512
 

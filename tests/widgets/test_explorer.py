@@ -125,21 +125,30 @@ def test_the_budget_s_bounds_are_what_the_cache_takes(word_tokenizer: Any, gates
     assert budget["mib"] == pytest.approx(each * budget["context"] * 0.25 * layers / 2**20, rel=0.01)
 
 
-def test_a_switch_stores_keys_and_values_in_eight_bits(model: Any, word_tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "stored", "said"),
+    [
+        ("int8", 2 * 2 * (16 + 2), "eight bits"),
+        ("k6v4", 2 * (12 + 8 + 4), "six bits (keys) and four (values)"),
+    ],
+)
+def test_a_switch_stores_keys_and_values_in_fewer_bits(
+    model: Any, word_tokenizer: Any, dtype: Any, stored: int, said: str
+) -> None:
     explorer = measured(model, word_tokenizer)
     before = dict(explorer.summary)
-    assert before["may_round"] and not before["eight_bits"]
-    explorer._on_message(explorer, {"type": "eight bits", "on": True, "id": 1}, [])
-    assert explorer.wait(60) and model.mod.config.kv_cache_dtype == "int8"
+    assert list(before["stored_in"]) == ["auto", "int8", "k6v4"] and before["kv_cache_dtype"] == "auto"
+    explorer._on_message(explorer, {"type": "store in", "dtype": dtype, "id": 1}, [])
+    assert explorer.wait(60) and model.mod.config.kv_cache_dtype == dtype
     after = explorer.summary
-    assert after["eight_bits"] and after["dense_bytes"] == before["dense_bytes"]
+    assert after["kv_cache_dtype"] == dtype and after["dense_bytes"] == before["dense_bytes"]
     assert after["kv_bytes"] < 0.8 * before["kv_bytes"] and after["loss"] != before["loss"]
-    assert after["stored_bytes"] == 2 * 2 * (16 + 2) < after["token_bytes"] == before["token_bytes"]
+    assert after["stored_bytes"] == stored < after["token_bytes"] == before["token_bytes"]
     assert explorer.budget["stored_bytes"] == after["stored_bytes"]
     want = measured(model, word_tokenizer)
     assert explorer.points == want.points, "all of the curve, and what it is compared with"
     assert after["open_loss"] == want.summary["open_loss"] != before["open_loss"]
-    assert "8-bit keys and values" in explorer._svg()
+    assert f"keys and values in {said}" in explorer._svg()
     explorer.store_in("auto")
     assert explorer.summary["kv_bytes"] == before["kv_bytes"] and not model.mod.ranges
 
@@ -164,7 +173,7 @@ def test_a_switch_that_is_stopped_leaves_the_model_as_it_was(
     with pytest.raises(Cancelled):
         explorer.store_in("int8")
     assert model.mod.config.kv_cache_dtype == before.kv_cache_dtype == "auto" and not model.mod.ranges
-    assert not explorer.summary["eight_bits"]
+    assert explorer.summary["kv_cache_dtype"] == "auto"
 
 
 def stopped(*_: Any) -> Any:
@@ -173,6 +182,6 @@ def stopped(*_: Any) -> Any:
 
 def test_where_no_cache_is_routed_there_is_no_switch(routed_model: Any, word_tokenizer: Any) -> None:
     explorer = explore(routed_model, word_tokenizer, TEXT)
-    assert not explorer.summary["may_round"]
+    assert not explorer.summary["stored_in"]
     with pytest.raises(ModlabError):
         explorer.store_in("int8")

@@ -33,24 +33,23 @@ class Forms {
   }
 }
 
-// Whether routed layers store keys and values in eight bits: next to the title, too, where the skip has a choice.
-class EightBits {
+// How routed layers store keys and values: next to the title, too, where the skip has a choice.
+class StoredIn {
   constructor(store, parent) {
     this.store = store;
-    this.label = el(parent.querySelector(".mod-title"), "label", "mod-form");
-    this.box = el(this.label, "input", "modlab-eight-bits");
-    this.box.type = "checkbox";
-    ownKeys(this.box);
-    this.label.append(" 8 bits a number");
-    this.label.title = "Store keys and values in eight bits: half of the bytes, a little rounding";
-    this.box.addEventListener("change", () => store.job.ask({ type: "eight bits", on: this.box.checked }));
+    this.label = el(parent.querySelector(".mod-title"), "label", "mod-form", "stored in: ");
+    this.choice = el(this.label, "select", "modlab-stored-in");
+    ownKeys(this.choice);
+    this.label.title = "In how many bits keys and values are stored: fewer take fewer bytes and round more";
+    this.choice.addEventListener("change", () => store.job.ask({ type: "store in", dtype: this.choice.value }));
   }
 
   draw() {
-    const { summary, model, job } = this.store, can = model.get("can_run");
-    this.label.hidden = !can || !summary.may_round;
-    if (!job.running) this.box.checked = summary.eight_bits;
-    this.box.disabled = job.running;
+    const { summary, model, job } = this.store, known = Object.entries(summary.stored_in || {});
+    this.label.hidden = !model.get("can_run") || !known.length;
+    if (this.choice.options.length !== known.length) this.choice.replaceChildren(...known.map(([dtype, words]) => new Option(words, dtype)));
+    if (!job.running) this.choice.value = summary.kv_cache_dtype;
+    this.choice.disabled = job.running;
   }
 }
 
@@ -58,6 +57,6 @@ VIEWS.explorer = {
   scene: Store, title: "Routing explorer", about,
   parts: (model) => {
     const can = model.get("can_run"), curve = can || model.get("points").length;
-    return [Forms, EightBits, OwnText, ExplorerControls, [[Heatmap], curve ? [Curve] : []], [[TokenText], [TokenPath]], ...(can ? [Budget] : [])];
+    return [Forms, StoredIn, OwnText, ExplorerControls, [[Heatmap], curve ? [Curve] : []], [[TokenText], [TokenPath]], ...(can ? [Budget] : [])];
   },
 };

@@ -17,7 +17,7 @@ class Figures {
     this.kv.value.textContent = (preview ? "≈ " : "") + byteText(kv);
     this.kv.more.textContent = `${byteText(summary.dense_bytes)} dense · ${gain(summary.dense_bytes / kv, "smaller", "larger")}`
       + (preview ? "" : ", allocated") + (summary.recent ? `, the latest ${summary.recent + 1} in it` : "")
-      + (summary.eight_bits ? ", 8-bit keys and values" : "");
+      + (summary.bits ? ", keys and values in " + summary.bits : "");
     const swept = preview && !store.model.get("layer_thresholds").length ? interpolate(store.model.get("points"), store.threshold, "loss") : null;
     this.loss.value.textContent = summary.loss === null || (preview && swept === null) ? "–"
       : preview ? "≈ " + swept.toFixed(3) : summary.loss.toFixed(3);

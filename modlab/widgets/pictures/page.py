@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modlab.config import KV_BITS
 from modlab.errors import ModlabError
 from modlab.widgets.pictures.script import GRID, script, styles
 from modlab.widgets.pictures.words import words
@@ -92,7 +93,8 @@ def summary(
         "dense_bytes": dense if dense_bytes is None else int(dense_bytes),
         "token_bytes": said["saves"] * trace.kv_bytes_per_token,
         "stored_bytes": said["saves"] * trace.stored_bytes_per_token,
-        "eight_bits": trace.eight_bits,
+        "kv_cache_dtype": trace.kv_cache_dtype,
+        "bits": KV_BITS.get(trace.kv_cache_dtype, ""),
         "recent": trace.keep_recent,
         "keep_ratio": float(trace.keep.mean()),
         "by_ratio": by_ratio(trace),

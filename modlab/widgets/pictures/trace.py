@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modlab.config import KV_BITS
 from modlab.widgets.pictures.axes import LEAST_LOSS, Axes, byte_text, short
 from modlab.widgets.pictures.svg import (
     DENSE,
@@ -79,8 +80,8 @@ def _heading(trace: RoutingTrace, shown: int) -> str:
     p, tokens = trace.thresholds, len(trace.tokens)
     parts = [f"p = {short(p[0])}" if np.ptp(p) == 0 else f"p = {short(p.min())} to {short(p.max())}"]
     parts += [f"kept {100 * trace.keep.mean():.1f} %", f"KV cache {trace.kv_saving:.2f}x smaller"]
-    if trace.eight_bits:
-        parts.append("8-bit keys and values")
+    if bits := KV_BITS.get(trace.kv_cache_dtype):
+        parts.append(f"keys and values in {bits}")
     if np.isfinite(trace.mean_loss):
         parts.append(f"loss {trace.mean_loss:.3f} nats a token")
     parts.append(f"{tokens:,} tokens" + (f", the first {shown:,} shown" if shown < tokens else ""))
