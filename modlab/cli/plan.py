@@ -31,7 +31,7 @@ def add(command: Command) -> None:
         "--kv-saving",
         metavar="X",
         type=float,
-        help="of the routed cache (default: 4 by routing, times what eight bits save)",
+        help="of the routed cache (default: 4 by routing, times what fewer bits save)",
     )
     add_kv_cache_dtype(sub, "keys and values of the routed cache", default="auto")
     sub.add_argument(

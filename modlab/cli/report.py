@@ -42,7 +42,7 @@ def add(command: Command) -> None:
         metavar="X,X",
         type=read_floats,
         default=(),
-        help="KV savings to measure at, eight bits included (default: as its thresholds stand)",
+        help="KV savings to measure at, fewer bits included (default: as its thresholds stand)",
     )
     sub.add_argument("--seq-len", metavar="T", type=int, help="tokens a row (default: at most 2048)")
     sub.add_argument("--rows", metavar="N", type=int, default=4, help="rows of each text")
