@@ -162,6 +162,8 @@ def test_eight_bits_are_counted_and_said() -> None:
     assert [row["granularity"] for row in decode] == ["layer", "kv_head"]
 
 
-def test_cases_that_do_not_take_eight_bits_refuse_them() -> None:
+def test_cases_that_do_not_take_fewer_bits_refuse_them() -> None:
     with pytest.raises(ModlabError, match="speed is not measured so; generate, speed_kv can be"):
         bench.main(["speed", "--kv-cache-dtype", "int8", "--no-save"])
+    with pytest.raises(ModlabError, match="speed_kv is not measured so; nothing yet can be"):
+        bench.main(["speed_kv", "--kv-cache-dtype", "k6v4", "--no-save"])
