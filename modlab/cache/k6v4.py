@@ -3,14 +3,16 @@
 A key or value of one KV head, H numbers, becomes H whole numbers, 0 to 63 or 0 to 15, and one step in half
 precision; what is coded lies half-way between two of them, so that all of them are of use:
 
-    key = shift_H + step_H * step * (codes_H - 31.5)
-    value = step_H * rotated(step * (codes_H - 7.5))
+    key = shift_H + root_H * rotated(step * (codes_H - 31.5))
+    value = rotated(step * (codes_H - 7.5))
 
-Shift and step of each channel are those of `cache/range.py`. Values are rotated by a Hadamard matrix over
-the head before they are coded, in blocks of the largest power of two that divides it: four bits are too few
-for channels that stand out in one token, and rotation spreads them (KL .006 with it, .053 without). Keys need
-none in six bits. Rotation is linear and its own inverse: a kernel can leave values rotated and rotate what
-attention has summed up, once for each query.
+The shift of each channel is that of `cache/range.py`, and `root` the square root of its step, a power of two
+again. Both are rotated by a Hadamard matrix over the head before they are coded, in blocks of the largest
+power of two that divides it: so few bits are too few for channels that stand out in one token, and rotation
+spreads them (values alone: a KL of .006 with it, .053 without). Divided by their whole step, channels that
+tell much of a key would be as rough as those that tell little; by none, large ones would fill the head; of
+values the sum over tokens evens that out (docs/log.md). Rotation is linear and its own inverse: a kernel can
+rotate the query instead of keys, and, instead of values, what attention has summed up.
 
 Codes are packed plane by plane, so that a byte unpacks into channels that lie far apart and every plane into
 a run of them:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 KEY_CODES, VALUE_CODES = 64, 16
 
 LARGEST = 2.0**20
-"""Of a value over its channel's step, about: more ends here, so that no sum of them is infinite."""
+"""Of what is rotated, about: more ends here, so that no sum of them is infinite."""
 
 
 class K6V4Range(KVRange):
@@ -63,28 +65,32 @@ class K6V4Range(KVRange):
         return key_dim * 3 // 4, value_dim // 2
 
     def encode_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        codes, steps = _encode((keys.float() - self.key_shift[:, None]) / self.key_step[:, None], KEY_CODES)
+        scaled = (keys.float() - self.key_shift[:, None]) / self._key_root[:, None]
+        codes, steps = _encode(_rotated(scaled.clamp_(-LARGEST, LARGEST)), KEY_CODES)
         return torch.cat([_packed(codes & 15, 4), _packed(codes >> 4, 2)], -1), steps
 
     def encode_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = (values.float() / self.value_step[:, None]).clamp_(-LARGEST, LARGEST)
-        codes, steps = _encode(_rotated(scaled), VALUE_CODES)
+        codes, steps = _encode(_rotated(values.float().clamp(-LARGEST, LARGEST)), VALUE_CODES)
         return _packed(codes, 4), steps
 
     def decode_keys(
         self, codes: Tensor, steps: Tensor, dtype: torch.dtype, heads: slice = ALL_HEADS
     ) -> Tensor:
-        shift, step = self.key_shift[heads, None], self.key_step[heads, None]
-        lower, upper = codes.split([step.shape[-1] // 2, step.shape[-1] // 4], -1)
+        shift, root = self.key_shift[heads, None], self._key_root[heads, None]
+        lower, upper = codes.split([root.shape[-1] // 2, root.shape[-1] // 4], -1)
         whole = _unpacked(upper, 2).bitwise_left_shift_(4).bitwise_or_(_unpacked(lower, 4))
-        return _centred(whole, KEY_CODES).mul_(steps.float()).mul_(step).add_(shift).to(dtype)
+        # halves of small whole numbers: their sums are exact, in whatever order and on whatever device
+        rotated = _rotated(_centred(whole, KEY_CODES))
+        return rotated.mul_(steps.float()).mul_(root).add_(shift).to(dtype)
 
     def decode_values(
         self, codes: Tensor, steps: Tensor, dtype: torch.dtype, heads: slice = ALL_HEADS
     ) -> Tensor:
-        # halves of small whole numbers: their sums are exact, in whatever order and on whatever device
-        rotated = _rotated(_centred(_unpacked(codes, 4), VALUE_CODES))
-        return rotated.mul_(steps.float()).mul_(self.value_step[heads, None]).to(dtype)
+        return _rotated(_centred(_unpacked(codes, 4), VALUE_CODES)).mul_(steps.float()).to(dtype)
+
+    @property
+    def _key_root(self) -> Tensor:
+        return torch.exp2((self.key_step.log2() / 2).round())
 
 
 def _encode(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
