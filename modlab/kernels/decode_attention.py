@@ -218,16 +218,16 @@ if triton is not None:
     def _attend_keys(
         q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr, position_ptr, place_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-        row, head, first, end, start, length, part,
+        row, head, first, end, length, part,
         M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         GATES: tl.constexpr, RING: tl.constexpr, BUDGET: tl.constexpr, IEEE: tl.constexpr,
     ):  # fmt: skip
         """The keys from `first` to `end` of one kv head, for its M query heads: softmax sums and log-sum, as
-        part number `part`. The row begins at `start` in the buffer and had `length` tokens before this one,
-        which its last part stores."""
+        part number `part`. The row had `length` tokens before this one, which its last part stores."""
         element = q_ptr.dtype
         capacity = tl.load(table_ptr + 3)
+        start = tl.load(table_ptr + 6 + row)
         # Told that the addresses are aligned, the compiler loads 16 bytes at a time; else 2.
         keys = tl.multiple_of(tl.load(table_ptr).to(element), 16) + (head * capacity + start) * HK
         values = tl.multiple_of(tl.load(table_ptr + 1).to(element), 16) + (head * capacity + start) * HV
@@ -252,17 +252,17 @@ if triton is not None:
                 hidden = tl.where(place < 0, slot_new, place).to(tl.int32)
         for at in range(first, stored, BLOCK_K):
             ids = (at + tl.arange(0, BLOCK_K)).to(tl.int64)
-            known = ids < stored  # who is hidden is not waited for before keys are loaded
+            inside = (ids < stored) & (ids != hidden)
             k = tl.load(
-                keys + ids[None, :] * HK + hk[:, None], mask=known[None, :] & in_hk[:, None], other=0.0
+                keys + ids[None, :] * HK + hk[:, None], mask=inside[None, :] & in_hk[:, None], other=0.0
             )
             scores = tl.dot(q, k, input_precision=precision) * scale
-            scores = tl.where((known & (ids != hidden))[None, :], scores, -1e30)
+            scores = tl.where(inside[None, :], scores, -1e30)
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp(scores - new_top[:, None])
             fade = tl.exp(top - new_top)
             v = tl.load(
-                values + ids[:, None] * HV + hv[None, :], mask=known[:, None] & in_hv[None, :], other=0.0
+                values + ids[:, None] * HV + hv[None, :], mask=inside[:, None] & in_hv[None, :], other=0.0
             )
             total = total * fade + tl.sum(weights, 1)
             acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
@@ -316,7 +316,6 @@ if triton is not None:
         """
         rows, program = tl.arange(0, BLOCK_B), tl.program_id(0)
         lengths_B = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-        starts_B = tl.load(table_ptr + 6 + rows, mask=rows < B, other=0)
         blocks_B = tl.cdiv(lengths_B + 1, BLOCK_K) * _running(keep_ptr, rows, B, RING)  # with this token
         ends_B = tl.cumsum(blocks_B, 0) * G
         total = tl.sum(blocks_B, 0).to(tl.int64) * G
@@ -336,9 +335,7 @@ if triton is not None:
                 last = ((at + blocks).to(tl.int64) * programs - 1) // total
                 tl.store(share_ptr + (row * G + head) * 2, piece)
                 tl.store(share_ptr + (row * G + head) * 2 + 1, (last - program + 1).to(tl.int32))
-            # All rows' are there by now; to load the row's own would be one more wait before its keys.
-            length = tl.sum(tl.where(rows == row, lengths_B, 0), 0)
-            start = tl.sum(tl.where(rows == row, starts_B, 0), 0)
+            length = tl.load(lengths_ptr + row)
             first = block * BLOCK_K
             end = tl.minimum(first + count * BLOCK_K, length + 1)
             if INT8:
@@ -348,7 +345,7 @@ if triton is not None:
                 attend_codes(
                     q_ptr, k_ptr, v_ptr, table_ptr, part_ptr, part_lse_ptr,
                     stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-                    row, head, first, end, start, length, piece, slot_new, full, place,
+                    row, head, first, end, length, piece, slot_new, full, place,
                     shift_ptr, key_step_ptr, value_step_ptr,
                     M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, IEEE, DIGITS, ASM,
                 )  # fmt: skip
@@ -357,7 +354,7 @@ if triton is not None:
                     q_ptr, k_ptr, v_ptr, table_ptr, column_ptr, part_ptr, part_lse_ptr, ring_ptr,
                     position_ptr, place_ptr,
                     stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-                    row, head, first, end, start, length, piece,
+                    row, head, first, end, length, piece,
                     M, HK, HV, BLOCK_HK, BLOCK_HV, BLOCK_M, BLOCK_K, GATES, RING, BUDGET, IEEE,
                 )  # fmt: skip
             at += count

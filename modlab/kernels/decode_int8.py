@@ -93,7 +93,7 @@ if triton is not None:
     def attend_codes(
         q_ptr, k_ptr, v_ptr, table_ptr, part_ptr, part_lse_ptr,
         stride_qb, stride_qn, stride_kb, stride_kg, stride_vb, stride_vg, scale,
-        row, head, first, end, start, length, part, slot_new, full, place,
+        row, head, first, end, length, part, slot_new, full, place,
         shift_ptr, key_step_ptr, value_step_ptr,
         M: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
         BLOCK_HK: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -106,7 +106,7 @@ if triton is not None:
             place: where that goes; see `_place`.
         """
         capacity = tl.load(table_ptr + 3)
-        segment = head * capacity + start
+        segment = head * capacity + tl.load(table_ptr + 6 + row)
         # Told that the addresses are aligned, the compiler loads 16 bytes at a time; else 2.
         keys = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(tl.int8)), 16) + segment * HK
         values = tl.multiple_of(tl.load(table_ptr + 1).to(tl.pointer_type(tl.int16)), 16)
