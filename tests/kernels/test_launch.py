@@ -148,7 +148,7 @@ def test_routers_of_a_prompt_run_on_any_gpu(most: int, monkeypatch: pytest.Monke
         warnings.simplefilter("always")
         got = [router_logits.router_logits(router, x) for _ in range(2)]
     monkeypatch.undo()
-    assert kernel.tried[:2] == [32, 16]
+    assert kernel.tried[:2] == [64, 16]
     for each in got:
         torch.testing.assert_close(each, want, rtol=1e-5, atol=1e-5)
     assert said(told) == ([] if most == 16 else ["routers of prompts run by torch, more slowly."])
