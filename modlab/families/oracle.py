@@ -162,12 +162,13 @@ class Rounding(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         shift, key_step, value_step = self.range
+        if self.stored == "k6v4":  # of steps that are powers of two the root is one, too
+            key_step, value_step = 2 ** torch.round(torch.log2(key_step) / 2), torch.ones_like(value_step)
         keys, values = (key_states.float() - shift) / key_step, value_states.float() / value_step
         if self.stored == "int8":
             keys, values = self._whole(keys), self._whole(values)
         else:
-            turn = self._turn(values.shape[-1]).to(values)
-            keys, values = self._between(keys, 64), self._between(values @ turn, 16) @ turn.T
+            keys, values = self._turned(keys, 64), self._turned(values, 16)
         return (shift + key_step * keys).to(key_states.dtype), (value_step * values).to(value_states.dtype)
 
     def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -179,6 +180,11 @@ class Rounding(DynamicCache):
         """In 255 whole numbers of steps."""
         step = torch.clamp(x.abs().max(-1, keepdim=True).values / 127, min=2**-14).half().float()
         return torch.round(x / step).clamp(-127, 127) * step
+
+    def _turned(self, x: Tensor, count: int) -> Tensor:
+        """Turned, said in so many numbers, and turned back."""
+        turn = self._turn(x.shape[-1]).to(x)
+        return self._between(x @ turn, count) @ turn.T
 
     @staticmethod
     def _between(x: Tensor, count: int) -> Tensor:
