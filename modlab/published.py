@@ -34,7 +34,7 @@ REAL = ("real", GATES, "real_tasks", REPORT, MEASURED, "depth", CLASSES)
 PROVENANCE = ("device_name", "dtype", "date", "command")
 TIMED = ["device_name", "dtype", "shape", "context", "batch", "case", "routed", "granularity"]
 """Columns that say what was timed: `_timed_name` tells all of them, so that no two things share a name."""
-SAME = ("case", "shape", "context", "batch", "routed", "granularity", "skip")
+SAME = ("case", "shape", "context", "batch", "routed", "granularity", "skip", "guessed")
 """What makes two rows of one benchmark on one device measurements of one thing, at whatever keep ratio, where
 keys and values were stored alike."""
 ROUTED = {"alternate": "every other layer routed", "most": "most layers routed", "all": "all layers routed"}

@@ -100,7 +100,9 @@ class KeptWorkload(Workload):
     def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
         if variant.routed in (SKIP_LAYERS, GUESSED):
             skip_name = "layer"
-        fields = super().fields(variant, name, skip_name) | {"guessed": variant.routed == GUESSED}
+        fields = super().fields(variant, name, skip_name)
+        if variant.routed == GUESSED:
+            fields["guessed"] = True
         return fields | granularity_of(variant.routed, fields["num_layers"], fields["routed_layers"])
 
     def learn(self, variant: Variant) -> None:

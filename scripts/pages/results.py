@@ -15,7 +15,9 @@ KV_CARD = "../modlab/demo/kv/README.md"
 # growth is drawn: speed.py
 TABLES = ("speed", "speed_kv", "speed_leave", "generate", "throughput", "prefill", "decode", "demo")
 SHAPED = ("speed_kv", "speed_leave")  # measured for several shapes, each of which counts, and in parts
-SAME_ROW = ("case", "what", "shape", "context", "routed", "granularity", "skip", "prompt", "tokens")
+SAME_ROW = (
+    "case", "what", "shape", "context", "routed", "granularity", "skip", "prompt", "tokens", "guessed",
+)  # fmt: skip
 """What, with keep ratio and batch, makes two rows of a suite on one device measurements of one thing."""
 AUTO, INT8 = "auto", "int8"
 """How keys and values were stored: in the model's own type, in eight bits."""
@@ -203,7 +205,9 @@ def _aside(note: str) -> str:
 
 def gates_of(row: dict[str, Any]) -> str:
     """Who decides in the models of a row."""
-    return "whole layers" if row["skip"] == "layer" else GATES[row["granularity"]]
+    if row["skip"] == "layer":
+        return "whole layers" + ", on guesses" * row.get("guessed", False)
+    return GATES[row["granularity"]]
 
 
 def skipped(result: dict[str, Any]) -> str:

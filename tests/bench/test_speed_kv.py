@@ -67,7 +67,7 @@ def test_rows_say_who_decides_and_count_bytes(models: Any) -> None:
         assert row["kept_kv_bytes"] <= row["kv_bytes"]
     skipped = [row for row in rows if row["skip"] == "layer"]
     assert [row["routed"] for row in skipped] == ["alternate"] * 4
-    assert [row["guessed"] for row in rows if row["skip"] == "layer"] == [False, False, True, True]
+    assert [row.get("guessed", False) for row in skipped] == [False, False, True, True]
     assert engine.guesses.right > 0 == engine.guesses.wrong, "no prompt ran on guesses"
     assert all(row["routed"] == "all" for row in rows if row["skip"] == "kv")
 
