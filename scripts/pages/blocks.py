@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scripts.pages import (
     architecture,
+    bits,
     classes,
     commands,
     costs,
@@ -57,6 +58,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "measured verdicts": measured.verdicts,
     "measured int8": partial(measured.block, stored=measured.INT8),
     "measured int8 verdicts": partial(measured.verdicts, stored=measured.INT8),
+    "measured k6v4": partial(measured.block, stored=measured.K6V4),
+    "measured k6v4 verdicts": partial(measured.verdicts, stored=measured.K6V4),
+    "measured by bits": bits.block,
     "depth": depth.block,
     "depth goals": depth_goals.block,
     "depth times": depth_times.block,

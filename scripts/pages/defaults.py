@@ -15,9 +15,9 @@ import pandas as pd
 
 from modlab import MoDConfig, TrainConfig
 from modlab.recipes import DEFAULT, RECIPES
-from scripts.pages.measured import AUTO, INT8
+from scripts.pages.measured import AUTO, INT8, K6V4, own_rows, records
 from scripts.pages.quality import furthest_off, newest_result, summary
-from scripts.pages.real_models import LIMITS, SHIPPED, by_storage, of_recipe
+from scripts.pages.real_models import LIMITS, SHIPPED, by_storage, of_recipe, settings, worst_of_models
 
 Gap = Callable[..., str]
 TOKENS = 10_000_000
@@ -56,8 +56,8 @@ def reasons(gap: Gap, off: float, demo: dict[str, Any]) -> dict[str, dict[str, s
         "keep_recent": f"`demo-kv` without new training, held-out loss and loss on the second copy of a passage 1,024 "
         f"tokens away: {recent}",
         "keep_first": f"the same: {at('keep_first=0')}; four tokens a row cost nothing",
-        "kv_cache_dtype": "the model's own type, with which conversion changes no logit; `'int8'` halves what routing leaves, "
-        "and rounds ([design.md](design.md#keys-and-values-in-eight-bits))",
+        "kv_cache_dtype": "the model's own type, with which conversion changes no logit; `'int8'` halves what routing leaves, `'k6v4'` leaves a third of it, "
+        "and both round ([design.md](design.md#keys-and-values-in-eight-bits))",
         "init_gate": f"open, so that nothing is left out at first; {UNTRIED}",
     }
     train = {
@@ -136,6 +136,28 @@ def chosen_by(root: Path) -> list[str]:
         '`modlab.convert(model, MoDConfig(layers="all", kv_cache_dtype="int8"))`, 1.81x to 1.87x with the index of gates a KV head.',
         '`recipe("quick")` stays at 2x in 16 bits for the same reason, `"distil"` at 4x because that is what was studied.',
         "",
+        *without_recipe(root),
+        "",
+    ]
+
+
+def without_recipe(root: Path) -> list[str]:
+    """Why no recipe stores keys in six bits and values in four, and what that is for."""
+    of = records(root, K6V4)
+    fewer, eight = settings(of), by_storage(root)[INT8]
+    kept = max(max(own_rows(one)[1.0]["recall_gap"].values()) for one in of)
+    recall = LIMITS["default"][0]
+
+    def has(rows: Any, saving: float) -> str:
+        return "KL of {:.4f} and recall gap of {:.4f}".format(*worst_of_models(rows, saving))
+
+    return [
+        '**`kv_cache_dtype="k6v4"`, keys in six bits and values in four, has no recipe**: of 3x, 4x, 6x and 8x the highest with a recall gap of',
+        f"at most {recall:g} on all three models is still {RECIPES['default'].kv_saving:g}x, in eight bits. In fewer bits the worst of the three is {kept:.4f} with all keys kept and",
+        f"{worst_of_models(fewer, 8.0)[1]:.4f} at 8x; 3x to 6x were not measured. It is for 8x to 16x: at 8x a worst {has(fewer, 8.0)} (eight bits: {has(eight, 8.0)}),",
+        f"at 16x a worst {has(fewer, 16.0)} (eight bits: {has(eight, 16.0)}). Routers that ship have it by",
+        '`modlab.load("coder-1.5b-kv", kv_cache_dtype="k6v4")`, then `modlab.set_kv_saving(model, 16)`, others by `modlab.set_kv_cache_dtype(model, "k6v4")` before that.',
+        "It generates by the ordinary path: fast generation has no kernels for it yet.",
     ]
 
 

@@ -15,8 +15,10 @@ CLOSE = 0.04
 PASSED = 0.5
 """The dense model passes a task whose score it has, and answers questions at a distance where that share of
 them is right."""
-AUTO, INT8 = "auto", "int8"
-"""How keys and values were stored: in the model's own type, in eight bits."""
+AUTO, INT8, K6V4 = "auto", "int8", "k6v4"
+"""How keys and values were stored: in the model's own type, in eight bits, keys in six and values in four."""
+MEASURED_AT = {K6V4: (8.0, 16.0)}
+"""Which of `SAVINGS` were measured, where not all: tables have no columns for others."""
 HALVED = 2.0
 """The saving at which eight bits with all keys kept are a control: they take about so much less."""
 VARIES = ", "
@@ -110,6 +112,9 @@ class Aim:
     least: bool = False
     compares: bool = False
 
+    def limit(self, saving: float) -> float | None:
+        return dict(zip(SAVINGS, self.limits, strict=True))[saving]
+
     def cell(self, limit: float | None, found: Found | None) -> str:
         if limit is None:
             return "-" if found is None else str(found)
@@ -184,12 +189,13 @@ def verdicts(root: Path, stored: str = AUTO) -> str:
     found = [record for record in records(root, stored) if ships(record)]
     if not found:
         return NONE
+    savings = MEASURED_AT.get(stored, SAVINGS)
     lines = [
-        "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
-        "|---" * (len(SAVINGS) + 1) + "|",
+        "| | " + " | ".join(f"{saving:g}x" for saving in savings) + " |",
+        "|---" * (len(savings) + 1) + "|",
     ]
     for aim in AIMS:
-        cells = [_verdict(found, aim, *asked) for asked in zip(SAVINGS, aim.limits, strict=True)]
+        cells = [_verdict(found, aim, saving, aim.limit(saving)) for saving in savings]
         lines.append(f"| {aim.what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -199,7 +205,7 @@ def _verdict(found: list[dict[str, Any]], aim: Aim, saving: float, limit: float 
         return "-"
     of: dict[str, list[str]] = {MET: [], MISSED: [], UNKNOWN: []}
     for record in found:
-        row = _rows(record).get(saving)
+        row = own_rows(record).get(saving)
         figure = aim.read(row, _controls_of(record, saving)) if row else None
         got = "" if figure is None else f" ({figure})"
         of[aim.verdict(limit, figure)].append(f"{record['model']}{got}")
@@ -207,14 +213,15 @@ def _verdict(found: list[dict[str, Any]], aim: Aim, saving: float, limit: float 
     return f"{'≥' if aim.least else '≤'} {limit:.3g}: {told}"
 
 
-def _rows(record: dict[str, Any]) -> dict[float, dict[str, Any]]:
+def own_rows(record: dict[str, Any]) -> dict[float, dict[str, Any]]:
     """A record's own rows by saving: no controls, no other recent tokens."""
     return {row["ratio_asked"]: row for row in record["rows"] if row["arm"] == record["arm"]}
 
 
 def _model(record: dict[str, Any]) -> str:
-    rows = _rows(record)
-    controls = {s: _controls_of(record, s) for s in SAVINGS}
+    rows = own_rows(record)
+    savings = MEASURED_AT.get(_stored(record), SAVINGS)
+    controls = {s: _controls_of(record, s) for s in savings}
     floor = rows.get(1.0, {}).get("kl_far")
     lines = [
         _origin(record)
@@ -222,18 +229,18 @@ def _model(record: dict[str, Any]) -> str:
         + (f" Failed: {', '.join(record['failed'])}." if record.get("failed") else "")
         + _answers(rows.get(1.0, {})),
         "",
-        "| | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |",
-        "|---" * (len(SAVINGS) + 1) + "|",
-        "| recent tokens | " + " | ".join(_recent(rows.get(s, {})) for s in SAVINGS) + " |",
-        "| ratio got, together (by text) | " + " | ".join(_ratio(rows.get(s, {}), s) for s in SAVINGS) + " |",
+        "| | " + " | ".join(f"{saving:g}x" for saving in savings) + " |",
+        "|---" * (len(savings) + 1) + "|",
+        "| recent tokens | " + " | ".join(_recent(rows.get(s, {})) for s in savings) + " |",
+        "| ratio got, together (by text) | " + " | ".join(_ratio(rows.get(s, {}), s) for s in savings) + " |",
     ]
     for aim in AIMS:
         cells = [
-            aim.cell(limit, aim.read(rows[saving], controls[saving]) if saving in rows else None)
-            for saving, limit in zip(SAVINGS, aim.limits, strict=True)
+            aim.cell(aim.limit(saving), aim.read(rows[saving], controls[saving]) if saving in rows else None)
+            for saving in savings
         ]
         lines.append(f"| {aim.what} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_others(record), *_tasks(rows), *_controls(rows, controls)])
+    return "\n".join([*lines, *_others(record), *_tasks(rows, savings), *_controls(rows, controls)])
 
 
 def _origin(record: dict[str, Any]) -> str:
@@ -247,7 +254,8 @@ def _origin(record: dict[str, Any]) -> str:
 
 def _kept(row: dict[str, Any], record: dict[str, Any]) -> str:
     """What makes a difference where all keys are kept."""
-    return f"eight bits, {row['ratio']:.2f}x" if _stored(record) == INT8 else "rounding"
+    stored = {INT8: "eight bits", K6V4: "six bits and four"}.get(_stored(record))
+    return "rounding" if stored is None else f"{stored}, {row['ratio']:.2f}x"
 
 
 def _answers(row: dict[str, Any]) -> str:
@@ -260,14 +268,14 @@ def _answers(row: dict[str, Any]) -> str:
 
 
 def _variation(record: dict[str, Any]) -> str:
-    rows = [row for saving, row in _rows(record).items() if saving > 1]
+    rows = [row for saving, row in own_rows(record).items() if saving > 1]
     return "\n".join([_origin(record), *_short(rows, "not shipped")])
 
 
 def _controls_of(record: dict[str, Any], saving: float) -> list[dict[str, Any]]:
     begins = f"{record['arm']}: "
     found = [row for row in record["rows"] if row["arm"].startswith(begins) and row["ratio_asked"] == saving]
-    if saving == HALVED and _stored(record) == INT8 and "kl_far" in (kept := _rows(record).get(1.0, {})):
+    if saving == HALVED and _stored(record) == INT8 and "kl_far" in (kept := own_rows(record).get(1.0, {})):
         found.append({**kept, "arm": begins + "eight bits alone"})
     return found
 
@@ -285,7 +293,7 @@ def of_gates(row: dict[str, Any], record: dict[str, Any]) -> bool:
 def _others(record: dict[str, Any]) -> list[str]:
     """Settings that no column of the table is for: other savings, and a saving with other recent tokens."""
     rows = [row for row in record["rows"] if of_gates(row, record)]
-    own = (1.0, *SAVINGS)
+    own = (1.0, *MEASURED_AT.get(_stored(record), SAVINGS))
     return _short(
         [row for row in rows if row["arm"] != record["arm"] or row["ratio_asked"] not in own], "also"
     )
@@ -315,15 +323,15 @@ def _ratio(row: dict[str, Any], asked: float) -> str:
     return f"{row['ratio']:.2f}x ({min(texts):.1f}x to {max(texts):.1f}x){short}"
 
 
-def _tasks(rows: dict[float, dict[str, Any]]) -> list[str]:
-    told = {name: task for s in SAVINGS if s in rows for name, task in rows[s]["tasks"].items()}
+def _tasks(rows: dict[float, dict[str, Any]], savings: tuple[float, ...]) -> list[str]:
+    told = {name: task for s in savings if s in rows for name, task in rows[s]["tasks"].items()}
     if not told:
         return []
-    lines = ["", "| task | items | dense | " + " | ".join(f"{saving:g}x" for saving in SAVINGS) + " |"]
-    lines.append("|---" * (len(SAVINGS) + 3) + "|")
+    lines = ["", "| task | items | dense | " + " | ".join(f"{saving:g}x" for saving in savings) + " |"]
+    lines.append("|---" * (len(savings) + 3) + "|")
     for name, task in told.items():
         cells = []
-        for saving in SAVINGS:
+        for saving in savings:
             one = rows.get(saving, {"tasks": {}})["tasks"].get(name)
             cells.append(
                 "-" if one is None else f"{one['score']:.3f} ({one['difference']:+.3f} ± {one['stderr']:.3f})"

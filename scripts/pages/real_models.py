@@ -12,7 +12,7 @@ CONTROLS = "coder-0.5b"
 LIMITS = {"default": (0.02, 0.02), "memory": (0.05, None)}
 """Largest recall gap and KL that a recipe may have on every model."""
 STORED = {measured.AUTO: "in 16 bits", measured.INT8: "in eight bits"}
-"""How keys and values were stored, in words."""
+"""How keys and values were stored that recipes choose from, in words; of `measured.K6V4` there is none."""
 Settings = dict[str, dict[float, list[dict[str, Any]]]]
 """By model and saving a row a number of recent tokens, the saving's own first, each with "ships"."""
 
@@ -145,6 +145,12 @@ def _has(rows: Settings, stored: str, recall: float, kl: float | None) -> str:
 def by_storage(root: Path) -> dict[str, Settings]:
     """`settings` of the committed records, by how keys and values were stored."""
     return {stored: settings(measured.records(root, stored)) for stored in STORED}
+
+
+def worst_of_models(found: Settings, saving: float) -> tuple[float, float]:
+    """The largest KL and recall gap of the models at a saving, with its own recent tokens."""
+    rows = [found[model][saving][0] for model in SHIPPED]
+    return max(row["kl_far"] for row in rows), max(map(_worst, rows))
 
 
 def settings(records: list[dict[str, Any]]) -> Settings:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scripts.pages import measured
+import pytest
+
+from scripts.pages import bits, measured, real_models
 
 
 def task(kind: str, score: float, dense: float) -> dict[str, Any]:
@@ -184,3 +186,53 @@ def test_eight_bits_have_tables_of_their_own(tmp_path: Path) -> None:
     assert line(said, "KL over")[:2] == ["1.50", "0.10, ≤ 0.333: met"]
     assert "| eight bits alone | 2x | 1.80x | 0.0020 |" in said
     assert "met: m (0.0041)" in measured.verdicts(tmp_path, measured.INT8)
+
+
+@pytest.mark.parametrize("stored", [measured.INT8, measured.K6V4])
+def test_no_way_to_store_is_mixed_with_another(tmp_path: Path, stored: str) -> None:
+    """Where records of all three are there, the newest being the others'."""
+    page(tmp_path, [row(1.0), row(8.0, kl=0.011)])
+    folder = tmp_path / "benchmarks" / "results"
+    record = json.loads((folder / "real_m_2026-01-01.json").read_text())
+    for day, (kind, kl) in enumerate([("int8", 0.022), ("k6v4", 0.033)], 2):
+        arm = {"arm": f"a-{kind}", "rows": [row(1.0, f"a-{kind}"), row(8.0, f"a-{kind}", kl=kl)]}
+        new = record | arm | {"kv_cache_dtype": kind, "date": f"2026-01-0{day}"}
+        (folder / f"real_m_2026-01-0{day}.json").write_text(json.dumps(new))
+    figures = {measured.AUTO: "0.0110", measured.INT8: "0.0220", measured.K6V4: "0.0330"}
+    for kind, figure in figures.items():
+        said = measured.block(tmp_path, kind) + measured.verdicts(tmp_path, kind)
+        assert [figure in said for figure in figures.values()] == [figure == own for own in figures.values()]
+    assert set(real_models.by_storage(tmp_path)) == {measured.AUTO, measured.INT8}, "recipes know two"
+    (one,) = measured.records(tmp_path, stored)
+    assert one["kv_cache_dtype"] == stored
+
+
+def test_six_and_four_bits_have_columns_where_they_were_measured(tmp_path: Path) -> None:
+    """Another saving is told below, and what takes the place of rounding is named."""
+    page(tmp_path, [])
+    file = tmp_path / "benchmarks" / "results" / "real_m_2026-01-01.json"
+    rows = [row(1.0, kl=0.01, ratio=2.8), row(4.0, kl=0.02), row(8.0, kl=0.03), row(16.0, kl=0.2)]
+    record = json.loads(file.read_text()) | {"kv_cache_dtype": "k6v4", "rows": rows}
+    file.write_text(json.dumps(record))
+    said = measured.block(tmp_path, measured.K6V4)
+    assert "With all keys kept the KL is 0.0100: six bits and four, 2.80x." in said
+    assert line(said, "KL to dense") == ["0.0300, ≤ 0.04: met", "0.2000, ≤ 0.1: **missed**"]
+    assert line(said, "4x")[2] == "0.0200"
+    verdicts = measured.verdicts(tmp_path, measured.K6V4)
+    assert line(verdicts, "KL to dense") == ["≤ 0.04: met: m (0.0300)", "≤ 0.1: **missed**: m (0.2000)"]
+    assert line(verdicts, "RULER") == ["≥ 0.93: not measured: m", "-"]
+
+
+def test_ways_to_store_are_compared_at_the_same_saving(tmp_path: Path) -> None:
+    page(tmp_path, [row(8.0, kl=0.5, gap=0.04), row(8.0, "a: chance", kl=0.9)])
+    folder = tmp_path / "benchmarks" / "results"
+    record = json.loads((folder / "real_m_2026-01-01.json").read_text())
+    new = {"arm": "b", "kv_cache_dtype": "k6v4", "rows": [row(1.0, "b", ratio=2.8), row(8.0, "b", kl=0.25)]}
+    (folder / "real_m_2026-01-02.json").write_text(json.dumps(record | new))
+    lines = bits.block(tmp_path).splitlines()
+    assert lines[0].startswith("| | stored in | m: got;") and len(lines) == 2 + 3 * 3
+    told = {tuple(one.split(" | ")[:2]): one.split(" | ")[2] for one in lines[2:]}
+    assert told["| 8x", "16 bits"] == "7.92x; 0.5000, 0.040 ± 0.002, 0.985 |"
+    assert told["| 8x", bits.STORED["k6v4"]].startswith("7.92x; 0.2500, ")
+    assert told["| all keys kept", bits.STORED["k6v4"]].startswith("2.80x; ")
+    assert told["| 8x", "eight bits"] == told["| 16x", bits.STORED["k6v4"]] == "- |"

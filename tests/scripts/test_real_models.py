@@ -125,6 +125,20 @@ def test_eight_bits_are_closer_to_dense_than_safe_which_is_what_the_page_says() 
         assert max(rounded["recall_gap"].values()) < max(safe["recall_gap"].values())
 
 
+@pytest.mark.parametrize("name", real_models.LIMITS)
+def test_six_and_four_bits_raise_no_recipe(name: str) -> None:
+    """docs/defaults.md: within the same limits they go no further than what the recipes have."""
+    fewer = real_models.settings(measured.records(ROOT, measured.K6V4))
+    assert real_models.common_savings(fewer) == [8, 16]
+    assert (real_models.highest(fewer, *real_models.LIMITS[name]) or 0) <= RECIPES[name].kv_saving
+    assert measured.K6V4 not in RECIPES[name].kv_savings
+
+
+def test_the_worst_of_the_models_counts() -> None:
+    rows = found(0.004, 0.003, record("coder-1.5b", 0.001, 0.02))
+    assert real_models.worst_of_models(rows, 4.0) == (0.08, 0.016)
+
+
 @pytest.mark.parametrize("model", real_models.SHIPPED)
 def test_routers_ship_with_the_thresholds_and_recent_tokens_of_the_records(model: str) -> None:
     """At each recipe's saving those that its rule chose; in between thresholds rise, recent tokens do not."""
