@@ -157,7 +157,6 @@ def _load_whole(name: str, source: str, kwargs: dict[str, Any]) -> Loaded:
     packed = {"gguf_file": kwargs["gguf_file"]} if kwargs.get("gguf_file") else {}
     try:
         model = _from_pretrained(source, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub, **code, **packed)
     except SafetensorError as error:
         raise ModlabError(
             f"the weights in {name!r} are corrupt ({error}): copy or download them again."
@@ -166,11 +165,28 @@ def _load_whole(name: str, source: str, kwargs: dict[str, Any]) -> Loaded:
         raise
     except Exception as error:  # transformers raises every kind for files that are not what they should be
         raise ModlabError(_explain(name, error)) from error
+    tokenizer = _tokenizer(name, source, {**hub, **code, **packed})
     if packed:
         gguf.forget_file(model)
     elif not is_converted(model):
         restore_routers(model, source, **hub)
     return model.eval(), tokenizer
+
+
+def _tokenizer(name: str, source: str, kwargs: dict[str, Any]) -> Any:
+    """What lies next to the model, which `model.save_pretrained` alone does not put there."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+    except ModlabError:
+        raise
+    except Exception as error:  # of every kind, as above
+        if not Path(source).is_dir():
+            raise ModlabError(_explain(name, error)) from error
+        raise ModlabError(
+            f"the model in {name!r} can be loaded, and its tokenizer cannot ({_first_line(error)}): put it next "
+            f"to the model, tokenizer.save_pretrained({name!r}), or load the model alone, "
+            f"AutoModelForCausalLM.from_pretrained({name!r})."
+        ) from error
 
 
 def _from_pretrained(source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -269,9 +285,14 @@ def _check_hub(name: str, arguments: dict[str, Any]) -> None:
         raise ModlabError(_explain(name, error)) from error
 
 
-def _explain(name: str, error: Exception) -> str:
+def _first_line(error: Exception) -> str:
+    """What it says first, without the stop."""
     lines = str(error).strip().splitlines()
-    first = (lines[0][:300] if lines else type(error).__name__).rstrip(".") + "."
+    return (lines[0][:300] if lines else type(error).__name__).rstrip(".")
+
+
+def _explain(name: str, error: Exception) -> str:
+    first = _first_line(error) + "."
     if Path(name).exists():
         return f"the model in {name!r} cannot be loaded: {first}"
     return (

@@ -303,3 +303,13 @@ def test_how_keys_and_values_are_stored_is_said_while_loading(tmp_path: Path) ->
     for name, wrong, said in (("demo-dense", "int8", "is dense"), ("demo-kv", "int4", "auto, int8")):
         with pytest.raises(ModlabError, match=said):
             modlab.load(name, kv_cache_dtype=wrong)
+
+
+def test_a_model_without_its_tokenizer_says_what_to_do(tmp_path) -> None:
+    """As `model.save_pretrained` alone leaves a folder."""
+    modlab.convert(dense_llama(), alternate_layers()).save_pretrained(tmp_path / "alone")
+    with pytest.raises(ModlabError, match=r"tokenizer\.save_pretrained\('.*alone'\)"):
+        modlab.load(tmp_path / "alone")
+    modlab.load("demo-dense")[1].save_pretrained(tmp_path / "alone")
+    model, _ = modlab.load(tmp_path / "alone")
+    assert model.mod.layers
