@@ -183,8 +183,8 @@ def _tokenizer(name: str, source: str, kwargs: dict[str, Any]) -> Any:
         if not Path(source).is_dir():
             raise ModlabError(_explain(name, error)) from error
         raise ModlabError(
-            f"the model in {name!r} can be loaded, and its tokenizer cannot ({_first_line(error)}): put it next "
-            f"to the model, tokenizer.save_pretrained({name!r}), or load the model alone, "
+            f"the model in {name!r} can be loaded, and its tokenizer cannot ({_first_line(error)}): put it "
+            f"next to the model, tokenizer.save_pretrained({name!r}), or load the model alone, "
             f"AutoModelForCausalLM.from_pretrained({name!r})."
         ) from error
 
