@@ -55,6 +55,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "distilled": real_models.trained,
     "quick": fitted.block,
     "measured": measured.block,
+    "measured best verdicts": measured.best_verdicts,
     "measured verdicts": measured.verdicts,
     "measured int8": partial(measured.block, stored=measured.INT8),
     "measured int8 verdicts": partial(measured.verdicts, stored=measured.INT8),

@@ -19,6 +19,9 @@ AUTO, INT8, K6V4 = "auto", "int8", "k6v4"
 """How keys and values were stored: in the model's own type, in eight bits, keys in six and values in four."""
 MEASURED_AT = {K6V4: (8.0, 16.0)}
 """Which of `SAVINGS` were measured, where not all: tables have no columns for others."""
+BEST = {2.0: INT8, 4.0: INT8, 8.0: INT8, 16.0: K6V4}
+"""How keys and values are stored where more of what is asked is met than in other ways."""
+WORDS = {INT8: "eight bits", K6V4: "six bits and four"}
 HALVED = 2.0
 """The saving at which eight bits with all keys kept are a control: they take about so much less."""
 VARIES = ", "
@@ -186,16 +189,24 @@ def block(root: Path, stored: str = AUTO) -> str:
 def verdicts(root: Path, stored: str = AUTO) -> str:
     """One table for all models: which of them meet what is asked, which miss it, with what they have, and of
     which nothing is known."""
-    found = [record for record in records(root, stored) if ships(record)]
-    if not found:
+    columns = [(f"{saving:g}x", saving, stored) for saving in MEASURED_AT.get(stored, SAVINGS)]
+    return _verdicts(root, columns)
+
+
+def best_verdicts(root: Path) -> str:
+    """The same with each saving stored as does best there, by most of what is asked."""
+    return _verdicts(root, [(f"{saving:g}x, {WORDS[kind]}", saving, kind) for saving, kind in BEST.items()])
+
+
+def _verdicts(root: Path, columns: list[tuple[str, float, str]]) -> str:
+    """Columns are a title, a saving and how keys and values are stored."""
+    kinds = {stored for _, _, stored in columns}
+    found = {kind: [record for record in records(root, kind) if ships(record)] for kind in kinds}
+    if not any(found.values()):
         return NONE
-    savings = MEASURED_AT.get(stored, SAVINGS)
-    lines = [
-        "| | " + " | ".join(f"{saving:g}x" for saving in savings) + " |",
-        "|---" * (len(savings) + 1) + "|",
-    ]
+    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for aim in AIMS:
-        cells = [_verdict(found, aim, saving, aim.limit(saving)) for saving in savings]
+        cells = [_verdict(found[kind], aim, saving, aim.limit(saving)) for _, saving, kind in columns]
         lines.append(f"| {aim.what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -254,7 +265,7 @@ def _origin(record: dict[str, Any]) -> str:
 
 def _kept(row: dict[str, Any], record: dict[str, Any]) -> str:
     """What makes a difference where all keys are kept."""
-    stored = {INT8: "eight bits", K6V4: "six bits and four"}.get(_stored(record))
+    stored = WORDS.get(_stored(record))
     return "rounding" if stored is None else f"{stored}, {row['ratio']:.2f}x"
 
 

@@ -236,3 +236,20 @@ def test_ways_to_store_are_compared_at_the_same_saving(tmp_path: Path) -> None:
     assert told["| 8x", bits.STORED["k6v4"]].startswith("7.92x; 0.2500, ")
     assert told["| all keys kept", bits.STORED["k6v4"]].startswith("2.80x; ")
     assert told["| 8x", "eight bits"] == told["| 16x", bits.STORED["k6v4"]] == "- |"
+
+
+def test_the_best_way_to_store_is_another_at_another_saving(tmp_path: Path) -> None:
+    page(tmp_path, [row(8.0, kl=0.011)])
+    folder = tmp_path / "benchmarks" / "results"
+    record = json.loads((folder / "real_m_2026-01-01.json").read_text())
+    for day, (kind, kl) in enumerate([("int8", 0.022), ("k6v4", 0.033)], 2):
+        arm = {"arm": f"a-{kind}", "rows": [row(s, f"a-{kind}", kl=kl) for s in (2.0, 4.0, 8.0, 16.0)]}
+        new = record | arm | {"kv_cache_dtype": kind, "date": f"2026-01-0{day}"}
+        (folder / f"real_m_2026-01-0{day}.json").write_text(json.dumps(new))
+    said = measured.best_verdicts(tmp_path)
+    assert said.splitlines()[0].count("eight bits") == 3 and "| 16x, six bits and four |" in said
+    assert [("0.0220" in cell, "0.0330" in cell) for cell in line(said, "KL to dense")] == [
+        *[(True, False)] * 3,
+        (False, True),
+    ]
+    assert measured.best_verdicts(tmp_path / "nothing") == measured.NONE
