@@ -282,6 +282,8 @@ def recipe(
             "the load objective aims at no KV saving, alpha decides it: leave kv_saving out, or calibrate "
             "the trained model (modlab.calibrate)."
         )
+    settings_class = FitConfig if chosen.fits else TrainConfig
+    settings_class(**fields).check()  # before the model is tried
     layers = len(select(found, config).facts), found.holding_keys
     bounds = fields.get("keep_range") or (0.0, 1.0)
     aim = Aim(name, model, chosen.kv_savings, layers, bounds, insists=kv_cache_dtype is not None)
@@ -291,7 +293,7 @@ def recipe(
         if "recent_range" in chosen.started and started and fields["recent_range"] is None:
             recent_range = DISTILLING["recent_range"]
             config, fields["keep_ratio"] = at_one_saving(model, config, recent_range, saving, layers)
-    how = (FitConfig if chosen.fits else TrainConfig)(**fields)
+    how = settings_class(**fields)
     how.check()
     return config, how
 

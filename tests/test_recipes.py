@@ -262,3 +262,14 @@ def test_what_a_run_in_eight_bits_leaves_is_known_by_routing_alone(make_llama: A
 def test_layers_as_a_whole_have_no_keys_to_round(make_llama: Any) -> None:
     with pytest.raises(ModlabError, match="kv_cache_dtype means nothing there"):
         modlab.recipe("layers", make_llama(), kv_cache_dtype="int8", steps=1)
+
+
+def test_a_recipe_leaves_fast_generation_on(make_llama: Any) -> None:
+    model = make_llama().eval()
+    modlab.enable_fast_generation(model, compile=False)
+    with pytest.raises(ModlabError, match="steps"):
+        modlab.recipe("default", model)  # refused before anything is tried
+    engine = model.__dict__["mod_engine"]
+    modlab.recipe("default", model, steps=1)
+    assert modlab.fast_generation_report(model)["enabled"] and model.__dict__["mod_engine"] is not engine
+    assert not modlab.is_converted(model)

@@ -134,7 +134,7 @@ def _rotated(x: Tensor) -> Tensor:
 @functools.cache
 def _hadamard(P: int, device: torch.device) -> Tensor:
     """Sylvester's matrix of ones and minus ones, [P, P], P a power of two."""
-    whole = torch.ones(1, 1, device=device)
+    whole = torch.ones(1, 1, dtype=torch.float32, device=device)
     while len(whole) < P:
         whole = torch.cat([torch.cat([whole, whole], 1), torch.cat([whole, -whole], 1)])
     return whole

@@ -17,7 +17,7 @@ Shape letters: G kv heads, S tokens, H head dim, C bytes of the codes of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,10 @@ class KVRange(nn.Module):
     def __init__(self, heads: int, key_dim: int, value_dim: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.widths(key_dim, value_dim)
-        self.register_buffer("key_shift", torch.zeros(heads, key_dim, device=device))
-        self.register_buffer("key_step", torch.ones(heads, key_dim, device=device))
-        self.register_buffer("value_step", torch.ones(heads, value_dim, device=device))
+        kind: Any = {"dtype": torch.float32, "device": device}  # whatever the default type is
+        self.register_buffer("key_shift", torch.zeros(heads, key_dim, **kind))
+        self.register_buffer("key_step", torch.ones(heads, key_dim, **kind))
+        self.register_buffer("value_step", torch.ones(heads, value_dim, **kind))
 
     @classmethod
     def widths(cls, key_dim: int, value_dim: int) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def add(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--kv-saving", metavar="X", type=float,
-        help="with --recipe: how many times smaller the K/V cache is to be, eight bits included (default: "
+        help="with --recipe: how many times smaller the K/V cache is to be, fewer bits included (default: "
         "the recipe's own)",
     )  # fmt: skip
     sub.add_argument(

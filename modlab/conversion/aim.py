@@ -6,8 +6,9 @@ which of them can store keys and values so, and how much that saves.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,20 +91,19 @@ class Aim:
         if config.kv_cache_dtype == "auto":
             return config, Rounding()
         plain = replace(config, kv_cache_dtype="auto")
-        convert(self.model, plain)
-        try:
-            begin_rounding(self.model, config.kv_cache_dtype, FEW_TOKENS)  # only the shapes are wanted
-            return config, rounding_of(self.model)
-        except ModlabError as error:
-            if self.insists:
-                raise
-            warn(
-                f"the recipe {self.name!r} stores keys and values in {KV_BITS[config.kv_cache_dtype]}, which "
-                f"this model cannot have: they stay in its own type (kv_cache_dtype='auto'). {error}"
-            )
-            return plain, Rounding()
-        finally:
-            revert(self.model)
+        with _converted(self.model, plain):
+            try:
+                begin_rounding(self.model, config.kv_cache_dtype, FEW_TOKENS)  # only the shapes are wanted
+                return config, rounding_of(self.model)
+            except ModlabError as error:
+                if self.insists:
+                    raise
+                warn(
+                    f"the recipe {self.name!r} stores keys and values in {KV_BITS[config.kv_cache_dtype]}, "
+                    "which this model cannot have: they stay in its own type (kv_cache_dtype='auto'). "
+                    f"{error}"
+                )
+                return plain, Rounding()
 
     def _reachable(self, saving: float, rounding: Rounding) -> float:
         """The recipe's own saving, or, with a word, three quarters of the way to what so few layers can
@@ -122,6 +122,22 @@ class Aim:
 
     def _keep(self, by_routing: float) -> float:
         return unbounded_keep_ratio(by_routing, *self.layers)
+
+
+@contextlib.contextmanager
+def _converted(model: Any, config: MoDConfig) -> Iterator[None]:
+    """Inside this block the model is converted; afterwards it is dense again, and in fast generation if it
+    was, which conversion ends."""
+    engine = model.__dict__.get("mod_engine")
+    convert(model, config)
+    try:
+        yield
+    finally:
+        revert(model)
+        if engine is not None:
+            from modlab.engine import enable_fast_generation  # brings Triton along, which most never need
+
+            enable_fast_generation(model, engine.compile, check=False)
 
 
 def at_one_saving(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modlab.cache import k6v4
 from modlab.cache.int8 import Int8Range
 from modlab.cache.k6v4 import K6V4Range
 from modlab.errors import ModlabError
@@ -166,3 +167,20 @@ def test_it_takes_over_what_was_measured_for_eight_bits() -> None:
     assert found.state_dict().keys() == eight.state_dict().keys(), "saved files have the same names"
     found.key_shift += 1
     assert not torch.equal(found.key_shift, eight.key_shift), "its own copy"
+
+
+@pytest.mark.parametrize("kind", [Int8Range, K6V4Range])
+def test_another_default_type_changes_nothing(kind: type[Int8Range | K6V4Range]) -> None:
+    """Nor what is kept of it for later."""
+    keys, values = keys_and_values()
+    torch.set_default_dtype(torch.bfloat16)
+    k6v4._hadamard.cache_clear()
+    try:
+        ranges = kind(2, 32, 16)
+        ranges.measure(keys, values)
+        low = ranges.rounded(keys, values)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ranges = kind(2, 32, 16)
+    ranges.measure(keys, values)
+    assert all(map(torch.equal, ranges.rounded(keys, values), low))
