@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 KEY_CODES, VALUE_CODES = 64, 16
 
 LARGEST = 2.0**20
-"""Of what is rotated, about: more ends here, so that no sum of them is infinite. A rotated number of a value ends
-at some 15,000 already, as steps do (`MOST_STEP`)."""
+"""Of what is rotated, about: more ends here, so that no sum of them is infinite. A rotated number of a
+value ends at some 15,000 already, as steps do (`MOST_STEP`)."""
 
 
 class K6V4Range(KVRange):
