@@ -63,7 +63,7 @@ SHORT = Tile(64, 128, shares=4)
 SMALL = Tile(16, 32, stages=1)
 """For GPUs that have no room for these, see `launch`."""
 
-MOST_COLUMNS = 64
+MOST_COLUMNS = 32
 """Gates and hidden units, padded to blocks, up to which a tile takes more than 64 inputs: their weights lie
 in shared memory, of which some GPUs have 64 KB a program."""
 

@@ -77,20 +77,12 @@ def work():
     own = held_out(heldout[rank::world])  # this process alone, on its rows
     together = held_out(heldout, accelerator=accelerator)
     config = modlab.TrainConfig(
-        steps=STEPS,
-        batch_size=GLOBAL_BATCH // world,
-        lr=1e-4,
-        keep_ratio=0.25,
-        ramp=0.0,
-        mixed_precision="no",
-        log_every=1,
-        seed=0,
+        steps=STEPS, batch_size=GLOBAL_BATCH // world, lr=1e-4, keep_ratio=0.25, ramp=0.0,
+        mixed_precision="no", log_every=1, seed=0,
     )
     history = modlab.train(model, rows_of(argparse, tokenizer, STEPS * GLOBAL_BATCH), config).history
     report = {
-        "device": str(accelerator.device),
-        "own": own,
-        "together": together,
+        "device": str(accelerator.device), "own": own, "together": together,
         "history": history.to_dict("list"),
         "weights": sum(p.double().sum().item() for p in model.parameters()),
     }

@@ -41,7 +41,7 @@ def test_eval_stores_what_it_is_asked_to_store(folder: Path, capsys: pytest.Capt
     assert 2.5 < rounded["kv_saving"] / plain["kv_saving"] < 4  # of single precision, index included
     assert rounded["loss"] != plain["loss"]
     fewer = measured(capsys, *words, "--kv-cache-dtype", "k6v4")
-    assert 1.2 < fewer["kv_saving"] / rounded["kv_saving"] < 1.5
+    assert 1.2 < fewer["kv_saving"] / rounded["kv_saving"] < 16 / 10  # of the bits alone, without steps
 
 
 def test_fit_converts_to_eight_bits_and_what_was_saved_can_be_switched(
