@@ -217,7 +217,7 @@ def test_a_model_that_cannot_have_eight_bits_is_aimed_at_what_it_can(
     assert not modlab.is_converted(model)
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "rembert", "bamba"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "roberta", "bamba"])
 def test_eight_bits_need_no_plain_cache_of_the_dense_model(model_type: str) -> None:
     """Keys of other widths than values, a cache with one for an encoder next to it, recurrent layers."""
     model = tiny_model(model_type)
