@@ -47,6 +47,7 @@ SKIP_LAYERS = "skipped layers"
 GUESSED = "skipped layers, on guesses"
 """The same where a layer does not ask how many tokens it keeps (`enable_fast_generation(guess=True)`)."""
 
+WHOLE_LAYERS = (SKIP_LAYERS, GUESSED)
 FEWER = 0.94
 """Share of a batch that did not fit that is tried next."""
 
@@ -88,7 +89,7 @@ class KeptWorkload(Workload):
 
     def routing(self, variant: Variant) -> RoutingTable:
         """Tokens kept at random: the variant's share in each layer, or `head_shares`."""
-        if variant.routed in (SKIP_LAYERS, GUESSED):
+        if variant.routed in WHOLE_LAYERS:
             return super().routing(variant)
         config, settings = self.dense.config, self.settings
         layers = self.twins[variant.routed].mod.layers
@@ -98,7 +99,7 @@ class KeptWorkload(Workload):
         return table_of(layers, shares, max(self.lengths) + self.tokens, settings)
 
     def fields(self, variant: Variant, name: str, skip_name: str | None = None) -> dict[str, Any]:
-        if variant.routed in (SKIP_LAYERS, GUESSED):
+        if variant.routed in WHOLE_LAYERS:
             skip_name = "layer"
         fields = super().fields(variant, name, skip_name)
         if variant.routed == GUESSED:
@@ -118,7 +119,7 @@ def granularity_of(name: str, num_layers: int, routed: int) -> dict[str, Any]:
     """What a row says of who decides."""
     return {
         "routed": "all" if routed == num_layers else "alternate",
-        "granularity": "layer" if name in (SKIP_LAYERS, GUESSED) else name,
+        "granularity": "layer" if name in WHOLE_LAYERS else name,
     }
 
 
@@ -146,7 +147,7 @@ def kept_models(settings: Settings, context: int) -> Iterator[tuple[Any, dict[st
     """The dense model; a twin for each granularity, all layers routed; two that skip every other layer."""
     dense = dense_model(settings, context)
     twins = twins_by_gates(settings, dense, "kv")
-    for name in (SKIP_LAYERS, GUESSED):
+    for name in WHOLE_LAYERS:
         twins[name] = converted_twin(dense, routed_layers("alternate", depth(settings)), "layer")
     with fast_twins(settings, dense, twins):
         twins[GUESSED].__dict__["mod_engine"].guesses = Guesses()
@@ -177,7 +178,7 @@ def generate_rows(
     if "long" in which:
         yield from rows([sizes.long], [*both(0.25), *both(0.125), *both(1.0)])
     if "short" in which:
-        whole = [Variant(name, 0.10) for name in (SKIP_LAYERS, GUESSED)]
+        whole = [Variant(name, 0.10) for name in WHOLE_LAYERS]
         yield from rows([sizes.short], [*both(0.25), *both(1.0), *whole])
     if "unequal" in which:
         yield from rows(sizes.unequal, both(0.25))

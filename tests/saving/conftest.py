@@ -1,4 +1,4 @@
-"""A converted model as it lies in a folder."""
+"""What lies in folders: a converted model, and a dense one that routers are put into."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def saved(tiny_llama, tmp_path) -> Path:
         tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def base(make_llama, tmp_path):
+    """A folder with a dense model and a tokenizer."""
+    _, tokenizer = modlab.load("demo-dense")
+    make_llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"

@@ -19,15 +19,6 @@ from tests.helpers.models import alternate_layers, dense_llama, leaving_llama, s
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def base(make_llama, tmp_path):
-    """A folder with a dense model and a tokenizer."""
-    _, tokenizer = modlab.load("demo-dense")
-    make_llama().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 def converted(model: Any, dtype: Any = "int8") -> Any:
     config = alternate_layers(skip="kv", keep_recent=4, kv_cache_dtype=dtype)
     return scatter_gates(modlab.convert(model, config), 4.0).eval()

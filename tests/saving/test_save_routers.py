@@ -19,15 +19,6 @@ IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def base(make_llama, tmp_path):
-    """A folder with a dense model and a tokenizer."""
-    _, tokenizer = modlab.load("demo-dense")
-    make_llama().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def model(base):
     """That model, routed, its routers trained and nothing else."""
     model = modlab.convert(modlab.load(base)[0], alternate_layers(skip="kv", keep_recent=4))
